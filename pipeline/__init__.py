@@ -1,0 +1,1 @@
+"""From sequences to slates: everything that knows the model, nothing that knows Kafka or Redis."""
