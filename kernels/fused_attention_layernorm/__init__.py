@@ -1,0 +1,1 @@
+"""HSTU's pointwise SiLU attention with relative bias, gated layer norm included."""

@@ -1,0 +1,46 @@
+"""The specification: HSTU's attention, its normalisation and its gate, naive, padded, in fp32.
+
+Equations 2 and 3 of "Actions Speak Louder than Words" (Zhai et al., ICML 2024, arxiv.org/abs/2402.17152):
+    A(X) V(X) = SiLU(Q(X) K(X)^T + rab^{p,t}) V(X) / N
+    Y(X)      = Norm(A(X) V(X)) * U(X)              (the caller projects it by f2)
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def fused_attention_layernorm(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor,
+    seconds: Tensor,
+    lengths: Tensor,
+    position_bias: Tensor,
+    time_bias: Tensor,
+    time_thresholds: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    max_events: int,
+) -> Tensor:
+    """Norm(A V) * U of right-padded users: float32 [users, length, heads * d_v]; rows beyond a user's length are 0.
+
+    q, k: [users, length, heads, d_qk]; v, u: [users, length, heads, d_v], all after SiLU.
+    seconds: int [users, length], times of the events, ascending within a user; lengths: int [users].
+    position_bias: [heads, max_events], by the number of events between; time_bias: [heads, thresholds + 1], by how many
+    of `time_thresholds` (int, ascending, whole seconds) are not above the time between.
+    norm_weight, norm_bias: [heads * d_v]. max_events: the constant N.
+    """
+    users, length = seconds.shape
+    row, column = torch.arange(length)[:, None], torch.arange(length)[None, :]
+    valid = (column <= row) & (row < lengths[:, None, None])  # [users, length, length]
+    elapsed = (seconds[:, :, None] - seconds[:, None, :]).clamp(min=0)
+    bucket = (elapsed[..., None] >= time_thresholds).sum(-1)  # [users, length, length]
+    bias = position_bias[:, (row - column).clamp(min=0)][None] + time_bias[:, bucket].transpose(0, 1)
+    scores = torch.einsum("uihd,ujhd->uhij", q, k) + bias  # [users, heads, length, length]
+    weights = F.silu(scores) / max_events * valid[:, None]
+    attended = torch.einsum("uhij,ujhd->uihd", weights, v).reshape(users, length, -1)
+    normed = F.layer_norm(attended, attended.shape[-1:], norm_weight, norm_bias, eps)
+    return normed * u.reshape(users, length, -1) * (torch.arange(length) < lengths[:, None])[..., None]
