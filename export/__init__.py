@@ -1,0 +1,1 @@
+"""A trained artifact becomes deployable files, each verified against the encoder it came from."""

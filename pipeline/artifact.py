@@ -1,0 +1,173 @@
+"""A trained model's folder: manifest.json beside the files that it signs. No pickle anywhere.
+
+manifest.json         what it is: version, config, metrics, the SHA-256 of every other file, the event schema, the tools
+hstu.safetensors      weights of the encoder ("hstu.") and of the heads ("heads.")
+vocabulary.msgpack    item ids in the order of their tokens, beginning with token 1
+counters.safetensors  popularity and co-occurrence of the training log, for pipeline.counters.Counters.restore
+"""
+
+import hashlib
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version as installed
+from pathlib import Path
+from tempfile import mkdtemp
+
+import msgspec
+import numpy as np
+import safetensors.numpy
+import safetensors.torch
+from torch import Tensor
+
+from pipeline.errors import ArtifactError
+from pipeline.hstu import HstuConfig
+from pipeline.records import EventSchema
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+WEIGHTS, VOCABULARY, COUNTERS = "hstu.safetensors", "vocabulary.msgpack", "counters.safetensors"
+TOOLS = ("torch", "numpy", "safetensors", "msgspec")
+_AGAIN = "copy the whole folder again, or make one with `millrace train LOG --out DIR`"
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """`version` is the content's hash (16 hex digits): equal versions rank equally. `created` is ISO 8601, UTC."""
+
+    format: int
+    name: str
+    version: str
+    created: str
+    config: HstuConfig
+    schema: EventSchema
+    metrics: dict[str, float]
+    files: dict[str, str]
+    tools: dict[str, str]
+
+
+@dataclass(slots=True)
+class Artifact:
+    """A trained model in memory. item_ids[i] has token i + 1."""
+
+    manifest: Manifest
+    weights: dict[str, Tensor]
+    item_ids: list[str]
+    counters: dict[str, np.ndarray]
+
+    @property
+    def version(self) -> str:
+        return self.manifest.version
+
+    @property
+    def config(self) -> HstuConfig:
+        return self.manifest.config
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        """The weights below a prefix: 'hstu' or 'heads'."""
+        start = len(name) + 1
+        return {key[start:]: value for key, value in self.weights.items() if key.startswith(f"{name}.")}
+
+    def check_schema(self, schema: EventSchema) -> None:
+        """ArtifactError unless the codes that the model was trained with mean the same in `schema`."""
+        trained = self.manifest.schema
+        for field in ("actions", "devices"):
+            got, wanted = getattr(schema, field), getattr(trained, field)
+            if got[: len(wanted)] != wanted:
+                raise ArtifactError(
+                    f"artifact {self.version}: events.{field} is {list(got)}, the model was trained with"
+                    f" {list(wanted)}; lists may only grow at their end: restore the order or train again"
+                )
+
+
+def draft(config: HstuConfig, schema: EventSchema, weights: dict[str, Tensor], item_ids: list[str],
+          counters: dict[str, np.ndarray]) -> Artifact:  # fmt: skip
+    """A model that is not saved yet."""
+    return Artifact(Manifest(FORMAT, "draft", "unsigned", "", config, schema, {}, {}, {}), weights, item_ids, counters)
+
+
+def save(folder: Path, artifact: Artifact, metrics: Mapping[str, float], created: str) -> Manifest:
+    """Sign the model and write it, whole or not at all; an artifact that is there already is replaced."""
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        weights = {name: weight.detach().contiguous() for name, weight in artifact.weights.items()}
+        safetensors.torch.save_file(weights, draft / WEIGHTS)
+        (draft / VOCABULARY).write_bytes(msgspec.msgpack.encode(artifact.item_ids))
+        counters = {name: np.ascontiguousarray(array) for name, array in artifact.counters.items()}
+        safetensors.numpy.save_file(counters, draft / COUNTERS)
+        manifest = _sign(draft, folder.name, artifact, metrics, created)
+        (draft / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
+        draft.chmod(0o755)
+        _replace(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return manifest
+
+
+def load(folder: Path) -> Artifact:
+    """The artifact, every file checked against the manifest. ArtifactError names the file, what it is and what next."""
+    manifest = _manifest(folder)
+    for name, wanted in manifest.files.items():
+        _check(folder / name, wanted)
+    weights = safetensors.torch.load_file(folder / WEIGHTS)
+    item_ids = msgspec.msgpack.decode((folder / VOCABULARY).read_bytes(), type=list[str])
+    return Artifact(manifest, weights, item_ids, safetensors.numpy.load_file(folder / COUNTERS))
+
+
+def _sign(draft: Path, name: str, artifact: Artifact, metrics: Mapping[str, float], created: str) -> Manifest:
+    config, schema = artifact.config, artifact.manifest.schema
+    files = {name: _sha256(draft / name) for name in (WEIGHTS, VOCABULARY, COUNTERS)}
+    tools = {"python": platform.python_version(), **{tool: installed(tool) for tool in TOOLS}}
+    version = _content_hash(config, schema, files)
+    return Manifest(FORMAT, name, version, created, config, schema, dict(metrics), files, tools)
+
+
+def _manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST
+    try:
+        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+    except OSError as error:
+        raise ArtifactError(
+            f"artifact {path}: {error.strerror}; make one with `millrace train LOG --out DIR`"
+        ) from error
+    except msgspec.DecodeError as error:
+        raise ArtifactError(f"artifact {path}: not a manifest ({error}); {_AGAIN}") from error
+    if manifest.format != FORMAT:
+        raise ArtifactError(f"artifact {path}: format {manifest.format}, this millrace reads {FORMAT}; train again")
+    if missing := {WEIGHTS, VOCABULARY, COUNTERS} - manifest.files.keys():
+        raise ArtifactError(f"artifact {path}: no hash of {', '.join(sorted(missing))}; {_AGAIN}")
+    content = _content_hash(manifest.config, manifest.schema, manifest.files)
+    if content != manifest.version:
+        raise ArtifactError(f"artifact {path}: content hash {content}, the manifest says {manifest.version}; {_AGAIN}")
+    return manifest
+
+
+def _check(path: Path, wanted: str) -> None:
+    try:
+        got = _sha256(path)
+    except OSError as error:
+        raise ArtifactError(f"artifact {path}: {error.strerror}; {_AGAIN}") from error
+    if got != wanted:
+        raise ArtifactError(f"artifact {path}: SHA-256 is {got[:16]}…, the manifest says {wanted[:16]}…; {_AGAIN}")
+
+
+def _content_hash(config: HstuConfig, schema: EventSchema, files: Mapping[str, str]) -> str:
+    content = msgspec.json.encode((config, schema, dict(files)), order="sorted")
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _replace(draft: Path, folder: Path) -> None:
+    if folder.exists() and not (folder / MANIFEST).exists() and any(folder.iterdir()):
+        raise ArtifactError(f"artifact {folder}: a folder with other files in it; give an empty or a new one")
+    old = draft.with_name(f"{draft.name}.old")
+    if folder.exists():
+        folder.rename(old)
+    draft.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,55 @@
+"""The encoder in eager torch: the reference of all other backends, and the CPU's way."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.artifact import Artifact
+from pipeline.features import Inputs
+from pipeline.heads import Heads
+from pipeline.hstu import Hstu
+from pipeline.jagged import Layout
+
+
+class TorchEncoder:
+    """HSTU and its heads from an artifact. `device`: torch's name, or 'auto' for CUDA when there is one.
+
+    `threads` > 0 sets the number of torch's threads, of the whole process.
+    """
+
+    def __init__(self, artifact: Artifact, device: str = "auto", threads: int = 0) -> None:
+        if threads:
+            torch.set_num_threads(threads)
+        self.device = device_of(device)
+        with torch.device("meta"):  # no weights are drawn at random only to be replaced
+            self._hstu, self._heads = Hstu(artifact.config), Heads(artifact.config.width)
+        self._hstu.load_state_dict(artifact.part("hstu"), assign=True)
+        self._heads.load_state_dict(artifact.part("heads"), assign=True)
+        for module in (self._hstu, self._heads):
+            module.eval().requires_grad_(False).to(self.device)
+        self.max_events = artifact.config.max_events
+        self.table = self._hstu.item_table()
+
+    @torch.inference_mode()
+    def encode(self, inputs: Inputs) -> Tensor:
+        """States float32 [n, width]; see Encoder."""
+        states = torch.zeros(len(inputs), self.table.shape[1], device=self.device)
+        ordered, users = inputs.by_length()
+        if len(users):
+            tokens, codes = (torch.from_numpy(column).to(self.device) for column in (ordered.tokens, ordered.codes))
+            encoded = self._hstu(tokens, codes, Layout.of(ordered, self.device), last=True)
+            states[torch.from_numpy(users).to(self.device)] = encoded
+        return states
+
+    @torch.inference_mode()
+    def heads(self, states: Tensor, tokens: np.ndarray) -> np.ndarray:
+        """Probabilities by heads.TASKS, float32 [n, k, 3], of items int32 [n, k] being next."""
+        items = self._hstu.item_embedding(torch.from_numpy(tokens).to(self.device))
+        return self._heads(states, items).sigmoid().cpu().numpy()
+
+
+def device_of(name: str) -> torch.device:
+    """Torch's device of that name; 'auto': CUDA when there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)

@@ -1,0 +1,30 @@
+"""Which items a user's own history keeps off their slate: one rule for serving, replay and evaluation."""
+
+import msgspec
+import numpy as np
+
+from pipeline.records import EventSchema, Histories
+
+
+class Exclusion(msgspec.Struct, frozen=True):
+    """An item is excluded when the user did one of `codes` with it (None: any action) within `window_ms` (0: ever)
+    before the user's newest event."""
+
+    codes: tuple[int, ...] | None = None
+    window_ms: int = 0
+
+    @classmethod
+    def of(cls, actions: tuple[str, ...] | None, window_days: float, schema: EventSchema) -> "Exclusion":
+        """From names; KeyError names an action that the schema does not have."""
+        codes = schema.action_codes()
+        return cls(None if actions is None else tuple(codes[name] for name in actions), int(window_days * 86_400_000))
+
+    def mask(self, histories: Histories) -> np.ndarray:
+        """bool [total]: the events whose item must not be recommended to their user."""
+        mask = np.ones(len(histories.events), bool)
+        if self.codes is not None:
+            mask &= np.isin(histories.actions, self.codes)
+        if self.window_ms:
+            newest = np.repeat(histories.ts_ms[histories.offsets[1:] - 1], histories.lengths)
+            mask &= histories.ts_ms >= newest - self.window_ms
+        return mask

@@ -1,0 +1,136 @@
+"""From packed histories to the model's packed inputs; the same code in training, evaluation and serving.
+
+Row i describes event i and uses only its own and earlier events, so a row never changes when later events arrive.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.records import Histories
+from pipeline.vocabulary import UNKNOWN
+
+SECONDS_CAP = (1 << 24) - 1  # 194 days: the largest time that float32 holds to the second
+# A time's bucket is the number of these thresholds that it has reached: 2^j - 1 and 1.5 * 2^j - 1 seconds, rounded up.
+TIME_THRESHOLDS = tuple(-(-(2 + half) * 2**j // 2) - 1 for j in range(25) for half in (0, 1))[1:49]
+TIME_BUCKETS = len(TIME_THRESHOLDS) + 1
+SESSION_GAP_MS = 30 * 60_000  # a longer pause begins a new session
+COUNT_CAP = 255  # events counted back: fewer than any ring holds, so that a ring's trimming changes nothing here
+_COUNT_BUCKETS = 17  # of 0 to COUNT_CAP
+_HOUR_MS, _DAY_MS = 3_600_000, 86_400_000
+_EPOCH_WEEKDAY = 3  # 1 January 1970 was a Thursday, Monday being 0
+_VALUE_SHIFT = 9  # value codes in steps of 0.17 in log1p(value): 1 to 5 stars fall into five buckets
+
+# Every small feature has its own rows in one table, so that a row's features are one gather and one sum.
+_SIZES = {
+    "action": 256,
+    "gap": TIME_BUCKETS + 1,
+    "hour": 24,
+    "weekday": 7,
+    "value": 129,
+    "dwell": TIME_BUCKETS,
+    "events_before": _COUNT_BUCKETS,
+    "events_in_session": _COUNT_BUCKETS,
+}
+_STARTS = dict(zip(_SIZES, np.cumsum([0, *_SIZES.values()])[:-1].tolist(), strict=True))
+FEATURE_ROWS = sum(_SIZES.values())
+FEATURES = len(_SIZES)
+
+
+@dataclass(slots=True)
+class Inputs:
+    """Packed model inputs of n users with `total` events.
+
+    tokens:  int32 [total], 0 = an item without a row in the model's table
+    codes:   int32 [total, FEATURES], rows of the feature table
+    seconds: int32 [total], of the user's own clock; only differences are used
+    offsets: int64 [n + 1]
+    """
+
+    tokens: np.ndarray
+    codes: np.ndarray
+    seconds: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def tail(self, cap: int) -> "Inputs":
+        """Each user's newest `cap` rows."""
+        lengths = np.diff(self.offsets)
+        if len(self) == 0 or int(lengths.max()) <= cap:
+            return self
+        kept = np.minimum(lengths, cap)
+        return self._taken(self.offsets[1:] - kept, kept)
+
+    def by_length(self) -> tuple["Inputs", np.ndarray]:
+        """The users who have events, shortest first, and their rows: attention then needs no gathers."""
+        lengths = np.diff(self.offsets)
+        users = np.argsort(lengths, kind="stable")
+        users = users[np.searchsorted(lengths[users], 1) :]
+        return self._taken(self.offsets[users], lengths[users]), users
+
+    def _taken(self, starts: np.ndarray, lengths: np.ndarray) -> "Inputs":
+        index, offsets = ranges(starts, lengths)
+        return Inputs(self.tokens[index], self.codes[index], self.seconds[index], offsets)
+
+
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers starts[i] .. starts[i] + lengths[i] - 1, one range after the other, and the ranges' offsets."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1]), offsets
+
+
+def bucket_seconds(seconds: np.ndarray) -> np.ndarray:
+    """Bucket by TIME_THRESHOLDS of whole seconds >= 0: int32 [n], from 0 to TIME_BUCKETS - 1.
+
+    Read off the exponent and the first bit of the fraction of float32, which is exact below 2^24. Every backend must
+    agree with the thresholds.
+    """
+    capped = np.minimum(seconds, SECONDS_CAP) + 1
+    return (capped.astype(np.float32).view(np.int32) >> 22) - 254
+
+
+def inputs_of(histories: Histories, tokens: np.ndarray, table_rows: int) -> Inputs:
+    """Inputs of whole histories; cut them by `tail` afterwards, so that rows know what came before the cut.
+
+    tokens: int32 [total], of the vocabulary; those from `table_rows` on came after training, the model does not know
+    them.
+    """
+    ts_ms, offsets = histories.ts_ms, histories.offsets
+    starts = np.repeat(offsets[:-1], np.diff(offsets))  # [total] where the run of each event's user begins
+    since_ms = np.diff(ts_ms, prepend=ts_ms[:1])  # since the event before; meaningless at a user's first
+    columns = {
+        "action": histories.actions,
+        "gap": _gaps(since_ms, starts),
+        "hour": ts_ms // _HOUR_MS % 24,
+        "weekday": (ts_ms // _DAY_MS + _EPOCH_WEEKDAY) % 7,
+        "value": histories.events["value"].astype(np.int32) + (1 << _VALUE_SHIFT) - 1 >> _VALUE_SHIFT,
+        "dwell": bucket_seconds(histories.events["dwell"].astype(np.int32)),  # of its 100 ms steps
+        "events_before": _counted_from(starts),
+        "events_in_session": _counted_from(_session_starts(since_ms, starts)),
+    }
+    codes = np.empty((len(tokens), FEATURES), np.int32)
+    for number, (name, column) in enumerate(columns.items()):
+        codes[:, number] = column + _STARTS[name]
+    elapsed = (ts_ms - ts_ms[starts]) // 1000
+    seconds = np.minimum(elapsed, np.iinfo(np.int32).max).astype(np.int32)
+    return Inputs(np.where(tokens < table_rows, tokens, UNKNOWN).astype(np.int32), codes, seconds, offsets)
+
+
+def _gaps(since_ms: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """1 + the bucket of the time since the user's previous event; 0 at a user's first."""
+    gaps = 1 + bucket_seconds(np.maximum(since_ms, 0) // 1000)
+    return np.where(np.arange(len(starts)) == starts, 0, gaps)
+
+
+def _session_starts(since_ms: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """int64 [total]: where the session of each event begins, at the earliest where its user does."""
+    places = np.arange(len(starts))
+    begins = (since_ms >= SESSION_GAP_MS) | (places == starts)
+    return np.maximum.accumulate(np.where(begins, places, 0))
+
+
+def _counted_from(starts: np.ndarray) -> np.ndarray:
+    """Bucket of the number of events from `starts` up to before each event."""
+    return bucket_seconds(np.minimum(np.arange(len(starts)) - starts, COUNT_CAP))

@@ -1,0 +1,106 @@
+"""Training batches: random crops of the users' sequences, each event asked for its successor.
+
+Most users that a model meets in service were not there in training. So an epoch cuts every sequence into crops at a new
+random offset: each event is seen with long and with short contexts, and the model leans on items, not on who it is.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.corpus import Corpus
+from pipeline.features import Inputs, inputs_of, ranges
+from pipeline.vocabulary import UNKNOWN
+
+
+@dataclass(slots=True)
+class Examples:
+    """What the corpus shows and asks: columns [total] over its events.
+
+    inputs:     of the whole sequences, of which crops are taken
+    successors: int32, the token of the user's next event; 0 where there is none
+    asked:      bool, the retrieval is trained here: the successor is known and (unless repeats count) new to the user,
+                for what the user has touched before is excluded in service
+    labels:     float32 [total, 3], see heads.labels_of
+    """
+
+    inputs: Inputs
+    successors: np.ndarray
+    asked: np.ndarray
+    labels: np.ndarray
+
+    @classmethod
+    def of(cls, corpus: Corpus, labels: np.ndarray, repeats: bool) -> "Examples":
+        successors = np.append(corpus.tokens[1:], UNKNOWN).astype(np.int32)
+        successors[corpus.offsets[1:] - 1] = UNKNOWN
+        asked = successors != UNKNOWN
+        if not repeats:
+            asked[:-1] &= corpus.is_new[1:]
+        inputs = inputs_of(corpus.histories, corpus.tokens, np.iinfo(np.int32).max)
+        return cls(inputs, successors, asked, labels)
+
+    def shares(self, items: int) -> np.ndarray:
+        """float64 [items]: each token's share of the targets."""
+        counts = np.bincount(self.successors[self.asked], minlength=items)
+        return counts / max(1, counts.sum())
+
+
+@dataclass(slots=True)
+class TrainingBatch:
+    """Some crops, packed.
+
+    successors: int32 [total]; labels: float32 [total, 3]
+    asked: int64 [m], the rows that train the retrieval
+    seen:  pairs (number of the asked row, token), int64 [pairs] each: what the crop shows up to that row
+    """
+
+    inputs: Inputs
+    successors: np.ndarray
+    labels: np.ndarray
+    asked: np.ndarray
+    seen: tuple[np.ndarray, np.ndarray]
+
+
+def crops(offsets: np.ndarray, length: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Every user's run cut into crops of `length` at a random offset: starts int64 [n], lengths int64 [n]."""
+    lengths = np.diff(offsets)
+    shifts = np.where(lengths > length, random.integers(0, length, len(lengths)), 0)
+    counts = -(-(lengths + shifts) // length)
+    number, _ = ranges(np.zeros_like(counts), counts)  # of the crop within its user
+    begins = number * length - np.repeat(shifts, counts)
+    ends = np.minimum(begins + length, np.repeat(lengths, counts))
+    begins = np.maximum(begins, 0)
+    return np.repeat(offsets[:-1], counts) + begins, ends - begins
+
+
+def batches(starts: np.ndarray, lengths: np.ndarray, batch_events: int,
+            random: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
+    """Crops of like lengths together, about `batch_events` events a batch, in random order."""
+    order = np.lexsort((random.random(len(starts)), lengths // 8))
+    starts, lengths = starts[order], lengths[order]
+    number = (np.cumsum(lengths) - 1) // batch_events
+    cuts = np.flatnonzero(np.diff(number)) + 1
+    parts = list(zip(np.split(starts, cuts), np.split(lengths, cuts), strict=True))
+    random.shuffle(parts)
+    return parts
+
+
+def batch_of(examples: Examples, starts: np.ndarray, lengths: np.ndarray, unknown_share: float,
+             random: np.random.Generator) -> TrainingBatch:  # fmt: skip
+    """The crops as model inputs; a share of the input items is made unknown, as new items will be in service."""
+    order = np.argsort(lengths, kind="stable")
+    index, offsets = ranges(starts[order], lengths[order])
+    whole = examples.inputs
+    tokens = whole.tokens[index]
+    asked = np.flatnonzero(examples.asked[index])
+    seen = _seen(tokens, offsets, asked)
+    shown = np.where(random.random(len(tokens)) < unknown_share, UNKNOWN, tokens).astype(np.int32)
+    inputs = Inputs(shown, whole.codes[index], whole.seconds[index], offsets)
+    return TrainingBatch(inputs, examples.successors[index], examples.labels[index], asked, seen)
+
+
+def _seen(tokens: np.ndarray, offsets: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    begins = np.repeat(offsets[:-1], np.diff(offsets))[asked]
+    counts = asked - begins + 1
+    index, _ = ranges(begins, counts)
+    return np.repeat(np.arange(len(asked)), counts), tokens[index]

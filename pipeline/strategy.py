@@ -1,0 +1,66 @@
+"""The ladder of rungs and who is asked next: an answer always comes.
+
+A rung that raises is left out for a while, then probed by one batch; meanwhile the next rung answers.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from pipeline.records import Histories
+
+LADDER = ("unified", "tensorrt", "vllm", "hstu", "simple")  # best first
+COOLDOWN_S = 30.0  # a failed rung's pause before the next probe
+
+
+@dataclass(slots=True)
+class Ranked:
+    """A rung's answer to a packed batch of n users; rows are padded with token 0 where a catalogue has no k items left.
+
+    tokens: int32 [n, k]; scores: float32 [n, k]; heads: float32 [n, k, 3] engagement, retention, monetization, or None
+    source: object array of str [n, k] or one name for all
+    """
+
+    tokens: np.ndarray
+    scores: np.ndarray
+    heads: np.ndarray | None
+    source: np.ndarray | str
+    features_ms: float = 0.0
+    encode_ms: float = 0.0
+    rank_ms: float = 0.0
+
+
+class Rung(Protocol):
+    """One strategy of the ladder. Raises anything when it cannot answer; the next rung is asked then."""
+
+    name: str
+
+    def rank(self, histories: Histories, k: int) -> Ranked: ...
+
+
+class Ladder:
+    """The rungs that this process has, best first, each behind a breaker."""
+
+    def __init__(self, rungs: Mapping[str, Rung], monotonic: Callable[[], float]) -> None:
+        self._rungs = {name: rungs[name] for name in LADDER if name in rungs}
+        self._monotonic = monotonic
+        self._open_until_s = dict.fromkeys(self._rungs, 0.0)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._rungs
+
+    def candidates(self, asked: str | None) -> Iterator[Rung]:
+        """From the asked rung (None: the best) downward; those whose breaker is open are skipped, but for the last."""
+        start = LADDER.index(asked) if asked else 0
+        names = [name for name in self._rungs if LADDER.index(name) >= start]
+        for name in names:
+            if name == names[-1] or self._monotonic() >= self._open_until_s[name]:
+                yield self._rungs[name]
+
+    def failed(self, rung: Rung) -> None:
+        self._open_until_s[rung.name] = self._monotonic() + COOLDOWN_S
+
+    def succeeded(self, rung: Rung) -> None:
+        self._open_until_s[rung.name] = 0.0

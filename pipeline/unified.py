@@ -1,0 +1,180 @@
+"""The pipeline: packed histories in, ranked items out, by the best rung that can answer.
+
+It is a library too:
+
+    pipeline = Pipeline.load("artifact")
+    for slate in pipeline.recommend([[Event("u1", "i7", "view", 1_700_000_000_000)]], k=10):
+        print(slate.strategy, [item.item_id for item in slate.items])
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from pipeline.counters import Counters
+from pipeline.exclusion import Exclusion
+from pipeline.records import Event, EventSchema, Histories, SlateItem
+from pipeline.simple_rung import SimpleRung
+from pipeline.strategy import LADDER, Ladder, Ranked, Rung
+from pipeline.vocabulary import Vocabulary
+
+
+class PipelineOptions(msgspec.Struct, frozen=True):
+    """What serving, replay and evaluation must agree on."""
+
+    schema: EventSchema = EventSchema()
+    exclusion: Exclusion = Exclusion()
+    half_life_days: float = 30.0
+    neighbours: int = 64
+    window_events: int = 10
+    max_items: int = 1_000_000
+    device: str = "auto"
+    threads: int = 0
+
+
+class Recommendation(msgspec.Struct, frozen=True):
+    """One user's ranked items and the rung that ranked them."""
+
+    items: list[SlateItem]
+    strategy: str
+
+
+@dataclass(slots=True)
+class Answer:
+    """A batch's recommendations, in the order of its users, with the milliseconds the batch took by stage."""
+
+    rows: list[list[SlateItem]]
+    strategy: str
+    features_ms: float
+    encode_ms: float
+    rank_ms: float
+
+
+def _ignore(rung: str, error: Exception) -> None:
+    """A library's caller sees the rung in the answer."""
+
+
+class Pipeline:
+    """Vocabulary, counters and the ladder of rungs. Not thread-safe: one thread ranks and observes."""
+
+    def __init__(
+        self,
+        options: PipelineOptions,
+        vocabulary: Vocabulary,
+        counters: Counters,
+        model: Rung | None = None,
+        version: str = "none",
+        on_fallback: Callable[[str, Exception], None] = _ignore,
+    ) -> None:
+        self.options, self.vocabulary, self.counters, self.version = options, vocabulary, counters, version
+        rungs: dict[str, Rung] = {"simple": SimpleRung(counters, options.exclusion)}
+        if model is not None:
+            rungs[model.name] = model
+        self.ladder = Ladder(rungs, time.monotonic)
+        self._on_fallback = on_fallback
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path | None,
+        options: PipelineOptions | None = None,
+        on_fallback: Callable[[str, Exception], None] = _ignore,
+    ) -> "Pipeline":
+        """From an artifact, or without one: then the simple rung answers alone. Raises ArtifactError."""
+        options = options or PipelineOptions()
+        if folder is None:
+            vocabulary = Vocabulary(max_items=options.max_items)
+            return cls(options, vocabulary, new_counters(options, vocabulary), on_fallback=on_fallback)
+        from pipeline.artifact import load  # torch costs seconds and 400 MiB: only who has a model pays
+        from pipeline.hstu_rung import HstuRung
+
+        artifact = load(Path(folder))
+        artifact.check_schema(options.schema)
+        vocabulary = Vocabulary(artifact.item_ids, options.max_items)
+        counters = new_counters(options, vocabulary)
+        counters.restore(artifact.counters)
+        model = HstuRung(artifact, vocabulary, options.exclusion, options.device, options.threads)
+        return cls(options, vocabulary, counters, model, artifact.version, on_fallback)
+
+    def recommend(
+        self, histories: Sequence[Iterable[Event]], k: int = 10, strategy: str | None = None
+    ) -> list[Recommendation]:
+        """The k best items for each history (events of one user, any order); an empty history gets the popular ones.
+
+        strategy: the rung to start at (see strategy.LADDER); None: the best. Raises ValueError for an unknown rung,
+        k < 1, or an action that the schema does not have.
+        """
+        histories = [list(history) for history in histories]
+        self._check(histories, k, strategy)
+        self.vocabulary.admit(event.item_id for history in histories for event in history)
+        answer = self.rank(Histories.from_events(histories, self.options.schema), k, strategy)
+        return [Recommendation(items, answer.strategy) for items in answer.rows]
+
+    def rank(self, histories: Histories, k: int, strategy: str | None = None) -> Answer:
+        """The batch's rows of at most k items. What a rung raises is reported to `on_fallback`, the next one answers;
+        only the last rung's error is raised."""
+        failure: Exception | None = None
+        for rung in self.ladder.candidates(strategy):
+            try:
+                ranked = rung.rank(histories, k)
+            except Exception as error:  # any failure of a stage: the ladder's promise is an answer
+                failure = error
+                self.ladder.failed(rung)
+                self._on_fallback(rung.name, error)
+                continue
+            self.ladder.succeeded(rung)
+            return self._answer(rung, ranked)
+        raise failure or ValueError(f"no rung at or below '{strategy}' in this process")
+
+    def observe(self, histories: Histories, fresh: np.ndarray) -> None:
+        """Count new events: the last fresh[i] of user i's history (int64 [n])."""
+        self.counters.observe(histories, fresh)
+
+    def popular(self, k: int) -> list[SlateItem]:
+        """The k most popular items: the answer for a user without events."""
+        ids = self.vocabulary.item_ids
+        shares = zip(*(column.tolist() for column in self.counters.popular(k)), strict=True)
+        return [SlateItem(ids[token], share, None, None, None, "popular") for token, share in shares]
+
+    def _answer(self, rung: Rung, ranked: Ranked) -> Answer:
+        start = time.perf_counter()
+        rows = _slate_items(ranked, self.vocabulary.item_ids)
+        rank_ms = ranked.rank_ms + 1e3 * (time.perf_counter() - start)
+        return Answer(rows, rung.name, ranked.features_ms, ranked.encode_ms, rank_ms)
+
+    def _check(self, histories: list[list[Event]], k: int, strategy: str | None) -> None:
+        if k < 1:
+            raise ValueError(f"recommend: k = {k}, want at least 1")
+        if strategy is not None and strategy not in LADDER:
+            raise ValueError(f"recommend: no rung '{strategy}', want one of {', '.join(LADDER)}")
+        unknown = {event.action for history in histories for event in history} - set(self.options.schema.actions)
+        if unknown:
+            raise ValueError(f"recommend: unknown actions {sorted(unknown)}, want of {self.options.schema.actions}")
+
+
+def new_counters(options: PipelineOptions, vocabulary: Vocabulary) -> Counters:
+    return Counters(vocabulary, options.half_life_days, options.neighbours, options.window_events)
+
+
+def _slate_items(ranked: Ranked, item_ids: list[str]) -> list[list[SlateItem]]:
+    """Python objects at the very end: one `tolist` a column, one struct an item."""
+    n, k = ranked.tokens.shape
+    tokens = ranked.tokens.tolist()
+    scores = np.round(ranked.scores.astype(np.float64), 5).tolist()
+    sources = ranked.source.tolist() if isinstance(ranked.source, np.ndarray) else [[ranked.source] * k] * n
+    if ranked.heads is None:
+        heads = [[(None, None, None)] * k] * n
+    else:
+        heads = np.round(ranked.heads.astype(np.float64), 5).tolist()
+    return [
+        [
+            SlateItem(item_ids[token], score, head[0], head[1], head[2], source)
+            for token, score, head, source in zip(*row, strict=True)
+            if token
+        ]
+        for row in zip(tokens, scores, heads, sources, strict=True)
+    ]

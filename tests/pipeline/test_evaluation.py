@@ -1,0 +1,133 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import artifact as artifacts
+from pipeline.artifact import Artifact
+from pipeline.corpus import Corpus, place_of_share
+from pipeline.evaluation import evaluate
+from pipeline.hstu import HstuConfig
+from pipeline.logcolumns import Log, columns
+from pipeline.logfile import read_columns
+from pipeline.measures import auc, head_measures, ranking_measures, ranks_of
+from pipeline.records import Event, EventSchema
+from pipeline.trainer import Model
+from pipeline.unified import Pipeline, PipelineOptions, new_counters
+from pipeline.vocabulary import Vocabulary
+
+SCHEMA = EventSchema()
+OPTIONS = PipelineOptions(device="cpu", threads=1)
+
+
+def log_of(events: int = 400, users: int = 12, items: int = 40) -> tuple[list[Event], Log]:
+    random = np.random.default_rng(8)
+    popular = np.minimum(random.geometric(0.1, events), items)
+    rows = [
+        Event(f"u{random.integers(users)}", f"i{item}", str(random.choice(SCHEMA.actions)), 60_000 * (place // 2))
+        for place, item in enumerate(popular)
+    ]
+    rows.sort(key=lambda event: (event.ts_ms, event.user_id, event.item_id))
+    return rows, columns([rows], SCHEMA)
+
+
+def model_of(rows: list[Event]) -> Artifact:
+    """An untrained model of the first half's items: what it answers is arbitrary, but it is an answer."""
+    torch.manual_seed(4)
+    vocabulary = Vocabulary(sorted({event.item_id for event in rows[: len(rows) // 2]}))
+    counters = new_counters(OPTIONS, vocabulary)
+    histories = columns([rows[: len(rows) // 2]], SCHEMA)
+    corpus = Corpus.of(histories.events, histories.items, histories.users).histories
+    counters.observe(corpus, corpus.lengths)
+    config = HstuConfig(items=len(vocabulary), width=16, heads=2, d_qk=8, d_v=8, max_events=20)
+    weights = Model(config).state_dict()
+    return artifacts.draft(config, SCHEMA, weights, vocabulary.item_ids[1:], counters.state())
+
+
+def test_the_table_equals_a_plain_walk_through_the_log(tmp_path: Path) -> None:
+    """One event after another through the library's front door, frozen, against the batched evaluation."""
+    rows, log = log_of()
+    model, cap = model_of(rows), 30
+    artifacts.save(tmp_path / "model", model, {}, "")
+    pipeline = Pipeline.load(tmp_path / "model", OPTIONS)
+    popular = [item.item_id for item in pipeline.popular(10)]
+    histories: dict[str, list[Event]] = {}
+    first, hits = place_of_share(log.ts_ms, 0.6), {"hstu": 0, "simple": 0}
+    for place, event in enumerate(rows):
+        history = histories.setdefault(event.user_id, [])
+        if place >= first:
+            for rung in hits:
+                slate = pipeline.recommend([history[-cap:]], 10, rung)[0] if history else None
+                shown = popular if slate is None else [item.item_id for item in slate.items]
+                hits[rung] += event.item_id in shown
+        history.append(event)
+    report = evaluate(model, log, 0.6, OPTIONS, k=10, cap_events=cap)
+    assert report.events == len(rows) - first
+    assert report.rankings["hstu"].hit_rate == pytest.approx(hits["hstu"] / report.events)
+    assert report.rankings["cooccurrence"].hit_rate == pytest.approx(hits["simple"] / report.events)
+    assert report.rankings["hstu"].hit_rate > 0
+
+
+def test_evaluation_leaves_the_counters_as_they_were() -> None:
+    rows, log = log_of()
+    model = model_of(rows)
+    before = {name: array.copy() for name, array in model.counters.items()}
+    first, second = (evaluate(model, log, 0.5, OPTIONS) for _ in range(2))
+    assert first == second
+    assert all((model.counters[name] == array).all() for name, array in before.items())
+
+
+def test_ranks_count_from_one_and_an_unknown_item_never_hits() -> None:
+    slates = np.array([[4, 2, 9], [4, 2, 9], [0, 0, 0], [1, 0, 0]])
+    assert ranks_of(slates, np.array([9, 3, 0, 1])).tolist() == [3, 0, 0, 1]
+
+
+def test_events_without_a_hit_stay_in_the_denominator() -> None:
+    measures = ranking_measures(np.array([1, 0, 3, 0]))
+    assert measures.events == 4
+    assert measures.hit_rate == 0.5
+    assert measures.ndcg == pytest.approx((1 + 0.5) / 4)
+    assert measures.mrr == pytest.approx((1 + 1 / 3) / 4)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=40))
+def test_auc_is_the_share_of_pairs_in_the_right_order_ties_counting_half(rows: list[tuple[int, bool]]) -> None:
+    ones = [score for score, positive in rows if positive]
+    zeros = [score for score, positive in rows if not positive]
+    got = auc(np.array([score for score, _ in rows], float), np.array([positive for _, positive in rows]))
+    if not ones or not zeros:
+        assert got is None
+    else:
+        wins = sum((one > zero) + 0.5 * (one == zero) for one in ones for zero in zeros)
+        assert got == pytest.approx(wins / (len(ones) * len(zeros)))
+
+
+def test_unknown_labels_are_left_out_of_a_heads_measures() -> None:
+    odds, labels = np.array([0.9, 0.2, 0.5, 0.4], np.float32), np.array([1, 0, np.nan, 1], np.float32)
+    measures = head_measures(odds, labels)
+    assert (measures.labels, measures.auc) == (3, 1.0)
+    assert measures.log_loss == pytest.approx(-np.log([0.9, 0.8, 0.4]).mean(), rel=1e-5)
+    assert head_measures(odds, np.full(4, np.nan)).auc is None
+
+
+def test_baselines_on_the_real_log_are_where_the_counters_left_them() -> None:
+    path = Path(os.environ.get("MILLRACE_DATA", "../shared/data")) / "ml-100k" / "ml-100k.inter"
+    if not path.exists():
+        pytest.skip(f"no log at {path}: set MILLRACE_DATA to the folder that holds ml-100k")
+    log = read_columns(path)
+    first = place_of_share(log.ts_ms, 0.8)
+    vocabulary = Vocabulary(log.item_ids[item] for item in np.unique(log.items[:first]))
+    known = Corpus.of(log.events[:first], np.zeros(first, np.int32), log.users[:first]).histories
+    counters = new_counters(OPTIONS, vocabulary)
+    counters.observe(known, known.lengths)
+    config = HstuConfig(items=len(vocabulary), layers=1, width=8, heads=1, d_qk=4, d_v=4, max_events=4)
+    weights = Model(config).state_dict()
+    draft = artifacts.draft(config, SCHEMA, weights, vocabulary.item_ids[1:], counters.state())
+    report = evaluate(draft, log, 0.8, OPTIONS)
+    assert report.events == len(log) - first
+    assert 0.07 < report.rankings["popularity"].hit_rate < 0.09
+    assert 0.18 < report.rankings["cooccurrence"].hit_rate < 0.22

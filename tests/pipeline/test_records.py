@@ -1,0 +1,79 @@
+"""The ring's 24 bytes and the packed histories read from them."""
+
+import numpy as np
+import oracle
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.records import (
+    EVENT_BYTES,
+    EVENT_DTYPE,
+    Event,
+    EventPacker,
+    EventSchema,
+    Histories,
+    decode_values,
+    encode_value,
+    item_hash,
+)
+
+SCHEMA = EventSchema()
+events = st.builds(
+    Event,
+    user_id=st.just("u"),
+    item_id=st.text(min_size=1, max_size=20),
+    action=st.sampled_from(SCHEMA.actions),
+    ts_ms=st.integers(0, (1 << 48) - 1),
+    value=st.none() | st.floats(0, 1e12),
+    dwell_ms=st.none() | st.integers(0, 10**9),
+    device=st.none() | st.sampled_from([*SCHEMA.devices, "fridge"]),
+    position=st.none() | st.integers(0, 1000),
+    context=st.none() | st.dictionaries(st.text(max_size=4), st.text(max_size=4) | st.integers(-9, 9), max_size=3),
+)
+
+
+@given(events)
+def test_an_event_packs_to_the_bytes_that_the_independent_oracle_writes(event: Event):
+    fields = {name: getattr(event, name) for name in Event.__struct_fields__}
+    assert EventPacker(SCHEMA).pack(event) == oracle.pack(fields)
+
+
+@given(st.lists(events, max_size=20))
+def test_packed_columns_hold_the_facts_of_the_events_in_time_order(history: list[Event]):
+    histories = Histories.from_events([history], SCHEMA)
+    ordered = sorted(history, key=lambda event: event.ts_ms)  # stable, as the ring's order is
+    assert histories.ts_ms.tolist() == [event.ts_ms for event in ordered]
+    assert histories.items.tolist() == [item_hash(event.item_id) for event in ordered]
+    assert [SCHEMA.actions[code - 1] for code in histories.actions] == [event.action for event in ordered]
+
+
+@given(st.floats(0, 2.9e9))
+def test_a_value_survives_its_log_code_within_a_thousandth(value: float):
+    decoded = float(decode_values(np.array([encode_value(value)], np.uint16))[0])
+    assert abs(decoded - value) <= 1e-3 * value + 2e-4
+
+
+def ring(*ts: int, item: int = 7) -> bytes:
+    rows = np.zeros(len(ts), EVENT_DTYPE)
+    rows["item"], rows["ts_action_device"] = item, ts
+    return rows.tobytes()
+
+
+def test_users_are_sorted_each_within_its_own_run():
+    histories = Histories.from_rings([ring(5, 3, 9), b"", ring(2, 1), ring(4)])
+    assert histories.ts_ms.tolist() == [3, 5, 9, 1, 2, 4]
+    assert histories.offsets.tolist() == [0, 3, 3, 5, 6]
+    assert histories.users.tolist() == [0, 0, 0, 2, 2, 3]
+
+
+def test_tail_and_select_keep_runs_together():
+    histories = Histories.from_rings([ring(1, 2, 3, 4), b"", ring(5), ring(6, 7, 8)])
+    assert histories.tail(2).ts_ms.tolist() == [3, 4, 5, 7, 8]
+    assert histories.tail(2).offsets.tolist() == [0, 2, 2, 3, 5]
+    picked = histories.select(np.array([3, 0]))
+    assert picked.ts_ms.tolist() == [6, 7, 8, 1, 2, 3, 4]
+    assert picked.offsets.tolist() == [0, 3, 7]
+
+
+def test_an_event_is_24_bytes_on_both_sides():
+    assert EVENT_DTYPE.itemsize == EVENT_BYTES == len(oracle.pack({"item_id": "i", "action": "view", "ts_ms": 0}))

@@ -1,0 +1,148 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from msgspec.structs import replace
+
+from pipeline import artifact as artifacts
+from pipeline.corpus import Corpus, place_of_share
+from pipeline.errors import TrainingError
+from pipeline.evaluation import evaluate
+from pipeline.hstu import HstuConfig
+from pipeline.logcolumns import Log, columns
+from pipeline.records import Event, EventSchema
+from pipeline.trainer import TrainerOptions
+from pipeline.training import EpochReport, TrainingOptions, train
+from pipeline.unified import PipelineOptions
+
+CREATED = "2026-01-01T00:00:00+00:00"
+ITEMS = 120
+OPTIONS = TrainingOptions(
+    TrainerOptions(epochs=4, seed=1, crop_events=16, batch_events=256),
+    HstuConfig(width=16, heads=2, d_qk=8, d_v=8, max_events=32),
+)
+SERVING = PipelineOptions(device="cpu", threads=1)
+
+
+class Silent:
+    """An observer; `until`, if given, ends training by force after that epoch, as a kill would."""
+
+    def __init__(self, until: int | None = None) -> None:
+        self.reports: list[EpochReport] = []
+        self._until = until
+
+    def batch(self, epoch: int, loss: float, done: int, total: int) -> None:
+        if self._until is not None and epoch > self._until and done > 1:
+            raise KeyboardInterrupt
+
+    def epoch(self, report: EpochReport, best: EpochReport) -> None:
+        self.reports.append(report)
+
+
+def log_of(users: int = 80, length: int = 25, lawful: bool = True) -> Log:
+    """Users walk through the catalogue: a view leads 7 items on, a click 13. Or (not lawful) anywhere."""
+    random = np.random.default_rng(0)
+    events = []
+    for user in range(users):
+        current = int(random.integers(ITEMS))
+        for step in range(length):
+            action = ("view", "click")[int(random.integers(2))]
+            ts_ms = 86_400_000 * step + 1000 * user  # users side by side: every time slice has all of them
+            events.append(Event(f"u{user}", f"i{current}", action, ts_ms))
+            current = (current + (7 if action == "view" else 13)) % ITEMS if lawful else int(random.integers(ITEMS))
+    return columns([events], EventSchema())
+
+
+def trained(folder: Path, options: TrainingOptions = OPTIONS, log: Log | None = None, **more: bool) -> str:
+    return train(log or log_of(), folder, options, SERVING, Silent(), CREATED, **more).version
+
+
+def test_the_same_seed_gives_the_same_artifact_and_another_seed_another(tmp_path: Path) -> None:
+    first, again = trained(tmp_path / "a"), trained(tmp_path / "b")
+    other = trained(tmp_path / "c", replace(OPTIONS, trainer=replace(OPTIONS.trainer, seed=2)))
+    assert first == again != other
+
+
+def test_training_neither_reads_nor_moves_torchs_own_randomness(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    first = trained(tmp_path / "a")
+    after = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(after, torch.rand(3))
+    torch.manual_seed(6)
+    assert trained(tmp_path / "b") == first
+
+
+@pytest.mark.parametrize("after", [1, 3])
+def test_an_interrupted_and_resumed_training_equals_an_uninterrupted_one_bit_for_bit(
+    tmp_path: Path, after: int
+) -> None:
+    whole = trained(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(log_of(), tmp_path / "parts", OPTIONS, SERVING, Silent(until=after), CREATED)
+    assert not (tmp_path / "parts").exists(), "an unfinished training leaves no artifact"
+    watching = Silent()
+    resumed = train(log_of(), tmp_path / "parts", OPTIONS, SERVING, watching, CREATED, resume=True)
+    assert [report.epoch for report in watching.reports] == list(range(after + 1, 5))
+    assert resumed.version == whole
+    assert resumed.metrics == artifacts.load(tmp_path / "whole").manifest.metrics
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"], "no checkpoint is left"
+
+
+def test_resuming_without_a_checkpoint_or_with_other_options_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="none to resume from"):
+        trained(tmp_path / "model", resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        train(log_of(), tmp_path / "model", OPTIONS, SERVING, Silent(until=1), CREATED)
+    with pytest.raises(TrainingError, match="another log or of other options"):
+        trained(tmp_path / "model", replace(OPTIONS, trainer=replace(OPTIONS.trainer, seed=9)), resume=True)
+    with pytest.raises(TrainingError, match="another log or of other options"):
+        trained(tmp_path / "model", log=log_of(length=24), resume=True)
+    (tmp_path / "model.checkpoint.safetensors").write_bytes(b"torn")
+    with pytest.raises(TrainingError, match="cannot be read"):
+        trained(tmp_path / "model", resume=True)
+
+
+def test_what_comes_after_the_cut_changes_nothing(tmp_path: Path) -> None:
+    log, changed = log_of(), log_of()
+    late = changed.ts_ms >= np.sort(changed.ts_ms)[int(0.8 * len(changed))]
+    changed.events = changed.events.copy()
+    changed.events["item"][late] = changed.events["item"][late][::-1]
+    changed.items = changed.items.copy()
+    changed.items[late] = changed.items[late][::-1]
+    assert trained(tmp_path / "a", log=log) == trained(tmp_path / "b", log=changed)
+
+
+def test_a_rule_of_succession_is_learnt_and_beats_both_baselines(tmp_path: Path) -> None:
+    options = TrainingOptions(
+        replace(OPTIONS.trainer, epochs=20, learning_rate=1e-2), replace(OPTIONS.model, dropout=0.1), patience=20
+    )
+    log = log_of(users=200)
+    train(log, tmp_path / "model", options, SERVING, Silent(), CREATED)
+    report = evaluate(artifacts.load(tmp_path / "model"), log, 0.8, SERVING, k=1)
+    hit_rates = {name: row.hit_rate for name, row in report.rankings.items()}
+    corpus = Corpus.of(log.events, np.ones(len(log), np.int32), log.users)
+    possible = corpus.is_new[corpus.places >= place_of_share(log.ts_ms, 0.8)].mean()  # repeats are excluded
+    assert 0.9 * possible < hit_rates["hstu"] <= possible
+    assert hit_rates["hstu"] > 3 * hit_rates["cooccurrence"] > 3 * hit_rates["popularity"]
+
+
+def test_training_stops_when_the_hit_rate_no_longer_rises(tmp_path: Path) -> None:
+    watching = Silent()
+    log = log_of(lawful=False)
+    options = replace(OPTIONS, trainer=replace(OPTIONS.trainer, epochs=60, learning_rate=1e-2), patience=3)
+    manifest = train(log, tmp_path / "model", options, SERVING, watching, CREATED)
+    best = max(watching.reports, key=lambda report: (report.judged.hit_rate, report.epoch))
+    assert len(watching.reports) == best.epoch + 3 < 60
+    assert manifest.metrics["epoch"] == best.epoch
+    assert manifest.metrics["validation_hit_rate"] == best.judged.hit_rate
+
+
+def test_a_log_that_cannot_train_is_one_sentence(tmp_path: Path) -> None:
+    lonely = columns([[Event(f"u{n}", f"i{n}", "view", n) for n in range(50)]], EventSchema())
+    with pytest.raises(TrainingError, match="no user goes from one item to another"):
+        trained(tmp_path / "model", log=lonely)
+    same = columns([[Event("u", "i", "view", n) for n in range(50)]], EventSchema())
+    with pytest.raises(TrainingError, match="no user goes from one item to another"):
+        trained(tmp_path / "model", log=same)
