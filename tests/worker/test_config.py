@@ -1,0 +1,81 @@
+"""The configuration tree: every mistake is named with its path, every value with its source."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from worker import config
+from worker.errors import ConfigError
+
+
+def rows(path=None, env=None) -> dict[str, tuple[str, str]]:
+    env = env or {}
+    return {key: (value, source) for key, value, source in config.show(config.load(path, env), path, env)}
+
+
+def test_the_environment_overrides_the_file_and_the_file_the_default(tmp_path):
+    file = tmp_path / "m.toml"
+    file.write_text('[redis]\nurl = "redis://file"\ntimeout_s = 1.5\n')
+    shown = rows(file, {"MILLRACE__REDIS__URL": "redis://env"})
+    assert shown["redis.url"] == ("redis://env", "MILLRACE__REDIS__URL")
+    assert shown["redis.timeout_s"] == ("1.5", str(file))
+    assert shown["redis.cluster"] == ("False", "default")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("[redis]\nurll = 'x'\n", "urll"),
+        ("[rediss]\nurl = 'x'\n", "rediss"),
+        ("[batcher]\nmax_users = 0\n", "$.batcher.max_users"),
+        ("[batcher]\nmax_users = 'many'\n", "$.batcher.max_users"),
+        ("[kafka\n", "not TOML"),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_sentence_with_its_path(tmp_path, text, named):
+    file = tmp_path / "m.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"\S") as caught:
+        config.load(file, {})
+    assert named in str(caught.value)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_variable_or_a_missing_file_is_refused():
+    with pytest.raises(ConfigError, match="nosuch"):
+        config.load(None, {"MILLRACE__NOSUCH__KEY": "1"})
+    with pytest.raises(ConfigError, match="MILLRACE__SECTION__FIELD"):
+        config.load(None, {"MILLRACE__REDIS": "1"})
+    with pytest.raises(ConfigError, match="No such file"):
+        config.load("nowhere.toml", {})
+
+
+def test_values_from_the_environment_are_read_as_toml_reads_them():
+    env = {
+        "MILLRACE__BATCHER__COALESCE": "false",
+        "MILLRACE__EVENTS__ACTIONS": '["a", "b"]',
+        "MILLRACE__KAFKA__BOOTSTRAP": "one:1,two:2",
+    }
+    loaded = config.load(None, env)
+    assert loaded.batcher.coalesce is False
+    assert loaded.events.actions == ("a", "b")
+    assert loaded.kafka.bootstrap == "one:1,two:2"
+
+
+def test_secrets_are_masked_when_shown():
+    env = {"MILLRACE__KAFKA__SASL_PASSWORD": "hunter2", "MILLRACE__REDIS__URL": "rediss://me:hunter2@cache:6380/1"}
+    shown = rows(env=env)
+    assert shown["kafka.sasl_password"][0] == "***"
+    assert shown["redis.url"][0] == "rediss://***@cache:6380/1"
+    assert "hunter2" not in str(shown)
+
+
+def test_the_page_of_the_configuration_lists_every_key_with_its_default():
+    page = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
+    for section in msgspec.structs.fields(config.Config):
+        for key in msgspec.structs.fields(section.type):
+            default = list(key.default) if isinstance(key.default, tuple) else key.default
+            shown = "unset" if default is None else f"`{default}`"
+            assert f"| `{section.name}.{key.name}` | {shown} |" in page

@@ -1,0 +1,1 @@
+"""The process: everything that knows Kafka, Redis, asyncio and time."""

@@ -1,0 +1,70 @@
+"""The command `millrace`: one module of worker/commands a subcommand, loaded only when it is named."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from pipeline.errors import MillraceError
+
+COMMANDS = {
+    "run": "consume events from Kafka and answer them with slates",
+    "replay": "stream a recorded log through the worker and report",
+    "demo": "a simulated shop, a real broker and a trained model, live in your terminal",
+    "simulate": "write a believable log of any size, and what could be known of it",
+    "train": "train a model on a log",
+    "evaluate": "measure a model against the baselines",
+    "lookup": "print a user's slate from Redis",
+    "serve": "answer slate lookups over HTTP",
+    "dlq": "list or requeue dead letters",
+    "rebuild": "restore the users' rings in Redis from the events topic",
+    "doctor": "check Kafka, Redis, GPU, artifact and optional stages, and say what to do",
+    "config": "print the configuration with the source of each value",
+}
+EXIT_CODES = """\
+exit codes:
+  0 done (run: drained and committed)    5 Redis refused or away
+  1 a defect of millrace                 6 dead-letter limit reached
+  2 bad usage, configuration or log      7 stalled: lag stood still, tasks dumped
+  3 artifact missing or not as signed    8 events topic re-created: set sequences.epoch
+  4 Kafka refused or away               44 no slate for this user
+  130/143 a second signal cut the drain short
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _top_level()
+    if not argv or argv[0] not in COMMANDS:
+        parser.parse_args(argv or ["--help"])
+        return 2
+    command = import_module(f"worker.commands.{argv[0]}")
+    sub = argparse.ArgumentParser(
+        f"millrace {argv[0]}", description=command.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    command.configure(sub)
+    try:
+        return command.run(sub.parse_args(argv[1:]))
+    except MillraceError as error:
+        print(f"millrace {argv[0]}: {error}", file=sys.stderr)
+        return error.exit_code
+    except (KeyboardInterrupt, BrokenPipeError):
+        return 130
+
+
+def _top_level() -> argparse.ArgumentParser:
+    lines = "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        "millrace",
+        usage="millrace COMMAND [options]   (millrace COMMAND --help for each)",
+        description=f"Real-time recommendation served from event streams.\n\ncommands:\n{lines}",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version="millrace 0.1.0")
+    parser.add_argument("command", choices=list(COMMANDS), help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

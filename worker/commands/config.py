@@ -1,0 +1,33 @@
+"""Print the configuration with the source of each value; secrets are masked.
+
+example:
+  millrace config show --config millrace.toml
+"""
+
+import argparse
+from argparse import ArgumentParser, Namespace
+
+
+def configure(parser: ArgumentParser) -> None:
+    parser.add_argument("action", choices=["show"], help="show: every key, its value, and where it comes from")
+    add_config(parser)
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """The option that every command with a configuration has."""
+    parser.add_argument(
+        "--config", metavar="FILE", help="TOML file; MILLRACE__SECTION__FIELD variables override it (default: none)"
+    )
+
+
+def run(args: Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from worker import config
+
+    table = Table("key", "value", "source", box=None)
+    for row in config.show(config.load(args.config), args.config):
+        table.add_row(*row)
+    Console(soft_wrap=True).print(table)
+    return 0

@@ -1,0 +1,85 @@
+"""List or requeue dead letters.
+
+`ls` shows the newest letters. `requeue` sends records back to the topic and partition they came from, without
+millrace's headers; what was sent is remembered on the broker, by the consumer group `<kafka.group>.requeue`, in the
+same transaction: a second requeue sends none of them again (Kafka forgets it 7 days after the last requeue).
+
+example:
+  millrace dlq ls --limit 5
+  millrace dlq requeue --reason "unknown action" --dry-run
+"""
+
+from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING
+
+from worker.commands.config import add_config
+
+if TYPE_CHECKING:
+    from worker.deadtopic import Letter
+
+SHOWN_CHARACTERS = 60
+PIPED_WIDTH = 240  # a file has no width: a letter stays on a line, for grep
+
+
+def configure(parser: ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ls | requeue")
+    ls = actions.add_parser("ls", help="show the newest letters")
+    ls.add_argument("--limit", type=int, default=20, metavar="N", help="how many (default: 20)")
+    requeue = actions.add_parser("requeue", help="send records back to where they came from")
+    requeue.add_argument("--reason", default="", metavar="TEXT", help="only letters whose reason contains it")
+    requeue.add_argument("--limit", type=int, metavar="N", help="at most so many, oldest first (default: all)")
+    requeue.add_argument("--dry-run", action="store_true", help="show what would be sent")
+    for action in (ls, requeue):
+        action.add_argument("--json", action="store_true", help="JSON lines; keys and values in base64")
+        add_config(action)
+
+
+def run(args: Namespace) -> int:
+    import asyncio
+
+    from worker import config, logging
+    from worker.deadtopic import DeadTopic, chosen
+
+    loaded = config.load(args.config)
+    logging.configure(loaded.log)
+    topic = DeadTopic(loaded.kafka)
+    if args.action == "ls":
+        letters = asyncio.run(topic.letters(args.limit))[-args.limit :]
+    elif args.dry_run:
+        letters = chosen(asyncio.run(topic.letters()), args.reason, args.limit)
+    else:
+        letters = asyncio.run(topic.requeue(args.reason, args.limit))
+    _show(letters, args.json)
+    if args.action == "requeue" and not args.json:
+        print(f"{len(letters)} letters {'would be ' if args.dry_run else ''}requeued; position: group {topic.group}")
+    return 0
+
+
+def _show(letters: "list[Letter]", as_json: bool) -> None:
+    import sys
+    from datetime import UTC, datetime
+
+    import msgspec
+    from rich.console import Console
+    from rich.table import Table
+
+    if as_json:
+        sys.stdout.write("".join(msgspec.json.encode(letter).decode() + "\n" for letter in letters))
+        return
+    table = Table("buried", "from", "key", "reason", "value", "requeued", box=None)
+    table.columns[0].no_wrap = table.columns[1].no_wrap = True
+    for letter in letters:
+        buried = datetime.fromtimestamp(letter.ts_ms / 1000, UTC).isoformat(sep=" ", timespec="seconds")
+        origin, partition, offset = letter.origin
+        table.add_row(
+            buried, f"{origin}-{partition}@{offset}", _text(letter.key), letter.reason, _text(letter.value),
+            "yes" if letter.requeued else "cannot be" if letter.stuck else "",
+        )  # fmt: skip
+    Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, markup=False).print(table)
+
+
+def _text(content: bytes | None) -> str:
+    if content is None:
+        return "(none)"
+    text = content[: 4 * SHOWN_CHARACTERS].decode("utf-8", "backslashreplace")
+    return text[:SHOWN_CHARACTERS] + ("…" if len(text) > SHOWN_CHARACTERS else "")

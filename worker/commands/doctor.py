@@ -1,0 +1,32 @@
+"""Check Kafka, Redis, GPU, artifact and every optional stage, and say what to do about each gap.
+
+Exit status: that of the first required part that is missing (4 Kafka, 5 Redis, 3 artifact), else 0.
+
+example:
+  millrace doctor --config millrace.toml
+"""
+
+from argparse import ArgumentParser, Namespace
+
+from worker.commands.config import add_config
+
+
+def configure(parser: ArgumentParser) -> None:
+    add_config(parser)
+
+
+def run(args: Namespace) -> int:
+    import asyncio
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from worker import config
+    from worker.doctor import examine
+
+    findings = asyncio.run(examine(config.load(args.config)))
+    table = Table("", "part", "finding", box=None)
+    for finding in findings:
+        table.add_row(finding.mark, finding.part, finding.text)
+    Console(soft_wrap=True).print(table)
+    return next((finding.exit_code for finding in findings if finding.exit_code), 0)

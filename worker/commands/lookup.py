@@ -1,0 +1,53 @@
+"""Print a user's slate from Redis; the popular one for a user who has none.
+
+Exit status 44 when there is neither.
+
+example:
+  millrace lookup u1 --json | jq -r '.items[].item_id'
+"""
+
+from argparse import ArgumentParser, Namespace
+
+from worker.commands.config import add_config
+
+
+def configure(parser: ArgumentParser) -> None:
+    parser.add_argument("user", help="the user's id, as in the events")
+    parser.add_argument("--json", action="store_true", help="the slate as one line of JSON (default: a table)")
+    add_config(parser)
+
+
+def run(args: Namespace) -> int:
+    import asyncio
+
+    import msgspec
+
+    from worker import config
+    from worker.lookup import Lookup
+
+    async def find():
+        async with Lookup(config.load(args.config).redis) as lookup:
+            return await lookup.slate(args.user)
+
+    slate = asyncio.run(find())
+    if args.json:
+        print(msgspec.json.encode(slate).decode())
+    else:
+        _print_table(slate)
+    return 0
+
+
+def _print_table(slate) -> None:
+    from datetime import UTC, datetime
+
+    from rich.console import Console
+    from rich.table import Table
+
+    created = datetime.fromtimestamp(slate.created_ms / 1000, UTC).isoformat(" ", "seconds")
+    title = f"{slate.user_id}: {slate.strategy}, model {slate.model_version}, {created}"
+    table = Table("", "item", "score", "engagement", "retention", "monetization", "source", title=title, box=None)
+    for rank, item in enumerate(slate.items, 1):
+        heads = [item.engagement, item.retention, item.monetization]
+        cells = [f"{item.score:.4g}", *("" if head is None else f"{head:.3f}" for head in heads)]
+        table.add_row(str(rank), item.item_id, *cells, item.source)
+    Console(soft_wrap=True).print(table)

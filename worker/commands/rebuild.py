@@ -1,0 +1,52 @@
+"""Restore the users' rings in Redis from the events topic.
+
+Reads each partition from its beginning to where the consumer group has committed, drops each user's old ring at their
+first event and pushes all of them anew. No slates are sent. Stop the workers first; start them again afterwards.
+
+example:
+  millrace rebuild --config millrace.toml
+"""
+
+from argparse import ArgumentParser, Namespace
+
+from worker.commands.config import add_config
+
+
+def configure(parser: ArgumentParser) -> None:
+    parser.add_argument("--force", action="store_true", help="even while the consumer group has members")
+    add_config(parser)
+
+
+def run(args: Namespace) -> int:
+    import asyncio
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from worker import config, logging
+    from worker.clock import WallClock
+    from worker.rebuild import Plan, Rebuild, Report
+    from worker.redis_client import connect
+
+    async def rebuild(bar: Progress) -> tuple[Plan, Report]:
+        client = await connect(loaded.redis)
+        task = bar.add_task("rebuilding", total=None)
+        try:
+            work = Rebuild(loaded, client, WallClock())
+            return await work.run(
+                args.force, lambda report, total: bar.update(task, completed=report.offsets, total=total)
+            )
+        finally:
+            await client.aclose()
+
+    loaded = config.load(args.config)
+    logging.configure(loaded.log)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        plan, report = asyncio.run(rebuild(bar))
+    print(f"{len(report.users)} rings from {report.events} events of {len(plan.spans)} partitions")
+    if report.unreadable:
+        print(f"{report.unreadable} records were no events; the dead-letter topic has them since they were first read")
+    if plan.lost:
+        print(f"{plan.lost} older records are no longer in the topic: what rings held of them is gone")
+    return 0

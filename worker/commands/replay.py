@@ -1,0 +1,80 @@
+"""Stream a recorded log through the worker and report: hit rates against frozen counters, latencies, rungs, losses.
+
+Each event is judged by the slate that its user had before it. The events before --score-from fill the sequences.
+A Valkey is started for the run; with --kafka the log goes through a real broker, too.
+
+examples:
+  millrace replay log.jsonl.gz --artifact artifact --speed max --report report.json
+  millrace replay ratings.tsv --columns user,item,value,ts --artifact artifact --kafka start
+"""
+
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from pathlib import Path
+
+from worker.commands.config import add_config
+
+
+def configure(parser: ArgumentParser) -> None:
+    parser.add_argument("log", type=Path, help="JSON lines, MessagePack or delimited text, gzipped or not")
+    parser.add_argument("--artifact", help="folder made by `millrace train` (default: pipeline.artifact, or none)")
+    parser.add_argument("--speed", type=speed, default=None, metavar="10x|max", help="log time to real time (max)")
+    parser.add_argument("--score-from", type=float, default=0.8, metavar="SHARE", help="of the events (default 0.8)")
+    parser.add_argument("--kafka", metavar="start|HOST:PORT", help="through a broker: start one, or use this one")
+    parser.add_argument("--rate", type=float, metavar="N", help="with --kafka: scored events a second (no limit)")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N events")
+    parser.add_argument("--report", type=Path, default=Path("replay.json"), help="default: replay.json")
+    parser.add_argument("--slates", type=Path, default=Path("slates.jsonl"), help="if no --kafka (slates.jsonl)")
+    add_layout(parser)
+    add_config(parser)
+
+
+def add_layout(parser: ArgumentParser) -> None:
+    """How to read delimited text."""
+    parser.add_argument("--columns", help="of delimited text, by place: user,item[,action,ts,value,dwell]; - skips one")
+    parser.add_argument("--action", help="the action of every event, where the log has none (default: rate)")
+
+
+def speed(text: str) -> float | None:
+    """'10x' -> 10.0, 'max' -> None."""
+    if text == "max":
+        return None
+    try:
+        factor = float(text.removesuffix("x"))
+    except ValueError:
+        factor = 0.0
+    if not factor > 0:
+        raise ArgumentTypeError(f"'{text}': want a factor such as 10x, or max")
+    return factor
+
+
+def run(args: Namespace) -> int:
+    import asyncio
+
+    import msgspec
+    from msgspec.structs import replace
+    from rich.console import Console
+
+    from pipeline.logfile import Layout
+    from worker import config, logging
+    from worker.live import print_summary
+    from worker.replay import Replay, replay, summary
+
+    loaded = config.load(args.config)
+    if args.artifact:
+        loaded = replace(loaded, pipeline=replace(loaded.pipeline, artifact=args.artifact))
+    logging.configure(replace(loaded.log, format="console", level="warning"))
+    task = Replay(
+        log=args.log,
+        slates=args.slates,
+        layout=Layout.parse(args.columns, action=args.action),
+        limit=args.limit,
+        speed=args.speed,
+        share=args.score_from,
+        kafka=None if args.kafka is None else args.kafka.removeprefix("start"),
+        rate=args.rate,
+    )
+    console = Console()
+    report = asyncio.run(replay(loaded, task, console))
+    args.report.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
+    print_summary(console, f"replay of {args.log}", [*summary(report), ("report", str(args.report))])
+    return 0

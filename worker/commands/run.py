@@ -1,0 +1,28 @@
+"""Consume events from Kafka and answer them with slates, until SIGTERM or SIGINT.
+
+The first signal drains: what was admitted is answered and committed, exit 0. A second one exits at once (128 + signal);
+what was open is read again by the next owner of the partitions.
+
+example:
+  MILLRACE__KAFKA__BOOTSTRAP=broker:9092 millrace run --config millrace.toml
+"""
+
+from argparse import ArgumentParser, Namespace
+
+from worker.commands.config import add_config
+
+
+def configure(parser: ArgumentParser) -> None:
+    add_config(parser)
+
+
+def run(args: Namespace) -> int:
+    import asyncio
+
+    from worker import config, logging
+    from worker.process import consume
+
+    loaded = config.load(args.config)
+    logging.configure(loaded.log)
+    asyncio.run(consume(loaded))
+    return 0

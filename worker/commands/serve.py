@@ -1,0 +1,50 @@
+"""Answer slate lookups over HTTP, until SIGTERM or SIGINT (requests under way are answered first).
+
+  GET /v1/slates/{user_id}   the slate as JSON; the popular one for a user without; 404 when there is neither
+  GET /livez, /readyz        the process lives; Redis answers
+
+example:
+  millrace serve --port 8080 & curl localhost:8080/v1/slates/u1
+"""
+
+from argparse import ArgumentParser, Namespace
+
+from worker.commands.config import add_config
+
+GRACE_S = 10
+
+
+def configure(parser: ArgumentParser) -> None:
+    parser.add_argument("--host", help="address to listen on (default: serve.host)")
+    parser.add_argument("--port", type=int, help="port to listen on, 0 for a free one (default: serve.port)")
+    add_config(parser)
+
+
+def run(args: Namespace) -> int:
+    import signal
+
+    from worker import config, logging
+    from worker.errors import ConfigError
+
+    try:
+        import uvicorn
+
+        from worker.http import application
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error.name} is not installed; run pip install 'millrace[serve]'") from error
+
+    loaded = config.load(args.config)
+    logging.configure(loaded.log)
+    options = uvicorn.Config(
+        application(loaded.redis),
+        host=args.host or loaded.serve.host,
+        port=loaded.serve.port if args.port is None else args.port,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=GRACE_S,
+    )
+    for each in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it is done: that must not be the end
+        signal.signal(each, lambda *_: None)
+    server = uvicorn.Server(options)
+    server.run()
+    return 0 if server.started else 1

@@ -1,0 +1,52 @@
+"""Write a believable log of any size: events, items, and truth.json, what could be known of it.
+
+The truth's hit rate is that of the ten likeliest items given each user's hidden state, over the last 20 % of the
+events; no model can be expected to reach it, a good one closes most of the gap between counters and it.
+
+example:
+  millrace simulate --out shop --events 200000 --users 5000 --items 2000 --seed 7
+"""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+
+def configure(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="events.jsonl, items.jsonl, truth.json"
+    )
+    parser.add_argument("--events", type=positive, default=200_000)
+    parser.add_argument("--users", type=positive, default=5_000)
+    parser.add_argument("--items", type=positive, default=2_000)
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--gzip", action="store_true", help="events.jsonl.gz")
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+def run(args: Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from pipeline.errors import LogFileError
+    from pipeline.simulator_truth import simulate
+    from pipeline.simulator_world import SimulatorConfig
+
+    config = SimulatorConfig(args.events, args.users, args.items, args.seed)
+    if config.items < config.topics:
+        raise LogFileError(f"--items {config.items}: the shop has {config.topics} topics, give each at least one item")
+    console = Console()
+    with Progress(console=console) as progress:
+        task = progress.add_task("events", total=config.events)
+        suffix = ".jsonl.gz" if args.gzip else ".jsonl"
+        truth = simulate(config, args.out, suffix, lambda count: progress.advance(task, count))
+    console.print(f"{truth.events:,} events in {args.out}; the truth's hit rate@10 over the last {truth.scored:,}:")
+    console.print(f"  {truth.hit_rate:.4f}")
+    for name, head in truth.heads.items():
+        console.print(f"  AUC of the true odds, {name}: {head.auc:.4f}" if head.auc else f"  {name}: no labels")
+    return 0

@@ -1,0 +1,89 @@
+"""Train a model on a log: the first 80 % by time teach it, the rest is left for `millrace evaluate` and `replay`.
+
+The latest events before the cut judge each epoch; training stops when their hit rate no longer rises, and the best
+weights become the artifact. After every epoch a checkpoint is written beside it, from which --resume goes on exactly.
+
+examples:
+  millrace train log.jsonl.gz --out artifact
+  millrace train ratings.tsv --columns user,item,value,ts --out artifact --epochs 60 --layers 3
+"""
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from worker.commands.config import add_config
+from worker.commands.replay import add_layout
+
+if TYPE_CHECKING:
+    from pipeline.training import TrainingOptions
+
+# Option: (the struct's field, metavar, help). What is not given stays the struct's default.
+TRAINER = {
+    "epochs": (int, "at most so many passes over the log"),
+    "seed": (int, "of the weights, the crops, the dropout"),
+    "crop-events": (int, "length of the pieces that sequences are cut into"),
+    "batch-events": (int, "events a step"),
+    "learning-rate": (float, "at its highest"),
+}
+MODEL = {
+    "layers": (int, "of the encoder"),
+    "width": (int, "of the embeddings"),
+    "heads": (int, "of the attention"),
+    "max-events": (int, "newest events that a state reads"),
+    "dropout": (float, "of embeddings and layers"),
+}
+
+
+def configure(parser: ArgumentParser) -> None:
+    parser.add_argument("log", type=Path, help="JSON lines, MessagePack or delimited text, gzipped or not")
+    parser.add_argument("--out", type=Path, required=True, metavar="ARTIFACT", help="folder to write")
+    parser.add_argument("--until-share", type=float, metavar="SHARE", help="of the events, by time (default 0.8)")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint beside ARTIFACT")
+    for name, (kind, text) in (TRAINER | MODEL).items():
+        parser.add_argument(f"--{name}", type=kind, metavar="N" if kind is int else "X", help=text)
+    add_layout(parser)
+    add_config(parser)
+
+
+def run(args: Namespace) -> int:
+    from datetime import UTC, datetime
+
+    from rich.console import Console
+
+    from pipeline.logfile import Layout, read_columns
+    from pipeline.training import train
+    from worker import config
+    from worker.ranker import pipeline_options
+    from worker.training_display import TrainingDisplay
+
+    pipeline = pipeline_options(config.load(args.config))
+    options = options_of(args)
+    log = read_columns(args.log, Layout.parse(args.columns, action=args.action), pipeline.schema)
+    with TrainingDisplay(Console(), options.trainer.epochs) as display:
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        manifest = train(log, args.out, options, pipeline, display, created, args.resume)
+    Console(soft_wrap=True).print(
+        f"{args.out}: version {manifest.version}, hit rate@10 {manifest.metrics['validation_hit_rate']:.4f} on the"
+        f" latest events before the cut, epoch {manifest.metrics['epoch']:.0f} of {manifest.metrics['epochs']:.0f}"
+    )
+    return 0
+
+
+def options_of(args: Namespace) -> "TrainingOptions":
+    """The options given, over the defaults. TrainingError names one that is out of its range."""
+    import msgspec
+
+    from pipeline.errors import TrainingError
+    from pipeline.training import TrainingOptions
+
+    tree = {"trainer": _given(args, TRAINER), "model": _given(args, MODEL)} | _given(args, ("until-share",))
+    try:
+        return msgspec.convert(tree, TrainingOptions)
+    except msgspec.ValidationError as error:
+        raise TrainingError(f"options: {error}; see `millrace train --help`") from error
+
+
+def _given(args: Namespace, names: "tuple[str, ...] | dict[str, tuple[type, str]]") -> dict[str, object]:
+    fields = (name.replace("-", "_") for name in names)
+    return {field: value for field in fields if (value := getattr(args, field)) is not None}

@@ -1,0 +1,70 @@
+"""Every error the worker raises on purpose.
+
+MillraceError                  exit  retriable  what the worker does
+├── ConfigError                   2  no         refuses to start
+├── LogFileError, TrainingError   2  no         refuses to start (defined in pipeline/errors.py)
+├── ArtifactError                 3  no         refuses to start (defined in pipeline/errors.py)
+├── SourceError                   4  no         halts: the topic is missing, the credentials are refused
+│   └── SourceUnavailable         4  yes        retries with backoff; at start, until `kafka.start_timeout_s`
+├── StoreError                    5  no         halts: Redis refuses the function or the key type
+│   ├── StoreUnavailable          5  yes        keeps the events, pauses the partitions, retries with backoff
+│   └── TopicRecreated            8  no         halts: offsets in Redis lie beyond the partition's end
+├── SinkError                     4  no         halts: the slate can never be written (too large, not authorised)
+│   └── SinkUnavailable           4  yes        keeps the slates, retries with backoff
+├── DeadLetterLimit               6  no         halts loudly: too many bad records (ratio or consecutive)
+├── Stalled                       7  no         the watchdog saw lag stand still: tasks dumped, process exits
+└── UnknownUser                  44  no         lookup: neither a slate nor a popular one (HTTP 404)
+
+Exit 0: drained and committed. Exit 1: a defect of ours. Exit 130/143: a second signal cut the drain short.
+A message says what, where, got, wanted, and the next step.
+"""
+
+from pipeline.errors import ArtifactError, LogFileError, MillraceError, TrainingError
+
+__all__ = ["ArtifactError", "ConfigError", "DeadLetterLimit", "LogFileError", "MillraceError", "SinkError",
+           "SinkUnavailable", "SourceError", "SourceUnavailable", "Stalled", "StoreError", "StoreUnavailable",
+           "TopicRecreated", "TrainingError", "UnknownUser"]  # fmt: skip
+
+
+class ConfigError(MillraceError):
+    exit_code = 2
+
+
+class SourceError(MillraceError):
+    exit_code = 4
+
+
+class SourceUnavailable(SourceError):
+    retriable = True
+
+
+class StoreError(MillraceError):
+    exit_code = 5
+
+
+class StoreUnavailable(StoreError):
+    retriable = True
+
+
+class TopicRecreated(StoreError):
+    exit_code = 8
+
+
+class SinkError(MillraceError):
+    exit_code = 4
+
+
+class SinkUnavailable(SinkError):
+    retriable = True
+
+
+class DeadLetterLimit(MillraceError):
+    exit_code = 6
+
+
+class Stalled(MillraceError):
+    exit_code = 7
+
+
+class UnknownUser(MillraceError):
+    exit_code = 44

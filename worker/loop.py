@@ -1,0 +1,142 @@
+"""The story: one event from its topic to a slate in Kafka and Redis, and on to the committed offset.
+
+    poll ─► ingest: decode, push to its ring ─► batcher ─► serve: rank ─► deliver: send, settle ─► commit
+
+`poll` never waits for the others, for a paused partition must be polled too: what is admitted and not yet settled is
+bounded by pausing the partitions. A ticket is opened in the ledger before anything can go wrong, and done only when
+Kafka has acknowledged its slate or dead letter (or Redis the ring push, for an action that asks for no slate).
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from pipeline.records import Slate
+from worker import logging, metrics
+from worker.batcher import Batcher
+from worker.codec import Codec
+from worker.config import Config
+from worker.deadletter import DeadLetterLimits
+from worker.health import Pulse, Watchdog
+from worker.ledger import Ledger
+from worker.offsets import Offsets
+from worker.retry import Retry
+from worker.seams import Arrival, Batch, Clock, DeadLetter, Fetched, Ranking, Sink, Source, Store
+
+log = logging.get("loop")
+POLL_S = 0.2  # how late a stop or a resume may be noticed; new records end the wait at once
+
+Audience = Callable[[Batch, Sequence[Slate]], None]
+
+
+class Worker:
+    """Runs until the source is exhausted or `stop` is called, then drains. Raises what repeating cannot mend."""
+
+    def __init__(
+        self,
+        config: Config,
+        clock: Clock,
+        source: Source,
+        store: Store,
+        ranker: Ranking,
+        sink: Sink,
+        pulse: Pulse,
+        audience: Audience = lambda batch, slates: None,
+    ) -> None:
+        self.config, self.source, self.store, self.ranker, self.sink = config, source, store, ranker, sink
+        self.pulse, self.audience = pulse, audience
+        self.codec = Codec(config, clock)
+        self.limits = DeadLetterLimits(config.dead_letters)
+        self.ledger = Ledger(clock)
+        self.offsets = Offsets(config.health, self.ledger, source, store.forget)
+        self.batcher = Batcher(config.batcher, clock)
+        self.watchdog = Watchdog(config.health, self.ledger, source, pulse, clock)
+        self.persist = Retry(config.redis.retry_s, pulse)
+        self.fetched: asyncio.Queue[list[Fetched]] = asyncio.Queue()  # bounded by the pause in `poll`
+        self.in_flight = asyncio.Semaphore(config.batcher.in_flight)
+        self.stopping = False
+        self.buried_count = 0
+
+    def stop(self) -> None:
+        """Take no more records; answer what was admitted, commit, return from `run`."""
+        self.stopping = True
+
+    async def run(self) -> None:
+        await self.source.start(self.offsets)
+        self.pulse.ready = True
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                around = [tasks.create_task(self.offsets.run(), name="commit")]
+                around += [tasks.create_task(self.watchdog.run(), name="watchdog")]
+                work = [tasks.create_task(self.ingest(), name="ingest"), tasks.create_task(self.serve(), name="serve")]
+                await self.poll()
+                await self.drain(work)
+                for task in around:
+                    task.cancel()
+        finally:
+            self.pulse.ready = False
+            await self.source.stop()
+
+    async def poll(self) -> None:
+        while not (self.stopping or self.source.exhausted):
+            self.balance()
+            if fetched := await self.source.poll(POLL_S):
+                for part in fetched:
+                    self.ledger.open(part)
+                self.fetched.put_nowait(fetched)
+        self.fetched.put_nowait([])  # the end
+
+    async def ingest(self) -> None:
+        while fetched := await self.fetched.get():
+            arrivals, letters = self.codec.decode_all(fetched)
+            await self.bury(letters, among=len(arrivals) + len(letters))
+            await self.push(arrivals)
+            self.batcher.add(arrival for arrival in arrivals if arrival.trigger)
+        self.batcher.close()
+
+    async def serve(self) -> None:
+        async with asyncio.TaskGroup() as deliveries:
+            while batch := await self.batcher.next():
+                await self.in_flight.acquire()
+                slates = await self.ranker.rank(batch)
+                deliveries.create_task(self.deliver(batch, slates), name="deliver")
+
+    async def deliver(self, batch: Batch, slates: list[Slate]) -> None:
+        await self.persist(self.sink.send, slates)
+        self.audience(batch, slates)
+        self.ledger.done(batch.tickets)
+        self.batcher.finish(batch)
+        self.in_flight.release()
+        metrics.SLATES.labels(slates[0].strategy).inc(len(slates))
+
+    async def push(self, arrivals: list[Arrival]) -> None:
+        if arrivals:
+            await self.persist(self.store.push, arrivals)
+            await self.ranker.observe(arrivals)
+            metrics.EVENTS.inc(len(arrivals))
+            self.ledger.done([arrival.ticket for arrival in arrivals if not arrival.trigger])
+
+    async def bury(self, letters: list[DeadLetter], among: int) -> None:
+        if letters:
+            await self.persist(self.sink.bury, letters)
+            self.ledger.done([letter.ticket for letter in letters])
+            self.buried_count += len(letters)
+            metrics.DEAD_LETTERS.inc(len(letters))
+        self.limits.count(among, letters)
+
+    def balance(self) -> None:
+        """Backpressure, with a gap between its two marks so that partitions do not flutter."""
+        if self.ledger.open_count >= self.config.batcher.max_pending:
+            self.source.pause()
+            metrics.PAUSED.set(1)
+        elif self.ledger.open_count <= self.config.batcher.max_pending // 2:
+            self.source.resume()
+            metrics.PAUSED.set(0)
+
+    async def drain(self, work: Sequence[asyncio.Task]) -> None:
+        """Let what was admitted be answered, a stopped worker within `drain_s`; the rest is read again next time."""
+        _, late = await asyncio.wait(work, timeout=self.config.health.drain_s if self.stopping else None)
+        if late:
+            log.warning("not all was answered in time; it is read again by the next owner", open=self.ledger.open_count)
+        for task in late:
+            task.cancel()
+        await self.offsets.commit()

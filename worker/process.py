@@ -1,0 +1,107 @@
+"""Puts a worker together from its configuration, runs it under signals, takes it apart again."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from worker import logging, metrics
+from worker.clock import WallClock
+from worker.config import Config
+from worker.counterstore import CounterStore
+from worker.health import Health, Pulse
+from worker.loop import Worker
+from worker.ranker import Ranker, load_pipeline
+from worker.redis_client import connect
+from worker.seams import Clock, Ranking, Sink, Source
+from worker.sequences import Sequences
+from worker.sink import KafkaSink
+from worker.slatestore import SlateStore
+from worker.source import KafkaSource
+
+log = logging.get("process")
+
+
+@dataclass(slots=True)
+class Parts:
+    """What a worker runs on, whatever its source and sink are."""
+
+    config: Config
+    clock: Clock
+    ranker: Ranker
+    sequences: Sequences
+    slates: SlateStore
+    counters: CounterStore
+
+    def worker(self, source: Source, sink: Sink, pulse: Pulse, ranker: Ranking | None = None, **options) -> Worker:
+        return Worker(self.config, self.clock, source, self.sequences, ranker or self.ranker, sink, pulse, **options)
+
+
+@asynccontextmanager
+async def parts(config: Config, clock: Clock) -> AsyncIterator[Parts]:
+    """Redis connected, its functions loaded, the artifact checked, the counters restored."""
+    pipeline = load_pipeline(config)
+    metrics.MODEL.labels(pipeline.version).set(1)
+    ranker = Ranker(pipeline, config.pipeline.slate_items, clock, config.pipeline.strategy)
+    client = await connect(config.redis)
+    try:
+        slates = SlateStore(client, config.slates, config.sequences.epoch)
+        counters = CounterStore(client, config, pipeline.counters, ranker.within, pipeline.version)
+        yield Parts(config, clock, ranker, Sequences(client, config.sequences), slates, counters)
+    finally:
+        ranker.close()
+        await client.aclose()
+
+
+async def consume(config: Config) -> None:
+    """`millrace run`: until a signal. Raises the error that ended it."""
+    clock = WallClock()
+    pulse = Pulse(clock, clock.monotonic())
+    health = Health(config.health, pulse)
+    log.info("starting", health_port=health.port, artifact=config.pipeline.artifact)
+    try:
+        async with parts(config, clock) as made, KafkaSink(config, made.slates) as sink:
+            worker = made.worker(KafkaSource(config.kafka, clock), sink, pulse)
+            _on_signals(worker)
+            await supervise(worker, made.counters)
+    finally:
+        health.close()
+    log.info("drained and committed")
+
+
+async def supervise(worker: Worker, counters: CounterStore) -> None:
+    """Runs both; what ends the worker is raised as it was, not in a group of groups."""
+    merging = asyncio.create_task(counters.run(), name="counters")
+    try:
+        await worker.run()
+    except BaseExceptionGroup as group:
+        raise first_error(group) from group
+    finally:
+        merging.cancel()
+        await asyncio.gather(merging, return_exceptions=True)
+
+
+def first_error(group: BaseExceptionGroup) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _on_signals(worker: Worker) -> None:
+    """The first signal drains, the second ends the process where it stands."""
+
+    def again(number: int) -> Callable[[], None]:
+        return lambda: os._exit(128 + number)
+
+    def first(number: int) -> None:
+        log.info("draining", signal=signal.Signals(number).name)
+        worker.stop()
+        for each in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(each, again(each))
+
+    loop = asyncio.get_running_loop()
+    for each in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(each, first, each)

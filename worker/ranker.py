@@ -1,0 +1,115 @@
+"""Between the event loop and the pipeline: a batch goes to the pipeline's own thread, slates come back."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+
+from pipeline.exclusion import Exclusion
+from pipeline.records import Covers, Histories, Latency, Slate
+from pipeline.unified import Answer, Pipeline, PipelineOptions
+from worker import logging, metrics
+from worker.config import Config
+from worker.errors import ConfigError
+from worker.seams import Arrival, Batch, Clock, Entry
+
+log = logging.get("ranker")
+T = TypeVar("T")
+
+
+class Ranker:
+    """The pipeline is not thread-safe and a batch takes milliseconds: one thread of its own does both, in order."""
+
+    def __init__(self, pipeline: Pipeline, slate_items: int, clock: Clock, strategy: str | None = None) -> None:
+        self.pipeline = pipeline
+        self._slate_items, self._clock, self._strategy = slate_items, clock, strategy
+        self._thread = ThreadPoolExecutor(1, "pipeline")
+        self._observed: Future | None = None
+
+    async def rank(self, batch: Batch) -> list[Slate]:
+        """One slate an entry, in the batch's order."""
+        return await self.within(lambda: self._rank(batch))
+
+    async def within(self, act: Callable[[], T]) -> T:
+        """Run `act` in the pipeline's thread: it alone reads and writes the vocabulary and the counters."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, act)
+
+    async def observe(self, arrivals: Sequence[Arrival]) -> None:
+        """Counts the events that were new to their rings, before any later batch is ranked."""
+        if self._observed is not None:
+            await asyncio.wrap_future(self._observed)  # at most one count is under way: that bounds the queue
+        newest, fresh = {}, {}
+        for arrival in arrivals:
+            user = arrival.event.user_id
+            newest[user] = arrival.ring
+            fresh[user] = fresh.get(user, 0) + arrival.fresh
+        items = [arrival.event.item_id for arrival in arrivals]
+        self._observed = self._thread.submit(self._observe, items, list(newest.values()), list(fresh.values()))
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True)
+
+    def _observe(self, items: list[str], rings: list[bytes], fresh: list[int]) -> None:
+        self.pipeline.vocabulary.admit(items)
+        self.pipeline.observe(Histories.from_rings(rings), np.array(fresh, np.int64))
+
+    def _rank(self, batch: Batch) -> list[Slate]:
+        histories = Histories.from_rings([entry.ring for entry in batch.entries])
+        lengths = [entry.arrivals[0].k or self._slate_items for entry in batch.entries]
+        answer = self.pipeline.rank(histories, max(lengths), batch.strategy or self._strategy)
+        metrics.BATCH_USERS.observe(len(batch.entries))
+        for stage in ("features", "encode", "rank"):
+            metrics.STAGE_SECONDS.labels(stage).observe(getattr(answer, f"{stage}_ms") / 1e3)
+        rows = zip(batch.entries, answer.rows, lengths, strict=True)
+        return [self._slate(batch, entry, answer, items[:k]) for entry, items, k in rows]
+
+    def _slate(self, batch: Batch, entry: Entry, answer: Answer, items: list) -> Slate:
+        total_s = self._clock.monotonic() - entry.arrivals[0].polled_s
+        metrics.SLATE_SECONDS.observe(total_s)
+        latency = Latency(
+            queue=round(1e3 * (batch.opened_s - entry.arrivals[0].polled_s), 3),
+            features=round(answer.features_ms, 3),
+            encode=round(answer.encode_ms, 3),
+            rank=round(answer.rank_ms, 3),
+            total=round(1e3 * total_s, 3),
+        )
+        return Slate(
+            entry.user_id, items, answer.strategy, self.pipeline.version, _covers(entry), self._clock.now_ms(), latency
+        )
+
+
+def _covers(entry: Entry) -> Covers:
+    first, last = entry.arrivals[0].ticket, entry.arrivals[-1].ticket
+    oldest_ts_ms = min(arrival.event.ts_ms for arrival in entry.arrivals)
+    topic, partition = first.partition
+    return Covers(topic, partition, first.offset, last.offset, len(entry.arrivals), oldest_ts_ms)
+
+
+def load_pipeline(config: Config) -> Pipeline:
+    """The pipeline of the configuration. Raises ArtifactError, or ConfigError for an action that is not in the list."""
+    return Pipeline.load(config.pipeline.artifact, pipeline_options(config), _fell)
+
+
+def pipeline_options(config: Config) -> PipelineOptions:
+    """What serving, training and evaluation share. Raises ConfigError for an action that is not in the list."""
+    try:
+        exclusion = Exclusion.of(config.pipeline.exclude_actions, config.pipeline.exclude_window_days, config.schema)
+    except KeyError as error:
+        raise ConfigError(f"pipeline.exclude_actions: {error} is not in events.actions") from error
+    return PipelineOptions(
+        config.schema,
+        exclusion,
+        config.counters.half_life_days,
+        config.counters.neighbours,
+        config.counters.window_events,
+        config.counters.max_items,
+        config.pipeline.device,
+        config.pipeline.threads,
+    )
+
+
+def _fell(rung: str, error: Exception) -> None:
+    metrics.FALLBACKS.labels(rung, type(error).__name__).inc()
+    log.warning("a rung failed, the next one answers", rung=rung, error=repr(error))

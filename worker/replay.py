@@ -1,0 +1,197 @@
+"""A recorded log through the whole worker, with a scoreboard: `millrace replay`, and the second half of the demo.
+
+Either the log itself is the source, on its own virtual clock, or (`through_kafka`) it is produced to a real topic and
+consumed from there. Unless one is named, a Valkey is started for the run: no deployment's Redis is touched by accident.
+"""
+
+import asyncio
+from array import array
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack
+from itertools import groupby, islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import msgspec
+from msgspec.structs import replace
+from rich.console import Console
+
+from pipeline.errors import LogFileError
+from pipeline.logfile import Layout, in_event_time
+from pipeline.records import Event
+from worker.clock import VirtualClock, WallClock
+from worker.config import Config
+from worker.health import Pulse
+from worker.live import REFRESH_S, Display, Percentiles, Recorder
+from worker.local import LocalKafka, LocalValkey
+from worker.logsource import LogSource
+from worker.loop import Worker
+from worker.process import Parts, parts, supervise
+from worker.producing import STEP_S, at_once, at_rate, produce
+from worker.scoreboard import Scoreboard
+from worker.seams import Clock, Source
+from worker.shadows import scoreboard
+from worker.sink import FileSink, KafkaSink
+from worker.source import KafkaSource
+
+
+class Replay(msgspec.Struct, frozen=True):
+    """What to replay and how."""
+
+    log: Path
+    slates: Path  # where they are written when the log itself is the source, as JSON lines
+    layout: Layout | None = None
+    limit: int | None = None  # events
+    speed: float | None = None  # log seconds a real second; None: as fast as it goes
+    share: float = 0.8  # of the events, before scoring begins
+    kafka: str | None = None  # None: the log itself is the source; a broker's address; "": start one
+    redis: str | None = None  # URL; None: start a Valkey for the run
+    rate: float | None = None  # events a second of the scored part, through Kafka; None: as fast as it goes
+
+
+class Report(msgspec.Struct, frozen=True):
+    """`lost`: events that got neither a slate nor a dead letter. Hit rates at 10 over the scored events."""
+
+    log: str
+    source: str
+    events: int
+    slates: int
+    dead_letters: int
+    lost: int
+    scored: int
+    scored_fraction: float
+    hit_rates: dict[str, float]
+    rungs: dict[str, int]
+    events_per_s: float
+    latency: Percentiles
+    elapsed_s: float
+    model_version: str
+
+
+async def replay(config: Config, task: Replay, console: Console) -> Report:
+    """Runs the log through and returns what came of it. LogFileError, ArtifactError, SourceError as elsewhere."""
+    timeline = await asyncio.to_thread(_timeline, task)
+    from_ts_ms = timeline[min(int(task.share * len(timeline)), len(timeline) - 1)]
+    async with AsyncExitStack() as stack:
+        config = _prepared(config, task, stack)
+        clock: Clock = WallClock() if task.kafka is not None else VirtualClock(task.speed)
+        made = await stack.enter_async_context(parts(config, clock))
+        board = scoreboard(made.ranker, config.pipeline.artifact, from_ts_ms)
+        sink = await stack.enter_async_context(
+            KafkaSink(config, made.slates) if task.kafka is not None else FileSink(task.slates, made.slates)
+        )
+        source = _source(config, task, clock)
+        worker = made.worker(source, sink, Pulse(clock, clock.monotonic()), board, audience=board.audience)
+        recorder = Recorder()
+        with Display(task.log.name, len(timeline), console) as display:
+            await _run(config, task, worker, made, from_ts_ms, lambda: _show(display, recorder, board, worker))
+        recorder.tick(board, worker.ledger.settled_count)
+    return _report(task, timeline, from_ts_ms, board, recorder, worker.buried_count)
+
+
+async def _run(
+    config: Config, task: Replay, worker: Worker, made: Parts, from_ts_ms: int, show: Callable[[], None]
+) -> None:
+    showing = asyncio.create_task(_every(REFRESH_S, show))
+    feeding = asyncio.create_task(_feed(config, task, worker, from_ts_ms)) if task.kafka is not None else None
+    try:
+        await supervise(worker, made.counters)
+    finally:
+        for job in filter(None, (showing, feeding)):
+            job.cancel()
+        await asyncio.gather(*filter(None, (showing, feeding)), return_exceptions=True)
+
+
+async def _feed(config: Config, task: Replay, worker: Worker, from_ts_ms: int) -> None:
+    """The part before scoring as fast as it is answered, then the scored part at its rate; then the worker may stop."""
+    fed = 0
+    for scored, events in groupby(_events(task), lambda event: event.ts_ms >= from_ts_ms):
+        fed += await produce(config.kafka, events, at_rate(task.rate) if scored and task.rate else at_once)
+        while worker.ledger.settled_count < fed:  # noqa: ASYNC110 - the counter is the condition
+            await asyncio.sleep(STEP_S)
+    worker.stop()
+
+
+async def _every(period_s: float, act: Callable[[], None]) -> None:
+    while True:
+        act()
+        await asyncio.sleep(period_s)
+
+
+def _show(display: Display, recorder: Recorder, board: Scoreboard, worker: Worker) -> None:
+    recorder.tick(board, worker.ledger.settled_count)
+    display.show(recorder, board, worker.ledger.settled_count, worker.ledger.open_count)
+
+
+def _timeline(task: Replay) -> "array[int]":
+    """The events' times in order: 8 bytes an event."""
+    timeline = array("q", (event.ts_ms for event in _events(task)))
+    if not timeline:
+        raise LogFileError(f"{task.log}: no event in it could be read; look at its first lines, or give --columns")
+    return timeline
+
+
+def _events(task: Replay) -> Iterator[Event]:
+    return (entry for entry in islice(in_event_time(task.log, task.layout), task.limit) if isinstance(entry, Event))
+
+
+def _prepared(config: Config, task: Replay, stack: AsyncExitStack) -> Config:
+    """Servers of its own, any age of event, one slate per event: each is judged by the slate before it."""
+    folder = Path(stack.enter_context(TemporaryDirectory(prefix="millrace-replay-")))
+    url = task.redis or stack.enter_context(LocalValkey(folder / "valkey")).url
+    kafka = config.kafka
+    if task.kafka is not None:
+        broker = task.kafka or stack.enter_context(LocalKafka(folder / "kafka")).bootstrap
+        kafka = replace(kafka, bootstrap=broker, create_topics=True)
+    return replace(
+        config,
+        kafka=kafka,
+        redis=replace(config.redis, url=url, cluster=False),
+        events=replace(config.events, max_age_days=0.0, max_ahead_s=1e12),
+        batcher=replace(config.batcher, coalesce=False),
+    )
+
+
+def _source(config: Config, task: Replay, clock: Clock) -> Source:
+    if isinstance(clock, VirtualClock):
+        entries = islice(in_event_time(task.log, task.layout), task.limit)
+        return LogSource(entries, clock, task.log.name, config.kafka.max_poll_records)
+    return KafkaSource(config.kafka, clock)
+
+
+def _report(
+    task: Replay, timeline: "array[int]", from_ts_ms: int, board: Scoreboard, recorder: Recorder, buried: int
+) -> Report:
+    wanted = len(timeline) - bisect_left(timeline, from_ts_ms)
+    return Report(
+        log=task.log.name,
+        source="log" if task.kafka is None else "kafka",
+        events=len(timeline),
+        slates=sum(board.rungs.values()),
+        dead_letters=buried,
+        lost=len(timeline) - board.answered,
+        scored=board.scored,
+        scored_fraction=round(board.scored / wanted, 6),
+        hit_rates={name: round(board.hit_rate(name), 5) for name in board.rankings},
+        rungs=dict(board.rungs),
+        events_per_s=round(board.answered / recorder.elapsed_s, 1),
+        latency=Percentiles.of(recorder.latencies_ms),
+        elapsed_s=round(recorder.elapsed_s, 2),
+        model_version=board.pipeline.version,
+    )
+
+
+def summary(report: Report) -> list[tuple[str, str]]:
+    """The report as rows for the terminal."""
+    latency, total = report.latency, max(1, sum(report.rungs.values()))
+    rungs = "  ".join(f"{rung} {count / total:.1%}" for rung, count in report.rungs.items())
+    return [
+        ("events", f"{report.events:,} from {report.source}; {report.dead_letters:,} dead letters"),
+        ("slates", f"{report.slates:,}; {report.lost:,} events lost"),
+        ("rate", f"{report.events_per_s:,.0f} events/s over {report.elapsed_s:.1f} s"),
+        ("latency", f"p50 {latency.p50_ms:.1f} ms  p95 {latency.p95_ms:.1f} ms  p99 {latency.p99_ms:.1f} ms"),
+        ("rungs", rungs),
+        ("scored", f"{report.scored:,} events, {report.scored_fraction:.1%} of the part from --score-from on"),
+        *((f"hit rate@10, {name}", f"{rate:.4f}") for name, rate in report.hit_rates.items()),
+    ]

@@ -1,0 +1,40 @@
+"""Training in the terminal: a bar over all batches, with the loss and the hit rate as they go."""
+
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from pipeline.training import EpochReport
+
+SMOOTHING = 0.95  # of the shown loss, over some twenty batches
+
+
+class TrainingDisplay:
+    """A pipeline.training.Observer. Without a terminal it prints a line an epoch."""
+
+    def __init__(self, console: Console, epochs: int) -> None:
+        self._console, self._epochs = console, epochs
+        self._loss: float | None = None
+        self._hits = ""
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+        self._progress = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+        self._bar = self._progress.add_task("training", total=epochs)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def batch(self, epoch: int, loss: float, done: int, total: int) -> None:
+        self._loss = loss if self._loss is None else SMOOTHING * self._loss + (1 - SMOOTHING) * loss
+        text = f"epoch {epoch}/{self._epochs}  loss {self._loss:.3f}{self._hits}"
+        self._progress.update(self._bar, completed=epoch - 1 + done / total, description=text)
+
+    def epoch(self, report: EpochReport, best: EpochReport) -> None:
+        hit_rate = report.judged.hit_rate
+        self._hits = f"  hit@10 {hit_rate:.4f} (best {best.judged.hit_rate:.4f}, epoch {best.epoch})"
+        if not self._console.is_terminal:
+            self._console.print(f"epoch {report.epoch}/{self._epochs}  loss {report.loss:.3f}{self._hits}")
