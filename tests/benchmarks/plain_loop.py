@@ -1,0 +1,60 @@
+"""The baseline: the loop that one writes first. One message, one Redis round trip, one inference, one send at a time.
+
+It uses the same parts as the worker (aiokafka, the ring function, the pipeline, the same slate), so that only the way
+they are put together differs. Its bias is in its favour: no ledger, no dead letters, no copy of the slate in Redis.
+
+usage: python -m tests.benchmarks.plain_loop [--config FILE]      runs until SIGTERM
+"""
+
+import asyncio
+import signal
+import sys
+from contextlib import suppress
+
+import msgspec
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+
+from worker import config
+from worker.clock import WallClock
+from worker.codec import Codec
+from worker.config import Config
+from worker.process import Parts, parts
+from worker.seams import Batch, Entry, Fetched, Partition
+
+
+async def loop(settings: Config) -> None:
+    kafka, clock = settings.kafka, WallClock()
+    consumer = AIOKafkaConsumer(
+        kafka.events_topic, bootstrap_servers=kafka.bootstrap, group_id=kafka.group, auto_offset_reset="earliest"
+    )
+    producer = AIOKafkaProducer(bootstrap_servers=kafka.bootstrap, enable_idempotence=True)
+    async with parts(settings, clock) as made, consumer, producer:
+        async for record in consumer:
+            await answer(settings, made, record, producer)
+
+
+async def answer(settings: Config, made: Parts, record, producer: AIOKafkaProducer) -> None:
+    partition = Partition(record.topic, record.partition)
+    fetched = Fetched(partition, 1, record.offset + 1, made.clock.now_ms(), [record])
+    [arrival], _ = Codec(settings, made.clock).decode(fetched)
+    await made.sequences.push([arrival])
+    await made.ranker.observe([arrival])
+    batch = Batch([Entry(arrival.event.user_id, [arrival], 0, 0)], 0, opened_s=made.clock.monotonic())
+    [slate] = await made.ranker.rank(batch)
+    await producer.send_and_wait(settings.kafka.slates_topic, msgspec.json.encode(slate), key=record.key)
+
+
+def main() -> None:
+    settings = config.load(sys.argv[2] if sys.argv[1:2] == ["--config"] else None)
+
+    async def until_signal() -> None:
+        running = asyncio.create_task(loop(settings))
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)
+        with suppress(asyncio.CancelledError):
+            await running
+
+    asyncio.run(until_signal())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Draws the pictures of docs/img from the results files, and from nothing else.
+
+usage: python -m tests.benchmarks.plots
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from tests.benchmarks import results
+from tests.benchmarks.results import Result
+
+IMAGES = results.ROOT / "docs" / "img"
+WATER, STONE = "#2a6f97", "#a9b4c2"
+
+
+def stream(result: Result) -> Path:
+    """Rates against the plain loop, and the worker's memory over its long run."""
+    figure, (rates, memory) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    runs = [row for row in result.rows if "slates_per_s" in row]
+    bars = rates.barh(
+        [str(row["run"]) for row in runs],
+        [float(row["slates_per_s"] or 0) for row in runs],
+        color=[STONE if str(row["run"]).startswith("plain") else WATER for row in runs],
+    )
+    rates.bar_label(bars, fmt="{:,.0f}", padding=3)
+    rates.margins(x=0.15)
+    rates.invert_yaxis()
+    rates.set(title="slates/s, two cores with broker and Valkey")
+    samples = [row for row in result.rows if row["run"] == "memory"]
+    memory.plot([row["slates"] for row in samples], [row["rss_mib"] for row in samples], color=WATER)
+    memory.set(title="resident memory of the worker, MiB", xlabel="slates", ylim=(0, None))
+    return _saved(figure, result)
+
+
+def replay(result: Result) -> Path:
+    """Hit rates at 10 of each ranking, the real log beside the simulated one."""
+    figure, axes = plt.subplots(1, len(result.rows), figsize=(10, 3.2), layout="constrained", squeeze=False)
+    for axis, row in zip(axes[0], result.rows, strict=True):
+        _hit_rates(axis, row)
+    return _saved(figure, result)
+
+
+def _hit_rates(axis: Axes, row: dict[str, results.Cell]) -> None:
+    rates = {key.removeprefix("hit_rate_"): value for key, value in row.items() if key.startswith("hit_rate_")}
+    ordered = sorted(rates, key=lambda name: float(rates[name] or 0))
+    bars = axis.barh(ordered, [float(rates[name] or 0) for name in ordered], color=WATER)
+    axis.bar_label(bars, fmt="{:.3f}", padding=3)
+    axis.margins(x=0.15)
+    axis.set(title=f"hit rate@10, {row['log']}")
+
+
+def _saved(figure, result: Result) -> Path:
+    figure.text(0.995, 0.005, f"{result.hardware} · {result.commit}", ha="right", fontsize=6, color="#666")
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    path = IMAGES / f"{result.name}.png"
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+    return path
+
+
+PICTURES: dict[str, Callable[[Result], Path]] = {"stream": stream, "replay": replay}
+
+
+def main() -> None:
+    for name, draw in PICTURES.items():
+        path = results.FOLDER / f"{name}.json"
+        print(draw(results.load(path)) if path.exists() else f"{path}: not there; run its benchmark first")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Hit rates of the slates themselves: the real log through Kafka whole, and the simulated log against its truth.
+
+The real log (MILLRACE_DATA, default ../shared/data): a model is trained on its first 80 %, then all of it goes through
+a real broker and the worker, one slate an event; in the end every ring and every slate is checked by the oracle. The
+simulated log: trained the same way, measured by `millrace evaluate`, whose numbers are the replay's.
+
+usage: python -m tests.benchmarks.replay [--epochs N] [--simulated-events 200000]
+"""
+
+import argparse
+import asyncio
+import os
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import msgspec
+from aiokafka import AIOKafkaConsumer
+from msgspec.structs import replace as replaced
+from redis.asyncio import Redis
+from rich.console import Console
+
+from tests.benchmarks import results
+from tests.oracle import Oracle
+from worker import config
+from worker.local import LocalKafka, LocalValkey
+from worker.replay import Replay, Report, replay
+
+CAP_EVENTS = 1024  # longer than any sequence of the log
+LOG = Path(os.environ.get("MILLRACE_DATA", "../shared/data")) / "ml-100k" / "ml-100k.inter"
+
+
+def millrace(*arguments: object) -> None:
+    subprocess.run([sys.executable, "-m", "worker.cli", *map(str, arguments)], check=True)
+
+
+async def through_kafka(artifact: Path, folder: Path, console: Console) -> Report:
+    settings = config.load(None, {"MILLRACE__SEQUENCES__CAP_EVENTS": str(CAP_EVENTS)})
+    settings = replaced(settings, pipeline=replaced(settings.pipeline, artifact=str(artifact)))
+    with LocalKafka(folder / "kafka") as kafka, LocalValkey(folder / "valkey") as valkey:
+        task = Replay(LOG, folder / "slates.jsonl", kafka=kafka.bootstrap, redis=valkey.url)
+        report = await replay(settings, task, console)
+        await check(kafka.bootstrap, valkey.url)
+    return report
+
+
+async def check(bootstrap: str, redis_url: str) -> None:
+    """AssertionError unless every ring is the oracle's byte for byte, and every event is answered in order."""
+    oracle, slates = Oracle("events", CAP_EVENTS), []
+    async for record in every_record(bootstrap, "events"):
+        oracle.feed(record.partition, record.offset, msgspec.json.decode(record.value))
+    async with Redis.from_url(redis_url) as redis:
+        keys = [key async for key in redis.scan_iter("seq:*", count=1000)]
+        stored = dict(zip([key.decode() for key in keys], await redis.mget(keys), strict=True))
+    assert stored == oracle.rings(), "rings differ from the oracle's"
+    async for record in every_record(bootstrap, "recommendations"):
+        slates.append(msgspec.json.decode(record.value))
+    oracle.check_slates(slates)
+
+
+async def every_record(bootstrap: str, topic: str):
+    """All records of a topic, each partition's in offset order."""
+    consumer = AIOKafkaConsumer(topic, bootstrap_servers=bootstrap, auto_offset_reset="earliest")
+    async with consumer:
+        ends = await consumer.end_offsets(consumer.assignment())
+        while any([await consumer.position(part) < end for part, end in ends.items()]):
+            for records in (await consumer.getmany(timeout_ms=500)).values():
+                for record in records:
+                    yield record
+
+
+def simulated(events: int, folder: Path, training: list[object]) -> dict[str, float]:
+    """Hit rates on a simulated log, and the share of the gap between co-occurrence and truth that hstu closes."""
+    log = folder / "shop" / "events.jsonl"
+    millrace(
+        "simulate", "--out", folder / "shop", "--events", events, "--users", events // 40, "--items", events // 100
+    )
+    millrace("train", log, "--out", folder / "shop-artifact", *training)
+    millrace("evaluate", folder / "shop-artifact", log, "--report", folder / "shop.json")
+    report = msgspec.json.decode((folder / "shop.json").read_bytes())
+    rates = {name: ranking["hit_rate"] for name, ranking in report["rankings"].items()}
+    truth = msgspec.json.decode((folder / "shop" / "truth.json").read_bytes())["hit_rate"]
+    closed = (rates["hstu"] - rates["cooccurrence"]) / (truth - rates["cooccurrence"])
+    return {**{f"hit_rate_{name}": rate for name, rate in rates.items()}, "hit_rate_truth": truth, "closed": closed}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, help="of both trainings (default: that of millrace train)")
+    parser.add_argument("--simulated-events", type=int, default=200_000)
+    args = parser.parse_args()
+    training: list[object] = ["--epochs", args.epochs] if args.epochs else []
+    with TemporaryDirectory(prefix="millrace-replay-") as name:
+        folder = Path(name)
+        millrace("train", LOG, "--out", folder / "artifact", *training)
+        real = asyncio.run(through_kafka(folder / "artifact", folder, Console()))
+        shop = simulated(args.simulated_events, folder, training)
+    metrics = {
+        "hit_rate_hstu": real.hit_rates["slate"],
+        "hit_rate_cooccurrence": real.hit_rates["co-occurrence"],
+        "hit_rate_popularity": real.hit_rates["popularity"],
+        "scored_fraction": real.scored_fraction,
+        "truth_gap_closed_simulated": round(shop["closed"], 4),
+        "events": real.events,
+        "slates": real.slates,
+        "lost": real.lost,
+    }
+    row = {"log": "ml-100k", **{f"hit_rate_{name}": rate for name, rate in real.hit_rates.items()}}
+    rows: list[dict[str, results.Cell]] = [row | {"events_per_s": real.events_per_s}, {"log": "simulated", **shop}]
+    Console().print(metrics, f"written: {results.write('replay', metrics, rows)}")
+
+
+if __name__ == "__main__":
+    main()

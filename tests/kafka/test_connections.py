@@ -1,0 +1,59 @@
+import re
+
+import pytest
+
+from tests.kafka.broker import Owner
+from worker.clock import WallClock
+from worker.config import Kafka
+from worker.errors import ConfigError, SourceError
+from worker.kafka import client_options
+from worker.local import LocalKafka
+from worker.source import KafkaSource
+
+LOGIN = 'org.apache.kafka.common.security.plain.PlainLoginModule required username="node" password="n" user_node="n"'
+WITH_PASSWORDS = {
+    "listener.security.protocol.map": "PLAINTEXT:SASL_PLAINTEXT,CONTROLLER:PLAINTEXT",
+    "sasl.enabled.mechanisms": "PLAIN",
+    "sasl.mechanism.inter.broker.protocol": "PLAIN",
+    "listener.name.plaintext.plain.sasl.jaas.config": f'{LOGIN} user_shop="right";',
+}
+
+
+def test_a_password_opens_the_broker_and_a_wrong_one_is_refused_at_once(run, tmp_path):
+    async def joining(config: Kafka) -> None:
+        source, owner = KafkaSource(config, WallClock()), Owner()
+        await source.start(owner)
+        await source.stop()
+        assert len(owner.history) == 1
+
+    with LocalKafka(tmp_path, settings=WITH_PASSWORDS) as server:
+        right = {
+            "bootstrap": server.bootstrap,
+            "create_topics": True,
+            "security_protocol": "SASL_PLAINTEXT",
+            "sasl_username": "shop",
+            "sasl_password": "right",
+        }
+        run(joining(Kafka(**right)))
+        with pytest.raises(SourceError, match=r"refuses this client: .*Authentication failed.*kafka.sasl_") as caught:
+            run(joining(Kafka(**right | {"sasl_password": "wrong"})), timeout_s=20)
+        assert not caught.value.retriable
+
+
+def test_tls_files_that_are_not_there_are_named(tmp_path):
+    config = Kafka(security_protocol="SSL", ssl_cafile=str(tmp_path / "ca.pem"))
+    with pytest.raises(ConfigError, match=re.escape(str(tmp_path / "ca.pem"))):
+        client_options(config)
+
+
+def test_sasl_without_a_user_is_a_configuration_error():
+    with pytest.raises(ConfigError, match="wants sasl_username and sasl_password"):
+        client_options(Kafka(security_protocol="SASL_SSL"))
+
+
+def test_tls_and_sasl_reach_the_client():
+    config = Kafka(security_protocol="SASL_SSL", sasl_mechanism="SCRAM-SHA-512", sasl_username="u", sasl_password="p")
+    options = client_options(config)
+    assert options["ssl_context"].check_hostname
+    assert (options["sasl_mechanism"], options["sasl_plain_username"]) == ("SCRAM-SHA-512", "u")
+    assert client_options(Kafka())["ssl_context"] is None
