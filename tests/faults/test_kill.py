@@ -6,7 +6,8 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
@@ -111,11 +112,12 @@ async def produce(kafka: str, topic: str, prefix: str) -> None:
 
 async def read_all(kafka: str, topic: str) -> list:
     """Every committed record of a topic, by partition in offset order."""
-    async with AIOKafkaConsumer(bootstrap_servers=kafka, isolation_level="read_committed") as consumer:
+    # Not `seek_to_beginning`: the consumer's own reset to the latest may still be under way, and then wins.
+    whole = {"isolation_level": "read_committed", "auto_offset_reset": "earliest"}
+    async with AIOKafkaConsumer(bootstrap_servers=kafka, **whole) as consumer:
         parts = [TopicPartition(topic, number) for number in range(PARTITIONS)]
         consumer.assign(parts)
         ends = await consumer.end_offsets(parts)
-        await consumer.seek_to_beginning(*parts)
         records = []
         while any([await consumer.position(part) < ends[part] for part in parts]):
             for polled in (await consumer.getmany(timeout_ms=500)).values():
@@ -123,20 +125,23 @@ async def read_all(kafka: str, topic: str) -> list:
     return sorted(records, key=lambda record: (record.partition, record.offset))
 
 
-async def settled(kafka: str, names: dict[str, str]) -> Callable[[], Awaitable[bool]]:
+@asynccontextmanager
+async def settled(kafka: str, names: dict[str, str]) -> AsyncIterator[Callable[[], Awaitable[bool]]]:
     """A condition: the group has committed the end of every partition."""
-    consumer = AIOKafkaConsumer(bootstrap_servers=kafka)
     admin = AIOKafkaAdminClient(bootstrap_servers=kafka)
-    await consumer.start()
-    await admin.start()
     parts = [TopicPartition(names["EVENTS_TOPIC"], number) for number in range(PARTITIONS)]
+    async with AIOKafkaConsumer(bootstrap_servers=kafka) as consumer:
 
-    async def condition() -> bool:
-        ends = await consumer.end_offsets(parts)
-        committed = await admin.list_consumer_group_offsets(names["GROUP"])
-        return all(part in committed and committed[part].offset >= ends[part] for part in parts)
+        async def condition() -> bool:
+            ends = await consumer.end_offsets(parts)
+            committed = await admin.list_consumer_group_offsets(names["GROUP"])
+            return all(part in committed and committed[part].offset >= ends[part] for part in parts)
 
-    return condition
+        await admin.start()
+        try:
+            yield condition
+        finally:
+            await admin.close()
 
 
 def decoded(value: bytes) -> dict | None:
@@ -167,7 +172,8 @@ def test_nothing_is_lost_when_workers_are_killed_and_members_come_and_go(
             first = members.start()
         second = members.start()
         await producing
-        await eventually(await settled(kafka, names), 90)
+        async with settled(kafka, names) as condition:
+            await eventually(condition, 90)
         assert await members.leave(second) == 0
         assert await members.leave(first) == 0
 
