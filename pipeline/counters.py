@@ -8,6 +8,7 @@ Decay is forward (Cormode et al., ICDE 2009): an event adds 2^((its time - refer
 is ever touched for the sake of time; the reference moves when the numbers grow large.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -163,7 +164,7 @@ class Counters:
             "as_of_ms": np.array([self.newest_ms], np.int64),
         }
 
-    def restore(self, state: dict[str, np.ndarray]) -> None:
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Take over a saved state; items that the vocabulary does not know are left out."""
         tokens = self.vocabulary.tokens(state["items"])
         slots = self.table.tokens.shape[1]
@@ -239,6 +240,12 @@ class Counters:
             grown = np.zeros(max(rows, 2 * len(self.popularity)))
             grown[: len(self.popularity)] = self.popularity
             self.popularity = grown
+
+
+def without_neighbours(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A saved state that fills every row by popularity alone."""
+    alone = {name: array[:0] if name in ("neighbours", "weights") else array for name, array in state.items()}
+    return alone | {"offsets": np.zeros_like(state["offsets"])}
 
 
 def _banned(tokens: np.ndarray, offsets: np.ndarray, excluded: np.ndarray) -> Pairs:

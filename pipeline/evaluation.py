@@ -14,6 +14,7 @@ import numpy as np
 
 from pipeline.artifact import Artifact
 from pipeline.corpus import Corpus, place_of_share
+from pipeline.counters import without_neighbours
 from pipeline.heads import TASKS, labels_of
 from pipeline.hstu_rung import HstuRung
 from pipeline.logcolumns import Log
@@ -21,7 +22,7 @@ from pipeline.measures import HeadMeasures, RankingMeasures, head_measures, rank
 from pipeline.records import EventSchema, Histories
 from pipeline.simple_rung import SimpleRung
 from pipeline.strategy import Ranked
-from pipeline.unified import PipelineOptions, new_counters
+from pipeline.unified import PipelineOptions, frozen_counters
 from pipeline.vocabulary import Vocabulary
 
 BATCH_USERS = 256
@@ -67,9 +68,13 @@ def evaluate(artifact: Artifact, log: Log, score_from: float, options: PipelineO
     corpus = Corpus.of(log.events, vocabulary.tokens(log.events["item"]), log.users)
     positions = np.flatnonzero(corpus.places >= place_of_share(log.ts_ms, score_from))
     hstu = HstuRung(artifact, vocabulary, options.exclusion, options.device, options.threads)
+
+    def simple(state: Mapping[str, np.ndarray]) -> SimpleRung:
+        return SimpleRung(frozen_counters(options, vocabulary, state), options.exclusion)
+
     rankers: Mapping[str, Ranker] = {
-        "popularity": _counted(without_neighbours(artifact.counters), vocabulary, options),
-        "cooccurrence": _counted(artifact.counters, vocabulary, options),
+        "popularity": simple(without_neighbours(artifact.counters)),
+        "cooccurrence": simple(artifact.counters),
         "hstu": hstu,
     }
     rankings = {name: measure(each, corpus, positions, k, cap_events, on_events) for name, each in rankers.items()}
@@ -89,17 +94,3 @@ def measure_heads(hstu: HstuRung, corpus: Corpus, positions: np.ndarray, schema:
         histories = corpus.before(positions[chosen], cap_events)
         odds[chosen] = hstu.odds(histories, corpus.tokens[positions[chosen], None])[:, 0]
     return {task: head_measures(odds[:, i], labels[:, i]) for i, task in enumerate(TASKS)}
-
-
-def without_neighbours(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A counter's state that fills every row by popularity alone."""
-    alone = {name: array[:0] if name in ("neighbours", "weights") else array for name, array in state.items()}
-    return alone | {"offsets": np.zeros_like(state["offsets"])}
-
-
-def _counted(state: Mapping[str, np.ndarray], vocabulary: Vocabulary, options: PipelineOptions) -> SimpleRung:
-    """The simple rung as it was at the end of training; what comes later is not counted."""
-    counters = new_counters(options, vocabulary)
-    counters.restore(dict(state))
-    counters.frozen = True
-    return SimpleRung(counters, options.exclusion)

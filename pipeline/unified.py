@@ -8,7 +8,7 @@ It is a library too:
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,6 +158,14 @@ class Pipeline:
 
 def new_counters(options: PipelineOptions, vocabulary: Vocabulary) -> Counters:
     return Counters(vocabulary, options.half_life_days, options.neighbours, options.window_events)
+
+
+def frozen_counters(options: PipelineOptions, vocabulary: Vocabulary, state: Mapping[str, np.ndarray]) -> Counters:
+    """As they were at the end of training; what comes later is not counted: the baselines of every comparison."""
+    counters = new_counters(options, vocabulary)
+    counters.restore(state)
+    counters.frozen = True
+    return counters
 
 
 def _slate_items(ranked: Ranked, item_ids: list[str]) -> list[list[SlateItem]]:

@@ -3,8 +3,6 @@
 import time
 from collections.abc import Callable
 
-from worker.errors import ConfigError
-
 
 class WallClock:
     """The machine's clocks."""
@@ -26,19 +24,6 @@ class VirtualClock:
         self.speed, self._monotonic = speed, monotonic
         self._now_ms: int | None = None  # where it was put
         self._put_s = 0.0  # and when
-
-    @classmethod
-    def at_speed(cls, text: str, monotonic: Callable[[], float] = time.monotonic) -> "VirtualClock":
-        """From `10x`, `0.5x` or `max`."""
-        if text == "max":
-            return cls(None, monotonic)
-        try:
-            speed = float(text.removesuffix("x"))
-        except ValueError:
-            speed = 0.0
-        if not 0 < speed < float("inf"):
-            raise ConfigError(f"--speed {text}: want a factor such as 10x, or max")
-        return cls(speed, monotonic)
 
     def now_ms(self) -> int:
         if self._now_ms is None:

@@ -42,7 +42,7 @@ def speed(text: str) -> float | None:
         factor = float(text.removesuffix("x"))
     except ValueError:
         factor = 0.0
-    if not factor > 0:
+    if not 0 < factor < float("inf"):
         raise ArgumentTypeError(f"'{text}': want a factor such as 10x, or max")
     return factor
 
