@@ -1,13 +1,16 @@
-"""What tests share: one real broker and one real Valkey a session, names of their own, and awaiting with a deadline."""
+"""What tests share: one real broker, one real Valkey and one trained model a session; names of their own; deadlines."""
 
 import asyncio
 import re
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 
+from worker.cli import main
 from worker.local import LocalKafka, LocalValkey, available
 
 T = TypeVar("T")
@@ -27,6 +30,25 @@ def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a Valkey that the whole session shares: keep to keys of your own, never flush it."""
     with LocalValkey(tmp_path_factory.mktemp("valkey")) as server:
         yield server.url
+
+
+@dataclass(frozen=True)
+class Shop:
+    """A simulated log and a small model that was trained on its first 80 %."""
+
+    log: Path
+    artifact: Path
+
+
+@pytest.fixture(scope="session")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    """Made once, in seconds: what its model answers is arbitrary, but it is a real answer."""
+    folder = tmp_path_factory.mktemp("shop")
+    simulate = ["simulate", "--out", folder, "--events", 6000, "--users", 300, "--items", 120]
+    train = ["train", folder / "events.jsonl", "--out", folder / "artifact", "--epochs", 2, "--width", 16]
+    assert main([str(word) for word in simulate]) == 0
+    assert main([str(word) for word in train]) == 0
+    return Shop(folder / "events.jsonl", folder / "artifact")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import msgspec
 from worker.config import Config
 from worker.errors import MillraceError, SourceError, StoreError
 
-OK, GAP, OPTIONAL = "[green]✓[/]", "[red]✗[/]", "[yellow]–[/]"
+OK, GAP, OPTIONAL = "✓", "✗", "–"
 
 
 class Finding(msgspec.Struct, frozen=True):

@@ -18,7 +18,7 @@ def scoreboard(ranker: Ranker, artifact: str | None, from_ts_ms: int) -> Scorebo
     cooccurrence, popularity = (
         frozen_counters(pipeline.options, pipeline.vocabulary, counts) for counts in (state, without_neighbours(state))
     )
-    shadows = {"co-occurrence": _shadow(pipeline, cooccurrence), "popularity": _shadow(pipeline, popularity)}
+    shadows = {"cooccurrence": _shadow(pipeline, cooccurrence), "popularity": _shadow(pipeline, popularity)}
     popular = [pipeline.vocabulary.item_ids[token] for token in popularity.popular(TOP)[0]]
     return Scoreboard(ranker, shadows, popular, from_ts_ms)
 

@@ -98,7 +98,7 @@ def main() -> None:
         shop = simulated(args.simulated_events, folder, training)
     metrics = {
         "hit_rate_hstu": real.hit_rates["slate"],
-        "hit_rate_cooccurrence": real.hit_rates["co-occurrence"],
+        "hit_rate_cooccurrence": real.hit_rates["cooccurrence"],
         "hit_rate_popularity": real.hit_rates["popularity"],
         "scored_fraction": real.scored_fraction,
         "truth_gap_closed_simulated": round(shop["closed"], 4),

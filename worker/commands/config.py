@@ -21,13 +21,11 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    from rich.console import Console
-    from rich.table import Table
-
     from worker import config
+    from worker.terminal import show, table
 
-    table = Table("key", "value", "source", box=None)
+    rows = table("key", "value", "source")
     for row in config.show(config.load(args.config), args.config):
-        table.add_row(*row)
-    Console(soft_wrap=True).print(table)
+        rows.add_row(*row)
+    show(rows)
     return 0

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from worker.deadtopic import Letter
 
 SHOWN_CHARACTERS = 60
-PIPED_WIDTH = 240  # a file has no width: a letter stays on a line, for grep
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -60,22 +59,22 @@ def _show(letters: "list[Letter]", as_json: bool) -> None:
     from datetime import UTC, datetime
 
     import msgspec
-    from rich.console import Console
-    from rich.table import Table
+
+    from worker.terminal import show, table
 
     if as_json:
         sys.stdout.write("".join(msgspec.json.encode(letter).decode() + "\n" for letter in letters))
         return
-    table = Table("buried", "from", "key", "reason", "value", "requeued", box=None)
-    table.columns[0].no_wrap = table.columns[1].no_wrap = True
+    rows = table("buried", "from", "key", "reason", "value", "requeued")
+    rows.columns[0].no_wrap = rows.columns[1].no_wrap = True
     for letter in letters:
         buried = datetime.fromtimestamp(letter.ts_ms / 1000, UTC).isoformat(sep=" ", timespec="seconds")
         origin, partition, offset = letter.origin
-        table.add_row(
+        rows.add_row(
             buried, f"{origin}-{partition}@{offset}", _text(letter.key), letter.reason, _text(letter.value),
             "yes" if letter.requeued else "cannot be" if letter.stuck else "",
         )  # fmt: skip
-    Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, markup=False).print(table)
+    show(rows)
 
 
 def _text(content: bytes | None) -> str:

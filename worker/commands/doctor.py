@@ -18,15 +18,13 @@ def configure(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     import asyncio
 
-    from rich.console import Console
-    from rich.table import Table
-
     from worker import config
     from worker.doctor import examine
+    from worker.terminal import show, table
 
     findings = asyncio.run(examine(config.load(args.config)))
-    table = Table("", "part", "finding", box=None)
+    rows = table("", "part", "finding")
     for finding in findings:
-        table.add_row(finding.mark, finding.part, finding.text)
-    Console(soft_wrap=True).print(table)
+        rows.add_row(finding.mark, finding.part, finding.text)
+    show(rows)
     return next((finding.exit_code for finding in findings if finding.exit_code), 0)

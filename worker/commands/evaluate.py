@@ -16,8 +16,6 @@ from worker.commands.config import add_config
 from worker.commands.replay import add_layout
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from pipeline.evaluation import Report
 
 K = 10
@@ -35,7 +33,6 @@ def configure(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     import msgspec
-    from rich.console import Console
 
     from pipeline.artifact import load
     from pipeline.evaluation import evaluate
@@ -49,22 +46,22 @@ def run(args: Namespace) -> int:
     artifact.check_schema(options.schema)
     log = read_columns(args.log, Layout.parse(args.columns, action=args.action), options.schema)
     report = evaluate(artifact, log, args.score_from, options, K, loaded.sequences.cap_events)
-    show(report, Console(soft_wrap=True))
+    print_report(report)
     if args.report:
         args.report.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
     return 0
 
 
-def show(report: "Report", console: "Console") -> None:
-    from rich.table import Table
+def print_report(report: "Report") -> None:
+    from worker.terminal import show, table
 
-    rankings = Table("ranking", "hit rate@10", "NDCG@10", "MRR@10", title=f"{report.events} events", box=None)
+    rankings = table("ranking", "hit rate@10", "NDCG@10", "MRR@10", title=f"{report.events} events")
     for name, row in report.rankings.items():
         rankings.add_row(name, *(f"{value:.4f}" for value in (row.hit_rate, row.ndcg, row.mrr)))
-    heads = Table("head", "labels", "positive", "AUC", "log loss", box=None)
+    heads = table("head", "labels", "positive", "AUC", "log loss")
     for name, head in report.heads.items():
         heads.add_row(name, str(head.labels), *map(_text, (head.positive_share, head.auc, head.log_loss)))
-    console.print(rankings, heads)
+    show(rankings, heads)
 
 
 def _text(value: float | None) -> str:

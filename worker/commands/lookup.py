@@ -40,14 +40,13 @@ def run(args: Namespace) -> int:
 def _print_table(slate) -> None:
     from datetime import UTC, datetime
 
-    from rich.console import Console
-    from rich.table import Table
+    from worker.terminal import show, table
 
     created = datetime.fromtimestamp(slate.created_ms / 1000, UTC).isoformat(" ", "seconds")
     title = f"{slate.user_id}: {slate.strategy}, model {slate.model_version}, {created}"
-    table = Table("", "item", "score", "engagement", "retention", "monetization", "source", title=title, box=None)
+    rows = table("", "item", "score", "engagement", "retention", "monetization", "source", title=title)
     for rank, item in enumerate(slate.items, 1):
         heads = [item.engagement, item.retention, item.monetization]
         cells = [f"{item.score:.4g}", *("" if head is None else f"{head:.3f}" for head in heads)]
-        table.add_row(str(rank), item.item_id, *cells, item.source)
-    Console(soft_wrap=True).print(table)
+        rows.add_row(str(rank), item.item_id, *cells, item.source)
+    show(rows)

@@ -1,0 +1,96 @@
+"""The command itself: help at once, exit codes, and one sentence for whatever is wrong."""
+
+import subprocess
+import sys
+import time
+from argparse import ArgumentTypeError
+
+import pytest
+
+from worker.cli import COMMANDS, main
+from worker.commands.replay import speed
+
+SCRIPT = """
+import contextlib, sys
+from worker.cli import main
+with contextlib.suppress(SystemExit):
+    main([sys.argv[1], "--help"])
+print("loaded:", sorted({"torch", "numpy", "aiokafka", "redis", "rich"} & set(sys.modules)))
+"""
+
+
+def help_of(command: str) -> tuple[float, str]:
+    """Seconds of the quickest of three runs, and the text; behind it which heavy modules were loaded."""
+    seconds, text = [], ""
+    for _ in range(3):
+        start_s = time.monotonic()
+        text = subprocess.run([sys.executable, "-c", SCRIPT, command], capture_output=True, text=True).stdout
+        seconds.append(time.monotonic() - start_s)
+    return min(seconds), text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_answers_at_once_and_shows_an_example(command: str):
+    seconds, text = help_of(command)
+    assert seconds < 0.3
+    assert f"millrace {command}" in text.partition("example")[2]
+    assert text.endswith("loaded: []\n")
+
+
+def test_no_command_shows_all_of_them_with_the_exit_codes(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([])
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n  {name} " in shown for name in COMMANDS)
+    assert "exit codes:" in shown
+
+
+@pytest.mark.parametrize(
+    "arguments", [["nosuch"], ["run", "--nosuch"], ["replay"], ["simulate", "--out", "x", "--events", "0"]]
+)
+def test_bad_usage_exits_2(arguments: list[str], capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: millrace" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["replay", "nowhere.jsonl"], 2, "nowhere.jsonl"),
+        (["train", "nowhere.jsonl", "--out", "a"], 2, "nowhere.jsonl"),
+        (["evaluate", "nowhere", "nowhere.jsonl"], 3, "manifest.json"),
+        (["config", "show", "--config", "nowhere.toml"], 2, "nowhere.toml"),
+    ],
+)
+def test_what_is_not_there_is_one_sentence(arguments, code, sentence, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == code
+    said = capsys.readouterr().err.strip()
+    assert said.startswith(f"millrace {arguments[0]}: ")
+    assert sentence in said
+    assert "\n" not in said
+
+
+def test_the_configuration_is_shown_with_its_sources_and_without_secrets(capsys, tmp_path, monkeypatch):
+    file = tmp_path / "m.toml"
+    file.write_text("[kafka]\nbootstrap = 'broker:9092'\n")
+    monkeypatch.setenv("MILLRACE__KAFKA__SASL_PASSWORD", "hunter2")
+    assert main(["config", "show", "--config", str(file)]) == 0
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert rows["kafka.bootstrap"].split()[1:] == ["broker:9092", str(file)]
+    assert rows["kafka.sasl_password"].split()[1:] == ["***", "MILLRACE__KAFKA__SASL_PASSWORD"]
+    assert rows["redis.timeout_s"].split()[1:] == ["2.0", "default"]
+
+
+@pytest.mark.parametrize(("text", "factor"), [("10x", 10.0), ("0.5", 0.5), ("max", None)])
+def test_a_speed_is_a_factor_or_the_most(text: str, factor: float | None):
+    assert speed(text) == factor
+
+
+@pytest.mark.parametrize("text", ["fast", "0x", "-2x", "nan", "infx", ""])
+def test_a_speed_that_is_none_is_a_clear_sentence(text: str):
+    with pytest.raises(ArgumentTypeError, match="want a factor such as 10x, or max"):
+        speed(text)

@@ -1,0 +1,92 @@
+"""A log through the whole worker, judged: what a replay reports is what the evaluation of the same log says."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from pipeline.records import Slate
+from worker.cli import main
+from worker.replay import Report
+
+SETTINGS = {
+    "as it comes": {},
+    "some actions exclude": {"PIPELINE__EXCLUDE_ACTIONS": '["cart", "purchase"]', "SEQUENCES__CAP_EVENTS": "20"},
+    "exclusion ends": {"PIPELINE__EXCLUDE_WINDOW_DAYS": "3"},
+}
+
+
+def replayed(shop, folder: Path, *more: object) -> Report:
+    words = [
+        shop.log,
+        "--artifact",
+        shop.artifact,
+        "--report",
+        folder / "r.json",
+        "--slates",
+        folder / "s.jsonl",
+        *more,
+    ]
+    assert main(["replay", *map(str, words)]) == 0
+    return msgspec.json.decode((folder / "r.json").read_bytes(), type=Report)
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_the_slates_hit_as_often_as_the_evaluation_of_their_rankings(shop, tmp_path: Path, monkeypatch, settings):
+    for name, value in settings.items():
+        monkeypatch.setenv(f"MILLRACE__{name}", value)
+    report = replayed(shop, tmp_path)
+    assert main(["evaluate", str(shop.artifact), str(shop.log), "--report", str(tmp_path / "e.json")]) == 0
+    evaluated = msgspec.json.decode((tmp_path / "e.json").read_bytes())
+    assert report.scored == evaluated["events"]
+    assert report.scored_fraction == 1.0
+    wanted = {name: row["hit_rate"] for name, row in evaluated["rankings"].items()}
+    assert report.hit_rates == pytest.approx(
+        {"slate": wanted["hstu"], "cooccurrence": wanted["cooccurrence"], "popularity": wanted["popularity"]}, abs=1e-5
+    )
+    assert report.hit_rates["slate"] > 0
+
+
+def test_a_replay_answers_every_event_and_leaves_slates_and_a_summary(shop, tmp_path: Path, capsys):
+    report = replayed(shop, tmp_path, "--limit", 1000)
+    assert (report.events, report.slates, report.lost, report.dead_letters) == (1000, 1000, 0, 0)
+    assert report.rungs == {"hstu": 1000}
+    slates = [msgspec.json.decode(line, type=Slate) for line in (tmp_path / "s.jsonl").read_bytes().splitlines()]
+    assert sorted(slate.covers.first_offset for slate in slates) == list(range(1000))
+    summary = capsys.readouterr().out
+    assert "1,000 from log; 0 dead letters" in summary
+    assert "hit rate@10, cooccurrence" in summary
+
+
+def test_a_replay_through_kafka_reports_the_same_hits(shop, tmp_path: Path, kafka: str, topics, monkeypatch):
+    direct = replayed(shop, tmp_path)
+    for kind in ("EVENTS_TOPIC", "SLATES_TOPIC", "DEAD_LETTER_TOPIC", "GROUP"):
+        monkeypatch.setenv(f"MILLRACE__KAFKA__{kind}", topics(kind.lower()))
+    report = replayed(shop, tmp_path, "--kafka", kafka)
+    assert (report.source, report.slates, report.lost) == ("kafka", report.events, 0)
+    assert report.hit_rates == pytest.approx(direct.hit_rates, abs=1e-5)
+
+
+def test_without_an_artifact_the_counters_answer_and_are_judged_alone(shop, tmp_path: Path):
+    words = [shop.log, "--report", tmp_path / "r.json", "--slates", tmp_path / "s.jsonl"]
+    assert main(["replay", *map(str, words)]) == 0
+    report = msgspec.json.decode((tmp_path / "r.json").read_bytes(), type=Report)
+    assert report.rungs == {"simple": report.events}
+    assert list(report.hit_rates) == ["slate"]
+
+
+def test_bad_lines_are_buried_and_nothing_else_is_missing(shop, tmp_path: Path):
+    good = shop.log.read_bytes().splitlines()[:300]
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_bytes(b"\n".join([*good[:100], b"{", b'{"user_id": "u1"}', *good[100:]]) + b"\n")
+    words = [mixed, "--report", tmp_path / "r.json", "--slates", tmp_path / "s.jsonl"]
+    assert main(["replay", *map(str, words)]) == 0
+    report = msgspec.json.decode((tmp_path / "r.json").read_bytes(), type=Report)
+    assert (report.events, report.slates, report.dead_letters, report.lost) == (300, 300, 2, 0)
+    assert len((tmp_path / "s.dead.jsonl").read_bytes().splitlines()) == 2
+
+
+def test_a_log_without_events_is_one_sentence(tmp_path: Path, capsys):
+    (tmp_path / "empty.jsonl").write_bytes(b"")
+    assert main(["replay", str(tmp_path / "empty.jsonl")]) == 2
+    assert "no event in it could be read" in capsys.readouterr().err
