@@ -18,7 +18,7 @@ from worker import logging, metrics
 from worker.config import Health as HealthConfig
 from worker.errors import ConfigError, Stalled
 from worker.ledger import Ledger
-from worker.seams import Clock, Source
+from worker.seams import Clock, Partition, Source
 
 log = logging.get("health")
 LOOP_LATE_S = 10.0  # a loop that has not turned for so long is blocked: the longest batch on a CPU takes under 1 s
@@ -90,6 +90,7 @@ class Watchdog:
         self._config, self._ledger, self._source, self._pulse, self._clock = config, ledger, source, pulse, clock
         self._settled = -1
         self._moved_s = clock.monotonic()
+        self._exported: set[Partition] = set()  # partitions whose lag the metrics show
 
     async def run(self) -> None:
         while True:
@@ -114,8 +115,12 @@ class Watchdog:
         metrics.OPEN_EVENTS.set(self._ledger.open_count)
         oldest_s = self._ledger.oldest_open_s
         metrics.LAG_SECONDS.set(0.0 if oldest_s is None else now_s - oldest_s)
-        for (topic, partition), records in self._source.lag().items():
+        lag = self._source.lag()
+        for topic, partition in self._exported - lag.keys():  # another member shows it now
+            metrics.LAG.remove(topic, str(partition))
+        for (topic, partition), records in lag.items():
             metrics.LAG.labels(topic, str(partition)).set(records)
+        self._exported = set(lag)
 
 
 def dump_tasks() -> None:

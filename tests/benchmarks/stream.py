@@ -14,7 +14,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -23,7 +23,7 @@ import numpy as np
 from aiokafka import AIOKafkaConsumer
 from rich.console import Console
 
-from pipeline.records import Event, EventPacker, Slate
+from pipeline.records import Covers, Event, EventPacker
 from tests.benchmarks import results
 from tests.benchmarks.load import Shoppers
 from tests.benchmarks.stage import PLAIN, WORKER, Stage, slate_counts, stage, steady_rate
@@ -35,7 +35,7 @@ from worker.seams import Arrival, Partition, Ticket
 
 HISTORY_EVENTS = 5  # of every user, before the first run
 PLAIN_EVENTS, SIMPLE_EVENTS = 2_000, 120_000
-LATENCY_S, WARM_S = 40.0, 10.0
+WAKING_EVENTS, WARM_S, LATENCY_S = 2_000, 10.0, 40.0
 console = Console()
 
 
@@ -83,21 +83,38 @@ async def fill_topic(stage: Stage, name: str, events: Iterator[Event], count: in
     await produce(kafka, islice(events, count), wait)
 
 
+class Answered(msgspec.Struct):
+    """The part of a slate that is looked at."""
+
+    covers: Covers
+
+
+async def answers(consumer: AIOKafkaConsumer, events: int) -> AsyncIterator[tuple[float, list[Covers]]]:
+    """(milliseconds since 1970, what the slates read then cover), until so many events are covered."""
+    decode, covered = msgspec.json.Decoder(Answered).decode, 0
+    while covered < events:
+        for records in (await consumer.getmany(timeout_ms=100)).values():
+            now_ms = time.time_ns() / 1e6
+            read = [decode(record.value).covers for record in records]
+            covered += sum(covers.count for covers in read)
+            yield now_ms, read
+
+
 async def latency(stage: Stage, settings: dict[str, object], shoppers: Shoppers, rate: float) -> list[float]:
-    """Milliseconds of every slate after WARM_S."""
-    name, taken = "latency", []
+    """Milliseconds of every slate of LATENCY_S at this rate, once the worker is up and has run at it for WARM_S."""
+    name, events, taken = "latency", shoppers.events(), []
     await stage.create_topics(name)
     consumer = AIOKafkaConsumer(f"{name}.slates", bootstrap_servers=stage.bootstrap, auto_offset_reset="earliest")
-    decode, count = msgspec.json.Decoder(Slate).decode, int(rate * (LATENCY_S + WARM_S))
-    with stage.process(WORKER, name, settings):
-        async with consumer:
-            load = asyncio.create_task(fill_topic(stage, name, shoppers.events(), count, at_rate(rate)))
-            warm_s, read = time.monotonic() + WARM_S, 0
-            while read < count * 98 // 100:
-                for records in (await consumer.getmany(timeout_ms=100)).values():
-                    now_ms, read = time.time_ns() / 1e6, read + len(records)
-                    if time.monotonic() > warm_s:
-                        taken += [now_ms - decode(record.value).covers.oldest_ts_ms for record in records]
+    async with consumer:
+        with stage.process(WORKER, name, settings):
+            await fill_topic(stage, name, events, WAKING_EVENTS)
+            async for _ in answers(consumer, WAKING_EVENTS):
+                pass
+            count, warm_s = int(rate * (WARM_S + LATENCY_S)), time.monotonic() + WARM_S
+            load = asyncio.create_task(fill_topic(stage, name, events, count, at_rate(rate)))
+            async for now_ms, read in answers(consumer, count):
+                if time.monotonic() > warm_s:
+                    taken += [now_ms - covers.oldest_ts_ms for covers in read]
             await load
     return taken
 

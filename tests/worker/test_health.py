@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from worker import metrics
 from worker.config import Health as HealthConfig
 from worker.errors import ConfigError, Stalled
 from worker.health import LOOP_LATE_S, Health, Pulse, Watchdog
@@ -134,3 +135,17 @@ def test_progress_resets_the_watchdog(clock: HandClock):
     clock.now_s += 50
     watchdog.check()
     assert ledger.open_count == 1
+
+
+def test_a_partition_that_went_to_another_member_shows_no_lag_here(clock: HandClock):
+    _, source, watchdog = watched(clock)
+    source.records = {PARTITION: 7, Partition("events", 1): 3}
+    watchdog.check()
+    assert shown_lag() == {"0": 7, "1": 3}
+    source.records = {Partition("events", 1): 2}
+    watchdog.check()
+    assert shown_lag() == {"1": 2}
+
+
+def shown_lag() -> dict[str, float]:
+    return {sample.labels["partition"]: sample.value for sample in metrics.LAG.collect()[0].samples}
