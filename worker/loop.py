@@ -113,6 +113,7 @@ class Worker:
             await self.persist(self.store.push, arrivals)
             await self.ranker.observe(arrivals)
             metrics.EVENTS.inc(len(arrivals))
+            metrics.REPLAYED.inc(sum(not arrival.fresh for arrival in arrivals))
             self.ledger.done([arrival.ticket for arrival in arrivals if not arrival.trigger])
 
     async def bury(self, letters: list[DeadLetter], among: int) -> None:
