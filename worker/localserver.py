@@ -83,10 +83,6 @@ class LocalServer:
         """SIGKILL, as a machine would die."""
         self._end(signal.SIGKILL)
 
-    def restart(self) -> None:
-        self.stop()
-        self.start()
-
     def __enter__(self):
         self.start()
         return self
