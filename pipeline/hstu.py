@@ -34,6 +34,7 @@ class HstuConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     d_v: Positive = 32
     max_events: Positive = 200
     dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.2
+    attention_dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.5  # of single (event, earlier event) weights
     temperature: Annotated[float, Meta(gt=0)] = 0.1
     eps: float = 1e-6
 
@@ -82,7 +83,8 @@ class HstuLayer(nn.Module):
         distances, buckets, mask = block.last_relations if last else block.relations
         scores = q @ k.transpose(2, 3)  # [heads, users, queries, length]
         scores = scores + _looked_up(self.position_bias, distances) + _looked_up(self.time_bias, buckets)
-        weights = F.silu(scores) * (mask / self.config.max_events)  # SiLU(-inf) is NaN: a mask multiplies
+        scores = F.dropout(F.silu(scores), self.config.attention_dropout, self.training)
+        weights = scores * (mask / self.config.max_events)  # SiLU(-inf) is NaN: a mask multiplies
         return (weights @ v).permute(1, 2, 0, 3).flatten(2)  # [users, queries, heads * d_v]
 
 
@@ -93,17 +95,21 @@ class Hstu(nn.Module):
         super().__init__()
         self.config = config
         self.item_embedding = nn.Embedding(config.items, config.width)
+        self.rotation = nn.Linear(config.width, config.width, bias=False)
         self.feature_embedding = nn.EmbeddingBag(FEATURE_ROWS, config.width, mode="sum")
         self.layers = nn.ModuleList(HstuLayer(config) for _ in range(config.layers))
         for table in (self.item_embedding, self.feature_embedding):
             nn.init.normal_(table.weight, std=0.02)
+        # One vector an item, tied, but an event's is turned on the way in: else the residual path would score what is
+        # like the last item, while what follows it differs. Validation hit rate@10 on a simulated log: 0.477, as the
+        # identity 0.467, two tables 0.473 (width 128).
+        nn.init.orthogonal_(self.rotation.weight)
 
     def forward(self, tokens: Tensor, codes: Tensor, layout: Layout, last: bool = False) -> Tensor:
         """tokens: int [total], codes: int [total, FEATURES] -> unit states [total, width]; `last`: [users, width]."""
-        items = F.normalize(
-            self.item_embedding(tokens), dim=-1, eps=self.config.eps
-        )  # in and out an item is a direction
-        x = items + self.feature_embedding(codes)
+        # In and out an item is a direction.
+        items = F.normalize(self.item_embedding(tokens), dim=-1, eps=self.config.eps)
+        x = self.rotation(items) + self.feature_embedding(codes)
         x = F.dropout(x, self.config.dropout, self.training)
         top = len(self.layers) - 1
         for number, layer in enumerate(self.layers):

@@ -13,13 +13,13 @@ SMOOTHING = 0.95  # of the shown loss, over some twenty batches
 class TrainingDisplay:
     """A pipeline.training.Observer. Without a terminal it prints a line an epoch."""
 
-    def __init__(self, console: Console, epochs: int) -> None:
-        self._console, self._epochs = console, epochs
+    def __init__(self, console: Console) -> None:
+        self._console, self._stage, self._epochs = console, "", 0
         self._loss: float | None = None
         self._hits = ""
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
         self._progress = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
-        self._bar = self._progress.add_task("training", total=epochs)
+        self._bar = self._progress.add_task("training", total=None)
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -28,9 +28,15 @@ class TrainingDisplay:
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
+    def stage(self, name: str, epochs: int) -> None:
+        self._stage, self._epochs, self._loss = name, epochs, None
+        self._progress.reset(self._bar, total=epochs)
+        if name != "epoch" and not self._console.is_terminal:
+            self._console.print(f"{name} 1 to {epochs}")
+
     def batch(self, epoch: int, loss: float, done: int, total: int) -> None:
         self._loss = loss if self._loss is None else SMOOTHING * self._loss + (1 - SMOOTHING) * loss
-        text = f"epoch {epoch}/{self._epochs}  loss {self._loss:.3f}{self._hits}"
+        text = f"{self._stage} {epoch}/{self._epochs}  loss {self._loss:.3f}{self._hits}"
         self._progress.update(self._bar, completed=epoch - 1 + done / total, description=text)
 
     def epoch(self, report: EpochReport, best: EpochReport) -> None:

@@ -26,15 +26,21 @@ SERVING = PipelineOptions(device="cpu", threads=1)
 
 
 class Silent:
-    """An observer; `until`, if given, ends training by force after that epoch, as a kill would."""
+    """An observer; `until` (stage from 1, epoch) ends training by force after that epoch, as a kill would."""
 
-    def __init__(self, until: int | None = None) -> None:
+    def __init__(self, until: tuple[int, int] | None = None) -> None:
         self.reports: list[EpochReport] = []
-        self._until = until
+        self.epochs: list[tuple[int, int]] = []  # (stage, epoch) of every epoch that ended
+        self._stage, self._until = 0, until
+
+    def stage(self, name: str, epochs: int) -> None:
+        self._stage += 1
 
     def batch(self, epoch: int, loss: float, done: int, total: int) -> None:
-        if self._until is not None and epoch > self._until and done > 1:
+        if self._until is not None and (self._stage, epoch) > self._until and done > 1:
             raise KeyboardInterrupt
+        if done == total:
+            self.epochs.append((self._stage, epoch))
 
     def epoch(self, report: EpochReport, best: EpochReport) -> None:
         self.reports.append(report)
@@ -74,27 +80,38 @@ def test_training_neither_reads_nor_moves_torchs_own_randomness(tmp_path: Path) 
     assert trained(tmp_path / "b") == first
 
 
-@pytest.mark.parametrize("after", [1, 3])
+@pytest.mark.parametrize("after", [(1, 1), (1, 3), (2, 1)], ids=["early", "late", "trained anew"])
 def test_an_interrupted_and_resumed_training_equals_an_uninterrupted_one_bit_for_bit(
-    tmp_path: Path, after: int
+    tmp_path: Path, after: tuple[int, int]
 ) -> None:
-    whole = trained(tmp_path / "whole")
+    uninterrupted = Silent()
+    whole = train(log_of(), tmp_path / "whole", OPTIONS, SERVING, uninterrupted, CREATED)
+    broken_off = Silent(until=after)
     with pytest.raises(KeyboardInterrupt):
-        train(log_of(), tmp_path / "parts", OPTIONS, SERVING, Silent(until=after), CREATED)
+        train(log_of(), tmp_path / "parts", OPTIONS, SERVING, broken_off, CREATED)
     assert not (tmp_path / "parts").exists(), "an unfinished training leaves no artifact"
     watching = Silent()
     resumed = train(log_of(), tmp_path / "parts", OPTIONS, SERVING, watching, CREATED, resume=True)
-    assert [report.epoch for report in watching.reports] == list(range(after + 1, 5))
-    assert resumed.version == whole
-    assert resumed.metrics == artifacts.load(tmp_path / "whole").manifest.metrics
+    epochs = [epoch for _, epoch in uninterrupted.epochs]
+    assert [epoch for _, epoch in broken_off.epochs + watching.epochs] == epochs, "no epoch is trained twice"
+    assert (resumed.version, resumed.metrics) == (whole.version, whole.metrics)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"], "no checkpoint is left"
+
+
+def test_the_model_is_trained_anew_on_all_events_before_the_cut_for_the_best_number_of_epochs(tmp_path: Path) -> None:
+    watching = Silent()
+    anew = train(log_of(), tmp_path / "anew", OPTIONS, SERVING, watching, CREATED)
+    assert [epoch for stage, epoch in watching.epochs if stage == 2] == list(range(1, int(anew.metrics["epoch"]) + 1))
+    judged = train(log_of(), tmp_path / "judged", replace(OPTIONS, refit=False), SERVING, Silent(), CREATED)
+    assert judged.metrics == anew.metrics
+    assert judged.version != anew.version
 
 
 def test_resuming_without_a_checkpoint_or_with_other_options_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="none to resume from"):
         trained(tmp_path / "model", resume=True)
     with pytest.raises(KeyboardInterrupt):
-        train(log_of(), tmp_path / "model", OPTIONS, SERVING, Silent(until=1), CREATED)
+        train(log_of(), tmp_path / "model", OPTIONS, SERVING, Silent(until=(1, 1)), CREATED)
     with pytest.raises(TrainingError, match="another log or of other options"):
         trained(tmp_path / "model", replace(OPTIONS, trainer=replace(OPTIONS.trainer, seed=9)), resume=True)
     with pytest.raises(TrainingError, match="another log or of other options"):

@@ -1,7 +1,8 @@
 """Train a model on a log: the first 80 % by time teach it, the rest is left for `millrace evaluate` and `replay`.
 
-The latest events before the cut judge each epoch; training stops when their hit rate no longer rises, and the best
-weights become the artifact. After every epoch a checkpoint is written beside it, from which --resume goes on exactly.
+The latest events before the cut judge each epoch; training stops when their hit rate no longer rises. Then the model is
+trained anew, on all events before the cut, for as many epochs as were best. After every epoch a checkpoint is written
+beside the artifact, from which --resume goes on exactly.
 
 examples:
   millrace train log.jsonl.gz --out artifact
@@ -31,7 +32,11 @@ MODEL = {
     "width": (int, "of the embeddings"),
     "heads": (int, "of the attention"),
     "max-events": (int, "newest events that a state reads"),
+    "d-qk": (int, "of a head's queries and keys"),
+    "d-v": (int, "of a head's values"),
     "dropout": (float, "of embeddings and layers"),
+    "attention-dropout": (float, "of attention's weights"),
+    "temperature": (float, "of the item scores: lower tells items apart more sharply"),
 }
 
 
@@ -39,6 +44,7 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument("log", type=Path, help="JSON lines, MessagePack or delimited text, gzipped or not")
     parser.add_argument("--out", type=Path, required=True, metavar="ARTIFACT", help="folder to write")
     parser.add_argument("--until-share", type=float, metavar="SHARE", help="of the events, by time (default 0.8)")
+    parser.add_argument("--no-refit", dest="refit", action="store_false", help="keep the judged weights")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint beside ARTIFACT")
     for name, (kind, text) in (TRAINER | MODEL).items():
         parser.add_argument(f"--{name}", type=kind, metavar="N" if kind is int else "X", help=text)
@@ -60,7 +66,7 @@ def run(args: Namespace) -> int:
     pipeline = pipeline_options(config.load(args.config))
     options = options_of(args)
     log = read_columns(args.log, Layout.parse(args.columns, action=args.action), pipeline.schema)
-    with TrainingDisplay(Console(), options.trainer.epochs) as display:
+    with TrainingDisplay(Console()) as display:
         created = datetime.now(UTC).isoformat(timespec="seconds")
         manifest = train(log, args.out, options, pipeline, display, created, args.resume)
     Console(soft_wrap=True).print(
@@ -77,7 +83,7 @@ def options_of(args: Namespace) -> "TrainingOptions":
     from pipeline.errors import TrainingError
     from pipeline.training import TrainingOptions
 
-    tree = {"trainer": _given(args, TRAINER), "model": _given(args, MODEL)} | _given(args, ("until-share",))
+    tree = {"trainer": _given(args, TRAINER), "model": _given(args, MODEL)} | _given(args, ("until-share", "refit"))
     try:
         return msgspec.convert(tree, TrainingOptions)
     except msgspec.ValidationError as error:
