@@ -1,11 +1,11 @@
 """The stream's speed, latency and memory on this machine, everything real and on the same cores: broker, Valkey, load.
 
 Throughput: a topic is filled first, then the plain loop or the worker runs on it; the ratio is taken in this one run.
-Latency: at half of the worker's rate, from the event's creation (just before its append) to the slate in a consumer's
-hands; the load and that consumer take their share of the same cores.
-Memory: resident size of the worker over the long run, after the first fifth of it.
+Latency: at half and at a quarter of the worker's rate, from the event's creation (just before its append) to the slate
+in a consumer's hands; the load and that consumer take their share of the same cores.
+Memory: resident size of the worker over the long run, after the first third of it, in which its cache of rings fills.
 
-usage: python -m tests.benchmarks.stream [--events 1000000] [--users 100000]
+usage: python -m tests.benchmarks.stream [--events 1500000] [--users 100000]
 """
 
 import argparse
@@ -35,7 +35,7 @@ from worker.seams import Arrival, Partition, Ticket
 
 HISTORY_EVENTS = 5  # of every user, before the first run
 PLAIN_EVENTS, SIMPLE_EVENTS = 2_000, 120_000
-WAKING_EVENTS, WARM_S, LATENCY_S = 2_000, 10.0, 40.0
+WAKING_EVENTS, WARM_S, LATENCY_S = 2_000, 10.0, 30.0
 console = Console()
 
 
@@ -100,9 +100,11 @@ async def answers(consumer: AIOKafkaConsumer, events: int) -> AsyncIterator[tupl
             yield now_ms, read
 
 
-async def latency(stage: Stage, settings: dict[str, object], shoppers: Shoppers, rate: float) -> list[float]:
-    """Milliseconds of every slate of LATENCY_S at this rate, once the worker is up and has run at it for WARM_S."""
-    name, events, taken = "latency", shoppers.events(), []
+async def latency(
+    stage: Stage, name: str, settings: dict[str, object], shoppers: Shoppers, rate: float
+) -> dict[str, float]:
+    """Of every slate of LATENCY_S at this rate, once the worker is up and has run at it for WARM_S."""
+    events, taken = shoppers.events(), []
     await stage.create_topics(name)
     consumer = AIOKafkaConsumer(f"{name}.slates", bootstrap_servers=stage.bootstrap, auto_offset_reset="earliest")
     async with consumer:
@@ -116,12 +118,14 @@ async def latency(stage: Stage, settings: dict[str, object], shoppers: Shoppers,
                 if time.monotonic() > warm_s:
                     taken += [now_ms - covers.oldest_ts_ms for covers in read]
             await load
-    return taken
+    p50, p95, p99 = (float(value) for value in np.percentile(taken, [50, 95, 99]))
+    console.print(f"{name:<14} {rate:9,.0f} slates/s: p50 {p50:.0f} ms, p95 {p95:.0f} ms, p99 {p99:.0f} ms")
+    return {"p50_ms": p50, "p95_ms": p95, "p99_ms": p99, "latency_rate_per_s": rate}
 
 
 def growth_pct(samples: list[tuple[float, int, int]], total: int) -> float:
-    """Resident size at the end over that after the first fifth, medians of a twentieth of the run each."""
-    after = np.median([kib for _, count, kib in samples if 0.2 * total <= count <= 0.25 * total])
+    """Resident size at the end over that after the first third, medians of a twentieth of the run each."""
+    after = np.median([kib for _, count, kib in samples if total / 3 <= count <= total / 3 + 0.05 * total])
     end = np.median([kib for _, count, kib in samples if count >= 0.93 * total])
     return float(100 * (end / after - 1))
 
@@ -151,24 +155,22 @@ async def measure(events: int, users: int) -> None:
         plain_hstu, _ = await throughput(set_up, "plain-hstu", PLAIN, hstu, stream, PLAIN_EVENTS)
         worker_simple, _ = await throughput(set_up, "worker-simple", WORKER, simple, stream, SIMPLE_EVENTS)
         worker_hstu, samples = await throughput(set_up, "worker-hstu", WORKER, hstu, stream, events)
-        taken = await latency(set_up, hstu, shoppers, worker_hstu / 2)
-        per_slate = await events_per_slate(set_up, ["worker-simple", "latency"])
-    p50, p95, p99 = (float(value) for value in np.percentile(taken, [50, 95, 99]))
+        quarter = await latency(set_up, "quarter", hstu, shoppers, worker_hstu / 4)
+        half = await latency(set_up, "half", hstu, shoppers, worker_hstu / 2)
+        per_slate = await events_per_slate(set_up, ["worker-simple", "quarter", "half"])
     metrics = {
         "simple_speedup": worker_simple / plain_simple,
         "hstu_speedup": worker_hstu / plain_hstu,
         "slates_per_s_simple": worker_simple,
         "slates_per_s_hstu": worker_hstu,
         "events_per_slate": per_slate,
-        "p50_ms": p50,
-        "p95_ms": p95,
-        "p99_ms": p99,
-        "latency_rate_per_s": worker_hstu / 2,
+        **half,
         "rss_growth_pct": growth_pct(samples, events),
     }
     rates = {"plain simple": plain_simple, "plain hstu": plain_hstu, "simple": worker_simple, "hstu": worker_hstu}
     rows: list[dict[str, results.Cell]] = [{"run": run, "slates_per_s": round(rate, 1)} for run, rate in rates.items()]
     start_s, step = samples[0][0], max(1, len(samples) // 100)
+    rows.append({"run": "a quarter of the rate", **{name: round(value, 1) for name, value in quarter.items()}})
     rows += [
         {"run": "memory", "seconds": round(at - start_s, 1), "slates": count, "rss_mib": round(kib / 1024, 1)}
         for at, count, kib in samples[::step]
@@ -179,7 +181,7 @@ async def measure(events: int, users: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--events", type=int, default=1_000_000, help="of the long run (default 1000000)")
+    parser.add_argument("--events", type=int, default=1_500_000, help="of the long run (default 1500000)")
     parser.add_argument("--users", type=int, default=100_000)
     args = parser.parse_args()
     asyncio.run(measure(args.events, args.users))
