@@ -13,7 +13,6 @@ import asyncio
 import os
 import subprocess
 import sys
-from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -31,9 +30,9 @@ from worker.replay import Replay, Report, replay
 
 CAP_EVENTS = 1024  # longer than any sequence of the log
 # The shop's transitions are sparse and sharp: the widest of those tried on its validation slice was the best there.
-SHOP_MODEL: dict[str, object] = {
-    "--width": 256, "--heads": 8, "--dropout": 0.3, "--attention-dropout": 0.7, "--temperature": 0.07, "--epochs": 12,
-}  # fmt: skip
+SHOP_MODEL: list[object] = [
+    "--width", 256, "--heads", 8, "--dropout", 0.3, "--attention-dropout", 0.7, "--temperature", 0.07, "--epochs", 12,
+]  # fmt: skip
 LOG = Path(os.environ.get("MILLRACE_DATA", "../shared/data")) / "ml-100k" / "ml-100k.inter"
 
 
@@ -93,7 +92,7 @@ def simulated(events: int, folder: Path, training: list[object]) -> dict[str, fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, help="of both trainings (default: 40, and 12 of the simulated log)")
+    parser.add_argument("--epochs", type=int, help="of both trainings (default: millrace train's and SHOP_MODEL's)")
     parser.add_argument("--simulated-events", type=int, default=200_000)
     args = parser.parse_args()
     training: list[object] = ["--epochs", args.epochs] if args.epochs else []
@@ -101,7 +100,7 @@ def main() -> None:
         folder = Path(name)
         millrace("train", LOG, "--out", folder / "artifact", *training)
         real = asyncio.run(through_kafka(folder / "artifact", folder, Console()))
-        shop = simulated(args.simulated_events, folder, [*chain(*SHOP_MODEL.items()), *training])
+        shop = simulated(args.simulated_events, folder, [*SHOP_MODEL, *training])
     metrics = {
         "hit_rate_hstu": real.hit_rates["slate"],
         "hit_rate_cooccurrence": real.hit_rates["cooccurrence"],
