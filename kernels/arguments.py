@@ -1,0 +1,27 @@
+"""What the operators check at their doors."""
+
+from torch import Tensor
+
+
+def require(holds: bool, name: str, value: Tensor, wanted: str) -> None:
+    """Raises ValueError that names the argument, what it is and what was wanted."""
+    if not holds:
+        raise ValueError(f"{name} is {value.dtype} {list(value.shape)} on {value.device}, wanted {wanted}")
+
+
+def require_values(name: str, value: Tensor, faults: dict[str, Tensor]) -> None:
+    """faults: what would be wrong -> a bool tensor of one element. One wait for the device.
+
+    Raises ValueError that names the argument, its shape and the first fault.
+    """
+    for fault, found in faults.items():
+        if bool(found):
+            raise ValueError(f"{name} {list(value.shape)} {fault}")
+
+
+def offset_faults(offsets: Tensor, end: int) -> dict[str, Tensor]:
+    """Of offsets that cut `end` rows into one range a user."""
+    return {
+        f"must begin with 0 and end with {end}": (offsets[0] != 0) | (offsets[-1] != end),
+        "must not decrease": (offsets.diff() < 0).any(),
+    }

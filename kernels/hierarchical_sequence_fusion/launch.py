@@ -1,0 +1,67 @@
+"""Launches of the fusion: the tiles, the buffers."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.hierarchical_sequence_fusion import kernel
+from kernels.hierarchical_sequence_fusion.reference import row_bound
+from kernels.launching import ceil_div, launch, next_power_of_2
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Of the second launch: events gathered at a time, columns and warps of a program."""
+
+    events: int = 4
+    columns: int = 256
+    warps: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Events:
+    """tokens: int [events]; codes: int [events, features]; seconds: int32 [events]; offsets: int [users + 1]."""
+
+    tokens: Tensor
+    codes: Tensor
+    seconds: Tensor
+    offsets: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """table: [items, width]; features: [feature rows, width]; strength: float32 [feature rows]."""
+
+    table: Tensor
+    features: Tensor
+    strength: Tensor
+
+
+def fuse(
+    embeddings: Embeddings, events: Events, recent: int, sessions: int, gap_s: int, tiles: Tiles | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launches on checked input of at least one user and one event."""
+    tiles = tiles or Tiles()
+    table, device, width = embeddings.table, embeddings.table.device, embeddings.table.shape[1]
+    users = len(events.offsets) - 1
+    rows = row_bound(len(events.tokens), users, recent, sessions)
+    starts = torch.empty(users, sessions + 1, dtype=torch.int32, device=device)
+    counts = torch.empty(users, dtype=torch.int32, device=device)
+    launch(
+        kernel.span_kernel, (users,), events.seconds, events.offsets, starts, counts, gap_s,
+        RECENT=recent, SESSIONS=sessions, BLOCK=1024,
+    )  # fmt: skip
+    fused = torch.empty(rows, width, dtype=table.dtype, device=device)
+    seconds = torch.empty(rows, dtype=torch.int32, device=device)
+    offsets = torch.empty(users + 1, dtype=torch.int64, device=device)
+    columns = min(tiles.columns, next_power_of_2(width))
+    slots = sessions + ceil_div(recent, tiles.events)
+    launch(
+        kernel.fuse_kernel, (users * slots, ceil_div(width, columns)),
+        table, embeddings.features, embeddings.strength, events.tokens, events.codes, events.seconds, events.offsets,
+        starts, counts, fused, seconds, offsets, users, rows, width, table.stride(0), embeddings.features.stride(0),
+        RECENT=recent, SESSIONS=sessions, FEATURES=events.codes.shape[1], EVENTS=tiles.events, BLOCK_WIDTH=columns,
+        BLOCK_USERS=min(1024, max(16, next_power_of_2(users))), num_warps=tiles.warps,
+    )  # fmt: skip
+    return fused, seconds, offsets

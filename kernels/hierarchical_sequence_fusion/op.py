@@ -1,0 +1,122 @@
+"""The checked call: shapes at the door, Triton on a GPU, the specification elsewhere. For inference: no gradients."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.arguments import offset_faults, require, require_values
+from kernels.hierarchical_sequence_fusion import reference
+
+MAX_FEATURES = 32
+MAX_TOKENS = 1 << 16  # of a user
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int32, torch.int64)
+
+
+def hierarchical_sequence_fusion(
+    table: Tensor,
+    features: Tensor,
+    strength: Tensor,
+    tokens: Tensor,
+    codes: Tensor,
+    seconds: Tensor,
+    offsets: Tensor,
+    *,
+    recent: int,
+    sessions: int,
+    gap_s: int,
+    check_values: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each user's newest `recent` events as they are, and one vector for each of the newest `sessions` before them.
+
+    table: [items, width], float32, bfloat16 or float16; rows of the whole table, or of a cache: tokens are its slots
+    then. features: [feature rows, width] of the same dtype; strength: float32 [feature rows], log weights.
+    tokens: int32 or int64 [events]; codes: int32 or int64 [events, features], rows of `features`: action, time,
+    strength and position of an event alike; seconds: int32 [events], ascending a user; offsets: int32 or int64
+    [users + 1]. These four are the columns of pipeline.features.Inputs.
+    An event is its item's row + its features' rows; it weighs exp of the sum of its log weights, cut to -20 and 20.
+    A session ends before a pause of `gap_s` or more, and before the newest events; its vector is the weighted mean of
+    its events, its time that of the last. Sums are float32.
+
+    Returns fused [rows, width] of the table's dtype, seconds int32 [rows], offsets int64 [users + 1]. rows =
+    min(events, users * (recent + sessions)), whatever the values are; rows from offsets[-1] on are zero.
+    `check_values` waits for the device to look at the values of offsets, tokens and codes; leave it out in graph
+    capture and where the caller has checked them. Raises ValueError that names the argument. No sum is atomic: equal
+    inputs give equal bits.
+    """
+    device = table.device
+    require(table.dtype in FLOATS and table.dim() == 2 and len(table) > 0 and table.stride(1) == 1,
+            "table", table, "float32, bfloat16 or float16 [items, width], rows of adjacent elements")  # fmt: skip
+    width, events = table.shape[1], len(tokens)
+    require(features.dtype == table.dtype and features.dim() == 2 and features.shape[1] == width and
+            features.device == device,
+            "features", features, f"{table.dtype} [feature rows, {width}] on {device}")  # fmt: skip
+    require(strength.dtype == torch.float32 and strength.shape == (len(features),) and strength.device == device,
+            "strength", strength, f"torch.float32 [{len(features)}] on {device}")  # fmt: skip
+    require(tokens.dtype in INTEGERS and tokens.dim() == 1 and tokens.device == device,
+            "tokens", tokens, f"int32 or int64 [events] on {device}")  # fmt: skip
+    require(codes.dtype in INTEGERS and codes.dim() == 2 and len(codes) == events and codes.device == device and
+            codes.shape[1] <= MAX_FEATURES,
+            "codes", codes, f"int32 or int64 [{events}, up to {MAX_FEATURES}] on {device}")  # fmt: skip
+    require(seconds.dtype == torch.int32 and seconds.shape == (events,) and seconds.device == device,
+            "seconds", seconds, f"torch.int32 [{events}] on {device}")  # fmt: skip
+    require(offsets.dtype in INTEGERS and offsets.dim() == 1 and len(offsets) > 0 and offsets.device == device,
+            "offsets", offsets, f"int32 or int64 [users + 1] on {device}")  # fmt: skip
+    if recent < 0 or sessions < 0 or not 0 < recent + sessions <= MAX_TOKENS or gap_s < 1:
+        raise ValueError(f"recent = {recent}, sessions = {sessions}, gap_s = {gap_s}: "
+                         f"wanted 1 to {MAX_TOKENS} tokens a user together, and a pause of at least 1 s")  # fmt: skip
+    if check_values and not torch.compiler.is_compiling():
+        _check_values(len(table), len(features), tokens, codes, offsets)
+    return _fuse(table, features, strength, tokens, codes, seconds, offsets, recent, sessions, gap_s)
+
+
+def _check_values(items: int, feature_rows: int, tokens: Tensor, codes: Tensor, offsets: Tensor) -> None:
+    require_values("offsets", offsets, offset_faults(offsets, len(tokens)))
+    for name, index, end in (("tokens", tokens, items), ("codes", codes, feature_rows)):
+        require_values(name, index, {f"must be from 0 to {end - 1}": ((index < 0) | (index >= end)).any()})
+
+
+@torch.library.custom_op("millrace::hierarchical_sequence_fusion", mutates_args=())
+def _fuse(
+    table: Tensor,
+    features: Tensor,
+    strength: Tensor,
+    tokens: Tensor,
+    codes: Tensor,
+    seconds: Tensor,
+    offsets: Tensor,
+    recent: int,
+    sessions: int,
+    gap_s: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not table.is_cuda or len(tokens) == 0:
+        return reference.hierarchical_sequence_fusion(
+            table, features, strength, tokens, codes, seconds, offsets, recent, sessions, gap_s
+        )
+    from kernels.hierarchical_sequence_fusion import launch
+
+    features = features if features.stride(1) == 1 else features.contiguous()
+    embeddings = launch.Embeddings(table, features, strength.contiguous())
+    events = launch.Events(tokens.contiguous(), codes.contiguous(), seconds.contiguous(), offsets.contiguous())
+    with torch.cuda.device(table.device):
+        return launch.fuse(embeddings, events, recent, sessions, gap_s)
+
+
+@_fuse.register_fake
+def _(
+    table: Tensor,
+    features: Tensor,
+    strength: Tensor,
+    tokens: Tensor,
+    codes: Tensor,
+    seconds: Tensor,
+    offsets: Tensor,
+    recent: int,
+    sessions: int,
+    gap_s: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    users = offsets.shape[0] - 1
+    rows: Any = torch.sym_min(tokens.shape[0], users * (recent + sessions))
+    times = seconds.new_empty((rows,), dtype=torch.int32)
+    return table.new_empty((rows, table.shape[1])), times, offsets.new_empty((users + 1,), dtype=torch.int64)

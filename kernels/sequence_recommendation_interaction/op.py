@@ -1,0 +1,167 @@
+"""The checked call: shapes at the door, Triton on a GPU, the specification elsewhere. For inference: no gradients."""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from kernels.arguments import offset_faults, require, require_values
+from kernels.sequence_recommendation_interaction import reference
+
+MAX_K = 512
+MAX_WIDTH = 1024
+MAX_ITEMS = 1 << 30
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int32, torch.int64)
+
+
+def sequence_recommendation_interaction(
+    states: Tensor,
+    table: Tensor,
+    k: int,
+    *,
+    seen: Tensor | None = None,
+    seen_offsets: Tensor | None = None,
+    eligible: Tensor | None = None,
+    scales: Tensor | None = None,
+    check_values: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The k best rows of `table` for every state: scores float32 [users, k], rows int64 [users, k], best first.
+
+    states: [users, width], float32, bfloat16 or float16. table: [items, width] of the same dtype, or int8 with `scales`
+    float32 [items]; rows may lie apart, a row's elements may not.
+    seen: int [n], rows that a user must not get, ascending a user; seen_offsets: int [users + 1] cuts them.
+    eligible: bool [items], rows that anyone may get. Equal scores: the lower row first. Where no item is left, or a
+    score is no number, the answer ends in scores -inf and rows -1.
+    `check_values` waits for the device to look at the values of states, seen and seen_offsets; leave it out in graph
+    capture and where the caller has checked them: then seen rows must be within the table, NaN states get no items.
+    Raises ValueError that names the argument. No sum is atomic: equal inputs give equal bits.
+    """
+    _check(states, table, scales)
+    require(0 < k <= MAX_K, f"k = {k} for states, which", states, f"k from 1 to {MAX_K}")
+    users, items = len(states), len(table)
+    if eligible is not None:
+        require(eligible.dtype == torch.bool and eligible.shape == (items,) and eligible.device == states.device,
+                "eligible", eligible, f"bool [{items}] on {states.device}")  # fmt: skip
+    if (seen is None) != (seen_offsets is None):
+        raise ValueError("seen and seen_offsets come together, one of them is None")
+    if seen is not None and seen_offsets is not None:
+        require(seen.dtype in INTEGERS and seen.dim() == 1 and seen.device == states.device,
+                "seen", seen, f"int32 or int64 [n] on {states.device}")  # fmt: skip
+        require(seen_offsets.dtype in INTEGERS and seen_offsets.shape == (users + 1,) and
+                seen_offsets.device == states.device,
+                "seen_offsets", seen_offsets, f"int32 or int64 [{users + 1}] on {states.device}")  # fmt: skip
+    if check_values and not torch.compiler.is_compiling():
+        _check_values(states, seen, seen_offsets, items)
+    return _top_k(states, table, k, seen, seen_offsets, eligible, scales)
+
+
+def candidate_interaction(
+    states: Tensor, table: Tensor, rows: Tensor, *, scales: Tensor | None = None, check_values: bool = True
+) -> Tensor:
+    """Scores float32 [users, candidates] of each user's own rows: int64 or int32 [users, candidates], -1 for none.
+
+    The other arguments are those of `sequence_recommendation_interaction`; a row of -1 has the score -inf.
+    """
+    _check(states, table, scales)
+    require(rows.dtype in INTEGERS and rows.dim() == 2 and len(rows) == len(states) and rows.device == states.device,
+            "rows", rows, f"int32 or int64 [{len(states)}, candidates] on {states.device}")  # fmt: skip
+    if check_values and not torch.compiler.is_compiling():
+        outside = (rows < -1) | (rows >= len(table))
+        require_values("rows", rows, {f"must be from -1 to {len(table) - 1}": outside.any()})
+    return _candidates(states, table, rows, scales)
+
+
+def _check(states: Tensor, table: Tensor, scales: Tensor | None) -> None:
+    require(states.dtype in FLOATS and states.dim() == 2 and 0 < states.shape[1] <= MAX_WIDTH,
+            "states", states, f"float32, bfloat16 or float16 [users, width], width from 1 to {MAX_WIDTH}")  # fmt: skip
+    dtype, width = states.dtype if scales is None else torch.int8, states.shape[1]
+    require(table.dtype == dtype and table.dim() == 2 and table.shape[1] == width and len(table) <= MAX_ITEMS and
+            table.device == states.device,
+            "table", table, f"{dtype} [items, {width}] on {states.device} (int8 with scales)")  # fmt: skip
+    require(len(table) < 2 or table.stride(1) == 1, "table", table, "elements of a row next to each other")
+    if scales is not None:
+        require(scales.dtype == torch.float32 and scales.shape == (len(table),) and scales.device == states.device,
+                "scales", scales, f"torch.float32 [{len(table)}] on {states.device}")  # fmt: skip
+
+
+def _check_values(states: Tensor, seen: Tensor | None, seen_offsets: Tensor | None, items: int) -> None:
+    require_values("states", states, {"must be finite": ~states.isfinite().all()})
+    if seen is None or seen_offsets is None:
+        return
+    require_values("seen_offsets", seen_offsets, offset_faults(seen_offsets, len(seen)))
+    if len(seen) == 0:
+        return
+    descents = seen.diff() < 0  # [n - 1]
+    descents[(seen_offsets[1:-1] - 1)[(seen_offsets[1:-1] > 0) & (seen_offsets[1:-1] < len(seen))].long()] = False
+    faults = {
+        f"must be from 0 to {items - 1}": ((seen < 0) | (seen >= items)).any(),
+        "must ascend within a user": descents.any(),
+    }
+    require_values("seen", seen, faults)
+
+
+@torch.library.custom_op("millrace::sequence_recommendation_interaction", mutates_args=())
+def _top_k(
+    states: Tensor,
+    table: Tensor,
+    k: int,
+    seen: Tensor | None,
+    seen_offsets: Tensor | None,
+    eligible: Tensor | None,
+    scales: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    if not states.is_cuda or len(states) == 0 or len(table) == 0:
+        return reference.sequence_recommendation_interaction(states, table, k, seen, seen_offsets, eligible, scales)
+    from kernels.sequence_recommendation_interaction import launch
+
+    processors, shared_bytes = _device(states.device)
+    states = states if states.stride(1) == 1 else states.contiguous()
+    catalogue = launch.Catalogue(table, _dense(scales), _dense(eligible))
+    listed = None
+    if seen is not None and seen_offsets is not None:
+        listed = launch.Seen(seen.contiguous(), seen_offsets.contiguous())
+    plan = launch.plan(len(table), len(states), table.shape[1], k, states.element_size(), shared_bytes)
+    with torch.cuda.device(states.device):
+        return launch.top_k(states, catalogue, k, listed, plan, processors)
+
+
+@_top_k.register_fake
+def _(
+    states: Tensor,
+    table: Tensor,
+    k: int,
+    seen: Tensor | None,
+    seen_offsets: Tensor | None,
+    eligible: Tensor | None,
+    scales: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    shape = (states.shape[0], k)
+    return states.new_empty(shape, dtype=torch.float32), states.new_empty(shape, dtype=torch.int64)
+
+
+@torch.library.custom_op("millrace::candidate_interaction", mutates_args=())
+def _candidates(states: Tensor, table: Tensor, rows: Tensor, scales: Tensor | None) -> Tensor:
+    if not states.is_cuda or rows.numel() == 0:
+        return reference.candidate_interaction(states, table, rows, scales)
+    from kernels.sequence_recommendation_interaction import launch
+
+    states = states if states.stride(1) == 1 else states.contiguous()
+    with torch.cuda.device(states.device):
+        return launch.candidate_scores(states, launch.Catalogue(table, _dense(scales), None), rows.contiguous())
+
+
+@_candidates.register_fake
+def _(states: Tensor, table: Tensor, rows: Tensor, scales: Tensor | None) -> Tensor:
+    return states.new_empty(rows.shape, dtype=torch.float32)
+
+
+def _dense(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()
+
+
+@lru_cache
+def _device(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors, and bytes of shared memory that one program may take."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin
