@@ -2,6 +2,8 @@
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import structlog
 
@@ -15,7 +17,10 @@ def configure(config: Log) -> None:
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    renderer = structlog.processors.JSONRenderer() if config.format == "json" else structlog.dev.ConsoleRenderer()
+    if config.format == "json":
+        renderer = structlog.processors.JSONRenderer()
+    else:
+        renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         wrapper_class=structlog.make_filtering_bound_logger(config.level),
@@ -38,3 +43,18 @@ def configure(config: Log) -> None:
 
 def get(name: str) -> structlog.stdlib.BoundLogger:
     return structlog.get_logger(room=name)
+
+
+@contextmanager
+def quiet(name: str) -> Iterator[None]:
+    """Meanwhile this logger of the standard library says nothing; those below it do."""
+    logger = logging.getLogger(name)
+
+    def drop(record: logging.LogRecord) -> bool:
+        return False
+
+    logger.addFilter(drop)
+    try:
+        yield
+    finally:
+        logger.removeFilter(drop)
