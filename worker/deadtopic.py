@@ -12,13 +12,12 @@ from itertools import groupby
 
 import msgspec
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition, errors
-from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.structs import OffsetAndMetadata
 
 from worker.clock import WallClock
 from worker.config import Kafka
 from worker.errors import SinkError, SinkUnavailable, SourceUnavailable
-from worker.kafka import at_start, client_options, ensure_topics
+from worker.kafka import ask, at_start, client_options, ensure_coordinator, ensure_topics
 from worker.seams import Clock
 from worker.sink import ORIGIN
 
@@ -51,7 +50,7 @@ class DeadTopic:
     async def letters(self, newest: int | None = None) -> list[Letter]:
         """All letters, or of each partition the newest ones; in order of time."""
         await ensure_topics(self._config, self._clock, [self._config.dead_letter_topic])
-        done = await at_start(self._config, self._clock, self._done)
+        done = await self._done()
         records = await at_start(self._config, self._clock, lambda: self._read(newest))
         letters = [_letter(record, done.get(record.partition, Done(0))) for record in records]
         return sorted(letters, key=lambda letter: (letter.ts_ms, letter.partition, letter.offset))
@@ -65,7 +64,7 @@ class DeadTopic:
             letters = await self.letters()
             wanted = chosen(letters, reason, limit)
             await ensure_topics(self._config, self._clock, sorted({letter.origin[0] for letter in wanted}))
-            done = await at_start(self._config, self._clock, self._done)
+            done = await self._done()
             for start in range(0, len(wanted), CHUNK):
                 await self._send_home(producer, letters, wanted[start : start + CHUNK], done)
         finally:
@@ -90,12 +89,8 @@ class DeadTopic:
             raise SinkUnavailable(f"requeue to kafka {self._config.bootstrap}: {error!r}; run it again") from error
 
     async def _done(self) -> dict[int, "Done"]:
-        admin = AIOKafkaAdminClient(**client_options(self._config))
-        try:
-            await admin.start()
-            offsets = await admin.list_consumer_group_offsets(self.group)
-        finally:
-            await admin.close()
+        await ensure_coordinator(self._config, self._clock, self.group)
+        offsets = await ask(self._config, self._clock, lambda admin: admin.list_consumer_group_offsets(self.group))
         topic = self._config.dead_letter_topic
         return {tp.partition: Done.parsed(at) for tp, at in offsets.items() if tp.topic == topic and at.offset >= 0}
 

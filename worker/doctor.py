@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from worker import logging
 from worker.config import Config
 from worker.errors import MillraceError, SourceError, StoreError
 
@@ -47,7 +48,8 @@ async def _kafka(config: Config) -> str:
     options: dict[str, Any] = client_options(kafka) | {"request_timeout_ms": 5000}
     consumer = AIOKafkaConsumer(**options)
     try:
-        await asyncio.wait_for(consumer.start(), 8)
+        with logging.quiet("aiokafka"):  # the finding says it
+            await asyncio.wait_for(consumer.start(), 8)
         topics = await asyncio.wait_for(consumer.topics(), 8)
     except (TimeoutError, KafkaError, OSError) as error:
         raise SourceError(

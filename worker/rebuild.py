@@ -14,7 +14,7 @@ from worker.codec import Codec
 from worker.config import Config
 from worker.errors import SourceError, SourceUnavailable
 from worker.health import Pulse
-from worker.kafka import at_start, client_options
+from worker.kafka import ask, at_start, client_options, ensure_coordinator
 from worker.redis_client import RedisClient
 from worker.retry import Retry
 from worker.seams import Clock, Fetched, Partition
@@ -59,6 +59,7 @@ class Rebuild:
 
         progress: called after every poll with what was done, and the number of offsets in all.
         """
+        await ensure_coordinator(self._config.kafka, self._clock, self._config.kafka.group)
         if not force:
             await self._refuse_members()
         consumer = AIOKafkaConsumer(
@@ -100,15 +101,7 @@ class Rebuild:
         return Plan(spans, sum(begins.values()))
 
     async def _ask(self, question: Callable[[AIOKafkaAdminClient], Awaitable[T]]) -> T:
-        async def ask() -> T:
-            admin = AIOKafkaAdminClient(**client_options(self._config.kafka))
-            try:
-                await admin.start()
-                return await question(admin)
-            finally:
-                await admin.close()
-
-        return await at_start(self._config.kafka, self._clock, ask)
+        return await ask(self._config.kafka, self._clock, question)
 
     async def _read(self, consumer: AIOKafkaConsumer, plan: Plan) -> AsyncIterator[list[Fetched]]:
         """The plan's records in polls; a partition that is done is read no further."""
@@ -122,7 +115,7 @@ class Rebuild:
             if polled:
                 heard_s = self._clock.monotonic()
                 yield [self._share(tp, records, left[tp][1]) for tp, records in polled.items()]
-            elif self._clock.monotonic() - heard_s > self._config.kafka.start_timeout_s:
+            elif self._clock.monotonic() - heard_s > self._config.kafka.request_timeout_ms / 1000:
                 raise SourceUnavailable(f"kafka {self._config.kafka.bootstrap} sends no more; run it again")
             left = {tp: span for tp, span in left.items() if await consumer.position(tp) < span[1]}
 

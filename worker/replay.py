@@ -105,6 +105,8 @@ async def _run(
 
 async def _feed(config: Config, task: Replay, worker: Worker, from_ts_ms: int) -> None:
     """The part before scoring as fast as it is answered, then the scored part at its rate; then the worker may stop."""
+    while not worker.pulse.ready:  # noqa: ASYNC110 - it has made the topic
+        await asyncio.sleep(STEP_S)
     fed = 0
     for scored, events in groupby(_events(task), lambda event: event.ts_ms >= from_ts_ms):
         fed += await produce(config.kafka, events, at_rate(task.rate) if scored and task.rate else at_once)

@@ -13,7 +13,7 @@ from worker import logging
 from worker.config import Kafka
 from worker.errors import SourceError
 from worker.group import Group
-from worker.kafka import at_start, ensure_topics, refused
+from worker.kafka import at_start, ensure_coordinator, ensure_topics, refused
 from worker.seams import Clock, Fetched, Partition, Rebalance
 
 log = logging.get("source")
@@ -39,6 +39,7 @@ class KafkaSource:
     async def start(self, rebalance: Rebalance) -> None:
         """Returns when the group has assigned partitions. SourceError, SourceUnavailable, ConfigError."""
         await ensure_topics(self._config, self._clock, [self._config.events_topic])
+        await ensure_coordinator(self._config, self._clock, self._config.group)
 
         async def join() -> Group:
             group = Group(self._config, rebalance)

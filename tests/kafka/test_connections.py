@@ -1,12 +1,16 @@
 import re
+from types import SimpleNamespace
 
 import pytest
+from aiokafka.errors import GroupLoadInProgressError
 
 from tests.kafka.broker import Owner
+from worker import kafka as connecting
+from worker.cli import main
 from worker.clock import WallClock
 from worker.config import Kafka
 from worker.errors import ConfigError, SourceError
-from worker.kafka import client_options
+from worker.kafka import client_options, one_shot
 from worker.local import LocalKafka
 from worker.source import KafkaSource
 
@@ -57,3 +61,32 @@ def test_tls_and_sasl_reach_the_client():
     assert options["ssl_context"].check_hostname
     assert (options["sasl_mechanism"], options["sasl_plain_username"]) == ("SCRAM-SHA-512", "u")
     assert client_options(Kafka())["ssl_context"] is None
+
+
+@pytest.mark.parametrize("command", ["dlq ls", "dlq requeue", "rebuild"])
+def test_without_a_broker_a_command_says_so_soon_and_in_one_sentence(command: str, valkey: str, monkeypatch, capsys):
+    monkeypatch.setattr(connecting, "ONE_SHOT_S", 1.2)  # a warning, two more attempts, the end
+    monkeypatch.setenv("MILLRACE__KAFKA__BOOTSTRAP", "127.0.0.1:1")
+    monkeypatch.setenv("MILLRACE__REDIS__URL", valkey)
+    assert main(command.split()) == 4
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].startswith(f"millrace {command.split()[0]}: no answer from Kafka at 127.0.0.1:1")
+    assert said.count("Kafka is not ready") == 1
+    assert "aiokafka" not in said
+
+
+def test_a_command_waits_seconds_a_deployment_a_minute_and_a_timeout_that_was_set_is_kept():
+    assert one_shot(Kafka()).start_timeout_s == connecting.ONE_SHOT_S <= 10
+    assert one_shot(Kafka(start_timeout_s=90)).start_timeout_s == 90
+
+
+def test_a_coordinator_that_is_loading_is_not_taken_for_one_that_knows_nothing(run):
+    answer = SimpleNamespace(to_object=lambda: {"groups": [{"error_code": GroupLoadInProgressError.errno}]})
+
+    class Admin:
+        async def describe_consumer_groups(self, groups: list[str]) -> list[SimpleNamespace]:
+            return [answer]
+
+    error = run(connecting._coordinator_error(Admin(), "group"))
+    assert isinstance(error, GroupLoadInProgressError)
+    assert error.retriable

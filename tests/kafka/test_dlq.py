@@ -95,13 +95,6 @@ def test_the_command_lists_and_requeues(run, broker, monkeypatch, capsys):
     assert [(letter.value, letter.requeued) for letter in letters] == [(b"\xff{", True), (b"\xff{", False)]
 
 
-def test_without_a_broker_the_command_says_so_and_exits_4(monkeypatch, capsys):
-    monkeypatch.setenv("MILLRACE__KAFKA__BOOTSTRAP", "127.0.0.1:1")
-    monkeypatch.setenv("MILLRACE__KAFKA__START_TIMEOUT_S", "0.6")
-    assert main(["dlq", "ls"]) == 4
-    assert "no answer from Kafka at 127.0.0.1:1" in capsys.readouterr().err
-
-
 def lying(*offsets: int) -> list[Letter]:
     return [Letter(0, offset, 0, "", ("t", 0, 0), None, None, [], False, False) for offset in offsets]
 

@@ -38,10 +38,11 @@ def run(args: Namespace) -> int:
 
     from worker import config, logging
     from worker.deadtopic import DeadTopic, chosen
+    from worker.kafka import one_shot
 
     loaded = config.load(args.config)
     logging.configure(loaded.log)
-    topic = DeadTopic(loaded.kafka)
+    topic = DeadTopic(one_shot(loaded.kafka))
     if args.action == "ls":
         letters = asyncio.run(topic.letters(args.limit))[-args.limit :]
     elif args.dry_run:

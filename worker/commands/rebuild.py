@@ -20,11 +20,13 @@ def configure(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     import asyncio
 
+    from msgspec.structs import replace
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from worker import config, logging
     from worker.clock import WallClock
+    from worker.kafka import one_shot
     from worker.rebuild import Plan, Rebuild, Report
     from worker.redis_client import connect
 
@@ -32,7 +34,7 @@ def run(args: Namespace) -> int:
         client = await connect(loaded.redis)
         task = bar.add_task("rebuilding", total=None)
         try:
-            work = Rebuild(loaded, client, WallClock())
+            work = Rebuild(replace(loaded, kafka=one_shot(loaded.kafka)), client, WallClock())
             return await work.run(
                 args.force, lambda report, total: bar.update(task, completed=report.offsets, total=total)
             )
