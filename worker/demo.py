@@ -14,7 +14,7 @@ def demo(out: Path, events: int, rate: float, seed: int) -> int:
     """Exit status; everything that is made stays in `out`."""
     console = Console()
     missing = available()
-    through = "log" if missing else "kafka"
+    through = "from the log" if missing else "through Kafka"
     if missing:
         console.print(f"[yellow]no broker: {missing}; the log itself is the source[/]")
     steps = [
@@ -26,7 +26,7 @@ def demo(out: Path, events: int, rate: float, seed: int) -> int:
             str(out / "shop" / "events.jsonl"), "--out", str(out / "artifact"),
             "--seed", str(seed), "--epochs", str(EPOCHS),
         ]),
-        (f"3/3  the events stream through the {through} while the worker answers", "replay", [
+        (f"3/3  the events stream {through} while the worker answers", "replay", [
             str(out / "shop" / "events.jsonl"), "--artifact", str(out / "artifact"),
             "--report", str(out / "report.json"), "--slates", str(out / "slates.jsonl"),
             *([] if missing else ["--kafka", "start", "--rate", str(rate)]),
@@ -38,16 +38,18 @@ def demo(out: Path, events: int, rate: float, seed: int) -> int:
         console.rule(title, align="left")
         if status := main([command, *arguments]):
             return status
-    _files(console, out)
+    _files(console, out, through_kafka=not missing)
     return 0
 
 
-def _files(console: Console, out: Path) -> None:
+def _files(console: Console, out: Path, through_kafka: bool) -> None:
     kinds = {
         "shop/events.jsonl": "the log", "shop/items.jsonl": "its items", "shop/truth.json": "what could be known of it",
         "artifact/manifest.json": "the model", "report.json": "the replay's report",
     }  # fmt: skip
+    if not through_kafka:
+        kinds |= {"slates.jsonl": "every slate", "slates.dead.jsonl": "what was no event: empty"}
     console.rule("what it left", align="left")
     for name, kind in kinds.items():
-        console.print(f"  {out / name}  [dim]{kind}[/]")
-    console.print(f"next: millrace evaluate {out / 'artifact'} {out / 'shop' / 'events.jsonl'}")
+        console.print(f"  {out / name}  [dim]{kind}[/]", soft_wrap=True)
+    console.print(f"next: millrace evaluate {out / 'artifact'} {out / 'shop' / 'events.jsonl'}", soft_wrap=True)

@@ -33,9 +33,12 @@ def test_the_demo_streams_through_a_broker_and_again_over_what_it_left(tmp_path:
     report = shown(tmp_path)
     whole(report)
     assert report.source == "kafka"
-    out = capsys.readouterr().out
+    out, said = capsys.readouterr()
+    assert said == ""
     assert "3,000 from kafka; 0 dead letters" in out
-    assert "report.json" in out.partition("what it left")[2]
+    left = out.rpartition("what it left")[2]
+    assert "report.json" in left
+    assert "slates.jsonl" not in left
 
 
 def test_without_a_broker_the_demo_says_so_and_streams_the_log(tmp_path: Path, capsys, monkeypatch):
@@ -43,4 +46,8 @@ def test_without_a_broker_the_demo_says_so_and_streams_the_log(tmp_path: Path, c
     report = shown(tmp_path / "out")
     whole(report)
     assert report.source == "log"
-    assert "no broker:" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "no broker:" in out
+    left = [line.split()[0] for line in out.partition("what it left")[2].splitlines() if line.startswith("  ")]
+    assert {str(file) for file in (tmp_path / "out").iterdir() if file.is_file()} <= set(left)
+    assert all(Path(name).exists() for name in left)
