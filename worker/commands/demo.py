@@ -11,12 +11,14 @@ example:
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from worker.commands.arguments import positive, rate, seed
+
 
 def configure(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the log, the model, the report")
-    parser.add_argument("--events", type=int, default=60_000, help="length of the simulated log (default 60000)")
-    parser.add_argument("--rate", type=float, default=400.0, help="events a second of the live part (default 400)")
-    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--events", type=positive, default=60_000, help="length of the simulated log (default 60000)")
+    parser.add_argument("--rate", type=rate, default=400.0, help="events a second of the live part (default 400)")
+    parser.add_argument("--seed", type=seed, default=7)
 
 
 def run(args: Namespace) -> int:

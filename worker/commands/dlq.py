@@ -12,6 +12,7 @@ example:
 from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
 
+from worker.commands.arguments import positive
 from worker.commands.config import add_config
 
 if TYPE_CHECKING:
@@ -23,10 +24,10 @@ SHOWN_CHARACTERS = 60
 def configure(parser: ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ls | requeue")
     ls = actions.add_parser("ls", help="show the newest letters")
-    ls.add_argument("--limit", type=int, default=20, metavar="N", help="how many (default: 20)")
+    ls.add_argument("--limit", type=positive, default=20, metavar="N", help="how many (default: 20)")
     requeue = actions.add_parser("requeue", help="send records back to where they came from")
     requeue.add_argument("--reason", default="", metavar="TEXT", help="only letters whose reason contains it")
-    requeue.add_argument("--limit", type=int, metavar="N", help="at most so many, oldest first (default: all)")
+    requeue.add_argument("--limit", type=positive, metavar="N", help="at most so many, oldest first (default: all)")
     requeue.add_argument("--dry-run", action="store_true", help="show what would be sent")
     for action in (ls, requeue):
         action.add_argument("--json", action="store_true", help="JSON lines; keys and values in base64")

@@ -12,6 +12,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from worker.commands.arguments import share
 from worker.commands.config import add_config
 from worker.commands.replay import add_layout
 
@@ -25,7 +26,7 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument("artifact", type=Path, help="folder made by `millrace train`")
     parser.add_argument("log", type=Path, help="JSON lines, MessagePack or delimited text, gzipped or not")
     parser.add_argument("--protocol", choices=["online"], default="online", help="see above (default online)")
-    parser.add_argument("--score-from", type=float, default=0.8, metavar="SHARE", help="of the events (default 0.8)")
+    parser.add_argument("--score-from", type=share, default=0.8, metavar="SHARE", help="of the events (default 0.8)")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the numbers as JSON")
     add_layout(parser)
     add_config(parser)

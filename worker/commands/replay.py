@@ -8,9 +8,10 @@ examples:
   millrace replay ratings.tsv --columns user,item,value,ts --artifact artifact --kafka start
 """
 
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from worker.commands.arguments import positive, rate, share, speed
 from worker.commands.config import add_config
 
 
@@ -18,10 +19,10 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument("log", type=Path, help="JSON lines, MessagePack or delimited text, gzipped or not")
     parser.add_argument("--artifact", help="folder made by `millrace train` (default: pipeline.artifact, or none)")
     parser.add_argument("--speed", type=speed, default=None, metavar="10x|max", help="log time to real time (max)")
-    parser.add_argument("--score-from", type=float, default=0.8, metavar="SHARE", help="of the events (default 0.8)")
+    parser.add_argument("--score-from", type=share, default=0.8, metavar="SHARE", help="of the events (default 0.8)")
     parser.add_argument("--kafka", metavar="start|HOST:PORT", help="through a broker: start one, or use this one")
-    parser.add_argument("--rate", type=float, metavar="N", help="with --kafka: scored events a second (no limit)")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N events")
+    parser.add_argument("--rate", type=rate, metavar="N", help="with --kafka: scored events a second (no limit)")
+    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N events")
     parser.add_argument("--report", type=Path, default=Path("replay.json"), help="default: replay.json")
     parser.add_argument("--slates", type=Path, default=Path("slates.jsonl"), help="if no --kafka (slates.jsonl)")
     add_layout(parser)
@@ -32,19 +33,6 @@ def add_layout(parser: ArgumentParser) -> None:
     """How to read delimited text."""
     parser.add_argument("--columns", help="of delimited text, by place: user,item[,action,ts,value,dwell]; - skips one")
     parser.add_argument("--action", help="the action of every event, where the log has none (default: rate)")
-
-
-def speed(text: str) -> float | None:
-    """'10x' -> 10.0, 'max' -> None."""
-    if text == "max":
-        return None
-    try:
-        factor = float(text.removesuffix("x"))
-    except ValueError:
-        factor = 0.0
-    if not 0 < factor < float("inf"):
-        raise ArgumentTypeError(f"'{text}': want a factor such as 10x, or max")
-    return factor
 
 
 def run(args: Namespace) -> int:
@@ -70,7 +58,7 @@ def run(args: Namespace) -> int:
         limit=args.limit,
         speed=args.speed,
         share=args.score_from,
-        kafka=None if args.kafka is None else args.kafka.removeprefix("start"),
+        kafka="" if args.kafka == "start" else args.kafka,
         rate=args.rate,
     )
     console = Console()

@@ -9,6 +9,7 @@ example:
 
 from argparse import ArgumentParser, Namespace
 
+from worker.commands.arguments import port
 from worker.commands.config import add_config
 
 GRACE_S = 10
@@ -16,7 +17,7 @@ GRACE_S = 10
 
 def configure(parser: ArgumentParser) -> None:
     parser.add_argument("--host", help="address to listen on (default: serve.host)")
-    parser.add_argument("--port", type=int, help="port to listen on, 0 for a free one (default: serve.port)")
+    parser.add_argument("--port", type=port, help="port to listen on, 0 for a free one (default: serve.port)")
     add_config(parser)
 
 

@@ -10,6 +10,8 @@ example:
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
+from worker.commands.arguments import positive, seed
+
 
 def configure(parser: ArgumentParser) -> None:
     parser.add_argument(
@@ -18,15 +20,8 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument("--events", type=positive, default=200_000)
     parser.add_argument("--users", type=positive, default=5_000)
     parser.add_argument("--items", type=positive, default=2_000)
-    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--seed", type=seed, default=7)
     parser.add_argument("--gzip", action="store_true", help="events.jsonl.gz")
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
 
 
 def run(args: Namespace) -> int:

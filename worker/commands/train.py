@@ -13,6 +13,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from worker.commands.arguments import rate, seed
 from worker.commands.config import add_config
 from worker.commands.replay import add_layout
 
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
 # Option: (the struct's field, metavar, help). What is not given stays the struct's default.
 TRAINER = {
     "epochs": (int, "at most so many passes over the log"),
-    "seed": (int, "of the weights, the crops, the dropout"),
+    "seed": (seed, "of the weights, the crops, the dropout"),
     "crop-events": (int, "length of the pieces that sequences are cut into"),
     "batch-events": (int, "events a step"),
-    "learning-rate": (float, "at its highest"),
+    "learning-rate": (rate, "at its highest"),
 }
 MODEL = {
     "layers": (int, "of the encoder"),
@@ -36,7 +37,7 @@ MODEL = {
     "d-v": (int, "of a head's values"),
     "dropout": (float, "of embeddings and layers"),
     "attention-dropout": (float, "of attention's weights"),
-    "temperature": (float, "of the item scores: lower tells items apart more sharply"),
+    "temperature": (rate, "of the item scores: lower tells items apart more sharply"),
 }
 
 
@@ -47,7 +48,7 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument("--no-refit", dest="refit", action="store_false", help="keep the judged weights")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint beside ARTIFACT")
     for name, (kind, text) in (TRAINER | MODEL).items():
-        parser.add_argument(f"--{name}", type=kind, metavar="N" if kind is int else "X", help=text)
+        parser.add_argument(f"--{name}", type=kind, metavar="N" if kind in (int, seed) else "X", help=text)
     add_layout(parser)
     add_config(parser)
 

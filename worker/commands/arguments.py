@@ -1,0 +1,44 @@
+"""Numbers among a command's options: one that nothing can be done with is bad usage, said before anything is done."""
+
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+from typing import TypeVar
+
+Number = TypeVar("Number", int, float)
+
+
+def positive(text: str) -> int:
+    return _checked(text, int, lambda number: number > 0, "a whole number above 0")
+
+
+def seed(text: str) -> int:
+    return _checked(text, int, lambda number: number >= 0, "a whole number, 0 or above")
+
+
+def port(text: str) -> int:
+    return _checked(text, int, lambda number: 0 <= number < 1 << 16, "a port, 0 to 65535")
+
+
+def rate(text: str) -> float:
+    return _checked(text, float, lambda number: 0 < number < float("inf"), "a number above 0")
+
+
+def share(text: str) -> float:
+    return _checked(text, float, lambda number: 0 <= number <= 1, "a share, 0 to 1")
+
+
+def speed(text: str) -> float | None:
+    """'10x' -> 10.0, 'max' -> None."""
+    if text == "max":
+        return None
+    return _checked(text.removesuffix("x"), float, lambda number: 0 < number < float("inf"), "a factor, 10x, or max")
+
+
+def _checked(text: str, kind: type[Number], good: Callable[[Number], bool], wanted: str) -> Number:
+    try:
+        number = kind(text)
+    except ValueError:
+        number = None
+    if number is None or not good(number):
+        raise ArgumentTypeError(f"'{text}': want {wanted}")
+    return number
