@@ -21,7 +21,12 @@ COMMANDS = {
     "doctor": "check Kafka, Redis, GPU, artifact and optional stages, and say what to do",
     "config": "print the configuration with the source of each value",
 }
-EXIT_CODES = """\
+EPILOG = """\
+examples:
+  millrace demo
+  millrace doctor --config millrace.toml
+  millrace run --config millrace.toml
+
 exit codes:
   0 done (run: drained and committed)    5 Redis refused or away
   1 a defect of millrace                 6 dead-letter limit reached
@@ -58,7 +63,7 @@ def _top_level() -> argparse.ArgumentParser:
         "millrace",
         usage="millrace COMMAND [options]   (millrace COMMAND --help for each)",
         description=f"Real-time recommendation served from event streams.\n\ncommands:\n{lines}",
-        epilog=EXIT_CODES,
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version="millrace 0.1.0")

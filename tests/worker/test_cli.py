@@ -14,7 +14,7 @@ SCRIPT = """
 import contextlib, sys
 from worker.cli import main
 with contextlib.suppress(SystemExit):
-    main([sys.argv[1], "--help"])
+    main([*sys.argv[1].split(), "--help"])
 print("loaded:", sorted({"torch", "numpy", "aiokafka", "redis", "rich"} & set(sys.modules)))
 """
 
@@ -29,7 +29,7 @@ def help_of(command: str) -> tuple[float, str]:
     return min(seconds), text
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", ["", *COMMANDS, "dlq ls", "dlq requeue"])
 def test_help_answers_at_once_and_shows_an_example(command: str):
     seconds, text = help_of(command)
     assert seconds < 0.3

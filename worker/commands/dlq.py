@@ -9,7 +9,7 @@ example:
   millrace dlq requeue --reason "unknown action" --dry-run
 """
 
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from typing import TYPE_CHECKING
 
 from worker.commands.arguments import positive
@@ -23,15 +23,25 @@ SHOWN_CHARACTERS = 60
 
 def configure(parser: ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ls | requeue")
-    ls = actions.add_parser("ls", help="show the newest letters")
+
+    def action(name: str, text: str, example: str) -> ArgumentParser:
+        epilog = f"example:\n  millrace dlq {example}"
+        return actions.add_parser(
+            name, help=text, description=f"{text.capitalize()}.", epilog=epilog,
+            formatter_class=RawDescriptionHelpFormatter,
+        )  # fmt: skip
+
+    ls = action("ls", "show the newest letters", "ls --limit 5 --json | jq -r .reason")
     ls.add_argument("--limit", type=positive, default=20, metavar="N", help="how many (default: 20)")
-    requeue = actions.add_parser("requeue", help="send records back to where they came from")
+    requeue = action(
+        "requeue", "send records back to where they came from", 'requeue --reason "unknown action" --dry-run'
+    )
     requeue.add_argument("--reason", default="", metavar="TEXT", help="only letters whose reason contains it")
     requeue.add_argument("--limit", type=positive, metavar="N", help="at most so many, oldest first (default: all)")
     requeue.add_argument("--dry-run", action="store_true", help="show what would be sent")
-    for action in (ls, requeue):
-        action.add_argument("--json", action="store_true", help="JSON lines; keys and values in base64")
-        add_config(action)
+    for each in (ls, requeue):
+        each.add_argument("--json", action="store_true", help="JSON lines; keys and values in base64")
+        add_config(each)
 
 
 def run(args: Namespace) -> int:
