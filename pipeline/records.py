@@ -136,12 +136,6 @@ def encode_value(value: float | None) -> int:
     return 0 if value is None else 1 + min(65534, round(math.log1p(value) * _VALUE_STEPS))
 
 
-def decode_values(codes: np.ndarray) -> np.ndarray:
-    """Values of log codes, float32, NaN where missing (relative error 2e-4)."""
-    values = np.expm1((codes.astype(np.float32) - 1) / np.float32(_VALUE_STEPS))
-    return np.where(codes == 0, np.float32(np.nan), values)
-
-
 class EventPacker:
     """Packs events into their 24 ring bytes. An action outside the schema is a KeyError: check it before."""
 
