@@ -7,7 +7,7 @@ import asyncio
 import faulthandler
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from socketserver import ThreadingMixIn
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -93,9 +93,12 @@ class Watchdog:
         self._exported: set[Partition] = set()  # partitions whose lag the metrics show
 
     async def run(self) -> None:
-        while True:
-            self.check()
-            await asyncio.sleep(BEAT_S)
+        try:
+            while True:
+                self.check()
+                await asyncio.sleep(BEAT_S)
+        finally:
+            self._show({})
 
     def check(self) -> None:
         now_s = self._clock.monotonic()
@@ -115,7 +118,9 @@ class Watchdog:
         metrics.OPEN_EVENTS.set(self._ledger.open_count)
         oldest_s = self._ledger.oldest_open_s
         metrics.LAG_SECONDS.set(0.0 if oldest_s is None else now_s - oldest_s)
-        lag = self._source.lag()
+        self._show(self._source.lag())
+
+    def _show(self, lag: Mapping[Partition, int]) -> None:
         for topic, partition in self._exported - lag.keys():  # another member shows it now
             metrics.LAG.remove(topic, str(partition))
         for (topic, partition), records in lag.items():
