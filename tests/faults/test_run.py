@@ -1,6 +1,7 @@
 """`millrace run` that cannot start: one clear sentence and its exit code; and one that is told twice to stop."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,10 +68,21 @@ def test_a_topic_does_not_exist(kafka: str, valkey: str, topics: Callable[[str],
     assert "create" in sentence(done)
 
 
-def test_an_artifact_is_not_what_its_manifest_says(tmp_path: Path):
+def test_an_artifact_has_no_manifest(tmp_path: Path):
     done = start(PIPELINE__ARTIFACT=tmp_path)
     assert done.returncode == 3
     assert "manifest.json: No such file" in sentence(done)
+
+
+def test_a_byte_of_an_artifacts_file_was_flipped(shop, tmp_path: Path):
+    folder = shutil.copytree(shop.artifact, tmp_path / "artifact")
+    weights = folder / "hstu.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    done = start(PIPELINE__ARTIFACT=folder)
+    assert done.returncode == 3
+    assert f"{weights}: SHA-256 is " in sentence(done)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
