@@ -1,1 +1,1 @@
-"""A trained artifact becomes deployable files, each verified against the encoder it came from."""
+"""What an exported encoder is measured by. Nothing is exported yet: the artifact itself is deployed."""

@@ -1,4 +1,4 @@
-"""Does an encoder answer as the one it came from? Every backend is asked before it may serve."""
+"""Does an encoder answer as the one it came from? Only tests ask yet: torch's encoder is the only one that serves."""
 
 from collections.abc import Iterable
 
