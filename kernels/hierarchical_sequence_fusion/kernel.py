@@ -63,6 +63,39 @@ def _events(
 
 
 @triton.jit
+def _pool(
+    table, features, strength, tokens, codes, first, last, column, inside, target, written, table_stride,
+    feature_stride, FEATURES: tl.constexpr, EVENTS: tl.constexpr,
+):  # fmt: skip
+    """The weighted mean of events first .. last - 1; zeros if there are none."""
+    pooled = tl.zeros(column.shape, tl.float32)
+    weights = 0.0
+    for start in range(first, last, EVENTS):
+        event = start + tl.arange(0, EVENTS)
+        vector, weight = _events(
+            table, features, strength, tokens, codes, event, event < last, column, inside, table_stride,
+            feature_stride, FEATURES,
+        )  # fmt: skip
+        pooled += tl.sum(vector * weight[:, None], axis=0)
+        weights += tl.sum(weight, axis=0)
+    pooled /= tl.where(first < last, weights, 1.0)
+    tl.store(target + column, pooled.to(target.dtype.element_ty), mask=inside & written)
+
+
+@triton.jit
+def _copy(
+    table, features, strength, tokens, codes, event, live, column, inside, fused, target, written, table_stride,
+    feature_stride, FEATURES: tl.constexpr,
+):  # fmt: skip
+    """Live events as they are, zeros for the others."""
+    vector, _ = _events(  # pyright: ignore[reportGeneralTypeIssues]: to it, a call of a kernel never returns
+        table, features, strength, tokens, codes, event, live, column, inside, table_stride, feature_stride, FEATURES
+    )
+    place = fused + target[:, None] + column[None, :]
+    tl.store(place, vector.to(fused.dtype.element_ty), mask=written[:, None] & inside[None, :])
+
+
+@triton.jit
 def fuse_kernel(
     table, features, strength, tokens, codes, seconds, offsets, starts, counts, fused, fused_seconds, fused_offsets,
     users, rows, width, table_stride, feature_stride,
@@ -85,38 +118,27 @@ def fuse_kernel(
     column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     inside = column < width
     if slot < SESSIONS:
-        own = starts + user.to(tl.int64) * (SESSIONS + 1) + slot
-        first = tl.load(own, mask=slot < kept, other=0)
-        last = tl.load(own + 1, mask=slot < kept, other=0)
-        pooled = tl.zeros((BLOCK_WIDTH,), tl.float32)
-        weights = 0.0
-        for event in range(first, last, EVENTS):
-            batch = event + tl.arange(0, EVENTS)
-            vector, weight = _events(
-                table, features, strength, tokens, codes, batch, batch < last, column, inside, table_stride,
-                feature_stride, FEATURES,
-            )  # fmt: skip
-            pooled += tl.sum(vector * weight[:, None], axis=0)
-            weights += tl.sum(weight, axis=0)
-        pooled /= tl.where(slot < kept, weights, 1.0)
-        time = tl.load(seconds + last - 1, mask=slot < kept, other=0)
+        at = starts + user.to(tl.int64) * (SESSIONS + 1) + slot
+        first = tl.load(at, mask=slot < kept, other=0)
+        last = tl.load(at + 1, mask=slot < kept, other=0)
         row = tl.where(slot < kept, before + slot, unused + slot).to(tl.int64)
-        tl.store(fused + row * width + column, pooled.to(fused.dtype.element_ty), mask=inside & (row < rows))
-        tl.store(fused_seconds + row, time, mask=row < rows)
+        _pool(
+            table, features, strength, tokens, codes, first, last, column, inside, fused + row * width, row < rows,
+            table_stride, feature_stride, FEATURES, EVENTS,
+        )  # fmt: skip
+        now = tl.load(seconds + last - 1, mask=slot < kept, other=0)
+        tl.store(fused_seconds + row, now, mask=row < rows)
     else:
         place = (slot - SESSIONS) * EVENTS + tl.arange(0, EVENTS)
-        event = older + place
-        live = event < stop
-        vector, _ = _events(  # pyright: ignore[reportGeneralTypeIssues]: to it, a call of a kernel never returns
-            table, features, strength, tokens, codes, event, live, column, inside, table_stride, feature_stride,
-            FEATURES,
+        live = older + place < stop
+        target = tl.where(live, before + kept + place, unused + SESSIONS + place - (stop - older)).to(tl.int64)
+        written = (place < RECENT) & (target < rows)
+        _copy(
+            table, features, strength, tokens, codes, older + place, live, column, inside, fused, target * width,
+            written, table_stride, feature_stride, FEATURES,
         )  # fmt: skip
-        time = tl.load(seconds + event, mask=live, other=0)
-        row = tl.where(live, before + kept + place, unused + SESSIONS + place - (stop - older)).to(tl.int64)
-        written = (place < RECENT) & (row < rows)
-        mask = written[:, None] & inside[None, :]
-        tl.store(fused + row[:, None] * width + column[None, :], vector.to(fused.dtype.element_ty), mask=mask)
-        tl.store(fused_seconds + row, time, mask=written)
+        times = tl.load(seconds + older + place, mask=live, other=0)
+        tl.store(fused_seconds + target, times, mask=written)
     if (slot == 0) & (tl.program_id(1) == 0):
         tl.store(fused_offsets + user, before.to(tl.int64))
         tl.store(fused_offsets + users, total.to(tl.int64))

@@ -46,33 +46,33 @@ def hierarchical_sequence_fusion(
     inputs give equal bits.
     """
     device = table.device
-    require(table.dtype in FLOATS and table.dim() == 2 and len(table) > 0 and table.stride(1) == 1,
+    require(table.dtype in FLOATS and table.dim() == 2 and table.shape[0] > 0 and table.stride(1) == 1,
             "table", table, "float32, bfloat16 or float16 [items, width], rows of adjacent elements")  # fmt: skip
-    width, events = table.shape[1], len(tokens)
+    width, events = table.shape[1], tokens.shape[0]
     require(features.dtype == table.dtype and features.dim() == 2 and features.shape[1] == width and
             features.device == device,
             "features", features, f"{table.dtype} [feature rows, {width}] on {device}")  # fmt: skip
-    require(strength.dtype == torch.float32 and strength.shape == (len(features),) and strength.device == device,
-            "strength", strength, f"torch.float32 [{len(features)}] on {device}")  # fmt: skip
+    require(strength.dtype == torch.float32 and strength.shape == (features.shape[0],) and strength.device == device,
+            "strength", strength, f"torch.float32 [{features.shape[0]}] on {device}")  # fmt: skip
     require(tokens.dtype in INTEGERS and tokens.dim() == 1 and tokens.device == device,
             "tokens", tokens, f"int32 or int64 [events] on {device}")  # fmt: skip
-    require(codes.dtype in INTEGERS and codes.dim() == 2 and len(codes) == events and codes.device == device and
+    require(codes.dtype in INTEGERS and codes.dim() == 2 and codes.shape[0] == events and codes.device == device and
             codes.shape[1] <= MAX_FEATURES,
             "codes", codes, f"int32 or int64 [{events}, up to {MAX_FEATURES}] on {device}")  # fmt: skip
     require(seconds.dtype == torch.int32 and seconds.shape == (events,) and seconds.device == device,
             "seconds", seconds, f"torch.int32 [{events}] on {device}")  # fmt: skip
-    require(offsets.dtype in INTEGERS and offsets.dim() == 1 and len(offsets) > 0 and offsets.device == device,
+    require(offsets.dtype in INTEGERS and offsets.dim() == 1 and offsets.shape[0] > 0 and offsets.device == device,
             "offsets", offsets, f"int32 or int64 [users + 1] on {device}")  # fmt: skip
     if recent < 0 or sessions < 0 or not 0 < recent + sessions <= MAX_TOKENS or gap_s < 1:
         raise ValueError(f"recent = {recent}, sessions = {sessions}, gap_s = {gap_s}: "
                          f"wanted 1 to {MAX_TOKENS} tokens a user together, and a pause of at least 1 s")  # fmt: skip
     if check_values and not torch.compiler.is_compiling():
-        _check_values(len(table), len(features), tokens, codes, offsets)
+        _check_values(table.shape[0], features.shape[0], tokens, codes, offsets)
     return _fuse(table, features, strength, tokens, codes, seconds, offsets, recent, sessions, gap_s)
 
 
 def _check_values(items: int, feature_rows: int, tokens: Tensor, codes: Tensor, offsets: Tensor) -> None:
-    require_values("offsets", offsets, offset_faults(offsets, len(tokens)))
+    require_values("offsets", offsets, offset_faults(offsets, tokens.shape[0]))
     for name, index, end in (("tokens", tokens, items), ("codes", codes, feature_rows)):
         require_values(name, index, {f"must be from 0 to {end - 1}": ((index < 0) | (index >= end)).any()})
 
@@ -90,7 +90,7 @@ def _fuse(
     sessions: int,
     gap_s: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not table.is_cuda or len(tokens) == 0:
+    if not table.is_cuda or tokens.shape[0] == 0:
         return reference.hierarchical_sequence_fusion(
             table, features, strength, tokens, codes, seconds, offsets, recent, sessions, gap_s
         )

@@ -7,6 +7,8 @@ and, among equals, the lowest row; all keys differ. So the order of arrival leav
 import triton
 import triton.language as tl
 
+from kernels.sequence_recommendation_interaction.append import PACK, PUT, PUT_OPERANDS, TAKE, TAKE_OPERANDS
+
 EMPTY = tl.constexpr(-(1 << 63))
 ROW_MASK = tl.constexpr(0xFFFFFFFF)
 NO_BOUND = tl.constexpr(-3.4028234663852886e38)  # the lowest finite float32: a score of -inf does not reach it
@@ -26,13 +28,13 @@ def _key(score, row):
 
 @triton.jit
 def _scores(state, table, scales, row, live, stride, WIDTH: tl.constexpr, QUANTISED: tl.constexpr):
-    """float32 [rows, users]: table[row] times state, [users, BLOCK_WIDTH]."""
+    """float32 [users, rows]: state, [users, BLOCK_WIDTH], times table[row]."""
     feature = tl.arange(0, state.shape[1])
     mask = live[:, None] & (feature < WIDTH)[None, :]
     item = tl.load(table + row.to(tl.int64)[:, None] * stride + feature[None, :], mask=mask, other=0)
-    score = tl.dot(item.to(state.dtype), tl.trans(state), input_precision="ieee")
+    score = tl.dot(state, tl.trans(item.to(state.dtype)), input_precision="ieee")
     if QUANTISED:
-        score *= tl.load(scales + row, mask=live, other=0)[:, None]
+        score *= tl.load(scales + row, mask=live, other=0)[None, :]
     return score
 
 
@@ -88,11 +90,11 @@ def sample_kernel(
         score = _scores(state, table, scales, row, live, table_stride, WIDTH, QUANTISED)
         if MASKED:
             live &= tl.load(eligible + row, mask=live, other=0) != 0
-        score = tl.where(live[:, None], score, -float("inf"))
-        best = tl.max(tl.reshape(score, (BLOCK_ITEMS // GROUP, GROUP, BLOCK_USERS)), axis=1)
+        score = tl.where(live[None, :], score, -float("inf"))
+        best = tl.max(tl.reshape(score, (BLOCK_USERS, BLOCK_ITEMS // GROUP, GROUP)), axis=2)
         group = start // GROUP + tl.arange(0, BLOCK_ITEMS // GROUP)
-        place = maxima + user.to(tl.int64)[None, :] * groups + group[:, None]
-        tl.store(place, best, mask=(group < groups)[:, None] & (user < users)[None, :])
+        place = maxima + user.to(tl.int64)[:, None] * groups + group[None, :]
+        tl.store(place, best, mask=(user < users)[:, None] & (group < groups)[None, :])
 
 
 @triton.jit
@@ -118,28 +120,57 @@ def bound_kernel(
 
 
 @triton.jit
+def _take(score, bound, row, items, counter, FAST: tl.constexpr):
+    """Where a score [users, rows] reaches its user's bound, that user's next slot; elsewhere -1 (see append.py)."""
+    if FAST:
+        arguments = [score, bound, row, items, counter.to(tl.int64)]
+        return tl.inline_asm_elementwise(TAKE, TAKE_OPERANDS, arguments, tl.int32, False, PACK)  # pyright: ignore[reportArgumentType]: constants of a kernel
+    reached = (score >= bound) & (row < items)
+    slot = tl.atomic_add(tl.broadcast_to(counter, reached.shape), 1, mask=reached, sem="relaxed")
+    return tl.where(reached, slot, -1)
+
+
+@triton.jit
+def _put(slot, score, row, place, CAPACITY: tl.constexpr, FAST: tl.constexpr):
+    """The key of each score that has a slot below CAPACITY goes there."""
+    if FAST:
+        arguments = [slot, score, row, CAPACITY, place.to(tl.int64)]
+        tl.inline_asm_elementwise(PUT, PUT_OPERANDS, arguments, tl.int32, False, PACK)  # pyright: ignore[reportArgumentType]: constants of a kernel
+    else:
+        tl.store(place + slot, _key(score, row), mask=(slot >= 0) & (slot < CAPACITY))
+
+
+@triton.jit
 def filter_kernel(
     states, table, scales, eligible, bounds, counts, candidates, users, items, state_stride, table_stride,
-    CAPACITY: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-    BLOCK_ITEMS: tl.constexpr, BLOCK_USERS: tl.constexpr, QUANTISED: tl.constexpr, MASKED: tl.constexpr,
+    CAPACITY: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_ITEMS: tl.constexpr,
+    BLOCK_USERS: tl.constexpr, QUANTISED: tl.constexpr, MASKED: tl.constexpr, FAST: tl.constexpr,
+    DEFERRED: tl.constexpr,
 ):  # fmt: skip
     """One pass over the table: every score that reaches its user's bound is appended to that user's candidates."""
-    first = tl.program_id(0) * BLOCK_USERS
-    lane = tl.arange(0, BLOCK_USERS)
-    own = first + lane < users
-    state = _states(states, first + lane, users, state_stride, WIDTH, BLOCK_WIDTH)
-    bound = tl.load(bounds + first + lane, mask=own, other=float("inf"))
-    counter = tl.broadcast_to((counts + first + lane)[None, :], (BLOCK_ITEMS, BLOCK_USERS))
-    place = candidates + first.to(tl.int64) * CAPACITY + (lane * CAPACITY)[None, :]
+    user = tl.program_id(0) * BLOCK_USERS + tl.arange(0, BLOCK_USERS)
+    own = user < users
+    state = _states(states, user, users, state_stride, WIDTH, BLOCK_WIDTH)
+    bound = tl.load(bounds + user, mask=own, other=float("inf"))
+    counter, place = (counts + user)[:, None], (candidates + user.to(tl.int64) * CAPACITY)[:, None]
+    slot = tl.full((BLOCK_USERS, BLOCK_ITEMS), -1, tl.int32)
+    past, past_row = tl.zeros((BLOCK_USERS, BLOCK_ITEMS), tl.float32), tl.arange(0, BLOCK_ITEMS)
     for start in range(tl.program_id(1) * BLOCK_ITEMS, items, tl.num_programs(1) * BLOCK_ITEMS):
         row = start + tl.arange(0, BLOCK_ITEMS)
         live = row < items
         score = _scores(state, table, scales, row, live, table_stride, WIDTH, QUANTISED)
         if MASKED:
             live &= tl.load(eligible + row, mask=live, other=0) != 0
-        reached = (score >= bound[None, :]) & live[:, None]
-        slot = tl.atomic_add(counter, 1, mask=reached, sem="relaxed")
-        tl.store(place + slot, _key(score, row[:, None]), mask=reached & (slot < CAPACITY))
+            score = tl.where(live[None, :], score, float("nan"))  # a NaN reaches nothing
+        if DEFERRED:
+            _put(slot, past, past_row[None, :], place, CAPACITY, FAST)
+        slot = _take(score, bound[:, None], row[None, :], items, counter, FAST)
+        if DEFERRED:
+            past, past_row = score, row
+        else:
+            _put(slot, score, row[None, :], place, CAPACITY, FAST)
+    if DEFERRED:
+        _put(slot, past, past_row[None, :], place, CAPACITY, FAST)
 
 
 @triton.jit

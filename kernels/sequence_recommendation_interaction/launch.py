@@ -8,8 +8,11 @@ from torch import Tensor
 from kernels.launching import ceil_div, launch, next_power_of_2
 from kernels.sequence_recommendation_interaction import kernel
 
+SPARE_BYTES = 3072  # of shared memory, for what the compiler adds
 CAPACITY = 8192  # candidates a user: 64 KiB, and what one program selects from in its registers
-USERS_AT_ONCE = 512  # 32 MiB of candidates
+USERS_AT_ONCE = 256  # 16 MiB of candidates
+MAX_GROUPS = 16384  # maxima that one program holds in its registers without spilling
+FAST = torch.version.cuda is not None  # the inline code is NVIDIA's
 NO_BOUND = torch.finfo(torch.float32).min
 
 
@@ -22,6 +25,7 @@ class Tiles:
     warps: int = 8
     stages: int = 2
     programs: int = 1
+    deferred: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,8 @@ def plan(items: int, users: int, width: int, k: int, element_bytes: int, shared_
     group = 8
     while group < min(64, tiles.items) and items // (stride * 2 * group) >= 8 * k:
         group *= 2
+    while items // (stride * group) > MAX_GROUPS and 2 * stride * k <= CAPACITY // 2:
+        stride *= 2
     return Plan(stride, group, tiles)
 
 
@@ -57,8 +63,9 @@ def _tiles(users: int, width: int, element_bytes: int, shared_bytes: int) -> Til
     block_items = 64
     while block_items > 16 and (block_users + block_items) * row_bytes > shared_bytes:
         block_items //= 2
-    stages = 2 if (block_users + 2 * block_items) * row_bytes <= shared_bytes * 9 // 10 else 1
-    return Tiles(block_items, block_users, 8 if block_users >= 128 else 4, stages)
+    stages = max(1, min(3, ((shared_bytes - SPARE_BYTES) // row_bytes - block_users) // block_items))
+    programs = max(1, min(4, shared_bytes // ((block_users + stages * block_items) * row_bytes + SPARE_BYTES)))
+    return Tiles(block_items, block_users, max(4, block_users // 16), stages, programs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +125,8 @@ def _top_k(
     launch(
         kernel.filter_kernel, _grid(plan.tiles, users, table.shape[0], processors),
         states, table, scales, eligible, bounds, counts, candidates, users, table.shape[0], *strides,
-        **shape, **_blocks(plan.tiles, table.shape[1]), **catalogue.flags,
+        **shape, **_blocks(plan.tiles, table.shape[1]), **catalogue.flags, FAST=states.is_cuda and FAST,
+        DEFERRED=plan.tiles.deferred,
     )  # fmt: skip
     selected = (bounds, counts, candidates, listed, offsets, failed, failures, best, rows, k)
     chosen = {"CAPACITY": plan.capacity, "BLOCK_K": block_k, "SEEN": seen is not None, "num_warps": 8}
@@ -149,7 +157,8 @@ def _bounds(states: Tensor, catalogue: Catalogue, k: int, seen: Seen | None, pla
     launch(
         kernel.bound_kernel, (users,),
         maxima, maxima if seen is None else seen.offsets, bounds, groups, k, highest,
-        STRIDE=plan.stride, BLOCK=next_power_of_2(groups), SEEN=seen is not None, num_warps=8,
+        STRIDE=plan.stride, BLOCK=next_power_of_2(groups), SEEN=seen is not None,
+        num_warps=8 if groups <= MAX_GROUPS else 16,
     )  # fmt: skip
     return bounds
 

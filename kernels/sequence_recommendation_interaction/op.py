@@ -9,7 +9,7 @@ from kernels.arguments import offset_faults, require, require_values
 from kernels.sequence_recommendation_interaction import reference
 
 MAX_K = 512
-MAX_WIDTH = 1024
+MAX_ROW_BYTES = 2048  # of a state: 16 of them and 16 items fill two thirds of the smallest shared memory
 MAX_ITEMS = 1 << 30
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
@@ -39,7 +39,7 @@ def sequence_recommendation_interaction(
     """
     _check(states, table, scales)
     require(0 < k <= MAX_K, f"k = {k} for states, which", states, f"k from 1 to {MAX_K}")
-    users, items = len(states), len(table)
+    users, items = states.shape[0], table.shape[0]
     if eligible is not None:
         require(eligible.dtype == torch.bool and eligible.shape == (items,) and eligible.device == states.device,
                 "eligible", eligible, f"bool [{items}] on {states.device}")  # fmt: skip
@@ -64,36 +64,38 @@ def candidate_interaction(
     The other arguments are those of `sequence_recommendation_interaction`; a row of -1 has the score -inf.
     """
     _check(states, table, scales)
-    require(rows.dtype in INTEGERS and rows.dim() == 2 and len(rows) == len(states) and rows.device == states.device,
-            "rows", rows, f"int32 or int64 [{len(states)}, candidates] on {states.device}")  # fmt: skip
+    users = states.shape[0]
+    require(rows.dtype in INTEGERS and rows.dim() == 2 and rows.shape[0] == users and rows.device == states.device,
+            "rows", rows, f"int32 or int64 [{users}, candidates] on {states.device}")  # fmt: skip
     if check_values and not torch.compiler.is_compiling():
-        outside = (rows < -1) | (rows >= len(table))
-        require_values("rows", rows, {f"must be from -1 to {len(table) - 1}": outside.any()})
+        outside = (rows < -1) | (rows >= table.shape[0])
+        require_values("rows", rows, {f"must be from -1 to {table.shape[0] - 1}": outside.any()})
     return _candidates(states, table, rows, scales)
 
 
 def _check(states: Tensor, table: Tensor, scales: Tensor | None) -> None:
-    require(states.dtype in FLOATS and states.dim() == 2 and 0 < states.shape[1] <= MAX_WIDTH,
-            "states", states, f"float32, bfloat16 or float16 [users, width], width from 1 to {MAX_WIDTH}")  # fmt: skip
+    require(states.dtype in FLOATS and states.dim() == 2 and
+            0 < states.shape[1] * states.element_size() <= MAX_ROW_BYTES,
+            "states", states, f"float32, bfloat16 or float16 [users, 1 to {MAX_ROW_BYTES} bytes]")  # fmt: skip
     dtype, width = states.dtype if scales is None else torch.int8, states.shape[1]
-    require(table.dtype == dtype and table.dim() == 2 and table.shape[1] == width and len(table) <= MAX_ITEMS and
+    require(table.dtype == dtype and table.dim() == 2 and table.shape[1] == width and table.shape[0] <= MAX_ITEMS and
             table.device == states.device,
             "table", table, f"{dtype} [items, {width}] on {states.device} (int8 with scales)")  # fmt: skip
-    require(len(table) < 2 or table.stride(1) == 1, "table", table, "elements of a row next to each other")
+    require(table.shape[0] < 2 or table.stride(1) == 1, "table", table, "elements of a row next to each other")
     if scales is not None:
-        require(scales.dtype == torch.float32 and scales.shape == (len(table),) and scales.device == states.device,
-                "scales", scales, f"torch.float32 [{len(table)}] on {states.device}")  # fmt: skip
+        require(scales.dtype == torch.float32 and scales.shape == (table.shape[0],) and scales.device == states.device,
+                "scales", scales, f"torch.float32 [{table.shape[0]}] on {states.device}")  # fmt: skip
 
 
 def _check_values(states: Tensor, seen: Tensor | None, seen_offsets: Tensor | None, items: int) -> None:
     require_values("states", states, {"must be finite": ~states.isfinite().all()})
     if seen is None or seen_offsets is None:
         return
-    require_values("seen_offsets", seen_offsets, offset_faults(seen_offsets, len(seen)))
-    if len(seen) == 0:
+    require_values("seen_offsets", seen_offsets, offset_faults(seen_offsets, seen.shape[0]))
+    if seen.shape[0] == 0:
         return
     descents = seen.diff() < 0  # [n - 1]
-    descents[(seen_offsets[1:-1] - 1)[(seen_offsets[1:-1] > 0) & (seen_offsets[1:-1] < len(seen))].long()] = False
+    descents[(seen_offsets[1:-1] - 1)[(seen_offsets[1:-1] > 0) & (seen_offsets[1:-1] < seen.shape[0])].long()] = False
     faults = {
         f"must be from 0 to {items - 1}": ((seen < 0) | (seen >= items)).any(),
         "must ascend within a user": descents.any(),
@@ -111,7 +113,7 @@ def _top_k(
     eligible: Tensor | None,
     scales: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    if not states.is_cuda or len(states) == 0 or len(table) == 0:
+    if not states.is_cuda or states.shape[0] == 0 or table.shape[0] == 0:
         return reference.sequence_recommendation_interaction(states, table, k, seen, seen_offsets, eligible, scales)
     from kernels.sequence_recommendation_interaction import launch
 
@@ -121,7 +123,7 @@ def _top_k(
     listed = None
     if seen is not None and seen_offsets is not None:
         listed = launch.Seen(seen.contiguous(), seen_offsets.contiguous())
-    plan = launch.plan(len(table), len(states), table.shape[1], k, states.element_size(), shared_bytes)
+    plan = launch.plan(table.shape[0], states.shape[0], table.shape[1], k, states.element_size(), shared_bytes)
     with torch.cuda.device(states.device):
         return launch.top_k(states, catalogue, k, listed, plan, processors)
 
