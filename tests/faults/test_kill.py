@@ -40,11 +40,12 @@ class Members:
         self._env, self._logs, self._started = os.environ | settings, logs, 0
         self.alive: list[subprocess.Popen] = []
 
-    def start(self) -> subprocess.Popen:
+    def start(self, **settings: str) -> subprocess.Popen:
         self._started += 1
+        env = self._env | {f"MILLRACE__{key}": value for key, value in settings.items()}
         with (self._logs / f"member-{self._started}.log").open("wb") as log:
             command = [sys.executable, "-m", "worker.cli", "run"]
-            member = subprocess.Popen(command, env=self._env, stdout=log, stderr=log)
+            member = subprocess.Popen(command, env=env, stdout=log, stderr=log)
         self.alive.append(member)
         return member
 
@@ -95,11 +96,11 @@ async def create(kafka: str, names: dict[str, str]) -> None:
     await admin.close()
 
 
-async def produce(kafka: str, topic: str, prefix: str) -> None:
+async def produce(kafka: str, topic: str, prefix: str, count: int = EVENTS, pause_s: float = 0.25) -> None:
     """Valid events, some twice, and some poison; trickled so that every kill happens in mid-stream."""
     dice = random.Random(11)
     async with AIOKafkaProducer(bootstrap_servers=kafka, enable_idempotence=True, linger_ms=5) as producer:
-        for number in range(EVENTS):
+        for number in range(count):
             event = some_event(dice, prefix, number)
             key, value = event["user_id"].encode(), msgspec.json.encode(event)
             if dice.random() < 0.02:
@@ -107,7 +108,7 @@ async def produce(kafka: str, topic: str, prefix: str) -> None:
             for _ in range(2 if dice.random() < 0.02 else 1):
                 await producer.send(topic, value, key=key)
             if number % 100 == 99:
-                await asyncio.sleep(0.25)
+                await asyncio.sleep(pause_s)
 
 
 async def read_all(kafka: str, topic: str) -> list:
@@ -185,8 +186,37 @@ def test_nothing_is_lost_when_workers_are_killed_and_members_come_and_go(
     run(compare(kafka, valkey, names, prefix), 60)
 
 
-async def compare(kafka: str, valkey: str, names: dict[str, str], prefix: str) -> None:
-    oracle, poison = Oracle(names["EVENTS_TOPIC"], CAP), set()
+def test_events_that_ask_for_no_slate_reach_their_rings_and_are_committed(
+    run, kafka: str, valkey: str, names: dict[str, str], members: Members, eventually
+):
+    prefix = f"{names['GROUP']}-"
+
+    async def answered() -> bool:
+        return bool(await read_all(kafka, names["SLATES_TOPIC"]))
+
+    async def story() -> None:
+        await create(kafka, names)
+        await produce(kafka, names["EVENTS_TOPIC"], prefix, 2000, pause_s=0)
+        member = members.start(EVENTS__TRIGGER_ACTIONS='["cart"]')
+        await eventually(answered, 60)
+        members.kill(member)
+        member = members.start(EVENTS__TRIGGER_ACTIONS='["cart"]')
+        async with settled(kafka, names) as condition:
+            await eventually(condition, 60)
+        assert await members.leave(member) == 0
+
+    try:
+        run(story(), 150)
+    except BaseException:
+        print(members.words())
+        raise
+    run(compare(kafka, valkey, names, prefix, ("cart",)), 60)
+
+
+async def compare(
+    kafka: str, valkey: str, names: dict[str, str], prefix: str, triggers: tuple[str, ...] = ACTIONS
+) -> None:
+    oracle, poison = Oracle(names["EVENTS_TOPIC"], CAP, triggers=triggers), set()
     for record in await read_all(kafka, names["EVENTS_TOPIC"]):
         if (event := decoded(record.value)) is None:
             poison.add((record.partition, record.offset, record.value))
