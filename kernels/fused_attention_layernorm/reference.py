@@ -24,6 +24,9 @@ def fused_attention_layernorm(
     norm_bias: Tensor,
     eps: float,
     max_events: int,
+    alpha: float = 1.0,
+    contextual: int = 0,
+    targets: Tensor | None = None,
 ) -> Tensor:
     """Norm(A V) * U of right-padded users: float32 [users, length, heads * d_v]; rows beyond a user's length are 0.
 
@@ -31,16 +34,21 @@ def fused_attention_layernorm(
     seconds: int [users, length], times of the events, ascending within a user; lengths: int [users].
     position_bias: [heads, max_events], by the number of events between; time_bias: [heads, thresholds + 1], by how many
     of `time_thresholds` (int, ascending, whole seconds) are not above the time between.
-    norm_weight, norm_bias: [heads * d_v]. max_events: the constant N.
+    norm_weight, norm_bias: [heads * d_v]. max_events: the constant N. alpha scales the dot products.
+    contextual: that many first rows describe the user, not a moment: they see all rows but the targets.
+    targets: int [users], that many last rows are candidates: no other row sees one.
     """
     users, length = seconds.shape
-    row, column = torch.arange(length)[:, None], torch.arange(length)[None, :]
-    valid = (column <= row) & (row < lengths[:, None, None])  # [users, length, length]
+    slots = torch.arange(length, device=seconds.device)
+    row, column = slots[:, None], slots[None, :]
+    seen = lengths if targets is None else lengths - targets
+    earlier = ((column < row) | (row < contextual)) & (column < seen[:, None, None])
+    valid = ((column == row) | earlier) & (row < lengths[:, None, None])  # [users, length, length]
     elapsed = (seconds[:, :, None] - seconds[:, None, :]).clamp(min=0)
     bucket = (elapsed[..., None] >= time_thresholds).sum(-1)  # [users, length, length]
     bias = position_bias[:, (row - column).clamp(min=0)][None] + time_bias[:, bucket].transpose(0, 1)
-    scores = torch.einsum("uihd,ujhd->uhij", q, k) + bias  # [users, heads, length, length]
+    scores = alpha * torch.einsum("uihd,ujhd->uhij", q, k) + bias  # [users, heads, length, length]
     weights = F.silu(scores) / max_events * valid[:, None]
     attended = torch.einsum("uhij,ujhd->uihd", weights, v).reshape(users, length, -1)
     normed = F.layer_norm(attended, attended.shape[-1:], norm_weight, norm_bias, eps)
-    return normed * u.reshape(users, length, -1) * (torch.arange(length) < lengths[:, None])[..., None]
+    return normed * u.reshape(users, length, -1) * (slots < lengths[:, None])[..., None]

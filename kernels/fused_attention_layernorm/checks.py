@@ -1,0 +1,64 @@
+"""What this operator refuses, with the argument, its shape, and what was expected. All raise ValueError."""
+
+import torch
+from torch import Tensor
+
+from kernels.arguments import offset_faults, require, require_values
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_THRESHOLDS = 255  # a bucket is a byte
+
+
+def check_rows(q: Tensor, k: Tensor, v: Tensor, u: Tensor, total: int, queries: int, device: torch.device) -> None:
+    require(q.dtype in DTYPES and q.dim() == 3 and q.shape[0] == queries and q.device == device,
+            "q", q, f"float32, bfloat16 or float16 [{queries}, heads, d_qk] on {device}")  # fmt: skip
+    heads, d_qk, d_v = q.shape[1], q.shape[2], v.shape[-1]
+    for name, part, wanted in (
+        ("k", k, (total, heads, d_qk)),
+        ("v", v, (total, heads, d_v)),
+        ("u", u, (queries, heads, d_v)),
+    ):
+        require(part.dtype == q.dtype and part.shape == wanted and part.device == device,
+                name, part, f"{q.dtype} {list(wanted)} on {device}")  # fmt: skip
+
+
+def check_tables(heads: int, d_v: int, max_events: int, times: int, position_bias: Tensor, time_bias: Tensor,
+                 norm_weight: Tensor, norm_bias: Tensor, device: torch.device) -> None:  # fmt: skip
+    tables = (("position_bias", position_bias, (heads, max_events)), ("time_bias", time_bias, (heads, times)))
+    norms = (("norm_weight", norm_weight, (heads * d_v,)), ("norm_bias", norm_bias, (heads * d_v,)))
+    for name, table, wanted in tables + norms:
+        require(table.dtype == torch.float32 and table.shape == wanted and table.device == device,
+                name, table, f"torch.float32 {list(wanted)} on {device}")  # fmt: skip
+
+
+def check_batch(seconds: Tensor, offsets: Tensor, thresholds: Tensor, targets: Tensor | None) -> None:
+    """Types, shapes and devices alone: nothing here waits for the device."""
+    device = seconds.device
+    require(seconds.dtype == torch.int32 and seconds.dim() == 1, "seconds", seconds, "torch.int32 [total]")
+    require(offsets.dtype in (torch.int32, torch.int64) and offsets.dim() == 1 and len(offsets) > 0 and
+            offsets.device == device, "offsets", offsets, f"int32 or int64 [users + 1] on {device}")  # fmt: skip
+    require(thresholds.dtype == torch.int32 and thresholds.dim() == 1 and len(thresholds) <= MAX_THRESHOLDS and
+            thresholds.device == device,
+            "thresholds", thresholds, f"torch.int32 of at most {MAX_THRESHOLDS} on {device}")  # fmt: skip
+    if targets is not None:
+        users = len(offsets) - 1
+        require(targets.dtype == torch.int32 and targets.shape == (users,) and targets.device == device,
+                "targets", targets, f"torch.int32 [{users}] on {device}")  # fmt: skip
+
+
+def check_values(seconds: Tensor, offsets: Tensor, thresholds: Tensor, targets: Tensor | None, max_length: int) -> None:
+    """Waits for the device."""
+    lengths = offsets.diff()
+    longest = lengths.max() if len(lengths) else offsets.new_zeros(())
+    too_long = {f"must leave no user more than the {max_length} rows of the position table": longest > max_length}
+    require_values("offsets", offsets, offset_faults(offsets, len(seconds)) | too_long)
+    require_values("thresholds", thresholds, {"must not decrease": (thresholds.diff() < 0).any()})
+    if targets is not None:
+        wrong = ((targets < 0) | (targets > lengths)).any()
+        require_values("targets", targets, {"must be between 0 and the user's rows": wrong})
+
+
+def check_finite(**parts: Tensor) -> None:
+    """For debugging; waits for the device."""
+    for name, part in parts.items():
+        require_values(name, part, {"holds NaN or infinity": ~part.isfinite().all()})

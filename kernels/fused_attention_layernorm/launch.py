@@ -1,0 +1,154 @@
+"""How the kernels are launched: tiles, warps and registers by device, dtype and length, and the launches themselves.
+
+The table is measured: `python -m tests.benchmarks.kernels --tune` prints it anew.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels.fused_attention_layernorm.kernel import attention_kernel, last_attention_kernel
+from kernels.fused_attention_layernorm.norm import gate_backward_kernel, gate_kernel
+from kernels.launching import ceil_div, next_power_of_2
+from kernels.launching import launch as run
+
+HOPPER, AMPERE = 9, 8
+SHORT = 256  # up to this many events a user the small tiles win: more programs for the multiprocessors
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A row block is `rows` x `columns`; `registers`: the most a thread may take, 0: the compiler's choice."""
+
+    rows: int
+    columns: int
+    stages: int
+    registers: int = 0
+
+    @property
+    def options(self) -> dict[str, int]:
+        options = {"num_warps": self.rows // 16, "num_stages": self.stages}
+        return options | ({"maxnreg": self.registers} if self.registers else {})
+
+
+SAFE = Launch(64, 32, 2)  # 100 KiB of shared memory in float32 at 128 columns a head: runs everywhere
+LAUNCHES = {  # (device's major capability, bytes of an element, short)
+    (HOPPER, 2, False): Launch(64, 32, 3, 168),
+    (HOPPER, 2, True): Launch(64, 64, 2),
+    (AMPERE, 2, False): Launch(64, 64, 2),
+    (AMPERE, 2, True): Launch(64, 32, 2),
+}
+
+
+def launch_for(device: torch.device, dtype: torch.dtype, max_length: int) -> Launch:
+    """The measured choice, or one that runs on every device."""
+    if device.type != "cuda":
+        return SAFE
+    major = torch.cuda.get_device_capability(device)[0]
+    return LAUNCHES.get((major, dtype.itemsize, max_length <= SHORT), SAFE)
+
+
+def padded(size: int) -> int:
+    """The matrix units' smallest side is 16."""
+    return max(16, next_power_of_2(size))
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Of products: float32 stays float32."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def tiled(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A 2-D tensor as the copy engine reads it, in tiles; its rows begin at multiples of 16 bytes."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
+
+
+def between(dtype: torch.dtype) -> torch.dtype:
+    """The type in which attention's result waits for its norm: A V / N would underflow in float16."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, targets: Tensor | None, items: Tensor, buckets: Tensor,
+    position_bias: Tensor, time_bias: Tensor, alpha: float, max_events: int, contextual: int, launch: Launch,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """q, k, v: [total, heads, d], rows of any stride that divides by 16 bytes, d a power of two of at least 16.
+
+    -> A V / N [total, heads * d_v] and its moments float32 [total, heads, 2]. Rows beyond a user's first
+    `position_bias.shape[1]` stay unwritten.
+    """
+    (total, heads, d_qk), d_v = q.shape, v.shape[2]
+    attended = q.new_empty((total, heads * d_v), dtype=between(q.dtype))
+    moments = q.new_empty((total, heads, 2), dtype=torch.float32)
+    if len(items) and total:
+        q, k, v = (part.flatten(1) for part in (q, k, v))
+        run(
+            attention_kernel, (heads, len(items)),
+            tiled(q, launch.rows, d_qk), tiled(k, launch.columns, d_qk), tiled(v, launch.columns, d_v), attended,
+            moments, items, offsets, offsets if targets is None else targets, buckets, position_bias, time_bias, alpha,
+            1.0 / max_events, position_bias.shape[1], HEADS=heads, D_QK=d_qk, D_V=d_v, TIMES=time_bias.shape[1],
+            ROWS=launch.rows, COLUMNS=launch.columns, CONTEXTUAL=contextual, HAS_TARGETS=targets is not None,
+            FAST=fast(q), PRECISION=precision(q.dtype), **launch.options,
+        )  # fmt: skip
+    return attended, moments
+
+
+def attend_last(
+    q: Tensor, k: Tensor, v: Tensor, seconds: Tensor, offsets: Tensor, thresholds: Tensor,
+    position_bias: Tensor, time_bias: Tensor, alpha: float, max_events: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `attend`, of each user's newest row alone; q: [users, heads, d] -> [users, heads * d_v] and moments."""
+    (users, heads, d_qk), d_v = q.shape, v.shape[2]
+    attended = q.new_empty((users, heads * d_v), dtype=between(q.dtype))
+    moments = q.new_empty((users, heads, 2), dtype=torch.float32)
+    if users:
+        run(
+            last_attention_kernel, (heads, users),
+            q, k, v, attended, moments, offsets, seconds, thresholds, position_bias, time_bias,
+            q.stride(0), k.stride(0), v.stride(0), alpha, 1.0 / max_events, position_bias.shape[1],
+            HEADS=heads, D_QK=d_qk, D_V=d_v, BLOCK_QK=padded(d_qk), BLOCK_V=padded(d_v), TIMES=time_bias.shape[1],
+            COLUMNS=32, FAST=fast(q), num_warps=4,
+        )  # fmt: skip
+    return attended, moments
+
+
+def fast(q: Tensor) -> bool:
+    """PTX for the special unit: half precision, on a GPU."""
+    return q.is_cuda and q.dtype != torch.float32
+
+
+def normalise_and_gate(
+    attended: Tensor, moments: Tensor, u: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:
+    """attended: [rows, width], u: [rows, width], rows of any stride -> U * LayerNorm(O) [rows, width] in u's dtype."""
+    rows, width = attended.shape
+    out = u.new_empty((rows, width))
+    group = max(1, 4096 // padded(width))
+    if rows:
+        run(
+            gate_kernel, (ceil_div(rows, group),),
+            attended, moments, u, weight, bias, out, rows, u.stride(0), eps,
+            HEADS=moments.shape[1], WIDTH=width, BLOCK=padded(width), GROUP=group, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def gate_backward(
+    grad: Tensor, attended: Tensor, moments: Tensor, u: Tensor, weight: Tensor, bias: Tensor, eps: float,
+    max_events: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """-> the gradients of A V / N, divided by N, in u's dtype, of u, of weight and of bias."""
+    rows, width = attended.shape
+    group, programs = max(1, 2048 // padded(width)), 264
+    below, grad_u = u.new_empty((rows, width)), u.new_empty((rows, width))
+    partial = u.new_zeros((programs, 2, width), dtype=torch.float32)
+    if rows:
+        run(
+            gate_backward_kernel, (programs,), grad, attended, moments, u, weight, bias, below, grad_u, partial, rows,
+            u.stride(0), eps, 1.0 / max_events, HEADS=moments.shape[1], WIDTH=width, BLOCK=padded(width), GROUP=group,
+            num_warps=4,
+        )  # fmt: skip
+    grad_weight, grad_bias = partial.sum(0)
+    return below, grad_u, grad_weight.clone(), grad_bias.clone()

@@ -1,0 +1,37 @@
+"""The encoder of fused layers against the model's own, and against the rows of all states."""
+
+import msgspec
+import torch
+
+from kernels.fused_attention_layernorm.batch import Plan
+from kernels.fused_attention_layernorm.encoder import Encoder, LayerWeights
+from pipeline.features import TIME_THRESHOLDS
+from pipeline.hstu import Hstu, HstuLayer
+from pipeline.jagged import Layout
+from tests.kernels.test_fused_attention_layernorm import CONFIG, inputs_of_lengths, model
+
+WIDE = msgspec.structs.replace(CONFIG, width=48, d_qk=16, d_v=32)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def encoder_of(hstu: Hstu, dtype: torch.dtype) -> Encoder:
+    layers = []
+    for layer in hstu.layers:
+        assert isinstance(layer, HstuLayer)
+        modules = (layer.norm_in, layer.project_in, layer.norm_out, layer.project_out)
+        layers.append(LayerWeights.of(*modules, layer.position_bias, layer.time_bias, dtype))
+    return Encoder(layers, WIDE.heads, WIDE.d_qk, WIDE.d_v, WIDE.max_events, WIDE.eps)
+
+
+def test_fused_layers_give_the_models_states_and_its_newest_ones() -> None:
+    hstu, inputs = model(1, WIDE).to(DEVICE), inputs_of_lengths([1, 7, 39, 23], seed=1)
+    wanted = x = torch.randn(70, WIDE.width, device=DEVICE)
+    with torch.no_grad():
+        for layer in hstu.layers:
+            wanted = layer(wanted, Layout.of(inputs, DEVICE))
+    columns = (inputs.seconds, inputs.offsets, TIME_THRESHOLDS)
+    seconds, offsets, thresholds = (torch.as_tensor(column).int().to(DEVICE) for column in columns)
+    plan = Plan.of(seconds, offsets, thresholds, WIDE.max_events, torch.float32, kernels=True)
+    encode = encoder_of(hstu, torch.float32)
+    torch.testing.assert_close(encode(x, plan), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(encode(x, plan, last=True), wanted[offsets[1:].long() - 1], rtol=1e-4, atol=1e-4)
