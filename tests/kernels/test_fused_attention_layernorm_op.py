@@ -229,7 +229,7 @@ def test_export_and_compile_pass_it_through_whole() -> None:
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="no GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_on_a_gpu_equal_inputs_give_equal_bits_and_graphs_replay_them(dtype: torch.dtype) -> None:
-    case = case_of([150, 1, 77, 0, 130], dtype=dtype, heads=4, d=64)
+    case = case_of([150, 1, 77, 0, 130], dtype=dtype, heads=4, d=32)
     direction = torch.randn_like(case.rows[3].flatten(1))
     for leaf in (*case.rows, *case.weights):
         leaf.requires_grad_()
@@ -254,7 +254,7 @@ def test_on_a_gpu_equal_inputs_give_equal_bits_and_graphs_replay_them(dtype: tor
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="no GPU")
 def test_on_a_gpu_half_precision_gradients_follow_the_specification() -> None:
-    case = case_of([150, 1, 77, 130], dtype=torch.bfloat16, heads=4, d=64)
+    case = case_of([150, 1, 77, 130], dtype=torch.bfloat16, heads=4, d=32)
     direction = torch.randn_like(case.rows[3].flatten(1))
     leaves = [leaf.requires_grad_() for leaf in (*case.rows, *case.weights)]
     result, wanted = (
