@@ -57,11 +57,11 @@ async def _kafka(config: Config) -> str:
         ) from error
     finally:
         await consumer.stop()
-    missing = {kafka.events_topic, kafka.slates_topic, kafka.dead_letter_topic} - topics
+    missing = ", ".join(sorted({kafka.events_topic, kafka.slates_topic, kafka.dead_letter_topic} - topics))
     if missing and not kafka.create_topics:
-        wanted = ", ".join(sorted(missing))
-        raise SourceError(f"{kafka.bootstrap} has no topic {wanted}; create it, or set kafka.create_topics = true")
-    return f"{kafka.bootstrap}: {len(topics)} topics, {kafka.events_topic} among them"
+        raise SourceError(f"{kafka.bootstrap} has no topic {missing}; create it, or set kafka.create_topics = true")
+    ours = f"to be created: {missing}" if missing else "ours among them"
+    return f"{kafka.bootstrap}: {len(topics)} topics, {ours}"
 
 
 async def _redis(config: Config) -> str:

@@ -47,7 +47,10 @@ def test_missing_topics_are_named(kafka: str, valkey: str, topics, monkeypatch, 
     name = topics("missing")
     settings(monkeypatch, KAFKA__BOOTSTRAP=kafka, KAFKA__EVENTS_TOPIC=name, REDIS__URL=valkey)
     assert main(["doctor"]) == 4
-    assert name in lines()["kafka"]
+    assert re.search(f"no topic .*{name}", lines()["kafka"])
+    settings(monkeypatch, KAFKA__CREATE_TOPICS="true")
+    assert main(["doctor"]) == 0
+    assert re.search(f"to be created: .*{name}", lines()["kafka"])
 
 
 def test_redis_is_away_or_would_evict_rings(kafka: str, monkeypatch, lines, tmp_path: Path):
