@@ -4,7 +4,8 @@
   GET /livez, /readyz        the process lives; Redis answers
 
 example:
-  millrace serve --port 8080 & curl localhost:8080/v1/slates/u1
+  millrace serve --port 8080 &
+  curl --retry 5 --retry-connrefused localhost:8080/v1/slates/u1
 """
 
 from argparse import ArgumentParser, Namespace
