@@ -1,7 +1,7 @@
 """Fusion in Triton: one launch finds each user's sessions, one gathers, sums, pools and packs.
 
-A program of the second launch makes one pooled token, or a few of the newest events. The table of small features is
-read eight times an event: it stays in the multiprocessor's first cache, past which the items' rows are led.
+A program of the second launch, one warp, makes one token. The table of small features is read eight times an event: it
+stays in the multiprocessor's first cache, past which the items' rows are led.
 """
 
 import triton
@@ -43,68 +43,29 @@ def _begins(seconds, event, start, older, gap_s):
 
 
 @triton.jit
-def _events(
-    table, features, strength, tokens, codes, event, live, column, inside, table_stride, feature_stride,
-    FEATURES: tl.constexpr,
-):  # fmt: skip
-    """float32 [events, columns] vectors and [events] weights, of dead ones 0."""
-    mask = live[:, None] & inside[None, :]
-    token = tl.load(tokens + event, mask=live, other=0).to(tl.int64)
-    place = table + token[:, None] * table_stride + column[None, :]
-    vector = tl.load(place, mask=mask, other=0, cache_modifier=".cg").to(tl.float32)
-    power = tl.zeros(event.shape, tl.float32)
-    for number in tl.static_range(FEATURES):
-        code = tl.load(codes + event.to(tl.int64) * FEATURES + number, mask=live, other=0)
-        place = features + code[:, None] * feature_stride + column[None, :]
-        vector += tl.load(place, mask=mask, other=0).to(tl.float32)
-        power += tl.load(strength + code, mask=live, other=0)
-    weight = tl.exp(tl.minimum(tl.maximum(power, -20.0), 20.0))
-    return vector, tl.where(live, weight, 0.0)
-
-
-@triton.jit
-def _pool(
-    table, features, strength, tokens, codes, first, last, column, inside, target, written, table_stride,
-    feature_stride, FEATURES: tl.constexpr, EVENTS: tl.constexpr,
-):  # fmt: skip
-    """The weighted mean of events first .. last - 1; zeros if there are none."""
-    pooled = tl.zeros(column.shape, tl.float32)
-    weights = 0.0
-    for start in range(first, last, EVENTS):
-        event = start + tl.arange(0, EVENTS)
-        vector, weight = _events(
-            table, features, strength, tokens, codes, event, event < last, column, inside, table_stride,
-            feature_stride, FEATURES,
-        )  # fmt: skip
-        pooled += tl.sum(vector * weight[:, None], axis=0)
-        weights += tl.sum(weight, axis=0)
-    pooled /= tl.where(first < last, weights, 1.0)
-    tl.store(target + column, pooled.to(target.dtype.element_ty), mask=inside & written)
-
-
-@triton.jit
-def _copy(
-    table, features, strength, tokens, codes, event, live, column, inside, fused, target, written, table_stride,
-    feature_stride, FEATURES: tl.constexpr,
-):  # fmt: skip
-    """Live events as they are, zeros for the others."""
-    vector, _ = _events(  # pyright: ignore[reportGeneralTypeIssues]: to it, a call of a kernel never returns
-        table, features, strength, tokens, codes, event, live, column, inside, table_stride, feature_stride, FEATURES
-    )
-    place = fused + target[:, None] + column[None, :]
-    tl.store(place, vector.to(fused.dtype.element_ty), mask=written[:, None] & inside[None, :])
+def _event(
+    table, features, strength, token, codes, column, inside, table_stride, feature_stride, FEATURES: tl.constexpr
+):
+    """float32 [columns] vector and weight of the event with this token and these codes."""
+    place = table + token.to(tl.int64) * table_stride + column
+    vector = tl.load(place, mask=inside, cache_modifier=".cg").to(tl.float32)
+    power = 0.0
+    for number in tl.static_range(FEATURES):  # pyright: ignore[reportGeneralTypeIssues]: it is Triton's to unroll
+        code = tl.load(codes + number).to(tl.uint32)  # unsigned: the address needs no sign
+        vector += tl.load(features + code * feature_stride + column, mask=inside).to(tl.float32)
+        power += tl.load(strength + code)
+    return vector, tl.exp(tl.minimum(tl.maximum(power, -20.0), 20.0))
 
 
 @triton.jit
 def fuse_kernel(
     table, features, strength, tokens, codes, seconds, offsets, starts, counts, fused, fused_seconds, fused_offsets,
     users, rows, width, table_stride, feature_stride,
-    RECENT: tl.constexpr, SESSIONS: tl.constexpr, FEATURES: tl.constexpr, EVENTS: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr, BLOCK_USERS: tl.constexpr,
+    RECENT: tl.constexpr, SESSIONS: tl.constexpr, FEATURES: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    BLOCK_USERS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """One pooled token, or EVENTS of the newest events; a place that its user lacks zeroes a row of the unused tail."""
-    slots: tl.constexpr = SESSIONS + (RECENT + EVENTS - 1) // EVENTS
-    user, slot = tl.program_id(0) // slots, tl.program_id(0) % slots
+    """One token, of a session or of one of the newest events; a place that its user lacks zeroes a row of the tail."""
+    user, place = tl.program_id(0) // (SESSIONS + RECENT), tl.program_id(0) % (SESSIONS + RECENT)
     before, total = 0, 0  # tokens of the users before, of all
     for first in range(0, users, BLOCK_USERS):
         other = first + tl.arange(0, BLOCK_USERS)
@@ -113,32 +74,36 @@ def fuse_kernel(
         total += tl.sum(count, axis=0)
     start, stop = tl.load(offsets + user).to(tl.int32), tl.load(offsets + user + 1).to(tl.int32)
     older = tl.maximum(stop - RECENT, start)
-    kept = tl.load(counts + user) - (stop - older)
-    unused = total + user * (RECENT + SESSIONS) - before - kept  # tail row of a pooled token's place, less the place
+    own = tl.load(counts + user)
+    sessions = own - (stop - older)
+    pooled = place < SESSIONS
+    here = tl.where(pooled, place < sessions, place - SESSIONS < stop - older)
+    at = starts + user.to(tl.int64) * (SESSIONS + 1) + place
+    newest = older + place - SESSIONS
+    event = tl.where(pooled, tl.load(at, mask=pooled & here, other=0), newest)
+    end = tl.where(pooled, tl.load(at + 1, mask=pooled & here, other=0), newest + 1)
+    # A user's tokens lie without gaps; the places it lacks are numbered after all users' tokens.
+    token = tl.where(pooled, place, place - SESSIONS + sessions)
+    lacking = tl.where(pooled, place - sessions, SESSIONS - sessions + newest - stop)
+    row = tl.where(here, before + token, total + user * (RECENT + SESSIONS) - before + lacking).to(tl.int64)
     column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-    inside = column < width
-    if slot < SESSIONS:
-        at = starts + user.to(tl.int64) * (SESSIONS + 1) + slot
-        first = tl.load(at, mask=slot < kept, other=0)
-        last = tl.load(at + 1, mask=slot < kept, other=0)
-        row = tl.where(slot < kept, before + slot, unused + slot).to(tl.int64)
-        _pool(
-            table, features, strength, tokens, codes, first, last, column, inside, fused + row * width, row < rows,
-            table_stride, feature_stride, FEATURES, EVENTS,
+    inside = None if EVEN else column < width
+    tokens += event
+    codes += event.to(tl.int64) * FEATURES
+    events = tl.where(here, end - event, 0)
+    mean, weights = tl.zeros((BLOCK_WIDTH,), tl.float32), 0.0
+    for number in range(events):
+        vector, weight = _event(
+            table, features, strength, tl.load(tokens + number), codes + number * FEATURES, column, inside,
+            table_stride, feature_stride, FEATURES,
         )  # fmt: skip
-        now = tl.load(seconds + last - 1, mask=slot < kept, other=0)
-        tl.store(fused_seconds + row, now, mask=row < rows)
-    else:
-        place = (slot - SESSIONS) * EVENTS + tl.arange(0, EVENTS)
-        live = older + place < stop
-        target = tl.where(live, before + kept + place, unused + SESSIONS + place - (stop - older)).to(tl.int64)
-        written = (place < RECENT) & (target < rows)
-        _copy(
-            table, features, strength, tokens, codes, older + place, live, column, inside, fused, target * width,
-            written, table_stride, feature_stride, FEATURES,
-        )  # fmt: skip
-        times = tl.load(seconds + older + place, mask=live, other=0)
-        tl.store(fused_seconds + target, times, mask=written)
-    if (slot == 0) & (tl.program_id(1) == 0):
+        weight = tl.where(events > 1, weight, 1.0)
+        mean += vector * weight
+        weights += weight
+    mean /= tl.where(here, weights, 1.0)
+    tl.store(fused + row * width + column, mean.to(fused.dtype.element_ty), mask=(column < width) & (row < rows))
+    now = tl.load(seconds + end - 1, mask=here, other=0)
+    tl.store(fused_seconds + row, now, mask=row < rows)
+    if (place == 0) & (tl.program_id(1) == 0):
         tl.store(fused_offsets + user, before.to(tl.int64))
         tl.store(fused_offsets + users, total.to(tl.int64))

@@ -1,7 +1,8 @@
 """Appending in PTX: one comparison a score and one branch for PACK of them, since one score in hundreds is appended.
 
 As masked Triton operations the same takes 70 instructions a score: 0.95 ms for a million items and 256 users, where the
-product takes 0.2 (H100). The atomic's answer is awaited by a second piece of code, which runs after the next product.
+product takes 0.2 (H100). A second piece of code awaits the atomics' answers: a tile's atomics are under way together.
+Waiting for each took 0.12 ms more.
 """
 
 import triton.language as tl

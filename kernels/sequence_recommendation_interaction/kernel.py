@@ -145,7 +145,6 @@ def filter_kernel(
     states, table, scales, eligible, bounds, counts, candidates, users, items, state_stride, table_stride,
     CAPACITY: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_ITEMS: tl.constexpr,
     BLOCK_USERS: tl.constexpr, QUANTISED: tl.constexpr, MASKED: tl.constexpr, FAST: tl.constexpr,
-    DEFERRED: tl.constexpr,
 ):  # fmt: skip
     """One pass over the table: every score that reaches its user's bound is appended to that user's candidates."""
     user = tl.program_id(0) * BLOCK_USERS + tl.arange(0, BLOCK_USERS)
@@ -153,8 +152,6 @@ def filter_kernel(
     state = _states(states, user, users, state_stride, WIDTH, BLOCK_WIDTH)
     bound = tl.load(bounds + user, mask=own, other=float("inf"))
     counter, place = (counts + user)[:, None], (candidates + user.to(tl.int64) * CAPACITY)[:, None]
-    slot = tl.full((BLOCK_USERS, BLOCK_ITEMS), -1, tl.int32)
-    past, past_row = tl.zeros((BLOCK_USERS, BLOCK_ITEMS), tl.float32), tl.arange(0, BLOCK_ITEMS)
     for start in range(tl.program_id(1) * BLOCK_ITEMS, items, tl.num_programs(1) * BLOCK_ITEMS):
         row = start + tl.arange(0, BLOCK_ITEMS)
         live = row < items
@@ -162,15 +159,8 @@ def filter_kernel(
         if MASKED:
             live &= tl.load(eligible + row, mask=live, other=0) != 0
             score = tl.where(live[None, :], score, float("nan"))  # a NaN reaches nothing
-        if DEFERRED:
-            _put(slot, past, past_row[None, :], place, CAPACITY, FAST)
         slot = _take(score, bound[:, None], row[None, :], items, counter, FAST)
-        if DEFERRED:
-            past, past_row = score, row
-        else:
-            _put(slot, score, row[None, :], place, CAPACITY, FAST)
-    if DEFERRED:
-        _put(slot, past, past_row[None, :], place, CAPACITY, FAST)
+        _put(slot, score, row[None, :], place, CAPACITY, FAST)
 
 
 @triton.jit

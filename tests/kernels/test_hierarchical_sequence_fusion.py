@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.hierarchical_sequence_fusion import launch
-from kernels.hierarchical_sequence_fusion.launch import Embeddings, Events, Tiles
+from kernels.hierarchical_sequence_fusion.launch import Embeddings, Events
 from kernels.hierarchical_sequence_fusion.op import hierarchical_sequence_fusion
 from kernels.hierarchical_sequence_fusion.reference import hierarchical_sequence_fusion as reference
 from pipeline.features import FEATURE_ROWS, FEATURES, Inputs
@@ -63,16 +63,16 @@ def assert_close(found: tuple[Tensor, Tensor, Tensor], wanted: tuple[Tensor, Ten
 
 
 @pytest.mark.parametrize(
-    ("lengths", "width", "recent", "sessions", "events"),
+    ("lengths", "width", "recent", "sessions"),
     [
-        ([1], 1, 1, 1, 1), ([0, 5, 0], 24, 2, 2, 4), ([60, 1, 3, 0, 1], 16, 4, 3, 4), ([9, 9], 33, 0, 4, 2),
-        ([9, 9], 16, 5, 0, 4), ([3, 4], 16, 7, 2, 4),
+        ([1], 1, 1, 1), ([0, 5, 0], 24, 2, 2), ([60, 1, 3, 0, 1], 16, 4, 3), ([9, 9], 33, 0, 4),
+        ([9, 9], 16, 5, 0), ([3, 4], 16, 7, 2),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", TOLERANCES)
-def test_the_kernels_equal_the_specification(lengths, width, recent, sessions, events, dtype):
+def test_the_kernels_equal_the_specification(lengths, width, recent, sessions, dtype):
     embeddings, packed = embeddings_of(width, dtype), events_of(lengths, seed=len(lengths))
-    found = launch.fuse(embeddings, packed, recent, sessions, GAP_S, Tiles(events, 16, 1))
+    found = launch.fuse(embeddings, packed, recent, sessions, GAP_S)
     assert_close(found, specified(embeddings, packed, recent, sessions))
 
 
@@ -85,13 +85,13 @@ def test_the_kernels_equal_the_specification(lengths, width, recent, sessions, e
 )
 def test_any_offsets_pack_alike(lengths, recent, sessions, seed):
     embeddings, packed = embeddings_of(8, torch.float32), events_of(lengths, seed)
-    found = launch.fuse(embeddings, packed, recent, sessions, GAP_S, Tiles(4, 8, 1))
+    found = launch.fuse(embeddings, packed, recent, sessions, GAP_S)
     assert_close(found, specified(embeddings, packed, recent, sessions))
 
 
 def test_the_result_has_the_same_bits_every_time():
     embeddings, packed = embeddings_of(8, torch.float32), events_of([30, 2], seed=1)
-    first, second = (launch.fuse(embeddings, packed, 2, 3, GAP_S, Tiles(4, 8, 1)) for _ in range(2))
+    first, second = (launch.fuse(embeddings, packed, 2, 3, GAP_S) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
