@@ -18,6 +18,9 @@ HOPPER, AMPERE = 9, 8
 SHORT = 256  # up to this many events a user the small tiles win: more programs for the multiprocessors
 
 
+LAST_COLUMNS = 128  # rows of K and V that a program of the newest row reads at a time
+
+
 @dataclass(frozen=True, slots=True)
 class Launch:
     """A row block is `rows` x `columns`; `registers`: the most a thread may take, 0: the compiler's choice."""
@@ -35,7 +38,7 @@ class Launch:
 
 SAFE = Launch(64, 32, 2)  # 100 KiB of shared memory in float32 at 128 columns a head: runs everywhere
 LAUNCHES = {  # (device's major capability, bytes of an element, short)
-    (HOPPER, 2, False): Launch(64, 32, 3, 168),
+    (HOPPER, 2, False): Launch(64, 32, 3),
     (HOPPER, 2, True): Launch(64, 64, 2),
     (AMPERE, 2, False): Launch(64, 64, 2),
     (AMPERE, 2, True): Launch(64, 32, 2),
@@ -109,7 +112,7 @@ def attend_last(
             q, k, v, attended, moments, offsets, seconds, thresholds, position_bias, time_bias,
             q.stride(0), k.stride(0), v.stride(0), alpha, 1.0 / max_events, position_bias.shape[1],
             HEADS=heads, D_QK=d_qk, D_V=d_v, BLOCK_QK=padded(d_qk), BLOCK_V=padded(d_v), TIMES=time_bias.shape[1],
-            COLUMNS=32, FAST=fast(q), num_warps=4,
+            COLUMNS=LAST_COLUMNS, FAST=fast(q), num_warps=8,
         )  # fmt: skip
     return attended, moments
 

@@ -101,10 +101,13 @@ def tile_order(values, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def bucket_of(elapsed, thresholds, COUNT: tl.constexpr):
-    """How many of the ascending int32 thresholds [COUNT] are not above `elapsed`."""
+    """How many of the ascending int32 thresholds [COUNT], at most 255, are not above `elapsed`: a binary search."""
     bucket = tl.zeros_like(elapsed)
-    for number in tl.static_range(COUNT):
-        bucket += (elapsed >= tl.load(thresholds + number)).to(tl.int32)
+    for halving in tl.static_range(8):
+        if (128 >> halving) <= COUNT:
+            probe = bucket + (128 >> halving) - 1
+            reached = elapsed >= tl.load(thresholds + probe, mask=probe < COUNT, other=0)
+            bucket += tl.where((probe < COUNT) & reached, 128 >> halving, 0)
     return bucket
 
 

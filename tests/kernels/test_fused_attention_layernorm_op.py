@@ -14,7 +14,7 @@ from kernels.fused_attention_layernorm.launch import SAFE, Launch
 from kernels.fused_attention_layernorm.op import fused_attention_layernorm, packed_reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-THRESHOLDS = torch.tensor([0, 1, 2, 5, 11, 23, 47, 1000, 40_000], dtype=torch.int32)
+THRESHOLDS = torch.tensor([0, 1, 2, 5, 11, 23, 47, 1000, 40_000], dtype=torch.int32, device=DEVICE)
 EVENTS, EPS = 150, 1e-6
 # A row's sum has at most EVENTS terms; what stays of a rounding of q, k, v, of the weights and of the sum is a few
 # units of the type's last place, and the norm scales all alike.
@@ -32,11 +32,11 @@ class Case:
 
     def plan(self, **options: object) -> Plan:
         given = {"kernels": True, **options}
-        return Plan.of(self.seconds, self.offsets, THRESHOLDS.to(DEVICE), EVENTS, self.rows[0].dtype, **given)  # type: ignore[arg-type]  # a test's shorthand
+        return Plan.of(self.seconds, self.offsets, THRESHOLDS, EVENTS, self.rows[0].dtype, **given)  # type: ignore[arg-type]  # a test's shorthand
 
     def specification(self, targets: Tensor | None = None, contextual: int = 0, alpha: float = 0.5) -> Tensor:
         wide = [part.float() for part in self.rows]
-        batch = (self.seconds, self.offsets, THRESHOLDS.to(DEVICE), targets)
+        batch = (self.seconds, self.offsets, THRESHOLDS, targets)
         return packed_reference(*wide, *self.weights, *batch, EPS, EVENTS, alpha, contextual)
 
     def kernel(self, plan: Plan, **options: object) -> Tensor:
@@ -208,7 +208,7 @@ class Attention(torch.nn.Module):
         self.case = case
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, u: Tensor, seconds: Tensor, offsets: Tensor) -> Tensor:
-        plan = Plan.of(seconds, offsets, THRESHOLDS.to(DEVICE), EVENTS, q.dtype, kernels=True, trusted=True)
+        plan = Plan.of(seconds, offsets, THRESHOLDS, EVENTS, q.dtype, kernels=True, trusted=True)
         return fused_attention_layernorm(q, k, v, u, *self.case.weights, plan, EPS, EVENTS, 0.5)
 
 
