@@ -4,7 +4,7 @@
 a row says 'newest rows'. Weights are random; times of events too, with pauses from seconds to weeks.
 Median of repeated calls by device events, the second cache flushed before each. 'graph' rows include the copies into
 the graph's inputs, the plan and the time buckets. tflops and gb_per_s count what must be done on packed rows, whoever
-does it: products of causal scores and projections; weights and each layer's input, output, U, V, Q, K once.
+does it, and for rows that name a part those of the part alone.
 max_error: ||states - reference|| / ||reference|| of the first layer's attention, gate included, against the fp32
 specification on the same rounded inputs.
 
@@ -72,16 +72,32 @@ class Work:
         return len(self.offsets) - 1
 
     @property
-    def flop(self) -> float:
+    def attention(self) -> tuple[float, float]:
+        """Operations and bytes of attention in all layers: causal scores; Q, K, V read and the result written once."""
         lengths = self.offsets.diff().double()
         scores = float((lengths * (lengths + 1) / 2).sum())
-        return CONFIG.layers * (4.0 * scores * HEADS * D + 2.0 * len(self.x) * WIDTH * 5 * HEADS * D)
+        return CONFIG.layers * 4.0 * scores * HEADS * D, CONFIG.layers * 2.0 * len(self.x) * 4 * HEADS * D
 
     @property
-    def nbytes(self) -> float:
-        return CONFIG.layers * 2.0 * (len(self.x) * (2 * WIDTH + 2 * 4 * HEADS * D) + WIDTH * 5 * HEADS * D)
+    def products(self) -> tuple[float, float]:
+        """Of the projections: their inputs, weights and results once."""
+        flop, moved = 2.0 * len(self.x) * WIDTH * 5 * HEADS * D, 2.0 * len(self.x) * (2 * WIDTH + 5 * HEADS * D)
+        return CONFIG.layers * flop, CONFIG.layers * (moved + 2.0 * WIDTH * 5 * HEADS * D)
 
-    def measured(self, implementation: str, call: Callable[[], object], max_error: float | None = None) -> dict:
+    @property
+    def whole(self) -> tuple[float, float]:
+        """Of the encoder: as if nothing between two products, or a product and attention, left the chip twice."""
+        flop, moved = (one + other for one, other in zip(self.attention, self.products, strict=True))
+        return flop, moved + CONFIG.layers * 2.0 * len(self.x) * HEADS * D  # U is read once more
+
+    def measured(
+        self,
+        implementation: str,
+        call: Callable[[], object],
+        needed: tuple[float, float] | None = None,
+        max_error: float | None = None,
+    ) -> dict[str, results.Cell]:
+        """needed: operations and bytes; None where they are not counted."""
         rep = 1 if self.quick else 200
         ms = float(do_bench(call, warmup=1 if self.quick else 30, rep=rep, return_mode="median"))
         row = {
@@ -89,8 +105,8 @@ class Work:
             "implementation": implementation,
             "median_ms": round(ms, 4),
             "users_per_s": round(self.users / ms * 1e3),
-            "tflops": round(self.flop / ms / 1e9, 1),
-            "gb_per_s": round(self.nbytes / ms / 1e6, 1),
+            "tflops": round(needed[0] / ms / 1e9, 1) if needed else None,
+            "gb_per_s": round(needed[1] / ms / 1e6, 1) if needed else None,
             "max_error": max_error,
         }
         print(row, flush=True)
@@ -210,17 +226,18 @@ def measure(hstu: Hstu, work: Work, thresholds: Tensor) -> Rows:
         for _ in range(CONFIG.layers):
             attend(*rows, plan.offsets, None, plan.items, plan.buckets, *tables)
 
+    encoder = (work.whole, error)
     return [
-        work.measured("torch: eager, padded", padded(hstu, work, thresholds, False)),
-        work.measured("torch: compiled, padded", padded(hstu, work, thresholds, True)),
-        work.measured("cuBLAS: products alone", products_alone(work)),
-        work.measured("kernels: eager", lambda: encode(work.x, Plan.of(*whole, trusted=True)), error),
-        work.measured("kernels: graph", lambda: graphs(work.x, work.seconds, work.offsets, work.cap), error),
-        work.measured("kernels: graph of this very size", fixed, error),
+        work.measured("torch: eager, padded", padded(hstu, work, thresholds, False), work.whole),
+        work.measured("torch: compiled, padded", padded(hstu, work, thresholds, True), work.whole),
+        work.measured("cuBLAS: products alone", products_alone(work), work.products),
+        work.measured("kernels: eager", lambda: encode(work.x, Plan.of(*whole, trusted=True)), *encoder),
+        work.measured("kernels: graph", lambda: graphs(work.x, work.seconds, work.offsets, work.cap), *encoder),
+        work.measured("kernels: graph of this very size", fixed, *encoder),
         work.measured("kernels: graph, newest rows", lambda: graphs(work.x, *whole[:2], work.cap, True)),
-        work.measured("kernels: attention alone", graphed(attention), error),
+        work.measured("kernels: attention alone", graphed(attention), work.attention, error),
         work.measured("kernels: plan and time buckets alone", graphed(lambda: Plan.of(*whole, trusted=True))),
-    ]  # fmt: skip
+    ]
 
 
 def tune(work: Work, thresholds: Tensor) -> None:
