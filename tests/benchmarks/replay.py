@@ -30,7 +30,8 @@ from worker.replay import Replay, Report, replay
 
 CAP_EVENTS = 1024  # longer than any sequence of the log
 # The shop's transitions are sparse and sharp, so width is what it takes. Hit rate@10 on the whole validation slice of
-# the training log (8,000 events), best epoch: 256 wide 0.478 (three seeds 0.476-0.479), 384 0.479, 512 0.482, 768 0.479.
+# the training log (8,000 events), best epoch: 256 wide 0.478 (three seeds 0.476-0.479), 384 0.479, 512 0.482,
+# 768 0.479.
 SHOP_MODEL: list[object] = [
     "--width", 512, "--heads", 8, "--dropout", 0.3, "--attention-dropout", 0.7, "--temperature", 0.07, "--epochs", 16,
 ]  # fmt: skip
