@@ -19,8 +19,9 @@ from worker.deadletter import DeadLetterLimits
 from worker.health import Pulse, Watchdog
 from worker.ledger import Ledger
 from worker.offsets import Offsets
+from worker.polled import Polled
 from worker.retry import Retry
-from worker.seams import Arrival, Batch, Clock, DeadLetter, Fetched, Ranking, Sink, Source, Store
+from worker.seams import Arrival, Batch, Clock, DeadLetter, Ranking, Sink, Source, Store
 
 log = logging.get("loop")
 POLL_S = 0.2  # how late a stop or a resume may be noticed; new records end the wait at once
@@ -51,7 +52,7 @@ class Worker:
         self.batcher = Batcher(config.batcher, clock)
         self.watchdog = Watchdog(config.health, self.ledger, source, pulse, clock)
         self.persist = Retry(config.redis.retry_s, pulse)
-        self.fetched: asyncio.Queue[list[Fetched]] = asyncio.Queue()  # bounded by the pause in `poll`
+        self.polled = Polled()
         self.in_flight = asyncio.Semaphore(config.batcher.in_flight)
         self.stopping = False
         self.buried_count = 0
@@ -82,11 +83,11 @@ class Worker:
             if fetched := await self.source.poll(POLL_S):
                 for part in fetched:
                     self.ledger.open(part)
-                self.fetched.put_nowait(fetched)
-        self.fetched.put_nowait([])  # the end
+                self.polled.put(fetched)
+        self.polled.close()
 
     async def ingest(self) -> None:
-        while fetched := await self.fetched.get():
+        while fetched := await self.polled.take():
             arrivals, letters = self.codec.decode_all(fetched)
             await self.bury(letters, among=len(arrivals) + len(letters))
             await self.push(arrivals)
