@@ -1,6 +1,10 @@
 """What the operators check at their doors."""
 
+import torch
 from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int32, torch.int64)
 
 
 def require(holds: bool, name: str, value: Tensor, wanted: str) -> None:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fused_attention_layernorm.kernel import is_visible
+from kernels.fused_attention_layernorm.kernel import is_visible, rows_of
 from kernels.fused_attention_layernorm.launch import precision
 from kernels.fused_attention_layernorm.plan import tile_order
 from kernels.launching import ceil_div, launch, next_power_of_2
@@ -57,11 +57,8 @@ def grad_q_kernel(
     user, row0, tile0, tiles = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
     if user < 0:
         return
-    start = tl.load(offsets + user).to(tl.int64)
-    length = tl.minimum((tl.load(offsets + user + 1) - start).to(tl.int32), positions)
-    seen = length
-    if HAS_TARGETS:
-        seen = length - tl.load(targets + user)
+    start, length, seen = rows_of(user, offsets, targets, positions, HAS_TARGETS)  # type: ignore[misc]  # Triton's call
+    start = start.to(tl.int64)
     row = row0 + tl.arange(0, ROWS)
     q_tile = load_rows(q + start * q_stride + head * D_QK, row, length, q_stride, D_QK)
     grad_tile = load_rows(grad + start * HEADS * D_V + head * D_V, row, length, HEADS * D_V, D_V)
@@ -94,11 +91,8 @@ def grad_kv_kernel(
     user, row0 = tl.load(items + turn * 4), tl.load(items + turn * 4 + 1)
     if user < 0:
         return
-    start = tl.load(offsets + user).to(tl.int64)
-    length = tl.minimum((tl.load(offsets + user + 1) - start).to(tl.int32), positions)
-    seen = length
-    if HAS_TARGETS:
-        seen = length - tl.load(targets + user)
+    start, length, seen = rows_of(user, offsets, targets, positions, HAS_TARGETS)  # type: ignore[misc]  # Triton's call
+    start = start.to(tl.int64)
     tile = row0 // COLUMNS + tl.program_id(2)
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
     k_tile = load_rows(k + start * k_stride + head * D_QK, column, length, k_stride, D_QK)
@@ -145,11 +139,8 @@ def grad_bias_kernel(
         user, row0, tile0, tiles = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
         tile = row0 // COLUMNS - diagonal - first_diagonal
         if (user >= 0) & (tile >= 0) & (tile < tiles):
-            start = tl.load(offsets + user).to(tl.int64)
-            length = tl.minimum((tl.load(offsets + user + 1) - start).to(tl.int32), positions)
-            seen = length
-            if HAS_TARGETS:
-                seen = length - tl.load(targets + user)
+            start, length, seen = rows_of(user, offsets, targets, positions, HAS_TARGETS)  # type: ignore[misc]  # Triton's call
+            start = start.to(tl.int64)
             row, column = row0 + tl.arange(0, ROWS), tile * COLUMNS + tl.arange(0, COLUMNS)
             _, slope, bucket = score_tile(
                 load_rows(q + start * q_stride + head * D_QK, row, length, q_stride, D_QK),

@@ -3,14 +3,13 @@
 import torch
 from torch import Tensor
 
-from kernels.arguments import offset_faults, require, require_values
+from kernels.arguments import FLOATS, INTEGERS, offset_faults, require, require_values
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_THRESHOLDS = 255  # a bucket is a byte
 
 
 def check_rows(q: Tensor, k: Tensor, v: Tensor, u: Tensor, total: int, queries: int, device: torch.device) -> None:
-    require(q.dtype in DTYPES and q.dim() == 3 and q.shape[0] == queries and q.device == device,
+    require(q.dtype in FLOATS and q.dim() == 3 and q.shape[0] == queries and q.device == device,
             "q", q, f"float32, bfloat16 or float16 [{queries}, heads, d_qk] on {device}")  # fmt: skip
     heads, d_qk, d_v = q.shape[1], q.shape[2], v.shape[-1]
     for name, part, wanted in (
@@ -35,7 +34,7 @@ def check_batch(seconds: Tensor, offsets: Tensor, thresholds: Tensor, targets: T
     """Types, shapes and devices alone: nothing here waits for the device."""
     device = seconds.device
     require(seconds.dtype == torch.int32 and seconds.dim() == 1, "seconds", seconds, "torch.int32 [total]")
-    require(offsets.dtype in (torch.int32, torch.int64) and offsets.dim() == 1 and len(offsets) > 0 and
+    require(offsets.dtype in INTEGERS and offsets.dim() == 1 and len(offsets) > 0 and
             offsets.device == device, "offsets", offsets, f"int32 or int64 [users + 1] on {device}")  # fmt: skip
     require(thresholds.dtype == torch.int32 and thresholds.dim() == 1 and len(thresholds) <= MAX_THRESHOLDS and
             thresholds.device == device,

@@ -1,4 +1,4 @@
-"""A whole HSTU encoder on packed rows for inference: three launches a layer, the time buckets once a batch."""
+"""A whole HSTU encoder on packed rows for inference: four launches a layer, the time buckets once a batch."""
 
 from dataclasses import dataclass
 

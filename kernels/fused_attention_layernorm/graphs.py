@@ -1,6 +1,6 @@
 """The encoder as CUDA graphs, one for each bucket of (users, tokens, longest user), within a memory budget.
 
-A layer is three or four launches; without a graph a small batch waits for Python. Inputs are copied into a bucket's own
+A layer is four launches; without a graph a small batch waits for Python. Inputs are copied into a bucket's own
 tensors, padded by users without rows; the least recently used graphs go when the budget is full.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.fused_attention_layernorm.batch import Plan
 from kernels.fused_attention_layernorm.encoder import Encoder
-from kernels.launching import next_power_of_2
+from kernels.launching import ceil_div, next_power_of_2
 
 WARM_UPS = 2  # calls before a capture: kernels are compiled and loaded
 STEPS = 32  # sizes of a bucket between one power of two and the next: a thirty-second at most is padding
@@ -99,6 +99,6 @@ class EncoderGraphs:
 
 
 def stepped(size: int) -> int:
-    """Rounded up to an eighth of the power of two below; to 64 at least."""
+    """Rounded up to a step of a STEPS-th of the power of two below, of 64 at least."""
     step = max(64, next_power_of_2(size + 1) // 2 // STEPS)
-    return -(-size // step) * step
+    return ceil_div(size, step) * step

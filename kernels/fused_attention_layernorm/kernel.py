@@ -47,6 +47,18 @@ def read_if(places, wanted, FAST: tl.constexpr):
 
 
 @triton.jit
+def rows_of(user, offsets, targets, positions, HAS_TARGETS: tl.constexpr):
+    """int32 of a user: its first row, how many it has that the position table knows, the first of them that is a
+    target."""
+    start = tl.load(offsets + user)
+    length = tl.minimum(tl.load(offsets + user + 1) - start, positions)
+    seen = length
+    if HAS_TARGETS:
+        seen = length - tl.load(targets + user)
+    return start, length, seen
+
+
+@triton.jit
 def is_visible(row, column, seen, CONTEXTUAL: tl.constexpr, HAS_TARGETS: tl.constexpr):
     """bool [ROWS, COLUMNS]: a row's own column and earlier ones, if they are no targets (`seen`: the first target).
 
@@ -111,11 +123,7 @@ def attention_kernel(
     user, row0, tile0, tiles = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
     if user < 0:
         return
-    start = tl.load(offsets + user)
-    length = tl.minimum(tl.load(offsets + user + 1) - start, positions)
-    seen = length
-    if HAS_TARGETS:
-        seen = length - tl.load(targets + user)
+    start, length, seen = rows_of(user, offsets, targets, positions, HAS_TARGETS)  # type: ignore[misc]  # Triton's call
     whole = tl.minimum(row0, seen) // COLUMNS  # tiles that need no mask
     if CONTEXTUAL:
         whole = tl.where(row0 < CONTEXTUAL, 0, whole)

@@ -24,7 +24,7 @@ def block_bound(total: int, users: int, rows: int) -> int:
 
 def tile_bound(blocks: int, max_length: int, rows: int, columns: int, contextual: int) -> int:
     """No batch of that many blocks has more tiles."""
-    deepest = -(-max_length // rows)
+    deepest = ceil_div(max_length, rows)
     return blocks * deepest * (rows // columns) if contextual else blocks * (deepest + 1) * (rows // columns) // 2
 
 

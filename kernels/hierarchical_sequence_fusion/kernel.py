@@ -7,6 +7,10 @@ stays in the multiprocessor's first cache, past which the items' rows are led.
 import triton
 import triton.language as tl
 
+from kernels.hierarchical_sequence_fusion.reference import STRENGTH_CAP
+
+CAP = tl.constexpr(STRENGTH_CAP)
+
 
 @triton.jit
 def span_kernel(
@@ -54,7 +58,7 @@ def _event(
         code = tl.load(codes + number).to(tl.uint32)  # unsigned: the address needs no sign
         vector += tl.load(features + code * feature_stride + column, mask=inside).to(tl.float32)
         power += tl.load(strength + code)
-    return vector, tl.exp(tl.minimum(tl.maximum(power, -20.0), 20.0))
+    return vector, tl.exp(tl.minimum(tl.maximum(power, -CAP), CAP))
 
 
 @triton.jit

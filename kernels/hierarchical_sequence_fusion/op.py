@@ -5,13 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.arguments import offset_faults, require, require_values
+from kernels.arguments import FLOATS, INTEGERS, offset_faults, require, require_values
 from kernels.hierarchical_sequence_fusion import reference
 
 MAX_FEATURES = 32
 MAX_TOKENS = 1 << 16  # of a user
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-INTEGERS = (torch.int32, torch.int64)
 
 
 def hierarchical_sequence_fusion(

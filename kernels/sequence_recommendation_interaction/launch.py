@@ -13,7 +13,6 @@ CAPACITY = 8192  # candidates a user: 64 KiB, and what one program selects from 
 USERS_AT_ONCE = 256  # 16 MiB of candidates
 MAX_GROUPS = 16384  # maxima that one program holds in its registers without spilling
 FAST = torch.version.cuda is not None  # the inline code is NVIDIA's
-NO_BOUND = torch.finfo(torch.float32).min
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +145,7 @@ def _top_k(
 def _bounds(states: Tensor, catalogue: Catalogue, k: int, seen: Seen | None, plan: Plan, processors: int) -> Tensor:
     users, (items, width) = len(states), catalogue.table.shape
     if plan.stride == 0:
-        return torch.full((users,), NO_BOUND, dtype=torch.float32, device=states.device)
+        return torch.full((users,), kernel.NO_BOUND.value, dtype=torch.float32, device=states.device)
     bounds = torch.empty(users, dtype=torch.float32, device=states.device)
     groups = ceil_div(ceil_div(items, plan.stride), plan.group)
     maxima = torch.empty(users, groups, dtype=torch.float32, device=states.device)

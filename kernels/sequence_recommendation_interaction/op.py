@@ -5,14 +5,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kernels.arguments import offset_faults, require, require_values
+from kernels.arguments import FLOATS, INTEGERS, offset_faults, require, require_values
 from kernels.sequence_recommendation_interaction import reference
 
 MAX_K = 512
 MAX_ROW_BYTES = 2048  # of a state: 16 of them and 16 items fill two thirds of the smallest shared memory
 MAX_ITEMS = 1 << 30
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-INTEGERS = (torch.int32, torch.int64)
 
 
 def sequence_recommendation_interaction(
