@@ -31,6 +31,7 @@ from kernels.fused_attention_layernorm.op import fused_attention_layernorm, pack
 from pipeline.features import TIME_THRESHOLDS
 from pipeline.hstu import Hstu, HstuConfig
 from tests.benchmarks import results
+from tests.benchmarks.kernel_rows import Row, named, row
 
 CONFIG = HstuConfig(items=2, layers=8, width=512, heads=4, d_qk=128, d_v=128, max_events=1024)
 HEADS, D, WIDTH = CONFIG.heads, CONFIG.d_qk, CONFIG.width
@@ -42,7 +43,7 @@ LAUNCHES = tuple(
         (128, 32, 3, 128),
     )
 )  # fmt: skip
-Rows = list[dict[str, results.Cell]]
+Rows = list[Row]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,21 +97,11 @@ class Work:
         call: Callable[[], object],
         needed: tuple[float, float] | None = None,
         max_error: float | None = None,
-    ) -> dict[str, results.Cell]:
+    ) -> Row:
         """needed: operations and bytes; None where they are not counted."""
         rep = 1 if self.quick else 200
         ms = float(do_bench(call, warmup=1 if self.quick else 30, rep=rep, return_mode="median"))
-        row = {
-            "workload": self.name,
-            "implementation": implementation,
-            "median_ms": round(ms, 4),
-            "users_per_s": round(self.users / ms * 1e3),
-            "tflops": round(needed[0] / ms / 1e9, 1) if needed else None,
-            "gb_per_s": round(needed[1] / ms / 1e6, 1) if needed else None,
-            "max_error": max_error,
-        }
-        print(row, flush=True)
-        return row
+        return row(self.name, implementation, ms, self.users, needed, max_error)
 
 
 def _lengths(random: np.random.Generator, users: int, mean: int, cap: int) -> np.ndarray:
@@ -271,8 +262,8 @@ def main() -> None:
         for work in works:
             tune(work, thresholds)
         return
-    rows = [row for work in works for row in measure(hstu, work, thresholds)]
-    found = {(row["workload"], row["implementation"]): float(row["median_ms"]) for row in rows}
+    rows = [each for work in works for each in measure(hstu, work, thresholds)]
+    found = {(each["workload"], each["implementation"]): float(each["median_ms"]) for each in rows}
     metrics = {}
     for short, work in zip(("large", "middle", "single"), works, strict=True):
         graph = found[work.name, "kernels: graph"]
@@ -280,9 +271,8 @@ def main() -> None:
         metrics[f"{short}_newest_ms"] = found[work.name, "kernels: graph, newest rows"]
         metrics[f"{short}_speedup_over_eager"] = round(found[work.name, "torch: eager, padded"] / graph, 2)
         metrics[f"{short}_speedup_over_compiled"] = round(found[work.name, "torch: compiled, padded"] / graph, 2)
-    card = torch.cuda.get_device_name()
     if not args.quick:
-        print(results.write(f"kernels_{'h200' if 'H200' in card else 'h100'}", metrics, rows, args.out))
+        print(results.write(named("kernels"), metrics, rows, args.out))
 
 
 if __name__ == "__main__":

@@ -23,20 +23,12 @@ from triton.testing import do_bench, do_bench_cudagraph
 from kernels.hierarchical_sequence_fusion.op import hierarchical_sequence_fusion
 from kernels.sequence_recommendation_interaction.op import candidate_interaction, sequence_recommendation_interaction
 from tests.benchmarks import results
+from tests.benchmarks.kernel_rows import named, row
 
 PEAK_GB_PER_S = {"H100": 3350, "H200": 4800}  # datasheets of the SXM cards
 USERS, WIDTH, K = 256, 256, 100
 EVENTS, RECENT, SESSIONS, GAP_S, EVENTS_A_SESSION = 4096, 256, 256, 1800, 16
-FEATURE_SIZES = (
-    5,
-    24,
-    24,
-    7,
-    10,
-    30,
-    17,
-    17,
-)  # of the values that occur: action, gap, hour, weekday, value, dwell, ...
+FEATURE_SIZES = (5, 24, 24, 7, 10, 30, 17, 17)  # of the values that occur: action, gap, hour, weekday, value, dwell...
 Rows = list[dict[str, Any]]  # of results.Result
 
 
@@ -62,18 +54,9 @@ class Work:
             ms = float(do_bench_cudagraph(call, rep=100, return_mode="median"))
         else:
             ms = float(do_bench(call, warmup=20, rep=200, return_mode="median"))
-        row = {
-            "workload": self.name,
-            "implementation": implementation if graph else f"{implementation}, no graph",
-            "median_ms": round(ms, 4),
-            "users_per_s": round(self.users / ms * 1e3),
-            "tflops": round(self.flop / ms / 1e9, 1),
-            "gb_per_s": round(self.nbytes / ms / 1e6, 1),
-            "max_error": max_error,
-            "extra_mib": round(extra / 2**20, 1),
-        }
-        print(row, flush=True)
-        return row
+        name = implementation if graph else f"{implementation}, no graph"
+        needed, extra_mib = (self.flop, self.nbytes), round(extra / 2**20, 1)
+        return row(self.name, name, ms, self.users, needed, max_error, extra_mib=extra_mib)
 
 
 def unit_rows(rows: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -214,17 +197,18 @@ def main() -> None:
     rows += [*catalogue(1_000_000, 1), *catalogue(10_000_000, USERS)]
     card = torch.cuda.get_device_name()
     peak = next(peak for name, peak in PEAK_GB_PER_S.items() if name in card)
-    found = {(str(row["workload"]), str(row["implementation"])): row for row in reversed(rows)}
-    top = {name: row for (work, name), row in found.items() if work.startswith(f"1,000,000 x {WIDTH}, {USERS} users")}
-    fuse = {name: row for (work, name), row in found.items() if "events" in work}
+    found = {(str(each["workload"]), str(each["implementation"])): each for each in reversed(rows)}
+    top = {name: each for (work, name), each in found.items() if work.startswith(f"1,000,000 x {WIDTH}, {USERS} users")}
+    fuse = {name: each for (work, name), each in found.items() if "events" in work}
     metrics = {
         "top_k_speedup": ratio(top["torch: product, topk"], top["fused"]),
         "top_k_extra_mib": top["fused"]["extra_mib"],
         "fusion_speedup": ratio(fuse["torch: unfused, no graph"], fuse["fused"]),
         "fusion_peak_bandwidth_pct": 100 * fuse["fused"]["gb_per_s"] / peak,
     }
-    name = f"kernels_retrieval_{'h200' if 'H200' in card else 'h100'}"
-    path = results.write(name, {key: round(value, 3) for key, value in metrics.items()}, rows, args.out)
+    path = results.write(
+        named("kernels_retrieval"), {key: round(value, 3) for key, value in metrics.items()}, rows, args.out
+    )
     print(metrics, path)
 
 

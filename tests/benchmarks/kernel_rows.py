@@ -1,0 +1,29 @@
+"""What the kernels' benchmarks have in common: a row of their results, and the file that a card's results go to."""
+
+import torch
+
+from tests.benchmarks import results
+
+Row = dict[str, results.Cell]
+
+
+def row(workload: str, implementation: str, ms: float, users: int, needed: tuple[float, float] | None,
+        max_error: float | None, **more: results.Cell) -> Row:  # fmt: skip
+    """Printed as it is measured. needed: operations and bytes; None where they are not counted."""
+    made: Row = {
+        "workload": workload,
+        "implementation": implementation,
+        "median_ms": round(ms, 4),
+        "users_per_s": round(users / ms * 1e3),
+        "tflops": round(needed[0] / ms / 1e9, 1) if needed else None,
+        "gb_per_s": round(needed[1] / ms / 1e6, 1) if needed else None,
+        "max_error": max_error,
+        **more,
+    }
+    print(made, flush=True)
+    return made
+
+
+def named(stem: str) -> str:
+    """`stem`_h200 or _h100: figures of two cards are never compared."""
+    return f"{stem}_{'h200' if 'H200' in torch.cuda.get_device_name() else 'h100'}"
