@@ -2,12 +2,10 @@
 consumer group has committed; the worker itself reads on from there. No slates are sent.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient
 
 from worker import logging
 from worker.codec import Codec
@@ -22,7 +20,6 @@ from worker.sequences import Sequences
 
 log = logging.get("rebuild")
 POLL_MS = 1000
-T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -78,7 +75,7 @@ class Rebuild:
 
     async def _refuse_members(self) -> None:
         kafka = self._config.kafka
-        described = await self._ask(lambda admin: admin.describe_consumer_groups([kafka.group]))
+        described = await ask(kafka, self._clock, lambda admin: admin.describe_consumer_groups([kafka.group]))
         if count := sum(len(group["members"]) for answer in described for group in answer.to_object()["groups"]):
             raise SourceError(
                 f"group {kafka.group} has {count} members that push to the same rings; stop them first "
@@ -87,10 +84,10 @@ class Rebuild:
 
     async def _plan(self, consumer: AIOKafkaConsumer) -> Plan:
         kafka = self._config.kafka
-        if kafka.events_topic not in await self._ask(lambda admin: admin.list_topics()):
+        if kafka.events_topic not in await ask(kafka, self._clock, lambda admin: admin.list_topics()):
             raise SourceError(f"topic {kafka.events_topic} is not on {kafka.bootstrap}: nothing to rebuild from")
-        (topic,) = await self._ask(lambda admin: admin.describe_topics([kafka.events_topic]))
-        committed = await self._ask(lambda admin: admin.list_consumer_group_offsets(kafka.group))
+        (topic,) = await ask(kafka, self._clock, lambda admin: admin.describe_topics([kafka.events_topic]))
+        committed = await ask(kafka, self._clock, lambda admin: admin.list_consumer_group_offsets(kafka.group))
         partitions = [TopicPartition(kafka.events_topic, entry["partition"]) for entry in topic["partitions"]]
         begins, ends = await consumer.beginning_offsets(partitions), await consumer.end_offsets(partitions)
         spans = {
@@ -99,9 +96,6 @@ class Rebuild:
             if tp in committed and begins[tp] < min(committed[tp].offset, ends[tp])
         }
         return Plan(spans, sum(begins.values()))
-
-    async def _ask(self, question: Callable[[AIOKafkaAdminClient], Awaitable[T]]) -> T:
-        return await ask(self._config.kafka, self._clock, question)
 
     async def _read(self, consumer: AIOKafkaConsumer, plan: Plan) -> AsyncIterator[list[Fetched]]:
         """The plan's records in polls; a partition that is done is read no further."""

@@ -6,8 +6,8 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import msgspec
@@ -59,8 +59,14 @@ class Members:
         self.alive.remove(member)
         return await asyncio.to_thread(member.wait, 60)
 
-    def words(self) -> str:
-        return "\n".join(log.read_text()[-3000:] for log in sorted(self._logs.glob("member-*.log")))
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """When what happens inside fails, their last words are shown."""
+        try:
+            yield
+        except BaseException:
+            print("\n".join(log.read_text()[-3000:] for log in sorted(self._logs.glob("member-*.log"))))
+            raise
 
 
 @pytest.fixture
@@ -178,11 +184,8 @@ def test_nothing_is_lost_when_workers_are_killed_and_members_come_and_go(
         assert await members.leave(second) == 0
         assert await members.leave(first) == 0
 
-    try:
+    with members.heard():
         run(story(), 240)
-    except BaseException:
-        print(members.words())
-        raise
     run(compare(kafka, valkey, names, prefix), 60)
 
 
@@ -205,11 +208,8 @@ def test_events_that_ask_for_no_slate_reach_their_rings_and_are_committed(
             await eventually(condition, 60)
         assert await members.leave(member) == 0
 
-    try:
+    with members.heard():
         run(story(), 150)
-    except BaseException:
-        print(members.words())
-        raise
     run(compare(kafka, valkey, names, prefix, ("cart",)), 60)
 
 
