@@ -59,7 +59,7 @@ class Codec:
         self.strange_keys = 0  # records whose key is not their user's id
 
     def decode_all(self, fetched: Iterable[Fetched]) -> tuple[list[Arrival], list[DeadLetter]]:
-        """All shares of one or more polls, in their order: within a partition in offset order."""
+        """All shares of a poll; within a partition in offset order."""
         arrivals: list[Arrival] = []
         letters: list[DeadLetter] = []
         for part in fetched:

@@ -87,9 +87,12 @@ class Worker:
         self.polled.close()
 
     async def ingest(self) -> None:
-        while fetched := await self.polled.take():
-            arrivals, letters = self.codec.decode_all(fetched)
-            await self.bury(letters, among=len(arrivals) + len(letters))
+        while polls := await self.polled.take():
+            arrivals: list[Arrival] = []
+            for fetched in polls:  # the limits of dead letters are of single polls
+                good, letters = self.codec.decode_all(fetched)
+                await self.bury(letters, among=len(good) + len(letters))
+                arrivals += good
             await self.push(arrivals)
             self.batcher.add(arrival for arrival in arrivals if arrival.trigger)
         self.batcher.close()

@@ -5,7 +5,6 @@ thread: at 1,000 events/s on two busy cores slates were 5 s late and later every
 """
 
 import asyncio
-from collections.abc import Iterable
 
 from worker.seams import Fetched
 
@@ -14,12 +13,12 @@ class Polled:
     """Bounded by who puts: the loop pauses partitions. One task takes."""
 
     def __init__(self) -> None:
-        self._waiting: list[Fetched] = []
+        self._waiting: list[list[Fetched]] = []
         self._closed = False
         self._changed = asyncio.Event()
 
-    def put(self, fetched: Iterable[Fetched]) -> None:
-        self._waiting.extend(fetched)
+    def put(self, fetched: list[Fetched]) -> None:
+        self._waiting.append(fetched)
         self._changed.set()
 
     def close(self) -> None:
@@ -27,8 +26,8 @@ class Polled:
         self._closed = True
         self._changed.set()
 
-    async def take(self) -> list[Fetched]:
-        """All that waits, in the order polled, at least one share; empty only when it is closed."""
+    async def take(self) -> list[list[Fetched]]:
+        """All polls that wait, in their order, at least one; empty only when it is closed."""
         while not (self._waiting or self._closed):
             self._changed.clear()
             await self._changed.wait()

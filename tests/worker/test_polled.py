@@ -12,7 +12,7 @@ def test_many_polls_are_taken_as_one_in_their_order() -> None:
     polled = Polled()
     for partition in (2, 0, 1):
         polled.put([share(partition)])
-    assert [each.partition.partition for each in asyncio.run(polled.take())] == [2, 0, 1]
+    assert [each.partition.partition for [each] in asyncio.run(polled.take())] == [2, 0, 1]
 
 
 def test_a_taker_waits_for_a_poll_and_ends_only_when_all_is_taken() -> None:
