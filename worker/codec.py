@@ -71,7 +71,7 @@ class Codec:
     def decode(self, fetched: Fetched) -> tuple[list[Arrival], list[DeadLetter]]:
         """Every record of the share, once: as an arrival or as a dead letter."""
         arrivals, letters = [], []
-        now_ms, polled_s = self._clock.now_ms(), self._clock.monotonic()
+        now_ms = self._clock.now_ms()
         oldest_ms = now_ms - self._age_ms if self._age_ms else 0
         for record in fetched.records:
             ticket = Ticket(fetched.partition, fetched.epoch, record.offset)
@@ -85,7 +85,7 @@ class Codec:
                         ticket,
                         fetched.end_offset,
                         fetched.polled_ms,
-                        polled_s,
+                        fetched.polled_s,
                         event.action in self._triggers,
                         request.strategy,
                         request.k,

@@ -79,7 +79,8 @@ class LogSource:
             return []
         del self._waiting[: len(due)]
         self._put(due[-1].timestamp)
-        return [Fetched(self.partition, EPOCH, END_UNKNOWN, self._clock.now_ms(), due)]
+        now_ms, now_s = self._clock.now_ms(), self._clock.monotonic()
+        return [Fetched(self.partition, EPOCH, END_UNKNOWN, now_ms, now_s, due)]
 
     def pause(self) -> None:
         self._paused = True

@@ -78,7 +78,7 @@ class Rebuild:
         described = await ask(kafka, self._clock, lambda admin: admin.describe_consumer_groups([kafka.group]))
         if count := sum(len(group["members"]) for answer in described for group in answer.to_object()["groups"]):
             raise SourceError(
-                f"group {kafka.group} has {count} members that push to the same rings; stop them first "
+                f"group {kafka.group} has members that push to the same rings ({count}); stop them first "
                 f"(or --force, when they are known to be dead)"
             )
 
@@ -115,7 +115,7 @@ class Rebuild:
 
     def _share(self, tp: TopicPartition, records: list, end: int) -> Fetched:
         wanted = [record for record in records if record.offset < end]
-        return Fetched(Partition(tp.topic, tp.partition), 0, end, self._clock.now_ms(), wanted)
+        return Fetched(Partition(tp.topic, tp.partition), 0, end, self._clock.now_ms(), self._clock.monotonic(), wanted)
 
     async def _push(self, fetched: list[Fetched], report: Report) -> None:
         arrivals, letters = self._codec.decode_all(fetched)

@@ -52,6 +52,7 @@ class Fetched:
     epoch: int
     end_offset: int  # the partition's high watermark at the poll: one beyond the last record in it
     polled_ms: int  # Clock.now_ms() when the poll returned
+    polled_s: float  # Clock.monotonic() then, for latencies
     records: Sequence[Record]
 
 
@@ -64,7 +65,7 @@ class Arrival:
     ticket: Ticket
     end_offset: int
     polled_ms: int
-    polled_s: float  # Clock.monotonic() at the poll, for latencies
+    polled_s: float
     trigger: bool = True  # asks for a slate
     strategy: str | None = None  # the rung asked for by the record's header
     k: int | None = None  # the slate length asked for

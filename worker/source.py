@@ -117,14 +117,14 @@ class KafkaSource:
         except errors.KafkaError as error:
             self._wait_out(error)
         else:
-            polled_ms = self._clock.now_ms()
-            return [self._share(tp, records, polled_ms) for tp, records in found.items()]
+            return [self._share(tp, records) for tp, records in found.items()]
         return []
 
-    def _share(self, tp: TopicPartition, records: list, polled_ms: int) -> Fetched:
+    def _share(self, tp: TopicPartition, records: list) -> Fetched:
         partition, after_last = Partition(tp.topic, tp.partition), records[-1].offset + 1
         end_offset = max(self._group.consumer.highwater(tp) or 0, after_last)
-        return Fetched(partition, self._group.epochs.get(partition, -1), end_offset, polled_ms, records)
+        epoch = self._group.epochs.get(partition, -1)
+        return Fetched(partition, epoch, end_offset, self._clock.now_ms(), self._clock.monotonic(), records)
 
     async def _rewind(self, offsets: Mapping[TopicPartition, int]) -> None:
         for tp, offset in offsets.items():

@@ -35,7 +35,7 @@ async def loop(settings: Config) -> None:
 
 async def answer(settings: Config, made: Parts, record, producer: AIOKafkaProducer) -> None:
     partition = Partition(record.topic, record.partition)
-    fetched = Fetched(partition, 1, record.offset + 1, made.clock.now_ms(), [record])
+    fetched = Fetched(partition, 1, record.offset + 1, made.clock.now_ms(), made.clock.monotonic(), [record])
     [arrival], _ = Codec(settings, made.clock).decode(fetched)
     await made.sequences.push([arrival])
     await made.ranker.observe([arrival])

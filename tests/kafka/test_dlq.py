@@ -87,9 +87,9 @@ def test_the_command_lists_and_requeues(run, broker, monkeypatch, capsys):
     assert f"{kafka.events_topic}-1@0" in (out := capsys.readouterr().out)
     assert "unknown action 'dance'" in out
     assert main(["dlq", "requeue", "--reason", "dance", "--dry-run"]) == 0
-    assert "1 letters would be requeued" in capsys.readouterr().out
+    assert "1 letter would be requeued" in capsys.readouterr().out
     assert main(["dlq", "requeue", "--reason", "dance"]) == 0
-    assert f"1 letters requeued; position: group {kafka.group}.requeue" in capsys.readouterr().out
+    assert f"1 letter requeued; position: group {kafka.group}.requeue" in capsys.readouterr().out
     assert main(["dlq", "ls", "--json"]) == 0
     letters = [msgspec.json.decode(line, type=Letter) for line in capsys.readouterr().out.splitlines()]
     assert [(letter.value, letter.requeued) for letter in letters] == [(b"\xff{", True), (b"\xff{", False)]

@@ -87,9 +87,13 @@ def test_bad_usage_exits_2(line: str, capsys):
         (["train", "nowhere.jsonl", "--out", "a"], 2, "nowhere.jsonl"),
         (["evaluate", "nowhere", "nowhere.jsonl"], 3, "manifest.json"),
         (["config", "show", "--config", "nowhere.toml"], 2, "nowhere.toml"),
+        (["replay", "log.jsonl", "--rate", "9"], 2, "no --kafka"),
+        (["replay", "log.jsonl", "--kafka", "start", "--speed", "9x"], 2, "with --kafka: --rate"),
     ],
 )
-def test_what_is_not_there_is_one_sentence(arguments, code, sentence, capsys, tmp_path, monkeypatch):
+def test_what_is_not_there_or_does_not_go_together_is_one_sentence(
+    arguments, code, sentence, capsys, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == code
     said = capsys.readouterr().err.strip()

@@ -25,7 +25,7 @@ class StandingClock:
 
 
 def fetched(*records: LogRecord) -> Fetched:
-    return Fetched(PARTITION, 7, 100, NOW_MS, records)
+    return Fetched(PARTITION, 7, 100, NOW_MS, 5.0, records)
 
 
 def record(value: bytes | None, offset: int = 0, key: bytes | None = b"u1", **headers: bytes) -> LogRecord:

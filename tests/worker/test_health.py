@@ -115,7 +115,7 @@ def test_an_idle_worker_never_stalls(clock: HandClock):
 def test_events_that_wait_without_progress_end_the_process(clock: HandClock, where: str, capfd):
     ledger, source, watchdog = watched(clock)
     if where == "open":
-        ledger.open(Fetched(PARTITION, 1, 6, 0, [Row(5)]))  # type: ignore[list-item]
+        ledger.open(Fetched(PARTITION, 1, 6, 0, 0.0, [Row(5)]))  # type: ignore[list-item]
     else:
         source.records[PARTITION] = 7
     clock.now_s += 59
@@ -128,7 +128,7 @@ def test_events_that_wait_without_progress_end_the_process(clock: HandClock, whe
 
 def test_progress_resets_the_watchdog(clock: HandClock):
     ledger, _, watchdog = watched(clock)
-    ledger.open(Fetched(PARTITION, 1, 7, 0, [Row(5), Row(6)]))  # type: ignore[list-item]
+    ledger.open(Fetched(PARTITION, 1, 7, 0, 0.0, [Row(5), Row(6)]))  # type: ignore[list-item]
     clock.now_s += 50
     ledger.done([Ticket(PARTITION, 1, 5)])
     watchdog.check()

@@ -24,7 +24,9 @@ class Ticking:
 
 
 def poll(partition: Partition, epoch: int, *offsets: int) -> Fetched:
-    return Fetched(partition, epoch, offsets[-1] + 1, 0, [LogRecord(offset, None, b"", 0, ()) for offset in offsets])
+    return Fetched(
+        partition, epoch, offsets[-1] + 1, 0, 0.0, [LogRecord(offset, None, b"", 0, ()) for offset in offsets]
+    )
 
 
 def opened(*offsets: int, epoch: int = 1) -> Ledger:

@@ -5,7 +5,7 @@ from worker.seams import Fetched, Partition
 
 
 def share(partition: int) -> Fetched:
-    return Fetched(Partition("events", partition), 1, 0, 0, [])
+    return Fetched(Partition("events", partition), 1, 0, 0, 0.0, [])
 
 
 def test_many_polls_are_taken_as_one_in_their_order() -> None:

@@ -62,7 +62,8 @@ def run(args: Namespace) -> int:
         letters = asyncio.run(topic.requeue(args.reason, args.limit))
     _show(letters, args.json)
     if args.action == "requeue" and not args.json:
-        print(f"{len(letters)} letters {'would be ' if args.dry_run else ''}requeued; position: group {topic.group}")
+        would = "would be " if args.dry_run else ""
+        print(f"{len(letters)} letter{'s' * (len(letters) != 1)} {would}requeued; position: group {topic.group}")
     return 0
 
 

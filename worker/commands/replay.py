@@ -47,6 +47,7 @@ def run(args: Namespace) -> int:
     from worker.live import print_summary
     from worker.replay import Replay, replay, summary
 
+    _check(args)
     loaded = config.load(args.config)
     if args.artifact:
         loaded = replace(loaded, pipeline=replace(loaded.pipeline, artifact=args.artifact))
@@ -66,3 +67,12 @@ def run(args: Namespace) -> int:
     args.report.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
     print_summary(console, f"replay of {args.log}", [*summary(report), ("report", str(args.report))])
     return 0
+
+
+def _check(args: Namespace) -> None:
+    from worker.errors import ConfigError
+
+    if args.rate and not args.kafka:
+        raise ConfigError("--rate paces what goes to a broker, and there is no --kafka; without one: --speed 10x")
+    if args.speed and args.kafka:
+        raise ConfigError("--speed is of log time, and a broker's time is now; with --kafka: --rate N")
