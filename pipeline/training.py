@@ -1,9 +1,9 @@
 """From a log to an artifact: cut by time, learn, stop early, keep the best, sign it.
 
 Events from the cut on are never looked at. Of those before it the latest judge each epoch. The model is then trained
-anew on all events before the cut, for as many epochs as were best: the latest events are worth most (1.2 points of hit
-rate@10 on a simulated log). After every epoch a checkpoint is written beside the artifact; `resume` goes on from it
-bit for bit.
+anew on all events before the cut, for as many epochs as were best, over which its learning rate falls: the latest
+events are worth most (1.2 points of hit rate@10 on a simulated log). After every epoch a checkpoint is written beside
+the artifact; `resume` goes on from it bit for bit.
 """
 
 import hashlib
@@ -95,17 +95,18 @@ class Task:
     def config(self) -> HstuConfig:
         return msgspec.structs.replace(self.options.model, items=len(self.vocabulary))
 
-    def trainer(self, corpus: Corpus) -> Trainer:
-        """TrainingError when the corpus has nothing to learn from."""
+    def trainer(self, corpus: Corpus, epochs: int) -> Trainer:
+        """One whose learning rate falls over so many epochs. TrainingError: the corpus has nothing to learn from."""
         end_ms = int(corpus.histories.ts_ms.max(initial=0))
         labels = labels_of(corpus.histories, self.pipeline.schema, end_ms)
-        examples = Examples.of(corpus, labels, self.options.trainer.repeats)
+        options = msgspec.structs.replace(self.options.trainer, epochs=epochs)
+        examples = Examples.of(corpus, labels, options.repeats)
         if not examples.asked.any():
             raise TrainingError(
                 f"training: in the {len(corpus)} events of {len(corpus.offsets) - 1} users that are left to train on,"
                 " no user goes from one item to another; give a longer log or a larger --until-share"
             )
-        return Trainer(self.config, self.options.trainer, examples, device_of(self.pipeline.device))
+        return Trainer(self.config, options, examples, device_of(self.pipeline.device))
 
     def artifact(self, weights: dict[str, Tensor]) -> Artifact:
         item_ids = self.vocabulary.item_ids[1:]
@@ -155,7 +156,7 @@ def _optimise(task: Task, path: Path, observer: Observer, saved: Saved | None) -
     """All reports, and the weights of the best epoch (none when the training anew had begun already)."""
     if saved and saved[1].refitting:
         return saved[1], {}
-    trainer = task.trainer(task.fit)
+    trainer = task.trainer(task.fit, task.options.trainer.epochs)
     notes, best_weights = Notes(task.fingerprint, []), trainer.weights()
     if saved:
         tensors, notes = saved
@@ -176,7 +177,8 @@ def _optimise(task: Task, path: Path, observer: Observer, saved: Saved | None) -
 
 def _refit(task: Task, path: Path, observer: Observer, notes: Notes, saved: Saved | None) -> dict[str, Tensor]:
     """Train anew on all that is known, for as many epochs as were best; the weights."""
-    trainer, epochs = task.trainer(task.known), _best(notes.reports).epoch
+    epochs = _best(notes.reports).epoch
+    trainer = task.trainer(task.known, epochs)
     if saved and notes.refitting:
         trainer.restore(saved[0])
     notes.refitting = True

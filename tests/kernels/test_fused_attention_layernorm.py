@@ -54,7 +54,8 @@ def reference_states(hstu: Hstu, inputs: Inputs) -> Tensor:
     rows = torch.where(own, torch.from_numpy(inputs.offsets[:-1])[:, None] + slots, 0)
     tokens, codes = torch.from_numpy(inputs.tokens)[rows], torch.from_numpy(inputs.codes)[rows]
     items = torch.nn.functional.normalize(hstu.item_embedding(tokens), dim=-1, eps=CONFIG.eps)
-    x = hstu.rotation(items) + hstu.feature_embedding(codes.flatten(0, 1)).view(*rows.shape, -1)
+    strength = hstu.log_strength.weight[codes].sum(2).exp()  # [users, length, 1]
+    x = hstu.rotation(items) * strength + hstu.feature_embedding.weight[codes].sum(2)
     seconds = torch.from_numpy(inputs.seconds).long()[rows]
     for layer in hstu.layers:
         assert isinstance(layer, HstuLayer)

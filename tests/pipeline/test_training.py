@@ -133,7 +133,7 @@ def test_what_comes_after_the_cut_changes_nothing(tmp_path: Path) -> None:
 
 def test_a_rule_of_succession_is_learnt_and_beats_both_baselines(tmp_path: Path) -> None:
     options = TrainingOptions(
-        replace(OPTIONS.trainer, epochs=20, learning_rate=1e-2), replace(OPTIONS.model, dropout=0.1), patience=20
+        replace(OPTIONS.trainer, epochs=40, learning_rate=1e-2), replace(OPTIONS.model, dropout=0.1), patience=20
     )
     log = log_of(users=200)
     train(log, tmp_path / "model", options, SERVING, Silent(), CREATED)
