@@ -107,13 +107,16 @@ def save(folder: Path, artifact: Artifact, metrics: Mapping[str, float], created
 
 
 def load(folder: Path) -> Artifact:
-    """The artifact, every file checked against the manifest. ArtifactError names the file, what it is and what next."""
-    manifest = _manifest(folder)
+    """The artifact, every file checked against the manifest. ArtifactError names the file, what it is and what next.
+
+    A symlink is followed once: all files are those of the folder that it named then.
+    """
+    folder = folder.resolve()
+    manifest = read_manifest(folder)
     for name, wanted in manifest.files.items():
         _check(folder / name, wanted)
-    weights = safetensors.torch.load_file(folder / WEIGHTS)
     item_ids = msgspec.msgpack.decode((folder / VOCABULARY).read_bytes(), type=list[str])
-    return Artifact(manifest, weights, item_ids, safetensors.numpy.load_file(folder / COUNTERS))
+    return Artifact(manifest, _weights(folder / WEIGHTS), item_ids, safetensors.numpy.load_file(folder / COUNTERS))
 
 
 def _sign(draft: Path, name: str, artifact: Artifact, metrics: Mapping[str, float], created: str) -> Manifest:
@@ -124,7 +127,8 @@ def _sign(draft: Path, name: str, artifact: Artifact, metrics: Mapping[str, floa
     return Manifest(FORMAT, name, version, created, config, schema, dict(metrics), files, tools)
 
 
-def _manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> Manifest:
+    """Raises ArtifactError unless it is one, of this format, that signs itself and all that a model needs."""
     path = folder / MANIFEST
     try:
         manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
@@ -142,6 +146,15 @@ def _manifest(folder: Path) -> Manifest:
     if content != manifest.version:
         raise ArtifactError(f"artifact {path}: content hash {content}, the manifest says {manifest.version}; {_AGAIN}")
     return manifest
+
+
+def _weights(path: Path) -> dict[str, Tensor]:
+    # NOTE: load_file maps the file. A copy, or who overwrites the file in place changes or ends a process that serves.
+    weights = {name: weight.clone() for name, weight in safetensors.torch.load_file(path).items()}
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise ArtifactError(f"artifact {path}: {name} has numbers that are not finite; train again")
+    return weights
 
 
 def _check(path: Path, wanted: str) -> None:

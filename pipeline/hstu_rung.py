@@ -11,7 +11,8 @@ from pipeline.features import inputs_of
 from pipeline.records import Histories
 from pipeline.retrieval import Retrieval
 from pipeline.strategy import Ranked
-from pipeline.vocabulary import UNKNOWN, Vocabulary
+from pipeline.tablerows import TableRows
+from pipeline.vocabulary import Vocabulary
 
 
 class HstuRung:
@@ -25,40 +26,47 @@ class HstuRung:
     def __init__(
         self, artifact: Artifact, vocabulary: Vocabulary, exclusion: Exclusion, device: str = "auto", threads: int = 0
     ) -> None:
-        """The vocabulary begins with the artifact's items, in their order; later ones are unknown to the model."""
+        """The vocabulary has the artifact's items, in any order; others are unknown to the model.
+
+        Raises ArtifactError where it had no room for one of them.
+        """
         self._encoder = TorchEncoder(artifact, device, threads)
         self._retrieval = Retrieval(self._encoder.table)
         self._vocabulary, self._exclusion = vocabulary, exclusion
+        self._table = TableRows(vocabulary, artifact.item_ids)
         popular = np.argsort(-artifact.counters["popularity"], kind="stable")
-        self._popular = vocabulary.tokens(artifact.counters["items"][popular])
+        self._popular = self._rows_of(artifact.counters["items"][popular])
 
     def rank(self, histories: Histories, k: int) -> Ranked:
         start = time.perf_counter()
-        history_tokens, excluded = self._vocabulary.tokens(histories.items), self._exclusion.mask(histories)
-        pairs = histories.users[excluded], history_tokens[excluded]
-        inputs = inputs_of(histories, history_tokens, len(self._encoder.table)).tail(self._encoder.max_events)
+        history, excluded = self._rows_of(histories.items), self._exclusion.mask(histories)
+        pairs = histories.users[excluded], history[excluded]
+        inputs = inputs_of(histories, history, len(self._encoder.table)).tail(self._encoder.max_events)
         featured = time.perf_counter()
         states = self._encoder.encode(inputs)
         encoded = time.perf_counter()
-        tokens, scores = self._retrieval.top_k(states, *pairs, k)
-        source = self._fill_empty(histories, tokens, scores)
-        heads = self._encoder.heads(states, tokens)
+        rows, scores = self._retrieval.top_k(states, *pairs, k)
+        source = self._fill_empty(histories, rows, scores)
+        heads = self._encoder.heads(states, rows)
         ranked = time.perf_counter()
         times_ms = 1e3 * np.diff([start, featured, encoded, ranked])
-        return Ranked(tokens, scores, heads, source, *times_ms.tolist())
+        return Ranked(self._table.tokens(rows), scores, heads, source, *times_ms.tolist())
 
     def odds(self, histories: Histories, tokens: np.ndarray) -> np.ndarray:
         """What the heads say of these items, int32 [n, k], as each user's next: float32 [n, k, 3]."""
-        table_rows = len(self._encoder.table)
-        inputs = inputs_of(histories, self._vocabulary.tokens(histories.items), table_rows)
+        inputs = inputs_of(histories, self._rows_of(histories.items), len(self._encoder.table))
         states = self._encoder.encode(inputs.tail(self._encoder.max_events))
-        return self._encoder.heads(states, np.where(tokens < table_rows, tokens, UNKNOWN))
+        return self._encoder.heads(states, self._table.rows(tokens))
 
-    def _fill_empty(self, histories: Histories, tokens: np.ndarray, scores: np.ndarray) -> np.ndarray | str:
+    def _rows_of(self, hashes: np.ndarray) -> np.ndarray:
+        """uint64 [n] item hashes -> int32 [n] rows of the model's table"""
+        return self._table.rows(self._vocabulary.tokens(hashes))
+
+    def _fill_empty(self, histories: Histories, rows: np.ndarray, scores: np.ndarray) -> np.ndarray | str:
         empty = histories.lengths == 0
         if not empty.any():
             return "hstu"
-        popular = self._popular[: tokens.shape[1]]
-        tokens[empty], scores[empty] = 0, 0.0
-        tokens[empty, : len(popular)] = popular
-        return np.where(empty[:, None], "popular", np.full(tokens.shape, "hstu"))
+        popular = self._popular[: rows.shape[1]]
+        rows[empty], scores[empty] = 0, 0.0
+        rows[empty, : len(popular)] = popular
+        return np.where(empty[:, None], "popular", np.full(rows.shape, "hstu"))

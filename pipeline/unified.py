@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -21,6 +22,9 @@ from pipeline.records import Event, EventSchema, Histories, SlateItem
 from pipeline.simple_rung import SimpleRung
 from pipeline.strategy import LADDER, Ladder, Ranked, Rung
 from pipeline.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from pipeline.artifact import Artifact
 
 
 class PipelineOptions(msgspec.Struct, frozen=True):
@@ -71,11 +75,8 @@ class Pipeline:
         on_fallback: Callable[[str, Exception], None] = _ignore,
     ) -> None:
         self.options, self.vocabulary, self.counters, self.version = options, vocabulary, counters, version
-        rungs: dict[str, Rung] = {"simple": SimpleRung(counters, options.exclusion)}
-        if model is not None:
-            rungs[model.name] = model
-        self.ladder = Ladder(rungs, time.monotonic)
-        self._on_fallback = on_fallback
+        self._simple, self._on_fallback = SimpleRung(counters, options.exclusion), on_fallback
+        self.ladder = self._ladder_of(model)
 
     @classmethod
     def load(
@@ -90,14 +91,13 @@ class Pipeline:
             vocabulary = Vocabulary(max_items=options.max_items)
             return cls(options, vocabulary, new_counters(options, vocabulary), on_fallback=on_fallback)
         from pipeline.artifact import load  # torch costs seconds and 400 MiB: only who has a model pays
-        from pipeline.hstu_rung import HstuRung
 
         artifact = load(Path(folder))
         artifact.check_schema(options.schema)
         vocabulary = Vocabulary(artifact.item_ids, options.max_items)
         counters = new_counters(options, vocabulary)
         counters.restore(artifact.counters)
-        model = HstuRung(artifact, vocabulary, options.exclusion, options.device, options.threads)
+        model = rung_of(artifact, vocabulary, options)
         return cls(options, vocabulary, counters, model, artifact.version, on_fallback)
 
     def recommend(
@@ -130,6 +130,13 @@ class Pipeline:
             return self._answer(rung, ranked)
         raise failure or ValueError(f"no rung at or below '{strategy}' in this process")
 
+    def adopt(self, model: Rung, version: str) -> None:
+        """From the next batch on this model ranks, its breaker closed; vocabulary and counters stay as they are.
+
+        model: made on this pipeline's vocabulary (see `rung_of`).
+        """
+        self.ladder, self.version = self._ladder_of(model), version
+
     def observe(self, histories: Histories, fresh: np.ndarray) -> None:
         """Count new events: the last fresh[i] of user i's history (int64 [n])."""
         self.counters.observe(histories, fresh)
@@ -139,6 +146,10 @@ class Pipeline:
         ids = self.vocabulary.item_ids
         shares = zip(*(column.tolist() for column in self.counters.popular(k)), strict=True)
         return [SlateItem(ids[token], share, None, None, None, "popular") for token, share in shares]
+
+    def _ladder_of(self, model: Rung | None) -> Ladder:
+        rungs = [self._simple] if model is None else [model, self._simple]
+        return Ladder({rung.name: rung for rung in rungs}, time.monotonic)
 
     def _answer(self, rung: Rung, ranked: Ranked) -> Answer:
         start = time.perf_counter()
@@ -154,6 +165,13 @@ class Pipeline:
         unknown = {event.action for history in histories for event in history} - set(self.options.schema.actions)
         if unknown:
             raise ValueError(f"recommend: unknown actions {sorted(unknown)}, want of {self.options.schema.actions}")
+
+
+def rung_of(artifact: "Artifact", vocabulary: Vocabulary, options: PipelineOptions) -> Rung:
+    """The artifact's model on a vocabulary that has its items. Raises ArtifactError where it had no room for them."""
+    from pipeline.hstu_rung import HstuRung
+
+    return HstuRung(artifact, vocabulary, options.exclusion, options.device, options.threads)
 
 
 def new_counters(options: PipelineOptions, vocabulary: Vocabulary) -> Counters:

@@ -70,5 +70,15 @@ class Oracle:
             assert len(span) == covers["count"], f"{user}: covers {covers}, the topic has {sorted(span)}"
             assert not skipped, f"{user}: answered {covers} before {sorted(skipped)}"
             covered[user] = max(covered[user], covers["last_offset"])
-        lost = {u: o for u, want in self.unanswered.items() if (o := {x for _, x in want if x > covered[u]})}
+        lost = self.lost(slates)
         assert not lost, f"events without a slate: {lost}"
+
+    def lost(self, slates: list[dict]) -> list[tuple[str, int, int]]:
+        """(user, partition, offset) of every triggering event that no slate covers."""
+        covered = {
+            (slate["user_id"], covers["partition"], offset)
+            for slate in slates
+            for covers in [slate["covers"]]
+            for offset in range(covers["first_offset"], covers["last_offset"] + 1)
+        }
+        return sorted({(user, *at) for user, wanted in self.unanswered.items() for at in wanted} - covered)

@@ -86,6 +86,9 @@ class Pipeline(Struct, frozen=True, forbid_unknown_fields=True):
     exclude_window_days: Annotated[float, Meta(ge=0)] = 0.0  # 0: as far as the ring reaches
     threads: Annotated[int, Meta(ge=0)] = 0  # of torch; 0: its default
     device: str = "auto"
+    follow_s: Annotated[float, Meta(ge=0)] = 5.0  # a new artifact serves after two looks, a few stats each; 0: never
+    min_overlap: Share = 0.02  # with the slates just served: another seed after one epoch 0.13, mixed-up ids 0.002
+    max_hit_rate_drop: Share = 0.2  # of the serving model's, as training judged both: a failed training loses more
 
 
 class Counters(Struct, frozen=True, forbid_unknown_fields=True):

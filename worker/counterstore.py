@@ -43,7 +43,7 @@ class CounterStore:
         config: Config,
         counters: Counters,
         within: Within,
-        version: str = "none",
+        version: Callable[[], str] = lambda: "none",
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
     ) -> None:
         self._client, self._config, self._within, self._version, self._now_ms = client, config, within, version, now_ms
@@ -59,12 +59,18 @@ class CounterStore:
         counters.log = DeltaLog()
 
     async def run(self) -> None:
-        """Merges every `counters.merge_s` until it is cancelled, and then once more."""
+        """Merges every `counters.merge_s` until it is cancelled, and then once more.
+
+        No round is cut short: what Redis has added without our knowing would be sent again.
+        """
+        merging = asyncio.create_task(self.merge(), name="merge")
         try:
             while True:
-                await self.merge()
+                await asyncio.shield(merging)
                 await asyncio.sleep(self._config.counters.merge_s)
+                merging = asyncio.create_task(self.merge(), name="merge")
         finally:
+            await merging
             await self.merge()
 
     async def merge(self) -> bool:
@@ -168,7 +174,7 @@ class CounterStore:
         ]
         if items:
             covers = Covers(self._config.kafka.events_topic, -1, -1, -1, 0, as_of_ms)
-            slate = Slate("", items, "popular", self._version, covers, self._now_ms(), Latency())
+            slate = Slate("", items, "popular", self._version(), covers, self._now_ms(), Latency())
             await self._slates.put_popular(slate, as_of_ms)
 
 

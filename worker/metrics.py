@@ -24,4 +24,5 @@ OPEN_EVENTS = Gauge("millrace_open_events", "Events admitted and not yet settled
 PAUSED = Gauge("millrace_paused", "1 while partitions are paused by backpressure")
 LAG = Gauge("millrace_lag_records", "Records beyond the last polled one", ["topic", "partition"])
 LAG_SECONDS = Gauge("millrace_lag_seconds", "Age of the oldest unsettled event since its poll")
-MODEL = Gauge("millrace_model_info", "The loaded artifact", ["version"])
+MODEL = Gauge("millrace_model_info", "The serving artifact", ["version"])
+SWAPS = Counter("millrace_model_swaps_total", "New artifacts that were adopted or refused while serving", ["outcome"])

@@ -6,8 +6,9 @@ import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from worker import logging, metrics
+from worker import logging
 from worker.clock import WallClock
 from worker.config import Config
 from worker.counterstore import CounterStore
@@ -20,6 +21,9 @@ from worker.sequences import Sequences
 from worker.sink import KafkaSink
 from worker.slatestore import SlateStore
 from worker.source import KafkaSource
+
+if TYPE_CHECKING:
+    from worker.hotswap import HotSwap
 
 log = logging.get("process")
 
@@ -34,6 +38,7 @@ class Parts:
     sequences: Sequences
     slates: SlateStore
     counters: CounterStore
+    hot_swap: "HotSwap | None"
 
     def worker(self, source: Source, sink: Sink, pulse: Pulse, ranker: Ranking | None = None, **options) -> Worker:
         return Worker(self.config, self.clock, source, self.sequences, ranker or self.ranker, sink, pulse, **options)
@@ -43,13 +48,13 @@ class Parts:
 async def parts(config: Config, clock: Clock) -> AsyncIterator[Parts]:
     """Redis connected, its functions loaded, the artifact checked, the counters restored."""
     pipeline = load_pipeline(config)
-    metrics.MODEL.labels(pipeline.version).set(1)
     ranker = Ranker(pipeline, config.pipeline.slate_items, clock, config.pipeline.strategy)
     client = await connect(config.redis)
     try:
         slates = SlateStore(client, config.slates, config.sequences.epoch)
-        counters = CounterStore(client, config, pipeline.counters, ranker.within, pipeline.version)
-        yield Parts(config, clock, ranker, Sequences(client, config.sequences), slates, counters)
+        counters = CounterStore(client, config, pipeline.counters, ranker.within, lambda: pipeline.version)
+        sequences = Sequences(client, config.sequences)
+        yield Parts(config, clock, ranker, sequences, slates, counters, _hot_swap(config, ranker, clock))
     finally:
         ranker.close()
         await client.aclose()
@@ -65,22 +70,25 @@ async def consume(config: Config) -> None:
         async with parts(config, clock) as made, KafkaSink(config, made.slates) as sink:
             worker = made.worker(KafkaSource(config.kafka, clock), sink, pulse)
             _on_signals(worker)
-            await supervise(worker, made.counters)
+            await supervise(worker, made)
     finally:
         health.close()
     log.info("drained and committed")
 
 
-async def supervise(worker: Worker, counters: CounterStore) -> None:
-    """Runs both; what ends the worker is raised as it was, not in a group of groups."""
-    merging = asyncio.create_task(counters.run(), name="counters")
+async def supervise(worker: Worker, made: Parts) -> None:
+    """Runs it and what goes on beside it; what ends the worker is raised as it was, not in a group of groups."""
+    beside = [asyncio.create_task(made.counters.run(), name="counters")]
+    if made.hot_swap is not None:
+        beside.append(asyncio.create_task(made.hot_swap.run(), name="hotswap"))
     try:
         await worker.run()
     except BaseExceptionGroup as group:
         raise first_error(group) from group
     finally:
-        merging.cancel()
-        await asyncio.gather(merging, return_exceptions=True)
+        for task in beside:
+            task.cancel()
+        await asyncio.gather(*beside, return_exceptions=True)
 
 
 def first_error(group: BaseExceptionGroup) -> BaseException:
@@ -88,6 +96,14 @@ def first_error(group: BaseExceptionGroup) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
+
+
+def _hot_swap(config: Config, ranker: Ranker, clock: Clock) -> "HotSwap | None":
+    if config.pipeline.artifact is None or not config.pipeline.follow_s:
+        return None
+    from worker.hotswap import HotSwap  # torch, which only who has a model pays
+
+    return HotSwap(config, ranker, clock)
 
 
 def _on_signals(worker: Worker) -> None:

@@ -1,6 +1,7 @@
 """Between the event loop and the pipeline: a batch goes to the pipeline's own thread, slates come back."""
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
@@ -8,7 +9,9 @@ from typing import TypeVar
 import numpy as np
 
 from pipeline.exclusion import Exclusion
-from pipeline.records import Covers, Histories, Latency, Slate
+from pipeline.records import Covers, Histories, Latency, Slate, SlateItem
+from pipeline.simple_rung import SimpleRung
+from pipeline.strategy import Rung
 from pipeline.unified import Answer, Pipeline, PipelineOptions
 from worker import logging, metrics
 from worker.config import Config
@@ -16,6 +19,8 @@ from worker.errors import ConfigError
 from worker.seams import Arrival, Batch, Clock, Entry
 
 log = logging.get("ranker")
+SERVED_USERS = 128  # so many slates tell two models' mean overlap to 0.01 (one slate's standard deviation: 0.11)
+Served = tuple[bytes, list[SlateItem]]  # a ring, and the model's answer to it
 T = TypeVar("T")
 
 
@@ -27,6 +32,8 @@ class Ranker:
         self._slate_items, self._clock, self._strategy = slate_items, clock, strategy
         self._thread = ThreadPoolExecutor(1, "pipeline")
         self._observed: Future | None = None
+        self._served: deque[Served] = deque(maxlen=SERVED_USERS)  # by the model that serves now
+        metrics.MODEL.labels(pipeline.version).set(1)
 
     async def rank(self, batch: Batch) -> list[Slate]:
         """One slate an entry, in the batch's order."""
@@ -48,6 +55,14 @@ class Ranker:
         items = [arrival.event.item_id for arrival in arrivals]
         self._observed = self._thread.submit(self._observe, items, list(newest.values()), list(fresh.values()))
 
+    async def served(self) -> list[Served]:
+        """The newest answers of the serving model, at most SERVED_USERS."""
+        return await self.within(lambda: list(self._served))
+
+    async def adopt(self, model: Rung, version: str) -> None:
+        """Exchange the model between two batches; slates carry the version that ranked them."""
+        await self.within(lambda: self._adopt(model, version))
+
     def close(self) -> None:
         self._thread.shutdown(wait=True)
 
@@ -55,10 +70,19 @@ class Ranker:
         self.pipeline.vocabulary.admit(items)
         self.pipeline.observe(Histories.from_rings(rings), np.array(fresh, np.int64))
 
+    def _adopt(self, model: Rung, version: str) -> None:
+        metrics.MODEL.remove(self.pipeline.version)
+        self.pipeline.adopt(model, version)
+        metrics.MODEL.labels(version).set(1)
+        self._served.clear()
+
     def _rank(self, batch: Batch) -> list[Slate]:
-        histories = Histories.from_rings([entry.ring for entry in batch.entries])
+        rings = [entry.ring for entry in batch.entries]
+        histories = Histories.from_rings(rings)
         lengths = [entry.arrivals[0].k or self._slate_items for entry in batch.entries]
         answer = self.pipeline.rank(histories, max(lengths), batch.strategy or self._strategy)
+        if answer.strategy != SimpleRung.name:
+            self._served.extend(zip(rings, answer.rows, strict=True))
         metrics.BATCH_USERS.observe(len(batch.entries))
         for stage in ("features", "encode", "rank"):
             metrics.STAGE_SECONDS.labels(stage).observe(getattr(answer, f"{stage}_ms") / 1e3)

@@ -96,7 +96,7 @@ async def _run(
     showing = asyncio.create_task(_every(REFRESH_S, show))
     feeding = asyncio.create_task(_feed(config, task, worker, from_ts_ms)) if task.kafka is not None else None
     try:
-        await supervise(worker, made.counters)
+        await supervise(worker, made)
     finally:
         for job in filter(None, (showing, feeding)):
             job.cancel()
@@ -139,7 +139,7 @@ def _events(task: Replay) -> Iterator[Event]:
 
 
 def _prepared(config: Config, task: Replay, stack: AsyncExitStack) -> Config:
-    """Servers of its own, any age of event, one slate per event: each is judged by the slate before it."""
+    """Servers of its own, any age of event, one slate per event: each is judged by the slate before it; one model."""
     folder = Path(stack.enter_context(TemporaryDirectory(prefix="millrace-replay-")))
     url = task.redis or stack.enter_context(LocalValkey(folder / "valkey")).url
     kafka = config.kafka
@@ -152,6 +152,7 @@ def _prepared(config: Config, task: Replay, stack: AsyncExitStack) -> Config:
         redis=replace(config.redis, url=url, cluster=False),
         events=replace(config.events, max_age_days=0.0, max_ahead_s=1e12),
         batcher=replace(config.batcher, coalesce=False),
+        pipeline=replace(config.pipeline, follow_s=0.0),
     )
 
 

@@ -3,5 +3,5 @@
 import subprocess
 import sys
 
-for module in ("stream", "replay", "plots"):
+for module in ("stream", "replay", "swap", "plots"):
     subprocess.run([sys.executable, "-m", f"tests.benchmarks.{module}"], check=True)

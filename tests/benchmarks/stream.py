@@ -86,16 +86,17 @@ class Answered(msgspec.Struct):
     """The part of a slate that is looked at."""
 
     covers: Covers
+    model_version: str
 
 
-async def answers(consumer: AIOKafkaConsumer, events: int) -> AsyncIterator[tuple[float, list[Covers]]]:
-    """(milliseconds since 1970, what the slates read then cover), until so many events are covered."""
+async def answers(consumer: AIOKafkaConsumer, events: float) -> AsyncIterator[tuple[float, list[Answered]]]:
+    """(milliseconds since 1970, the slates read then), until so many events are covered."""
     decode, covered = msgspec.json.Decoder(Answered).decode, 0
     while covered < events:
         for records in (await consumer.getmany(timeout_ms=100)).values():
             now_ms = time.time_ns() / 1e6
-            read = [decode(record.value).covers for record in records]
-            covered += sum(covers.count for covers in read)
+            read = [decode(record.value) for record in records]
+            covered += sum(slate.covers.count for slate in read)
             yield now_ms, read
 
 
@@ -115,7 +116,7 @@ async def latency(
             load = asyncio.create_task(fill_topic(stage, name, events, count, at_rate(rate)))
             async for now_ms, read in answers(consumer, count):
                 if time.monotonic() > warm_s:
-                    taken += [now_ms - covers.oldest_ts_ms for covers in read]
+                    taken += [now_ms - slate.covers.oldest_ts_ms for slate in read]
             await load
     p50, p95, p99 = (float(value) for value in np.percentile(taken, [50, 95, 99]))
     console.print(f"{name:<14} {rate:9,.0f} slates/s: p50 {p50:.0f} ms, p95 {p95:.0f} ms, p99 {p99:.0f} ms")

@@ -102,6 +102,26 @@ def test_a_folder_of_other_files_is_not_replaced(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 
+def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path: Path) -> None:
+    broken = draft()
+    broken.weights["hstu.rotation.weight"][2, 3] = float("nan")
+    artifacts.save(tmp_path / "model", broken, {}, "2026-01-01T00:00:00+00:00")
+    with pytest.raises(ArtifactError, match=r"hstu\.safetensors: hstu\.rotation\.weight .*not finite; train again"):
+        artifacts.load(tmp_path / "model")
+
+
+def test_what_is_loaded_does_not_change_when_the_file_is_overwritten_in_place(tmp_path: Path) -> None:
+    loaded, wanted = artifacts.load(saved(tmp_path / "model")), draft().weights
+    path = tmp_path / "model" / WEIGHTS
+    path.write_bytes(bytes(path.stat().st_size))
+    assert all(torch.equal(loaded.weights[name], weight) for name, weight in wanted.items())
+
+
+def test_all_files_are_those_of_the_folder_that_a_symlink_names(tmp_path: Path) -> None:
+    (tmp_path / "current").symlink_to(saved(tmp_path / "model"))
+    assert artifacts.load(tmp_path / "current").version == artifacts.load(tmp_path / "model").version
+
+
 def test_action_lists_may_only_grow_at_their_end(tmp_path: Path) -> None:
     loaded = artifacts.load(saved(tmp_path / "model"))
     names = EventSchema().actions

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.artifact import load
 from pipeline.errors import ArtifactError
 from pipeline.logfile import in_event_time
 from pipeline.records import Event
-from pipeline.unified import Pipeline, PipelineOptions
+from pipeline.unified import Pipeline, PipelineOptions, rung_of
+from tests.artifacts import renumbered
 
 OPTIONS = PipelineOptions(device="cpu", threads=1)
 DAY_MS = 86_400_000
@@ -65,6 +67,33 @@ def test_when_the_model_fails_the_counters_answer_and_the_failure_is_reported(sh
     assert all(len(slate.items) == 5 for slate in slates)
     pipeline.recommend(histories, k=5)
     assert fell == [("hstu", "CUDA error: out of memory")], "the failed rung rests: it is not asked again at once"
+
+
+def test_an_adopted_model_ranks_from_then_on_though_its_items_are_numbered_otherwise(shop, histories):
+    pipeline = Pipeline.load(shop.artifact, OPTIONS)
+    pipeline.vocabulary.admit(["brand-new"])
+    before, tokens = pipeline.recommend(histories, k=5), list(pipeline.vocabulary.item_ids)
+    turned = renumbered(load(shop.artifact))
+    pipeline.adopt(rung_of(turned, pipeline.vocabulary, OPTIONS), "turned")
+    after = pipeline.recommend(histories, k=5)
+    assert pipeline.version == "turned"
+    assert pipeline.vocabulary.item_ids == tokens, "tokens keep their meaning while the process lives"
+    for old, new in zip(before, after, strict=True):
+        assert ids(old) == ids(new)
+        assert [item.engagement for item in old.items] == pytest.approx(
+            [item.engagement for item in new.items], abs=1e-4
+        )
+
+
+def test_an_adopted_model_is_asked_at_once_though_the_one_before_it_rests(shop, histories, monkeypatch):
+    pipeline = Pipeline.load(shop.artifact, OPTIONS)
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.backends.torch.TorchEncoder.encode", lambda *_: 1 / 0)
+        assert pipeline.recommend(histories, k=5)[0].strategy == "simple"
+    assert pipeline.recommend(histories, k=5)[0].strategy == "simple"
+    pipeline.adopt(rung_of(load(shop.artifact), pipeline.vocabulary, OPTIONS), "again")
+    assert pipeline.recommend(histories, k=5)[0].strategy == "hstu"
+    assert pipeline.recommend(histories, k=5, strategy="simple")[0].strategy == "simple"
 
 
 def test_a_rung_can_be_asked_for(shop, histories):

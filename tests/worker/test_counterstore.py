@@ -234,3 +234,26 @@ def test_the_last_counts_are_merged_when_the_process_stops(server: LocalValkey, 
         assert after.rows()["a"][0] == pytest.approx(1, rel=1e-3)
 
     scenario(server, test)
+
+
+def test_a_stop_in_the_middle_of_a_round_counts_nothing_twice(server: LocalValkey, eventually):
+    async def test(client: RedisClient) -> None:
+        process, pipeline = Process(client), client.pipeline
+
+        async def stopped(commands):
+            replies = await pipeline(commands)
+            if commands[0][0] == "FCALL":
+                client.pipeline = pipeline
+                running.cancel()
+                await asyncio.sleep(0)  # Redis has added them, and the answer is on its way
+            return replies
+
+        process.see([("a", 1), ("b", 2)])
+        client.pipeline = stopped
+        running = asyncio.create_task(process.store.run())
+        await asyncio.gather(running, return_exceptions=True)
+        after = Process(client)
+        assert await after.store.merge()
+        assert after.rows()["a"][0] == pytest.approx(1, rel=1e-3)
+
+    scenario(server, test)
