@@ -21,6 +21,7 @@ import safetensors.numpy
 import safetensors.torch
 from torch import Tensor
 
+from pipeline.cut import Taught
 from pipeline.errors import ArtifactError
 from pipeline.hstu import HstuConfig
 from pipeline.records import EventSchema
@@ -44,6 +45,7 @@ class Manifest(msgspec.Struct, frozen=True):
     metrics: dict[str, float]
     files: dict[str, str]
     tools: dict[str, str]
+    taught: Taught | None = None  # None: made by an earlier millrace, or not by training
 
 
 @dataclass(slots=True)
@@ -81,9 +83,10 @@ class Artifact:
 
 
 def draft(config: HstuConfig, schema: EventSchema, weights: dict[str, Tensor], item_ids: list[str],
-          counters: dict[str, np.ndarray]) -> Artifact:  # fmt: skip
+          counters: dict[str, np.ndarray], taught: Taught | None = None) -> Artifact:  # fmt: skip
     """A model that is not saved yet."""
-    return Artifact(Manifest(FORMAT, "draft", "unsigned", "", config, schema, {}, {}, {}), weights, item_ids, counters)
+    manifest = Manifest(FORMAT, "draft", "unsigned", "", config, schema, {}, {}, {}, taught)
+    return Artifact(manifest, weights, item_ids, counters)
 
 
 def save(folder: Path, artifact: Artifact, metrics: Mapping[str, float], created: str) -> Manifest:
@@ -124,7 +127,8 @@ def _sign(draft: Path, name: str, artifact: Artifact, metrics: Mapping[str, floa
     files = {name: _sha256(draft / name) for name in (WEIGHTS, VOCABULARY, COUNTERS)}
     tools = {"python": platform.python_version(), **{tool: installed(tool) for tool in TOOLS}}
     version = _content_hash(config, schema, files)
-    return Manifest(FORMAT, name, version, created, config, schema, dict(metrics), files, tools)
+    taught = artifact.manifest.taught
+    return Manifest(FORMAT, name, version, created, config, schema, dict(metrics), files, tools, taught)
 
 
 def read_manifest(folder: Path) -> Manifest:

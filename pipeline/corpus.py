@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.features import ranges
+from pipeline.logcolumns import Log
 from pipeline.records import Histories
+from pipeline.vocabulary import Vocabulary
 
 
 @dataclass(slots=True)
@@ -30,6 +32,10 @@ class Corpus:
         starts = np.flatnonzero(np.diff(users[places], prepend=-1))
         offsets = np.append(starts, len(places)).astype(np.int64)
         return cls(events[places], tokens[places], offsets, places)
+
+    @classmethod
+    def of_log(cls, log: Log, vocabulary: Vocabulary) -> "Corpus":
+        return cls.of(log.events, vocabulary.tokens(log.events["item"]), log.users)
 
     def __len__(self) -> int:
         return len(self.events)
@@ -70,6 +76,6 @@ def place_of_share(ts_ms: np.ndarray, share: float) -> int:
 
     It begins with a new millisecond, all events of one time on one side: so a worker scores from a time on.
     """
-    if share >= 1:
+    if share >= 1 or not len(ts_ms):
         return len(ts_ms)
     return int(np.searchsorted(ts_ms, ts_ms[int(share * len(ts_ms))], "left"))

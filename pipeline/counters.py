@@ -103,6 +103,23 @@ class Counters:
             fill_rows(order, banned, found[part], scores[part])
         return found, scores, cooccurring
 
+    def scores_of(self, histories: Histories, wanted: np.ndarray) -> np.ndarray:
+        """float32 [n, c] of chosen items, int32 [n, c], in the order of `score`: co-occurring ones above 0, the others
+        below, by popularity; -inf for token 0."""
+        self._reserve()
+        order = self._order.of(self.popularity[: len(self.vocabulary)])
+        scores = np.where(wanted > 0, -1.0 - order.ranks[wanted], -np.inf).astype(np.float32)
+        step = min(CHUNK_USERS, self._tally.rows_at_once(len(order.ranks)))
+        for start in range(0, len(histories), step):
+            part = slice(start, start + step)
+            offsets = histories.offsets[start : start + step + 1]
+            tokens = self.vocabulary.tokens(histories.items[offsets[0] : offsets[-1]])
+            votes, weights = self._votes(tokens, offsets - offsets[0], order)
+            sums = self._tally.sums_at(votes, weights, wanted[part], len(order.ranks))
+            sums *= order.item_norms[wanted[part]]
+            scores[part] = np.where(sums > 0, sums, scores[part])
+        return scores
+
     def popular(self, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k most popular items: tokens int32 [<= k], shares of the most popular one float32 [<= k]."""
         self._reserve()
@@ -205,14 +222,18 @@ class Counters:
         self, tokens: np.ndarray, offsets: np.ndarray, banned: Pairs, order: PopularityOrder, k: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """The best items by co-occurrence alone: tokens int32 [n, k], scores float32 [n, k], 0 where none."""
+        votes, weights = self._votes(tokens, offsets, order)
+        sums = self._tally.sums(votes, weights, banned, len(order.ranks))
+        return best_of_rows(votes, sums * order.item_norms.take(votes), k)
+
+    def _votes(self, tokens: np.ndarray, offsets: np.ndarray, order: PopularityOrder) -> tuple[np.ndarray, np.ndarray]:
+        """The neighbours of each user's newest events, int32 and float32 [n, RECENT_EVENTS * slots]."""
         positions = offsets[1:, None] - np.arange(1, RECENT_EVENTS + 1)  # [n, RECENT_EVENTS], newest first
         inside = positions >= offsets[:-1, None]
         recent = np.where(inside, np.append(tokens, 0)[np.maximum(positions, 0)], 0)
         coefficients = order.event_norms[recent] * RECENCIES  # [n, RECENT_EVENTS]
         votes = self.table.tokens[recent].reshape(len(recent), -1)  # [n, RECENT_EVENTS * slots]
-        weights = (self.table.weights[recent] * coefficients[:, :, None]).reshape(votes.shape)
-        sums = self._tally.sums(votes, weights, banned, len(order.ranks))
-        return best_of_rows(votes, sums * order.item_norms.take(votes), k)
+        return votes, (self.table.weights[recent] * coefficients[:, :, None]).reshape(votes.shape)
 
     def _weight_at(self, ts_ms: int) -> float:
         """What one event of that time weighs in the stored units."""

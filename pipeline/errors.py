@@ -24,3 +24,9 @@ class TrainingError(MillraceError):
     """The log cannot train a model (empty, one item, no user with two events)."""
 
     exit_code = 2
+
+
+class EvaluationError(MillraceError):
+    """The log cannot be scored as asked: nothing to score, too few negatives, or events that taught the artifact."""
+
+    exit_code = 2

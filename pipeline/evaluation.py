@@ -1,96 +1,212 @@
-"""The online protocol: what a slate before each event would have been worth.
+"""What a model and the baselines would have been worth on a part of a log that they have not seen.
 
-Over the last part of a log by time, every event is scored by the ranking made from its user's preceding events, as a
-ring of `cap_events` holds them. The model and the counters are frozen, the histories grow. All events count in the
-denominator; a user's first event is scored by what was popular in the training log; excluded items are those that
-serving would exclude. The replay of the same log through the worker, one slate an event, gives the same numbers.
+Every scored event is ranked from its user's preceding events, as a ring of `cap_events` holds them. Models and counters
+are frozen, the histories grow. With the online cut, the replay of the same log through the worker, one slate an event,
+gives the same numbers.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 
 from pipeline.artifact import Artifact
-from pipeline.corpus import Corpus, place_of_share
+from pipeline.catalogue_ranker import CatalogueRanker
+from pipeline.comparison import Comparison, Estimates
+from pipeline.corpus import Corpus
 from pipeline.counters import without_neighbours
+from pipeline.cut import Cut
+from pipeline.errors import EvaluationError
 from pipeline.heads import TASKS, labels_of
 from pipeline.hstu_rung import HstuRung
+from pipeline.itemknn import ItemKnn, ItemKnnOptions
 from pipeline.logcolumns import Log
 from pipeline.measures import HeadMeasures, RankingMeasures, head_measures, ranking_measures, ranks_of
-from pipeline.records import EventSchema, Histories
+from pipeline.negatives import Negatives, sample_negatives
+from pipeline.popular import RecentPopularity
+from pipeline.ranking import Ranker, Scored, ignored, ranks_among, slates_of
+from pipeline.records import EventSchema, Item
 from pipeline.simple_rung import SimpleRung
-from pipeline.strategy import Ranked
+from pipeline.slate_measures import SlateMeasures, category_vectors, cooccurrence_vectors, slate_measures
 from pipeline.unified import PipelineOptions, frozen_counters
-from pipeline.vocabulary import Vocabulary
+from pipeline.vocabulary import UNKNOWN, Vocabulary
 
-BATCH_USERS = 256
+SLATE_ITEMS = 10
+COLD = 5  # an item with fewer training events, a user with fewer earlier events, is cold
+MODEL = "hstu"
 
 
-class Ranker(Protocol):
-    """A rung of the ladder is one."""
+class EvaluationOptions(msgspec.Struct, frozen=True):
+    """What to score and how. negatives: None ranks all items; resamples, seed: of the intervals."""
 
-    def rank(self, histories: Histories, k: int) -> Ranked: ...
+    cut: Cut = Cut()
+    cutoffs: tuple[Annotated[int, Meta(gt=0)], ...] = (5, SLATE_ITEMS, 20, 50)
+    negatives: Negatives | None = None
+    resamples: Annotated[int, Meta(gt=0)] = 1000
+    seed: int = 0
+    cap_events: int = 512
+
+    @property
+    def k(self) -> int:
+        """What slices and slates are measured at: the cutoff that is nearest to a slate's length from below."""
+        return max((cutoff for cutoff in self.cutoffs if cutoff <= SLATE_ITEMS), default=min(self.cutoffs))
+
+
+class Ranking(msgspec.Struct, frozen=True):
+    """How one ranker fared. slates: None among sampled negatives; behind: by how much the model is ahead of it."""
+
+    at: dict[int, Estimates]
+    behind: dict[int, Estimates]
+    slices: dict[str, RankingMeasures]
+    slates: SlateMeasures | None
 
 
 class Report(msgspec.Struct, frozen=True):
-    """`millrace evaluate`'s JSON."""
+    """`millrace evaluate`'s JSON. warning: why the numbers may be too good, or None."""
 
-    protocol: str
+    cut: str
+    candidates: str
     version: str
     k: int
     events: int
-    rankings: dict[str, RankingMeasures]
+    users: int
+    rankings: dict[str, Ranking]
     heads: dict[str, HeadMeasures]
+    warning: str | None
 
 
-def measure(ranker: Ranker, corpus: Corpus, positions: np.ndarray, k: int, cap_events: int,
-            on_events: Callable[[int], None] = lambda count: None) -> RankingMeasures:  # fmt: skip
-    """Rank before each of these events of the corpus (int64 [n]) and look for its item among the k best."""
-    ranks = np.empty(len(positions), np.int64)
-    order = np.argsort(np.minimum(positions - corpus.starts[positions], cap_events), kind="stable")  # like lengths meet
-    for start in range(0, len(order), BATCH_USERS):
-        chosen = order[start : start + BATCH_USERS]
-        ranked = ranker.rank(corpus.before(positions[chosen], cap_events), k)
-        ranks[chosen] = ranks_of(ranked.tokens, corpus.tokens[positions[chosen]])
-        on_events(len(chosen))
-    return ranking_measures(ranks)
+def evaluate(artifact: Artifact, log: Log, options: PipelineOptions, asked: EvaluationOptions | None = None,
+             items: Iterable[Item] = (), on_events: Callable[[int], None] = ignored) -> Report:  # fmt: skip
+    """Every measure over the log's events behind the cut.
 
-
-def evaluate(artifact: Artifact, log: Log, score_from: float, options: PipelineOptions, k: int = 10,
-             cap_events: int = 512, on_events: Callable[[int], None] = lambda count: None) -> Report:  # fmt: skip
-    """Every measure over the log's events behind the share `score_from`.
-
-    on_events is called with the number of events just ranked: len(rankings) times over all of them.
+    items: what is known of items; their categories tell how varied a slate is. on_events is called with the number of
+    events just ranked: len(rankings) times over all of them. Raises EvaluationError.
     """
+    asked = asked or EvaluationOptions()
+    left_out = asked.cut.left_out(log)
+    warning = _check(artifact, log, left_out, asked.cut)
     vocabulary = Vocabulary([*artifact.item_ids, *log.item_ids], options.max_items)
-    corpus = Corpus.of(log.events, vocabulary.tokens(log.events["item"]), log.users)
-    positions = np.flatnonzero(corpus.places >= place_of_share(log.ts_ms, score_from))
+    split = Split.of(log, left_out, vocabulary, asked.cap_events)
     hstu = HstuRung(artifact, vocabulary, options.exclusion, options.device, options.threads)
+    rankers = _baselines(artifact, split, options) | {MODEL: hstu}
+    ranks, slates = _ranked(rankers, split, asked, list(items), on_events)
+    return Report(
+        cut=str(asked.cut),
+        candidates="all items" if asked.negatives is None else str(asked.negatives),
+        version=artifact.version,
+        k=asked.k,
+        events=len(split.scored),
+        users=len(np.unique(split.scored.users)),
+        rankings=_rankings(ranks, slates, split, asked),
+        heads=measure_heads(hstu, split.scored, options.schema),
+        warning=warning,
+    )
 
-    def simple(state: Mapping[str, np.ndarray]) -> SimpleRung:
-        return SimpleRung(frozen_counters(options, vocabulary, state), options.exclusion)
 
-    rankers: Mapping[str, Ranker] = {
-        "popularity": simple(without_neighbours(artifact.counters)),
-        "cooccurrence": simple(artifact.counters),
-        "hstu": hstu,
+@dataclass(slots=True)
+class Split:
+    """A log cut in two. known: what lies before the cut; scored: what lies behind it, in the whole log."""
+
+    vocabulary: Vocabulary
+    known: Corpus
+    scored: Scored
+
+    @classmethod
+    def of(cls, log: Log, left_out: np.ndarray, vocabulary: Vocabulary, cap_events: int) -> "Split":
+        """left_out: bool [n], the log's events behind the cut."""
+        whole, known = Corpus.of_log(log, vocabulary), Corpus.of_log(log.part(~left_out), vocabulary)
+        return cls(vocabulary, known, Scored(whole, np.flatnonzero(left_out[whole.places]), cap_events))
+
+    @property
+    def items(self) -> int:
+        return len(self.vocabulary)
+
+    @property
+    def counts(self) -> np.ndarray:
+        """int64 [items]: events before the cut by token, 0 for the unknown item."""
+        counts = np.bincount(self.known.tokens, minlength=self.items)
+        counts[UNKNOWN] = 0
+        return counts
+
+
+def _check(artifact: Artifact, log: Log, left_out: np.ndarray, cut: Cut) -> str | None:
+    """EvaluationError when nothing is left to score or it taught the artifact; a sentence when that cannot be told."""
+    if not left_out.any():
+        raise EvaluationError(f"evaluate: none of the log's {len(log)} events is left to score ({cut}); score more")
+    taught = artifact.manifest.taught
+    seen = taught.seen(log, left_out) if taught else None
+    if taught and seen:
+        raise EvaluationError(
+            f"evaluate: {seen} of the {int(left_out.sum())} events to score ({cut}) taught artifact {artifact.version},"
+            f" which left out others ({taught.cut}); score what it left out, or train with the cut that you score"
+        )
+    if seen is None:
+        return f"artifact {artifact.version} may have been taught by events scored here: it is not of this very log"
+    return None
+
+
+def _baselines(artifact: Artifact, split: Split, options: PipelineOptions) -> dict[str, Ranker]:
+    """The counters as the artifact holds them, and rankers fitted to the events before the cut."""
+
+    def counted(state: Mapping[str, np.ndarray]) -> SimpleRung:
+        return SimpleRung(frozen_counters(options, split.vocabulary, state), options.exclusion)
+
+    recent = RecentPopularity(split.known, split.items, options.half_life_days)
+    knn = ItemKnn(split.known, split.items, ItemKnnOptions())
+    return {
+        "popularity": counted(without_neighbours(artifact.counters)),
+        "cooccurrence": counted(artifact.counters),
+        **{scorer.name: CatalogueRanker(scorer, split.vocabulary, options.exclusion) for scorer in (recent, knn)},
     }
-    rankings = {name: measure(each, corpus, positions, k, cap_events, on_events) for name, each in rankers.items()}
-    heads = measure_heads(hstu, corpus, positions, options.schema, cap_events)
-    return Report("online", artifact.version, k, len(positions), rankings, heads)
 
 
-def measure_heads(hstu: HstuRung, corpus: Corpus, positions: np.ndarray, schema: EventSchema,
-                  cap_events: int) -> dict[str, HeadMeasures]:  # fmt: skip
+def _ranked(
+    rankers: Mapping[str, Ranker], split: Split, asked: EvaluationOptions, items: list[Item],
+    on_events: Callable[[int], None],
+) -> tuple[dict[str, np.ndarray], dict[str, SlateMeasures]]:  # fmt: skip
+    """Each ranker's ranks, int64 [n], and, among all items, what its slates are like."""
+    scored, counts = split.scored, split.counts
+    if asked.negatives is not None:
+        drawn = sample_negatives(asked.negatives, scored, counts)
+        return {name: ranks_among(ranker, scored, drawn, on_events) for name, ranker in rankers.items()}, {}
+    vectors = category_vectors(items, split.vocabulary) if items else cooccurrence_vectors(split.known, split.items)
+    ranks, measures = {}, {}
+    for name, ranker in rankers.items():
+        slates = slates_of(ranker, scored, max(asked.cutoffs), on_events)
+        ranks[name] = ranks_of(slates, scored.wanted)
+        measures[name] = slate_measures(slates[:, : asked.k], counts, vectors)
+    return ranks, measures
+
+
+def _rankings(
+    ranks: dict[str, np.ndarray], slates: dict[str, SlateMeasures], split: Split, asked: EvaluationOptions
+) -> dict[str, Ranking]:
+    comparison = Comparison.of(ranks, split.scored.users, asked.cutoffs, asked.resamples, asked.seed)
+    slices = {
+        "cold_items": split.counts[split.scored.wanted] < COLD,
+        "cold_users": split.scored.lengths < COLD,
+    }
+    return {
+        name: Ranking(
+            comparison.at(name),
+            comparison.difference(MODEL, name) if name != MODEL else {},
+            {part: ranking_measures(places[inside], asked.k) for part, inside in slices.items()},
+            slates.get(name),
+        )
+        for name, places in ranks.items()
+    }
+
+
+def measure_heads(hstu: HstuRung, scored: Scored, schema: EventSchema) -> dict[str, HeadMeasures]:
     """The heads' odds of each event's item, asked just before the event, against what the event turned out to be."""
-    positions = positions[positions > corpus.starts[positions]]
-    labels = labels_of(corpus.histories, schema, int(corpus.histories.ts_ms.max(initial=0)))[positions - 1]  # [n, 3]
+    corpus = scored.corpus
+    asked = Scored(corpus, scored.positions[scored.lengths > 0], scored.cap_events)
+    end_ms = int(corpus.histories.ts_ms.max(initial=0))
+    labels = labels_of(corpus.histories, schema, end_ms)[asked.positions - 1]  # [n, 3]
     odds = np.empty(labels.shape, np.float32)
-    order = np.argsort(np.minimum(positions - corpus.starts[positions], cap_events), kind="stable")
-    for start in range(0, len(order), BATCH_USERS):
-        chosen = order[start : start + BATCH_USERS]
-        histories = corpus.before(positions[chosen], cap_events)
-        odds[chosen] = hstu.odds(histories, corpus.tokens[positions[chosen], None])[:, 0]
+    for chosen, histories in asked.batches():
+        odds[chosen] = hstu.odds(histories, asked.wanted[chosen, None])[:, 0]
     return {task: head_measures(odds[:, i], labels[:, i]) for i, task in enumerate(TASKS)}

@@ -3,6 +3,8 @@
 import time
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from pipeline.artifact import Artifact
 from pipeline.backends.torch import TorchEncoder
@@ -12,7 +14,7 @@ from pipeline.records import Histories
 from pipeline.retrieval import Retrieval
 from pipeline.strategy import Ranked
 from pipeline.tablerows import TableRows
-from pipeline.vocabulary import Vocabulary
+from pipeline.vocabulary import UNKNOWN, Vocabulary
 
 
 class HstuRung:
@@ -52,11 +54,28 @@ class HstuRung:
         times_ms = 1e3 * np.diff([start, featured, encoded, ranked])
         return Ranked(self._table.tokens(rows), scores, heads, source, *times_ms.tolist())
 
+    def scores(self, histories: Histories, tokens: np.ndarray) -> np.ndarray:
+        """float32 [n, c] of chosen items, int32 [n, c]: a row's higher ones rank earlier; -inf: the model knows none.
+
+        A user without events has what was popular in the training log, as in `rank`.
+        """
+        rows = self._table.rows(tokens)
+        items = self._encoder.table[torch.from_numpy(rows).to(self._encoder.device)]
+        logits = torch.einsum("nd,ncd->nc", self._states(histories), items).cpu().numpy()
+        scores = np.where(rows > UNKNOWN, logits, -np.inf)
+        empty = histories.lengths == 0
+        places = np.full(len(self._encoder.table), len(self._popular))
+        places[self._popular] = np.arange(len(self._popular))
+        scores[empty] = -places[rows[empty]]
+        return scores.astype(np.float32)
+
     def odds(self, histories: Histories, tokens: np.ndarray) -> np.ndarray:
         """What the heads say of these items, int32 [n, k], as each user's next: float32 [n, k, 3]."""
+        return self._encoder.heads(self._states(histories), self._table.rows(tokens))
+
+    def _states(self, histories: Histories) -> Tensor:
         inputs = inputs_of(histories, self._rows_of(histories.items), len(self._encoder.table))
-        states = self._encoder.encode(inputs.tail(self._encoder.max_events))
-        return self._encoder.heads(states, self._table.rows(tokens))
+        return self._encoder.encode(inputs.tail(self._encoder.max_events))
 
     def _rows_of(self, hashes: np.ndarray) -> np.ndarray:
         """uint64 [n] item hashes -> int32 [n] rows of the model's table"""

@@ -21,6 +21,7 @@ class Log:
     users, items: int32 [n], index into user_ids, item_ids
     events: EVENT_DTYPE [n]
     unreadable: records left out: bad ones, and events whose action the schema does not have
+    why: what is wrong with the first of those
     """
 
     user_ids: list[str]
@@ -29,6 +30,7 @@ class Log:
     items: np.ndarray
     events: np.ndarray
     unreadable: int = 0
+    why: str = ""
 
     def __len__(self) -> int:
         return len(self.events)
@@ -37,24 +39,39 @@ class Log:
     def ts_ms(self) -> np.ndarray:  # int64 [n]
         return (self.events["ts_action_device"] & np.uint64(MAX_TS_MS)).astype(np.int64)
 
+    def part(self, kept: np.ndarray) -> "Log":
+        """The log of these events alone (bool [n], or int [m], their places), with the ids of its own items alone."""
+        present, items = np.unique(self.items[kept], return_inverse=True)
+        item_ids = [self.item_ids[item] for item in present]
+        return Log(self.user_ids, self.users[kept], item_ids, items.astype(np.int32), self.events[kept])
+
 
 def columns(blocks: Iterable[list[Entry]], schema: EventSchema) -> Log:
     """Packs block by block: 32 bytes an event stay in memory, and the ids."""
     packer = _BlockPacker(schema)
     users, items, packed = _Index(), _Index(), [np.empty(0, EVENT_DTYPE)]
-    unreadable = 0
+    unreadable, why = 0, ""
     for block in blocks:
         events = [entry for entry in block if isinstance(entry, Event) and entry.action in packer.actions]
-        unreadable += len(block) - len(events)
+        if len(events) < len(block):
+            unreadable += len(block) - len(events)
+            why = why or next(reason for entry in block if (reason := _why_unreadable(entry, packer.actions)))
         users.extend([event.user_id for event in events])
         items.extend([event.item_id for event in events])
         packed.append(packer.pack(events))
-    log = Log(*users.sorted(), *items.sorted(), np.concatenate(packed), unreadable)
+    log = Log(*users.sorted(), *items.sorted(), np.concatenate(packed), unreadable, why)
     hashes = np.fromiter(map(item_hash, log.item_ids), np.uint64, len(log.item_ids))
     log.events["item"] = hashes[log.items]
     order = np.lexsort((log.items, log.users, log.ts_ms))  # sorted ids: an index orders as its string does
     log.users, log.items, log.events = log.users[order], log.items[order], log.events[order]
     return log
+
+
+def _why_unreadable(entry: Entry, actions: dict[str, int]) -> str:
+    """One sentence, or nothing for an event that can be packed."""
+    if not isinstance(entry, Event):
+        return f"line {entry.line}: {entry.reason}"
+    return "" if entry.action in actions else f"the action '{entry.action}' is not among events.actions"
 
 
 class _BlockPacker:

@@ -11,7 +11,7 @@ FORMATS = ("json", "msgpack", "text")
 UNITS_MS = {"s": 1000, "ms": 1}
 SKIPPED = ("", "-", "_")  # a place in `--columns` that is not read
 WORDS = ("user", "item", "action", "ts", "value", "dwell", "session", "device", "position", "context")
-REQUIRED = ("user_id", "item_id", "ts_ms")
+REQUIRED = ("user_id", "item_id")  # and a time, unless --columns says that there is none
 ALIASES = {
     "user_id": ("user_id", "user", "userid", "uid", "visitorid", "customer_id"),
     "item_id": ("item_id", "item", "itemid", "iid", "movieid", "movie_id", "product_id", "video_id"),
@@ -49,7 +49,8 @@ class Unreadable(ValueError):
 class Layout(msgspec.Struct, frozen=True):
     """How to read a log; what is None is detected. All but `format` says how to read delimited text.
 
-    columns:   field names by place (`user`, `item`, `ts`, ...; `-` skips one), or `field=header` pairs
+    columns:   field names by place (`user`, `item`, `ts`, ...; `-` skips one), or `field=header` pairs; without `ts`
+               the log has no times: an event's place is its time, in milliseconds
     separator: tab, comma or `::` when detected
     header:    whether the first line names the columns
     unit:      `s` or `ms`; detected for each timestamp: below 1e11 it counts seconds
@@ -127,7 +128,7 @@ def _check_columns(names: tuple[str, ...] | None, header: bool | None) -> None:
     if twice := next((field for field in fields if fields.count(field) > 1), None):
         raise LogFileError(f"--columns {','.join(names)}: names {twice} twice")
     if missing := [field for field in REQUIRED if field not in fields]:
-        raise LogFileError(f"--columns {','.join(names)}: has no {', '.join(missing)}; want at least user, item and ts")
+        raise LogFileError(f"--columns {','.join(names)}: has no {', '.join(missing)}; want at least user and item")
 
 
 def _field(name: str) -> str:

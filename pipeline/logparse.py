@@ -69,7 +69,8 @@ def text_blocks(stream: Stream, layout: Layout, name: str) -> Iterator[list[Entr
         first = next((line for line in block if line.strip()), None) if isinstance(block, list) else None
         if first is not None:
             table = Table.of(layout, first.removeprefix(BOM).rstrip(b"\r").decode("utf-8", "replace"), name)
-            return _line_blocks(chain(head, blocks), table.event, table.has_header)
+            entries = _line_blocks(chain(head, blocks), table.event, table.has_header)
+            return entries if table.ts_place is not None else _numbered(entries)
     return _line_blocks(head, _from_json)  # blank lines, or a break
 
 
@@ -86,6 +87,18 @@ def _line_blocks(
         entries, skip = _line_entries(block, number, event, skip)
         number += len(block)
         yield entries
+
+
+def _numbered(blocks: Iterable[list[Entry]]) -> Iterator[list[Entry]]:
+    """The place in the log becomes the time, in milliseconds from 0."""
+    now_ms = 0
+    for block in blocks:
+        places = range(now_ms, now_ms + len(block))
+        now_ms += len(block)
+        yield [
+            msgspec.structs.replace(entry, ts_ms=place) if isinstance(entry, Event) else entry
+            for place, entry in zip(places, block, strict=True)
+        ]
 
 
 def _line_entries(

@@ -17,7 +17,8 @@ MILLISECOND_NAMES = ("ts_ms", "timestamp_ms")
 
 @dataclass(slots=True, frozen=True)
 class Table:
-    """One log's columns. places: field -> column, without `ts_ms`; scale: milliseconds a timestamp unit, None: detect.
+    """One log's columns. places: field -> column, without `ts_ms`; ts_place: None if the log has no times, every event
+    then has time 0; scale: milliseconds a timestamp unit, None: detect.
 
     2.4 us of one core a line of four columns (python -m timeit).
     """
@@ -26,7 +27,7 @@ class Table:
     width: int
     has_header: bool
     places: tuple[tuple[str, int], ...]
-    ts_place: int
+    ts_place: int | None
     scale: int | None
     action: str
 
@@ -36,7 +37,7 @@ class Table:
         separator = layout.separator or _separator(first, name)
         cells = _cells(first, separator)
         has_header, columns = _columns(layout, cells, name)
-        ts_name = next(title for field, _, title in columns if field == "ts_ms")
+        ts_name = next((title for field, _, title in columns if field == "ts_ms"), None)
         unit = layout.unit or ("ms" if ts_name in MILLISECOND_NAMES else None)
         places = {field: place for field, place, _ in columns}
         return cls(
@@ -44,7 +45,7 @@ class Table:
             len(cells),
             has_header,
             tuple((field, place) for field, place in places.items() if field != "ts_ms"),
-            places["ts_ms"],
+            places.get("ts_ms"),
             UNITS_MS[unit] if unit else None,
             layout.action,
         )
@@ -55,7 +56,8 @@ class Table:
             cells = _cells(line.rstrip(b"\r\n").decode(), self.separator)
             if len(cells) != self.width:
                 raise Unreadable(f"{len(cells)} columns; the first line has {self.width}")
-            row: dict = {"action": self.action, "ts_ms": self._ts_ms(cells[self.ts_place])}
+            ts_ms = 0 if self.ts_place is None else self._ts_ms(cells[self.ts_place])
+            row: dict = {"action": self.action, "ts_ms": ts_ms}
             for field, place in self.places:
                 if text := cells[place]:
                     row[field] = text
@@ -97,12 +99,23 @@ def _columns(layout: Layout, cells: list[str], name: str) -> tuple[bool, list[tu
     columns = [(FIELDS[title], place, title) for place, title in enumerate(layout.columns) if title not in SKIPPED]
     if columns[-1][1] >= len(cells):
         raise LogFileError(f"{name}: --columns names {columns[-1][1] + 1} columns; the first line has {len(cells)}")
-    ts_place = next(place for field, place, _ in columns if field == "ts_ms")
-    return not _is_number(cells[ts_place]) if layout.header is None else layout.header, columns
+    return _is_header(columns, cells) if layout.header is None else layout.header, columns
+
+
+def _is_header(columns: list[tuple[str, int, str]], cells: list[str]) -> bool:
+    """Where a time should stand there is no number; without times: every column has a field's name."""
+    ts_place = next((place for field, place, _ in columns if field == "ts_ms"), None)
+    if ts_place is not None:
+        return not _is_number(cells[ts_place])
+    return all(_title(cells[place]).lower() in FIELDS for _, place, _ in columns)
+
+
+def _title(cell: str) -> str:
+    return cell.strip().partition(":")[0]  # RecBole: name:type
 
 
 def _by_header(layout: Layout, cells: list[str], name: str) -> list[tuple[str, int, str]]:
-    titles = [cell.strip().partition(":")[0] for cell in cells]  # RecBole: name:type
+    titles = [_title(cell) for cell in cells]
     if layout.columns is not None:
         pairs = [pair.partition("=")[::2] for pair in layout.columns]
         if absent := [title for _, title in pairs if title not in titles]:
@@ -114,10 +127,10 @@ def _by_header(layout: Layout, cells: list[str], name: str) -> list[tuple[str, i
         for field, aliases in ALIASES.items()
         if (alias := next((alias for alias in aliases if alias in lower), None))
     ]
-    if missing := [field for field in REQUIRED if field not in {field for field, _, _ in found}]:
+    if missing := [field for field in (*REQUIRED, "ts_ms") if field not in {field for field, _, _ in found}]:
         raise LogFileError(
             f"{name}: no header that names {', '.join(missing)} in its first line '{', '.join(titles)[:120]}'; "
-            "say what the columns hold with --columns user,item,ts"
+            "say what the columns hold with --columns user,item,ts (user,item where there are no times)"
         )
     return found
 

@@ -4,6 +4,7 @@ import msgspec
 import numpy as np
 
 PROBABILITY_FLOOR = 1e-6  # keeps the log loss of a float32 sigmoid finite
+CALIBRATION_BINS = 15  # of equal mass (Guo et al., ICML 2017, take 15 of equal width: most would lie empty here)
 
 
 class RankingMeasures(msgspec.Struct, frozen=True):
@@ -15,13 +16,26 @@ class RankingMeasures(msgspec.Struct, frozen=True):
     mrr: float
 
 
+class CalibrationPoint(msgspec.Struct, frozen=True):
+    """A bin of a reliability curve: of `labels` known labels, what was promised and what came true."""
+
+    labels: int
+    odds: float
+    positive_share: float
+
+
 class HeadMeasures(msgspec.Struct, frozen=True):
-    """Of a head's probability for the item that came next. `auc` is None where the labels are all alike."""
+    """Of a head's probability for the item that came next. `auc` is None where the labels are all alike.
+
+    ece: the expected calibration error; reliability: its bins.
+    """
 
     labels: int
     positive_share: float | None
     auc: float | None
     log_loss: float | None
+    ece: float | None = None
+    reliability: list[CalibrationPoint] = []
 
 
 def ranks_of(slates: np.ndarray, wanted: np.ndarray) -> np.ndarray:
@@ -30,12 +44,17 @@ def ranks_of(slates: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     return np.where(hits.any(1), hits.argmax(1) + 1, 0)
 
 
-def ranking_measures(ranks: np.ndarray) -> RankingMeasures:
-    """From ranks_of's ranks, int [n]."""
-    events = max(1, len(ranks))
-    ranks = ranks[ranks > 0]
-    ndcg, mrr = (1 / np.log2(1 + ranks)).sum() / events, (1 / ranks).sum() / events
-    return RankingMeasures(events, len(ranks) / events, float(ndcg), float(mrr))
+def ranking_measures(ranks: np.ndarray, cutoff: int) -> RankingMeasures:
+    """From ranks_of's ranks, int [n]; those beyond the cutoff are no hits."""
+    means = gains(ranks, cutoff).sum(0) / max(1, len(ranks))
+    return RankingMeasures(len(ranks), *means.tolist())
+
+
+def gains(ranks: np.ndarray, cutoff: int) -> np.ndarray:
+    """float64 [n, 3]: what each rank, int [n], 0 = none, is worth as a hit, in NDCG and in MRR; 0 beyond the cutoff."""
+    within = (ranks > 0) & (ranks <= cutoff)
+    places = np.where(within, ranks, 1)
+    return np.column_stack([np.ones(len(ranks)), 1 / np.log2(1 + places), 1 / places]) * within[:, None]
 
 
 def head_measures(odds: np.ndarray, labels: np.ndarray) -> HeadMeasures:
@@ -46,7 +65,31 @@ def head_measures(odds: np.ndarray, labels: np.ndarray) -> HeadMeasures:
         return HeadMeasures(0, None, None, None)
     bounded = np.clip(odds, PROBABILITY_FLOOR, 1 - PROBABILITY_FLOOR)
     log_loss = -np.where(positive, np.log(bounded), np.log1p(-bounded)).mean()
-    return HeadMeasures(len(odds), float(positive.mean()), auc(odds, positive), float(log_loss))
+    return HeadMeasures(
+        len(odds), float(positive.mean()), auc(odds, positive), float(log_loss),
+        expected_calibration_error(odds, positive), calibration_curve(odds, positive),
+    )  # fmt: skip
+
+
+def calibration_curve(odds: np.ndarray, labels: np.ndarray, bins: int = CALIBRATION_BINS) -> list[CalibrationPoint]:
+    """The reliability curve, in bins of equal mass by odds, lowest first; fewer than `bins` where labels are fewer.
+
+    odds: float [n] in [0, 1]; labels: float [n], NaN = unknown, does not count. Equal odds may meet in two bins.
+    """
+    known = np.flatnonzero(np.isfinite(labels))
+    order = known[np.argsort(odds[known], kind="stable")]
+    parts = np.array_split(order, min(bins, len(order))) if len(order) else []
+    return [
+        CalibrationPoint(len(part), float(odds[part].mean(dtype=np.float64)), float((labels[part] > 0.5).mean()))
+        for part in parts
+    ]
+
+
+def expected_calibration_error(odds: np.ndarray, labels: np.ndarray, bins: int = CALIBRATION_BINS) -> float | None:
+    """Mean distance of what was promised from what came true over calibration_curve's bins; None without labels."""
+    curve = calibration_curve(odds, labels, bins)
+    total = sum(point.labels for point in curve)
+    return sum(point.labels * abs(point.odds - point.positive_share) for point in curve) / total if total else None
 
 
 def auc(scores: np.ndarray, positive: np.ndarray) -> float | None:

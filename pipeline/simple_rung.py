@@ -23,3 +23,7 @@ class SimpleRung:
         tokens, scores, cooccurring = self._counters.score(histories, self._exclusion.mask(histories), k)
         source = np.where(cooccurring, "cooccurrence", "popular")
         return Ranked(tokens, scores, None, source, rank_ms=1e3 * (time.perf_counter() - start))
+
+    def scores(self, histories: Histories, tokens: np.ndarray) -> np.ndarray:
+        """float32 [n, c] of chosen items, int32 [n, c]: a row's higher ones rank earlier."""
+        return self._counters.scores_of(histories, tokens)

@@ -39,6 +39,16 @@ class Tally:
         self._sums[bans] = 0
         return sums.reshape(votes.shape)
 
+    def sums_at(self, votes: np.ndarray, weights: np.ndarray, wanted: np.ndarray, items: int) -> np.ndarray:
+        """float32 [n, c]: the sums of each row's votes for the items wanted, int [n, c]; else as `sums`."""
+        self._reserve(len(votes) * items)
+        rows = np.arange(len(votes))[:, None] * items
+        keys = (votes + rows).ravel()
+        np.add.at(self._sums, keys, weights.ravel())
+        sums = self._sums.take(wanted + rows)
+        self._sums[keys] = 0
+        return sums
+
     def _reserve(self, cells: int) -> None:
         if cells > len(self._sums):
             self._sums, self._places = np.zeros(cells, np.float32), np.zeros(cells, np.int32)

@@ -5,9 +5,10 @@ one that was never interrupted.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Generic, TypeVar
 
 import msgspec
 import numpy as np
@@ -41,26 +42,56 @@ class TrainerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     repeats: bool = False  # train to retrieve items the user has touched before: only if serving does not exclude them
 
 
-class Model(nn.Module):
+class Trainable(nn.Module, ABC):
+    """What a Trainer trains."""
+
+    @abstractmethod
+    def losses(self, batch: TrainingBatch, shares: np.ndarray, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Of the retrieval, a scalar in nats a row, and of the side tasks, weighted [tasks]: their sum is minimised.
+
+        shares: float64 [items], see Examples.shares; random: draws the candidates.
+        """
+
+
+class Model(Trainable):
     """What is trained together and saved together."""
 
     def __init__(self, config: HstuConfig) -> None:
         super().__init__()
         self.hstu, self.heads = Hstu(config), Heads(config.width)
 
+    def losses(self, batch: TrainingBatch, shares: np.ndarray, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """See Trainable."""
+        hstu, inputs = self.hstu, batch.inputs
+        device = hstu.item_embedding.weight.device
+        tokens, codes, asked, successors, labels = (
+            torch.from_numpy(column).to(device)
+            for column in (inputs.tokens, inputs.codes, batch.asked, batch.successors, batch.labels)
+        )
+        states = hstu(tokens, codes, Layout.of(inputs, device))  # [total, width]
+        targets = batch.successors[batch.asked]
+        candidates = sample_candidates(targets, shares, random)
+        loss = next_item_loss(states[asked], hstu.item_table(), targets, batch.seen, candidates)
+        logits = self.heads(states, hstu.item_embedding(successors)[:, None])[:, 0]  # [total, 3]
+        return loss, head_loss(logits, labels)[None]
 
-class Trainer:
+
+M = TypeVar("M", bound=Trainable)
+
+
+class Trainer(Generic[M]):
     """The model, its optimizer and how many epochs are behind them."""
 
-    def __init__(self, config: HstuConfig, options: TrainerOptions, examples: Examples, device: torch.device) -> None:
+    def __init__(self, build: Callable[[], M], items: int, options: TrainerOptions, examples: Examples,
+                 device: torch.device) -> None:  # fmt: skip
+        """build: makes the model, from torch's randomness; items: rows of its item table."""
         self.options, self.examples, self.epochs_done = options, examples, 0
-        self.device = device
         with _seeded(options.seed, 0):
-            self.model = Model(config).to(self.device)
+            self.model = build().to(device)
         self._optimizer = torch.optim.AdamW(
             self.model.parameters(), options.learning_rate, betas=(0.9, 0.98), weight_decay=options.weight_decay
         )
-        self._shares = examples.shares(config.items)
+        self._shares = examples.shares(items)
 
     def epoch(self, on_batch: Callable[[float, int, int], None] = lambda loss, done, total: None) -> float:
         """Train through every sequence once; mean retrieval loss (nats). on_batch gets (loss, batches done, of)."""
@@ -102,18 +133,8 @@ class Trainer:
         self.epochs_done = int(state["epochs_done"])
 
     def _step(self, batch: TrainingBatch, random: np.random.Generator) -> float:
-        hstu, heads = self.model.hstu, self.model.heads
-        inputs = batch.inputs
-        tokens, codes, asked, successors, labels = (
-            torch.from_numpy(column).to(self.device)
-            for column in (inputs.tokens, inputs.codes, batch.asked, batch.successors, batch.labels)
-        )
-        states = hstu(tokens, codes, Layout.of(inputs, self.device))  # [total, width]
-        targets = batch.successors[batch.asked]
-        candidates = sample_candidates(targets, self._shares, random)
-        loss = next_item_loss(states[asked], hstu.item_table(), targets, batch.seen, candidates)
-        logits = heads(states, hstu.item_embedding(successors)[:, None])[:, 0]  # [total, 3]
-        total = loss + head_loss(logits, labels)
+        loss, of_sides = self.model.losses(batch, self._shares, random)
+        total = loss + of_sides.sum()
         self._optimizer.zero_grad(set_to_none=True)
         total.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)

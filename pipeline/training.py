@@ -1,9 +1,9 @@
-"""From a log to an artifact: cut by time, learn, stop early, keep the best, sign it.
+"""From a log to an artifact: cut by time or by user, learn, stop early, keep the best, sign it.
 
-Events from the cut on are never looked at. Of those before it the latest judge each epoch. The model is then trained
-anew on all events before the cut, for as many epochs as were best, over which its learning rate falls: the latest
-events are worth most (1.2 points of hit rate@10 on a simulated log). After every epoch a checkpoint is written beside
-the artifact; `resume` goes on from it bit for bit.
+Events behind the cut are never looked at. Of those before it the latest judge each epoch: of all, or of each user. The
+model is then trained anew on all events before the cut, for as many epochs as were best, over which its learning rate
+falls: the latest events are worth most (1.2 points of hit rate@10 on a simulated log). After every epoch a checkpoint
+is written beside the artifact; `resume` goes on from it bit for bit.
 """
 
 import hashlib
@@ -21,32 +21,44 @@ from pipeline import artifact as artifacts
 from pipeline import checkpoint
 from pipeline.artifact import Artifact, Manifest
 from pipeline.backends.torch import device_of
-from pipeline.corpus import Corpus, place_of_share
+from pipeline.corpus import Corpus
+from pipeline.cut import DEFAULT_SHARE, Cut, Taught
 from pipeline.errors import TrainingError
-from pipeline.evaluation import measure
 from pipeline.heads import labels_of
 from pipeline.hstu import HstuConfig
 from pipeline.hstu_rung import HstuRung
 from pipeline.logcolumns import Log
 from pipeline.measures import RankingMeasures
+from pipeline.ranking import Ranker, Scored, measure
 from pipeline.sampling import Examples
-from pipeline.trainer import Positive, Share, Trainer, TrainerOptions
+from pipeline.trainer import Model, Positive, Share, Trainer, TrainerOptions
 from pipeline.unified import PipelineOptions, new_counters
 from pipeline.vocabulary import Vocabulary
 
-JUDGED_EVENTS = 2000  # at most, of the validation slice: one epoch's judgement costs about a second of one core
 K = 10
 
 
 class TrainingOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What `millrace train` may be told. `until_share`: the cut, by events in time order."""
+    """What `millrace train` may be told. The cut is by events in time order, or, with `leave_out` above 0, by user."""
 
     trainer: TrainerOptions = TrainerOptions()
     model: HstuConfig = HstuConfig()
-    until_share: Annotated[float, Meta(gt=0, le=1)] = 0.8
+    until_share: Annotated[float, Meta(gt=0, le=1)] = DEFAULT_SHARE
     validation_share: Share = 0.05  # of the events before the cut
+    leave_out: Annotated[int, Meta(ge=0)] = 0  # of each user's events, the newest
+    validation_last: Positive = 2  # of each user's events before such a cut
+    judged_events: Positive = 2000  # at most, of the validation slice: a judgement costs about a second of one core
     patience: Positive = 10  # epochs without a better hit rate before training stops
     refit: bool = True  # off: the judged weights themselves are the artifact
+
+    @property
+    def cut(self) -> Cut:
+        return Cut(self.until_share, self.leave_out)
+
+    @property
+    def validation_cut(self) -> Cut:
+        """Of the events before the cut."""
+        return Cut(last=self.validation_last) if self.leave_out else Cut(1 - self.validation_share)
 
 
 class EpochReport(msgspec.Struct, frozen=True):
@@ -80,37 +92,49 @@ Saved = tuple[dict[str, Tensor], Notes]
 
 @dataclass(slots=True)
 class Task:
-    """A log made ready. `known`: all events before the cut; `fit`: those before the validation slice."""
+    """A log made ready. `known`: all events before the cut; `fit`: those before the validation slice, `judged`."""
 
     options: TrainingOptions
     pipeline: PipelineOptions
     vocabulary: Vocabulary
     known: Corpus
     fit: Corpus
-    judged: np.ndarray  # int64 positions in `known`
+    judged: Scored  # of `known`
     counters: dict[str, np.ndarray]
+    taught: Taught
     fingerprint: str
 
     @property
     def config(self) -> HstuConfig:
         return msgspec.structs.replace(self.options.model, items=len(self.vocabulary))
 
-    def trainer(self, corpus: Corpus, epochs: int) -> Trainer:
+    def trainer(self, corpus: Corpus, epochs: int) -> Trainer[Model]:
         """One whose learning rate falls over so many epochs. TrainingError: the corpus has nothing to learn from."""
+        config, options = self.config, msgspec.structs.replace(self.options.trainer, epochs=epochs)
+        device = device_of(self.pipeline.device)
+        return Trainer(lambda: Model(config), config.items, options, self.examples(corpus), device)
+
+    def examples(self, corpus: Corpus) -> Examples:
+        """TrainingError when there are none."""
         end_ms = int(corpus.histories.ts_ms.max(initial=0))
         labels = labels_of(corpus.histories, self.pipeline.schema, end_ms)
-        options = msgspec.structs.replace(self.options.trainer, epochs=epochs)
-        examples = Examples.of(corpus, labels, options.repeats)
+        examples = Examples.of(corpus, labels, self.options.trainer.repeats)
         if not examples.asked.any():
             raise TrainingError(
                 f"training: in the {len(corpus)} events of {len(corpus.offsets) - 1} users that are left to train on,"
-                " no user goes from one item to another; give a longer log or a larger --until-share"
+                " no user goes from one item to another; give a longer log, cut later (--until-share) or cut by user"
+                " (--leave-out)"
             )
-        return Trainer(self.config, options, examples, device_of(self.pipeline.device))
+        return examples
 
     def artifact(self, weights: dict[str, Tensor]) -> Artifact:
         item_ids = self.vocabulary.item_ids[1:]
-        return artifacts.draft(self.config, self.pipeline.schema, weights, item_ids, self.counters)
+        return artifacts.draft(self.config, self.pipeline.schema, weights, item_ids, self.counters, self.taught)
+
+    def ranker(self, weights: dict[str, Tensor]) -> Ranker:
+        """The model with these weights, as it will serve."""
+        options = self.pipeline
+        return HstuRung(self.artifact(weights), self.vocabulary, options.exclusion, options.device, options.threads)
 
 
 def train(log: Log, out: Path, options: TrainingOptions, pipeline: PipelineOptions, observer: Observer,
@@ -140,16 +164,39 @@ def train(log: Log, out: Path, options: TrainingOptions, pipeline: PipelineOptio
 
 def prepare(log: Log, options: TrainingOptions, pipeline: PipelineOptions) -> Task:
     """Cut, number and label the log. Raises TrainingError."""
-    known_log = _first(log, options.until_share)
-    fit_log = _first(known_log, 1 - options.validation_share)
+    _check(options)
+    known_log = log.part(~options.cut.left_out(log))
+    validation = options.validation_cut.left_out(known_log)
     vocabulary = Vocabulary(known_log.item_ids, pipeline.max_items)
-    known, fit = _corpus(known_log, vocabulary), _corpus(fit_log, vocabulary)
-    judged = np.flatnonzero(known.places >= len(fit))
-    judged = np.random.default_rng(options.trainer.seed).permutation(judged)[:JUDGED_EVENTS]
+    known, fit = (Corpus.of_log(part, vocabulary) for part in (known_log, known_log.part(~validation)))
     counters = new_counters(pipeline, vocabulary)
     counters.observe(known.histories, known.histories.lengths)
-    fingerprint = _fingerprint(known, options, pipeline)
-    return Task(options, pipeline, vocabulary, known, fit, np.sort(judged), counters.state(), fingerprint)
+    return Task(
+        options=options,
+        pipeline=pipeline,
+        vocabulary=vocabulary,
+        known=known,
+        fit=fit,
+        judged=_judged(known, validation[known.places], options),
+        counters=counters.state(),
+        taught=Taught.of(options.cut, known_log),
+        fingerprint=_fingerprint(known, options, pipeline),
+    )
+
+
+def _check(options: TrainingOptions) -> None:
+    crop_events, max_events = options.trainer.crop_events, options.model.max_events
+    if crop_events > max_events:
+        raise TrainingError(
+            f"training: pieces of {crop_events} events are longer than the {max_events} that the model reads;"
+            " lower --crop-events or raise --max-events"
+        )
+
+
+def _judged(known: Corpus, validation: np.ndarray, options: TrainingOptions) -> Scored:
+    """A random part of the validation slice, bool [total] of `known`."""
+    positions = np.random.default_rng(options.trainer.seed).permutation(np.flatnonzero(validation))
+    return Scored(known, np.sort(positions[: options.judged_events]), options.model.max_events)
 
 
 def _optimise(task: Task, path: Path, observer: Observer, saved: Saved | None) -> tuple[Notes, dict[str, Tensor]]:
@@ -166,7 +213,7 @@ def _optimise(task: Task, path: Path, observer: Observer, saved: Saved | None) -
     while not _finished(notes.reports, task.options):
         loss = _epoch(trainer, observer)
         weights = trainer.weights()
-        notes.reports.append(EpochReport(trainer.epochs_done, loss, _judge(task, weights)))
+        notes.reports.append(EpochReport(trainer.epochs_done, loss, measure(task.ranker(weights), task.judged, K)))
         best = _best(notes.reports)
         best_weights = weights if best.epoch == trainer.epochs_done else best_weights
         tensors = trainer.state() | {f"best.{name}": weight for name, weight in best_weights.items()}
@@ -194,12 +241,6 @@ def _epoch(trainer: Trainer, observer: Observer) -> float:
     return trainer.epoch(lambda loss, done, total: observer.batch(number, loss, done, total))
 
 
-def _judge(task: Task, weights: dict[str, Tensor]) -> RankingMeasures:
-    options = task.pipeline
-    rung = HstuRung(task.artifact(weights), task.vocabulary, options.exclusion, options.device, options.threads)
-    return measure(rung, task.known, task.judged, K, task.config.max_events)
-
-
 def _best(reports: list[EpochReport]) -> EpochReport:
     """The highest hit rate; the later of equals, which has learnt more."""
     return max(reports, key=lambda report: (report.judged.hit_rate, report.epoch))
@@ -216,18 +257,6 @@ def _restored(path: Path, task: Task) -> Saved:
     if notes.task != task.fingerprint:
         raise TrainingError(f"checkpoint {path}: it is of another log or of other options; train without --resume")
     return tensors, notes
-
-
-def _first(log: Log, share: float) -> Log:
-    """The log before the cut, with the ids of its own items alone."""
-    end = place_of_share(log.ts_ms, share)
-    present, items = np.unique(log.items[:end], return_inverse=True)
-    item_ids = [log.item_ids[item] for item in present]
-    return Log(log.user_ids, log.users[:end], item_ids, items.astype(np.int32), log.events[:end])
-
-
-def _corpus(log: Log, vocabulary: Vocabulary) -> Corpus:
-    return Corpus.of(log.events, vocabulary.tokens(log.events["item"]), log.users)
 
 
 def _fingerprint(known: Corpus, options: TrainingOptions, pipeline: PipelineOptions) -> str:

@@ -86,7 +86,7 @@ def simulated(events: int, folder: Path, training: list[object]) -> dict[str, fl
     millrace("train", log, "--out", folder / "shop-artifact", *training)
     millrace("evaluate", folder / "shop-artifact", log, "--report", folder / "shop.json")
     report = msgspec.json.decode((folder / "shop.json").read_bytes())
-    rates = {name: ranking["hit_rate"] for name, ranking in report["rankings"].items()}
+    rates = {name: row["at"]["10"]["hit_rate"]["value"] for name, row in report["rankings"].items()}
     truth = msgspec.json.decode((folder / "shop" / "truth.json").read_bytes())["hit_rate"]
     closed = (rates["hstu"] - rates["cooccurrence"]) / (truth - rates["cooccurrence"])
     return {**{f"hit_rate_{name}": rate for name, rate in rates.items()}, "hit_rate_truth": truth, "closed": closed}

@@ -28,11 +28,15 @@ class Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rows: list[dict[str, Cell]]
 
 
-def write(name: str, metrics: dict[str, float], rows: list[dict[str, Cell]], folder: Path = FOLDER) -> Path:
-    """Store a run of this very process; the commit is marked when the tree differs from it."""
+def write(name: str, metrics: dict[str, float], rows: list[dict[str, Cell]], folder: Path = FOLDER,
+          measured_on: str | None = None) -> Path:  # fmt: skip
+    """Store a run of this very process; the commit is marked when the tree differs from it.
+
+    measured_on: the hardware, where the figures come from another machine than this one.
+    """
     command = " ".join(["python", "-m", _module(), *map(shlex.quote, sys.argv[1:])])
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    result = Result(name, _commit(), command, hardware(), created, metrics, rows)
+    result = Result(name, _commit(), command, measured_on or hardware(), created, metrics, rows)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")

@@ -48,6 +48,44 @@ def test_a_unit_that_is_given_or_named_is_not_guessed(tmp_path: Path) -> None:
         assert _read(tmp_path, "u1,i1,7\n", Layout.parse(columns, unit=unit)) == [Event("u1", "i1", "rate", ts_ms)]
 
 
+@pytest.mark.parametrize(
+    ("text", "columns"),
+    [
+        ("u2,i1\nu1,i9\nu1,i1\n", "user,item"),
+        ("user_id,item_id\nu2,i1\nu1,i9\nu1,i1\n", "user,item"),
+        ("what:token\twho:token\ni1\tu2\n\ni9\tu1\ni1\tu1", "user=who,item=what"),
+    ],
+)
+def test_without_times_the_place_in_the_log_is_the_time(text: str, columns: str, tmp_path: Path) -> None:
+    wanted = [Event("u2", "i1", "rate", 0), Event("u1", "i9", "rate", 1), Event("u1", "i1", "rate", 2)]
+    assert _read(tmp_path, text, Layout.parse(columns)) == wanted
+    assert list(in_event_time(tmp_path / "log.txt", Layout.parse(columns))) == wanted
+
+
+def test_a_bad_line_of_a_log_without_times_takes_its_place(tmp_path: Path) -> None:
+    first, bad, last = _read(tmp_path, "u1,i1\nu1\nu1,i2\n", Layout.parse("user,item"))
+    assert isinstance(bad, BadRecord)
+    assert (first, last) == (Event("u1", "i1", "rate", 0), Event("u1", "i2", "rate", 2))
+
+
+def test_lines_out_of_order_make_the_same_log(tmp_path: Path) -> None:
+    lines = [f"u{n % 5},i{n % 7},{1000 + 60 * n}" for n in range(40)]
+    logs = []
+    for order in (lines, lines[::-1], lines[20:] + lines[:20]):
+        (tmp_path / "log.csv").write_text("\n".join(order))
+        logs.append(read_columns(tmp_path / "log.csv", Layout.parse("user,item,ts")))
+    assert all((log.events == logs[0].events).all() and (log.users == logs[0].users).all() for log in logs)
+
+
+def test_what_is_left_out_of_the_columns_is_counted_and_the_first_says_why(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("user,item,action,ts,value\nu,i,view,5,1\nu,i,view,6,nan\nu,i,buy,7,1\n")
+    log = read_columns(tmp_path / "log.csv")
+    assert (len(log), log.unreadable) == (1, 2)
+    assert log.why.startswith("line 3: ")
+    (tmp_path / "log.csv").write_text("user,item,action,ts,value\nu,i,buy,7,1\n")
+    assert read_columns(tmp_path / "log.csv").why == "the action 'buy' is not among events.actions"
+
+
 def test_a_header_that_looks_like_data_is_believed_when_told(tmp_path: Path) -> None:
     text = "1,2,3\n4,5,6\n"
     assert len(_read(tmp_path, text, Layout.parse("user,item,ts"))) == 2
@@ -105,12 +143,12 @@ def test_a_log_without_the_columns_is_one_sentence_at_once(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ({"columns": "user,item"}, "has no ts_ms"),
+        ({"columns": "user,ts"}, "has no item_id"),
         ({"columns": "user,item,ts,user_id"}, "names user_id twice"),
         ({"columns": "user,item,ts,colour"}, "no field is called 'colour'"),
         ({"columns": "user=a,item,ts"}, "all by place"),
         ({"columns": "user=a,item=b,ts=c", "header": False}, "no header"),
-        ({"columns": ""}, "has no user_id, item_id, ts_ms"),
+        ({"columns": ""}, "has no user_id, item_id"),
         ({"unit": "min"}, "want one of s, ms"),
         ({"format": "parquet"}, "want one of json, msgpack, text"),
         ({"separator": ""}, "separator is empty"),

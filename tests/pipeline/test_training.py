@@ -7,13 +7,14 @@ from msgspec.structs import replace
 
 from pipeline import artifact as artifacts
 from pipeline.corpus import Corpus, place_of_share
-from pipeline.errors import TrainingError
-from pipeline.evaluation import evaluate
+from pipeline.cut import Cut
+from pipeline.errors import EvaluationError, TrainingError
+from pipeline.evaluation import EvaluationOptions, evaluate
 from pipeline.hstu import HstuConfig
 from pipeline.logcolumns import Log, columns
 from pipeline.records import Event, EventSchema
 from pipeline.trainer import TrainerOptions
-from pipeline.training import EpochReport, TrainingOptions, train
+from pipeline.training import EpochReport, TrainingOptions, prepare, train
 from pipeline.unified import PipelineOptions
 
 CREATED = "2026-01-01T00:00:00+00:00"
@@ -61,7 +62,7 @@ def log_of(users: int = 80, length: int = 25, lawful: bool = True) -> Log:
 
 
 def trained(folder: Path, options: TrainingOptions = OPTIONS, log: Log | None = None, **more: bool) -> str:
-    return train(log or log_of(), folder, options, SERVING, Silent(), CREATED, **more).version
+    return train(log_of() if log is None else log, folder, options, SERVING, Silent(), CREATED, **more).version
 
 
 def test_the_same_seed_gives_the_same_artifact_and_another_seed_another(tmp_path: Path) -> None:
@@ -131,14 +132,48 @@ def test_what_comes_after_the_cut_changes_nothing(tmp_path: Path) -> None:
     assert trained(tmp_path / "a", log=log) == trained(tmp_path / "b", log=changed)
 
 
+def test_what_is_left_out_of_each_user_changes_nothing(tmp_path: Path) -> None:
+    options = replace(OPTIONS, leave_out=4, validation_last=3)
+    log, changed = log_of(), log_of()
+    late = Cut(last=4).left_out(changed)
+    changed.items, changed.events = changed.items.copy(), changed.events.copy()
+    changed.items[late] = changed.items[late][::-1]
+    changed.events["item"][late] = changed.events["item"][late][::-1]
+    assert trained(tmp_path / "a", options, log) == trained(tmp_path / "b", options, changed)
+    assert trained(tmp_path / "c", replace(options, leave_out=3), log) != trained(tmp_path / "a", options, log)
+    task = prepare(log, options, SERVING)
+    assert np.diff(task.known.offsets).tolist() == [21] * 80
+    assert np.diff(task.fit.offsets).tolist() == [18] * 80
+    assert (task.judged.lengths.reshape(80, 3) == [18, 19, 20]).all(), "each user's three newest before the cut"
+
+
+def test_the_manifest_remembers_the_cut_and_evaluation_keeps_to_it(tmp_path: Path) -> None:
+    log = log_of()
+    trained(tmp_path / "last", replace(OPTIONS, leave_out=4), log)
+    model = artifacts.load(tmp_path / "last")
+    assert model.manifest.taught is not None
+    assert model.manifest.taught.cut.last == 4
+    assert evaluate(model, log, SERVING, EvaluationOptions(Cut(last=4))).warning is None
+    with pytest.raises(EvaluationError, match="taught artifact"):
+        evaluate(model, log, SERVING, EvaluationOptions(Cut(last=5)))
+    trained(tmp_path / "share", log=log)
+    with pytest.raises(EvaluationError, match="taught artifact"):
+        evaluate(artifacts.load(tmp_path / "share"), log, SERVING, EvaluationOptions(Cut(0.5)))
+
+
+def test_pieces_longer_than_what_the_model_reads_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"pieces of 33 events .* lower --crop-events"):
+        trained(tmp_path / "model", replace(OPTIONS, trainer=replace(OPTIONS.trainer, crop_events=33)))
+
+
 def test_a_rule_of_succession_is_learnt_and_beats_both_baselines(tmp_path: Path) -> None:
     options = TrainingOptions(
         replace(OPTIONS.trainer, epochs=40, learning_rate=1e-2), replace(OPTIONS.model, dropout=0.1), patience=20
     )
     log = log_of(users=200)
     train(log, tmp_path / "model", options, SERVING, Silent(), CREATED)
-    report = evaluate(artifacts.load(tmp_path / "model"), log, 0.8, SERVING, k=1)
-    hit_rates = {name: row.hit_rate for name, row in report.rankings.items()}
+    report = evaluate(artifacts.load(tmp_path / "model"), log, SERVING, EvaluationOptions(cutoffs=(1,)))
+    hit_rates = {name: row.at[1].hit_rate.value for name, row in report.rankings.items()}
     corpus = Corpus.of(log.events, np.ones(len(log), np.int32), log.users)
     possible = corpus.is_new[corpus.places >= place_of_share(log.ts_ms, 0.8)].mean()  # repeats are excluded
     assert 0.9 * possible < hit_rates["hstu"] <= possible
@@ -163,3 +198,14 @@ def test_a_log_that_cannot_train_is_one_sentence(tmp_path: Path) -> None:
     same = columns([[Event("u", "i", "view", n) for n in range(50)]], EventSchema())
     with pytest.raises(TrainingError, match="no user goes from one item to another"):
         trained(tmp_path / "model", log=same)
+    at_once = columns([[Event(f"u{n % 5}", f"i{n % 7}", "view", 9) for n in range(50)]], EventSchema())
+    with pytest.raises(TrainingError, match=r"the 0 events of 0 users .* by user \(--leave-out\)"):
+        trained(tmp_path / "model", log=at_once)
+    with pytest.raises(TrainingError, match="the 0 events of 0 users"):
+        trained(tmp_path / "model", log=columns([], EventSchema()))
+
+
+def test_times_that_are_all_equal_can_be_cut_by_user(tmp_path: Path) -> None:
+    at_once = columns([[Event(f"u{n % 5}", f"i{n % 7}", "view", 9) for n in range(100)]], EventSchema())
+    trained(tmp_path / "model", replace(OPTIONS, leave_out=2), at_once)
+    assert artifacts.load(tmp_path / "model").manifest.metrics["training_events"] == 90

@@ -40,7 +40,7 @@ def test_the_slates_hit_as_often_as_the_evaluation_of_their_rankings(shop, tmp_p
     evaluated = msgspec.json.decode((tmp_path / "e.json").read_bytes())
     assert report.scored == evaluated["events"]
     assert report.scored_fraction == 1.0
-    wanted = {name: row["hit_rate"] for name, row in evaluated["rankings"].items()}
+    wanted = {name: row["at"]["10"]["hit_rate"]["value"] for name, row in evaluated["rankings"].items()}
     assert report.hit_rates == pytest.approx(
         {"slate": wanted["hstu"], "cooccurrence": wanted["cooccurrence"], "popularity": wanted["popularity"]}, abs=1e-5
     )

@@ -27,6 +27,11 @@ def share(text: str) -> float:
     return _checked(text, float, lambda number: 0 <= number <= 1, "a share, 0 to 1")
 
 
+def cutoffs(text: str) -> tuple[int, ...]:
+    """'5,10' -> (5, 10), ascending."""
+    return tuple(sorted({positive(part) for part in text.split(",")}))
+
+
 def speed(text: str) -> float | None:
     """'10x' -> 10.0, 'max' -> None."""
     if text == "max":

@@ -1,69 +1,83 @@
-"""Measure a model against the baselines on the last part of a log, by the rankings that serving would have shown.
+"""Measure a model against the baselines on the part of a log that it has not seen, as serving would have ranked it.
 
---protocol online: each event is scored by the ranking made from its user's preceding events; the model and the counters
-are as the artifact holds them, the histories grow; all events count. `millrace replay` gives the same numbers, slower,
-through the whole worker.
+Each scored event is ranked from its user's preceding events; the model and the counters are as the artifact holds them,
+the histories grow; all events count. --protocol online scores the events behind a share of the log in time: `millrace
+replay` gives the same numbers, slower, through the whole worker. --protocol last scores each user's newest events, of
+an artifact made by `millrace train --leave-out N`; --last 1 is the classic leave-one-out. What taught the artifact is
+refused.
 
-example:
+examples:
   millrace evaluate artifact log.jsonl.gz --report evaluation.json
+  millrace evaluate artifact log.jsonl.gz --protocol last --last 10 --cutoffs 5,10,20
+  millrace evaluate artifact log.jsonl.gz --negatives 100 --seed 0
 """
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from worker.commands.arguments import share
+from worker.commands.arguments import cutoffs, positive, seed, share
 from worker.commands.config import add_config
-from worker.commands.replay import add_layout
+from worker.commands.layout import add_layout, read_events
 
 if TYPE_CHECKING:
-    from pipeline.evaluation import Report
-
-K = 10
+    from pipeline.evaluation import EvaluationOptions
 
 
 def configure(parser: ArgumentParser) -> None:
     parser.add_argument("artifact", type=Path, help="folder made by `millrace train`")
     parser.add_argument("log", type=Path, help="JSON lines, MessagePack or delimited text, gzipped or not")
-    parser.add_argument("--protocol", choices=["online"], default="online", help="see above (default online)")
-    parser.add_argument("--score-from", type=share, default=0.8, metavar="SHARE", help="of the events (default 0.8)")
+    parser.add_argument("--protocol", choices=["online", "last"], default="online", help="see above (default online)")
+    parser.add_argument("--score-from", type=share, metavar="SHARE", help="online: of the events (default 0.8)")
+    parser.add_argument("--last", type=positive, metavar="N", help="last: of each user's events (default 10)")
+    parser.add_argument("--cutoffs", type=cutoffs, default=(5, 10, 20, 50), metavar="K,…", help="(default 5,10,20,50)")
+    parser.add_argument("--negatives", type=positive, metavar="N", help="rank among so many items that the user has"
+                        " not touched, as older papers do (default: among all items)")  # fmt: skip
+    parser.add_argument("--negatives-by", choices=["uniform", "popularity"], default="uniform", help="how often drawn")
+    parser.add_argument("--seed", type=seed, default=0, help="of the negatives and the intervals (default 0)")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the numbers as JSON")
     add_layout(parser)
     add_config(parser)
 
 
 def run(args: Namespace) -> int:
+    import sys
+
     import msgspec
 
     from pipeline.artifact import load
     from pipeline.evaluation import evaluate
-    from pipeline.logfile import Layout, read_columns
     from worker import config
+    from worker.evaluation_display import print_report
     from worker.ranker import pipeline_options
 
     loaded = config.load(args.config)
+    asked = options_of(args, loaded.sequences.cap_events)
     options = pipeline_options(loaded)
     artifact = load(args.artifact)
     artifact.check_schema(options.schema)
-    log = read_columns(args.log, Layout.parse(args.columns, action=args.action), options.schema)
-    report = evaluate(artifact, log, args.score_from, options, K, loaded.sequences.cap_events)
+    report = evaluate(artifact, read_events(args, options.schema), options, asked)
+    if report.warning:
+        print(f"millrace evaluate: WARNING: {report.warning}", file=sys.stderr)
     print_report(report)
     if args.report:
         args.report.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
     return 0
 
 
-def print_report(report: "Report") -> None:
-    from worker.terminal import show, table
+def options_of(args: Namespace, cap_events: int) -> "EvaluationOptions":
+    """EvaluationError when an option belongs to the other protocol."""
+    from pipeline.cut import Cut
+    from pipeline.errors import EvaluationError
+    from pipeline.evaluation import EvaluationOptions
+    from pipeline.negatives import Negatives
 
-    rankings = table("ranking", "hit rate@10", "NDCG@10", "MRR@10", title=f"{report.events} events")
-    for name, row in report.rankings.items():
-        rankings.add_row(name, *(f"{value:.4f}" for value in (row.hit_rate, row.ndcg, row.mrr)))
-    heads = table("head", "labels", "positive", "AUC", "log loss")
-    for name, head in report.heads.items():
-        heads.add_row(name, str(head.labels), *map(_text, (head.positive_share, head.auc, head.log_loss)))
-    show(rankings, heads)
-
-
-def _text(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
+    strange = "score_from" if args.protocol == "last" else "last"
+    if getattr(args, strange) is not None:
+        raise EvaluationError(f"--{strange.replace('_', '-')} is not of --protocol {args.protocol}; see --help")
+    if args.protocol == "last":
+        cut = Cut(last=args.last or 10)
+    else:
+        cut = Cut() if args.score_from is None else Cut(args.score_from)
+    negatives = Negatives(args.negatives, args.seed, args.negatives_by) if args.negatives else None
+    return EvaluationOptions(cut, args.cutoffs, negatives, seed=args.seed, cap_events=cap_events)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from worker.commands.arguments import positive, rate, share, speed
 from worker.commands.config import add_config
+from worker.commands.layout import add_layout, layout_of
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -29,12 +30,6 @@ def configure(parser: ArgumentParser) -> None:
     add_config(parser)
 
 
-def add_layout(parser: ArgumentParser) -> None:
-    """How to read delimited text."""
-    parser.add_argument("--columns", help="of delimited text, by place: user,item[,action,ts,value,dwell]; - skips one")
-    parser.add_argument("--action", help="the action of every event, where the log has none (default: rate)")
-
-
 def run(args: Namespace) -> int:
     import asyncio
 
@@ -42,7 +37,6 @@ def run(args: Namespace) -> int:
     from msgspec.structs import replace
     from rich.console import Console
 
-    from pipeline.logfile import Layout
     from worker import config, logging
     from worker.live import print_summary
     from worker.replay import Replay, replay, summary
@@ -55,7 +49,7 @@ def run(args: Namespace) -> int:
     task = Replay(
         log=args.log,
         slates=args.slates,
-        layout=Layout.parse(args.columns, action=args.action),
+        layout=layout_of(args),
         limit=args.limit,
         speed=args.speed,
         share=args.score_from,

@@ -1,21 +1,23 @@
 """Train a model on a log: the first 80 % by time teach it, the rest is left for `millrace evaluate` and `replay`.
 
-The latest events before the cut judge each epoch; training stops when their hit rate no longer rises. Then the model is
+With --leave-out N it is each user's newest N events that are left, for `millrace evaluate --protocol last`. The latest
+events before the cut judge each epoch; training stops when their hit rate no longer rises. Then the model is
 trained anew, on all events before the cut, for as many epochs as were best. After every epoch a checkpoint is written
 beside the artifact, from which --resume goes on exactly.
 
 examples:
   millrace train log.jsonl.gz --out artifact
   millrace train ratings.tsv --columns user,item,value,ts --out artifact --epochs 60 --layers 3
+  millrace train clicks.csv --columns user,item --action click --out artifact --leave-out 10
 """
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from worker.commands.arguments import rate, seed
+from worker.commands.arguments import positive, rate, seed
 from worker.commands.config import add_config
-from worker.commands.replay import add_layout
+from worker.commands.layout import add_layout, read_events
 
 if TYPE_CHECKING:
     from pipeline.training import TrainingOptions
@@ -40,11 +42,15 @@ MODEL = {
     "temperature": (rate, "of the item scores: lower tells items apart more sharply"),
 }
 
+CUT = ("until-share", "leave-out", "refit")
+
 
 def configure(parser: ArgumentParser) -> None:
     parser.add_argument("log", type=Path, help="JSON lines, MessagePack or delimited text, gzipped or not")
     parser.add_argument("--out", type=Path, required=True, metavar="ARTIFACT", help="folder to write")
-    parser.add_argument("--until-share", type=float, metavar="SHARE", help="of the events, by time (default 0.8)")
+    cut = parser.add_mutually_exclusive_group()
+    cut.add_argument("--until-share", type=float, metavar="SHARE", help="of the events, by time (default 0.8)")
+    cut.add_argument("--leave-out", type=positive, metavar="N", help="each user's newest N events, instead")
     parser.add_argument("--no-refit", dest="refit", action="store_false", help="keep the judged weights")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint beside ARTIFACT")
     for name, (kind, text) in (TRAINER | MODEL).items():
@@ -58,7 +64,6 @@ def run(args: Namespace) -> int:
 
     from rich.console import Console
 
-    from pipeline.logfile import Layout, read_columns
     from pipeline.training import train
     from worker import config
     from worker.ranker import pipeline_options
@@ -66,7 +71,7 @@ def run(args: Namespace) -> int:
 
     pipeline = pipeline_options(config.load(args.config))
     options = options_of(args)
-    log = read_columns(args.log, Layout.parse(args.columns, action=args.action), pipeline.schema)
+    log = read_events(args, pipeline.schema)
     with TrainingDisplay(Console()) as display:
         created = datetime.now(UTC).isoformat(timespec="seconds")
         manifest = train(log, args.out, options, pipeline, display, created, args.resume)
@@ -84,7 +89,7 @@ def options_of(args: Namespace) -> "TrainingOptions":
     from pipeline.errors import TrainingError
     from pipeline.training import TrainingOptions
 
-    tree = {"trainer": _given(args, TRAINER), "model": _given(args, MODEL)} | _given(args, ("until-share", "refit"))
+    tree = {"trainer": _given(args, TRAINER), "model": _given(args, MODEL)} | _given(args, CUT)
     try:
         return msgspec.convert(tree, TrainingOptions)
     except msgspec.ValidationError as error:

@@ -1,0 +1,86 @@
+"""The baseline of neighbouring items: cosine over the users who touched both, shrunk, summed over the history.
+
+    similarity(a, b) = |U_a and U_b| / (sqrt(|U_a| |U_b|) + shrinkage)
+
+with the users U of an item in the training log (Sarwar et al., WWW 2001; the shrinkage of Bell and Koren, ICDM 2007).
+An item keeps its `neighbours` most similar ones; a candidate's score is the sum over the user's events, newest first,
+of similarity * recency^place. Candidates that no event votes for follow by popularity.
+"""
+
+from typing import Annotated
+
+import msgspec
+import numpy as np
+import torch
+from msgspec import Meta
+from torch import Tensor
+
+from pipeline.catalogue_ranker import popularity_scores
+from pipeline.corpus import Corpus
+from pipeline.records import Histories
+
+CHUNK_CELLS = 1 << 24  # 64 MiB of float32 similarities at a time
+CHUNK_USERS = 32  # of 512 events, each with 200 neighbours: 50 MiB of votes
+
+
+class ItemKnnOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`recency` 1: all events of a history count alike. Defaults: among the best of a search on a film-rating log."""
+
+    neighbours: Annotated[int, Meta(gt=0)] = 200
+    shrinkage: Annotated[float, Meta(ge=0)] = 5.0
+    recency: Annotated[float, Meta(gt=0, le=1)] = 0.8
+
+
+class ItemKnn:
+    """A pipeline.catalogue_ranker.Scorer."""
+
+    name = "itemknn"
+
+    def __init__(self, known: Corpus, items: int, options: ItemKnnOptions) -> None:
+        self._recency, self._items = options.recency, items
+        self._tokens, self._similarities = _neighbours(known, items, options)  # int64 and float32 [items, neighbours]
+        self._popularity = popularity_scores(np.bincount(known.tokens, minlength=items)[None])
+
+    def score(self, histories: Histories, tokens: np.ndarray) -> np.ndarray:
+        """See Scorer."""
+        scores = np.empty((len(histories), self._items), np.float32)
+        for start in range(0, len(histories), CHUNK_USERS):
+            offsets = histories.offsets[start : start + CHUNK_USERS + 1]
+            sums = self._sums(tokens[offsets[0] : offsets[-1]], offsets - offsets[0])
+            scores[start : start + CHUNK_USERS] = np.where(sums > 0, sums, self._popularity)
+        return scores
+
+    def _sums(self, tokens: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+        """float64 [n, items]: the votes of each user's events."""
+        lengths = np.diff(offsets)
+        ages = np.repeat(offsets[1:], lengths) - 1 - np.arange(len(tokens))
+        votes = self._similarities[tokens] * (self._recency**ages)[:, None]  # [total, neighbours]
+        rows = np.repeat(np.arange(len(lengths)), lengths)
+        cells = self._tokens[tokens] + rows[:, None] * self._items
+        return np.bincount(cells.ravel(), votes.ravel(), len(lengths) * self._items).reshape(len(lengths), -1)
+
+
+def _neighbours(known: Corpus, items: int, options: ItemKnnOptions) -> tuple[np.ndarray, np.ndarray]:
+    """Each item's most similar items, and how similar they are: 0 where it has no more."""
+    incidence = _incidence(known, items)  # [items, users]
+    degrees = torch.sparse.sum(incidence, 1).to_dense()
+    kept = min(options.neighbours, items)
+    tokens, similarities = np.zeros((items, kept), np.int64), np.zeros((items, kept), np.float32)
+    step = max(1, CHUNK_CELLS // max(items, incidence.shape[1]))
+    for start in range(0, items, step):
+        chosen = torch.arange(start, min(start + step, items))
+        both = torch.sparse.mm(incidence, incidence.index_select(0, chosen).to_dense().T).T  # [chosen, items]
+        cosine = both / ((degrees[chosen, None] * degrees).sqrt() + options.shrinkage).clamp(min=1e-9)
+        cosine[torch.arange(len(chosen)), chosen] = 0  # an item is no neighbour of its own
+        best, index = cosine.topk(kept, dim=1)
+        tokens[start : start + step], similarities[start : start + step] = index.numpy(), best.numpy()
+    return tokens, similarities
+
+
+def _incidence(known: Corpus, items: int) -> Tensor:
+    """Sparse float32 [items, users] of 0 and 1; the unknown item's row is empty."""
+    users = np.repeat(np.arange(len(known.offsets) - 1), np.diff(known.offsets))
+    kept = known.is_new & (known.tokens > 0)
+    index = torch.from_numpy(np.stack([known.tokens[kept].astype(np.int64), users[kept]]))
+    size = (items, max(1, len(known.offsets) - 1))
+    return torch.sparse_coo_tensor(index, torch.ones(index.shape[1]), size, check_invariants=True).coalesce()

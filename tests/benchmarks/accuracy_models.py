@@ -1,0 +1,186 @@
+"""Who competes in the accuracy benchmark: each contender's search space, and how it is fitted with drawn options.
+
+A fit yields (epoch, make a ranker of it) after every epoch; what has no epochs yields once. So tuning judges some of
+them and keeps the best, and the test stops at that epoch.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from pipeline.backends.torch import device_of
+from pipeline.catalogue_ranker import CatalogueRanker, Scorer
+from pipeline.itemknn import ItemKnn, ItemKnnOptions
+from pipeline.logcolumns import Log
+from pipeline.logfile import read_columns
+from pipeline.popular import Popularity, RecentPopularity
+from pipeline.ranking import Ranker
+from pipeline.sasrec import SasRec, SasRecConfig, SasRecScorer
+from pipeline.simple_rung import SimpleRung
+from pipeline.trainer import Trainer
+from pipeline.training import Task, TrainingOptions, prepare
+from pipeline.unified import PipelineOptions, new_counters
+
+Value = str | int | float
+Options = dict[str, Value]
+Space = Mapping[str, tuple[Value, ...]]
+Fits = Iterator[tuple[int, Callable[[], Ranker]]]
+
+TRAINING: Space = {  # the same for both sequence models
+    "trainer.learning_rate": (5e-4, 1e-3, 2e-3, 4e-3),
+    "trainer.weight_decay": (0.0, 0.01, 0.1),
+    "trainer.epochs": (20, 40, 60),
+    "trainer.crop_events": (32, 64, 128, 200),
+    "trainer.batch_events": (2048, 4096),
+    "model.width": (64, 96, 128, 192, 256),
+    "model.layers": (1, 2, 3, 4),
+    "model.heads": (1, 2, 4, 8),
+}
+HSTU: Space = TRAINING | {
+    "model.dropout": (0.1, 0.2, 0.3, 0.4, 0.5),
+    "model.attention_dropout": (0.0, 0.2, 0.5, 0.7),
+    "model.temperature": (0.05, 0.07, 0.1, 0.15),
+}
+SASREC: Space = TRAINING | {
+    "model.dropout": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6),
+    "model.loss": ("bce", "softmax"),
+}
+RECENT: Space = {"half_life_days": tuple(float(2**power) for power in range(-2, 10))}
+COOCCURRENCE: Space = {
+    "half_life_days": (7.0, 30.0, 90.0, 10_000.0),
+    "neighbours": (32, 64, 128, 256),
+    "window_events": (5, 10, 20),
+}
+ITEMKNN: Space = {
+    "neighbours": (50, 100, 200, 400, 800),
+    "shrinkage": (0.0, 1.0, 2.0, 5.0, 10.0, 20.0),
+    "recency": (0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+}
+# What of the tuned HSTU is worth how much: options that replace its own.
+VARIANTS: dict[str, Options] = {
+    "hstu, whole sequences": {"trainer.crop_events": 200},
+    "hstu, no unknown items": {"trainer.unknown_share": 0.0},
+    "hstu, no attention dropout": {"model.attention_dropout": 0.0},
+    "hstu, one layer": {"model.layers": 1},
+}
+
+
+class Setting(msgspec.Struct, frozen=True):
+    """What all contenders share. users: the first ones, None keeps all; max_epochs: None as drawn."""
+
+    log: Path
+    leave_out: int = 10
+    validation_last: int = 5
+    users: int | None = None
+    max_epochs: int | None = None
+    ties_seed: int = 0
+    device: str = "auto"
+
+    def read(self) -> Log:
+        """Half of the log's events share their predecessor's second. Events of one time go in an order drawn for each
+        user: sorted by item, as logs are read, a model could learn which items the next one is not."""
+        log = read_columns(self.log)
+        drawn = np.random.default_rng(self.ties_seed).random(len(log))
+        log = log.part(np.lexsort((drawn, log.ts_ms)))
+        return log if self.users is None else log.part(log.users < self.users)
+
+    def task(self, log: Log, trainer: Options | None = None, model: Options | None = None) -> Task:
+        """Cut, with all validation events judged."""
+        tree = {
+            "trainer": trainer or {}, "model": model or {}, "leave_out": self.leave_out,
+            "validation_last": self.validation_last, "judged_events": len(log) or 1,
+        }  # fmt: skip
+        return prepare(log, msgspec.convert(tree, TrainingOptions), PipelineOptions(device=self.device))
+
+
+@dataclass(frozen=True)
+class Contender:
+    """fit(setting, log, whether on all events before the cut or on those before the validation, options, seed)."""
+
+    space: Space
+    fit: Callable[[Setting, Log, bool, Options, int], tuple[Task, Fits]]
+
+    def drawn(self, trial: int) -> Options:
+        """Trial `trial`'s options, the same on every machine."""
+        random = np.random.default_rng([20260, trial])
+        return {name: values[int(random.integers(len(values)))] for name, values in self.space.items()}
+
+
+def hstu(setting: Setting, log: Log, whole: bool, options: Options, seed: int) -> tuple[Task, Fits]:
+    model = _below("model.", options)
+    model["d_qk"] = model["d_v"] = int(model["width"]) // int(model["heads"])
+    task = setting.task(log, _trainer_options(setting, options, seed), model)
+    trainer = task.trainer(task.known if whole else task.fit)
+    return task, _epochs(trainer, lambda: task.ranker(trainer.weights()))
+
+
+def sasrec(setting: Setting, log: Log, whole: bool, options: Options, seed: int) -> tuple[Task, Fits]:
+    task = setting.task(log, _trainer_options(setting, options, seed))
+    corpus = task.known if whole else task.fit
+    config = msgspec.convert(_below("model.", options) | {"items": len(task.vocabulary)}, SasRecConfig)
+    device = device_of(setting.device)
+    trainer = Trainer(lambda: SasRec(config), config.items, task.options.trainer, task.examples(corpus), device)
+    popularity = Popularity(corpus, config.items)
+    return task, _epochs(trainer, lambda: _catalogue(task, SasRecScorer(trainer.model, popularity)))
+
+
+def popularity(setting: Setting, log: Log, whole: bool, options: Options, seed: int) -> tuple[Task, Fits]:
+    task = setting.task(log)
+    return _at_once(task, Popularity(task.known if whole else task.fit, len(task.vocabulary)))
+
+
+def recent_popularity(setting: Setting, log: Log, whole: bool, options: Options, seed: int) -> tuple[Task, Fits]:
+    task = setting.task(log)
+    corpus = task.known if whole else task.fit
+    return _at_once(task, RecentPopularity(corpus, len(task.vocabulary), float(options["half_life_days"])))
+
+
+def cooccurrence(setting: Setting, log: Log, whole: bool, options: Options, seed: int) -> tuple[Task, Fits]:
+    task = setting.task(log)
+    corpus = task.known if whole else task.fit
+    counters = new_counters(msgspec.convert(options, PipelineOptions), task.vocabulary)
+    counters.observe(corpus.histories, corpus.histories.lengths)
+    return task, iter([(0, lambda: SimpleRung(counters, task.pipeline.exclusion))])
+
+
+def itemknn(setting: Setting, log: Log, whole: bool, options: Options, seed: int) -> tuple[Task, Fits]:
+    task = setting.task(log)
+    corpus = task.known if whole else task.fit
+    return _at_once(task, ItemKnn(corpus, len(task.vocabulary), msgspec.convert(options, ItemKnnOptions)))
+
+
+CONTENDERS = {
+    "hstu": Contender(HSTU, hstu),
+    "sasrec": Contender(SASREC, sasrec),
+    "popularity": Contender({}, popularity),
+    "recent_popularity": Contender(RECENT, recent_popularity),
+    "cooccurrence": Contender(COOCCURRENCE, cooccurrence),
+    "itemknn": Contender(ITEMKNN, itemknn),
+}
+TRAINED = ("hstu", "sasrec")  # by seeds, with epochs
+
+
+def _epochs(trainer: Trainer, ranker: Callable[[], Ranker]) -> Fits:
+    for _ in range(trainer.options.epochs):
+        trainer.epoch()
+        yield trainer.epochs_done, ranker
+
+
+def _at_once(task: Task, scorer: Scorer) -> tuple[Task, Fits]:
+    return task, iter([(0, lambda: _catalogue(task, scorer))])
+
+
+def _catalogue(task: Task, scorer: Scorer) -> CatalogueRanker:
+    return CatalogueRanker(scorer, task.vocabulary, task.pipeline.exclusion)
+
+
+def _trainer_options(setting: Setting, options: Options, seed: int) -> Options:
+    trainer = _below("trainer.", options) | {"seed": seed}
+    return trainer | {"epochs": min(int(trainer["epochs"]), setting.max_epochs or 1000)}
+
+
+def _below(prefix: str, options: Options) -> Options:
+    return {name.removeprefix(prefix): value for name, value in options.items() if name.startswith(prefix)}

@@ -1,0 +1,95 @@
+"""From the trials and ranks of the accuracy benchmark to its result: rows, and how sure HSTU's gain over SASRec is."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from pipeline.bootstrap import interval, resampled_means
+from pipeline.measures import gains
+from tests.benchmarks import results
+from tests.benchmarks.accuracy_models import CONTENDERS
+from tests.benchmarks.accuracy_runs import Outcome, Trial
+from tests.benchmarks.results import Cell
+
+CUTOFFS = (5, 10, 20, 50)
+MEASURES = ("hr", "ndcg", "mrr")  # in the order of gains' columns
+FULL = "all items"
+
+
+def report(trials: list[Trial], tests: list[Outcome], folder: Path) -> dict[str, float]:
+    """Writes accuracy.json into the folder; returns its metrics."""
+    metrics = _metrics(tests)
+    rows = [*_test_rows(tests), *_trial_rows(trials), *_space_rows()]
+    hardware = "; ".join(sorted({test.hardware for test in tests} | {trial.hardware for trial in trials}))
+    print(f"written: {results.write('accuracy', metrics, rows, folder, hardware)}")
+    for name, value in metrics.items():
+        print(f"  {name}: {value}")
+    return metrics
+
+
+def _metrics(tests: list[Outcome]) -> dict[str, float]:
+    """Means over seeds at 10 among all items, and the relative gains of HSTU over SASRec with their intervals."""
+    means = {model: _mean_gains(tests, model) for model in CONTENDERS}
+    metrics = {
+        f"{measure}10_{model}": float(values[:, MEASURES.index(measure)].mean())
+        for measure in ("ndcg", "hr")
+        for model, values in means.items()
+    }
+    users = np.array(next(test for test in tests if test.model == "hstu").users)
+    samples = resampled_means(np.concatenate([means["hstu"], means["sasrec"]], axis=1), users)
+    for measure in ("ndcg", "hr"):
+        column = MEASURES.index(measure)
+        low, high = interval(samples[:, column] / samples[:, column + len(MEASURES)] - 1)
+        gain = metrics[f"{measure}10_hstu"] / metrics[f"{measure}10_sasrec"] - 1
+        metrics |= {f"{measure}10_gain": gain, f"{measure}10_gain_ci_low": low, f"{measure}10_gain_ci_high": high}
+    return {name: round(float(value), 5) for name, value in metrics.items()}
+
+
+def _mean_gains(tests: list[Outcome], model: str) -> np.ndarray:
+    """float64 [events, 3]: each event's gains at 10, averaged over the seeds."""
+    return np.mean([gains(np.array(test.ranks[FULL]), 10) for test in tests if test.model == model], axis=0)
+
+
+def _test_rows(tests: Iterable[Outcome]) -> list[dict[str, Cell]]:
+    """One a model, protocol and seed."""
+    return [
+        {
+            "kind": "test", "model": test.model, "protocol": f"newest events, {among}", "seed": test.seed,
+            "events": len(ranks), "epoch": test.epoch, "options": msgspec.json.encode(test.options).decode(),
+            **_at_cutoffs(np.array(ranks)), "seconds": round(test.seconds, 1),
+        }
+        for test in tests
+        for among, ranks in test.ranks.items()
+    ]  # fmt: skip
+
+
+def _at_cutoffs(ranks: np.ndarray) -> dict[str, Cell]:
+    means = {cutoff: gains(ranks, cutoff).mean(0).tolist() for cutoff in CUTOFFS}
+    return {
+        f"{name}{cutoff}": round(value, 5)
+        for cutoff, row in means.items()
+        for name, value in zip(MEASURES, row, strict=True)
+    }
+
+
+def _trial_rows(trials: Iterable[Trial]) -> list[dict[str, Cell]]:
+    """Every trial, the bad ones too."""
+    return [
+        {
+            "kind": "trial", "model": trial.model, "trial": trial.number, "epoch": trial.epoch,
+            "ndcg10": round(trial.measures.ndcg, 5), "hr10": round(trial.measures.hit_rate, 5),
+            "options": msgspec.json.encode(trial.options).decode(), "seconds": round(trial.seconds, 1),
+        }
+        for trial in trials
+    ]  # fmt: skip
+
+
+def _space_rows() -> list[dict[str, Cell]]:
+    """What the random search drew from, every value alike."""
+    return [
+        {"kind": "space", "model": model, "option": option, "values": ", ".join(map(str, values))}
+        for model, contender in CONTENDERS.items()
+        for option, values in contender.space.items()
+    ]

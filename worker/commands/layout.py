@@ -1,0 +1,43 @@
+"""How to read a recorded log: the options that train, evaluate and replay share, and the whole log as columns."""
+
+from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.logcolumns import Log
+    from pipeline.logfile import Layout
+    from pipeline.records import EventSchema
+
+
+def add_layout(parser: ArgumentParser) -> None:
+    """How to read delimited text."""
+    parser.add_argument(
+        "--columns",
+        help="of delimited text, by place: user,item[,action,ts,value,dwell]; - skips one; without ts the place in the"
+        " log is the time",
+    )
+    parser.add_argument("--separator", metavar="TEXT", help="between columns (default: tab, '::' or comma)")
+    parser.add_argument("--action", help="the action of every event, where the log has none (default: rate)")
+
+
+def layout_of(args: Namespace) -> "Layout":
+    """LogFileError for columns that mean nothing."""
+    from pipeline.logfile import Layout
+
+    return Layout.parse(args.columns, action=args.action, separator=args.separator)
+
+
+def read_events(args: Namespace, schema: "EventSchema") -> "Log":
+    """All of `args.log`; what cannot be read is left out and told. LogFileError when there is no event in it."""
+    import sys
+
+    from pipeline.errors import LogFileError
+    from pipeline.logfile import read_columns
+
+    log = read_columns(args.log, layout_of(args), schema)
+    left_out = f"{log.unreadable:,} records cannot be read, the first: {log.why}" if log.unreadable else "it is empty"
+    if not len(log):
+        raise LogFileError(f"{args.log}: no event in it could be read: {left_out}")
+    if log.unreadable:
+        print(f"{args.log}: {left_out}; they are left out, {len(log):,} events are read", file=sys.stderr)
+    return log
