@@ -3,6 +3,7 @@
 manifest.json         what it is: version, config, metrics, the SHA-256 of every other file, the event schema, the tools
 hstu.safetensors      weights of the encoder ("hstu.") and of the heads ("heads.")
 vocabulary.msgpack    item ids in the order of their tokens, beginning with token 1
+items.safetensors     what is known of those items (see KnownItems)
 counters.safetensors  popularity and co-occurrence of the training log, for pipeline.counters.Counters.restore
 """
 
@@ -21,14 +22,18 @@ import safetensors.numpy
 import safetensors.torch
 from torch import Tensor
 
+from pipeline.catalogue import Catalogue
 from pipeline.cut import Taught
 from pipeline.errors import ArtifactError
 from pipeline.hstu import HstuConfig
+from pipeline.known_items import KnownItems
 from pipeline.records import EventSchema
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 WEIGHTS, VOCABULARY, COUNTERS = "hstu.safetensors", "vocabulary.msgpack", "counters.safetensors"
+ITEMS = "items.safetensors"
+FILES = (WEIGHTS, VOCABULARY, ITEMS, COUNTERS)
 TOOLS = ("torch", "numpy", "safetensors", "msgspec")
 _AGAIN = "copy the whole folder again, or make one with `millrace train LOG --out DIR`"
 
@@ -56,6 +61,7 @@ class Artifact:
     weights: dict[str, Tensor]
     item_ids: list[str]
     counters: dict[str, np.ndarray]
+    items: KnownItems
 
     @property
     def version(self) -> str:
@@ -70,6 +76,11 @@ class Artifact:
         start = len(name) + 1
         return {key[start:]: value for key, value in self.weights.items() if key.startswith(f"{name}.")}
 
+    def inform(self, catalogue: Catalogue) -> None:
+        """Tell what is known of the items; the catalogue's vocabulary has them."""
+        tokens = np.array([catalogue.vocabulary.token(item_id) for item_id in self.item_ids], np.int64)
+        catalogue.recall(tokens[tokens > 0], {name: column[tokens > 0] for name, column in self.items.facts.items()})
+
     def check_schema(self, schema: EventSchema) -> None:
         """ArtifactError unless the codes that the model was trained with mean the same in `schema`."""
         trained = self.manifest.schema
@@ -83,10 +94,11 @@ class Artifact:
 
 
 def draft(config: HstuConfig, schema: EventSchema, weights: dict[str, Tensor], item_ids: list[str],
-          counters: dict[str, np.ndarray], taught: Taught | None = None) -> Artifact:  # fmt: skip
+          counters: dict[str, np.ndarray], items: KnownItems | None = None,
+          taught: Taught | None = None) -> Artifact:  # fmt: skip
     """A model that is not saved yet."""
     manifest = Manifest(FORMAT, "draft", "unsigned", "", config, schema, {}, {}, {}, taught)
-    return Artifact(manifest, weights, item_ids, counters)
+    return Artifact(manifest, weights, item_ids, counters, items or KnownItems.nothing(len(item_ids)))
 
 
 def save(folder: Path, artifact: Artifact, metrics: Mapping[str, float], created: str) -> Manifest:
@@ -98,8 +110,9 @@ def save(folder: Path, artifact: Artifact, metrics: Mapping[str, float], created
         weights = {name: weight.detach().contiguous() for name, weight in artifact.weights.items()}
         safetensors.torch.save_file(weights, draft / WEIGHTS)
         (draft / VOCABULARY).write_bytes(msgspec.msgpack.encode(artifact.item_ids))
-        counters = {name: np.ascontiguousarray(array) for name, array in artifact.counters.items()}
-        safetensors.numpy.save_file(counters, draft / COUNTERS)
+        for name, arrays in ((COUNTERS, artifact.counters), (ITEMS, artifact.items.arrays())):
+            arrays = {key: np.ascontiguousarray(array) for key, array in arrays.items()}
+            safetensors.numpy.save_file(arrays, draft / name)
         manifest = _sign(draft, folder.name, artifact, metrics, created)
         (draft / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
         draft.chmod(0o755)
@@ -119,12 +132,13 @@ def load(folder: Path) -> Artifact:
     for name, wanted in manifest.files.items():
         _check(folder / name, wanted)
     item_ids = msgspec.msgpack.decode((folder / VOCABULARY).read_bytes(), type=list[str])
-    return Artifact(manifest, _weights(folder / WEIGHTS), item_ids, safetensors.numpy.load_file(folder / COUNTERS))
+    counters, items = (safetensors.numpy.load_file(folder / name) for name in (COUNTERS, ITEMS))
+    return Artifact(manifest, _weights(folder / WEIGHTS), item_ids, counters, KnownItems.read(items))
 
 
 def _sign(draft: Path, name: str, artifact: Artifact, metrics: Mapping[str, float], created: str) -> Manifest:
     config, schema = artifact.config, artifact.manifest.schema
-    files = {name: _sha256(draft / name) for name in (WEIGHTS, VOCABULARY, COUNTERS)}
+    files = {name: _sha256(draft / name) for name in FILES}
     tools = {"python": platform.python_version(), **{tool: installed(tool) for tool in TOOLS}}
     version = _content_hash(config, schema, files)
     taught = artifact.manifest.taught
@@ -144,7 +158,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise ArtifactError(f"artifact {path}: not a manifest ({error}); {_AGAIN}") from error
     if manifest.format != FORMAT:
         raise ArtifactError(f"artifact {path}: format {manifest.format}, this millrace reads {FORMAT}; train again")
-    if missing := {WEIGHTS, VOCABULARY, COUNTERS} - manifest.files.keys():
+    if missing := set(FILES) - manifest.files.keys():
         raise ArtifactError(f"artifact {path}: no hash of {', '.join(sorted(missing))}; {_AGAIN}")
     content = _content_hash(manifest.config, manifest.schema, manifest.files)
     if content != manifest.version:

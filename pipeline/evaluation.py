@@ -14,6 +14,7 @@ import numpy as np
 from msgspec import Meta
 
 from pipeline.artifact import Artifact
+from pipeline.catalogue import Catalogue
 from pipeline.catalogue_ranker import CatalogueRanker
 from pipeline.comparison import Comparison, Estimates
 from pipeline.corpus import Corpus
@@ -82,7 +83,8 @@ def evaluate(artifact: Artifact, log: Log, options: PipelineOptions, asked: Eval
              items: Iterable[Item] = (), on_events: Callable[[int], None] = ignored) -> Report:  # fmt: skip
     """Every measure over the log's events behind the cut.
 
-    items: what is known of items; their categories tell how varied a slate is. on_events is called with the number of
+    items: what is known of items, also of those that training did not have: the model ranks these by it, and categories
+    tell how varied a slate is. on_events is called with the number of
     events just ranked: len(rankings) times over all of them. Raises EvaluationError.
     """
     asked = asked or EvaluationOptions()
@@ -90,9 +92,12 @@ def evaluate(artifact: Artifact, log: Log, options: PipelineOptions, asked: Eval
     warning = _check(artifact, log, left_out, asked.cut)
     vocabulary = Vocabulary([*artifact.item_ids, *log.item_ids], options.max_items)
     split = Split.of(log, left_out, vocabulary, asked.cap_events)
-    hstu = HstuRung(artifact, vocabulary, options.exclusion, options.device, options.threads)
+    catalogue, items = Catalogue(vocabulary), list(items)
+    artifact.inform(catalogue)
+    catalogue.put(items)
+    hstu = HstuRung(artifact, catalogue, options.exclusion, options.device, options.threads)
     rankers = _baselines(artifact, split, options) | {MODEL: hstu}
-    ranks, slates = _ranked(rankers, split, asked, list(items), on_events)
+    ranks, slates = _ranked(rankers, split, asked, items, on_events)
     return Report(
         cut=str(asked.cut),
         candidates="all items" if asked.negatives is None else str(asked.negatives),

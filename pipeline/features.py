@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.catalogue import EMPTY, Catalogue
+from pipeline.catalogue import Facts
 from pipeline.records import Histories
 from pipeline.vocabulary import UNKNOWN
 from pipeline.windows import WINDOW_EVENTS, Windows
@@ -122,11 +122,11 @@ def bucket_seconds(seconds: np.ndarray) -> np.ndarray:
     return (capped.astype(np.float32).view(np.int32) >> 22) - 254
 
 
-def inputs_of(histories: Histories, tokens: np.ndarray, table_rows: int, catalogue: Catalogue = EMPTY) -> Inputs:
+def inputs_of(histories: Histories, tokens: np.ndarray, table_rows: int, facts: Facts | None = None) -> Inputs:
     """Inputs of whole histories; cut them by `tail` afterwards, so that rows know what came before the cut.
 
     tokens: int32 [total], of the vocabulary; those from `table_rows` on came after training, the model does not know
-    them. catalogue: what is known of the tokens' items.
+    them. facts: of each event's item; None: nothing is known.
     """
     ts_ms, offsets = histories.ts_ms, histories.offsets
     starts = np.repeat(offsets[:-1], np.diff(offsets))  # [total] where the run of each event's user begins
@@ -134,7 +134,7 @@ def inputs_of(histories: Histories, tokens: np.ndarray, table_rows: int, catalog
     columns = (
         _temporal(ts_ms, since_ms, starts)
         | _strength(histories)
-        | _profile(histories, tokens, since_ms, starts, catalogue)
+        | _profile(histories, since_ms, starts, facts or Facts.nothing(len(tokens)))
     )
     codes = np.empty((len(tokens), FEATURES), np.int32)
     for number, name in enumerate(COLUMNS):
@@ -168,12 +168,11 @@ def _strength(histories: Histories) -> dict[str, np.ndarray]:
     }
 
 
-def _profile(histories: Histories, tokens: np.ndarray, since_ms: np.ndarray, starts: np.ndarray,
-             catalogue: Catalogue) -> dict[str, np.ndarray]:  # fmt: skip
+def _profile(histories: Histories, since_ms: np.ndarray, starts: np.ndarray, facts: Facts) -> dict[str, np.ndarray]:
     """What the user usually does, and how this event differs from it."""
     window, value = Windows(histories.offsets), histories.events["value"].astype(np.float64)
-    price, category = catalogue.price_codes(tokens).astype(np.float64), catalogue.categories(tokens)
-    created_ms, repeats = catalogue.created_ms(tokens), window.repeats(histories.items)
+    price, category = facts.price_codes.astype(np.float64), facts.categories
+    created_ms, repeats = facts.created_ms, window.repeats(histories.items)
     age_ms = histories.ts_ms - created_ms
     usual_value = window.means(value, value > 0)
     return {

@@ -18,6 +18,7 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from pipeline.features import COLUMNS, FEATURE_ROWS, TIME_BUCKETS
+from pipeline.item_vectors import ItemVectors
 from pipeline.jagged import Block, Layout
 
 Positive = Annotated[int, Meta(gt=0)]
@@ -37,7 +38,11 @@ class HstuConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.2
     attention_dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.5  # of single (event, earlier event) weights
     temperature: Annotated[float, Meta(gt=0)] = 0.1
+    content_rows: Annotated[int, Meta(ge=0)] = 16_384  # hashed pieces of items' texts; 0: items by their ids alone
     strength: bool = True  # an event's item counts by the learned strength of what was done with it
+    column_dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0  # of single features of an event
+    time_bias: bool = True
+    position_bias: bool = True
     without: tuple[str, ...] = ()  # columns of features.COLUMNS that are not read
     eps: float = 1e-6
 
@@ -89,48 +94,57 @@ class HstuLayer(nn.Module):
         q = _by_head(q[block.users][:, None] if last else block.pad(q), heads)  # [heads, users, queries, d_qk]
         distances, buckets, mask = block.last_relations if last else block.relations
         scores = q @ k.transpose(2, 3)  # [heads, users, queries, length]
-        scores = scores + _looked_up(self.position_bias, distances) + _looked_up(self.time_bias, buckets)
+        if self.config.position_bias:
+            scores = scores + _looked_up(self.position_bias, distances)
+        if self.config.time_bias:
+            scores = scores + _looked_up(self.time_bias, buckets)
         scores = F.dropout(F.silu(scores), self.config.attention_dropout, self.training)
         weights = scores * (mask / self.config.max_events)  # SiLU(-inf) is NaN: a mask multiplies
         return (weights @ v).permute(1, 2, 0, 3).flatten(2)  # [users, queries, heads * d_v]
 
 
 class Hstu(nn.Module):
-    """From packed inputs to states and the tied item table; a state's dot product with a table row scores the item."""
+    """From packed events to states; a state's dot product with a row of the item table scores the item."""
 
     def __init__(self, config: HstuConfig) -> None:
         super().__init__()
         self.config = config
-        self.item_embedding = nn.Embedding(config.items, config.width)
+        self.items = ItemVectors(config.items, config.width, config.content_rows, config.eps)
         self.rotation = nn.Linear(config.width, config.width, bias=False)
         self.feature_embedding = nn.EmbeddingBag(FEATURE_ROWS, config.width, mode="sum")
         self.log_strength = nn.EmbeddingBag(FEATURE_ROWS, 1, mode="sum")
         self.layers = nn.ModuleList(HstuLayer(config) for _ in range(config.layers))
         self.columns = [number for number, name in enumerate(COLUMNS) if name not in config.without]
-        for table in (self.item_embedding, self.feature_embedding):
-            nn.init.normal_(table.weight, std=0.02)
+        nn.init.normal_(self.feature_embedding.weight, std=0.02)
         nn.init.zeros_(self.log_strength.weight)
         # One vector an item, tied, but an event's is turned on the way in: else the residual path would score what is
         # like the last item, while what follows it differs. Validation hit rate@10 on a simulated log: 0.477, as the
         # identity 0.467, two tables 0.473 (width 128).
         nn.init.orthogonal_(self.rotation.weight)
 
-    def forward(self, tokens: Tensor, codes: Tensor, layout: Layout, last: bool = False) -> Tensor:
-        """tokens: int [total], codes: int [total, FEATURES] -> unit states [total, width]; `last`: [users, width]."""
-        # In and out an item is a direction.
-        items = F.normalize(self.item_embedding(tokens), dim=-1, eps=self.config.eps)
-        x, codes = self.rotation(items), codes[:, self.columns]
+    def forward(self, items: Tensor, codes: Tensor, layout: Layout, last: bool = False) -> Tensor:
+        """items: unit vectors [total, width], codes: int [total, FEATURES] -> unit states [total, width]; `last`:
+        [users, width]."""
+        codes = codes[:, self.columns]
+        kept = self._kept(codes)
+        x = self.rotation(items)
         if self.config.strength:
-            x = x * self.log_strength(codes).clamp(-STRENGTH_CAP, STRENGTH_CAP).exp()
-        x = F.dropout(x + self.feature_embedding(codes), self.config.dropout, self.training)
+            x = x * self.log_strength(codes, per_sample_weights=kept).clamp(-STRENGTH_CAP, STRENGTH_CAP).exp()
+        x = F.dropout(x + self.feature_embedding(codes, per_sample_weights=kept), self.config.dropout, self.training)
         top = len(self.layers) - 1
         for number, layer in enumerate(self.layers):
             x = layer(x, layout, last and number == top)
         return F.normalize(x, dim=-1, eps=self.config.eps)
 
-    def item_table(self) -> Tensor:
-        """float [items, width]: unit vectors over the temperature: dot products are logits within +-1/temperature."""
-        return F.normalize(self.item_embedding.weight, dim=-1, eps=self.config.eps) / self.config.temperature
+    def _kept(self, codes: Tensor) -> Tensor | None:
+        """float [total, columns]: in training some columns of some events are left out, the others count for them."""
+        if not (self.training and self.config.column_dropout):
+            return None
+        return F.dropout(torch.ones(codes.shape, device=codes.device), self.config.column_dropout)
+
+    def scorer(self, vectors: Tensor) -> Tensor:
+        """Items' unit vectors [n, width] over the temperature: dot products are logits within +-1/temperature."""
+        return vectors / self.config.temperature
 
 
 def _by_head(x: Tensor, heads: int) -> Tensor:

@@ -8,13 +8,14 @@ from torch import Tensor
 
 from pipeline.artifact import Artifact
 from pipeline.backends.torch import TorchEncoder
+from pipeline.catalogue import Catalogue
 from pipeline.exclusion import Exclusion
-from pipeline.features import inputs_of
+from pipeline.features import Inputs, inputs_of
 from pipeline.records import Histories
 from pipeline.retrieval import Retrieval
 from pipeline.strategy import Ranked
 from pipeline.tablerows import TableRows
-from pipeline.vocabulary import UNKNOWN, Vocabulary
+from pipeline.vocabulary import UNKNOWN
 
 
 class HstuRung:
@@ -26,24 +27,26 @@ class HstuRung:
     name = "hstu"
 
     def __init__(
-        self, artifact: Artifact, vocabulary: Vocabulary, exclusion: Exclusion, device: str = "auto", threads: int = 0
+        self, artifact: Artifact, catalogue: Catalogue, exclusion: Exclusion, device: str = "auto", threads: int = 0
     ) -> None:
-        """The vocabulary has the artifact's items, in any order; others are unknown to the model.
+        """The catalogue's vocabulary has the artifact's items, in any order. Others are known by their records, those
+        without one are unknown to the model.
 
-        Raises ArtifactError where it had no room for one of them.
+        Raises ArtifactError where the vocabulary had no room for one of the artifact's items.
         """
         self._encoder = TorchEncoder(artifact, device, threads)
         self._retrieval = Retrieval(self._encoder.table)
-        self._vocabulary, self._exclusion = vocabulary, exclusion
-        self._table = TableRows(vocabulary, artifact.item_ids)
+        self._catalogue, self._vocabulary, self._exclusion = catalogue, catalogue.vocabulary, exclusion
+        self._table, self._items, self._version = TableRows(catalogue.vocabulary, artifact.item_ids), artifact.items, 0
         popular = np.argsort(-artifact.counters["popularity"], kind="stable")
         self._popular = self._rows_of(artifact.counters["items"][popular])
 
     def rank(self, histories: Histories, k: int) -> Ranked:
         start = time.perf_counter()
-        history, excluded = self._rows_of(histories.items), self._exclusion.mask(histories)
-        pairs = histories.users[excluded], history[excluded]
-        inputs = inputs_of(histories, history, len(self._encoder.table)).tail(self._encoder.max_events)
+        self._learn()
+        inputs, excluded = self._inputs(histories), self._exclusion.mask(histories)
+        pairs = histories.users[excluded], inputs.tokens[excluded]
+        inputs = inputs.tail(self._encoder.max_events)
         featured = time.perf_counter()
         states = self._encoder.encode(inputs)
         encoded = time.perf_counter()
@@ -59,9 +62,10 @@ class HstuRung:
 
         A user without events has what was popular in the training log, as in `rank`.
         """
+        states = self._states(histories)
         rows = self._table.rows(tokens)
         items = self._encoder.table[torch.from_numpy(rows).to(self._encoder.device)]
-        logits = torch.einsum("nd,ncd->nc", self._states(histories), items).cpu().numpy()
+        logits = torch.einsum("nd,ncd->nc", states, items).cpu().numpy()
         scores = np.where(rows > UNKNOWN, logits, -np.inf)
         empty = histories.lengths == 0
         places = np.full(len(self._encoder.table), len(self._popular))
@@ -71,11 +75,29 @@ class HstuRung:
 
     def odds(self, histories: Histories, tokens: np.ndarray) -> np.ndarray:
         """What the heads say of these items, int32 [n, k], as each user's next: float32 [n, k, 3]."""
-        return self._encoder.heads(self._states(histories), self._table.rows(tokens))
+        states = self._states(histories)
+        return self._encoder.heads(states, self._table.rows(tokens))
 
     def _states(self, histories: Histories) -> Tensor:
-        inputs = inputs_of(histories, self._rows_of(histories.items), len(self._encoder.table))
-        return self._encoder.encode(inputs.tail(self._encoder.max_events))
+        self._learn()
+        return self._encoder.encode(self._inputs(histories).tail(self._encoder.max_events))
+
+    def _inputs(self, histories: Histories) -> Inputs:
+        """Of whole histories; a token is a row of the model's table."""
+        tokens = self._vocabulary.tokens(histories.items)
+        return inputs_of(histories, self._table.rows(tokens), len(self._encoder.table), self._catalogue.facts(tokens))
+
+    def _learn(self) -> None:
+        """Rows for the items whose records have come since the last batch and that training did not know."""
+        if self._catalogue.version == self._version:
+            return
+        tokens = np.flatnonzero(self._catalogue.changed > self._version)
+        self._version = self._catalogue.version
+        new = tokens[self._table.rows(tokens) == UNKNOWN]
+        if len(new) and self._encoder.reads_contents:
+            self._encoder.extend(self._items.of_new(self._catalogue, new))
+            self._table.extend(new)
+            self._retrieval = Retrieval(self._encoder.table)
 
     def _rows_of(self, hashes: np.ndarray) -> np.ndarray:
         """uint64 [n] item hashes -> int32 [n] rows of the model's table"""

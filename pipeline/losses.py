@@ -52,22 +52,15 @@ def next_item_loss(states: Tensor, table: Tensor, targets: np.ndarray, seen: tup
                    candidates: Candidates) -> Tensor:  # fmt: skip
     """Mean negative log likelihood of the targets among candidates that the row has not seen.
 
-    states: [rows, width]; table: [items, width]; targets: int [rows], none of them seen by its row;
+    states: [rows, width]; table: the candidates' [c, width]; targets: int [rows], none of them seen by its row;
     seen: (row, token) pairs, int [m] each, left out of the row's candidates, as serving excludes them.
     """
     columns = candidates.columns(seen[1])
     known = columns >= 0
-    barred = torch.from_numpy(seen[0][known] * _width(table, candidates) + columns[known]).to(states.device)
+    barred = torch.from_numpy(seen[0][known] * len(table) + columns[known]).to(states.device)
     target_columns = torch.from_numpy(candidates.columns(targets).astype(np.int64)).to(states.device)
-    if candidates.tokens is None:
-        return _SoftmaxLoss.apply(states, table, target_columns, barred, None)
-    assert candidates.correction is not None
-    table, correction = table[candidates.tokens.to(states.device)], candidates.correction.to(states.device)
+    correction = None if candidates.correction is None else candidates.correction.to(states.device)
     return _SoftmaxLoss.apply(states, table, target_columns, barred, correction)
-
-
-def _width(table: Tensor, candidates: Candidates) -> int:
-    return len(table) if candidates.tokens is None else len(candidates.tokens)
 
 
 class _SoftmaxLoss(torch.autograd.Function):

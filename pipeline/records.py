@@ -32,7 +32,7 @@ EVENT_DTYPE = np.dtype(
     ]
 )
 _PACK = struct.Struct("<QQHHBBH")
-_VALUE_STEPS = 3000.0  # log1p(value) in steps of 1/3000: 0.03 % apart, up to 3.0e9
+VALUE_STEPS = 3000.0  # log1p(value) in steps of 1/3000: 0.03 % apart, up to 3.0e9
 
 
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -133,7 +133,7 @@ def item_hash(item_id: str) -> int:
 
 def encode_value(value: float | None) -> int:
     """Log code of a non-negative value in 16 bits; 0 = missing."""
-    return 0 if value is None else 1 + min(65534, round(math.log1p(value) * _VALUE_STEPS))
+    return 0 if value is None else 1 + min(65534, round(math.log1p(value) * VALUE_STEPS))
 
 
 class EventPacker:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.catalogue import EMPTY, Catalogue
 from pipeline.corpus import Corpus
 from pipeline.features import Inputs, inputs_of, ranges
 from pipeline.vocabulary import UNKNOWN
@@ -30,13 +31,13 @@ class Examples:
     labels: np.ndarray
 
     @classmethod
-    def of(cls, corpus: Corpus, labels: np.ndarray, repeats: bool) -> "Examples":
+    def of(cls, corpus: Corpus, labels: np.ndarray, repeats: bool, catalogue: Catalogue = EMPTY) -> "Examples":
         successors = np.append(corpus.tokens[1:], UNKNOWN).astype(np.int32)
         successors[corpus.offsets[1:] - 1] = UNKNOWN
         asked = successors != UNKNOWN
         if not repeats:
             asked[:-1] &= corpus.is_new[1:]
-        inputs = inputs_of(corpus.histories, corpus.tokens, np.iinfo(np.int32).max)
+        inputs = inputs_of(corpus.histories, corpus.tokens, np.iinfo(np.int32).max, catalogue.facts(corpus.tokens))
         return cls(inputs, successors, asked, labels)
 
     def shares(self, items: int) -> np.ndarray:

@@ -105,6 +105,7 @@ class SasRec(Trainable):
             loss = _binary_loss(states, table, targets, batch.seen, random)
         else:
             candidates = sample_candidates(targets, shares, random)
+            table = table if candidates.tokens is None else table[candidates.tokens.to(table.device)]
             loss = next_item_loss(states, table, targets, batch.seen, candidates)
         return loss, loss.new_zeros(0)
 

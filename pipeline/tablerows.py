@@ -22,6 +22,15 @@ class TableRows:
         self._rows = np.zeros(int(self._tokens.max()) + 2, np.int32)  # [tokens + 1], the last one for all later tokens
         self._rows[self._tokens] = np.arange(len(self._tokens))
 
+    def extend(self, tokens: np.ndarray) -> None:
+        """Further rows at the end, for tokens int [n] that have none."""
+        first = len(self._tokens)
+        self._tokens = np.concatenate([self._tokens, tokens.astype(np.int32)])
+        rows = np.zeros(max(len(self._rows), int(tokens.max()) + 2), np.int32)
+        rows[: len(self._rows)] = self._rows
+        rows[tokens] = np.arange(first, len(self._tokens))
+        self._rows = rows
+
     def rows(self, tokens: np.ndarray) -> np.ndarray:
         """int32, of the tokens' shape: 0 for an item that the model does not know."""
         return self._rows.take(tokens, mode="clip")

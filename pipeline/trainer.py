@@ -8,18 +8,21 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Annotated, Generic, TypeVar
 
 import msgspec
 import numpy as np
 import torch
+import torch.nn.functional as F
 from msgspec import Meta
 from torch import Tensor, nn
 
+from pipeline.contents import Contents
 from pipeline.heads import Heads, head_loss
 from pipeline.hstu import Hstu, HstuConfig
 from pipeline.jagged import Layout
-from pipeline.losses import next_item_loss, sample_candidates
+from pipeline.losses import Candidates, next_item_loss, sample_candidates
 from pipeline.sampling import Examples, TrainingBatch, batch_of, batches, crops
 
 Positive = Annotated[int, Meta(gt=0)]
@@ -38,6 +41,7 @@ class TrainerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weight_decay: Annotated[float, Meta(ge=0)] = 0.01
     warmup_share: Share = 0.05  # of all steps
     clip_norm: Annotated[float, Meta(gt=0)] = 1.0
+    cold_share: Share = 0.1  # items taken as new in a batch: their contents learn to stand in for them
     unknown_share: Share = 0.05  # input items made unknown: the model learns what to do with items new in service
     repeats: bool = False  # train to retrieve items the user has touched before: only if serving does not exclude them
 
@@ -56,24 +60,48 @@ class Trainable(nn.Module, ABC):
 class Model(Trainable):
     """What is trained together and saved together."""
 
-    def __init__(self, config: HstuConfig) -> None:
+    def __init__(self, config: HstuConfig, contents: Contents | None = None, cold_share: float = 0.0) -> None:
+        """contents: of the item table's rows; cold_share: of the items of a batch, taken as new where there are any."""
         super().__init__()
         self.hstu, self.heads = Hstu(config), Heads(config.width)
+        self.hstu.items.contents = contents
+        self._cold_share = cold_share
 
     def losses(self, batch: TrainingBatch, shares: np.ndarray, random: np.random.Generator) -> tuple[Tensor, Tensor]:
         """See Trainable."""
-        hstu, inputs = self.hstu, batch.inputs
-        device = hstu.item_embedding.weight.device
-        tokens, codes, asked, successors, labels = (
-            torch.from_numpy(column).to(device)
-            for column in (inputs.tokens, inputs.codes, batch.asked, batch.successors, batch.labels)
-        )
-        states = hstu(tokens, codes, Layout.of(inputs, device))  # [total, width]
-        targets = batch.successors[batch.asked]
+        hstu, inputs, targets = self.hstu, batch.inputs, batch.successors[batch.asked]
+        device = hstu.rotation.weight.device
         candidates = sample_candidates(targets, shares, random)
-        loss = next_item_loss(states[asked], hstu.item_table(), targets, batch.seen, candidates)
-        logits = self.heads(states, hstu.item_embedding(successors)[:, None])[:, 0]  # [total, 3]
+        items = _Items.of(hstu, batch, candidates, random.random(len(shares)) < self._cold_share)
+        codes, asked, labels = (torch.from_numpy(c).to(device) for c in (inputs.codes, batch.asked, batch.labels))
+        states = hstu(items.of_events, codes, Layout.of(inputs, device))  # [total, width]
+        loss = next_item_loss(states[asked], hstu.scorer(items.of_candidates), targets, batch.seen, candidates)
+        logits = self.heads(states, items.of_successors[:, None])[:, 0]  # [total, 3]
         return loss, head_loss(logits, labels)[None]
+
+
+@dataclass(slots=True)
+class _Items:
+    """Vectors of a batch's events, of their successors [total, width] and of the candidates [c, width]."""
+
+    of_events: Tensor
+    of_successors: Tensor
+    of_candidates: Tensor
+
+    @classmethod
+    def of(cls, hstu: Hstu, batch: TrainingBatch, candidates: Candidates, cold: np.ndarray) -> "_Items":
+        """Each item's vector is made once. cold: bool [items]."""
+        device, tokens = hstu.rotation.weight.device, batch.inputs.tokens
+        if candidates.tokens is None:
+            vectors, places = hstu.items(cold=cold), (tokens, batch.successors)
+            of_candidates = vectors
+        else:
+            sampled = candidates.tokens.numpy()
+            rows, place = np.unique(np.concatenate([sampled, tokens, batch.successors]), return_inverse=True)
+            vectors, places = hstu.items(rows.astype(np.int64), cold[rows]), np.split(place[len(sampled) :], 2)
+            of_candidates = F.embedding(torch.from_numpy(place[: len(sampled)]).to(device), vectors)
+        events, successors = (F.embedding(torch.from_numpy(index).to(device), vectors) for index in places)
+        return cls(events, successors, of_candidates)
 
 
 M = TypeVar("M", bound=Trainable)

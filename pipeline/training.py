@@ -7,6 +7,7 @@ is written beside the artifact; `resume` goes on from it bit for bit.
 """
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Protocol
@@ -21,15 +22,18 @@ from pipeline import artifact as artifacts
 from pipeline import checkpoint
 from pipeline.artifact import Artifact, Manifest
 from pipeline.backends.torch import device_of
+from pipeline.catalogue import Catalogue
 from pipeline.corpus import Corpus
 from pipeline.cut import DEFAULT_SHARE, Cut, Taught
 from pipeline.errors import TrainingError
 from pipeline.heads import labels_of
 from pipeline.hstu import HstuConfig
 from pipeline.hstu_rung import HstuRung
+from pipeline.known_items import KnownItems
 from pipeline.logcolumns import Log
 from pipeline.measures import RankingMeasures
 from pipeline.ranking import Ranker, Scored, measure
+from pipeline.records import Item
 from pipeline.sampling import Examples
 from pipeline.trainer import Model, Positive, Share, Trainer, TrainerOptions
 from pipeline.unified import PipelineOptions, new_counters
@@ -96,7 +100,7 @@ class Task:
 
     options: TrainingOptions
     pipeline: PipelineOptions
-    vocabulary: Vocabulary
+    catalogue: Catalogue
     known: Corpus
     fit: Corpus
     judged: Scored  # of `known`
@@ -106,19 +110,23 @@ class Task:
 
     @property
     def config(self) -> HstuConfig:
-        return msgspec.structs.replace(self.options.model, items=len(self.vocabulary))
+        """Of the model; without any record there is no content to read."""
+        model = self.options.model
+        content_rows = model.content_rows if self.catalogue.version else 0
+        return msgspec.structs.replace(model, items=len(self.catalogue.vocabulary), content_rows=content_rows)
 
     def trainer(self, corpus: Corpus, epochs: int) -> Trainer[Model]:
         """One whose learning rate falls over so many epochs. TrainingError: the corpus has nothing to learn from."""
         config, options = self.config, msgspec.structs.replace(self.options.trainer, epochs=epochs)
-        device = device_of(self.pipeline.device)
-        return Trainer(lambda: Model(config), config.items, options, self.examples(corpus), device)
+        contents = self.items(corpus).contents() if config.content_rows else None
+        examples, device = self.examples(corpus), device_of(self.pipeline.device)
+        return Trainer(lambda: Model(config, contents, options.cold_share), config.items, options, examples, device)
 
     def examples(self, corpus: Corpus) -> Examples:
         """TrainingError when there are none."""
         end_ms = int(corpus.histories.ts_ms.max(initial=0))
         labels = labels_of(corpus.histories, self.pipeline.schema, end_ms)
-        examples = Examples.of(corpus, labels, self.options.trainer.repeats)
+        examples = Examples.of(corpus, labels, self.options.trainer.repeats, self.catalogue)
         if not examples.asked.any():
             raise TrainingError(
                 f"training: in the {len(corpus)} events of {len(corpus.offsets) - 1} users that are left to train on,"
@@ -127,25 +135,33 @@ class Task:
             )
         return examples
 
-    def artifact(self, weights: dict[str, Tensor]) -> Artifact:
-        item_ids = self.vocabulary.item_ids[1:]
-        return artifacts.draft(self.config, self.pipeline.schema, weights, item_ids, self.counters, self.taught)
+    def items(self, corpus: Corpus) -> KnownItems:
+        """What is known of the vocabulary's items when this corpus has taught."""
+        tokens = np.arange(1, len(self.catalogue.vocabulary))
+        return KnownItems.of(self.catalogue, tokens, np.bincount(corpus.tokens, minlength=len(tokens) + 1)[1:])
+
+    def artifact(self, weights: dict[str, Tensor], corpus: Corpus) -> Artifact:
+        """corpus: what the weights were trained on."""
+        item_ids, items = self.catalogue.vocabulary.item_ids[1:], self.items(corpus)
+        return artifacts.draft(self.config, self.pipeline.schema, weights, item_ids, self.counters, items, self.taught)
 
     def ranker(self, weights: dict[str, Tensor]) -> Ranker:
         """The model with these weights, as it will serve."""
-        options = self.pipeline
-        return HstuRung(self.artifact(weights), self.vocabulary, options.exclusion, options.device, options.threads)
+        artifact, options = self.artifact(weights, self.fit), self.pipeline
+        return HstuRung(artifact, self.catalogue, options.exclusion, options.device, options.threads)
 
 
 def train(log: Log, out: Path, options: TrainingOptions, pipeline: PipelineOptions, observer: Observer,
-          created: str, resume: bool = False) -> Manifest:  # fmt: skip
+          created: str, resume: bool = False, items: Iterable[Item] = ()) -> Manifest:  # fmt: skip
     """Train on the log's first `until_share` and write the artifact to `out`. `created`: ISO 8601, UTC.
+
+    items: what is known of items; those that the log before the cut does not have are left out.
 
     Raises TrainingError when the log cannot train a model, or `resume` finds no checkpoint of this log and options.
     """
     if pipeline.threads:
         torch.set_num_threads(pipeline.threads)
-    task = prepare(log, options, pipeline)
+    task = prepare(log, options, pipeline, items)
     path = out.with_name(f"{out.name}.checkpoint.safetensors")
     saved = _restored(path, task) if resume else None
     notes, weights = _optimise(task, path, observer, saved)
@@ -157,30 +173,33 @@ def train(log: Log, out: Path, options: TrainingOptions, pipeline: PipelineOptio
         "validation_hit_rate": best.judged.hit_rate, "validation_ndcg": best.judged.ndcg,
         "training_events": float(len(task.known)),
     }  # fmt: skip
-    manifest = artifacts.save(out, task.artifact(weights), metrics, created)
+    manifest = artifacts.save(out, task.artifact(weights, task.known if options.refit else task.fit), metrics, created)
     path.unlink()
     return manifest
 
 
-def prepare(log: Log, options: TrainingOptions, pipeline: PipelineOptions) -> Task:
+def prepare(log: Log, options: TrainingOptions, pipeline: PipelineOptions, items: Iterable[Item] = ()) -> Task:
     """Cut, number and label the log. Raises TrainingError."""
     _check(options)
     known_log = log.part(~options.cut.left_out(log))
     validation = options.validation_cut.left_out(known_log)
     vocabulary = Vocabulary(known_log.item_ids, pipeline.max_items)
     known, fit = (Corpus.of_log(part, vocabulary) for part in (known_log, known_log.part(~validation)))
+    catalogue = Catalogue(vocabulary)
+    if records := [item for item in items if vocabulary.token(item.item_id)]:
+        catalogue.put(records)
     counters = new_counters(pipeline, vocabulary)
     counters.observe(known.histories, known.histories.lengths)
     return Task(
         options=options,
         pipeline=pipeline,
-        vocabulary=vocabulary,
+        catalogue=catalogue,
         known=known,
         fit=fit,
         judged=_judged(known, validation[known.places], options),
         counters=counters.state(),
         taught=Taught.of(options.cut, known_log),
-        fingerprint=_fingerprint(known, options, pipeline),
+        fingerprint=_fingerprint(known, catalogue, options, pipeline),
     )
 
 
@@ -259,8 +278,9 @@ def _restored(path: Path, task: Task) -> Saved:
     return tensors, notes
 
 
-def _fingerprint(known: Corpus, options: TrainingOptions, pipeline: PipelineOptions) -> str:
+def _fingerprint(known: Corpus, catalogue: Catalogue, options: TrainingOptions, pipeline: PipelineOptions) -> str:
     digest = hashlib.sha256(msgspec.json.encode((options, pipeline), order="sorted"))
     digest.update(known.events.tobytes())
-    digest.update(known.offsets.tobytes())
+    for array in (known.offsets, *catalogue.state(np.arange(len(catalogue.vocabulary))).values()):
+        digest.update(array.tobytes())
     return digest.hexdigest()[:16]

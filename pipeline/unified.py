@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
+from pipeline.catalogue import Catalogue
 from pipeline.counters import Counters
 from pipeline.exclusion import Exclusion
-from pipeline.records import Event, EventSchema, Histories, SlateItem
+from pipeline.records import Event, EventSchema, Histories, Item, SlateItem
 from pipeline.simple_rung import SimpleRung
 from pipeline.strategy import LADDER, Ladder, Ranked, Rung
 from pipeline.vocabulary import Vocabulary
@@ -63,18 +64,19 @@ def _ignore(rung: str, error: Exception) -> None:
 
 
 class Pipeline:
-    """Vocabulary, counters and the ladder of rungs. Not thread-safe: one thread ranks and observes."""
+    """Catalogue, counters and the ladder of rungs. Not thread-safe: one thread ranks and observes."""
 
     def __init__(
         self,
         options: PipelineOptions,
-        vocabulary: Vocabulary,
+        catalogue: Catalogue,
         counters: Counters,
         model: Rung | None = None,
         version: str = "none",
         on_fallback: Callable[[str, Exception], None] = _ignore,
     ) -> None:
-        self.options, self.vocabulary, self.counters, self.version = options, vocabulary, counters, version
+        self.options, self.counters, self.version = options, counters, version
+        self.catalogue, self.vocabulary = catalogue, catalogue.vocabulary
         self._simple, self._on_fallback = SimpleRung(counters, options.exclusion), on_fallback
         self.ladder = self._ladder_of(model)
 
@@ -89,7 +91,7 @@ class Pipeline:
         options = options or PipelineOptions()
         if folder is None:
             vocabulary = Vocabulary(max_items=options.max_items)
-            return cls(options, vocabulary, new_counters(options, vocabulary), on_fallback=on_fallback)
+            return cls(options, Catalogue(vocabulary), new_counters(options, vocabulary), on_fallback=on_fallback)
         from pipeline.artifact import load  # torch costs seconds and 400 MiB: only who has a model pays
 
         artifact = load(Path(folder))
@@ -97,8 +99,10 @@ class Pipeline:
         vocabulary = Vocabulary(artifact.item_ids, options.max_items)
         counters = new_counters(options, vocabulary)
         counters.restore(artifact.counters)
-        model = rung_of(artifact, vocabulary, options)
-        return cls(options, vocabulary, counters, model, artifact.version, on_fallback)
+        catalogue = Catalogue(vocabulary)
+        artifact.inform(catalogue)
+        model = rung_of(artifact, catalogue, options)
+        return cls(options, catalogue, counters, model, artifact.version, on_fallback)
 
     def recommend(
         self, histories: Sequence[Iterable[Event]], k: int = 10, strategy: str | None = None
@@ -133,9 +137,13 @@ class Pipeline:
     def adopt(self, model: Rung, version: str) -> None:
         """From the next batch on this model ranks, its breaker closed; vocabulary and counters stay as they are.
 
-        model: made on this pipeline's vocabulary (see `rung_of`).
+        model: made on this pipeline's catalogue (see `rung_of`).
         """
         self.ladder, self.version = self._ladder_of(model), version
+
+    def learn(self, items: Iterable[Item]) -> None:
+        """Records of items, of the `items` topic or of a file: what features and the model know of them from now on."""
+        self.catalogue.put(items)
 
     def observe(self, histories: Histories, fresh: np.ndarray) -> None:
         """Count new events: the last fresh[i] of user i's history (int64 [n])."""
@@ -167,11 +175,11 @@ class Pipeline:
             raise ValueError(f"recommend: unknown actions {sorted(unknown)}, want of {self.options.schema.actions}")
 
 
-def rung_of(artifact: "Artifact", vocabulary: Vocabulary, options: PipelineOptions) -> Rung:
-    """The artifact's model on a vocabulary that has its items. Raises ArtifactError where it had no room for them."""
+def rung_of(artifact: "Artifact", catalogue: Catalogue, options: PipelineOptions) -> Rung:
+    """The artifact's model on a catalogue whose vocabulary has its items; ArtifactError where it had no room."""
     from pipeline.hstu_rung import HstuRung
 
-    return HstuRung(artifact, vocabulary, options.exclusion, options.device, options.threads)
+    return HstuRung(artifact, catalogue, options.exclusion, options.device, options.threads)
 
 
 def new_counters(options: PipelineOptions, vocabulary: Vocabulary) -> Counters:

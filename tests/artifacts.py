@@ -1,4 +1,4 @@
-"""Relatives of a trained artifact, made in milliseconds: other versions that tests publish."""
+"""Relatives of an artifact trained without items' records, made in milliseconds: other versions that tests publish."""
 
 from pathlib import Path
 
@@ -10,38 +10,44 @@ from pipeline.artifact import WEIGHTS, Artifact
 from pipeline.records import EventSchema
 
 CREATED = "2026-01-01T00:00:00+00:00"
-TABLE = "hstu.item_embedding.weight"  # [1 + items, width]
+TABLE = "hstu.items.embedding.weight"  # [1 + items, width]
 
 
 def renumbered(artifact: Artifact) -> Artifact:
     """The same model with its items in the opposite order: another version, the same slates."""
     table = artifact.weights[TABLE]
     weights = artifact.weights | {TABLE: torch.cat([table[:1], table[1:].flip(0)])}
-    return Artifact(artifact.manifest, weights, artifact.item_ids[::-1], artifact.counters)
+    return Artifact(artifact.manifest, weights, artifact.item_ids[::-1], artifact.counters, artifact.items)
 
 
 def mixed_up(artifact: Artifact) -> Artifact:
     """Items have each other's ids, as after a wrong join: it loads, answers, and is wrong."""
-    return Artifact(artifact.manifest, artifact.weights, artifact.item_ids[::-1], artifact.counters)
+    return Artifact(artifact.manifest, artifact.weights, artifact.item_ids[::-1], artifact.counters, artifact.items)
 
 
 def nudged(artifact: Artifact, seed: int) -> Artifact:
     """Every weight a little off: another version, about the same slates."""
     torch.manual_seed(seed)
     weights = {name: weight + 1e-3 * torch.randn_like(weight) for name, weight in artifact.weights.items()}
-    return Artifact(artifact.manifest, weights, artifact.item_ids, artifact.counters)
+    return Artifact(artifact.manifest, weights, artifact.item_ids, artifact.counters, artifact.items)
 
 
 def not_a_number(artifact: Artifact) -> Artifact:
     """Training diverged."""
     return Artifact(artifact.manifest, artifact.weights | {TABLE: artifact.weights[TABLE] * float("nan")},
-                    artifact.item_ids, artifact.counters)  # fmt: skip
+                    artifact.item_ids, artifact.counters, artifact.items)  # fmt: skip
 
 
 def of_another_schema(artifact: Artifact) -> Artifact:
     """The codes of actions mean something else."""
     schema = EventSchema(artifact.manifest.schema.actions[::-1])
-    return Artifact(replace(artifact.manifest, schema=schema), artifact.weights, artifact.item_ids, artifact.counters)
+    return Artifact(
+        replace(artifact.manifest, schema=schema),
+        artifact.weights,
+        artifact.item_ids,
+        artifact.counters,
+        artifact.items,
+    )
 
 
 def save(folder: Path, artifact: Artifact, **metrics: float) -> str:

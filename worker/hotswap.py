@@ -104,11 +104,12 @@ class HotSwap:
         new = await self._aside(lambda: [item_id for item_id in artifact.item_ids if not vocabulary.token(item_id)])
         for start in range(0, len(new), ADMITTED_IDS):
             await self._ranker.within(partial(vocabulary.admit, new[start : start + ADMITTED_IDS]))
+        await self._ranker.within(partial(artifact.inform, self._ranker.pipeline.catalogue))
 
     def _judge(self, artifact: Artifact, served: list[Served]) -> tuple[Rung, float | None]:
         """Answers of all shapes first, which also warm the model, then those to the users just served."""
         pipeline, config, items = self._ranker.pipeline, self._config, len(artifact.item_ids)
-        model = rung_of(artifact, pipeline.vocabulary, pipeline.options)
+        model = rung_of(artifact, pipeline.catalogue, pipeline.options)
         shapes = gate.walks(artifact.item_ids, [1, *config.batcher.buckets])
         gate.answer(model, shapes, config.pipeline.slate_items, items)
         rings, slates = [ring for ring, _ in served], [slate for _, slate in served]

@@ -2,9 +2,11 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.artifact import Artifact
+from pipeline.contents import Contents
 from pipeline.features import Inputs
 from pipeline.heads import Heads
 from pipeline.hstu import Hstu
@@ -27,8 +29,11 @@ class TorchEncoder:
         self._heads.load_state_dict(artifact.part("heads"), assign=True)
         for module in (self._hstu, self._heads):
             module.eval().requires_grad_(False).to(self.device)
+        self._hstu.items.contents = artifact.items.contents()
         self.max_events = artifact.config.max_events
-        self.table = self._hstu.item_table()
+        self.reads_contents = artifact.config.content_rows > 0
+        self._vectors = self._hstu.items()
+        self.table = self._hstu.scorer(self._vectors)
 
     @torch.inference_mode()
     def encode(self, inputs: Inputs) -> Tensor:
@@ -37,15 +42,21 @@ class TorchEncoder:
         ordered, users = inputs.by_length()
         if len(users):
             tokens, codes = (torch.from_numpy(column).to(self.device) for column in (ordered.tokens, ordered.codes))
-            encoded = self._hstu(tokens, codes, Layout.of(ordered, self.device), last=True)
+            encoded = self._hstu(F.embedding(tokens, self._vectors), codes, Layout.of(ordered, self.device), last=True)
             states[torch.from_numpy(users).to(self.device)] = encoded
         return states
 
     @torch.inference_mode()
     def heads(self, states: Tensor, tokens: np.ndarray) -> np.ndarray:
         """Probabilities by heads.TASKS, float32 [n, k, 3], of items int32 [n, k] being next."""
-        items = self._hstu.item_embedding(torch.from_numpy(tokens).to(self.device))
+        items = F.embedding(torch.from_numpy(tokens).to(self.device), self._vectors)
         return self._heads(states, items).sigmoid().cpu().numpy()
+
+    @torch.inference_mode()
+    def extend(self, contents: Contents) -> None:
+        """Rows at the table's end for items that came after training, by what is known of them."""
+        self._vectors = torch.cat([self._vectors, self._hstu.items.new(contents.to(self.device))])
+        self.table = self._hstu.scorer(self._vectors)
 
 
 def device_of(name: str) -> torch.device:

@@ -32,7 +32,8 @@ def model(seed: int, config: HstuConfig = CONFIG) -> Hstu:
 
 
 def states(hstu: Hstu, inputs: Inputs, last: bool = False) -> Tensor:
-    return hstu(torch.from_numpy(inputs.tokens), torch.from_numpy(inputs.codes), Layout.of(inputs), last)
+    items = hstu.items()[torch.from_numpy(inputs.tokens)]
+    return hstu(items, torch.from_numpy(inputs.codes), Layout.of(inputs), last)
 
 
 def reference_layer(layer: HstuLayer, x: Tensor, seconds: Tensor, lengths: Tensor) -> Tensor:
@@ -53,7 +54,7 @@ def reference_states(hstu: Hstu, inputs: Inputs) -> Tensor:
     own = slots < lengths[:, None]
     rows = torch.where(own, torch.from_numpy(inputs.offsets[:-1])[:, None] + slots, 0)
     tokens, codes = torch.from_numpy(inputs.tokens)[rows], torch.from_numpy(inputs.codes)[rows]
-    items = torch.nn.functional.normalize(hstu.item_embedding(tokens), dim=-1, eps=CONFIG.eps)
+    items = torch.nn.functional.normalize(hstu.items.embedding(tokens), dim=-1, eps=CONFIG.eps)
     strength = hstu.log_strength.weight[codes].sum(2).exp()  # [users, length, 1]
     x = hstu.rotation(items) * strength + hstu.feature_embedding.weight[codes].sum(2)
     seconds = torch.from_numpy(inputs.seconds).long()[rows]

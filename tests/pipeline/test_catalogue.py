@@ -1,3 +1,5 @@
+from dataclasses import asdict
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,26 +20,37 @@ items = st.builds(
 )
 
 
+def facts(catalogue: Catalogue, item_ids: str) -> dict[str, list[int]]:
+    tokens = np.array([catalogue.vocabulary.token(item_id) for item_id in item_ids])
+    return {name: column.tolist() for name, column in asdict(catalogue.facts(tokens)).items()}
+
+
 @settings(deadline=None)
 @given(st.lists(items, max_size=8))
-def test_what_is_saved_is_restored_into_another_vocabulary(records: list[Item]) -> None:
+def test_what_is_saved_is_recalled_by_another_vocabulary(records: list[Item]) -> None:
     first, second = Catalogue(Vocabulary(["a", "b", "c", "d"])), Catalogue(Vocabulary(["z", "d", "c", "b", "a"]))
     first.put(records)
-    second.restore("abcd", first.state("abcd"))
-    for item_id in "abcd":
-        one, two = (np.array([each.vocabulary.token(item_id)]) for each in (first, second))
-        for column in ("price_codes", "categories", "created_ms"):
-            assert getattr(first, column)(one) == getattr(second, column)(two)
-        pairs = zip(first.words_of(int(one[0])), second.words_of(int(two[0])), strict=True)
-        assert all((left == right).all() for left, right in pairs)
+    second.recall(np.array([5, 4, 3, 2]), first.state(np.array([1, 2, 3, 4])))
+    assert facts(first, "abcd") == facts(second, "abcd")
+
+
+def test_what_is_recalled_never_replaces_a_record() -> None:
+    old, new = Catalogue(Vocabulary(["a", "b"])), Catalogue(Vocabulary(["a", "b"]))
+    old.put([Item("a", price=1.0, category=["x"]), Item("b", price=2.0)])
+    new.put([Item("a", price=9.0)])
+    new.recall(np.array([1, 2]), old.state(np.array([1, 2])))
+    assert facts(new, "ab")["price_codes"] == [encode_value(9.0), encode_value(2.0)]
+    assert facts(new, "a")["categories"] == [0]
 
 
 def test_the_later_record_of_an_item_counts_and_new_items_get_tokens() -> None:
     catalogue = Catalogue(Vocabulary(["old"]))
     tokens = catalogue.put([Item("new", price=3.0), Item("old", brand="x"), Item("new", price=4.0, created_ms=9)])
     assert tokens.tolist() == [1, 2]
-    assert catalogue.price_codes(np.array([0, 1, 2, 77])).tolist() == [0, 0, encode_value(4.0), 0]
-    assert catalogue.created_ms(np.array([2])).tolist() == [9]
+    known = catalogue.facts(np.array([0, 1, 2, 77]))
+    assert known.price_codes.tolist() == [0, 0, encode_value(4.0), 0]
+    assert known.created_ms.tolist() == [0, 0, 9, 0]
+    assert (catalogue.changed[[0, 1, 2]] > 0).tolist() == [False, True, True]
 
 
 def test_a_text_is_known_by_its_words_and_their_letters() -> None:
@@ -59,4 +72,4 @@ def test_equal_names_of_different_fields_differ() -> None:
 def test_a_full_vocabulary_leaves_records_of_new_items_out() -> None:
     catalogue = Catalogue(Vocabulary(["a"], max_items=1))
     assert catalogue.put([Item("b", price=1.0), Item("a", price=2.0)]).tolist() == [1]
-    assert catalogue.price_codes(np.array([0, 1])).tolist() == [0, encode_value(2.0)]
+    assert facts(catalogue, "a")["price_codes"] == [encode_value(2.0)]

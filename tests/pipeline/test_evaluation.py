@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline import artifact as artifacts
 from pipeline.artifact import Artifact
+from pipeline.catalogue import Catalogue
 from pipeline.corpus import Corpus, place_of_share
 from pipeline.cut import Cut, Taught
 from pipeline.errors import EvaluationError
@@ -103,7 +104,7 @@ def test_the_models_scores_order_items_as_its_slates_do() -> None:
     rows, _ = log_of()
     model = model_of(rows)
     vocabulary = Vocabulary([*model.item_ids, "new"])
-    rung = HstuRung(model, vocabulary, OPTIONS.exclusion, "cpu", 1)
+    rung = HstuRung(model, Catalogue(vocabulary), OPTIONS.exclusion, "cpu", 1)
     histories = Histories.from_events([rows[:9], [], rows[20:21]], SCHEMA)
     slates = rung.rank(histories, len(model.item_ids)).tokens
     scores = rung.scores(histories, slates)

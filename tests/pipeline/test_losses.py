@@ -64,9 +64,9 @@ def test_a_sampled_loss_scores_each_row_against_the_sample_alone(monkeypatch: py
     states, table, targets = problem(3)
     shares = np.full(ITEMS, 1 / (ITEMS - 1))
     candidates = sample_candidates(targets, shares, np.random.default_rng(3))
-    loss = next_item_loss(states, table, targets, NOTHING_SEEN, candidates)
-    loss.backward()
     assert candidates.tokens is not None
+    loss = next_item_loss(states, table[candidates.tokens], targets, NOTHING_SEEN, candidates)
+    loss.backward()
     outside = np.setdiff1d(np.arange(ITEMS), candidates.tokens.numpy())
     assert table.grad is not None
     assert (table.grad[outside] == 0).all()

@@ -74,7 +74,7 @@ def test_an_adopted_model_ranks_from_then_on_though_its_items_are_numbered_other
     pipeline.vocabulary.admit(["brand-new"])
     before, tokens = pipeline.recommend(histories, k=5), list(pipeline.vocabulary.item_ids)
     turned = renumbered(load(shop.artifact))
-    pipeline.adopt(rung_of(turned, pipeline.vocabulary, OPTIONS), "turned")
+    pipeline.adopt(rung_of(turned, pipeline.catalogue, OPTIONS), "turned")
     after = pipeline.recommend(histories, k=5)
     assert pipeline.version == "turned"
     assert pipeline.vocabulary.item_ids == tokens, "tokens keep their meaning while the process lives"
@@ -91,7 +91,7 @@ def test_an_adopted_model_is_asked_at_once_though_the_one_before_it_rests(shop, 
         patch.setattr("pipeline.backends.torch.TorchEncoder.encode", lambda *_: 1 / 0)
         assert pipeline.recommend(histories, k=5)[0].strategy == "simple"
     assert pipeline.recommend(histories, k=5)[0].strategy == "simple"
-    pipeline.adopt(rung_of(load(shop.artifact), pipeline.vocabulary, OPTIONS), "again")
+    pipeline.adopt(rung_of(load(shop.artifact), pipeline.catalogue, OPTIONS), "again")
     assert pipeline.recommend(histories, k=5)[0].strategy == "hstu"
     assert pipeline.recommend(histories, k=5, strategy="simple")[0].strategy == "simple"
 

@@ -144,7 +144,7 @@ def test_the_same_content_under_another_name_is_no_news(run, serving, original):
 
 
 BROKEN = {
-    "weights are no numbers": (relatives.not_a_number, "item_embedding.weight has numbers that are not finite"),
+    "weights are no numbers": (relatives.not_a_number, "items.embedding.weight has numbers that are not finite"),
     "actions mean something else": (relatives.of_another_schema, "events.actions is"),
     "items have each other's ids": (relatives.mixed_up, "pipeline.min_overlap is 50.0%"),
 }
