@@ -25,6 +25,7 @@ from torch import Tensor
 from pipeline.catalogue import Catalogue
 from pipeline.cut import Taught
 from pipeline.errors import ArtifactError
+from pipeline.features import LAYOUT
 from pipeline.hstu import HstuConfig
 from pipeline.known_items import KnownItems
 from pipeline.records import EventSchema
@@ -50,6 +51,7 @@ class Manifest(msgspec.Struct, frozen=True):
     metrics: dict[str, float]
     files: dict[str, str]
     tools: dict[str, str]
+    features: str = ""  # features.LAYOUT of the code that trained it
     taught: Taught | None = None  # None: made by an earlier millrace, or not by training
 
 
@@ -97,7 +99,7 @@ def draft(config: HstuConfig, schema: EventSchema, weights: dict[str, Tensor], i
           counters: dict[str, np.ndarray], items: KnownItems | None = None,
           taught: Taught | None = None) -> Artifact:  # fmt: skip
     """A model that is not saved yet."""
-    manifest = Manifest(FORMAT, "draft", "unsigned", "", config, schema, {}, {}, {}, taught)
+    manifest = Manifest(FORMAT, "draft", "unsigned", "", config, schema, {}, {}, {}, LAYOUT, taught)
     return Artifact(manifest, weights, item_ids, counters, items or KnownItems.nothing(len(item_ids)))
 
 
@@ -142,7 +144,7 @@ def _sign(draft: Path, name: str, artifact: Artifact, metrics: Mapping[str, floa
     tools = {"python": platform.python_version(), **{tool: installed(tool) for tool in TOOLS}}
     version = _content_hash(config, schema, files)
     taught = artifact.manifest.taught
-    return Manifest(FORMAT, name, version, created, config, schema, dict(metrics), files, tools, taught)
+    return Manifest(FORMAT, name, version, created, config, schema, dict(metrics), files, tools, LAYOUT, taught)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -158,6 +160,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise ArtifactError(f"artifact {path}: not a manifest ({error}); {_AGAIN}") from error
     if manifest.format != FORMAT:
         raise ArtifactError(f"artifact {path}: format {manifest.format}, this millrace reads {FORMAT}; train again")
+    if manifest.features != LAYOUT:
+        raise ArtifactError(
+            f"artifact {path}: trained on features {manifest.features or 'of another millrace'}, this millrace makes"
+            f" {LAYOUT}; train again"
+        )
     if missing := set(FILES) - manifest.files.keys():
         raise ArtifactError(f"artifact {path}: no hash of {', '.join(sorted(missing))}; {_AGAIN}")
     content = _content_hash(manifest.config, manifest.schema, manifest.files)

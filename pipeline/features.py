@@ -16,6 +16,7 @@ The gap to the request is not a column: row i asks at its own time, and the time
 """
 
 from dataclasses import dataclass
+from zlib import crc32
 
 import numpy as np
 
@@ -66,6 +67,9 @@ COLUMNS = tuple(_SIZES)
 _STARTS = dict(zip(_SIZES, np.cumsum([0, *_SIZES.values()])[:-1].tolist(), strict=True))
 FEATURE_ROWS = sum(_SIZES.values())
 FEATURES = len(_SIZES)
+# What a model was trained on: raise REVISION when a column comes to mean something else at the same size.
+REVISION = 1
+LAYOUT = f"{REVISION}:{crc32(repr((_SIZES, TIME_THRESHOLDS, WINDOW_EVENTS)).encode()):08x}"
 
 
 @dataclass(slots=True)

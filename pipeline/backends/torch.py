@@ -3,10 +3,11 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.artifact import Artifact
 from pipeline.contents import Contents
+from pipeline.errors import ArtifactError
 from pipeline.features import Inputs
 from pipeline.heads import Heads
 from pipeline.hstu import Hstu
@@ -25,8 +26,8 @@ class TorchEncoder:
         self.device = device_of(device)
         with torch.device("meta"):  # no weights are drawn at random only to be replaced
             self._hstu, self._heads = Hstu(artifact.config), Heads(artifact.config.width)
-        self._hstu.load_state_dict(artifact.part("hstu"), assign=True)
-        self._heads.load_state_dict(artifact.part("heads"), assign=True)
+        for module, name in ((self._hstu, "hstu"), (self._heads, "heads")):
+            _load(module, artifact, name)
         for module in (self._hstu, self._heads):
             module.eval().requires_grad_(False).to(self.device)
         self._hstu.items.contents = artifact.items.contents()
@@ -57,6 +58,14 @@ class TorchEncoder:
         """Rows at the table's end for items that came after training, by what is known of them."""
         self._vectors = torch.cat([self._vectors, self._hstu.items.new(contents.to(self.device))])
         self.table = self._hstu.scorer(self._vectors)
+
+
+def _load(module: nn.Module, artifact: Artifact, name: str) -> None:
+    try:
+        module.load_state_dict(artifact.part(name), assign=True)
+    except RuntimeError as error:  # torch's sentence names every weight that is missing, unknown or of another shape
+        reasons = " ".join(str(error).split())
+        raise ArtifactError(f"artifact {artifact.version}: its weights are not of its config: {reasons}") from error
 
 
 def device_of(name: str) -> torch.device:

@@ -7,6 +7,7 @@ import torch
 
 from pipeline import artifact as artifacts
 from pipeline.artifact import COUNTERS, MANIFEST, VOCABULARY, WEIGHTS, Artifact
+from pipeline.backends.torch import TorchEncoder
 from pipeline.errors import ArtifactError
 from pipeline.hstu import HstuConfig
 from pipeline.records import EventSchema
@@ -84,6 +85,22 @@ def test_an_artifact_of_another_format_asks_for_training(tmp_path: Path) -> None
     (folder / MANIFEST).write_bytes(msgspec.json.encode(manifest | {"format": 99}))
     with pytest.raises(ArtifactError, match="format 99, this millrace reads 2; train again"):
         artifacts.load(folder)
+
+
+def test_an_artifact_trained_on_other_features_asks_for_training(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model")
+    manifest = msgspec.json.decode((folder / MANIFEST).read_bytes())
+    (folder / MANIFEST).write_bytes(msgspec.json.encode(manifest | {"features": "0:cafe"}))
+    with pytest.raises(ArtifactError, match="trained on features 0:cafe, this millrace makes .*; train again"):
+        artifacts.load(folder)
+
+
+def test_weights_that_are_not_of_the_config_are_one_error(tmp_path: Path) -> None:
+    model = draft()
+    weights = {name: weight for name, weight in model.weights.items() if "rotation" not in name}
+    lacking = artifacts.draft(CONFIG, EventSchema(), weights, ITEMS, model.counters)
+    with pytest.raises(ArtifactError, match="its weights are not of its config: .*rotation"):
+        TorchEncoder(lacking, "cpu")
 
 
 def test_saving_again_replaces_the_old_artifact_and_leaves_nothing_else(tmp_path: Path) -> None:
