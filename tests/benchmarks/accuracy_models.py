@@ -113,7 +113,7 @@ def hstu(setting: Setting, log: Log, whole: bool, options: Options, seed: int) -
     model = _below("model.", options)
     model["d_qk"] = model["d_v"] = int(model["width"]) // int(model["heads"])
     task = setting.task(log, _trainer_options(setting, options, seed), model)
-    trainer = task.trainer(task.known if whole else task.fit)
+    trainer = task.trainer(task.known if whole else task.fit, task.options.trainer.epochs)
     return task, _epochs(trainer, lambda: task.ranker(trainer.weights()))
 
 
