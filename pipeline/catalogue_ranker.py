@@ -37,8 +37,9 @@ class CatalogueRanker:
         return Ranked(found, best, None, self._scorer.name, rank_ms=1e3 * (time.perf_counter() - start))
 
     def scores(self, histories: Histories, tokens: np.ndarray) -> np.ndarray:
-        """float32 [n, c] of chosen items, int32 [n, c]."""
+        """float32 [n, c] of chosen items, int32 [n, c]; -inf for token 0."""
         scores = self._scorer.score(histories, self._vocabulary.tokens(histories.items))
+        scores[:, UNKNOWN] = -np.inf
         return np.take_along_axis(scores, tokens, axis=1)
 
 

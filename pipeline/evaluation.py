@@ -5,7 +5,7 @@ are frozen, the histories grow. With the online cut, the replay of the same log 
 gives the same numbers.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -28,7 +28,7 @@ from pipeline.logcolumns import Log
 from pipeline.measures import HeadMeasures, RankingMeasures, head_measures, ranking_measures, ranks_of
 from pipeline.negatives import Negatives, sample_negatives
 from pipeline.popular import RecentPopularity
-from pipeline.ranking import Ranker, Scored, ignored, ranks_among, slates_of
+from pipeline.ranking import Ranker, Scored, ranks_among, slates_of
 from pipeline.records import EventSchema, Item
 from pipeline.simple_rung import SimpleRung
 from pipeline.slate_measures import SlateMeasures, category_vectors, cooccurrence_vectors, slate_measures
@@ -80,12 +80,11 @@ class Report(msgspec.Struct, frozen=True):
 
 
 def evaluate(artifact: Artifact, log: Log, options: PipelineOptions, asked: EvaluationOptions | None = None,
-             items: Iterable[Item] = (), on_events: Callable[[int], None] = ignored) -> Report:  # fmt: skip
-    """Every measure over the log's events behind the cut.
+             items: Iterable[Item] = ()) -> Report:  # fmt: skip
+    """Every measure over the log's events behind the cut. Raises EvaluationError.
 
     items: what is known of items, also of those that training did not have: the model ranks these by it, and categories
-    tell how varied a slate is. on_events is called with the number of
-    events just ranked: len(rankings) times over all of them. Raises EvaluationError.
+    tell how varied a slate is.
     """
     asked = asked or EvaluationOptions()
     left_out = asked.cut.left_out(log)
@@ -97,7 +96,7 @@ def evaluate(artifact: Artifact, log: Log, options: PipelineOptions, asked: Eval
     catalogue.put(items)
     hstu = HstuRung(artifact, catalogue, options.exclusion, options.device, options.threads)
     rankers = _baselines(artifact, split, options) | {MODEL: hstu}
-    ranks, slates = _ranked(rankers, split, asked, items, on_events)
+    ranks, slates = _ranked(rankers, split, asked, items)
     return Report(
         cut=str(asked.cut),
         candidates="all items" if asked.negatives is None else str(asked.negatives),
@@ -169,18 +168,17 @@ def _baselines(artifact: Artifact, split: Split, options: PipelineOptions) -> di
 
 
 def _ranked(
-    rankers: Mapping[str, Ranker], split: Split, asked: EvaluationOptions, items: list[Item],
-    on_events: Callable[[int], None],
-) -> tuple[dict[str, np.ndarray], dict[str, SlateMeasures]]:  # fmt: skip
+    rankers: Mapping[str, Ranker], split: Split, asked: EvaluationOptions, items: list[Item]
+) -> tuple[dict[str, np.ndarray], dict[str, SlateMeasures]]:
     """Each ranker's ranks, int64 [n], and, among all items, what its slates are like."""
     scored, counts = split.scored, split.counts
     if asked.negatives is not None:
         drawn = sample_negatives(asked.negatives, scored, counts)
-        return {name: ranks_among(ranker, scored, drawn, on_events) for name, ranker in rankers.items()}, {}
+        return {name: ranks_among(ranker, scored, drawn) for name, ranker in rankers.items()}, {}
     vectors = category_vectors(items, split.vocabulary) if items else cooccurrence_vectors(split.known, split.items)
     ranks, measures = {}, {}
     for name, ranker in rankers.items():
-        slates = slates_of(ranker, scored, max(asked.cutoffs), on_events)
+        slates = slates_of(ranker, scored, max(asked.cutoffs))
         ranks[name] = ranks_of(slates, scored.wanted)
         measures[name] = slate_measures(slates[:, : asked.k], counts, vectors)
     return ranks, measures

@@ -4,7 +4,7 @@ The ranker is frozen, the histories grow. All events count: a user's first event
 item that the exclusion keeps off its user's slate is on none.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,17 +18,13 @@ from pipeline.strategy import Ranked
 BATCH_USERS = 256
 
 
-def ignored(count: int) -> None:
-    """Nobody watches."""
-
-
 class Ranker(Protocol):
     """A rung of the ladder that evaluation can ask is one, and so is every baseline."""
 
     def rank(self, histories: Histories, k: int) -> Ranked: ...
 
     def scores(self, histories: Histories, tokens: np.ndarray) -> np.ndarray:
-        """float32 [n, c] of chosen items, int32 [n, c]: a row's higher ones rank earlier; -inf: not known to it."""
+        """float32 [n, c] of chosen items, int32 [n, c]: a row's higher ones come first; -inf: not known, as token 0."""
         ...
 
 
@@ -69,21 +65,15 @@ class Scored:
             yield chosen, self.corpus.before(self.positions[chosen], self.cap_events)
 
 
-def slates_of(ranker: Ranker, scored: Scored, k: int, on_events: Callable[[int], None] = ignored) -> np.ndarray:
-    """int32 [n, k]: the tokens of the k best items of the whole catalogue before each event, 0 where there is none.
-
-    on_events is called with the number of events just ranked.
-    """
+def slates_of(ranker: Ranker, scored: Scored, k: int) -> np.ndarray:
+    """int32 [n, k]: the tokens of the k best items of the whole catalogue before each event, 0 where there is none."""
     slates = np.empty((len(scored), k), np.int32)
     for chosen, histories in scored.batches():
         slates[chosen] = ranker.rank(histories, k).tokens
-        on_events(len(chosen))
     return slates
 
 
-def ranks_among(
-    ranker: Ranker, scored: Scored, negatives: np.ndarray, on_events: Callable[[int], None] = ignored
-) -> np.ndarray:
+def ranks_among(ranker: Ranker, scored: Scored, negatives: np.ndarray) -> np.ndarray:
     """int64 [n]: the place from 1 of each event's item among itself and its negatives, int32 [n, c].
 
     Ties count against the item; 0 where it is not known to the ranker.
@@ -94,7 +84,6 @@ def ranks_among(
         scores = ranker.scores(histories, tokens)
         places = 1 + (scores[:, 1:] >= scores[:, :1]).sum(1)
         ranks[chosen] = np.where(np.isfinite(scores[:, 0]), places, 0)
-        on_events(len(chosen))
     return ranks
 
 

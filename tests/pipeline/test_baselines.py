@@ -70,6 +70,7 @@ def test_chosen_items_are_scored_in_the_order_in_which_the_whole_catalogue_is_ra
     assert shown.sum(1).tolist() == [SIZE - 1 - len({e.item_id for e in part}) for part in
                                      (EVENTS[:7], [], EVENTS[40:41], EVENTS[100:130])]  # fmt: skip
     assert ((scores[:, 1:] <= scores[:, :-1]) | ~shown[:, 1:]).all()
+    assert np.isneginf(ranker.scores(histories, np.zeros((4, 1), np.int32))).all(), "an item outside the vocabulary"
 
 
 @pytest.mark.parametrize("name", ["recent_popularity", "itemknn", "sasrec", "cooccurrence"])
