@@ -22,7 +22,7 @@ class Cut(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     last: Annotated[int, Meta(ge=0)] = 0
 
     def __str__(self) -> str:
-        return f"each user's newest {self.last}" if self.last else f"from {self.share:g} of the events on"
+        return f"each user's newest {self.last}" if self.last else f"all behind {self.share:g} of the log"
 
     def left_out(self, log: Log) -> np.ndarray:
         """bool [n]: the log's events behind the cut."""

@@ -145,7 +145,7 @@ def _check(artifact: Artifact, log: Log, left_out: np.ndarray, cut: Cut) -> str 
     if taught and seen:
         raise EvaluationError(
             f"evaluate: {seen} of the {int(left_out.sum())} events to score ({cut}) taught artifact {artifact.version},"
-            f" which left out others ({taught.cut}); score what it left out, or train with the cut that you score"
+            f" which left out {taught.cut}; score those, or train with the cut that you score"
         )
     if seen is None:
         return f"artifact {artifact.version} may have been taught by events scored here: it is not of this very log"

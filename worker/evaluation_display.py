@@ -12,7 +12,7 @@ def print_report(report: Report) -> None:
 
 
 def _rankings(report: Report) -> Table:
-    scored = f"{report.events:,} events of {report.users:,} users, {report.cut}"
+    scored = f"{report.events:,} events of {report.users:,} users ({report.cut})"
     title = f"{scored}; among {report.candidates}; 95 % intervals over users"
     rows = table("ranking", "at", "hit rate", "NDCG", "MRR", title=title)
     for name, ranking in report.rankings.items():
