@@ -30,7 +30,8 @@ def report(trials: list[Trial], tests: list[Outcome], folder: Path) -> dict[str,
 
 
 def _metrics(tests: list[Outcome]) -> dict[str, float]:
-    """Means over seeds at 10 among all items, and the relative gains of HSTU over SASRec with their intervals."""
+    """Means over seeds at 10 among all items, and the relative gains of HSTU over SASRec with their intervals, unless
+    SASRec has too few hits to divide by."""
     means = {model: _mean_gains(tests, model) for model in CONTENDERS}
     metrics = {
         f"{measure}10_{model}": float(values[:, MEASURES.index(measure)].mean())
@@ -41,7 +42,11 @@ def _metrics(tests: list[Outcome]) -> dict[str, float]:
     samples = resampled_means(np.concatenate([means["hstu"], means["sasrec"]], axis=1), users)
     for measure in ("ndcg", "hr"):
         column = MEASURES.index(measure)
-        low, high = interval(samples[:, column] / samples[:, column + len(MEASURES)] - 1)
+        ours, theirs = samples[:, column], samples[:, column + len(MEASURES)]
+        if not theirs.all():
+            print(f"no gain in {measure}: users were drawn for whom SASRec has no hit at all")
+            continue
+        low, high = interval(ours / theirs - 1)
         gain = metrics[f"{measure}10_hstu"] / metrics[f"{measure}10_sasrec"] - 1
         metrics |= {f"{measure}10_gain": gain, f"{measure}10_gain_ci_low": low, f"{measure}10_gain_ci_high": high}
     return {name: round(float(value), 5) for name, value in metrics.items()}

@@ -74,6 +74,16 @@ def test_a_contender_is_tuned_before_the_cut_and_tested_behind_it(model, setting
         assert trial_of(setting, model, 0).measures.events == 60, "the five newest before those"
 
 
+def test_without_hits_of_the_other_model_there_is_no_relative_gain(tmp_path):
+    tests = [
+        Outcome(model, 0, {}, 1, {"all items": [0 if model == "sasrec" else 1] * 4}, [0, 0, 1, 1], 1.0, "a card")
+        for model in CONTENDERS
+    ]
+    metrics = report([], tests, tmp_path)
+    assert metrics["ndcg10_hstu"] == 1
+    assert not any("gain" in name for name in metrics)
+
+
 def test_the_gain_is_of_means_over_seeds_and_its_interval_is_paired_by_users(tmp_path):
     random, users = np.random.default_rng(0), np.repeat(np.arange(50), 10).tolist()
     tests = []
