@@ -109,11 +109,15 @@ class Task:
     fingerprint: str
 
     @property
+    def vocabulary(self) -> Vocabulary:
+        return self.catalogue.vocabulary
+
+    @property
     def config(self) -> HstuConfig:
         """Of the model; without any record there is no content to read."""
         model = self.options.model
         content_rows = model.content_rows if self.catalogue.version else 0
-        return msgspec.structs.replace(model, items=len(self.catalogue.vocabulary), content_rows=content_rows)
+        return msgspec.structs.replace(model, items=len(self.vocabulary), content_rows=content_rows)
 
     def trainer(self, corpus: Corpus, epochs: int) -> Trainer[Model]:
         """One whose learning rate falls over so many epochs. TrainingError: the corpus has nothing to learn from."""
@@ -137,12 +141,12 @@ class Task:
 
     def items(self, corpus: Corpus) -> KnownItems:
         """What is known of the vocabulary's items when this corpus has taught."""
-        tokens = np.arange(1, len(self.catalogue.vocabulary))
+        tokens = np.arange(1, len(self.vocabulary))
         return KnownItems.of(self.catalogue, tokens, np.bincount(corpus.tokens, minlength=len(tokens) + 1)[1:])
 
     def artifact(self, weights: dict[str, Tensor], corpus: Corpus) -> Artifact:
         """corpus: what the weights were trained on."""
-        item_ids, items = self.catalogue.vocabulary.item_ids[1:], self.items(corpus)
+        item_ids, items = self.vocabulary.item_ids[1:], self.items(corpus)
         return artifacts.draft(self.config, self.pipeline.schema, weights, item_ids, self.counters, items, self.taught)
 
     def ranker(self, weights: dict[str, Tensor]) -> Ranker:

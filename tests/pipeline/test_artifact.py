@@ -91,7 +91,7 @@ def test_an_artifact_trained_on_other_features_asks_for_training(tmp_path: Path)
     folder = saved(tmp_path / "model")
     manifest = msgspec.json.decode((folder / MANIFEST).read_bytes())
     (folder / MANIFEST).write_bytes(msgspec.json.encode(manifest | {"features": "0:cafe"}))
-    with pytest.raises(ArtifactError, match="trained on features 0:cafe, this millrace makes .*; train again"):
+    with pytest.raises(ArtifactError, match=r"trained on features 0:cafe, this millrace makes .*; train again"):
         artifacts.load(folder)
 
 
@@ -99,7 +99,7 @@ def test_weights_that_are_not_of_the_config_are_one_error(tmp_path: Path) -> Non
     model = draft()
     weights = {name: weight for name, weight in model.weights.items() if "rotation" not in name}
     lacking = artifacts.draft(CONFIG, EventSchema(), weights, ITEMS, model.counters)
-    with pytest.raises(ArtifactError, match="its weights are not of its config: .*rotation"):
+    with pytest.raises(ArtifactError, match=r"its weights are not of its config: .*rotation"):
         TorchEncoder(lacking, "cpu")
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from worker.commands.arguments import cutoffs, positive, seed, share
 from worker.commands.config import add_config
-from worker.commands.layout import add_layout, read_events
+from worker.commands.layout import add_items, add_layout, read_events, read_records
 
 if TYPE_CHECKING:
     from pipeline.evaluation import EvaluationOptions
@@ -36,6 +36,7 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument("--negatives-by", choices=["uniform", "popularity"], default="uniform", help="how often drawn")
     parser.add_argument("--seed", type=seed, default=0, help="of the negatives and the intervals (default 0)")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the numbers as JSON")
+    add_items(parser)
     add_layout(parser)
     add_config(parser)
 
@@ -56,7 +57,7 @@ def run(args: Namespace) -> int:
     options = pipeline_options(loaded)
     artifact = load(args.artifact)
     artifact.check_schema(options.schema)
-    report = evaluate(artifact, read_events(args, options.schema), options, asked)
+    report = evaluate(artifact, read_events(args, options.schema), options, asked, read_records(args))
     if report.warning:
         print(f"millrace evaluate: WARNING: {report.warning}", file=sys.stderr)
     print_report(report)

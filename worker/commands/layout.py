@@ -1,12 +1,13 @@
-"""How to read a recorded log: the options that train, evaluate and replay share, and the whole log as columns."""
+"""How to read a recorded log and its items: the options that commands share, and all of it as they want it."""
 
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pipeline.logcolumns import Log
     from pipeline.logfile import Layout
-    from pipeline.records import EventSchema
+    from pipeline.records import EventSchema, Item
 
 
 def add_layout(parser: ArgumentParser) -> None:
@@ -18,6 +19,20 @@ def add_layout(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--separator", metavar="TEXT", help="between columns (default: tab, '::' or comma)")
     parser.add_argument("--action", help="the action of every event, where the log has none (default: rate)")
+
+
+def add_items(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--items", type=Path, metavar="FILE", help="items' records: JSON lines as the items topic holds them, or text"
+        " with a header line; known are title, text, category, brand, price, created_ms, tags",
+    )  # fmt: skip
+
+
+def read_records(args: Namespace) -> "list[Item]":
+    """All of `args.items`; none when it is not given. LogFileError when a record is none."""
+    from pipeline.itemfile import read_items
+
+    return read_items(args.items) if args.items else []
 
 
 def layout_of(args: Namespace) -> "Layout":

@@ -7,6 +7,7 @@ beside the artifact, from which --resume goes on exactly.
 
 examples:
   millrace train log.jsonl.gz --out artifact
+  millrace train shop/events.jsonl --items shop/items.jsonl --out artifact
   millrace train ratings.tsv --columns user,item,value,ts --out artifact --epochs 60 --layers 3
   millrace train clicks.csv --columns user,item --action click --out artifact --leave-out 10
 """
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from worker.commands.arguments import positive, rate, seed
 from worker.commands.config import add_config
-from worker.commands.layout import add_layout, read_events
+from worker.commands.layout import add_items, add_layout, read_events, read_records
 
 if TYPE_CHECKING:
     from pipeline.training import TrainingOptions
@@ -55,6 +56,7 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint beside ARTIFACT")
     for name, (kind, text) in (TRAINER | MODEL).items():
         parser.add_argument(f"--{name}", type=kind, metavar="N" if kind in (int, seed) else "X", help=text)
+    add_items(parser)
     add_layout(parser)
     add_config(parser)
 
@@ -74,7 +76,7 @@ def run(args: Namespace) -> int:
     log = read_events(args, pipeline.schema)
     with TrainingDisplay(Console()) as display:
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        manifest = train(log, args.out, options, pipeline, display, created, args.resume)
+        manifest = train(log, args.out, options, pipeline, display, created, args.resume, read_records(args))
     Console(soft_wrap=True).print(
         f"{args.out}: version {manifest.version}, hit rate@10 {manifest.metrics['validation_hit_rate']:.4f} on the"
         f" latest events before the cut, epoch {manifest.metrics['epoch']:.0f} of {manifest.metrics['epochs']:.0f}"
