@@ -5,6 +5,8 @@ a real broker and the worker, one slate an event; in the end every ring and ever
 simulated log: trained the same way but as SHOP_MODEL says, measured by `millrace evaluate`, whose numbers are the
 replay's.
 
+Rows name the model by its options of `millrace train` that are not the defaults.
+
 usage: python -m tests.benchmarks.replay [--epochs N] [--simulated-events 200000]
 """
 
@@ -42,18 +44,18 @@ def millrace(*arguments: object) -> None:
     subprocess.run([sys.executable, "-m", "worker.cli", *map(str, arguments)], check=True)
 
 
-async def through_kafka(artifact: Path, folder: Path, console: Console) -> Report:
+async def through_kafka(artifact: Path, folder: Path, console: Console) -> tuple[Report, int]:
+    """What the replay reports, and how many rings are the oracle's."""
     settings = config.load(None, {"MILLRACE__SEQUENCES__CAP_EVENTS": str(CAP_EVENTS)})
     settings = replaced(settings, pipeline=replaced(settings.pipeline, artifact=str(artifact)))
     with LocalKafka(folder / "kafka") as kafka, LocalValkey(folder / "valkey") as valkey:
         task = Replay(LOG, folder / "slates.jsonl", kafka=kafka.bootstrap, redis=valkey.url)
         report = await replay(settings, task, console)
-        await check(kafka.bootstrap, valkey.url)
-    return report
+        return report, await check(kafka.bootstrap, valkey.url)
 
 
-async def check(bootstrap: str, redis_url: str) -> None:
-    """AssertionError unless every ring is the oracle's byte for byte, and every event is answered in order."""
+async def check(bootstrap: str, redis_url: str) -> int:
+    """The number of rings. AssertionError unless all are the oracle's byte for byte and every event is answered."""
     oracle, slates = Oracle("events", CAP_EVENTS), []
     async for record in every_record(bootstrap, "events"):
         oracle.feed(record.partition, record.offset, msgspec.json.decode(record.value))
@@ -64,6 +66,7 @@ async def check(bootstrap: str, redis_url: str) -> None:
     async for record in every_record(bootstrap, "recommendations"):
         slates.append(msgspec.json.decode(record.value))
     oracle.check_slates(slates)
+    return len(stored)
 
 
 async def every_record(bootstrap: str, topic: str):
@@ -101,8 +104,9 @@ def main() -> None:
     with TemporaryDirectory(prefix="millrace-replay-") as name:
         folder = Path(name)
         millrace("train", LOG, "--out", folder / "artifact", *training)
-        real = asyncio.run(through_kafka(folder / "artifact", folder, Console()))
+        real, rings = asyncio.run(through_kafka(folder / "artifact", folder, Console()))
         shop = simulated(args.simulated_events, folder, [*SHOP_MODEL, *training])
+    assert real.rungs == {"hstu": real.slates}, f"other rungs answered, too: {real.rungs}"
     metrics = {
         "hit_rate_hstu": real.hit_rates["slate"],
         "hit_rate_cooccurrence": real.hit_rates["cooccurrence"],
@@ -113,8 +117,11 @@ def main() -> None:
         "slates": real.slates,
         "lost": real.lost,
     }
-    row = {"log": "ml-100k", **{f"hit_rate_{name}": rate for name, rate in real.hit_rates.items()}}
-    rows: list[dict[str, results.Cell]] = [row | {"events_per_s": real.events_per_s}, {"log": "simulated", **shop}]
+    rates = {f"hit_rate_{name}": rate for name, rate in real.hit_rates.items()}
+    rows: list[dict[str, results.Cell]] = [
+        {"log": "ml-100k", "model": "", "rings_equal": rings, **rates, "events_per_s": real.events_per_s},
+        {"log": "simulated", "model": " ".join(map(str, SHOP_MODEL)), **shop},
+    ]
     Console().print(metrics, f"written: {results.write('replay', metrics, rows)}")
 
 
