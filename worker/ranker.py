@@ -19,7 +19,7 @@ from worker.errors import ConfigError
 from worker.seams import Arrival, Batch, Clock, Entry
 
 log = logging.get("ranker")
-SERVED_USERS = 128  # so many slates tell two models' mean overlap to 0.01 (one slate's standard deviation: 0.11)
+SERVED_USERS = 64  # their mean overlap with a model's slates is within 0.03 (one slate's standard deviation: 0.11)
 Served = tuple[bytes, list[SlateItem]]  # a ring, and the model's answer to it
 T = TypeVar("T")
 
