@@ -184,7 +184,7 @@ def _profile(histories: Histories, since_ms: np.ndarray, starts: np.ndarray, fac
         "item_age": np.where((created_ms > 0) & (age_ms >= 0), 1 + bucket_seconds(np.maximum(age_ms, 0) // 60_000), 0),
         "price_fit": _level(price - window.means(price, price > 0), price > 0),
         "value_fit": _level(value - usual_value, value > 0),
-        "action_share": _share((window.repeats_of_few(histories.actions) + 1) / window.lengths),
+        "action_share": _share((window.repeats(histories.actions) + 1) / window.lengths),
         "usual_value": _share(usual_value / 65535),
         "usual_gap": _usual_gap(window, since_ms, np.arange(len(starts)) > starts),
         "novelty": _share(window.sums(repeats == 0) / window.lengths),

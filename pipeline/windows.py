@@ -43,15 +43,6 @@ class Windows:
             counts[begin:end] = _repeats(names[begin:end], users, self._begins[begin:end] - begin)
         return counts
 
-    def repeats_of_few(self, codes: np.ndarray) -> np.ndarray:
-        """As `repeats`, int32 [total], of codes uint8 [total] of which only some kinds occur: a running count a kind, no
-        sort (eight kinds, 32,768 events: 1 ms, sorted 4 ms of one core)."""
-        kinds = np.flatnonzero(np.bincount(codes, minlength=256))
-        running = np.zeros((len(kinds), len(codes) + 1), np.int32)
-        np.cumsum(codes == kinds[:, None], axis=1, out=running[:, 1:], dtype=np.int32)
-        kind = np.searchsorted(kinds, codes)
-        return running[kind, np.arange(len(codes))] - running[kind, self._begins]
-
     def _chunks(self):
         """Ranges of users that a sort key has room for; one user with more events than that is alone."""
         first, users = 0, len(self._offsets) - 1

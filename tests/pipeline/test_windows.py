@@ -24,7 +24,6 @@ def test_repetitions_are_those_of_the_users_own_window(histories: list[list[int]
     names, offsets = packed(histories)
     wanted = [before(each, place, size).count(name) for each in histories for place, name in enumerate(each)]
     assert Windows(offsets, size).repeats(names * np.uint64(0x9E3779B97F4A7C15)).tolist() == wanted
-    assert Windows(offsets, size).repeats_of_few((names * 50).astype(np.uint8)).tolist() == wanted
 
 
 @settings(deadline=None)
