@@ -1,11 +1,12 @@
 """Twenty models exchanged under a steady load, everything real and on the same cores: broker, Valkey, load, consumer.
 
-The load is half of what the same worker reached on a filled topic in this run. Two models of one log, trained from two
-seeds, take turns behind a symlink, each judged as any new artifact is. A slate's latency runs from its event's creation
-to a consumer's hands. During: events created between a turn of the symlink and AFTER_S after the first slate of the new
-model, so the wait for the next look, loading and judging are all in it. Before: BEFORE_S without a turn.
+The load is half of what the same worker reached in this run on a topic with one event of every user. Two models of one
+log, trained from two seeds, take turns behind a symlink, each judged as any new artifact is. A slate's latency runs
+from its event's creation to a consumer's hands. During: events created between a turn of the symlink and AFTER_S after
+the first slate of the new model, so the wait for the next look, loading and judging are all in it. Before: BEFORE_S
+without a turn.
 
-usage: python -m tests.benchmarks.swap [--swaps 20] [--events 60000] [--users 20000]
+usage: python -m tests.benchmarks.swap [--swaps 20] [--users 60000]
 """
 
 import argparse
@@ -165,7 +166,7 @@ async def lost(stage: Stage) -> int:
     return missing
 
 
-async def measure(swaps: int, events: int, users: int) -> None:
+async def measure(swaps: int, users: int) -> None:
     with stage() as set_up:
         first, second = make_models(set_up.folder)
         link = set_up.folder / "current"
@@ -176,7 +177,7 @@ async def measure(swaps: int, events: int, users: int) -> None:
             "PIPELINE__ARTIFACT": link, "PIPELINE__THREADS": 1, "PIPELINE__FOLLOW_S": FOLLOW_S
         }  # fmt: skip
         await fill_rings(set_up, shoppers, settings)
-        most, _ = await throughput(set_up, "most", WORKER, settings, shoppers.events(), events)
+        most, _ = await throughput(set_up, "most", WORKER, settings, shoppers.events(), users)
         turns = [model for model, _ in zip(cycle([second, first]), range(swaps), strict=False)]
         heard, began_ms, done = await under_load(set_up, settings, shoppers, most / 2, link, turns)
         missing = await lost(set_up)
@@ -214,10 +215,9 @@ def report(heard: Heard, began_ms: float, swaps: list[Swap], missing: int, rate:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--swaps", type=int, default=20)
-    parser.add_argument("--events", type=int, default=60_000, help="of the run that measures the greatest rate")
-    parser.add_argument("--users", type=int, default=20_000)
+    parser.add_argument("--users", type=int, default=60_000)
     args = parser.parse_args()
-    asyncio.run(measure(args.swaps, args.events, args.users))
+    asyncio.run(measure(args.swaps, args.users))
 
 
 if __name__ == "__main__":
