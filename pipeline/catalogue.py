@@ -54,11 +54,11 @@ class Catalogue:
         items = list(items)
         self.vocabulary.admit(item.item_id for item in items)
         self._reserve(len(self.vocabulary))
-        self.version += 1
         tokens = [self.vocabulary.token(item.item_id) for item in items]
         for token, item in zip(tokens, items, strict=True):
             if token:  # a full vocabulary knows no token for it
                 self._put(token, item)
+        self.version += 1  # at the end: a reader in another thread that has seen it has seen all that it counts
         return np.unique(np.array([token for token in tokens if token], np.int64))
 
     def facts(self, tokens: np.ndarray) -> Facts:
@@ -96,7 +96,7 @@ class Catalogue:
         self._columns["price_codes"][token] = encode_value(item.price)
         self._columns["categories"][token] = 1 + (_hash(CATEGORY, item.category[0]) >> 2) if item.category else 0
         self._columns["created_ms"][token] = item.created_ms or 0
-        self._columns["changed"][token] = self.version
+        self._columns["changed"][token] = self.version + 1
 
     def _reserve(self, tokens: int) -> None:
         self._words += [NOTHING] * (tokens - len(self._words))
