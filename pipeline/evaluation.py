@@ -21,9 +21,10 @@ from pipeline.corpus import Corpus
 from pipeline.counters import without_neighbours
 from pipeline.cut import Cut
 from pipeline.errors import EvaluationError
-from pipeline.heads import TASKS, labels_of
+from pipeline.head_odds import odds_of
 from pipeline.hstu_rung import HstuRung
 from pipeline.itemknn import ItemKnn, ItemKnnOptions
+from pipeline.labels import TASKS, labels_of
 from pipeline.logcolumns import Log
 from pipeline.measures import HeadMeasures, RankingMeasures, head_measures, ranking_measures, ranks_of
 from pipeline.negatives import Negatives, sample_negatives
@@ -34,6 +35,7 @@ from pipeline.simple_rung import SimpleRung
 from pipeline.slate_measures import SlateMeasures, category_vectors, cooccurrence_vectors, slate_measures
 from pipeline.unified import PipelineOptions, frozen_counters
 from pipeline.vocabulary import UNKNOWN, Vocabulary
+from pipeline.worth import Weighed
 
 SLATE_ITEMS = 10
 COLD = 5  # an item with fewer training events, a user with fewer earlier events, is cold
@@ -66,7 +68,10 @@ class Ranking(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """`millrace evaluate`'s JSON. warning: why the numbers may be too good, or None."""
+    """`millrace evaluate`'s JSON.
+
+    worth: of the model's slates, see worth.py, empty among negatives; warning: why the numbers may be too good, or None
+    """
 
     cut: str
     candidates: str
@@ -76,6 +81,7 @@ class Report(msgspec.Struct, frozen=True):
     users: int
     rankings: dict[str, Ranking]
     heads: dict[str, HeadMeasures]
+    worth: dict[str, float]
     warning: str | None
 
 
@@ -94,8 +100,9 @@ def evaluate(artifact: Artifact, log: Log, options: PipelineOptions, asked: Eval
     catalogue, items = Catalogue(vocabulary), list(items)
     artifact.inform(catalogue)
     catalogue.put(items)
-    hstu = HstuRung(artifact, catalogue, options.exclusion, options.device, options.threads)
-    rankers = _baselines(artifact, split, options) | {MODEL: hstu}
+    hstu = HstuRung(artifact, catalogue, options.exclusion, options.device, options.threads, options.rerank)
+    weighed = Weighed(hstu, asked.k)
+    rankers = _baselines(artifact, split, options) | {MODEL: weighed}
     ranks, slates = _ranked(rankers, split, asked, items)
     return Report(
         cut=str(asked.cut),
@@ -106,6 +113,7 @@ def evaluate(artifact: Artifact, log: Log, options: PipelineOptions, asked: Eval
         users=len(np.unique(split.scored.users)),
         rankings=_rankings(ranks, slates, split, asked),
         heads=measure_heads(hstu, split.scored, options.schema),
+        worth=weighed.means(),
         warning=warning,
     )
 
@@ -207,9 +215,6 @@ def measure_heads(hstu: HstuRung, scored: Scored, schema: EventSchema) -> dict[s
     """The heads' odds of each event's item, asked just before the event, against what the event turned out to be."""
     corpus = scored.corpus
     asked = Scored(corpus, scored.positions[scored.lengths > 0], scored.cap_events)
-    end_ms = int(corpus.histories.ts_ms.max(initial=0))
-    labels = labels_of(corpus.histories, schema, end_ms)[asked.positions - 1]  # [n, 3]
-    odds = np.empty(labels.shape, np.float32)
-    for chosen, histories in asked.batches():
-        odds[chosen] = hstu.odds(histories, asked.wanted[chosen, None])[:, 0]
+    labels = labels_of(corpus.histories, schema, int(corpus.histories.ts_ms.max(initial=0)))[asked.positions - 1]
+    odds = odds_of(hstu, asked)
     return {task: head_measures(odds[:, i], labels[:, i]) for i, task in enumerate(TASKS)}

@@ -125,26 +125,29 @@ class Hstu(nn.Module):
     def forward(self, items: Tensor, codes: Tensor, layout: Layout, last: bool = False) -> Tensor:
         """items: unit vectors [total, width], codes: int [total, FEATURES] -> unit states [total, width]; `last`:
         [users, width]."""
-        codes = codes[:, self.columns]
-        kept = self._kept(codes)
-        x = self.rotation(items)
-        if self.config.strength:
-            x = x * self.log_strength(codes, per_sample_weights=kept).clamp(-STRENGTH_CAP, STRENGTH_CAP).exp()
-        x = F.dropout(x + self.feature_embedding(codes, per_sample_weights=kept), self.config.dropout, self.training)
+        x = F.dropout(self.event_rows(items, codes), self.config.dropout, self.training)
         top = len(self.layers) - 1
         for number, layer in enumerate(self.layers):
             x = layer(x, layout, last and number == top)
         return F.normalize(x, dim=-1, eps=self.config.eps)
+
+    def event_rows(self, items: Tensor, codes: Tensor) -> Tensor:
+        """What each event is by itself, [total, width]: its item, turned, by its strength, and its features."""
+        codes = codes[:, self.columns]
+        rows, kept = self.rotation(items), self._kept(codes)
+        if self.config.strength:
+            rows = rows * self.log_strength(codes, per_sample_weights=kept).clamp(-STRENGTH_CAP, STRENGTH_CAP).exp()
+        return rows + self.feature_embedding(codes, per_sample_weights=kept)
+
+    def scorer(self, vectors: Tensor) -> Tensor:
+        """Items' unit vectors [n, width] over the temperature: dot products are logits within +-1/temperature."""
+        return vectors / self.config.temperature
 
     def _kept(self, codes: Tensor) -> Tensor | None:
         """float [total, columns]: in training some columns of some events are left out, the others count for them."""
         if not (self.training and self.config.column_dropout):
             return None
         return F.dropout(torch.ones(codes.shape, device=codes.device), self.config.column_dropout)
-
-    def scorer(self, vectors: Tensor) -> Tensor:
-        """Items' unit vectors [n, width] over the temperature: dot products are logits within +-1/temperature."""
-        return vectors / self.config.temperature
 
 
 def _by_head(x: Tensor, heads: int) -> Tensor:

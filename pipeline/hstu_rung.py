@@ -12,10 +12,14 @@ from pipeline.catalogue import Catalogue
 from pipeline.exclusion import Exclusion
 from pipeline.features import Inputs, inputs_of
 from pipeline.records import Histories
+from pipeline.rerank import Rerank, blended, logs_of
 from pipeline.retrieval import Retrieval
+from pipeline.rhythm import newest_rhythm
 from pipeline.strategy import Ranked
 from pipeline.tablerows import TableRows
 from pipeline.vocabulary import UNKNOWN
+
+NOT_RERANKED = Rerank()
 
 
 class HstuRung:
@@ -27,8 +31,9 @@ class HstuRung:
     name = "hstu"
 
     def __init__(
-        self, artifact: Artifact, catalogue: Catalogue, exclusion: Exclusion, device: str = "auto", threads: int = 0
-    ) -> None:
+        self, artifact: Artifact, catalogue: Catalogue, exclusion: Exclusion, device: str = "auto", threads: int = 0,
+        rerank: Rerank = NOT_RERANKED,
+    ) -> None:  # fmt: skip
         """The catalogue's vocabulary has the artifact's items, in any order. Others are known by their records, those
         without one are unknown to the model.
 
@@ -40,29 +45,39 @@ class HstuRung:
         self._table, self._items, self._version = TableRows(catalogue.vocabulary, artifact.item_ids), artifact.items, 0
         popular = np.argsort(-artifact.counters["popularity"], kind="stable")
         self._popular = self._rows_of(artifact.counters["items"][popular])
+        self._rerank = rerank
+        self._value(self._values_of(artifact))
+
+    @property
+    def max_events(self) -> int:
+        """The newest events that the model reads."""
+        return self._encoder.max_events
 
     def rank(self, histories: Histories, k: int) -> Ranked:
         start = time.perf_counter()
         self._learn()
         inputs, excluded = self._inputs(histories), self._exclusion.mask(histories)
         pairs = histories.users[excluded], inputs.tokens[excluded]
-        inputs = inputs.tail(self._encoder.max_events)
+        inputs, visits = inputs.tail(self.max_events), newest_rhythm(histories)
         featured = time.perf_counter()
         states = self._encoder.encode(inputs)
         encoded = time.perf_counter()
-        rows, scores = self._retrieval.top_k(states, *pairs, k)
+        rows, scores = self._retrieval.top_k(states, *pairs, self._rerank.fetched(k))
         source = self._fill_empty(histories, rows, scores)
-        heads = self._encoder.heads(states, rows)
+        heads = self._encoder.heads(states, inputs, visits, rows)
+        if self._rerank.is_on:
+            rows, scores, heads = self._reranked(rows, scores, heads, histories.lengths == 0)
         ranked = time.perf_counter()
         times_ms = 1e3 * np.diff([start, featured, encoded, ranked])
-        return Ranked(self._table.tokens(rows), scores, heads, source, *times_ms.tolist())
+        answer = Ranked(self._table.tokens(rows), scores, heads, source, *times_ms.tolist(), values=self._values[rows])
+        return answer.first(k)
 
     def scores(self, histories: Histories, tokens: np.ndarray) -> np.ndarray:
         """float32 [n, c] of chosen items, int32 [n, c]: a row's higher ones rank earlier; -inf: the model knows none.
 
         A user without events has what was popular in the training log, as in `rank`.
         """
-        states = self._states(histories)
+        _, states = self._encoded(histories)
         rows = self._table.rows(tokens)
         items = self._encoder.table[torch.from_numpy(rows).to(self._encoder.device)]
         logits = torch.einsum("nd,ncd->nc", states, items).cpu().numpy()
@@ -75,12 +90,14 @@ class HstuRung:
 
     def odds(self, histories: Histories, tokens: np.ndarray) -> np.ndarray:
         """What the heads say of these items, int32 [n, k], as each user's next: float32 [n, k, 3]."""
-        states = self._states(histories)
-        return self._encoder.heads(states, self._table.rows(tokens))
+        inputs, states = self._encoded(histories)
+        return self._encoder.heads(states, inputs, newest_rhythm(histories), self._table.rows(tokens))
 
-    def _states(self, histories: Histories) -> Tensor:
+    def _encoded(self, histories: Histories) -> tuple[Inputs, Tensor]:
+        """What the model reads of the histories, and its states, [n, width]."""
         self._learn()
-        return self._encoder.encode(self._inputs(histories).tail(self._encoder.max_events))
+        inputs = self._inputs(histories).tail(self.max_events)
+        return inputs, self._encoder.encode(inputs)
 
     def _inputs(self, histories: Histories) -> Inputs:
         """Of whole histories; a token is a row of the model's table."""
@@ -98,6 +115,27 @@ class HstuRung:
             self._encoder.extend(self._items.of_new(self._catalogue, new))
             self._table.extend(new)
             self._retrieval = Retrieval(self._encoder.table)
+            self._value(np.append(self._values, np.zeros(len(new), np.float32)))
+
+    def _value(self, values: np.ndarray) -> None:
+        """values: float32 [rows of the table], 0 = unknown"""
+        self._values, self._log_values = values, logs_of(values)
+
+    def _values_of(self, artifact: Artifact) -> np.ndarray:
+        """float32 [rows of the table]; an artifact that tells none knows no item's value."""
+        values = np.zeros(len(self._encoder.table), np.float32)
+        values[self._rows_of(artifact.counters["items"])] = artifact.counters.get("values", 0)
+        values[UNKNOWN] = 0
+        return values
+
+    def _reranked(
+        self, rows: np.ndarray, scores: np.ndarray, odds: np.ndarray, empty: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The same, in the order of the shop's wishes; popular items stay as they are."""
+        wanted = np.where(empty[:, None], scores, blended(scores, odds, self._log_values[rows], self._rerank))
+        order = np.argsort(-wanted, axis=1, kind="stable")
+        rows, wanted = (np.take_along_axis(column, order, axis=1) for column in (rows, wanted))
+        return rows, wanted, np.take_along_axis(odds, order[..., None], axis=1)
 
     def _rows_of(self, hashes: np.ndarray) -> np.ndarray:
         """uint64 [n] item hashes -> int32 [n] rows of the model's table"""

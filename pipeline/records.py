@@ -136,6 +136,11 @@ def encode_value(value: float | None) -> int:
     return 0 if value is None else 1 + min(65534, round(math.log1p(value) * VALUE_STEPS))
 
 
+def decode_values(codes: np.ndarray) -> np.ndarray:
+    """float64: the values of encode_value's codes, uint16; 0 where one is missing."""
+    return np.where(codes > 0, np.expm1((codes.astype(np.float64) - 1) / VALUE_STEPS), 0.0)
+
+
 class EventPacker:
     """Packs events into their 24 ring bytes. An action outside the schema is a KeyError: check it before."""
 

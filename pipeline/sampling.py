@@ -11,6 +11,7 @@ import numpy as np
 from pipeline.catalogue import EMPTY, Catalogue
 from pipeline.corpus import Corpus
 from pipeline.features import Inputs, inputs_of, ranges
+from pipeline.rhythm import rhythm
 from pipeline.vocabulary import UNKNOWN
 
 
@@ -22,13 +23,15 @@ class Examples:
     successors: int32, the token of the user's next event; 0 where there is none
     asked:      bool, the retrieval is trained here: the successor is known and (unless repeats count) new to the user,
                 for what the user has touched before is excluded in service
-    labels:     float32 [total, 3], see heads.labels_of
+    labels:     float32 [total, 3], see labels.labels_of
+    rhythm:     float32 [total, RHYTHMS], see rhythm.rhythm
     """
 
     inputs: Inputs
     successors: np.ndarray
     asked: np.ndarray
     labels: np.ndarray
+    rhythm: np.ndarray
 
     @classmethod
     def of(cls, corpus: Corpus, labels: np.ndarray, repeats: bool, catalogue: Catalogue = EMPTY) -> "Examples":
@@ -38,7 +41,7 @@ class Examples:
         if not repeats:
             asked[:-1] &= corpus.is_new[1:]
         inputs = inputs_of(corpus.histories, corpus.tokens, np.iinfo(np.int32).max, catalogue.facts(corpus.tokens))
-        return cls(inputs, successors, asked, labels)
+        return cls(inputs, successors, asked, labels, rhythm(corpus.histories, np.arange(len(corpus))))
 
     def shares(self, items: int) -> np.ndarray:
         """float64 [items]: each token's share of the targets."""
@@ -58,6 +61,7 @@ class TrainingBatch:
     inputs: Inputs
     successors: np.ndarray
     labels: np.ndarray
+    rhythm: np.ndarray
     asked: np.ndarray
     seen: tuple[np.ndarray, np.ndarray]
 
@@ -97,7 +101,8 @@ def batch_of(examples: Examples, starts: np.ndarray, lengths: np.ndarray, unknow
     seen = _seen(tokens, offsets, asked)
     shown = np.where(random.random(len(tokens)) < unknown_share, UNKNOWN, tokens).astype(np.int32)
     inputs = Inputs(shown, whole.codes[index], whole.seconds[index], offsets)
-    return TrainingBatch(inputs, examples.successors[index], examples.labels[index], asked, seen)
+    successors, labels, rhythms = examples.successors[index], examples.labels[index], examples.rhythm[index]
+    return TrainingBatch(inputs, successors, labels, rhythms, asked, seen)
 
 
 def _seen(tokens: np.ndarray, offsets: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

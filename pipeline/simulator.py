@@ -9,81 +9,40 @@ passed over. What is done with it depends on taste, quality and price.
 Truth goes with every event, worked out before it is drawn. It is that of the slate which the user's preceding event
 asks for: was the item among the ten likeliest, given the hidden state after that event, and only the chance that the
 session is over; the items of the user's last EXCLUDED_EVENTS are excluded, as in serving. With it go the probabilities
-of engagement, return and monetization, by the label definitions of pipeline/heads.py.
+of engagement, return and monetization, by the label definitions of pipeline/labels.py.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from copy import deepcopy
+from typing import Protocol
 
 import numpy as np
 
 from pipeline.records import Event, Item
-from pipeline.simulator_choice import ACTIONS, CART, DWELL_SIGMA, PURCHASE, SKIP, Choices, States, outcomes
-from pipeline.simulator_world import DAY_MS, PRICE_LEVELS, SimulatorConfig, World, item_id
+from pipeline.simulator_choice import ACTIONS, CART, DWELL_SIGMA, PURCHASE, SKIP, Choices, States, outcomes, taken
+from pipeline.simulator_users import DEVICES, Recent, Users, distinct_topics
+from pipeline.simulator_world import DAY_MS, SimulatorConfig, World, item_id
 
 WEEK = np.array([0.9, 0.9, 0.95, 1.0, 1.15, 1.2, 0.9])  # activity by day of the week
-MEMORY = 128  # items that a user passes over: their last ones
 EXCLUDED_EVENTS = 512  # what serving excludes: the default of sequences.cap_events
 HOUR_MS = 3_600_000
 TOP = 10
 MAX_SESSION_EVENTS = 40
 USUAL_ENGAGED = 0.3  # share of events: a session above it was a good one
-DEVICES = ("mobile", "desktop", "tablet")
 COLUMNS = ("ts_ms", "user", "item", "action", "dwell_ms", "position", "hit", "engaged", "monetized", "returned")
 Columns = dict[str, np.ndarray]
 
 
-@dataclass(slots=True)
-class Recent:
-    """The users' last items. items: int32 [users, size], -1 = none; counts: int64 [users]."""
+class Shelf(Protocol):
+    """Where the shop shows slates, and learns what became of them (closed_loop.py)."""
 
-    items: np.ndarray
-    counts: np.ndarray
+    def slates(self, users: np.ndarray) -> np.ndarray:
+        """int [n, k]: the items shown to each of these users, best first, -1 = none."""
+        ...
 
-    @classmethod
-    def of(cls, users: int, size: int) -> "Recent":
-        return cls(np.full((users, size), -1, np.int32), np.zeros(users, np.int64))
-
-    def remember(self, who: np.ndarray, items: np.ndarray) -> None:
-        self.items[who, self.counts[who] % self.items.shape[1]] = items
-        self.counts[who] += 1
-
-
-@dataclass(slots=True)
-class Users:
-    """interests: int [users, k] topics; taste: float [users, k], their weights; hour: float, of the day;
-    last, action, topic: of the last event the item, what was done with it and the intent, -1 = none."""
-
-    interests: np.ndarray
-    taste: np.ndarray
-    level: np.ndarray
-    hour: np.ndarray
-    activity: np.ndarray
-    usual: np.ndarray
-    device: np.ndarray
-    last: np.ndarray
-    action: np.ndarray
-    topic: np.ndarray
-    seen: Recent
-
-    @classmethod
-    def of(cls, config: SimulatorConfig, dice: np.random.Generator) -> "Users":
-        n = config.users
-        activity = dice.lognormal(0, config.activity_sigma, n)
-        activity *= _scale(activity, config.events / (n * config.days * config.session_events))
-        return cls(
-            interests=_distinct_topics(config, dice, n),
-            taste=dice.dirichlet(np.full(config.interests, 1.5), n),
-            level=dice.integers(PRICE_LEVELS, size=n),
-            hour=dice.normal(17, 3, n),
-            activity=activity,
-            usual=activity.copy(),
-            device=dice.choice(len(DEVICES), size=n, p=[0.6, 0.3, 0.1]),
-            last=np.full(n, -1),
-            action=np.full(n, -1),
-            topic=np.full(n, -1),
-            seen=Recent.of(n, MEMORY),
-        )
+    def record(self, step: Columns) -> None:
+        """A step's events, one a user."""
+        ...
 
 
 class Simulator:
@@ -106,11 +65,21 @@ class Simulator:
     def items(self) -> list[Item]:
         return self.world.records()
 
+    def fork(self, seed: int) -> "Simulator":
+        """The same shop and the same users at the same day, with a future of its own."""
+        other = deepcopy(self)
+        other._dice = np.random.default_rng([self.config.seed, 4, seed])
+        return other
+
+    @property
+    def devices(self) -> np.ndarray:  # int [users], of DEVICES
+        return self._users.device
+
     def chunks(self) -> Iterator[tuple[list[Event], Columns]]:
         """A day's events at a time."""
         made, day, held = 0, 0, {name: np.empty(0) for name in COLUMNS}
         while made < self.config.events:
-            today = self._day(day, with_hits=made >= self._truth_from * self.config.events)
+            today = self.day(day, with_hits=made >= self._truth_from * self.config.events)
             columns = {name: np.concatenate([held[name].astype(today[name].dtype), today[name]]) for name in COLUMNS}
             due = columns["ts_ms"] < self.config.start_ms + (day + 1) * DAY_MS
             order = self._in_order(columns, np.flatnonzero(due))[: self.config.events - made]
@@ -119,12 +88,12 @@ class Simulator:
             chunk = {name: column[order] for name, column in columns.items()}
             yield self._events(chunk), {name: chunk[name] for name in COLUMNS[-4:]}
 
-    def _day(self, day: int, with_hits: bool) -> Columns:
-        """All sessions that begin this day."""
+    def day(self, day: int, with_hits: bool = False, shelf: Shelf | None = None) -> Columns:
+        """All sessions that begin this day, in no order. With a shelf, users take from its slates by config.follow."""
         config, users = self.config, self._users
         self._drift()
         active = np.flatnonzero(self._dice.random(config.users) < -np.expm1(-users.activity * WEEK[day % 7]))
-        walk = _Walk(self, active, Choices(self.world, self._trend, day), day)
+        walk = _Walk(self, active, Choices(self.world, self._trend, day), day, shelf)
         steps = list(walk.steps(with_hits)) or [_no_events()]
         columns = {name: np.concatenate([step[name] for step in steps]) for name in COLUMNS[:-1]}
         users.last[active], users.action[active], users.topic[active] = walk.last, walk.action, walk.topic
@@ -144,7 +113,7 @@ class Simulator:
         place = dice.integers(config.interests, size=len(who))
         old = users.interests[who, place]
         near = (old + config.categories * dice.integers(1, 5, size=len(who))) % config.topics  # of the same category
-        new = np.where(dice.random(len(who)) < 0.5, near, _distinct_topics(config, dice, len(who))[:, 0])
+        new = np.where(dice.random(len(who)) < 0.5, near, distinct_topics(config, dice, len(who))[:, 0])
         known = (users.interests[who] == new[:, None]).any(axis=1)
         users.interests[who, place] = np.where(known, old, new)
 
@@ -175,9 +144,11 @@ class Simulator:
 class _Walk:
     """A day's sessions, all at the same step."""
 
-    def __init__(self, simulator: Simulator, active: np.ndarray, choices: Choices, day: int) -> None:
+    def __init__(
+        self, simulator: Simulator, active: np.ndarray, choices: Choices, day: int, shelf: Shelf | None
+    ) -> None:
         self._sim, self._dice, self._users = simulator, simulator._dice, simulator._users
-        self._active, self._choices = active, choices
+        self._active, self._choices, self._shelf = active, choices, shelf
         n, config = len(active), simulator.config
         hour = np.clip(self._dice.normal(self._users.hour[active], 2.0), 0, 23.99)
         self._ts_ms = config.start_ms + day * DAY_MS + (hour * HOUR_MS).astype(np.int64)
@@ -191,7 +162,10 @@ class _Walk:
         while rows.size:
             likely = self._likeliest(rows) if with_hits else None
             states = self._states(rows, self._users.seen)
-            yield self._step(rows, states.over(self.events[rows] == 0), likely)
+            step = self._step(rows, states.over(self.events[rows] == 0), likely)
+            if self._shelf is not None:
+                self._shelf.record(step)
+            yield step
             rows = rows[self.events[rows] < self._lengths[rows]]
 
     def _states(self, rows: np.ndarray, passed: Recent) -> States:
@@ -213,7 +187,7 @@ class _Walk:
 
     def _step(self, rows: np.ndarray, states: States, likely: np.ndarray | None) -> Columns:
         dice, config, world, who = self._dice, self._sim.config, self._sim.world, self._active[rows]
-        item, topic = self._choices.draw(dice, states)
+        item, topic = self._next(rows, states)
         bought = (states.action == CART) & (dice.random(len(rows)) < config.checkout)
         item, topic = np.where(bought, states.last, item), np.where(bought, states.topic, topic)
         odds = outcomes(world, states, item)
@@ -241,20 +215,15 @@ class _Walk:
         self.engaged_events[rows] += columns["engaged"]
         return columns
 
-
-def _distinct_topics(config: SimulatorConfig, dice: np.random.Generator, rows: int) -> np.ndarray:
-    """int [rows, interests]: topics drawn without repetition, the popular ones more often (Gumbel's trick)."""
-    fame = -config.topic_zipf * np.log(1 + np.arange(config.topics))
-    return np.argsort(-(fame + dice.gumbel(size=(rows, config.topics))), axis=1)[:, : config.interests]
-
-
-def _scale(activity: np.ndarray, wanted: float) -> float:
-    """The factor that makes the mean probability of a session a day what is wanted (at most a half)."""
-    low, high = 0.0, 1e6
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if -np.expm1(-middle * activity).mean() < min(wanted, 0.5) else (low, middle)
-    return low
+    def _next(self, rows: np.ndarray, states: States) -> tuple[np.ndarray, np.ndarray]:
+        """Items and intents: the user's own way, or from the slate, whose item's topic is the intent then."""
+        item, topic = self._choices.draw(self._dice, states)
+        if self._shelf is None:
+            return item, topic
+        world, config = self._sim.world, self._sim.config
+        offered = taken(self._dice, world, states, self._shelf.slates(self._active[rows]))
+        follows = (self._dice.random(len(rows)) < config.follow) & (offered >= 0)
+        return np.where(follows, offered, item), np.where(follows, world.topic[offered], topic)
 
 
 def user_id(number: int) -> str:

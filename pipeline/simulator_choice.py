@@ -150,16 +150,34 @@ class Outcomes:
     dwell_log_ms: np.ndarray
 
 
+def appeal(world: World, states: States, items: np.ndarray) -> np.ndarray:
+    """How much users in these states care for these items: int [n, k] -> float [n, k], about -2 to 3."""
+    wanted = states.interests[:, :, None] == world.topic[items][:, None]  # [n, interests, k]
+    liking = (states.taste[:, :, None] * wanted).sum(axis=1)  # 0..1
+    fit = FIT[np.abs(states.level[:, None] - world.level[items])]
+    return -0.9 + 2.0 * liking + 0.8 * world.quality[items] + 0.9 * (fit - 0.5)
+
+
+def taken(dice: np.random.Generator, world: World, states: States, slates: np.ndarray) -> np.ndarray:
+    """What users take from the slates they are shown: int [n, k] items, -1 = none -> int [n], -1 from an empty slate.
+
+    An item is seen with probability 1 / rank (position bias), and of those seen one is taken by exp(appeal).
+    """
+    seen = 1 / np.arange(1, slates.shape[1] + 1)
+    weights = seen * np.exp(appeal(world, states, slates)) * (slates >= 0)
+    upto = np.cumsum(weights, axis=1)
+    places = (dice.random(len(slates))[:, None] * upto[:, -1:] >= upto[:, :-1]).sum(axis=1)
+    return slates[np.arange(len(slates)), places]
+
+
 def outcomes(world: World, states: States, items: np.ndarray) -> Outcomes:
-    """What users in these states do with these items."""
-    liking = (states.taste * (states.interests == world.topic[items][:, None])).sum(axis=1)  # [n] 0..1
-    fit = FIT[np.abs(states.level - world.level[items])]
-    appeal = -0.9 + 2.0 * liking + 0.8 * world.quality[items] + 0.9 * (fit - 0.5)
-    skip, rest = 0.4 * _sigmoid(-2 * appeal), 1 - 0.4 * _sigmoid(-2 * appeal)
-    cart, like = rest * 0.3 * _sigmoid(1.5 * appeal - 1.2), rest * 0.3 * _sigmoid(1.5 * appeal - 0.3)
+    """What users in these states do with these items, int [n]."""
+    cares = appeal(world, states, items[:, None])[:, 0]
+    skip, rest = 0.4 * _sigmoid(-2 * cares), 1 - 0.4 * _sigmoid(-2 * cares)
+    cart, like = rest * 0.3 * _sigmoid(1.5 * cares - 1.2), rest * 0.3 * _sigmoid(1.5 * cares - 0.3)
     browse = rest - cart - like
     actions = np.stack([0.6 * browse, 0.4 * browse, like, cart, np.zeros_like(cart), skip], axis=1)
-    dwell_log_ms = log(8_000) + 0.6 * appeal
+    dwell_log_ms = log(8_000) + 0.6 * cares
     long = _sigmoid(1.702 * (dwell_log_ms - log(LONG_DWELL_MS)) / DWELL_SIGMA)  # of a normal's tail, within 0.01
     return Outcomes(actions, like + cart + browse * long, cart, dwell_log_ms)
 

@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 
 from pipeline.corpus import Corpus, place_of_share
-from pipeline.heads import TASKS, labels_of
+from pipeline.labels import TASKS, labels_of
 from pipeline.logfile import read_columns, write_log
 from pipeline.measures import HeadMeasures, head_measures
 from pipeline.records import EventSchema

@@ -49,6 +49,7 @@ class SimulatorConfig(msgspec.Struct, frozen=True):
     sequels: tuple[float, ...] = (0.35, 0.45, 0.5, 0.05, 0.05, 0.05)  # by last action (ACTIONS): goes to a sequel
     complements: tuple[float, ...] = (0.0, 0.0, 0.05, 0.5, 0.6, 0.0)  # by last action: goes to a complement
     checkout: Share = 0.4  # carts that are bought at once
+    follow: Share = 0.5  # where slates are shown: a user's next event is taken from the slate
 
 
 @dataclass(slots=True)

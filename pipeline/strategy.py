@@ -4,8 +4,8 @@ A rung that raises is left out for a while, then probed by one batch; meanwhile 
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -21,7 +21,10 @@ class Ranked:
 
     tokens: int32 [n, k]; scores: float32 [n, k]; heads: float32 [n, k, 3] engagement, retention, monetization, or None
     source: object array of str [n, k] or one name for all
+    values: float32 [n, k], what each item usually brings, 0 = unknown; None: the rung does not know
     """
+
+    COLUMNS: ClassVar = ("tokens", "scores", "heads", "source", "values")
 
     tokens: np.ndarray
     scores: np.ndarray
@@ -30,6 +33,14 @@ class Ranked:
     features_ms: float = 0.0
     encode_ms: float = 0.0
     rank_ms: float = 0.0
+    values: np.ndarray | None = None
+
+    def first(self, k: int) -> "Ranked":
+        """The first k ranks."""
+        if self.tokens.shape[1] <= k:
+            return self
+        cut = {name: column[:, :k] for name in self.COLUMNS if isinstance(column := getattr(self, name), np.ndarray)}
+        return replace(self, **cut)
 
 
 class Rung(Protocol):

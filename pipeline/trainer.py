@@ -19,14 +19,19 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from pipeline.contents import Contents
-from pipeline.heads import Heads, head_loss
+from pipeline.heads import Context, Heads, Newest, head_losses
 from pipeline.hstu import Hstu, HstuConfig
 from pipeline.jagged import Layout
+from pipeline.labels import TASKS
 from pipeline.losses import Candidates, next_item_loss, sample_candidates
 from pipeline.sampling import Examples, TrainingBatch, batch_of, batches, crops
+from pipeline.vocabulary import UNKNOWN
+from pipeline.weighting import Name, weighting_of
 
 Positive = Annotated[int, Meta(gt=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
+Weight = Annotated[float, Meta(ge=0)]
+TASTE_RATE = 4.0  # its learning rate by the encoder's: a few hundred steps must do
 FLOOR = 0.05  # of the learning rate: where the cosine ends
 
 
@@ -43,41 +48,61 @@ class TrainerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     clip_norm: Annotated[float, Meta(gt=0)] = 1.0
     cold_share: Share = 0.1  # items taken as new in a batch: their contents learn to stand in for them
     unknown_share: Share = 0.05  # input items made unknown: the model learns what to do with items new in service
+    head_weights: tuple[Weight, Weight, Weight] = (1.0, 1.0, 1.0)  # of their losses, by labels.TASKS; retrieval: 1
+    weighting: Name = "fixed"  # how the weights change while training, see weighting.py
     repeats: bool = False  # train to retrieve items the user has touched before: only if serving does not exclude them
 
 
 class Trainable(nn.Module, ABC):
-    """What a Trainer trains."""
+    """What a Trainer trains. tasks: how many losses it has beside the retrieval's."""
+
+    tasks = 0
 
     @abstractmethod
     def losses(self, batch: TrainingBatch, shares: np.ndarray, random: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Of the retrieval, a scalar in nats a row, and of the side tasks, weighted [tasks]: their sum is minimised.
+        """Of the retrieval, a scalar in nats a row, and of the side tasks, [tasks].
 
         shares: float64 [items], see Examples.shares; random: draws the candidates.
         """
+
+    def rates(self) -> list[tuple[nn.Module, float]]:
+        """Its parts, each with its learning rate as a multiple of the options'."""
+        return [(self, 1.0)]
 
 
 class Model(Trainable):
     """What is trained together and saved together."""
 
+    tasks = len(TASKS)
+
     def __init__(self, config: HstuConfig, contents: Contents | None = None, cold_share: float = 0.0) -> None:
         """contents: of the item table's rows; cold_share: of the items of a batch, taken as new where there are any."""
         super().__init__()
-        self.hstu, self.heads = Hstu(config), Heads(config.width)
+        self.hstu, self.heads = Hstu(config), Heads(config.items, config.width)
         self.hstu.items.contents = contents
-        self._cold_share = cold_share
+        self._cold_share = cold_share if contents is not None else 0.0
 
     def losses(self, batch: TrainingBatch, shares: np.ndarray, random: np.random.Generator) -> tuple[Tensor, Tensor]:
         """See Trainable."""
         hstu, inputs, targets = self.hstu, batch.inputs, batch.successors[batch.asked]
         device = hstu.rotation.weight.device
         candidates = sample_candidates(targets, shares, random)
-        items = _Items.of(hstu, batch, candidates, random.random(len(shares)) < self._cold_share)
-        codes, asked, labels = (torch.from_numpy(c).to(device) for c in (inputs.codes, batch.asked, batch.labels))
+        cold = random.random(len(shares)) < self._cold_share
+        items = _Items.of(hstu, batch, candidates, cold)
+        known = np.where(cold[batch.successors], UNKNOWN, batch.successors)  # to the heads, too, they are new
+        codes, asked, known, labels, rhythm = (
+            torch.from_numpy(column).to(device)
+            for column in (inputs.codes, batch.asked, known, batch.labels, batch.rhythm)
+        )
         states = hstu(items.of_events, codes, Layout.of(inputs, device))  # [total, width]
         loss = next_item_loss(states[asked], hstu.scorer(items.of_candidates), targets, batch.seen, candidates)
-        logits = self.heads(states, items.of_successors[:, None])[:, 0]  # [total, 3]
-        return loss, head_loss(logits, labels)[None]
+        newest = Newest.of_every_row(inputs.offsets, device)
+        context = Context(hstu.event_rows(items.of_events, codes), items.of_events, newest, rhythm)
+        logits = self.heads(states, known[:, None], items.of_successors[:, None], context)
+        return loss, head_losses(logits[:, 0], labels)
+
+    def rates(self) -> list[tuple[nn.Module, float]]:
+        return [(self.hstu, 1.0), (self.heads.taste, TASTE_RATE), (self.heads.visits, 1.0)]
 
 
 @dataclass(slots=True)
@@ -116,8 +141,11 @@ class Trainer(Generic[M]):
         self.options, self.examples, self.epochs_done = options, examples, 0
         with _seeded(options.seed, 0):
             self.model = build().to(device)
+        self._weighting = weighting_of(options.weighting, options.head_weights[: self.model.tasks]).to(device)
+        groups = [{"params": list(part.parameters()), "rate": rate} for part, rate in self.model.rates()]
+        groups.append({"params": list(self._weighting.parameters()), "rate": 1.0, "weight_decay": 0.0})
         self._optimizer = torch.optim.AdamW(
-            self.model.parameters(), options.learning_rate, betas=(0.9, 0.98), weight_decay=options.weight_decay
+            groups, options.learning_rate, betas=(0.9, 0.98), weight_decay=options.weight_decay
         )
         self._shares = examples.shares(items)
 
@@ -134,24 +162,27 @@ class Trainer(Generic[M]):
                 batch = batch_of(self.examples, *part, self.options.unknown_share, random)
                 self._schedule(self.epochs_done + done / len(parts))
                 losses.append(self._step(batch, random))
-                on_batch(losses[-1], done + 1, len(parts))
+                on_batch(losses[-1][0].item(), done + 1, len(parts))
+        means = torch.stack(losses).mean(dim=0)
+        self._weighting.epoch_ended(means[1:])
         self.epochs_done += 1
-        return float(np.mean(losses))
+        return means[0].item()
 
     def weights(self) -> dict[str, Tensor]:
         """A copy of the model's weights, as an artifact keeps them."""
         return {name: weight.detach().cpu().clone() for name, weight in self.model.state_dict().items()}
 
     def state(self) -> dict[str, Tensor]:
-        """Everything `restore` needs: the weights, the optimizer's moments, the epochs done."""
+        """Everything `restore` needs: the weights, the losses' weighting, the optimizer's moments, the epochs done."""
         moments = self._optimizer.state_dict()["state"]
         state = {f"model.{name}": weight for name, weight in self.weights().items()}
+        state |= {f"weighting.{name}": value for name, value in self._weighting.state_dict().items()}
         state |= {f"optimizer.{i}.{name}": value for i, slots in moments.items() for name, value in slots.items()}
         return state | {"epochs_done": torch.tensor(self.epochs_done)}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        prefix = "model."
-        self.model.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+        self.model.load_state_dict(_below("model.", state))
+        self._weighting.load_state_dict(_below("weighting.", state))
         moments: dict[int, dict[str, Tensor]] = {}
         for key, value in state.items():
             if key.startswith("optimizer."):
@@ -160,21 +191,26 @@ class Trainer(Generic[M]):
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": moments})
         self.epochs_done = int(state["epochs_done"])
 
-    def _step(self, batch: TrainingBatch, random: np.random.Generator) -> float:
-        loss, of_sides = self.model.losses(batch, self._shares, random)
-        total = loss + of_sides.sum()
+    def _step(self, batch: TrainingBatch, random: np.random.Generator) -> Tensor:
+        """The losses before this step, [1 + tasks]: of the retrieval, then of the side tasks."""
+        loss, of_tasks = self.model.losses(batch, self._shares, random)
+        total = loss + self._weighting(of_tasks)
         self._optimizer.zero_grad(set_to_none=True)
         total.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
         self._optimizer.step()
-        return loss.item()
+        return torch.cat([loss.detach()[None], of_tasks.detach()])
 
     def _schedule(self, epochs: float) -> None:
         done = epochs / self.options.epochs
         warm = min(1.0, (done + 1e-3) / max(self.options.warmup_share, 1e-3))
         cosine = FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
         for group in self._optimizer.param_groups:
-            group["lr"] = self.options.learning_rate * warm * cosine
+            group["lr"] = group["rate"] * self.options.learning_rate * warm * cosine
+
+
+def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 @contextmanager

@@ -26,18 +26,20 @@ from pipeline.catalogue import Catalogue
 from pipeline.corpus import Corpus
 from pipeline.cut import DEFAULT_SHARE, Cut, Taught
 from pipeline.errors import TrainingError
-from pipeline.heads import labels_of
+from pipeline.head_odds import calibrated, unlearnt_labels
 from pipeline.hstu import HstuConfig
 from pipeline.hstu_rung import HstuRung
 from pipeline.known_items import KnownItems
+from pipeline.labels import labels_of
 from pipeline.logcolumns import Log
 from pipeline.measures import RankingMeasures
-from pipeline.ranking import Ranker, Scored, measure
+from pipeline.ranking import Scored, measure
 from pipeline.records import Item
 from pipeline.sampling import Examples
 from pipeline.trainer import Model, Positive, Share, Trainer, TrainerOptions
 from pipeline.unified import PipelineOptions, new_counters
 from pipeline.vocabulary import Vocabulary
+from pipeline.worth import item_values
 
 K = 10
 
@@ -88,6 +90,7 @@ class Notes(msgspec.Struct):
 
     task: str
     reports: list[EpochReport]
+    calibration: list[tuple[float, float]] = []  # of the best epoch's heads
     refitting: bool = False  # all reports are in, the checkpoint is of the training anew
 
 
@@ -103,7 +106,8 @@ class Task:
     catalogue: Catalogue
     known: Corpus
     fit: Corpus
-    judged: Scored  # of `known`
+    validation: np.ndarray  # bool [total] of `known`
+    judged: Scored  # of the validation slice
     counters: dict[str, np.ndarray]
     taught: Taught
     fingerprint: str
@@ -149,7 +153,7 @@ class Task:
         item_ids, items = self.vocabulary.item_ids[1:], self.items(corpus)
         return artifacts.draft(self.config, self.pipeline.schema, weights, item_ids, self.counters, items, self.taught)
 
-    def ranker(self, weights: dict[str, Tensor]) -> Ranker:
+    def ranker(self, weights: dict[str, Tensor]) -> HstuRung:
         """The model with these weights, as it will serve."""
         artifact, options = self.artifact(weights, self.fit), self.pipeline
         return HstuRung(artifact, self.catalogue, options.exclusion, options.device, options.threads)
@@ -169,8 +173,11 @@ def train(log: Log, out: Path, options: TrainingOptions, pipeline: PipelineOptio
     path = out.with_name(f"{out.name}.checkpoint.safetensors")
     saved = _restored(path, task) if resume else None
     notes, weights = _optimise(task, path, observer, saved)
+    if not notes.calibration:
+        notes.calibration = _calibration(task, weights)
     if options.refit:
         weights = _refit(task, path, observer, notes, saved)
+    weights["heads.calibration"] = torch.tensor(notes.calibration)
     best = _best(notes.reports)
     metrics = {
         "epoch": float(best.epoch), "epochs": float(len(notes.reports)), "loss": best.loss,
@@ -194,14 +201,17 @@ def prepare(log: Log, options: TrainingOptions, pipeline: PipelineOptions, items
         catalogue.put(records)
     counters = new_counters(pipeline, vocabulary)
     counters.observe(known.histories, known.histories.lengths)
+    tokens = vocabulary.tokens(counters.state()["items"])
+    values = item_values(known.histories, known.tokens, pipeline.schema, len(vocabulary))[tokens]
     return Task(
         options=options,
         pipeline=pipeline,
         catalogue=catalogue,
         known=known,
         fit=fit,
+        validation=validation[known.places],
         judged=_judged(known, validation[known.places], options),
-        counters=counters.state(),
+        counters=counters.state() | {"values": values},
         taught=Taught.of(options.cut, known_log),
         fingerprint=_fingerprint(known, catalogue, options, pipeline),
     )
@@ -243,6 +253,12 @@ def _optimise(task: Task, path: Path, observer: Observer, saved: Saved | None) -
         checkpoint.save(path, tensors, notes)
         observer.epoch(notes.reports[-1], best)
     return notes, best_weights
+
+
+def _calibration(task: Task, weights: dict[str, Tensor]) -> list[tuple[float, float]]:
+    """Of the judged model: the one that is trained anew has learnt from all labels, so it takes over these."""
+    labels = unlearnt_labels(task.known, task.fit, task.validation, task.pipeline.schema)
+    return calibrated(task.ranker(weights), task.known, labels, task.options.trainer.seed)
 
 
 def _refit(task: Task, path: Path, observer: Observer, notes: Notes, saved: Saved | None) -> dict[str, Tensor]:

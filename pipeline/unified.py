@@ -20,6 +20,7 @@ from pipeline.catalogue import Catalogue
 from pipeline.counters import Counters
 from pipeline.exclusion import Exclusion
 from pipeline.records import Event, EventSchema, Histories, Item, SlateItem
+from pipeline.rerank import Rerank
 from pipeline.simple_rung import SimpleRung
 from pipeline.strategy import LADDER, Ladder, Ranked, Rung
 from pipeline.vocabulary import Vocabulary
@@ -33,6 +34,7 @@ class PipelineOptions(msgspec.Struct, frozen=True):
 
     schema: EventSchema = EventSchema()
     exclusion: Exclusion = Exclusion()
+    rerank: Rerank = Rerank()
     half_life_days: float = 30.0
     neighbours: int = 64
     window_events: int = 10
@@ -50,10 +52,14 @@ class Recommendation(msgspec.Struct, frozen=True):
 
 @dataclass(slots=True)
 class Answer:
-    """A batch's recommendations, in the order of its users, with the milliseconds the batch took by stage."""
+    """A batch's recommendations, in the order of its users, with the milliseconds the batch took by stage.
+
+    ranked: the same as columns
+    """
 
     rows: list[list[SlateItem]]
     strategy: str
+    ranked: Ranked
     features_ms: float
     encode_ms: float
     rank_ms: float
@@ -163,7 +169,7 @@ class Pipeline:
         start = time.perf_counter()
         rows = _slate_items(ranked, self.vocabulary.item_ids)
         rank_ms = ranked.rank_ms + 1e3 * (time.perf_counter() - start)
-        return Answer(rows, rung.name, ranked.features_ms, ranked.encode_ms, rank_ms)
+        return Answer(rows, rung.name, ranked, ranked.features_ms, ranked.encode_ms, rank_ms)
 
     def _check(self, histories: list[list[Event]], k: int, strategy: str | None) -> None:
         if k < 1:
@@ -179,7 +185,7 @@ def rung_of(artifact: "Artifact", catalogue: Catalogue, options: PipelineOptions
     """The artifact's model on a catalogue whose vocabulary has its items; ArtifactError where it had no room."""
     from pipeline.hstu_rung import HstuRung
 
-    return HstuRung(artifact, catalogue, options.exclusion, options.device, options.threads)
+    return HstuRung(artifact, catalogue, options.exclusion, options.device, options.threads, options.rerank)
 
 
 def new_counters(options: PipelineOptions, vocabulary: Vocabulary) -> Counters:

@@ -11,12 +11,14 @@ from pipeline.records import EventSchema
 
 CREATED = "2026-01-01T00:00:00+00:00"
 TABLE = "hstu.items.embedding.weight"  # [1 + items, width]
+BIAS = "heads.taste.item_bias.weight"  # [1 + items, 2]
 
 
 def renumbered(artifact: Artifact) -> Artifact:
     """The same model with its items in the opposite order: another version, the same slates."""
-    table = artifact.weights[TABLE]
-    weights = artifact.weights | {TABLE: torch.cat([table[:1], table[1:].flip(0)])}
+    tables = {name: artifact.weights[name] for name in (TABLE, BIAS)}
+    turned = {name: torch.cat([rows[:1], rows[1:].flip(0)]) for name, rows in tables.items()}
+    weights = artifact.weights | turned
     return Artifact(artifact.manifest, weights, artifact.item_ids[::-1], artifact.counters, artifact.items)
 
 

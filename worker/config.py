@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Meta, Struct, field
 
 from pipeline.records import EventSchema
+from pipeline.rerank import Rerank
 from worker.errors import ConfigError
 
 Positive = Annotated[int, Meta(gt=0)]
@@ -139,6 +140,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     dead_letters: DeadLetters = field(default_factory=DeadLetters)
     health: Health = field(default_factory=Health)
     log: Log = field(default_factory=Log)
+    rerank: Rerank = field(default_factory=Rerank)
     serve: Serve = field(default_factory=Serve)
 
     @property

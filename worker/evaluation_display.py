@@ -8,7 +8,7 @@ from worker.terminal import show, table
 
 
 def print_report(report: Report) -> None:
-    show(_rankings(report), _slates(report), _heads(report))
+    show(_rankings(report), _slates(report), _heads(report), *([_worth(report)] if report.worth else []))
 
 
 def _rankings(report: Report) -> Table:
@@ -42,6 +42,12 @@ def _heads(report: Report) -> Table:
     for name, head in report.heads.items():
         measures = (head.positive_share, head.auc, head.log_loss, head.ece)
         rows.add_row(name, f"{head.labels:,}", *map(_number, measures))
+    return rows
+
+
+def _worth(report: Report) -> Table:
+    rows = table(*(f"expected {name}" for name in report.worth), title=f"of a slate of {report.k} by {MODEL}")
+    rows.add_row(*map(_number, report.worth.values()))
     return rows
 
 

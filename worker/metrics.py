@@ -26,3 +26,5 @@ LAG = Gauge("millrace_lag_records", "Records beyond the last polled one", ["topi
 LAG_SECONDS = Gauge("millrace_lag_seconds", "Age of the oldest unsettled event since its poll")
 MODEL = Gauge("millrace_model_info", "The serving artifact", ["version"])
 SWAPS = Counter("millrace_model_swaps_total", "New artifacts that were adopted or refused while serving", ["outcome"])
+VALUED_SLATES = Counter("millrace_valued_slates_total", "Slates whose model told what they are worth")
+WORTH = Counter("millrace_slate_worth_total", "What those slates are worth, see pipeline/worth.py", ["measure"])

@@ -11,8 +11,9 @@ import numpy as np
 from pipeline.exclusion import Exclusion
 from pipeline.records import Covers, Histories, Latency, Slate, SlateItem
 from pipeline.simple_rung import SimpleRung
-from pipeline.strategy import Rung
+from pipeline.strategy import Ranked, Rung
 from pipeline.unified import Answer, Pipeline, PipelineOptions
+from pipeline.worth import MEASURES, worth
 from worker import logging, metrics
 from worker.config import Config
 from worker.errors import ConfigError
@@ -86,6 +87,7 @@ class Ranker:
         metrics.BATCH_USERS.observe(len(batch.entries))
         for stage in ("features", "encode", "rank"):
             metrics.STAGE_SECONDS.labels(stage).observe(getattr(answer, f"{stage}_ms") / 1e3)
+        _count_worth(answer.ranked)
         rows = zip(batch.entries, answer.rows, lengths, strict=True)
         return [self._slate(batch, entry, answer, items[:k]) for entry, items, k in rows]
 
@@ -102,6 +104,15 @@ class Ranker:
         return Slate(
             entry.user_id, items, answer.strategy, self.pipeline.version, _covers(entry), self._clock.now_ms(), latency
         )
+
+
+def _count_worth(ranked: Ranked) -> None:
+    measures = worth(ranked, ranked.tokens.shape[1])
+    if measures is None:
+        return
+    metrics.VALUED_SLATES.inc(len(measures))
+    for name, total in zip(MEASURES, measures.sum(axis=0).tolist(), strict=True):
+        metrics.WORTH.labels(name).inc(total)
 
 
 def _covers(entry: Entry) -> Covers:
@@ -125,6 +136,7 @@ def pipeline_options(config: Config) -> PipelineOptions:
     return PipelineOptions(
         config.schema,
         exclusion,
+        config.rerank,
         config.counters.half_life_days,
         config.counters.neighbours,
         config.counters.window_events,

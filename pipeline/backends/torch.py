@@ -6,12 +6,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.artifact import Artifact
+from pipeline.calibration import check
 from pipeline.contents import Contents
 from pipeline.errors import ArtifactError
-from pipeline.features import Inputs
-from pipeline.heads import Heads
+from pipeline.features import FEATURES, Inputs
+from pipeline.heads import RECENT, Context, Heads, Newest
 from pipeline.hstu import Hstu
 from pipeline.jagged import Layout
+from pipeline.vocabulary import UNKNOWN
 
 
 class TorchEncoder:
@@ -25,9 +27,10 @@ class TorchEncoder:
             torch.set_num_threads(threads)
         self.device = device_of(device)
         with torch.device("meta"):  # no weights are drawn at random only to be replaced
-            self._hstu, self._heads = Hstu(artifact.config), Heads(artifact.config.width)
+            self._hstu, self._heads = Hstu(artifact.config), Heads(artifact.config.items, artifact.config.width)
         for module, name in ((self._hstu, "hstu"), (self._heads, "heads")):
             _load(module, artifact, name)
+        check(self._heads.calibration.numpy(), artifact.version)
         for module in (self._hstu, self._heads):
             module.eval().requires_grad_(False).to(self.device)
         self._hstu.items.contents = artifact.items.contents()
@@ -48,16 +51,29 @@ class TorchEncoder:
         return states
 
     @torch.inference_mode()
-    def heads(self, states: Tensor, tokens: np.ndarray) -> np.ndarray:
-        """Probabilities by heads.TASKS, float32 [n, k, 3], of items int32 [n, k] being next."""
-        items = F.embedding(torch.from_numpy(tokens).to(self.device), self._vectors)
-        return self._heads(states, items).sigmoid().cpu().numpy()
+    def heads(self, states: Tensor, inputs: Inputs, rhythm: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Probabilities by labels.TASKS, float32 [n, k, 3], of items int32 [n, k] being next.
+
+        states: of `encode(inputs)`; rhythm: float32 [n, RHYTHMS] at each user's newest event
+        """
+        asked = torch.from_numpy(tokens).to(self.device)
+        context = self._context(inputs.tail(RECENT), torch.from_numpy(rhythm).to(self.device))
+        logits = self._heads(states, asked, F.embedding(asked, self._vectors), context)
+        return self._heads.odds(logits).cpu().numpy()
 
     @torch.inference_mode()
     def extend(self, contents: Contents) -> None:
         """Rows at the table's end for items that came after training, by what is known of them."""
         self._vectors = torch.cat([self._vectors, self._hstu.items.new(contents.to(self.device))])
         self.table = self._hstu.scorer(self._vectors)
+
+    def _context(self, inputs: Inputs, rhythm: Tensor) -> Context:
+        # One row more: a place to look where a batch has no events at all.
+        tokens = torch.from_numpy(np.append(inputs.tokens, UNKNOWN)).to(self.device)
+        codes = torch.from_numpy(np.concatenate([inputs.codes, np.zeros_like(inputs.codes, shape=(1, FEATURES))]))
+        items = F.embedding(tokens, self._vectors)
+        rows = self._hstu.event_rows(items, codes.to(self.device))
+        return Context(rows, items, Newest.of(inputs.offsets, self.device), rhythm)
 
 
 def _load(module: nn.Module, artifact: Artifact, name: str) -> None:

@@ -1,80 +1,113 @@
 import numpy as np
-import pytest
 import torch
+from torch import Tensor
 
-from pipeline.heads import LOSS_WEIGHTS, Heads, head_loss, labels_of
-from pipeline.records import Event, EventSchema, Histories
+from pipeline.heads import RECENT, Context, Heads, Newest, head_losses
+from pipeline.rhythm import RHYTHMS
 
-SCHEMA = EventSchema()
-MINUTE_MS, DAY_MS = 60_000, 86_400_000
-
-
-def labels(*users: list[Event], end_ms: int = 1 << 45) -> list[list[float]]:
-    return labels_of(Histories.from_events(users, SCHEMA), SCHEMA, end_ms).tolist()
+ITEMS, WIDTH = 20, 8
+CPU = torch.device("cpu")
 
 
-def event(ts_ms: int, action: str = "view", user: str = "u", **more: float) -> Event:
-    return Event(user, "i", action, ts_ms, **more)  # pyright: ignore[reportArgumentType] - value or dwell_ms
+def heads_of(seed: int = 0) -> Heads:
+    torch.manual_seed(seed)
+    heads = Heads(ITEMS, WIDTH).eval()
+    torch.nn.init.normal_(heads.taste.item_bias.weight)
+    return heads
 
 
-@pytest.mark.parametrize(
-    ("following", "engaged"),
-    [
-        (event(2, "view"), 0),
-        (event(2, "like"), 1),
-        (event(2, "purchase"), 1),
-        (event(2, "view", dwell_ms=29_900), 0),
-        (event(2, "view", dwell_ms=30_000), 1),
-        (event(2, "rate", value=3.0), 0),
-        (event(2, "rate", value=4.0), 1),
-        (event(2, "view", value=100.0), 0),
-    ],
-)
-def test_engagement_is_what_the_next_event_was(following: Event, engaged: int) -> None:
-    assert labels([event(1, "purchase"), following])[0][0] == engaged
+def units(*shape: int) -> Tensor:
+    return torch.nn.functional.normalize(torch.randn(*shape, WIDTH), dim=-1)
 
 
-def test_monetization_is_a_cart_or_a_purchase_next() -> None:
-    history = [event(1), event(2, "cart"), event(3, "like"), event(4, "purchase")]
-    assert [row[2] for row in labels(history)[:3]] == [1, 0, 1]
-
-
-def test_retention_is_a_new_session_within_seven_days_of_the_next_event() -> None:
-    first = [event(0), event(MINUTE_MS)]
-    assert labels([*first, event(31 * MINUTE_MS)])[0][1] == 1
-    assert labels([*first, event(30 * MINUTE_MS)])[0][1] == 0, "a gap of 29 minutes is the same session"
-    assert labels([*first, event(MINUTE_MS + 7 * DAY_MS)])[0][1] == 1
-    assert labels([*first, event(MINUTE_MS + 7 * DAY_MS + 1)])[0][1] == 0
-
-
-def test_a_return_is_unknown_while_the_log_does_not_show_the_whole_horizon() -> None:
-    history, whole = [event(0), event(MINUTE_MS), event(40 * MINUTE_MS)], MINUTE_MS + 7 * DAY_MS
-    assert np.isnan(labels(history, end_ms=whole - 1)[0][1]), "even if it shows a return"
-    assert labels(history, end_ms=whole)[0][1] == 1
-    assert labels(history[:2], end_ms=whole)[0][1] == 0
-
-
-def test_one_users_events_are_not_anothers_future() -> None:
-    rows = labels([event(0)], [event(60 * MINUTE_MS, "purchase", "v"), event(60 * MINUTE_MS + 1, user="v")])
-    assert np.isnan(rows[0]).all()
-    assert np.isnan(rows[2]).all()
-    assert rows[1] == [0, 0, 0]
+def context_of(lengths: list[int], newest: Newest | None = None) -> Context:
+    offsets, rows = np.cumsum([0, *lengths]), sum(lengths)
+    newest = newest or Newest.of(offsets, CPU)
+    return Context(torch.randn(rows + 1, WIDTH), units(rows + 1), newest, torch.rand(len(newest.rows), RHYTHMS))
 
 
 def test_unknown_labels_do_not_count_in_the_loss() -> None:
     logits = torch.zeros(4, 3, requires_grad=True)
     known = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
     padded = torch.cat([known, torch.full((2, 3), torch.nan)])
-    assert head_loss(logits, padded).item() == pytest.approx(head_loss(logits[:2], known).item())
-    head_loss(logits, padded).backward()
+    torch.testing.assert_close(head_losses(logits, padded), torch.full((3,), np.log(2).item()))
+    head_losses(logits, padded).sum().backward()
     assert logits.grad is not None
     assert (logits.grad[2:] == 0).all()
-    assert head_loss(logits, padded).item() == pytest.approx(np.log(2) * sum(LOSS_WEIGHTS))
+    torch.testing.assert_close(head_losses(logits, torch.full((4, 3), torch.nan)), torch.zeros(3))
 
 
-def test_each_item_of_a_slate_has_its_own_odds() -> None:
-    torch.manual_seed(0)
-    heads, states, items = Heads(8), torch.randn(3, 8), torch.randn(3, 5, 8)
-    together = heads(states, items)
+def test_each_item_of_a_slate_and_each_user_of_a_batch_has_its_own_odds() -> None:
+    heads, context = heads_of(), context_of([3, 40, 1])
+    states, items, tokens = torch.randn(3, WIDTH), units(3, 5), torch.randint(ITEMS, (3, 5))
+    together = heads(states, tokens, items, context)
     assert together.shape == (3, 5, 3)
-    torch.testing.assert_close(heads(states[1:2], items[1:2, 4:5])[0, 0], together[1, 4])
+    rows = Newest(context.newest.rows[1:2], context.newest.outside[1:2])
+    alone = Context(context.events, context.items, rows, context.rhythm[1:2])
+    torch.testing.assert_close(heads(states[1:2], tokens[1:2, 4:], items[1:2, 4:], alone)[0, 0], together[1, 4])
+
+
+def test_the_newest_events_are_named_newest_first_and_never_another_users() -> None:
+    newest = Newest.of(np.array([0, 2, 2, 50]), CPU)
+    inside = ~newest.outside
+    assert newest.rows[0, :2].tolist() == [1, 0]
+    assert inside.sum(dim=1).tolist() == [2, 0, RECENT]
+    assert newest.rows[2].tolist() == list(range(49, 49 - RECENT, -1))
+
+
+def test_in_training_every_row_sees_what_serving_would_have_seen_at_its_time() -> None:
+    every = Newest.of_every_row(np.array([0, 3, 5]), CPU)
+    for row, (start, end) in enumerate([(0, 1), (0, 2), (0, 3), (3, 4), (3, 5)]):
+        then = Newest.of(np.array([start, end]), CPU)
+        torch.testing.assert_close(every.rows[row][~every.outside[row]], then.rows[0][~then.outside[0]])
+
+
+def test_a_user_without_events_has_odds_that_no_other_users_events_move() -> None:
+    heads, context = heads_of(), context_of([0, 4])
+    states, items, tokens = torch.zeros(2, WIDTH), units(2, 2), torch.ones(2, 2, dtype=torch.int)
+    before = heads(states, tokens, items, context)
+    context.events = torch.randn_like(context.events)
+    after = heads(states, tokens, items, context)
+    assert before.isfinite().all()
+    torch.testing.assert_close(after[0], before[0])
+    assert not torch.allclose(after[1], before[1])
+
+
+def test_what_was_done_with_the_very_item_weighs_more_than_what_was_done_with_others() -> None:
+    heads, context = heads_of(), context_of([6])
+    states, tokens = torch.zeros(1, WIDTH), torch.ones(1, 1, dtype=torch.int)
+
+    def moved(item: int) -> float:
+        asked, changed = context.items[item][None, None], context.events.clone()
+        changed[0] += 1
+        other = Context(changed, context.items, context.newest, context.rhythm)
+        logits = heads(states, tokens, asked, other) - heads(states, tokens, asked, context)
+        return logits.abs().max().item()
+
+    assert moved(0) > 5 * max(moved(item) for item in range(1, 6))
+
+
+def test_retention_hangs_on_the_rhythm_and_the_item_and_not_on_what_the_user_likes() -> None:
+    heads, context = heads_of(), context_of([5])
+    tokens, items = torch.tensor([[1, 2]]), units(1, 2)
+    logits = heads(torch.randn(1, WIDTH), tokens, items, context)[0]
+    other = heads(torch.randn(1, WIDTH), tokens, items, context)[0]
+    assert torch.equal(logits[:, 1], other[:, 1])
+    assert not torch.allclose(logits[:, [0, 2]], other[:, [0, 2]])
+    assert logits[0, 1] != logits[1, 1]
+    context.rhythm += 1
+    assert not torch.allclose(heads(torch.randn(1, WIDTH), tokens, items, context)[0, :, 1], logits[:, 1])
+
+
+def test_an_item_that_came_after_training_has_the_unknown_items_bias() -> None:
+    heads, context, items = heads_of(), context_of([5]), units(1, 1).expand(1, 4, WIDTH)
+    logits = heads(torch.randn(1, WIDTH), torch.tensor([[0, 1, ITEMS, ITEMS + 7]]), items, context)[0]
+    torch.testing.assert_close(logits[2:], logits[:1].expand(2, 3))
+    assert not torch.allclose(logits[1, [0, 2]], logits[0, [0, 2]])
+
+
+def test_odds_are_the_logits_calibrated() -> None:
+    heads = heads_of()
+    heads.calibration = torch.tensor([[1.0, 0.0], [2.0, 0.5], [0.5, -1.0]])
+    odds = heads.odds(torch.tensor([0.0, 1.0, 2.0]))
+    torch.testing.assert_close(odds, torch.sigmoid(torch.tensor([0.0, 2.5, 0.0])))

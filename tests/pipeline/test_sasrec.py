@@ -62,7 +62,7 @@ def test_a_loss_is_its_definition_over_the_asked_rows(loss: str) -> None:
     model, inputs = model_of(loss=loss), inputs_of([3, 4, 5], [7, 8])
     successors, asked = np.array([4, 5, 0, 8, 0], np.int32), np.array([0, 1, 3])
     seen = np.array([0, 1, 1, 2]), np.array([3, 3, 4, 7])
-    batch = TrainingBatch(inputs, successors, np.zeros((5, 3), np.float32), asked, seen)
+    batch = TrainingBatch(inputs, successors, np.zeros((5, 3), np.float32), np.zeros((5, 4), np.float32), asked, seen)
     got, of_sides = model.losses(batch, np.full(ITEMS, 1 / ITEMS), np.random.default_rng(5))
     logits = model(inputs)[asked] @ model.item_embedding.weight.T
     wanted = torch.tensor([4, 5, 8])

@@ -16,6 +16,7 @@ from pipeline.records import Event, EventSchema
 from pipeline.trainer import TrainerOptions
 from pipeline.training import EpochReport, TrainingOptions, prepare, train
 from pipeline.unified import PipelineOptions
+from pipeline.weighting import Name
 
 CREATED = "2026-01-01T00:00:00+00:00"
 ITEMS = 120
@@ -97,6 +98,31 @@ def test_an_interrupted_and_resumed_training_equals_an_uninterrupted_one_bit_for
     assert [epoch for _, epoch in broken_off.epochs + watching.epochs] == epochs, "no epoch is trained twice"
     assert (resumed.version, resumed.metrics) == (whole.version, whole.metrics)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"], "no checkpoint is left"
+
+
+@pytest.mark.parametrize("name", ["uncertainty", "dwa"])
+@pytest.mark.parametrize("after", [(1, 3), (2, 2)], ids=["judged", "trained anew"])
+def test_a_learnt_weighting_of_the_losses_resumes_bit_for_bit_too(
+    tmp_path: Path, name: Name, after: tuple[int, int]
+) -> None:
+    options = replace(OPTIONS, trainer=replace(OPTIONS.trainer, weighting=name))
+    whole = train(log_of(), tmp_path / "whole", options, SERVING, Silent(), CREATED)
+    assert whole.version != trained(tmp_path / "fixed")
+    with pytest.raises(KeyboardInterrupt):
+        train(log_of(), tmp_path / "parts", options, SERVING, Silent(until=after), CREATED)
+    assert trained(tmp_path / "parts", options, resume=True) == whole.version
+
+
+def test_the_artifacts_heads_are_calibrated_on_what_the_judged_model_has_not_learnt_from(tmp_path: Path) -> None:
+    log, codes = log_of(), EventSchema().action_codes()
+    liked = np.random.default_rng(1).random(len(log)) < 0.2
+    actions = np.where(liked, codes["like"], codes["view"]).astype(np.uint64)
+    log.events["ts_action_device"] = log.ts_ms.astype(np.uint64) | actions << np.uint64(48)
+    train(log, tmp_path / "model", OPTIONS, SERVING, Silent(), CREATED)
+    engagement, retention, monetization = artifacts.load(tmp_path / "model").weights["heads.calibration"].tolist()
+    assert engagement != [1, 0]
+    assert retention == [1, 0], "everyone returns every day: there is nothing to fit"
+    assert monetization == [1, 0], "nobody pays"
 
 
 def test_the_model_is_trained_anew_on_all_events_before_the_cut_for_the_best_number_of_epochs(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ TRAINER = {
     "crop-events": (int, "length of the pieces that sequences are cut into"),
     "batch-events": (int, "events a step"),
     "learning-rate": (rate, "at its highest"),
+    "weighting": (str, "of the heads' losses: fixed, uncertainty or dwa"),
 }
 MODEL = {
     "layers": (int, "of the encoder"),

@@ -1,0 +1,227 @@
+"""The heads against a simulated shop's truth, and what slates do to users who react to them.
+
+weightings  AUC of each head against that of the true probabilities, on the last 20 % of a simulated log; the expected
+            calibration error as trained and as calibrated; for learnt weightings of the heads' losses (the first is
+            the default's) and a grid of fixed ones
+loop        the shop goes on from the log's end with slates of these models, reranked by each of some weights; what
+            its users then do and pay. Means over forks of the future, the same ones for every row, and their standard
+            errors
+
+The shop is denser than `millrace simulate`'s default: 86 events a user and 200 an item. The truth knows each item's
+hidden quality exactly, and an item's first hundred outcomes tell it only roughly.
+
+usage: python -m tests.benchmarks.heads [--parts weightings loop] [--epochs 12] [--forks 4] [--device cuda] [--quick]
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from msgspec.structs import asdict, replace
+from rich.console import Console
+
+from pipeline import artifact as artifacts
+from pipeline.artifact import Artifact
+from pipeline.calibration import IDENTITY
+from pipeline.catalogue import Catalogue
+from pipeline.closed_loop import TRUTHS, Reaction, Showcase, run, warm_up
+from pipeline.corpus import Corpus
+from pipeline.cut import Cut
+from pipeline.head_odds import odds_of
+from pipeline.hstu import HstuConfig
+from pipeline.hstu_rung import HstuRung
+from pipeline.labels import TASKS, labels_of
+from pipeline.measures import head_measures
+from pipeline.ranking import Scored, measure
+from pipeline.records import EventSchema
+from pipeline.rerank import Rerank
+from pipeline.simulator import Simulator
+from pipeline.simulator_world import SimulatorConfig
+from pipeline.trainer import TrainerOptions
+from pipeline.training import EpochReport, TrainingOptions, train
+from pipeline.unified import PipelineOptions
+from pipeline.vocabulary import Vocabulary
+from tests.benchmarks import results
+from tests.benchmarks.results import Cell
+
+SHOP = SimulatorConfig(events=60_000, users=700, items=300)
+QUICK = SimulatorConfig(events=4_000, users=200, items=60, days=40)
+LOOP_DAYS = 14
+HITS_OF = 3000  # scored events whose hit rate is measured: the price that the retrieval pays for the heads
+WEIGHTINGS: dict[str, TrainerOptions] = {
+    "fixed 1 1 1": TrainerOptions(),
+    "uncertainty": TrainerOptions(weighting="uncertainty"),
+    "dwa": TrainerOptions(weighting="dwa"),
+    "fixed 0.3 0.3 0.3": TrainerOptions(head_weights=(0.3, 0.3, 0.3)),
+    "fixed 2 0.5 0.5": TrainerOptions(head_weights=(2.0, 0.5, 0.5)),
+    "fixed 0.5 2 0.5": TrainerOptions(head_weights=(0.5, 2.0, 0.5)),
+    "fixed 0.5 0.5 2": TrainerOptions(head_weights=(0.5, 0.5, 2.0)),
+}
+DYNAMIC = ("uncertainty", "dwa")
+DEFAULT = "fixed 1 1 1"
+RERANKS: dict[str, Rerank] = {
+    "off": Rerank(),
+    "engagement": Rerank(engagement=1.0),
+    "retention": Rerank(retention=1.0),
+    "monetization": Rerank(monetization=1.0),
+    "money": Rerank(monetization=1.0, value=1.0),
+    "all": Rerank(engagement=0.5, retention=0.5, monetization=0.5, value=0.5),
+}
+
+
+class Silent:
+    """An observer of trainings."""
+
+    def stage(self, name: str, epochs: int) -> None: ...
+
+    def batch(self, epoch: int, loss: float, done: int, total: int) -> None: ...
+
+    def epoch(self, report: EpochReport, best: EpochReport) -> None: ...
+
+
+@dataclass
+class Bench:
+    """One shop, its past, and the models that the past trains, each when it is first asked for."""
+
+    config: SimulatorConfig
+    epochs: int
+    pipeline: PipelineOptions
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.simulator = Simulator(self.config)
+        self.log, self.truth = warm_up(self.simulator, self.config.days)
+        self.vocabulary = Vocabulary(self.log.item_ids)
+        self.catalogue = Catalogue(self.vocabulary)
+
+    def model(self, name: str) -> Artifact:
+        path = self.folder / name.replace(" ", "_")
+        if not path.exists():
+            trainer = replace(WEIGHTINGS[name], epochs=self.epochs)
+            options = TrainingOptions(trainer, HstuConfig(), patience=self.epochs, refit=False)
+            train(self.log, path, options, self.pipeline, Silent(), "")
+        return artifacts.load(path)
+
+    def rung(self, artifact: Artifact, rerank: Rerank = RERANKS["off"]) -> HstuRung:
+        options = self.pipeline
+        return HstuRung(artifact, self.catalogue, options.exclusion, options.device, options.threads, rerank)
+
+    @cached_property
+    def scored(self) -> Scored:
+        """The last 20 %, but for users' first events."""
+        corpus = Corpus.of_log(self.log, self.vocabulary)
+        left_out = Cut().left_out(self.log)[corpus.places]
+        return Scored(corpus, np.flatnonzero(left_out & (corpus.starts < np.arange(len(corpus)))), 512)
+
+    @cached_property
+    def labels(self) -> np.ndarray:  # float32 [n, 3], of the scored events
+        histories = self.scored.corpus.histories
+        return labels_of(histories, EventSchema(), int(histories.ts_ms.max()))[self.scored.positions - 1]
+
+
+def weightings(bench: Bench) -> Iterator[dict[str, Cell]]:
+    scored = bench.scored
+    truth = np.stack([bench.truth[name] for name in TRUTHS], axis=1)[scored.corpus.places[scored.positions]]
+    random = np.random.default_rng(0)
+    some = Scored(scored.corpus, np.sort(random.permutation(scored.positions)[:HITS_OF]), scored.cap_events)
+    for name in WEIGHTINGS:
+        artifact = bench.model(name)
+        rung = bench.rung(artifact)
+        odds, raw = odds_of(rung, scored), odds_of(bench.rung(uncalibrated(artifact)), scored)
+        row: dict[str, Cell] = {"part": "weightings", "weighting": name, "hit_rate": measure(rung, some, 10).hit_rate}
+        for task, head in enumerate(TASKS):
+            row |= head_row(head, odds[:, task], raw[:, task], truth[:, task], bench.labels[:, task])
+        row["auc"] = float(np.mean([float(row[f"{head}_auc"] or 0) for head in TASKS]))
+        yield row
+
+
+def head_row(head: str, odds: np.ndarray, raw: np.ndarray, truth: np.ndarray, labels: np.ndarray) -> dict[str, Cell]:
+    calibrated, plain, best = (head_measures(each, labels) for each in (odds, raw, truth))
+    assert calibrated.auc is not None, f"the shop is too small: {head} has labels of one kind"
+    assert best.auc is not None
+    return {
+        f"{head}_auc": calibrated.auc, f"{head}_truth": best.auc, f"{head}_gap": best.auc - calibrated.auc,
+        f"{head}_ece_raw": plain.ece, f"{head}_ece": calibrated.ece,
+    }  # fmt: skip
+
+
+def uncalibrated(artifact: Artifact) -> Artifact:
+    weights = artifact.weights | {"heads.calibration": torch.tensor([IDENTITY] * len(TASKS))}
+    return Artifact(artifact.manifest, weights, artifact.item_ids, artifact.counters, artifact.items)
+
+
+def loop(bench: Bench, forks: int) -> Iterator[dict[str, Cell]]:
+    """Nothing shown; the default model by every rerank; the learnt weightings as they rank and by money."""
+    yield loop_row(bench, forks, "nothing shown", "off", None)
+    runs = [(DEFAULT, name) for name in RERANKS] + [(name, weights) for name in DYNAMIC for weights in ("off", "money")]
+    for name, weights in runs:
+        yield loop_row(bench, forks, name, weights, bench.rung(bench.model(name), RERANKS[weights]))
+
+
+def loop_row(bench: Bench, forks: int, weighting: str, rerank: str, rung: HstuRung | None) -> dict[str, Cell]:
+    reactions = []
+    for seed in range(forks):
+        future = bench.simulator.fork(seed)
+        showcase = Showcase(future, rung, bench.vocabulary, bench.log) if rung else None
+        reactions.append(run(future, bench.config.days, LOOP_DAYS, showcase))
+    row: dict[str, Cell] = {"part": "loop", "weighting": weighting, "rerank": rerank}
+    return row | _summary(reactions)
+
+
+def _summary(reactions: list[Reaction]) -> dict[str, Cell]:
+    """Means and standard errors over forks."""
+    columns = {name: [float(asdict(each)[name]) for each in reactions] for name in Reaction.__struct_fields__}
+    columns["money_per_event"] = [each.money / each.events for each in reactions]
+    row: dict[str, Cell] = {}
+    for name, column in columns.items():
+        row[name] = float(np.mean(column))
+        row[f"{name}_se"] = float(np.std(column, ddof=1) / np.sqrt(len(column))) if len(column) > 1 else None
+    return row
+
+
+def metrics_of(rows: list[dict[str, Cell]]) -> dict[str, float]:
+    """What the docs quote."""
+    by_weighting = {str(row["weighting"]): row for row in rows if row["part"] == "weightings"}
+    by_rerank = {str(row["rerank"]): row for row in rows if row["part"] == "loop" and row["weighting"] == DEFAULT}
+    metrics: dict[str, float] = {}
+    if by_weighting:
+        default = by_weighting[DEFAULT]
+        for head in TASKS:
+            metrics |= {f"{head}_{name}": float(default[f"{head}_{name}"] or 0) for name in ("auc", "gap", "ece")}
+        fixed = [float(row["auc"] or 0) for name, row in by_weighting.items() if name.startswith("fixed")]
+        dynamic = [float(by_weighting[name]["auc"] or 0) for name in DYNAMIC]
+        metrics |= {"auc_best_fixed": max(fixed), "auc_best_dynamic": max(dynamic)}
+    if by_rerank:
+        plain = by_rerank["off"]
+        money, engaged = by_rerank["money"]["money_per_event"], by_rerank["engagement"]["engaged_share"]
+        metrics["money_gain_by_rerank"] = float(money or 0) / float(plain["money_per_event"] or 1) - 1
+        metrics["engagement_gain_by_rerank"] = float(engaged or 0) / float(plain["engaged_share"] or 1) - 1
+    return metrics
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=["weightings", "loop"], default=["weightings", "loop"])
+    parser.add_argument("--epochs", type=int, default=12, help="of every training")
+    parser.add_argument("--forks", type=int, default=4, help="futures of the shop for a row of the loop")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--quick", action="store_true", help="a small shop: does it run? its figures mean nothing")
+    parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder of heads.json")
+    args = parser.parse_args()
+    rows: list[dict[str, Cell]] = []
+    with TemporaryDirectory(prefix="millrace-heads-") as folder:
+        bench = Bench(QUICK if args.quick else SHOP, args.epochs, PipelineOptions(device=args.device), Path(folder))
+        parts = {"weightings": lambda: weightings(bench), "loop": lambda: loop(bench, args.forks)}
+        for row in (row for part in args.parts for row in parts[part]()):
+            Console().print(row)
+            rows.append(row)
+    Console().print(metrics_of(rows), f"written: {results.write('heads', metrics_of(rows), rows, args.out)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Items whose records came after training: what the model says of them."""
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import artifact as artifacts
+from pipeline.artifact import Artifact
+from pipeline.catalogue import Catalogue
+from pipeline.hstu import HstuConfig
+from pipeline.hstu_rung import HstuRung
+from pipeline.known_items import KnownItems
+from pipeline.records import Event, EventSchema, Histories, Item
+from pipeline.rerank import Rerank
+from pipeline.trainer import Model
+from pipeline.unified import PipelineOptions
+from pipeline.vocabulary import Vocabulary
+
+ITEMS, OPTIONS = 30, PipelineOptions()
+IDS = [f"i{number}" for number in range(ITEMS)]
+CONFIG = HstuConfig(items=1 + ITEMS, width=16, heads=2, d_qk=8, d_v=8, max_events=20, content_rows=256)
+NEW = [Item("shoe", title="red shoe", price=5.0), Item("lamp", title="a lamp", brand="x", price=500.0)]
+HISTORIES = Histories.from_events(
+    [[Event(f"u{user}", f"i{user + step}", "view", 60_000 * step) for step in range(4)] for user in range(3)],
+    EventSchema(),
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> Artifact:
+    """An untrained model of items with records, each usually bringing 10."""
+    torch.manual_seed(3)
+    catalogue = Catalogue(Vocabulary(IDS))
+    catalogue.put(Item(item_id, title=f"thing {item_id}", price=10.0) for item_id in IDS)
+    tokens = np.arange(1, 1 + ITEMS)
+    known = KnownItems.of(catalogue, tokens, np.full(ITEMS, 5))
+    weights = Model(CONFIG, known.contents()).state_dict()
+    weights["heads.taste.item_bias.weight"] = torch.randn(CONFIG.items, 2)
+    hashes = Histories.from_events([[Event("u", item_id, "view", 1) for item_id in IDS]], EventSchema()).items
+    counters = {"items": hashes, "popularity": np.ones(ITEMS), "values": np.full(ITEMS, 10.0, np.float32)}
+    return artifacts.draft(CONFIG, EventSchema(), weights, IDS, counters, known)
+
+
+def rung_of(model: Artifact, rerank: Rerank | None = None) -> tuple[HstuRung, Catalogue]:
+    catalogue = Catalogue(Vocabulary(IDS))
+    model.inform(catalogue)
+    return HstuRung(model, catalogue, OPTIONS.exclusion, "cpu", 1, rerank or Rerank()), catalogue
+
+
+def odds_of(rung: HstuRung, catalogue: Catalogue) -> np.ndarray:
+    tokens = np.array([catalogue.vocabulary.token(item.item_id) for item in NEW], np.int32)
+    return rung.odds(HISTORIES, np.tile(tokens, (len(HISTORIES), 1)))  # [users, new items, 3]
+
+
+def test_their_odds_are_their_own_and_the_same_whatever_came_before_their_records(model: Artifact) -> None:
+    rung, catalogue = rung_of(model)
+    catalogue.vocabulary.admit(item.item_id for item in NEW)
+    unknown = odds_of(rung, catalogue)
+    np.testing.assert_array_equal(unknown[:, 0], unknown[:, 1])
+    catalogue.put(NEW)
+    known = odds_of(rung, catalogue)
+    assert (np.abs(known[:, 0] - known[:, 1]) > 1e-5).all()
+    other, later = rung_of(model)
+    later.put([Item("z", title="other")])
+    odds_of(other, later)
+    later.put(reversed(NEW))
+    np.testing.assert_allclose(odds_of(other, later), known, rtol=1e-5)
+
+
+def test_they_are_reranked_beside_the_others_and_count_as_of_usual_value(model: Artifact) -> None:
+    rung, catalogue = rung_of(model, Rerank(monetization=1.0, value=1.0))
+    before = rung.rank(HISTORIES, 100)
+    catalogue.put(NEW)
+    ranked = rung.rank(HISTORIES, 100)
+    tokens = [catalogue.vocabulary.token(item.item_id) for item in NEW]
+    assert not np.isin(before.tokens, tokens).any()
+    assert np.isin(ranked.tokens, tokens).sum(axis=1).tolist() == [2, 2, 2]
+    assert ranked.heads is not None
+    assert ranked.values is not None
+    new, touched = np.isin(ranked.tokens, tokens), ranked.tokens == 0
+    assert np.unique(ranked.values[new]).tolist() == [0]
+    assert np.unique(ranked.values[~new & ~touched]).tolist() == [10]
+    plain = rung_of(model)
+    plain[1].put(NEW)
+    scores = plain[0].scores(HISTORIES, ranked.tokens)
+    wanted = scores + np.log(ranked.heads[..., 2]) + np.log(10)
+    np.testing.assert_allclose(ranked.scores[~touched], wanted[~touched], rtol=1e-4)

@@ -1,0 +1,43 @@
+"""What a ranked batch leaves in the metrics."""
+
+import asyncio
+
+import pytest
+from prometheus_client import REGISTRY
+
+from pipeline.records import Event, EventPacker, EventSchema
+from pipeline.unified import Pipeline, PipelineOptions
+from pipeline.worth import MEASURES
+from worker.clock import WallClock
+from worker.ranker import Ranker
+from worker.seams import Arrival, Batch, Entry, Ticket
+
+
+def entry(number: int) -> Entry:
+    event = Event(f"u{number}", f"item-{number}", "view", 1_700_000_000_000)
+    packed = EventPacker(EventSchema()).pack(event)
+    arrival = Arrival(event, packed, Ticket(("events", 0), 1, number), number + 1, 0, 0.0, ring=packed)
+    return Entry(event.user_id, [arrival], 0, number)
+
+
+def worth() -> dict[str, float]:
+    names = {"slates": ("millrace_valued_slates_total", {})}
+    names |= {measure: ("millrace_slate_worth_total", {"measure": measure}) for measure in MEASURES}
+    return {key: REGISTRY.get_sample_value(*name) or 0.0 for key, name in names.items()}
+
+
+async def counted(pipeline: Pipeline, users: int) -> dict[str, float]:
+    before, ranker = worth(), Ranker(pipeline, 10, WallClock())
+    await ranker.rank(Batch([entry(number) for number in range(users)], 32))
+    ranker.close()
+    return {key: value - before[key] for key, value in worth().items()}
+
+
+def test_what_a_batchs_slates_are_worth_is_counted_and_a_rung_without_heads_counts_nothing(shop) -> None:
+
+    options = PipelineOptions(device="cpu", threads=1)
+    model = asyncio.run(counted(Pipeline.load(shop.artifact, options), 4))
+    assert model["slates"] == 4
+    assert all(0 < model[head] < 4 for head in MEASURES[:3])
+    assert model["value"] > model["monetization"], "the shop's items cost more than 1"
+    assert asyncio.run(counted(Pipeline.load(None, options), 4)) == pytest.approx(dict.fromkeys(model, 0.0))
