@@ -9,7 +9,7 @@ from pipeline.features import FEATURE_ROWS, FEATURES, TIME_THRESHOLDS, Inputs
 from pipeline.hstu import Hstu, HstuConfig, HstuLayer
 from pipeline.jagged import Layout
 
-CONFIG = HstuConfig(items=50, layers=2, width=16, heads=2, d_qk=8, d_v=4, max_events=40, dropout=0.0)
+CONFIG = HstuConfig(items=50, layers=2, width=16, heads=2, d_qk=8, d_v=4, max_events=40, dropout=0.0, content_rows=0)
 
 
 def inputs_of_lengths(lengths: list[int], seed: int) -> Inputs:
