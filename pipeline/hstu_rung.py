@@ -106,10 +106,11 @@ class HstuRung:
 
     def _learn(self) -> None:
         """Rows for the items whose records have come since the last batch and that training did not know."""
-        if self._catalogue.version == self._version:
+        version = self._catalogue.version
+        if version == self._version:
             return
         tokens = np.flatnonzero(self._catalogue.changed > self._version)
-        self._version = self._catalogue.version
+        self._version = version
         new = tokens[self._table.rows(tokens) == UNKNOWN]
         if len(new) and self._encoder.reads_contents:
             self._encoder.extend(self._items.of_new(self._catalogue, new))
