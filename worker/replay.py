@@ -1,7 +1,8 @@
 """A recorded log through the whole worker, with a scoreboard: `millrace replay`, and the second half of the demo.
 
 Either the log itself is the source, on its own virtual clock, or (`through_kafka`) it is produced to a real topic and
-consumed from there. Unless one is named, a Valkey is started for the run: no deployment's Redis is touched by accident.
+consumed from there. Unless one is named, a Valkey is started for the run, and on any broker the topics and the group
+are the run's own: no deployment is touched by accident.
 """
 
 import asyncio
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
 from itertools import groupby, islice
 from pathlib import Path
+from secrets import token_hex
 from tempfile import TemporaryDirectory
 
 import msgspec
@@ -21,7 +23,7 @@ from pipeline.errors import LogFileError
 from pipeline.logfile import Layout, in_event_time
 from pipeline.records import Event
 from worker.clock import VirtualClock, WallClock
-from worker.config import Config
+from worker.config import Config, Kafka
 from worker.health import Pulse
 from worker.live import REFRESH_S, Display, Percentiles, Recorder
 from worker.local import LocalKafka, LocalValkey
@@ -48,6 +50,7 @@ class Replay(msgspec.Struct, frozen=True):
     kafka: str | None = None  # None: the log itself is the source; a broker's address; "": start one
     redis: str | None = None  # URL; None: start a Valkey for the run
     rate: float | None = None  # events a second of the scored part, through Kafka; None: as fast as it goes
+    name: str = msgspec.field(default_factory=lambda: f"replay-{token_hex(4)}")  # of its group, begins its topics
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -75,6 +78,8 @@ async def replay(config: Config, task: Replay, console: Console) -> Report:
     from_ts_ms = timeline[min(int(task.share * len(timeline)), len(timeline) - 1)]
     async with AsyncExitStack() as stack:
         config = _prepared(config, task, stack)
+        if task.kafka is not None:
+            console.print(_where(config.kafka), soft_wrap=True)
         clock: Clock = WallClock() if task.kafka is not None else VirtualClock(task.speed)
         made = await stack.enter_async_context(parts(config, clock))
         board = scoreboard(made.ranker, config.pipeline.artifact, from_ts_ms)
@@ -145,7 +150,7 @@ def _prepared(config: Config, task: Replay, stack: AsyncExitStack) -> Config:
     kafka = config.kafka
     if task.kafka is not None:
         broker = task.kafka or stack.enter_context(LocalKafka(folder / "kafka")).bootstrap
-        kafka = replace(kafka, bootstrap=broker, create_topics=True)
+        kafka = _own(replace(kafka, bootstrap=broker, create_topics=True), task.name)
     return replace(
         config,
         kafka=kafka,
@@ -154,6 +159,22 @@ def _prepared(config: Config, task: Replay, stack: AsyncExitStack) -> Config:
         batcher=replace(config.batcher, coalesce=False),
         pipeline=replace(config.pipeline, follow_s=0.0),
     )
+
+
+def _own(kafka: Kafka, name: str) -> Kafka:
+    """With topics and a group that nobody else has: a deployment's are neither read nor written."""
+    return replace(
+        kafka,
+        group=name,
+        events_topic=f"{name}.events",
+        slates_topic=f"{name}.recommendations",
+        dead_letter_topic=f"{name}.events.dead",
+    )
+
+
+def _where(kafka: Kafka) -> str:
+    topics = f"{kafka.events_topic}, {kafka.slates_topic}, {kafka.dead_letter_topic}"
+    return f"through {kafka.bootstrap}: topics {topics}; group {kafka.group}"
 
 
 def _source(config: Config, task: Replay, clock: Clock) -> Source:

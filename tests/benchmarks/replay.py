@@ -51,19 +51,19 @@ async def through_kafka(artifact: Path, folder: Path, console: Console) -> tuple
     with LocalKafka(folder / "kafka") as kafka, LocalValkey(folder / "valkey") as valkey:
         task = Replay(LOG, folder / "slates.jsonl", kafka=kafka.bootstrap, redis=valkey.url)
         report = await replay(settings, task, console)
-        return report, await check(kafka.bootstrap, valkey.url)
+        return report, await check(kafka.bootstrap, task.name, valkey.url)
 
 
-async def check(bootstrap: str, redis_url: str) -> int:
+async def check(bootstrap: str, name: str, redis_url: str) -> int:
     """The number of rings. AssertionError unless all are the oracle's byte for byte and every event is answered."""
-    oracle, slates = Oracle("events", CAP_EVENTS), []
-    async for record in every_record(bootstrap, "events"):
+    oracle, slates = Oracle(f"{name}.events", CAP_EVENTS), []
+    async for record in every_record(bootstrap, f"{name}.events"):
         oracle.feed(record.partition, record.offset, msgspec.json.decode(record.value))
     async with Redis.from_url(redis_url) as redis:
         keys = [key async for key in redis.scan_iter("seq:*", count=1000)]
         stored = dict(zip([key.decode() for key in keys], await redis.mget(keys), strict=True))
     assert stored == oracle.rings(), "rings differ from the oracle's"
-    async for record in every_record(bootstrap, "recommendations"):
+    async for record in every_record(bootstrap, f"{name}.recommendations"):
         slates.append(msgspec.json.decode(record.value))
     oracle.check_slates(slates)
     return len(stored)

@@ -1,11 +1,13 @@
 """A log through the whole worker, judged: what a replay reports is what the evaluation of the same log says."""
 
+import re
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from pipeline.records import Slate
+from tests.kafka.broker import Broker
 from worker.cli import main
 from worker.replay import Report
 
@@ -58,13 +60,28 @@ def test_a_replay_answers_every_event_and_leaves_slates_and_a_summary(shop, tmp_
     assert "hit rate@10, cooccurrence" in summary
 
 
-def test_a_replay_through_kafka_reports_the_same_hits(shop, tmp_path: Path, kafka: str, topics, monkeypatch):
+def test_a_replay_through_kafka_reports_the_same_hits(shop, tmp_path: Path, kafka: str):
     direct = replayed(shop, tmp_path)
-    for kind in ("EVENTS_TOPIC", "SLATES_TOPIC", "DEAD_LETTER_TOPIC", "GROUP"):
-        monkeypatch.setenv(f"MILLRACE__KAFKA__{kind}", topics(kind.lower()))
     report = replayed(shop, tmp_path, "--kafka", kafka)
     assert (report.source, report.slates, report.lost) == ("kafka", report.events, 0)
     assert report.hit_rates == pytest.approx(direct.hit_rates, abs=1e-5)
+
+
+def test_a_replay_through_a_deployments_broker_keeps_to_its_own_topics_and_group(
+    shop, tmp_path: Path, kafka: str, topics, run, monkeypatch, capsys
+):
+    broker = Broker(kafka, topics)
+    deployed = [run(broker.topic(kind=kind)) for kind in ("events", "recommendations", "events.dead")]
+    for key, topic in zip(("EVENTS_TOPIC", "SLATES_TOPIC", "DEAD_LETTER_TOPIC"), deployed, strict=True):
+        monkeypatch.setenv(f"MILLRACE__KAFKA__{key}", topic)
+    run(broker.produce(deployed[0], [b"{}"]))
+    assert replayed(shop, tmp_path, "--kafka", broker.bootstrap, "--limit", 100).dead_letters == 0
+    printed = capsys.readouterr().out
+    (name,) = set(re.findall(r"replay-[0-9a-f]{8}", printed))
+    assert f"{name}.events, {name}.recommendations, {name}.events.dead; group {name}\n" in printed
+    assert len(run(broker.read(f"{name}.events", 100))) == 100
+    assert len(run(broker.read(f"{name}.recommendations", 100))) == 100
+    assert [len(run(broker.read(topic, 0))) for topic in deployed] == [1, 0, 0]
 
 
 def test_without_an_artifact_the_counters_answer_and_are_judged_alone(shop, tmp_path: Path):

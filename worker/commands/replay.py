@@ -1,7 +1,9 @@
 """Stream a recorded log through the worker and report: hit rates against frozen counters, latencies, rungs, losses.
 
 Each event is judged by the slate that its user had before it. The events before --score-from fill the sequences.
-A Valkey is started for the run; with --kafka the log goes through a real broker, too.
+A Valkey is started for the run; with --kafka the log goes through a real broker, too, in topics and a group of the
+run's own (replay-1a2b3c4d.events, .recommendations, .events.dead), which are printed: no deployment's are read or
+written. On a broker that was there before they stay.
 
 examples:
   millrace replay log.jsonl.gz --artifact artifact --speed max --report report.json
