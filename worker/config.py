@@ -151,10 +151,12 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
 def load(path: str | Path | None = None, env: dict[str, str] | None = None) -> Config:
     """The tree from a TOML file (or none) and the environment. ConfigError names the key's path and source."""
     tree = _read(path)
+    config = _convert(tree, f"config {path}")
     for name, text in sorted((os.environ if env is None else env).items()):
         if name.startswith("MILLRACE__"):
             _put(tree, name, text)
-    return _convert(tree, path)
+            config = _convert(tree, f"environment {name}")  # it was good before this variable
+    return config
 
 
 def show(config: Config, path: str | Path | None, env: dict[str, str] | None = None) -> list[tuple[str, str, str]]:
@@ -185,7 +187,14 @@ def _put(tree: dict[str, Any], name: str, text: str) -> None:
     parts = name.lower().split("__")[1:]
     if len(parts) != 2 or not isinstance(tree.setdefault(parts[0], {}), dict):
         raise ConfigError(f"environment {name}: want MILLRACE__SECTION__FIELD, for example MILLRACE__REDIS__URL")
-    tree[parts[0]][parts[1]] = _value(text)
+    tree[parts[0]][parts[1]] = text if _is_text(*parts) else _value(text)
+
+
+def _is_text(section: str, key: str) -> bool:
+    """Is the field a string, whatever its text looks like: an ordinal, a password of digits?"""
+    sections = {each.name: each.type for each in msgspec.structs.fields(Config)}
+    fields = msgspec.structs.fields(sections[section]) if section in sections else ()
+    return any(each.name == key and each.type in (str, str | None) for each in fields)
 
 
 def _value(text: str) -> Any:
@@ -196,12 +205,11 @@ def _value(text: str) -> Any:
         return text
 
 
-def _convert(tree: dict[str, Any], path: str | Path | None) -> Config:
+def _convert(tree: dict[str, Any], source: str) -> Config:
     try:
         return msgspec.convert(tree, Config)
     except msgspec.ValidationError as error:
-        where = f"config {path}" if path else "config (defaults and environment)"
-        raise ConfigError(f"{where}: {error}; `millrace config show` lists every key") from error
+        raise ConfigError(f"{source}: {error}; `millrace config show` lists every key") from error
 
 
 def _masked(key: str, value: Any) -> str:

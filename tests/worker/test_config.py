@@ -64,6 +64,25 @@ def test_values_from_the_environment_are_read_as_toml_reads_them():
     assert loaded.kafka.bootstrap == "one:1,two:2"
 
 
+def test_a_text_from_the_environment_stays_a_text_whatever_it_looks_like():
+    env = {
+        "MILLRACE__SEQUENCES__EPOCH": "2",
+        "MILLRACE__KAFKA__GROUP_INSTANCE_ID": "0",
+        "MILLRACE__KAFKA__SASL_PASSWORD": "0123456789",
+        "MILLRACE__KAFKA__GROUP": "true",
+    }
+    loaded = config.load(None, env)
+    assert (loaded.sequences.epoch, loaded.kafka.group_instance_id, loaded.kafka.group) == ("2", "0", "true")
+    assert loaded.kafka.sasl_password == "0123456789"
+    assert rows(env=env)["kafka.sasl_password"][0] == "***"
+
+
+def test_a_wrong_value_in_the_environment_names_its_variable():
+    env = {"MILLRACE__BATCHER__MAX_USERS": "many", "MILLRACE__REDIS__URL": "redis://a"}
+    with pytest.raises(ConfigError, match=r"MILLRACE__BATCHER__MAX_USERS: .*\$\.batcher\.max_users"):
+        config.load(None, env)
+
+
 def test_secrets_are_masked_when_shown():
     env = {"MILLRACE__KAFKA__SASL_PASSWORD": "hunter2", "MILLRACE__REDIS__URL": "rediss://me:hunter2@cache:6380/1"}
     shown = rows(env=env)
