@@ -5,7 +5,7 @@ MillraceError                  exit  retriable  what the worker does
 ├── LogFileError, TrainingError   2  no         refuses to start (defined in pipeline/errors.py)
 ├── EvaluationError               2  no         no worker: `evaluate` scores nothing (defined in pipeline/errors.py)
 ├── ArtifactError                 3  no         refuses to start (defined in pipeline/errors.py)
-├── SourceError                   4  no         halts: the topic is missing, the credentials are refused
+├── SourceError                   4  no         halts: topic missing, credentials refused, a record not decodable
 │   └── SourceUnavailable         4  yes        retries with backoff; at start, until `kafka.start_timeout_s`
 ├── StoreError                    5  no         halts: Redis refuses the function or the key type
 │   ├── StoreUnavailable          5  yes        keeps the events, pauses the partitions, retries with backoff

@@ -15,6 +15,7 @@ from worker.errors import SourceError
 from worker.group import Group
 from worker.kafka import at_start, ensure_coordinator, ensure_topics, refused
 from worker.seams import Clock, Fetched, Partition, Rebalance
+from worker.undecodable import UNDECODABLE, Place
 
 log = logging.get("source")
 GRACE_S = 0.05  # beyond a poll's timeout: only a rebalance takes longer
@@ -35,6 +36,7 @@ class KafkaSource:
         self._fetching: asyncio.Task[list[Fetched]] | None = None
         self._paused = False
         self._joined: Group | None = None
+        self._broken: SourceError | None = None  # a record that cannot be decoded: the end of what can be read
 
     async def start(self, rebalance: Rebalance) -> None:
         """Returns when the group has assigned partitions. SourceError, SourceUnavailable, ConfigError."""
@@ -84,9 +86,16 @@ class KafkaSource:
 
     @property
     def exhausted(self) -> bool:
-        return False
+        """A record cannot be decoded: what lies before it is still to be answered, then `stop` raises."""
+        return self._broken is not None
 
     async def stop(self) -> None:
+        """Commits what is owed and leaves the group. SourceError when a record could not be decoded."""
+        await self._leave()
+        if self._broken is not None:
+            raise self._broken
+
+    async def _leave(self) -> None:
         if self._joined is None:
             return
         if self._owed:
@@ -114,11 +123,26 @@ class KafkaSource:
             await self._rewind(error.args[0])
         except errors.ConsumerStoppedError:
             return []
+        except UNDECODABLE as error:
+            return await self._before(error)
         except errors.KafkaError as error:
             self._wait_out(error)
         else:
             return [self._share(tp, records) for tp, records in found.items()]
         return []
+
+    async def _before(self, error: Exception) -> list[Fetched]:
+        """The partition's records before the one that cannot be decoded, which went down with it, one by one. What
+        other partitions gave in that call is lost to this process, so it ends."""
+        place, consumer, records = Place.of(error), self._group.consumer, []
+        try:
+            while await consumer.position(place.tp) < place.offset:
+                found = await consumer.getmany(place.tp, timeout_ms=1000, max_records=1)
+                records += found.get(place.tp, [])
+        except (*UNDECODABLE, errors.KafkaError) as ended:
+            log.debug("read up to what cannot be decoded", error=repr(ended))
+        self._broken = place.halted(self._config, error)
+        return [self._share(place.tp, records)] if records else []
 
     def _share(self, tp: TopicPartition, records: list) -> Fetched:
         partition, after_last = Partition(tp.topic, tp.partition), records[-1].offset + 1

@@ -6,6 +6,9 @@ import msgspec
 import pytest
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
+from aiokafka.protocol.produce import ProduceRequest
+from aiokafka.record.default_records import DefaultRecordBatchBuilder
+from aiokafka.record.util import calc_crc32c
 
 from tests.kafka.broker import Broker, Owner
 from worker.clock import WallClock
@@ -15,6 +18,8 @@ from worker.local import LocalKafka
 from worker.localserver import free_ports
 from worker.seams import Fetched, Partition, Rebalance
 from worker.source import KafkaSource
+
+CRC_AT = 17  # in a batch: of what follows it
 
 
 @asynccontextmanager
@@ -230,6 +235,47 @@ def test_offsets_that_are_gone_are_read_from_the_beginning_and_said_aloud(run, b
     run(scenario())
     out, err = capfd.readouterr()
     assert "reading from its beginning" in out + err
+
+
+async def append_undecodable(broker: Broker, topic: str, values: list[bytes], bad: int) -> None:
+    """One batch of records, of which one has a header's name that is not UTF-8."""
+    builder = DefaultRecordBatchBuilder(
+        magic=2, compression_type=0, is_transactional=0, producer_id=-1, producer_epoch=-1, base_sequence=-1,
+        batch_size=1 << 20,
+    )  # fmt: skip
+    for number, value in enumerate(values):
+        builder.append(number, 0, None, value, [("plain" if number != bad else "wrong", b"")])
+    raw = builder.build().replace(b"wrong", b"wr\xffng")
+    raw[CRC_AT : CRC_AT + 4] = calc_crc32c(raw[CRC_AT + 4 :]).to_bytes(4, "big")
+    async with AIOKafkaProducer(bootstrap_servers=broker.bootstrap) as producer:
+        await producer.partitions_for(topic)
+        leader = producer.client.cluster.leader_for_partition(TopicPartition(topic, 0))
+        request = ProduceRequest(None, 1, 10_000, [(topic, [(0, bytes(raw))])])
+        response = await producer.client.send(leader, request)
+        assert response.topics[0][1][0][1] == 0
+
+
+def test_a_record_that_cannot_be_decoded_ends_the_source_behind_what_lies_before_it(run, broker, owner):
+    async def scenario() -> None:
+        topic = await broker.topic()
+        config = broker.config(events_topic=topic)
+        await broker.produce(topic, numbers(0, 3))
+        await append_undecodable(broker, topic, numbers(3, 8), bad=2)
+        await broker.produce(topic, [b"after"])
+        source = KafkaSource(config, WallClock())
+        await source.start(owner)
+        shares: list[Fetched] = []
+        while not source.exhausted:
+            shares += await source.poll(0.2)
+        assert values(shares) == numbers(0, 5)
+        await source.commit({Partition(topic, 0): 5}, owner.epochs)
+        where = rf"topic {topic}, partition 0, offset 5: .* offsets 5 to 7, .*--topic {topic}:0 .*--to-offset 8 "
+        with pytest.raises(SourceError, match=where) as caught:
+            await source.stop()
+        assert caught.value.exit_code == 4
+        assert await broker.committed(topic, config.group) == 5
+
+    run(scenario())
 
 
 def test_a_missing_topic_is_one_sentence_with_the_command_that_makes_it(run, broker, owner, topics):
