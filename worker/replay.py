@@ -14,13 +14,14 @@ from itertools import groupby, islice
 from pathlib import Path
 from secrets import token_hex
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 import msgspec
 from msgspec.structs import replace
 from rich.console import Console
 
 from pipeline.errors import LogFileError
-from pipeline.logfile import Layout, in_event_time
+from pipeline.logfile import Entry, Layout, in_event_time
 from pipeline.records import Event
 from worker.clock import VirtualClock, WallClock
 from worker.config import Config, Kafka
@@ -53,8 +54,15 @@ class Replay(msgspec.Struct, frozen=True):
     name: str = msgspec.field(default_factory=lambda: f"replay-{token_hex(4)}")  # of its group, begins its topics
 
 
+class Timeline(NamedTuple):
+    """What the log holds: the events' times in order, 8 bytes an event, and how many records are no events."""
+
+    times_ms: "array[int]"
+    unreadable: int
+
+
 class Report(msgspec.Struct, frozen=True):
-    """`lost`: events that got neither a slate nor a dead letter. Hit rates at 10 over the scored events."""
+    """`lost`: records that got neither a slate nor a dead letter. Hit rates at 10 over the scored events."""
 
     log: str
     source: str
@@ -75,7 +83,8 @@ class Report(msgspec.Struct, frozen=True):
 async def replay(config: Config, task: Replay, console: Console) -> Report:
     """Runs the log through and returns what came of it. LogFileError, ArtifactError, SourceError as elsewhere."""
     timeline = await asyncio.to_thread(_timeline, task)
-    from_ts_ms = timeline[min(int(task.share * len(timeline)), len(timeline) - 1)]
+    events = len(timeline.times_ms)
+    from_ts_ms = timeline.times_ms[min(int(task.share * events), events - 1)]
     async with AsyncExitStack() as stack:
         config = _prepared(config, task, stack)
         if task.kafka is not None:
@@ -89,7 +98,7 @@ async def replay(config: Config, task: Replay, console: Console) -> Report:
         source = _source(config, task, clock)
         worker = made.worker(source, sink, Pulse(clock, clock.monotonic()), board, audience=board.audience)
         recorder = Recorder()
-        with Display(task.log.name, len(timeline), console) as display:
+        with Display(task.log.name, events, console) as display:
             await _run(config, task, worker, made, from_ts_ms, lambda: _show(display, recorder, board, worker))
         recorder.tick(board, worker.ledger.settled_count)
     return _report(task, timeline, from_ts_ms, board, recorder, worker.buried_count)
@@ -131,20 +140,29 @@ def _show(display: Display, recorder: Recorder, board: Scoreboard, worker: Worke
     display.show(recorder, board, worker.ledger.settled_count, worker.ledger.open_count)
 
 
-def _timeline(task: Replay) -> "array[int]":
-    """The events' times in order: 8 bytes an event."""
-    timeline = array("q", (event.ts_ms for event in _events(task)))
-    if not timeline:
+def _timeline(task: Replay) -> Timeline:
+    times_ms, unreadable = array("q"), 0
+    for entry in _entries(task):
+        if isinstance(entry, Event):
+            times_ms.append(entry.ts_ms)
+        else:
+            unreadable += 1
+    if not times_ms:
         raise LogFileError(f"{task.log}: no event in it could be read; look at its first lines, or give --columns")
-    return timeline
+    return Timeline(times_ms, unreadable)
+
+
+def _entries(task: Replay) -> Iterator[Entry]:
+    return islice(in_event_time(task.log, task.layout), task.limit)
 
 
 def _events(task: Replay) -> Iterator[Event]:
-    return (entry for entry in islice(in_event_time(task.log, task.layout), task.limit) if isinstance(entry, Event))
+    return (entry for entry in _entries(task) if isinstance(entry, Event))
 
 
 def _prepared(config: Config, task: Replay, stack: AsyncExitStack) -> Config:
-    """Servers of its own, any age of event, one slate per event: each is judged by the slate before it; one model."""
+    """Servers of its own, any age of event, one slate per event whatever its action: each is judged by the slate before
+    it; one model."""
     folder = Path(stack.enter_context(TemporaryDirectory(prefix="millrace-replay-")))
     url = task.redis or stack.enter_context(LocalValkey(folder / "valkey")).url
     kafka = config.kafka
@@ -155,7 +173,7 @@ def _prepared(config: Config, task: Replay, stack: AsyncExitStack) -> Config:
         config,
         kafka=kafka,
         redis=replace(config.redis, url=url, cluster=False),
-        events=replace(config.events, max_age_days=0.0, max_ahead_s=1e12),
+        events=replace(config.events, max_age_days=0.0, max_ahead_s=1e12, trigger_actions=None),
         batcher=replace(config.batcher, coalesce=False),
         pipeline=replace(config.pipeline, follow_s=0.0),
     )
@@ -179,22 +197,23 @@ def _where(kafka: Kafka) -> str:
 
 def _source(config: Config, task: Replay, clock: Clock) -> Source:
     if isinstance(clock, VirtualClock):
-        entries = islice(in_event_time(task.log, task.layout), task.limit)
-        return LogSource(entries, clock, task.log.name, config.kafka.max_poll_records)
+        return LogSource(_entries(task), clock, task.log.name, config.kafka.max_poll_records)
     return KafkaSource(config.kafka, clock)
 
 
 def _report(
-    task: Replay, timeline: "array[int]", from_ts_ms: int, board: Scoreboard, recorder: Recorder, buried: int
+    task: Replay, timeline: Timeline, from_ts_ms: int, board: Scoreboard, recorder: Recorder, buried: int
 ) -> Report:
-    wanted = len(timeline) - bisect_left(timeline, from_ts_ms)
+    events = len(timeline.times_ms)
+    wanted = events - bisect_left(timeline.times_ms, from_ts_ms)
+    admitted = events + (timeline.unreadable if task.kafka is None else 0)  # only events are produced to a topic
     return Report(
         log=task.log.name,
         source="log" if task.kafka is None else "kafka",
-        events=len(timeline),
+        events=events,
         slates=sum(board.rungs.values()),
         dead_letters=buried,
-        lost=len(timeline) - board.answered,
+        lost=admitted - board.answered - buried,
         scored=board.scored,
         scored_fraction=round(board.scored / wanted, 6),
         hit_rates={name: round(board.hit_rate(name), 5) for name in board.rankings},

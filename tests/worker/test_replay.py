@@ -103,6 +103,26 @@ def test_bad_lines_are_buried_and_nothing_else_is_missing(shop, tmp_path: Path):
     assert len((tmp_path / "s.dead.jsonl").read_bytes().splitlines()) == 2
 
 
+@pytest.mark.parametrize("through_kafka", [False, True])
+def test_events_of_an_unknown_action_are_buried_not_lost(shop, tmp_path: Path, request, through_kafka: bool):
+    lines = [msgspec.json.decode(line) for line in shop.log.read_bytes().splitlines()[:50]]
+    for line in lines[10:13]:
+        line["action"] = "dance"
+    log = tmp_path / "dancing.jsonl"
+    log.write_bytes(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
+    more = ["--kafka", request.getfixturevalue("kafka")] if through_kafka else []
+    words = [log, "--report", tmp_path / "r.json", "--slates", tmp_path / "s.jsonl", *more]
+    assert main(["replay", *map(str, words)]) == 0
+    report = msgspec.json.decode((tmp_path / "r.json").read_bytes(), type=Report)
+    assert (report.events, report.slates, report.dead_letters, report.lost) == (50, 47, 3, 0)
+
+
+def test_every_action_is_answered_and_scored_whatever_triggers_in_production(shop, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("MILLRACE__EVENTS__TRIGGER_ACTIONS", '["purchase"]')
+    report = replayed(shop, tmp_path, "--limit", 100)
+    assert (report.slates, report.lost, report.scored_fraction) == (100, 0, 1.0)
+
+
 def test_a_log_without_events_is_one_sentence(tmp_path: Path, capsys):
     (tmp_path / "empty.jsonl").write_bytes(b"")
     assert main(["replay", str(tmp_path / "empty.jsonl")]) == 2
