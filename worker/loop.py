@@ -24,6 +24,7 @@ from worker.retry import Retry
 from worker.seams import Arrival, Batch, Clock, DeadLetter, Ranking, Sink, Source, Store
 
 log = logging.get("loop")
+PUSHED_EVENTS = 1000  # at once, within one `redis.timeout_s`: a backlog in one piece would never be pushed in time
 POLL_S = 0.2  # how late a stop or a resume may be noticed; new records end the wait at once
 
 Audience = Callable[[Batch, Sequence[Slate]], None]
@@ -51,15 +52,14 @@ class Worker:
         self.offsets = Offsets(config.health, self.ledger, source, store.forget)
         self.batcher = Batcher(config.batcher, clock)
         self.watchdog = Watchdog(config.health, self.ledger, source, pulse, clock)
-        self.persist = Retry(config.redis.retry_s, pulse)
-        self.polled = Polled()
+        self.persist, self.polled = Retry(config.redis.retry_s, pulse), Polled()
         self.in_flight = asyncio.Semaphore(config.batcher.in_flight)
-        self.stopping = False
-        self.buried_count = 0
+        self.stopping, self.buried_count = False, 0
 
     def stop(self) -> None:
-        """Take no more records; answer what was admitted, commit, return from `run`."""
+        """Take no more records, be not ready; answer what was admitted, commit, return from `run`."""
         self.stopping = True
+        self.pulse.problems["worker"] = "draining"
 
     async def run(self) -> None:
         await self.source.start(self.offsets)
@@ -99,10 +99,12 @@ class Worker:
 
     async def serve(self) -> None:
         async with asyncio.TaskGroup() as deliveries:
+            await self.in_flight.acquire()  # first: until a batch can be ranked its entries still take events
             while batch := await self.batcher.next():
-                await self.in_flight.acquire()
                 slates = await self.ranker.rank(batch)
                 deliveries.create_task(self.deliver(batch, slates), name="deliver")
+                await self.in_flight.acquire()
+            self.in_flight.release()
 
     async def deliver(self, batch: Batch, slates: list[Slate]) -> None:
         await self.persist(self.sink.send, slates)
@@ -113,8 +115,9 @@ class Worker:
         metrics.SLATES.labels(slates[0].strategy).inc(len(slates))
 
     async def push(self, arrivals: list[Arrival]) -> None:
+        for start in range(0, len(arrivals), PUSHED_EVENTS):
+            await self.persist(self.store.push, arrivals[start : start + PUSHED_EVENTS])
         if arrivals:
-            await self.persist(self.store.push, arrivals)
             await self.ranker.observe(arrivals)
             metrics.EVENTS.inc(len(arrivals))
             metrics.REPLAYED.inc(sum(not arrival.fresh for arrival in arrivals))
