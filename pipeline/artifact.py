@@ -124,6 +124,14 @@ def save(folder: Path, artifact: Artifact, metrics: Mapping[str, float], created
     return manifest
 
 
+def refuse_other_files(folder: Path) -> None:
+    """ArtifactError unless an artifact may be written there: a new folder, an empty one, or an artifact's."""
+    if folder.is_file():
+        raise ArtifactError(f"artifact {folder}: a file; give an empty or a new folder")
+    if folder.exists() and not (folder / MANIFEST).exists() and any(folder.iterdir()):
+        raise ArtifactError(f"artifact {folder}: a folder with other files in it; give an empty or a new one")
+
+
 def load(folder: Path) -> Artifact:
     """The artifact, every file checked against the manifest. ArtifactError names the file, what it is and what next.
 
@@ -202,8 +210,7 @@ def _sha256(path: Path) -> str:
 
 
 def _replace(draft: Path, folder: Path) -> None:
-    if folder.exists() and not (folder / MANIFEST).exists() and any(folder.iterdir()):
-        raise ArtifactError(f"artifact {folder}: a folder with other files in it; give an empty or a new one")
+    refuse_other_files(folder)
     old = draft.with_name(f"{draft.name}.old")
     if folder.exists():
         folder.rename(old)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from worker.commands.arguments import cutoffs, positive, seed, share
 from worker.commands.config import add_config
 from worker.commands.layout import add_items, add_layout, read_events, read_records
+from worker.commands.outputs import check_file
 
 if TYPE_CHECKING:
     from pipeline.evaluation import EvaluationOptions
@@ -55,6 +56,8 @@ def run(args: Namespace) -> int:
     loaded = config.load(args.config)
     asked = options_of(args, loaded.sequences.cap_events)
     options = pipeline_options(loaded)
+    if args.report:
+        check_file(args.report, "--report")
     artifact = load(args.artifact)
     artifact.check_schema(options.schema)
     report = evaluate(artifact, read_events(args, options.schema), options, asked, read_records(args))

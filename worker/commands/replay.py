@@ -16,6 +16,7 @@ from pathlib import Path
 from worker.commands.arguments import positive, rate, share, speed
 from worker.commands.config import add_config
 from worker.commands.layout import add_layout, layout_of
+from worker.commands.outputs import check_file
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -72,3 +73,6 @@ def _check(args: Namespace) -> None:
         raise ConfigError("--rate paces what goes to a broker, and there is no --kafka; without one: --speed 10x")
     if args.speed and args.kafka:
         raise ConfigError("--speed is of log time, and a broker's time is now; with --kafka: --rate N")
+    check_file(args.report, "--report")
+    if not args.kafka:
+        check_file(args.slates, "--slates")

@@ -11,6 +11,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from worker.commands.arguments import positive, seed
+from worker.commands.outputs import check_folder
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -35,6 +36,7 @@ def run(args: Namespace) -> int:
     config = SimulatorConfig(args.events, args.users, args.items, args.seed)
     if config.items < config.topics:
         raise LogFileError(f"--items {config.items}: the shop has {config.topics} topics, give each at least one item")
+    check_folder(args.out, "--out")
     console = Console()
     with Progress(console=console) as progress:
         task = progress.add_task("events", total=config.events)

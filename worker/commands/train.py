@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from worker.commands.arguments import positive, rate, seed
 from worker.commands.config import add_config
 from worker.commands.layout import add_items, add_layout, read_events, read_records
+from worker.commands.outputs import check_folder
 
 if TYPE_CHECKING:
     from pipeline.training import TrainingOptions
@@ -67,6 +68,7 @@ def run(args: Namespace) -> int:
 
     from rich.console import Console
 
+    from pipeline.artifact import refuse_other_files
     from pipeline.training import train
     from worker import config
     from worker.ranker import pipeline_options
@@ -74,6 +76,8 @@ def run(args: Namespace) -> int:
 
     pipeline = pipeline_options(config.load(args.config))
     options = options_of(args)
+    check_folder(args.out.absolute().parent, "--out")
+    refuse_other_files(args.out)
     log = read_events(args, pipeline.schema)
     with TrainingDisplay(Console()) as display:
         created = datetime.now(UTC).isoformat(timespec="seconds")
