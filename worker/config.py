@@ -33,7 +33,7 @@ class Kafka(Struct, frozen=True, forbid_unknown_fields=True):
     replication: Positive = 1
     group_instance_id: str | None = None  # the pod's ordinal: a restart within the session keeps its partitions
     max_poll_records: Positive = 2000  # 8 k events/s need 4 polls a second; larger ones delay the first event
-    start_timeout_s: Seconds = 60.0  # aiokafka's start() can hang: always bounded; dlq and rebuild: 8 s unless set
+    start_timeout_s: Seconds = 60.0  # aiokafka's start() can hang: always bounded; dlq, rebuild, replay: 8 s unless set
     session_timeout_ms: Positive = 30000
     rebalance_timeout_ms: Positive = 60000  # time to drain on revoke; aiokafka's default is the session timeout
     request_timeout_ms: Positive = 30000

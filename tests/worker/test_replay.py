@@ -9,6 +9,7 @@ import pytest
 from pipeline.records import Slate
 from tests.kafka.broker import Broker
 from worker.cli import main
+from worker.localserver import free_ports
 from worker.replay import Report
 
 SETTINGS = {
@@ -82,6 +83,15 @@ def test_a_replay_through_a_deployments_broker_keeps_to_its_own_topics_and_group
     assert len(run(broker.read(f"{name}.events", 100))) == 100
     assert len(run(broker.read(f"{name}.recommendations", 100))) == 100
     assert [len(run(broker.read(topic, 0))) for topic in deployed] == [1, 0, 0]
+
+
+def test_a_replay_through_a_broker_that_is_away_ends_as_soon_as_every_command(
+    shop, tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.setattr("worker.kafka.ONE_SHOT_S", 1.0)
+    words = [shop.log, "--kafka", f"127.0.0.1:{free_ports(1)[0]}", "--report", tmp_path / "r.json", "--limit", 50]
+    assert main(["replay", *map(str, words)]) == 4
+    assert "within 1 s" in capsys.readouterr().err
 
 
 def test_without_an_artifact_the_counters_answer_and_are_judged_alone(shop, tmp_path: Path):

@@ -41,6 +41,7 @@ def run(args: Namespace) -> int:
     from rich.console import Console
 
     from worker import config, logging
+    from worker.kafka import one_shot
     from worker.live import print_summary
     from worker.replay import Replay, replay, summary
 
@@ -48,6 +49,8 @@ def run(args: Namespace) -> int:
     loaded = config.load(args.config)
     if args.artifact:
         loaded = replace(loaded, pipeline=replace(loaded.pipeline, artifact=args.artifact))
+    if args.kafka != "start":  # which is up when it is first asked, and is given the time that it needs
+        loaded = replace(loaded, kafka=one_shot(loaded.kafka))
     logging.configure(replace(loaded.log, format="console", level="warning"))
     task = Replay(
         log=args.log,
