@@ -28,6 +28,7 @@ class Kafka(Struct, frozen=True, forbid_unknown_fields=True):
     events_topic: str = "events"
     slates_topic: str = "recommendations"
     dead_letter_topic: str = "events.dead"
+    items_topic: str = "items"  # compacted, key = item id; a cluster without it is served by ids alone
     create_topics: bool = False  # a typo must not make a topic; the demo and the tests turn it on
     partitions: Positive = 8  # of topics that millrace creates
     replication: Positive = 1

@@ -7,6 +7,8 @@ LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.
 
 EVENTS = Counter("millrace_events_total", "Events decoded and in their rings")
 REPLAYED = Counter("millrace_events_replayed_total", "Events that the user's ring had already (a restart's replay)")
+ITEMS = Counter("millrace_items_total", "Records of items that were taken over")
+STRANGE_ITEMS = Counter("millrace_items_unreadable_total", "Records of the items topic that are no item")
 SLATES = Counter("millrace_slates_total", "Slates acknowledged by Kafka and Redis", ["strategy"])
 FALLBACKS = Counter("millrace_fallbacks_total", "Batches that fell from a failing rung to the next", ["rung", "error"])
 DEAD_LETTERS = Counter("millrace_dead_letters_total", "Records that went to the dead-letter topic")

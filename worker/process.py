@@ -6,6 +6,7 @@ import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from worker import logging
@@ -13,6 +14,7 @@ from worker.clock import WallClock
 from worker.config import Config
 from worker.counterstore import CounterStore
 from worker.health import Health, Pulse
+from worker.itemfeed import ItemFeed
 from worker.loop import Worker
 from worker.ranker import Ranker, load_pipeline
 from worker.redis_client import connect
@@ -70,10 +72,28 @@ async def consume(config: Config) -> None:
         async with parts(config, clock) as made, KafkaSink(config, made.slates) as sink:
             worker = made.worker(KafkaSource(config.kafka, clock), sink, pulse)
             _on_signals(worker)
-            await supervise(worker, made)
+            async with items_known(config, made):
+                await supervise(worker, made)
     finally:
         health.close()
     log.info("drained and committed")
+
+
+@asynccontextmanager
+async def items_known(config: Config, made: Parts) -> AsyncIterator[None]:
+    """All records of items are known inside, and new ones as they come."""
+    ranker = made.ranker
+    feed = ItemFeed(config.kafka, lambda items: ranker.within(partial(ranker.pipeline.learn, items)), made.clock)
+    following: asyncio.Task | None = None
+    try:
+        await feed.start()
+        following = asyncio.create_task(feed.run(), name="items")
+        yield
+    finally:
+        if following is not None:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
+        await feed.stop()
 
 
 async def supervise(worker: Worker, made: Parts) -> None:

@@ -1,0 +1,82 @@
+"""Records of items from a real compacted topic: whole at the start, then as they come."""
+
+import asyncio
+
+import msgspec
+from aiokafka import AIOKafkaProducer
+
+from pipeline.catalogue import Catalogue
+from pipeline.records import Item
+from pipeline.vocabulary import Vocabulary
+from tests.kafka.broker import Broker
+from worker import metrics
+from worker.clock import WallClock
+from worker.config import Kafka
+from worker.itemfeed import ItemFeed
+
+MSGPACK = [("content-type", b"application/msgpack")]
+
+
+class Known:
+    """A catalogue that tells when it has learnt; items by their category, None without a record."""
+
+    def __init__(self) -> None:
+        self.catalogue, self.learnt = Catalogue(Vocabulary()), asyncio.Event()
+
+    async def learn(self, items: list[Item]) -> None:
+        self.catalogue.put(items)
+        self.learnt.set()
+
+    def words(self, item_id: str) -> int:
+        """How many hashes its record left."""
+        return sum(map(len, self.catalogue.words_of(self.catalogue.vocabulary.token(item_id))))
+
+
+async def send(kafka: Kafka, *records: tuple[str, bytes | None, list]) -> None:
+    async with AIOKafkaProducer(bootstrap_servers=kafka.bootstrap) as producer:
+        for key, value, headers in records:
+            await producer.send_and_wait(kafka.items_topic, value, key=key.encode(), headers=headers)
+
+
+def json_of(item_id: str, **fields: object) -> tuple[str, bytes, list]:
+    return item_id, msgspec.json.encode({"item_id": item_id} | fields), []
+
+
+def test_the_whole_topic_is_known_at_the_start_and_what_comes_later_soon_after(run, broker: Broker) -> None:
+    async def scenario() -> None:
+        kafka, known = broker.config(items_topic=await broker.topic(3)), Known()
+        packed = msgspec.msgpack.encode(Item("b", brand="x", category=["y"]))
+        before = metrics.STRANGE_ITEMS._value.get()
+        await send(
+            kafka, json_of("a", title="first"), ("b", packed, MSGPACK), ("c", b"no item", []),
+            json_of("d", tags=["t"]), ("d", None, []), json_of("e", price=-1), json_of("a", title="the second one"),
+        )  # fmt: skip
+        feed = ItemFeed(kafka, known.learn, WallClock())
+        await feed.start()
+        following = asyncio.create_task(feed.run())
+        try:
+            assert [known.words(item_id) > 0 for item_id in "abcde"] == [True, True, False, False, False]
+            assert known.words("a") > known.words("b") == 2
+            assert metrics.STRANGE_ITEMS._value.get() - before == 2
+            known.learnt.clear()
+            await send(kafka, json_of("new", title="later"))
+            await asyncio.wait_for(known.learnt.wait(), 10)
+            assert known.words("new") > 0
+        finally:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
+            await feed.stop()
+
+    run(scenario())
+
+
+def test_a_cluster_without_the_topic_is_served_by_ids_alone(run, broker: Broker) -> None:
+    async def scenario() -> None:
+        known = Known()
+        feed = ItemFeed(broker.config(items_topic="never-made"), known.learn, WallClock())
+        await feed.start()
+        await feed.run()
+        await feed.stop()
+        assert not known.learnt.is_set()
+
+    run(scenario())

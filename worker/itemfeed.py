@@ -1,0 +1,108 @@
+"""The `items` topic: what is known of items. Every process reads it whole, without a group, before it is ready, and
+follows it from then on: what a new item is like is known before its first event is ranked.
+
+The topic is compacted: its latest record of an item counts, and a tombstone says that nothing is known any more. A
+record that is no item is counted and left out; the next one of the same key mends it.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+
+import msgspec
+from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition, errors
+
+from pipeline.records import Item
+from worker import logging, metrics
+from worker.config import Kafka
+from worker.kafka import ask, at_start, client_options, refused
+from worker.seams import Clock
+
+log = logging.get("items")
+POLL_MS = 500
+PIECE_ITEMS = 500  # learnt at once: so long ranking waits, 20 ms
+AWAY_S = 2.0  # before the next poll of a broker that does not answer
+DECODERS = {
+    b"application/json": msgspec.json.Decoder(Item),
+    b"application/msgpack": msgspec.msgpack.Decoder(Item),
+    b"application/x-msgpack": msgspec.msgpack.Decoder(Item),
+}
+Learn = Callable[[list[Item]], Awaitable[None]]
+
+
+class ItemFeed:
+    """`learn` takes over records, in the thread that owns the catalogue."""
+
+    def __init__(self, config: Kafka, learn: Learn, clock: Clock) -> None:
+        self._config, self._learn, self._clock = config, learn, clock
+        self._consumer: AIOKafkaConsumer | None = None
+        self._said = False
+
+    async def start(self) -> None:
+        """Returns when the whole topic is known, or when there is none. SourceError, SourceUnavailable."""
+        if not (partitions := await self._partitions()):
+            log.info("no topic of items: they are known by their events alone", topic=self._config.items_topic)
+            return
+        self._consumer = AIOKafkaConsumer(
+            **client_options(self._config), enable_auto_commit=False, isolation_level="read_committed"
+        )
+        await at_start(self._config, self._clock, self._consumer.start)
+        self._consumer.assign(partitions)
+        await self._consumer.seek_to_beginning(*partitions)
+        ends, known = await self._consumer.end_offsets(partitions), 0
+        while any([await self._consumer.position(tp) < end for tp, end in ends.items()]):
+            known += await self._take()
+        log.info("items are known", topic=self._config.items_topic, records=known)
+
+    async def run(self) -> None:
+        """Follows the topic until it is cancelled; a broker that is away is waited for."""
+        while self._consumer is not None:
+            try:
+                await self._take()
+            except errors.KafkaError as error:
+                if refused(error):
+                    log.error("items are followed no more", error=str(error))
+                    return
+                await asyncio.sleep(AWAY_S)
+
+    async def stop(self) -> None:
+        if self._consumer is not None:
+            await self._consumer.stop()
+
+    async def _partitions(self) -> list[TopicPartition]:
+        topic = self._config.items_topic
+        if topic not in await ask(self._config, self._clock, lambda admin: admin.list_topics()):
+            return []
+        (found,) = await ask(self._config, self._clock, lambda admin: admin.describe_topics([topic]))
+        return [TopicPartition(topic, entry["partition"]) for entry in found["partitions"]]
+
+    async def _take(self) -> int:
+        """One poll; the number of its records."""
+        assert self._consumer is not None, "started"
+        polled = await self._consumer.getmany(timeout_ms=POLL_MS, max_records=self._config.max_poll_records)
+        records = [record for part in polled.values() for record in part]
+        items = list(self._items(records))
+        for start in range(0, len(items), PIECE_ITEMS):
+            await self._learn(items[start : start + PIECE_ITEMS])
+        metrics.ITEMS.inc(len(items))
+        return len(records)
+
+    def _items(self, records: Iterable[ConsumerRecord]) -> Iterable[Item]:
+        for record in records:
+            try:
+                yield _item(record)
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                metrics.STRANGE_ITEMS.inc()
+                if not self._said:
+                    self._said = True
+                    log.warning("a record is no item: left out; said once, then counted", partition=record.partition,
+                                offset=record.offset, error=str(error))  # fmt: skip
+
+
+def _item(record: ConsumerRecord) -> Item:
+    if record.value is None:
+        return msgspec.convert({"item_id": (record.key or b"").decode()}, Item)
+    headers = dict(record.headers)
+    kind = headers.get("content-type", b"application/json").split(b";")[0].strip().lower()
+    if kind not in DECODERS:
+        raise msgspec.DecodeError(f"content-type {kind!r}; wanted one of {', '.join(map(bytes.decode, DECODERS))}")
+    return DECODERS[kind].decode(record.value)
