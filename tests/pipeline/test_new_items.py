@@ -7,11 +7,13 @@ import torch
 from pipeline import artifact as artifacts
 from pipeline.artifact import Artifact
 from pipeline.catalogue import Catalogue
+from pipeline.corpus import Corpus
 from pipeline.hstu import HstuConfig
 from pipeline.hstu_rung import HstuRung
 from pipeline.known_items import KnownItems
 from pipeline.records import Event, EventSchema, Histories, Item
 from pipeline.rerank import Rerank
+from pipeline.sampling import Examples, batch_of
 from pipeline.trainer import Model
 from pipeline.unified import PipelineOptions
 from pipeline.vocabulary import Vocabulary
@@ -67,6 +69,22 @@ def test_their_odds_are_their_own_and_the_same_whatever_came_before_their_record
     np.testing.assert_allclose(odds_of(other, later), known, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("cold_share", "learning"), [(1.0, [0]), (0.0, [2, 3, 4, 5, 6])], ids=["new", "known"])
+def test_what_training_takes_as_new_learns_the_bias_of_the_unknown_item(
+    model: Artifact, cold_share: float, learning: list[int]
+) -> None:
+    corpus = Corpus.of(HISTORIES.events, Vocabulary(IDS).tokens(HISTORIES.items), HISTORIES.users)
+    labels = np.ones((len(corpus), 3), np.float32)
+    labels[corpus.offsets[1:] - 1] = np.nan
+    examples, random = Examples.of(corpus, labels, repeats=True), np.random.default_rng(0)
+    batch = batch_of(examples, corpus.offsets[:-1], np.diff(corpus.offsets), 0.0, random)
+    trained = Model(CONFIG, model.items.contents(), cold_share)
+    trained.losses(batch, examples.shares(CONFIG.items), random)[1].sum().backward()
+    gradient = trained.heads.taste.item_bias.weight.grad
+    assert gradient is not None
+    assert gradient.abs().sum(dim=1).nonzero()[:, 0].tolist() == learning
+
+
 def test_they_are_reranked_beside_the_others_and_count_as_of_usual_value(model: Artifact) -> None:
     rung, catalogue = rung_of(model, Rerank(monetization=1.0, value=1.0))
     before = rung.rank(HISTORIES, 100)
@@ -77,11 +95,11 @@ def test_they_are_reranked_beside_the_others_and_count_as_of_usual_value(model: 
     assert np.isin(ranked.tokens, tokens).sum(axis=1).tolist() == [2, 2, 2]
     assert ranked.heads is not None
     assert ranked.values is not None
-    new, touched = np.isin(ranked.tokens, tokens), ranked.tokens == 0
+    new, nothing = np.isin(ranked.tokens, tokens), ranked.tokens == 0
     assert np.unique(ranked.values[new]).tolist() == [0]
-    assert np.unique(ranked.values[~new & ~touched]).tolist() == [10]
+    assert np.unique(ranked.values[~new & ~nothing]).tolist() == [10]
     plain = rung_of(model)
     plain[1].put(NEW)
     scores = plain[0].scores(HISTORIES, ranked.tokens)
     wanted = scores + np.log(ranked.heads[..., 2]) + np.log(10)
-    np.testing.assert_allclose(ranked.scores[~touched], wanted[~touched], rtol=1e-4)
+    np.testing.assert_allclose(ranked.scores[~nothing], wanted[~nothing], rtol=1e-4)
