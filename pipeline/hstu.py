@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from msgspec import Meta
 from torch import Tensor, nn
 
-from pipeline.features import COLUMNS, FEATURE_ROWS, TIME_BUCKETS
+from pipeline.features import COLUMNS, COUNT_CAP, FEATURE_ROWS, TIME_BUCKETS
 from pipeline.item_vectors import ItemVectors
 from pipeline.jagged import Block, Layout
 
@@ -49,6 +49,11 @@ class HstuConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def __post_init__(self) -> None:
         if unknown := set(self.without) - set(COLUMNS):
             raise ValueError(f"without {', '.join(sorted(unknown))}: no such column; want of {', '.join(COLUMNS)}")
+
+    @property
+    def reach_events(self) -> int:
+        """A state depends on so many: those it reads, and those before them that the oldest one's features count."""
+        return self.max_events + COUNT_CAP
 
 
 class HstuLayer(nn.Module):
@@ -133,7 +138,8 @@ class Hstu(nn.Module):
 
     def event_rows(self, items: Tensor, codes: Tensor) -> Tensor:
         """What each event is by itself, [total, width]: its item, turned, by its strength, and its features."""
-        codes = codes[:, self.columns]
+        if self.config.without:
+            codes = codes[:, self.columns]
         rows, kept = self.rotation(items), self._kept(codes)
         if self.config.strength:
             rows = rows * self.log_strength(codes, per_sample_weights=kept).clamp(-STRENGTH_CAP, STRENGTH_CAP).exp()

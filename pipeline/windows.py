@@ -1,8 +1,11 @@
 """What each user did lately, counted for every event at once: sums and repetitions over the events just before it.
 
-A window ends with the event itself and never leaves its user, so nothing later counts, and it is shorter than any ring,
-so that a ring's trimming changes nothing. Sums of whole numbers are exact, whatever came before the window.
+A window ends with the event itself and never leaves its user, so nothing later counts. Its length is bounded, so that a
+ring's trimming changes nothing where the ring reaches so much further than the model reads. Sums of whole numbers are
+exact, whatever came before the window.
 """
+
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -43,7 +46,7 @@ class Windows:
             counts[begin:end] = _repeats(names[begin:end], users, self._begins[begin:end] - begin)
         return counts
 
-    def _chunks(self):
+    def _chunks(self) -> Iterator[tuple[int, int]]:
         """Ranges of users that a sort key has room for; one user with more events than that is alone."""
         first, users = 0, len(self._offsets) - 1
         while first < users:

@@ -25,7 +25,7 @@ from worker import logging, metrics
 from worker.config import Config
 from worker.errors import MillraceError
 from worker.pointer import Sight, sight
-from worker.ranker import Ranker, Served
+from worker.ranker import Ranker, Served, warn_of_short_rings
 from worker.seams import Clock
 
 log = logging.get("hotswap")
@@ -80,6 +80,7 @@ class HotSwap:
             await self._ranker.adopt(model, manifest.version)
             seconds = round(self._clock.monotonic() - start_s, 3)
             metrics.SWAPS.labels("adopted").inc()
+            warn_of_short_rings(self._config, manifest)
             log.info("model swapped", before=before, version=manifest.version, overlap=overlap, seconds=seconds)
         self._serving = manifest
         self._trusted.add(manifest.version)

@@ -4,7 +4,8 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -18,6 +19,9 @@ from worker import logging, metrics
 from worker.config import Config
 from worker.errors import ConfigError
 from worker.seams import Arrival, Batch, Clock, Entry
+
+if TYPE_CHECKING:
+    from pipeline.artifact import Manifest
 
 log = logging.get("ranker")
 SERVED_USERS = 64  # their mean overlap with a model's slates is within 0.03 (one slate's standard deviation: 0.11)
@@ -124,7 +128,25 @@ def _covers(entry: Entry) -> Covers:
 
 def load_pipeline(config: Config) -> Pipeline:
     """The pipeline of the configuration. Raises ArtifactError, or ConfigError for an action that is not in the list."""
-    return Pipeline.load(config.pipeline.artifact, pipeline_options(config), _fell)
+    pipeline = Pipeline.load(config.pipeline.artifact, pipeline_options(config), _fell)
+    if config.pipeline.artifact is not None:
+        from pipeline.artifact import read_manifest  # torch, which only who has a model pays
+
+        warn_of_short_rings(config, read_manifest(Path(config.pipeline.artifact)))
+    return pipeline
+
+
+def warn_of_short_rings(config: Config, manifest: "Manifest") -> None:
+    """Where rings are trimmed within the model's reach, its oldest events have other features than in training."""
+    cap, reach = config.sequences.cap_events, manifest.config.reach_events
+    if cap < reach:
+        log.warning(
+            "rings are shorter than the model's reach: states of users with longer histories are not as in training; "
+            "raise sequences.cap_events, or train with fewer --max-events",
+            version=manifest.version,
+            cap_events=cap,
+            wanted=reach,
+        )
 
 
 def pipeline_options(config: Config) -> PipelineOptions:

@@ -2,7 +2,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.features import COUNT_CAP, SECONDS_CAP, TIME_BUCKETS, TIME_THRESHOLDS, Inputs, bucket_seconds, inputs_of
+from pipeline.features import SECONDS_CAP, TIME_BUCKETS, TIME_THRESHOLDS, Inputs, bucket_seconds, inputs_of
+from pipeline.hstu import HstuConfig
 from pipeline.records import EVENT_DTYPE, Event, EventSchema, Histories
 from pipeline.vocabulary import Vocabulary
 
@@ -75,11 +76,13 @@ def test_the_tail_and_the_order_of_lengths_keep_each_users_rows(lengths: list[in
         assert (cut.codes[rows] == whole.codes[wanted][-kept[user] :]).all()
 
 
-def test_a_trimmed_ring_changes_no_row_that_the_model_reads() -> None:
-    history = [Event("u", ITEMS[n % 20], "view", 40_000 * n) for n in range(COUNT_CAP + 60)]
-    whole, trimmed = inputs(history).tail(50), inputs(history[10:]).tail(50)
-    assert (whole.codes == trimmed.codes).all()
-    assert (np.diff(whole.seconds) == np.diff(trimmed.seconds)).all()
+def test_a_ring_within_the_models_reach_changes_what_it_reads_a_longer_one_does_not() -> None:
+    reach = HstuConfig(max_events=50).reach_events
+    history = [Event("u", ITEMS[n % 20], "view", 40_000 * n) for n in range(reach + 60)]
+    whole, enough, short = (inputs(history[-kept:]).tail(50) for kept in (len(history), reach, reach - 1))
+    assert (whole.codes == enough.codes).all()
+    assert (np.diff(whole.seconds) == np.diff(enough.seconds)).all()
+    assert (whole.codes != short.codes).any()
 
 
 def test_items_that_came_after_training_are_unknown_to_the_model() -> None:

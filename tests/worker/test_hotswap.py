@@ -6,6 +6,7 @@ import shutil
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -17,7 +18,7 @@ from pipeline.records import Event, EventPacker, Slate
 from tests import artifacts as relatives
 from worker import logging
 from worker.clock import WallClock
-from worker.config import Config, Log
+from worker.config import Config, Log, Sequences
 from worker.config import Pipeline as PipelineConfig
 from worker.hotswap import HotSwap
 from worker.pointer import sight
@@ -30,12 +31,12 @@ K = 5
 class Serving:
     """A ranker, and what follows its artifact: `link`, which names the folder `first`."""
 
-    def __init__(self, folder: Path, artifact: Path, **options: float) -> None:
+    def __init__(self, folder: Path, artifact: Path, cap_events: int = 512, **options: Any) -> None:
         logging.configure(Log())
         self.folder, self.link = folder, folder / "current"
         self.publish("first", load(artifact))
         pipeline = PipelineConfig(str(self.link), slate_items=K, threads=1, device="cpu", **options)
-        config = Config(pipeline=pipeline)
+        config = Config(pipeline=pipeline, sequences=Sequences(cap_events=cap_events))
         self.ranker = Ranker(load_pipeline(config), K, WallClock())
         self.swap = HotSwap(config, self.ranker, WallClock())
 
@@ -55,7 +56,7 @@ class Serving:
 def serving(shop, tmp_path: Path):
     made: list[Serving] = []
 
-    def make(**options: float) -> Serving:
+    def make(**options: Any) -> Serving:
         made.append(Serving(tmp_path, shop.artifact, **options))
         return made[-1]
 
@@ -321,3 +322,14 @@ def test_every_change_of_a_path_is_another_sight_and_nothing_else_is(tmp_path: P
     assert len(set(seen)) == len(seen)
     relatives.point(link, folder)
     assert sight(link) == seen[1]
+
+
+@pytest.mark.parametrize(("cap_events", "warnings"), [(200 + 254, 2), (200 + 255, 0)])
+def test_rings_within_the_models_reach_are_warned_of_at_its_load_and_at_a_swap(
+    serving, original: Artifact, run, capsys, cap_events: int, warnings: int
+):
+    capsys.readouterr()
+    at = serving(cap_events=cap_events)
+    at.publish("second", relatives.nudged(original, 1))
+    assert run(at.looks()) != original.version
+    assert capsys.readouterr().err.count("raise sequences.cap_events") == warnings
