@@ -1,11 +1,13 @@
 """Records become arrivals, or dead letters with one clear sentence. Never an exception.
 
-Headers:  content-type   application/json (default) or application/msgpack, application/x-msgpack
+Headers (names are case-sensitive, as Kafka's are; of two with one name the last counts):
+          content-type   application/json (default) or application/msgpack, application/x-msgpack
           schema         event/1 (default), event/1.x is read too; another major version is not
           strategy       a rung of the ladder;  k   a slate length, 1 to 512
           unreadable     why a log's reader could not read the value: buried with that reason
 A header that cannot be obeyed makes a dead letter: whoever asked for something must learn that it was not done.
-A record's key may differ from its user id: then order holds only within the record's partition, and it is counted.
+A record's key may differ from its user id: then order holds only within the record's partition, and it is counted
+(metrics.STRANGE_KEYS).
 """
 
 import math
@@ -16,7 +18,7 @@ import msgspec
 
 from pipeline.records import Event, EventPacker
 from pipeline.strategy import LADDER
-from worker import logging
+from worker import logging, metrics
 from worker.config import Config
 from worker.seams import Arrival, Clock, DeadLetter, Fetched, Record, Ticket
 
@@ -56,7 +58,7 @@ class Codec:
         self._triggers = self._actions if triggers is None else frozenset(triggers)
         self._ahead_ms = int(config.events.max_ahead_s * 1000)
         self._age_ms = int(config.events.max_age_days * DAY_MS)
-        self.strange_keys = 0  # records whose key is not their user's id
+        self._key_noted = False
 
     def decode_all(self, fetched: Iterable[Fetched]) -> tuple[list[Arrival], list[DeadLetter]]:
         """All shares of a poll; within a partition in offset order."""
@@ -113,8 +115,9 @@ class Codec:
         return event
 
     def _note_key(self, record: Record, event: Event) -> None:
-        self.strange_keys += 1
-        if self.strange_keys == 1:
+        metrics.STRANGE_KEYS.inc()
+        if not self._key_noted:
+            self._key_noted = True
             log.warning(
                 "a record's key is not its user's id: order holds within one partition only; said once, then counted",
                 key=record.key,

@@ -4,6 +4,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import REGISTRY
 
 from pipeline.records import Event, EventPacker
 from worker.codec import DAY_MS, Codec
@@ -153,9 +154,20 @@ def test_logs_of_any_age_are_read_when_the_limit_is_off():
 
 
 def test_a_key_that_is_not_the_users_id_is_allowed_and_counted():
-    codec = Codec(Config(), StandingClock())
-    arrivals, letters = codec.decode(fetched(record(json_of(), key=b"other"), record(json_of(), 1, key=None)))
-    assert (len(arrivals), letters, codec.strange_keys) == (2, [], 1)
+    before = strange_keys()
+    arrivals, letters = decode(record(json_of(), key=b"other"), record(json_of(), 1, key=None), record(json_of(), 2))
+    assert (len(arrivals), letters, strange_keys() - before) == (3, [], 1)
+
+
+def strange_keys() -> float:
+    return REGISTRY.get_sample_value("millrace_strange_keys_total") or 0.0
+
+
+def test_headers_are_named_exactly_and_the_last_of_a_name_counts():
+    headers = (("k", b"ten"), ("K", b"none"), ("Strategy", b"oracle"), ("k", b"7"))
+    arrivals, letters = decode(LogRecord(0, b"u1", json_of(), NOW_MS, headers))
+    assert not letters
+    assert (arrivals[0].k, arrivals[0].strategy) == (7, None)
 
 
 header_names = st.sampled_from(["content-type", "schema", "k", "strategy", "unreadable", "trace"])
