@@ -52,7 +52,10 @@ class HstuConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def reach_events(self) -> int:
-        """A state depends on so many: those it reads, and those before them that the oldest one's features count."""
+        """A state depends on so many: those it reads, and those before them that the oldest one's features count.
+
+        NOTE: rhythm.py, which the retention head reads, goes back 90 days, however many events those are.
+        """
         return self.max_events + COUNT_CAP
 
 
