@@ -130,17 +130,19 @@ class Hstu(nn.Module):
         # identity 0.467, two tables 0.473 (width 128).
         nn.init.orthogonal_(self.rotation.weight)
 
-    def forward(self, items: Tensor, codes: Tensor, layout: Layout, last: bool = False) -> Tensor:
-        """items: unit vectors [total, width], codes: int [total, FEATURES] -> unit states [total, width]; `last`:
-        [users, width]."""
-        x = F.dropout(self.event_rows(items, codes), self.config.dropout, self.training)
+    def forward(self, rows: Tensor, layout: Layout, last: bool = False) -> Tensor:
+        """rows: of `event_rows`, [total, width] -> unit states [total, width]; `last`: [users, width]."""
+        x = F.dropout(rows, self.config.dropout, self.training)
         top = len(self.layers) - 1
         for number, layer in enumerate(self.layers):
             x = layer(x, layout, last and number == top)
         return F.normalize(x, dim=-1, eps=self.config.eps)
 
     def event_rows(self, items: Tensor, codes: Tensor) -> Tensor:
-        """What each event is by itself, [total, width]: its item, turned, by its strength, and its features."""
+        """What each event is by itself, [total, width]: its item, turned, by its strength, and its features.
+
+        items: unit vectors [total, width]; codes: int [total, FEATURES]
+        """
         if self.config.without:
             codes = codes[:, self.columns]
         rows, kept = self.rotation(items), self._kept(codes)

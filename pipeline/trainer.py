@@ -94,10 +94,11 @@ class Model(Trainable):
             torch.from_numpy(column).to(device)
             for column in (inputs.codes, batch.asked, known, batch.labels, batch.rhythm)
         )
-        states = hstu(items.of_events, codes, Layout.of(inputs, device))  # [total, width]
+        rows = hstu.event_rows(items.of_events, codes)  # [total, width]
+        states = hstu(rows, Layout.of(inputs, device))  # [total, width]
         loss = next_item_loss(states[asked], hstu.scorer(items.of_candidates), targets, batch.seen, candidates)
         newest = Newest.of_every_row(inputs.offsets, device)
-        context = Context(hstu.event_rows(items.of_events, codes), items.of_events, newest, rhythm)
+        context = Context(rows, items.of_events, newest, rhythm)
         logits = self.heads(states, known[:, None], items.of_successors[:, None], context)
         return loss, head_losses(logits[:, 0], labels)
 

@@ -13,6 +13,7 @@ A record's key may differ from its user id: then order holds only within the rec
 import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from typing import TypeVar
 
 import msgspec
 
@@ -26,13 +27,19 @@ log = logging.get("codec")
 UNREADABLE = "unreadable"
 MAX_K = 512  # as pipeline.slate_items
 DAY_MS = 86_400_000
-FORMATS = {
-    "application/json": msgspec.json.Decoder(Event),
-    "text/json": msgspec.json.Decoder(Event),
-    "application/msgpack": msgspec.msgpack.Decoder(Event),
-    "application/x-msgpack": msgspec.msgpack.Decoder(Event),
-    "application/vnd.msgpack": msgspec.msgpack.Decoder(Event),
-}
+JSON: tuple[str, ...] = ("application/json", "text/json")
+MSGPACK: tuple[str, ...] = ("application/msgpack", "application/x-msgpack", "application/vnd.msgpack")
+Wire = TypeVar("Wire")
+Decoder = msgspec.json.Decoder[Wire] | msgspec.msgpack.Decoder[Wire]
+
+
+def formats_of(kind: type[Wire]) -> dict[str, Decoder[Wire]]:
+    """A decoder of such records for every content-type that is known."""
+    as_json, as_msgpack = msgspec.json.Decoder(kind), msgspec.msgpack.Decoder(kind)
+    return dict.fromkeys(JSON, as_json) | dict.fromkeys(MSGPACK, as_msgpack)
+
+
+FORMATS = formats_of(Event)
 
 
 class Unreadable(ValueError):
@@ -42,7 +49,7 @@ class Unreadable(ValueError):
 class Request(msgspec.Struct, frozen=True):
     """What a record's headers ask for."""
 
-    decoder: msgspec.json.Decoder[Event] | msgspec.msgpack.Decoder[Event]
+    decoder: Decoder[Event]
     strategy: str | None
     k: int | None
 
@@ -130,20 +137,26 @@ class Codec:
 def _request(headers: Sequence[tuple[str, bytes]]) -> Request:
     if not headers:
         return Request(FORMATS["application/json"], None, None)
-    values = {name: value or b"" for name, value in headers}
+    values = values_of(headers)
     if UNREADABLE in values:
         raise Unreadable(_text(values, UNREADABLE, "") or "the log's reader could not read it")
-    return Request(_decoder(values), _strategy(values), _k(values))
-
-
-def _decoder(values: dict[str, bytes]) -> msgspec.json.Decoder[Event] | msgspec.msgpack.Decoder[Event]:
     schema = _text(values, "schema", "event/1")
     if schema.split(".")[0] != "event/1":
         raise Unreadable(f"schema {schema!r}; this worker reads event/1")
+    return Request(decoder_of(values, FORMATS), _strategy(values), _k(values))
+
+
+def values_of(headers: Iterable[tuple[str, bytes | None]]) -> dict[str, bytes]:
+    """By name; of several the last one, of none an empty value."""
+    return {name: value or b"" for name, value in headers}
+
+
+def decoder_of(values: dict[str, bytes], formats: dict[str, Decoder[Wire]]) -> Decoder[Wire]:
+    """What the header `content-type` names. Unreadable when it is not known."""
     name = _text(values, "content-type", "application/json").split(";")[0].strip().lower()
-    if name not in FORMATS:
-        raise Unreadable(f"content-type {name!r}; wanted one of {', '.join(FORMATS)}")
-    return FORMATS[name]
+    if name not in formats:
+        raise Unreadable(f"content-type {name!r}; wanted one of {', '.join(formats)}")
+    return formats[name]
 
 
 def _strategy(values: dict[str, bytes]) -> str | None:

@@ -9,23 +9,20 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 
 import msgspec
-from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition, errors
+from aiokafka import AIOKafkaConsumer, ConsumerRecord, errors
 
 from pipeline.records import Item
 from worker import logging, metrics
+from worker.codec import Unreadable, decoder_of, formats_of, values_of
 from worker.config import Kafka
-from worker.kafka import ask, at_start, client_options, refused
+from worker.kafka import at_start, client_options, partitions_of, refused
 from worker.seams import Clock
 
 log = logging.get("items")
 POLL_MS = 500
 PIECE_ITEMS = 500  # learnt at once: so long ranking waits, 20 ms
 AWAY_S = 2.0  # before the next poll of a broker that does not answer
-DECODERS = {
-    b"application/json": msgspec.json.Decoder(Item),
-    b"application/msgpack": msgspec.msgpack.Decoder(Item),
-    b"application/x-msgpack": msgspec.msgpack.Decoder(Item),
-}
+FORMATS = formats_of(Item)
 Learn = Callable[[list[Item]], Awaitable[None]]
 
 
@@ -39,7 +36,7 @@ class ItemFeed:
 
     async def start(self) -> None:
         """Returns when the whole topic is known, or when there is none. SourceError, SourceUnavailable."""
-        if not (partitions := await self._partitions()):
+        if not (partitions := await partitions_of(self._config, self._clock, self._config.items_topic)):
             log.info("no topic of items: they are known by their events alone", topic=self._config.items_topic)
             return
         self._consumer = AIOKafkaConsumer(
@@ -68,13 +65,6 @@ class ItemFeed:
         if self._consumer is not None:
             await self._consumer.stop()
 
-    async def _partitions(self) -> list[TopicPartition]:
-        topic = self._config.items_topic
-        if topic not in await ask(self._config, self._clock, lambda admin: admin.list_topics()):
-            return []
-        (found,) = await ask(self._config, self._clock, lambda admin: admin.describe_topics([topic]))
-        return [TopicPartition(topic, entry["partition"]) for entry in found["partitions"]]
-
     async def _take(self) -> int:
         """One poll; the number of its records."""
         assert self._consumer is not None, "started"
@@ -90,7 +80,7 @@ class ItemFeed:
         for record in records:
             try:
                 yield _item(record)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, Unreadable) as error:
                 metrics.STRANGE_ITEMS.inc()
                 if not self._said:
                     self._said = True
@@ -101,8 +91,4 @@ class ItemFeed:
 def _item(record: ConsumerRecord) -> Item:
     if record.value is None:
         return msgspec.convert({"item_id": (record.key or b"").decode()}, Item)
-    headers = dict(record.headers)
-    kind = headers.get("content-type", b"application/json").split(b";")[0].strip().lower()
-    if kind not in DECODERS:
-        raise msgspec.DecodeError(f"content-type {kind!r}; wanted one of {', '.join(map(bytes.decode, DECODERS))}")
-    return DECODERS[kind].decode(record.value)
+    return decoder_of(values_of(record.headers), FORMATS).decode(record.value)

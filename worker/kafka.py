@@ -5,7 +5,7 @@ import ssl
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from aiokafka import errors
+from aiokafka import TopicPartition, errors
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.conn import collect_hosts, create_conn
 from aiokafka.helpers import create_ssl_context
@@ -119,6 +119,19 @@ async def ask(config: Kafka, clock: Clock, question: Callable[[AIOKafkaAdminClie
             await admin.close()
 
     return await at_start(config, clock, once)
+
+
+async def partitions_of(config: Kafka, clock: Clock, topic: str) -> list[TopicPartition]:
+    """The topic's partitions, none when it is not there. Asks for the list of all topics first, for a broker may create
+    one that is asked for by name. SourceError, SourceUnavailable."""
+
+    async def described(admin: AIOKafkaAdminClient) -> list[TopicPartition]:
+        if topic not in await admin.list_topics():
+            return []
+        (found,) = await admin.describe_topics([topic])
+        return [TopicPartition(topic, entry["partition"]) for entry in found["partitions"]]
+
+    return await ask(config, clock, described)
 
 
 async def _cause(config: Kafka, error: Exception) -> Exception:

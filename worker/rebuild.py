@@ -12,7 +12,7 @@ from worker.codec import Codec
 from worker.config import Config
 from worker.errors import SourceError, SourceUnavailable
 from worker.health import Pulse
-from worker.kafka import ask, at_start, client_options, ensure_coordinator
+from worker.kafka import ask, at_start, client_options, ensure_coordinator, partitions_of
 from worker.redis_client import RedisClient
 from worker.retry import Retry
 from worker.seams import Clock, Fetched, Partition
@@ -84,11 +84,9 @@ class Rebuild:
 
     async def _plan(self, consumer: AIOKafkaConsumer) -> Plan:
         kafka = self._config.kafka
-        if kafka.events_topic not in await ask(kafka, self._clock, lambda admin: admin.list_topics()):
+        if not (partitions := await partitions_of(kafka, self._clock, kafka.events_topic)):
             raise SourceError(f"topic {kafka.events_topic} is not on {kafka.bootstrap}: nothing to rebuild from")
-        (topic,) = await ask(kafka, self._clock, lambda admin: admin.describe_topics([kafka.events_topic]))
         committed = await ask(kafka, self._clock, lambda admin: admin.list_consumer_group_offsets(kafka.group))
-        partitions = [TopicPartition(kafka.events_topic, entry["partition"]) for entry in topic["partitions"]]
         begins, ends = await consumer.beginning_offsets(partitions), await consumer.end_offsets(partitions)
         spans = {
             tp: (begins[tp], min(committed[tp].offset, ends[tp]))

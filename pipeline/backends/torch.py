@@ -46,7 +46,8 @@ class TorchEncoder:
         ordered, users = inputs.by_length()
         if len(users):
             tokens, codes = (torch.from_numpy(column).to(self.device) for column in (ordered.tokens, ordered.codes))
-            encoded = self._hstu(F.embedding(tokens, self._vectors), codes, Layout.of(ordered, self.device), last=True)
+            rows = self._hstu.event_rows(F.embedding(tokens, self._vectors), codes)
+            encoded = self._hstu(rows, Layout.of(ordered, self.device), last=True)
             states[torch.from_numpy(users).to(self.device)] = encoded
         return states
 

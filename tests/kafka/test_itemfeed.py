@@ -3,7 +3,8 @@
 import asyncio
 
 import msgspec
-from aiokafka import AIOKafkaProducer
+import pytest
+from aiokafka import AIOKafkaProducer, ConsumerRecord
 
 from pipeline.catalogue import Catalogue
 from pipeline.records import Item
@@ -80,3 +81,14 @@ def test_a_cluster_without_the_topic_is_served_by_ids_alone(run, broker: Broker)
         assert not known.learnt.is_set()
 
     run(scenario())
+
+
+def test_a_header_without_a_value_is_a_strange_item_and_no_error() -> None:
+    async def learn(items: list[Item]) -> None:
+        pytest.fail("nothing is known of it")
+
+    feed = ItemFeed(Kafka(), learn, WallClock())
+    record = ConsumerRecord("items", 0, 7, 0, 0, b"a", b'{"item_id": "a"}', 0, 1, 16, [("content-type", None)])
+    before = metrics.STRANGE_ITEMS._value.get()
+    assert list(feed._items([record])) == []
+    assert metrics.STRANGE_ITEMS._value.get() - before == 1

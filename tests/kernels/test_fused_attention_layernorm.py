@@ -33,7 +33,7 @@ def model(seed: int, config: HstuConfig = CONFIG) -> Hstu:
 
 def states(hstu: Hstu, inputs: Inputs, last: bool = False) -> Tensor:
     items = hstu.items()[torch.from_numpy(inputs.tokens)]
-    return hstu(items, torch.from_numpy(inputs.codes), Layout.of(inputs), last)
+    return hstu(hstu.event_rows(items, torch.from_numpy(inputs.codes)), Layout.of(inputs), last)
 
 
 def reference_layer(layer: HstuLayer, x: Tensor, seconds: Tensor, lengths: Tensor) -> Tensor:
