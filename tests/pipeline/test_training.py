@@ -211,7 +211,7 @@ def test_training_stops_when_the_hit_rate_no_longer_rises(tmp_path: Path) -> Non
     log = log_of(lawful=False)
     options = replace(OPTIONS, trainer=replace(OPTIONS.trainer, epochs=60, learning_rate=1e-2), patience=3)
     manifest = train(log, tmp_path / "model", options, SERVING, watching, CREATED)
-    best = max(watching.reports, key=lambda report: (report.judged.hit_rate, report.epoch))
+    best = max(watching.reports, key=lambda report: (report.judged.ndcg, report.epoch))
     assert len(watching.reports) == best.epoch + 3 < 60
     assert manifest.metrics["epoch"] == best.epoch
     assert manifest.metrics["validation_hit_rate"] == best.judged.hit_rate
