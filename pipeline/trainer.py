@@ -40,7 +40,7 @@ class TrainerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     epochs: Positive = 40
     seed: int = 0
-    crop_events: Positive = 64
+    crop_events: Positive = 200  # of the pieces that sequences are cut into, if the model reads as many
     batch_events: Positive = 2048
     learning_rate: Annotated[float, Meta(gt=0)] = 2e-3
     weight_decay: Annotated[float, Meta(ge=0)] = 0.01

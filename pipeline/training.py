@@ -125,7 +125,9 @@ class Task:
 
     def trainer(self, corpus: Corpus, epochs: int) -> Trainer[Model]:
         """One whose learning rate falls over so many epochs. TrainingError: the corpus has nothing to learn from."""
-        config, options = self.config, msgspec.structs.replace(self.options.trainer, epochs=epochs)
+        config, options = self.config, self.options.trainer
+        crop_events = min(options.crop_events, config.max_events)
+        options = msgspec.structs.replace(options, epochs=epochs, crop_events=crop_events)
         contents = self.items(corpus).contents() if config.content_rows else None
         examples, device = self.examples(corpus), device_of(self.pipeline.device)
         return Trainer(lambda: Model(config, contents, options.cold_share), config.items, options, examples, device)
@@ -191,7 +193,6 @@ def train(log: Log, out: Path, options: TrainingOptions, pipeline: PipelineOptio
 
 def prepare(log: Log, options: TrainingOptions, pipeline: PipelineOptions, items: Iterable[Item] = ()) -> Task:
     """Cut, number and label the log. Raises TrainingError."""
-    _check(options)
     known_log = log.part(~options.cut.left_out(log))
     validation = options.validation_cut.left_out(known_log)
     vocabulary = Vocabulary(known_log.item_ids, pipeline.max_items)
@@ -215,15 +216,6 @@ def prepare(log: Log, options: TrainingOptions, pipeline: PipelineOptions, items
         taught=Taught.of(options.cut, known_log),
         fingerprint=_fingerprint(known, catalogue, options, pipeline),
     )
-
-
-def _check(options: TrainingOptions) -> None:
-    crop_events, max_events = options.trainer.crop_events, options.model.max_events
-    if crop_events > max_events:
-        raise TrainingError(
-            f"training: pieces of {crop_events} events are longer than the {max_events} that the model reads;"
-            " lower --crop-events or raise --max-events"
-        )
 
 
 def _judged(known: Corpus, validation: np.ndarray, options: TrainingOptions) -> Scored:

@@ -40,7 +40,7 @@ class TrainingDisplay:
         self._progress.update(self._bar, completed=epoch - 1 + done / total, description=text)
 
     def epoch(self, report: EpochReport, best: EpochReport) -> None:
-        now = report.judged
-        self._hits = f"  hit@10 {now.hit_rate:.4f} NDCG {now.ndcg:.4f} (best {best.judged.ndcg:.4f}, epoch {best.epoch})"
+        now, high = report.judged, best.judged.ndcg
+        self._hits = f"  hit@10 {now.hit_rate:.4f} NDCG {now.ndcg:.4f} (best {high:.4f}, epoch {best.epoch})"
         if not self._console.is_terminal:
             self._console.print(f"epoch {report.epoch}/{self._epochs}  loss {report.loss:.3f}{self._hits}")
