@@ -62,7 +62,10 @@ class Timeline(NamedTuple):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """`lost`: records that got neither a slate nor a dead letter. Hit rates at 10 over the scored events."""
+    """`lost`: records that got neither a slate nor a dead letter. Hit rates at 10 and latencies of the scored events.
+
+    log_speed: seconds of the log a real second. At high speeds a user's events wait for their own predecessors.
+    """
 
     log: str
     source: str
@@ -77,6 +80,7 @@ class Report(msgspec.Struct, frozen=True):
     events_per_s: float
     latency: Percentiles
     elapsed_s: float
+    log_speed: float
     model_version: str
 
 
@@ -221,6 +225,7 @@ def _report(
         events_per_s=round(board.answered / recorder.elapsed_s, 1),
         latency=Percentiles.of(recorder.latencies_ms),
         elapsed_s=round(recorder.elapsed_s, 2),
+        log_speed=round((timeline.times_ms[-1] - timeline.times_ms[0]) / 1e3 / recorder.elapsed_s, 1),
         model_version=board.pipeline.version,
     )
 
@@ -233,7 +238,11 @@ def summary(report: Report) -> list[tuple[str, str]]:
         ("events", f"{report.events:,} from {report.source}; {report.dead_letters:,} dead letters"),
         ("slates", f"{report.slates:,}; {report.lost:,} events lost"),
         ("rate", f"{report.events_per_s:,.0f} events/s over {report.elapsed_s:.1f} s"),
-        ("latency", f"p50 {latency.p50_ms:.1f} ms  p95 {latency.p95_ms:.1f} ms  p99 {latency.p99_ms:.1f} ms"),
+        ("speed", f"{report.log_speed:,.0f} times the log's: a session's events come at once and wait for one another"),
+        (
+            "latency, scored part",
+            f"p50 {latency.p50_ms:.1f} ms  p95 {latency.p95_ms:.1f} ms  p99 {latency.p99_ms:.1f} ms",
+        ),
         ("rungs", rungs),
         ("scored", f"{report.scored:,} events, {report.scored_fraction:.1%} of the part from --score-from on"),
         *((f"hit rate@10, {name}", f"{rate:.4f}") for name, rate in report.hit_rates.items()),
