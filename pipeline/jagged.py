@@ -4,6 +4,7 @@ Users of like lengths share a block. Rows are padded on the right, so a causal q
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,10 +12,19 @@ from torch import Tensor
 
 from pipeline.features import SECONDS_CAP, Inputs
 
-# A block of length L holds BLOCK_SCORES / L^2 users: 128 k scores of two heads are 1 MiB: a core's cache.
-BLOCK_SCORES = 1 << 17
-DENSE_ROWS = 256
-GROWTH = 1.25  # lengths of one block differ by at most a quarter (or 4 rows): at most that much is padding
+
+class Tiling(NamedTuple):
+    """scores: a block of length L holds scores / L^2 users; dense_rows: a length with as many rows gets its own block,
+    without padding; growth: other lengths of one block differ by at most this factor (or 4 rows)."""
+
+    scores: int
+    dense_rows: int
+    growth: float
+
+
+CORE = Tiling(1 << 17, 256, 1.25)  # 128 k scores of two heads are 1 MiB: a core's cache
+# A kernel's launch costs more than padding: a training step of 2,048 events 21 ms, with CORE 30 ms (an H100).
+GPU = Tiling(1 << 24, 1 << 62, 4.0)
 
 Relations = tuple[Tensor, Tensor, Tensor]
 
@@ -83,13 +93,17 @@ class Layout:
     last_slots: Tensor | None
 
     @classmethod
-    def of(cls, inputs: Inputs, device: torch.device | str = "cpu") -> "Layout":
-        """Of users who all have at least one event. It is fastest for users in ascending order of length."""
+    def of(cls, inputs: Inputs, device: torch.device | str = "cpu", tiling: Tiling | None = None) -> "Layout":
+        """Of users who all have at least one event. It is fastest for users in ascending order of length.
+
+        tiling: None takes the device's
+        """
+        tiling = tiling or (CORE if torch.device(device).type == "cpu" else GPU)
         offsets, lengths = inputs.offsets, np.diff(inputs.offsets)
         order = np.argsort(lengths, kind="stable")
         slots, places, taken = np.empty(int(offsets[-1]), np.int64), np.empty(len(order), np.int64), 0
         blocks = []
-        for start, stop in _cuts(lengths[order]):
+        for start, stop in _cuts(lengths[order], tiling):
             users = order[start:stop]
             column = np.arange(int(lengths[users[-1]]))
             rows = offsets[users, None] + np.minimum(column, lengths[users, None] - 1)  # [users, length]
@@ -131,15 +145,15 @@ def _unless_identity(places: np.ndarray, device: torch.device | str) -> Tensor |
     return torch.from_numpy(places).to(device)
 
 
-def _cuts(lengths: np.ndarray) -> list[tuple[int, int]]:
-    """Ranges of ascending lengths that make a block each; a length with DENSE_ROWS rows gets its own: no padding."""
+def _cuts(lengths: np.ndarray, tiling: Tiling) -> list[tuple[int, int]]:
+    """Ranges of ascending lengths that make a block each."""
     cuts, start = [], 0
     while start < len(lengths):
         shortest = int(lengths[start])
         reach = int(np.searchsorted(lengths, shortest, side="right"))
-        if (reach - start) * shortest < DENSE_ROWS:
-            reach = int(np.searchsorted(lengths, max(shortest * GROWTH, shortest + 4), side="right"))
-        stop = min(reach, start + max(1, BLOCK_SCORES // int(lengths[reach - 1]) ** 2))
+        if (reach - start) * shortest < tiling.dense_rows:
+            reach = int(np.searchsorted(lengths, max(shortest * tiling.growth, shortest + 4), side="right"))
+        stop = min(reach, start + max(1, tiling.scores // int(lengths[reach - 1]) ** 2))
         cuts.append((start, stop))
         start = stop
     return cuts

@@ -75,7 +75,7 @@ def _run(jobs: dict[Path, tuple], workers: int) -> None:
     """Each job's result goes to its file; what is there already is not done again."""
     waiting = {path: job for path, job in jobs.items() if not path.exists()}
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(workers, context, _alone) as pool:
         running = {pool.submit(*job): path for path, job in waiting.items()}
         for number, done in enumerate(as_completed(running), 1):
             path = running[done]
@@ -84,6 +84,13 @@ def _run(jobs: dict[Path, tuple], workers: int) -> None:
             draft.write_bytes(msgspec.json.encode(done.result()))
             draft.rename(path)
             print(f"{number}/{len(running)} {path.stem}: {done.result().seconds:.0f} s", flush=True)
+
+
+def _alone() -> None:
+    """A worker process: one thread, and of several GPUs one."""
+    torch.set_num_threads(1)
+    if torch.cuda.device_count() > 1:
+        torch.cuda.set_device(os.getpid() % torch.cuda.device_count())
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ TRAINING: Space = {  # the same for both sequence models
     "trainer.learning_rate": (5e-4, 1e-3, 2e-3, 4e-3),
     "trainer.weight_decay": (0.0, 0.01, 0.1),
     "trainer.epochs": (20, 40, 60),
-    "trainer.crop_events": (32, 64, 128, 200),
+    "trainer.crop_events": (64, 128, 200),
     "trainer.batch_events": (2048, 4096),
     "model.width": (64, 96, 128, 192, 256),
     "model.layers": (1, 2, 3, 4),
@@ -42,7 +42,7 @@ TRAINING: Space = {  # the same for both sequence models
 HSTU: Space = TRAINING | {
     "model.dropout": (0.1, 0.2, 0.3, 0.4, 0.5),
     "model.attention_dropout": (0.0, 0.2, 0.5, 0.7),
-    "model.temperature": (0.05, 0.07, 0.1, 0.15),
+    "model.temperature": (0.07, 0.1, 0.15, 0.2),
 }
 SASREC: Space = TRAINING | {
     "model.dropout": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6),

@@ -7,7 +7,7 @@ from torch import Tensor
 from kernels.fused_attention_layernorm.reference import fused_attention_layernorm
 from pipeline.features import FEATURE_ROWS, FEATURES, TIME_THRESHOLDS, Inputs
 from pipeline.hstu import Hstu, HstuConfig, HstuLayer
-from pipeline.jagged import Layout
+from pipeline.jagged import GPU, Layout, Tiling
 
 CONFIG = HstuConfig(items=50, layers=2, width=16, heads=2, d_qk=8, d_v=4, max_events=40, dropout=0.0, content_rows=0)
 
@@ -72,6 +72,17 @@ def test_the_packed_model_equals_the_padded_specification(lengths: list[int], se
     torch.testing.assert_close(packed, wanted, rtol=1e-4, atol=1e-5)
     last = torch.from_numpy(inputs.offsets[1:] - 1)
     torch.testing.assert_close(states(hstu, inputs, last=True), wanted[last], rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(0, 1000))
+def test_the_tiling_changes_no_state(lengths: list[int], seed: int) -> None:
+    hstu, inputs = model(seed), inputs_of_lengths(lengths, seed)
+    rows = hstu.event_rows(hstu.items()[torch.from_numpy(inputs.tokens)], torch.from_numpy(inputs.codes))
+    one_block_a_user = Tiling(1, 1, 1.0)
+    for last in (False, True):
+        fine, coarse = (hstu(rows, Layout.of(inputs, tiling=tiling), last) for tiling in (one_block_a_user, GPU))
+        torch.testing.assert_close(fine, coarse, rtol=1e-4, atol=1e-5)
 
 
 def test_packed_gradients_equal_those_of_the_specification() -> None:
