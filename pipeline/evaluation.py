@@ -103,6 +103,8 @@ def evaluate(artifact: Artifact, log: Log, options: PipelineOptions, asked: Eval
     hstu = HstuRung(artifact, catalogue, options.exclusion, options.device, options.threads, options.rerank)
     weighed = Weighed(hstu, asked.k)
     rankers = _baselines(artifact, split, options) | {MODEL: weighed}
+    if items:
+        rankers |= _content_baseline(catalogue, split, options)
     ranks, slates = _ranked(rankers, split, asked, items)
     return Report(
         cut=str(asked.cut),
@@ -167,12 +169,17 @@ def _baselines(artifact: Artifact, split: Split, options: PipelineOptions) -> di
         return SimpleRung(frozen_counters(options, split.vocabulary, state), options.exclusion)
 
     recent = RecentPopularity(split.known, split.items, options.half_life_days)
-    knn = ItemKnn(split.known, split.items, ItemKnnOptions())
+    knn = ItemKnn.of_users(split.known, split.items, ItemKnnOptions())
     return {
         "popularity": counted(without_neighbours(artifact.counters)),
         "cooccurrence": counted(artifact.counters),
         **{scorer.name: CatalogueRanker(scorer, split.vocabulary, options.exclusion) for scorer in (recent, knn)},
     }
+
+
+def _content_baseline(catalogue: Catalogue, split: Split, options: PipelineOptions) -> dict[str, Ranker]:
+    scorer = ItemKnn.of_contents(catalogue, split.known, ItemKnnOptions(shrinkage=0.0))
+    return {scorer.name: CatalogueRanker(scorer, split.vocabulary, options.exclusion)}
 
 
 def _ranked(

@@ -1,8 +1,11 @@
-"""The baseline of neighbouring items: cosine over the users who touched both, shrunk, summed over the history.
+"""The baselines of neighbouring items: cosine over users or over contents, shrunk, summed over the history.
 
-    similarity(a, b) = |U_a and U_b| / (sqrt(|U_a| |U_b|) + shrinkage)
+    similarity(a, b) = sum_f w_af w_bf / (|w_a| |w_b| + shrinkage)
 
-with the users U of an item in the training log (Sarwar et al., WWW 2001; the shrinkage of Bell and Koren, ICDM 2007).
+`itemknn`: f are the users of the training log, w is 1 where a user touched an item (Sarwar et al., WWW 2001; the
+shrinkage of Bell and Koren, ICDM 2007). `contentknn`: f are the hashes of the items' texts, categories, brands and
+tags, w is log(items / items that have it), so that rare words count. It knows items that no user has touched.
+
 An item keeps its `neighbours` most similar ones; a candidate's score is the sum over the user's events, newest first,
 of similarity * recency^place. Candidates that no event votes for follow by popularity.
 """
@@ -15,6 +18,7 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
+from pipeline.catalogue import FIELDS, Catalogue
 from pipeline.catalogue_ranker import popularity_scores
 from pipeline.corpus import Corpus
 from pipeline.records import Histories
@@ -34,12 +38,19 @@ class ItemKnnOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ItemKnn:
     """A pipeline.catalogue_ranker.Scorer."""
 
-    name = "itemknn"
+    def __init__(self, name: str, weights: Tensor, known: Corpus, options: ItemKnnOptions) -> None:
+        """weights: sparse float32 [items, features]; known: tells popularity."""
+        self.name, self._recency, self._items = name, options.recency, len(weights)
+        self._tokens, self._similarities = _neighbours(weights, options)  # int64 and float32 [items, neighbours]
+        self._popularity = popularity_scores(np.bincount(known.tokens, minlength=len(weights))[None])
 
-    def __init__(self, known: Corpus, items: int, options: ItemKnnOptions) -> None:
-        self._recency, self._items = options.recency, items
-        self._tokens, self._similarities = _neighbours(known, items, options)  # int64 and float32 [items, neighbours]
-        self._popularity = popularity_scores(np.bincount(known.tokens, minlength=items)[None])
+    @classmethod
+    def of_users(cls, known: Corpus, items: int, options: ItemKnnOptions) -> "ItemKnn":
+        return cls("itemknn", _touched(known, items), known, options)
+
+    @classmethod
+    def of_contents(cls, catalogue: Catalogue, known: Corpus, options: ItemKnnOptions) -> "ItemKnn":
+        return cls("contentknn", _described(catalogue), known, options)
 
     def score(self, histories: Histories, tokens: np.ndarray) -> np.ndarray:
         """See Scorer."""
@@ -60,27 +71,40 @@ class ItemKnn:
         return np.bincount(cells.ravel(), votes.ravel(), len(lengths) * self._items).reshape(len(lengths), -1)
 
 
-def _neighbours(known: Corpus, items: int, options: ItemKnnOptions) -> tuple[np.ndarray, np.ndarray]:
+def _neighbours(weights: Tensor, options: ItemKnnOptions) -> tuple[np.ndarray, np.ndarray]:
     """Each item's most similar items, and how similar they are: 0 where it has no more."""
-    incidence = _incidence(known, items)  # [items, users]
-    degrees = torch.sparse.sum(incidence, 1).to_dense()
+    items, features = weights.shape
+    norms = torch.sparse.sum(weights * weights, 1).to_dense().sqrt()
     kept = min(options.neighbours, items)
     tokens, similarities = np.zeros((items, kept), np.int64), np.zeros((items, kept), np.float32)
-    step = max(1, CHUNK_CELLS // max(items, incidence.shape[1]))
+    step = max(1, CHUNK_CELLS // max(items, features))
     for start in range(0, items, step):
         chosen = torch.arange(start, min(start + step, items))
-        both = torch.sparse.mm(incidence, incidence.index_select(0, chosen).to_dense().T).T  # [chosen, items]
-        cosine = both / ((degrees[chosen, None] * degrees).sqrt() + options.shrinkage).clamp(min=1e-9)
+        both = torch.sparse.mm(weights, weights.index_select(0, chosen).to_dense().T).T  # [chosen, items]
+        cosine = both / (norms[chosen, None] * norms + options.shrinkage).clamp(min=1e-9)
         cosine[torch.arange(len(chosen)), chosen] = 0  # an item is no neighbour of its own
         best, index = cosine.topk(kept, dim=1)
         tokens[start : start + step], similarities[start : start + step] = index.numpy(), best.numpy()
     return tokens, similarities
 
 
-def _incidence(known: Corpus, items: int) -> Tensor:
-    """Sparse float32 [items, users] of 0 and 1; the unknown item's row is empty."""
+def _touched(known: Corpus, items: int) -> Tensor:
+    """[items, users] of 0 and 1; the unknown item's row is empty."""
     users = np.repeat(np.arange(len(known.offsets) - 1), np.diff(known.offsets))
     kept = known.is_new & (known.tokens > 0)
-    index = torch.from_numpy(np.stack([known.tokens[kept].astype(np.int64), users[kept]]))
-    size = (items, max(1, len(known.offsets) - 1))
-    return torch.sparse_coo_tensor(index, torch.ones(index.shape[1]), size, check_invariants=True).coalesce()
+    tokens = known.tokens[kept].astype(np.int64)
+    return _sparse(tokens, users[kept], np.ones(len(tokens)), (items, max(1, len(known.offsets) - 1)))
+
+
+def _described(catalogue: Catalogue) -> Tensor:
+    """[items, hashes] of what the records say."""
+    items = len(catalogue.vocabulary)
+    state = catalogue.state(np.arange(items))
+    hashes, columns, having = np.unique(state["hashes"], return_inverse=True, return_counts=True)
+    rows = np.repeat(np.arange(items), np.diff(state["offsets"][:: len(FIELDS)]))
+    return _sparse(rows, columns, np.log(items / having)[columns], (items, max(1, len(hashes))))
+
+
+def _sparse(rows: np.ndarray, columns: np.ndarray, values: np.ndarray, size: tuple[int, int]) -> Tensor:
+    index = torch.from_numpy(np.stack([rows, columns]))
+    return torch.sparse_coo_tensor(index, torch.from_numpy(values).float(), size, check_invariants=True).coalesce()

@@ -149,7 +149,7 @@ def cooccurrence(setting: Setting, log: Log, whole: bool, options: Options, seed
 def itemknn(setting: Setting, log: Log, whole: bool, options: Options, seed: int) -> tuple[Task, Fits]:
     task = setting.task(log)
     corpus = task.known if whole else task.fit
-    return _at_once(task, ItemKnn(corpus, len(task.vocabulary), msgspec.convert(options, ItemKnnOptions)))
+    return _at_once(task, ItemKnn.of_users(corpus, len(task.vocabulary), msgspec.convert(options, ItemKnnOptions)))
 
 
 CONTENDERS = {

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.catalogue import Catalogue
 from pipeline.catalogue_ranker import CatalogueRanker, Scorer, best_columns
 from pipeline.corpus import Corpus
 from pipeline.exclusion import Exclusion
@@ -11,7 +12,7 @@ from pipeline.itemknn import ItemKnn, ItemKnnOptions
 from pipeline.logcolumns import columns
 from pipeline.popular import DAY_MS, Popularity, RecentPopularity
 from pipeline.ranking import BATCH_USERS, Ranker, Scored, ranks_among, slates_of
-from pipeline.records import Event, EventSchema, Histories
+from pipeline.records import Event, EventSchema, Histories, Item
 from pipeline.sasrec import SasRec, SasRecConfig, SasRecScorer
 from pipeline.simple_rung import SimpleRung
 from pipeline.unified import PipelineOptions, new_counters
@@ -53,7 +54,7 @@ def rankers() -> dict[str, Ranker]:
     scorers = [
         popularity,
         RecentPopularity(KNOWN, SIZE, 5.0),
-        ItemKnn(KNOWN, SIZE, ItemKnnOptions(8)),
+        ItemKnn.of_users(KNOWN, SIZE, ItemKnnOptions(8)),
         SasRecScorer(SasRec(SasRecConfig(items=SIZE, width=8, max_events=20)), popularity),
     ]
     made: dict[str, Ranker] = {each.name: CatalogueRanker(each, VOCABULARY, Exclusion()) for each in scorers}
@@ -122,7 +123,7 @@ def similarities(shrinkage: float) -> np.ndarray:
 @pytest.mark.parametrize("shrinkage", [0.0, 10.0])
 def test_item_knn_sums_shrunk_cosines_over_the_history_newer_events_counting_more(shrinkage: float) -> None:
     history = EVENTS[10:16]
-    (got,) = scores_of(ItemKnn(KNOWN, SIZE, ItemKnnOptions(SIZE, shrinkage, 0.8)), history)
+    (got,) = scores_of(ItemKnn.of_users(KNOWN, SIZE, ItemKnnOptions(SIZE, shrinkage, 0.8)), history)
     tokens = [VOCABULARY.token(event.item_id) for event in reversed(history)]
     wanted = sum(0.8**age * similarities(shrinkage)[token] for age, token in enumerate(tokens))
     assert got[wanted > 0] == pytest.approx(wanted[wanted > 0], rel=1e-4)
@@ -130,11 +131,36 @@ def test_item_knn_sums_shrunk_cosines_over_the_history_newer_events_counting_mor
 
 
 def test_item_knn_keeps_each_items_nearest_neighbours_alone() -> None:
-    scorer = ItemKnn(KNOWN, SIZE, ItemKnnOptions(4, 10.0, 1.0))
+    scorer = ItemKnn.of_users(KNOWN, SIZE, ItemKnnOptions(4, 10.0, 1.0))
     for event in EVENTS[:20]:
         (got,) = scores_of(scorer, [event])
         nearest = np.sort(similarities(10.0)[VOCABULARY.token(event.item_id)])[-4:]
         assert np.sort(got[got > 0]) == pytest.approx(nearest[nearest > 0], rel=1e-4)
+
+
+WORDS = ["red", "blue", "warm", "light"]
+ITEM_WORDS = [{word for n, word in enumerate(WORDS) if number >> n & 1} for number in range(ITEMS - 1)]  # item 24: none
+
+
+def test_content_knn_sums_cosines_of_words_that_count_by_their_rarity() -> None:
+    catalogue = Catalogue(VOCABULARY)
+    catalogue.put(Item(f"i{number}", tags=sorted(words)) for number, words in enumerate(ITEM_WORDS))
+    history = EVENTS[10:16]
+    (got,) = scores_of(ItemKnn.of_contents(catalogue, KNOWN, ItemKnnOptions(SIZE, 0.0, 0.8)), history)
+    worth = {word: np.log(SIZE / sum(word in words for words in ITEM_WORDS)) for word in WORDS}
+
+    def product(a: set[str], b: set[str]) -> float:
+        return sum(worth[word] ** 2 for word in a & b)
+
+    for other, words in enumerate(ITEM_WORDS):
+        wanted = 0.0
+        for age, event in enumerate(reversed(history)):
+            item = int(event.item_id[1:])
+            if item not in (other, ITEMS - 1) and words & ITEM_WORDS[item]:
+                norms = (product(words, words) * product(ITEM_WORDS[item], ITEM_WORDS[item])) ** 0.5
+                wanted += 0.8**age * product(words, ITEM_WORDS[item]) / norms
+        value = got[VOCABULARY.token(f"i{other}")]
+        assert value == pytest.approx(wanted, rel=1e-4) if wanted else value < 0
 
 
 def test_the_best_columns_are_those_of_a_full_sort_and_ties_go_by_column() -> None:
