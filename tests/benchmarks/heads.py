@@ -10,16 +10,21 @@ loop        the shop goes on from the log's end with slates of these models, rer
 The shop is denser than `millrace simulate`'s default: 86 events a user and 200 an item. The truth knows each item's
 hidden quality exactly, and an item's first hundred outcomes tell it only roughly.
 
-usage: python -m tests.benchmarks.heads [--parts weightings loop] [--epochs 12] [--forks 4] [--device cuda] [--quick]
+usage: python -m tests.benchmarks.heads [--parts weightings loop] [--epochs 12] [--forks 4] [--events N --users N
+           --items N] [--device cuda] [--workers N] [--quick]
 """
 
 import argparse
+import multiprocessing
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import msgspec
 import numpy as np
 import torch
 from msgspec.structs import asdict, replace
@@ -63,7 +68,7 @@ WEIGHTINGS: dict[str, TrainerOptions] = {
     "fixed 0.5 0.5 2": TrainerOptions(head_weights=(0.5, 0.5, 2.0)),
 }
 DYNAMIC = ("uncertainty", "dwa")
-DEFAULT = "fixed 1 1 1"
+DEFAULT, NOTHING = "fixed 1 1 1", "nothing shown"
 RERANKS: dict[str, Rerank] = {
     "off": Rerank(),
     "engagement": Rerank(engagement=1.0),
@@ -72,6 +77,8 @@ RERANKS: dict[str, Rerank] = {
     "money": Rerank(monetization=1.0, value=1.0),
     "all": Rerank(engagement=0.5, retention=0.5, monetization=0.5, value=0.5),
 }
+# Nothing shown; the default model by every rerank; the learnt weightings as they rank and by money.
+LOOPS = [(NOTHING, "off"), *((DEFAULT, name) for name in RERANKS), *product(DYNAMIC, ("off", "money"))]
 
 
 class Silent:
@@ -84,28 +91,38 @@ class Silent:
     def epoch(self, report: EpochReport, best: EpochReport) -> None: ...
 
 
-@dataclass
-class Bench:
-    """One shop, its past, and the models that the past trains, each when it is first asked for."""
+class Setting(msgspec.Struct, frozen=True):
+    """What all processes share. folder: where the trained models are."""
 
-    config: SimulatorConfig
+    shop: SimulatorConfig
     epochs: int
-    pipeline: PipelineOptions
+    device: str
     folder: Path
 
+
+@dataclass
+class Bench:
+    """One shop, its past, and the models that its past has trained."""
+
+    setting: Setting
+
     def __post_init__(self) -> None:
-        self.simulator = Simulator(self.config)
-        self.log, self.truth = warm_up(self.simulator, self.config.days)
+        self.pipeline, self.days = PipelineOptions(device=self.setting.device), self.setting.shop.days
+        self.simulator = Simulator(self.setting.shop)
+        self.log, self.truth = warm_up(self.simulator, self.days)
         self.vocabulary = Vocabulary(self.log.item_ids)
         self.catalogue = Catalogue(self.vocabulary)
 
-    def model(self, name: str) -> Artifact:
-        path = self.folder / name.replace(" ", "_")
-        if not path.exists():
-            trainer = replace(WEIGHTINGS[name], epochs=self.epochs)
-            options = TrainingOptions(trainer, HstuConfig(), patience=self.epochs, refit=False)
-            train(self.log, path, options, self.pipeline, Silent(), "")
-        return artifacts.load(path)
+    def path(self, weighting: str) -> Path:
+        return self.setting.folder / weighting.replace(" ", "_")
+
+    def train(self, weighting: str) -> None:
+        trainer = replace(WEIGHTINGS[weighting], epochs=self.setting.epochs)
+        options = TrainingOptions(trainer, HstuConfig(), patience=self.setting.epochs, refit=False)
+        train(self.log, self.path(weighting), options, self.pipeline, Silent(), "")
+
+    def model(self, weighting: str) -> Artifact:
+        return artifacts.load(self.path(weighting))
 
     def rung(self, artifact: Artifact, rerank: Rerank = RERANKS["off"]) -> HstuRung:
         options = self.pipeline
@@ -124,20 +141,28 @@ class Bench:
         return labels_of(histories, EventSchema(), int(histories.ts_ms.max()))[self.scored.positions - 1]
 
 
-def weightings(bench: Bench) -> Iterator[dict[str, Cell]]:
-    scored = bench.scored
+@cache
+def bench_of(setting: Setting) -> Bench:
+    """Once a process."""
+    return Bench(setting)
+
+
+def train_model(setting: Setting, weighting: str) -> None:
+    bench_of(setting).train(weighting)
+
+
+def weighting_row(setting: Setting, weighting: str) -> dict[str, Cell]:
+    bench = bench_of(setting)
+    scored, artifact = bench.scored, bench.model(weighting)
     truth = np.stack([bench.truth[name] for name in TRUTHS], axis=1)[scored.corpus.places[scored.positions]]
-    random = np.random.default_rng(0)
-    some = Scored(scored.corpus, np.sort(random.permutation(scored.positions)[:HITS_OF]), scored.cap_events)
-    for name in WEIGHTINGS:
-        artifact = bench.model(name)
-        rung = bench.rung(artifact)
-        odds, raw = odds_of(rung, scored), odds_of(bench.rung(uncalibrated(artifact)), scored)
-        row: dict[str, Cell] = {"part": "weightings", "weighting": name, "hit_rate": measure(rung, some, 10).hit_rate}
-        for task, head in enumerate(TASKS):
-            row |= head_row(head, odds[:, task], raw[:, task], truth[:, task], bench.labels[:, task])
-        row["auc"] = float(np.mean([float(row[f"{head}_auc"] or 0) for head in TASKS]))
-        yield row
+    some = np.sort(np.random.default_rng(0).permutation(scored.positions)[:HITS_OF])
+    rung = bench.rung(artifact)
+    odds, raw = odds_of(rung, scored), odds_of(bench.rung(uncalibrated(artifact)), scored)
+    hit_rate = measure(rung, Scored(scored.corpus, some, scored.cap_events), 10).hit_rate
+    row: dict[str, Cell] = {"part": "weightings", "weighting": weighting, "hit_rate": hit_rate}
+    for task, head in enumerate(TASKS):
+        row |= head_row(head, odds[:, task], raw[:, task], truth[:, task], bench.labels[:, task])
+    return row | {"auc": float(np.mean([float(row[f"{head}_auc"] or 0) for head in TASKS]))}
 
 
 def head_row(head: str, odds: np.ndarray, raw: np.ndarray, truth: np.ndarray, labels: np.ndarray) -> dict[str, Cell]:
@@ -155,20 +180,13 @@ def uncalibrated(artifact: Artifact) -> Artifact:
     return Artifact(artifact.manifest, weights, artifact.item_ids, artifact.counters, artifact.items)
 
 
-def loop(bench: Bench, forks: int) -> Iterator[dict[str, Cell]]:
-    """Nothing shown; the default model by every rerank; the learnt weightings as they rank and by money."""
-    yield loop_row(bench, forks, "nothing shown", "off", None)
-    runs = [(DEFAULT, name) for name in RERANKS] + [(name, weights) for name in DYNAMIC for weights in ("off", "money")]
-    for name, weights in runs:
-        yield loop_row(bench, forks, name, weights, bench.rung(bench.model(name), RERANKS[weights]))
-
-
-def loop_row(bench: Bench, forks: int, weighting: str, rerank: str, rung: HstuRung | None) -> dict[str, Cell]:
-    reactions = []
+def loop_row(setting: Setting, weighting: str, rerank: str, forks: int) -> dict[str, Cell]:
+    bench, reactions = bench_of(setting), []
+    rung = bench.rung(bench.model(weighting), RERANKS[rerank]) if weighting != NOTHING else None
     for seed in range(forks):
         future = bench.simulator.fork(seed)
         showcase = Showcase(future, rung, bench.vocabulary, bench.log) if rung else None
-        reactions.append(run(future, bench.config.days, LOOP_DAYS, showcase))
+        reactions.append(run(future, bench.days, LOOP_DAYS, showcase))
     row: dict[str, Cell] = {"part": "loop", "weighting": weighting, "rerank": rerank}
     return row | _summary(reactions)
 
@@ -182,6 +200,20 @@ def _summary(reactions: list[Reaction]) -> dict[str, Cell]:
         row[name] = float(np.mean(column))
         row[f"{name}_se"] = float(np.std(column, ddof=1) / np.sqrt(len(column))) if len(column) > 1 else None
     return row
+
+
+def measured(setting: Setting, parts: list[str], forks: int, workers: int) -> Iterator[dict[str, Cell]]:
+    """Train what the parts need, then their rows."""
+    jobs: list[tuple] = [(weighting_row, setting, name) for name in WEIGHTINGS] if "weightings" in parts else []
+    if "loop" in parts:
+        jobs += [(loop_row, setting, weighting, rerank, forks) for weighting, rerank in LOOPS]
+    trained = {weighting for _, _, weighting, *_ in jobs if weighting != NOTHING}
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
+        for training in [pool.submit(train_model, setting, name) for name in WEIGHTINGS if name in trained]:
+            training.result()
+        for row in [pool.submit(*job) for job in jobs]:
+            yield row.result()
 
 
 def metrics_of(rows: list[dict[str, Cell]]) -> dict[str, float]:
@@ -209,15 +241,18 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=["weightings", "loop"], default=["weightings", "loop"])
     parser.add_argument("--epochs", type=int, default=12, help="of every training")
     parser.add_argument("--forks", type=int, default=4, help="futures of the shop for a row of the loop")
+    parser.add_argument("--events", type=int, default=SHOP.events, help="of the shop")
+    parser.add_argument("--users", type=int, default=SHOP.users)
+    parser.add_argument("--items", type=int, default=SHOP.items)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=1, help="processes side by side")
     parser.add_argument("--quick", action="store_true", help="a small shop: does it run? its figures mean nothing")
     parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder of heads.json")
     args = parser.parse_args()
-    rows: list[dict[str, Cell]] = []
+    shop = QUICK if args.quick else SimulatorConfig(args.events, args.users, args.items)
     with TemporaryDirectory(prefix="millrace-heads-") as folder:
-        bench = Bench(QUICK if args.quick else SHOP, args.epochs, PipelineOptions(device=args.device), Path(folder))
-        parts = {"weightings": lambda: weightings(bench), "loop": lambda: loop(bench, args.forks)}
-        for row in (row for part in args.parts for row in parts[part]()):
+        setting, rows = Setting(shop, args.epochs, args.device, Path(folder)), []
+        for row in measured(setting, args.parts, args.forks, args.workers):
             Console().print(row)
             rows.append(row)
     Console().print(metrics_of(rows), f"written: {results.write('heads', metrics_of(rows), rows, args.out)}")
