@@ -20,6 +20,12 @@ class LogFileError(MillraceError):
     exit_code = 2
 
 
+class DeviceError(MillraceError):
+    """Torch has no such device here."""
+
+    exit_code = 2
+
+
 class TrainingError(MillraceError):
     """The log cannot train a model (empty, one item, no user with two events)."""
 

@@ -14,6 +14,7 @@ from msgspec import Meta, Struct, field
 
 from pipeline.records import EventSchema
 from pipeline.rerank import Rerank
+from pipeline.strategy import LADDER
 from worker.errors import ConfigError
 
 Positive = Annotated[int, Meta(gt=0)]
@@ -40,7 +41,7 @@ class Kafka(Struct, frozen=True, forbid_unknown_fields=True):
     request_timeout_ms: Positive = 30000
     linger_ms: Annotated[int, Meta(ge=0)] = 0  # batches are built by us, so nothing is gained by waiting
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
-    sasl_mechanism: str = "PLAIN"
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "GSSAPI"] = "PLAIN"
     sasl_username: str | None = None
     sasl_password: str | None = None
     ssl_cafile: str | None = None
@@ -61,6 +62,12 @@ class Events(Struct, frozen=True, forbid_unknown_fields=True):
     trigger_actions: tuple[str, ...] | None = None  # None: every action asks for a fresh slate
     max_ahead_s: Seconds = 86400.0  # a phone's clock may be a day off; beyond that it is broken
     max_age_days: Annotated[float, Meta(ge=0)] = 3650.0  # 0: no limit (recorded logs of any age)
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.trigger_actions or ()) - set(self.actions):
+            raise ValueError(
+                f"trigger_actions: {', '.join(sorted(unknown))} not in actions ({', '.join(self.actions)})"
+            )
 
 
 class Sequences(Struct, frozen=True, forbid_unknown_fields=True):
@@ -91,6 +98,10 @@ class Pipeline(Struct, frozen=True, forbid_unknown_fields=True):
     follow_s: Annotated[float, Meta(ge=0)] = 5.0  # a new artifact serves after two looks, a few stats each; 0: never
     min_overlap: Share = 0.02  # with the slates just served: another seed after one epoch 0.13, mixed-up ids 0.002
     max_hit_rate_drop: Share = 0.2  # of the serving model's, as training judged both: a failed training loses more
+
+    def __post_init__(self) -> None:
+        if self.strategy is not None and self.strategy not in LADDER:
+            raise ValueError(f"strategy {self.strategy!r} is no rung; wanted one of {', '.join(LADDER)}")
 
 
 class Counters(Struct, frozen=True, forbid_unknown_fields=True):

@@ -2,6 +2,7 @@
 
 MillraceError                  exit  retriable  what the worker does
 ├── ConfigError                   2  no         refuses to start
+├── DeviceError                   2  no         refuses to start (defined in pipeline/errors.py)
 ├── LogFileError, TrainingError   2  no         refuses to start (defined in pipeline/errors.py)
 ├── EvaluationError               2  no         no worker: `evaluate` scores nothing (defined in pipeline/errors.py)
 ├── ArtifactError                 3  no         refuses to start (defined in pipeline/errors.py)
@@ -20,11 +21,11 @@ Exit 0: drained and committed. Exit 1: a defect of ours. Exit 130/143: a second 
 A message says what, where, got, wanted, and the next step.
 """
 
-from pipeline.errors import ArtifactError, EvaluationError, LogFileError, MillraceError, TrainingError
+from pipeline.errors import ArtifactError, DeviceError, EvaluationError, LogFileError, MillraceError, TrainingError
 
-__all__ = ["ArtifactError", "ConfigError", "DeadLetterLimit", "EvaluationError", "LogFileError", "MillraceError",
-           "SinkError", "SinkUnavailable", "SourceError", "SourceUnavailable", "Stalled", "StoreError",
-           "StoreUnavailable", "TopicRecreated", "TrainingError", "UnknownUser"]  # fmt: skip
+__all__ = ["ArtifactError", "ConfigError", "DeadLetterLimit", "DeviceError", "EvaluationError", "LogFileError",
+           "MillraceError", "SinkError", "SinkUnavailable", "SourceError", "SourceUnavailable", "Stalled",
+           "StoreError", "StoreUnavailable", "TopicRecreated", "TrainingError", "UnknownUser"]  # fmt: skip
 
 
 class ConfigError(MillraceError):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from pipeline.artifact import Artifact
 from pipeline.calibration import check
 from pipeline.contents import Contents
-from pipeline.errors import ArtifactError
+from pipeline.errors import ArtifactError, DeviceError
 from pipeline.features import FEATURES, Inputs
 from pipeline.heads import RECENT, Context, Heads, Newest
 from pipeline.hstu import Hstu
@@ -86,7 +86,12 @@ def _load(module: nn.Module, artifact: Artifact, name: str) -> None:
 
 
 def device_of(name: str) -> torch.device:
-    """Torch's device of that name; 'auto': CUDA when there is one."""
+    """Torch's device of that name; 'auto': CUDA when there is one. DeviceError when it cannot be used here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # no such name; no such card; a torch that was built without it
+        reason = str(error).partition("\n")[0]
+        raise DeviceError(f"pipeline.device '{name}': {reason}; want auto, cpu, cuda or cuda:N") from error
     return torch.device(name)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.artifact import load
-from pipeline.errors import ArtifactError
+from pipeline.errors import ArtifactError, DeviceError
 from pipeline.logfile import in_event_time
 from pipeline.records import Event
 from pipeline.unified import Pipeline, PipelineOptions, rung_of
@@ -132,6 +132,12 @@ def test_without_an_artifact_the_library_answers_once_it_has_seen_events():
     [slate] = pipeline.recommend([[Event("u", "i1", "view", 5)]], k=3)
     assert slate.strategy == "simple"
     assert slate.items == []
+
+
+@pytest.mark.parametrize("device", ["quantum", "cuda:999"])
+def test_a_device_that_is_not_here_is_one_sentence(shop, device: str):
+    with pytest.raises(DeviceError, match=rf"^pipeline\.device '{device}': [^\n]+; want auto, cpu, cuda or cuda:N$"):
+        Pipeline.load(shop.artifact, PipelineOptions(device=device))
 
 
 def test_what_cannot_be_asked_for_is_one_sentence(shop, histories):

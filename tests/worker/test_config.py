@@ -30,6 +30,9 @@ def test_the_environment_overrides_the_file_and_the_file_the_default(tmp_path):
         ("[rediss]\nurl = 'x'\n", "rediss"),
         ("[batcher]\nmax_users = 0\n", "$.batcher.max_users"),
         ("[batcher]\nmax_users = 'many'\n", "$.batcher.max_users"),
+        ("[events]\ntrigger_actions = ['cart', 'dance']\n", "trigger_actions: dance not in actions (view, "),
+        ("[pipeline]\nstrategy = 'oracle'\n", "strategy 'oracle' is no rung; wanted one of unified, "),
+        ("[kafka]\nsasl_mechanism = 'SCRAM'\n", "$.kafka.sasl_mechanism"),
         ("[kafka\n", "not TOML"),
     ],
 )
