@@ -38,7 +38,11 @@ REFUSED = (
 
 
 def client_options(config: Kafka) -> dict[str, Any]:
-    """Keyword arguments of every aiokafka client. ConfigError when a TLS file or the SASL user is not usable."""
+    """Keyword arguments of every aiokafka client. ConfigError when an address, a TLS file or the SASL user is none."""
+    try:
+        collect_hosts(config.bootstrap)
+    except ValueError as error:
+        raise ConfigError(f"kafka.bootstrap '{config.bootstrap}': want HOST:PORT, several with commas") from error
     if config.security_protocol.startswith("SASL") and None in (config.sasl_username, config.sasl_password):
         raise ConfigError(f"kafka.security_protocol {config.security_protocol} wants sasl_username and sasl_password")
     return {

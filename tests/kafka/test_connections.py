@@ -50,6 +50,12 @@ def test_tls_files_that_are_not_there_are_named(tmp_path):
         client_options(config)
 
 
+@pytest.mark.parametrize("bootstrap", ["broker:one", "good:9092,bad:port"])
+def test_an_address_that_is_none_is_a_configuration_error(bootstrap: str):
+    with pytest.raises(ConfigError, match=rf"^kafka\.bootstrap '{bootstrap}': want HOST:PORT"):
+        client_options(Kafka(bootstrap=bootstrap))
+
+
 def test_sasl_without_a_user_is_a_configuration_error():
     with pytest.raises(ConfigError, match="wants sasl_username and sasl_password"):
         client_options(Kafka(security_protocol="SASL_SSL"))

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import os
+import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -140,6 +141,15 @@ def test_http_answers_slates_unknown_users_its_health_and_stops_when_told(server
             assert await process.wait() == 0
 
     scenario(server.url, test)
+
+
+def test_an_address_that_http_cannot_have_is_one_sentence(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", "--port", str(port)]) == 2
+    assert f"millrace serve: cannot listen on 127.0.0.1:{port}: " in capsys.readouterr().err
+    assert main(["serve", "--host", "nowhere.invalid", "--port", "0"]) == 2
+    assert "millrace serve: cannot listen on nowhere.invalid:0: " in capsys.readouterr().err
 
 
 @asynccontextmanager

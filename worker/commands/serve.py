@@ -8,6 +8,7 @@ example:
   curl --retry 5 --retry-connrefused localhost:8080/v1/slates/u1
 """
 
+import socket
 from argparse import ArgumentParser, Namespace
 
 from worker.commands.arguments import port
@@ -37,16 +38,23 @@ def run(args: Namespace) -> int:
 
     loaded = config.load(args.config)
     logging.configure(loaded.log)
+    listening = listen(args.host or loaded.serve.host, loaded.serve.port if args.port is None else args.port)
     options = uvicorn.Config(
-        application(loaded.redis),
-        host=args.host or loaded.serve.host,
-        port=loaded.serve.port if args.port is None else args.port,
-        log_config=None,
-        access_log=False,
-        timeout_graceful_shutdown=GRACE_S,
+        application(loaded.redis), log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S
     )
     for each in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it is done: that must not be the end
         signal.signal(each, lambda *_: None)
     server = uvicorn.Server(options)
-    server.run()
+    server.run(sockets=[listening])
     return 0 if server.started else 1
+
+
+def listen(host: str, number: int) -> socket.socket:
+    """ConfigError when the address is taken or none of this machine's; uvicorn would exit with an artifact's code."""
+    from worker.errors import ConfigError
+
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, number), family=family)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}:{number}: {error.strerror}; set serve.port, or 0") from error
