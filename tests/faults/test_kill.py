@@ -3,6 +3,7 @@
 import asyncio
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from oracle import ACTIONS, DEVICES, Oracle
 from redis.asyncio import Redis
 
-PARTITIONS, USERS, EVENTS, CAP = 3, 300, 6000, 16
+PARTITIONS, USERS, EVENTS, CAP = 3, 300, 40_000, 16
 POISON = [b"{", b"[]", b'{"user_id": "u1"}', b'{"user_id":"u1","item_id":"i","action":"dance","ts_ms":5}', b"\xff\xfe"]
 
 
@@ -48,6 +49,11 @@ class Members:
             member = subprocess.Popen(command, env=env, stdout=log, stderr=log)
         self.alive.append(member)
         return member
+
+    def assigned(self) -> bool:
+        """Has the newest of them got partitions?"""
+        log = self._logs / f"member-{self._started}.log"
+        return bool(re.search(r'"partitions": \["[^}]*"event": "assigned"', log.read_text()))
 
     def kill(self, member: subprocess.Popen) -> None:
         member.kill()
@@ -165,23 +171,36 @@ def test_nothing_is_lost_when_workers_are_killed_and_members_come_and_go(
 ):
     prefix = f"{names['GROUP']}-"
 
-    async def answered(count: int) -> bool:
-        return len(await read_all(kafka, names["SLATES_TOPIC"])) >= count
+    async def slates() -> int:
+        return len(await read_all(kafka, names["SLATES_TOPIC"]))
+
+    async def answered(more: int) -> None:
+        enough = await slates() + more
+
+        async def condition() -> bool:
+            return await slates() >= enough
+
+        await eventually(condition, 60)
 
     async def story() -> None:
         await create(kafka, names)
         producing = asyncio.create_task(produce(kafka, names["EVENTS_TOPIC"], prefix))
         first = members.start()
-        for enough in (200, 600):  # slates: a busy machine coalesces 6,000 events into little more than 1,000
-            await eventually(lambda enough=enough: answered(enough), 60)
-            assert not producing.done(), "the kill must come in mid-stream"
+        for more in (200, 400):
+            await answered(more)
             members.kill(first)
             first = members.start()
+        await eventually(members.assigned, 60)
         second = members.start()
-        await producing
+        await eventually(members.assigned, 60)
+        await answered(200)
+        assert await members.leave(second) == 0
+        await answered(200)
+        assert not producing.done(), "all of it must happen in mid-stream"
+        producing.cancel()
+        await asyncio.wait({producing})
         async with settled(kafka, names) as condition:
             await eventually(condition, 90)
-        assert await members.leave(second) == 0
         assert await members.leave(first) == 0
 
     with members.heard():
