@@ -10,7 +10,7 @@ from worker.config import Batcher, Config
 from worker.health import Pulse
 from worker.logsource import LogSource
 from worker.loop import PUSHED_EVENTS, Worker
-from worker.seams import Arrival, Batch, DeadLetter, Partition, Ticket
+from worker.seams import Arrival, Batch, DeadLetter, Fetched, Partition, Ticket
 
 PARTITION = Partition("events", 0)
 
@@ -49,15 +49,27 @@ class Seams:
     async def bury(self, letters: Sequence[DeadLetter]) -> None: ...
 
 
-def working(config: Config) -> tuple[Worker, Seams]:
+class Watched(LogSource):
+    """Counts what was polled, and the polls that gave nothing."""
+
+    polled_count, empty_count = 0, 0
+
+    async def poll(self, timeout_s: float) -> list[Fetched]:
+        fetched = await super().poll(timeout_s)
+        self.polled_count += sum(len(part.records) for part in fetched)
+        self.empty_count += not fetched
+        return fetched
+
+
+def working(config: Config, log: Sequence[Event] = (), poll_records: int = 1) -> tuple[Worker, Seams, Watched]:
     clock, seams = VirtualClock(), Seams()
-    source = LogSource(iter(()), clock, "log", 1)
-    return Worker(config, clock, source, seams, seams, seams, Pulse(clock)), seams
+    source = Watched(iter(log), clock, "log", poll_records)
+    return Worker(config, clock, source, seams, seams, seams, Pulse(clock)), seams, source
 
 
 def test_a_backlog_is_pushed_in_pieces_in_its_order(run):
     async def scenario() -> None:
-        worker, seams = working(Config())
+        worker, seams, _ = working(Config())
         arrivals = [arrival(f"u{n % 7}", n) for n in range(2 * PUSHED_EVENTS + 500)]
         await worker.push(arrivals)
         assert [len(piece) for piece in seams.pushed] == [PUSHED_EVENTS, PUSHED_EVENTS, 500]
@@ -69,7 +81,7 @@ def test_a_backlog_is_pushed_in_pieces_in_its_order(run):
 
 def test_entries_take_events_as_long_as_no_batch_can_be_ranked(run, eventually):
     async def scenario() -> None:
-        worker, seams = working(Config(batcher=Batcher(in_flight=1)))
+        worker, seams, _ = working(Config(batcher=Batcher(in_flight=1)))
         serving = asyncio.create_task(worker.serve())
         worker.batcher.add([arrival("first", 0)])
         await eventually(worker.in_flight.locked)
@@ -86,8 +98,22 @@ def test_entries_take_events_as_long_as_no_batch_can_be_ranked(run, eventually):
     run(scenario())
 
 
+def test_what_is_admitted_and_unanswered_is_bounded_and_polling_goes_on_meanwhile(run, eventually):
+    async def scenario() -> None:
+        log = [Event(f"u{n}", "item", "view", n) for n in range(500)]
+        worker, seams, source = working(Config(batcher=Batcher(max_pending=100)), log, poll_records=30)
+        running = asyncio.create_task(worker.run())
+        await eventually(lambda: source.empty_count >= 2)
+        assert 100 <= source.polled_count < 100 + 30
+        seams.open.set()
+        await running
+        assert len(seams.sent) == 500
+
+    run(scenario())
+
+
 def test_a_worker_that_drains_is_not_ready():
-    worker, _ = working(Config())
+    worker, _, _ = working(Config())
     worker.pulse.ready = True
     assert worker.pulse.serving() == (True, "serving")
     worker.stop()
