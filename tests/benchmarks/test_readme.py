@@ -1,0 +1,50 @@
+"""README's figures are those of the results files, rounded."""
+
+import re
+
+import pytest
+from benchmarks import results
+
+README = (results.ROOT / "README.md").read_text()
+STREAM, REPLAY = (results.load(results.FOLDER / f"{name}.json") for name in ("stream", "replay"))
+RUNS = {row["run"]: row for row in STREAM.rows}
+FILMS, SHOP = REPLAY.rows
+RANKINGS = ("hit_rate_popularity", "hit_rate_cooccurrence", "hit_rate_hstu")
+N = r"([\d,]*\d(?:\.\d+)?)"
+
+CLAIMS = {
+    rf"{N} events a slate": [STREAM.metrics["events_per_slate"]],
+    rf"`simple` \| {N} slates/s \| {N} slates/s \| {N} times": [
+        RUNS["plain simple"]["slates_per_s"], STREAM.metrics["slates_per_s_simple"], STREAM.metrics["simple_speedup"],
+    ],
+    rf"width 64 \| {N} slates/s \| {N} slates/s \| {N} times": [
+        RUNS["plain hstu"]["slates_per_s"], STREAM.metrics["slates_per_s_hstu"], STREAM.metrics["hstu_speedup"],
+    ],
+    rf"at half of that rate, {N} events/s \| {N} ms \| {N} ms \| {N} ms": [
+        STREAM.metrics[name] for name in ("latency_rate_per_s", "p50_ms", "p95_ms", "p99_ms")
+    ],
+    rf"at a quarter, {N} events/s \| {N} ms \| {N} ms \| {N} ms": [
+        RUNS["a quarter of the rate"][name] for name in ("latency_rate_per_s", "p50_ms", "p95_ms", "p99_ms")
+    ],
+    rf"grew by {N} %": [STREAM.metrics["rss_growth_pct"]],
+    rf"whole through Kafka: {N} slates, {N} lost \| {N} \| {N} \| {N} \| {N} times": [
+        REPLAY.metrics["slates"], REPLAY.metrics["lost"],
+        *(REPLAY.metrics[name] for name in RANKINGS),
+        REPLAY.metrics["hit_rate_hstu"] / REPLAY.metrics["hit_rate_cooccurrence"],
+    ],
+    rf"8 heads\) \| {N} \| {N} \| {N} \| {N} % of the way to the truth's {N}": [
+        *(SHOP[name] for name in RANKINGS), 100 * REPLAY.metrics["truth_gap_closed_simulated"], SHOP["hit_rate_truth"],
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("sentence", "measured"), CLAIMS.items(), ids=range(len(CLAIMS)))
+def test_what_readme_says_is_what_was_measured(sentence: str, measured: list[float]):
+    (said,) = re.findall(sentence, README)
+    for text, value in zip([said] if isinstance(said, str) else said, measured, strict=True):
+        last_place = 10.0 ** -len(text.partition(".")[2])
+        assert float(text.replace(",", "")) == pytest.approx(value, abs=0.5 * last_place + 1e-9)
+
+
+def test_the_films_model_is_named_by_the_options_that_it_was_trained_with():
+    assert f"MovieLens 100k, `{FILMS['model']}`," in README
