@@ -63,12 +63,6 @@ class Events(Struct, frozen=True, forbid_unknown_fields=True):
     max_ahead_s: Seconds = 86400.0  # a phone's clock may be a day off; beyond that it is broken
     max_age_days: Annotated[float, Meta(ge=0)] = 3650.0  # 0: no limit (recorded logs of any age)
 
-    def __post_init__(self) -> None:
-        if unknown := set(self.trigger_actions or ()) - set(self.actions):
-            raise ValueError(
-                f"trigger_actions: {', '.join(sorted(unknown))} not in actions ({', '.join(self.actions)})"
-            )
-
 
 class Sequences(Struct, frozen=True, forbid_unknown_fields=True):
     cap_events: Annotated[int, Meta(ge=1, le=65535)] = 512  # 12 KiB a user; wanted: max_events + 255
@@ -168,6 +162,12 @@ def load(path: str | Path | None = None, env: dict[str, str] | None = None) -> C
         if name.startswith("MILLRACE__"):
             _put(tree, name, text)
             config = _convert(tree, f"environment {name}")  # it was good before this variable
+    if unknown := set(config.events.trigger_actions or ()) - set(config.events.actions):
+        actions = ", ".join(config.events.actions)
+        where = "environment" if path is None else f"config {path}"
+        raise ConfigError(
+            f"{where}: events.trigger_actions: {', '.join(sorted(unknown))} not in events.actions ({actions})"
+        )
     return config
 
 

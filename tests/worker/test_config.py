@@ -30,7 +30,10 @@ def test_the_environment_overrides_the_file_and_the_file_the_default(tmp_path):
         ("[rediss]\nurl = 'x'\n", "rediss"),
         ("[batcher]\nmax_users = 0\n", "$.batcher.max_users"),
         ("[batcher]\nmax_users = 'many'\n", "$.batcher.max_users"),
-        ("[events]\ntrigger_actions = ['cart', 'dance']\n", "trigger_actions: dance not in actions (view, "),
+        (
+            "[events]\ntrigger_actions = ['cart', 'dance']\n",
+            "events.trigger_actions: dance not in events.actions (view, ",
+        ),
         ("[pipeline]\nstrategy = 'oracle'\n", "strategy 'oracle' is no rung; wanted one of unified, "),
         ("[kafka]\nsasl_mechanism = 'SCRAM'\n", "$.kafka.sasl_mechanism"),
         ("[kafka\n", "not TOML"),
@@ -44,6 +47,13 @@ def test_a_mistake_in_the_file_is_one_sentence_with_its_path(tmp_path, text, nam
     assert named in str(caught.value)
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_action_that_triggers_may_be_one_that_the_environment_adds(tmp_path):
+    file = tmp_path / "m.toml"
+    file.write_text("[events]\ntrigger_actions = ['dance']\n")
+    loaded = config.load(file, {"MILLRACE__EVENTS__ACTIONS": "['view', 'dance']"})
+    assert loaded.events.trigger_actions == ("dance",)
 
 
 def test_an_unknown_variable_or_a_missing_file_is_refused():
