@@ -30,7 +30,7 @@ from pipeline.hstu import HstuConfig
 from pipeline.known_items import KnownItems
 from pipeline.records import EventSchema
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 WEIGHTS, VOCABULARY, COUNTERS = "hstu.safetensors", "vocabulary.msgpack", "counters.safetensors"
 ITEMS = "items.safetensors"

@@ -25,8 +25,8 @@ _WORD = re.compile(r"\w+")
 
 @dataclass(slots=True)
 class Facts:
-    """Of n items, 0 = unknown: prices by records.encode_value's codes uint16 [n], a number of the first category
-    int32 [n], when it came int64 [n] ms."""
+    """Of n items, 0 = unknown: prices by records.encode_value's codes uint16 [n], a number of the last, most
+    specific category int32 [n], when it came int64 [n] ms."""
 
     price_codes: np.ndarray
     categories: np.ndarray
@@ -35,6 +35,10 @@ class Facts:
     @classmethod
     def nothing(cls, n: int) -> "Facts":
         return cls(*(np.zeros(n, COLUMNS[field.name]) for field in fields(cls)))
+
+    def of(self, index: np.ndarray) -> "Facts":
+        """int [m] -> of these."""
+        return Facts(*(getattr(self, field.name)[index] for field in fields(self)))
 
 
 class Catalogue:
@@ -94,7 +98,7 @@ class Catalogue:
     def _put(self, token: int, item: Item) -> None:
         self._words[token] = tuple(np.array(sorted(set(ids))[:MAX_IDS], np.uint32) for ids in _hashes(item))
         self._columns["price_codes"][token] = encode_value(item.price)
-        self._columns["categories"][token] = 1 + (_hash(CATEGORY, item.category[0]) >> 2) if item.category else 0
+        self._columns["categories"][token] = 1 + (_hash(CATEGORY, item.category[-1]) >> 2) if item.category else 0
         self._columns["created_ms"][token] = item.created_ms or 0
         self._columns["changed"][token] = self.version + 1
 

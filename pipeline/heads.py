@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.affinity import AFFINITIES, SAME_ITEM
 from pipeline.calibration import IDENTITY
 from pipeline.labels import TASKS
 from pipeline.rhythm import RHYTHMS
@@ -54,12 +55,14 @@ class Context:
 
     events: float [m, width], packed rows of what each event was; items: float [m, width], unit vectors of their items
     newest: which of those rows are whose; rhythm: float32 [n, RHYTHMS]
+    affinity: float32 [n, k, AFFINITIES], of the items asked for
     """
 
     events: Tensor
     items: Tensor
     newest: Newest
     rhythm: Tensor
+    affinity: Tensor
 
 
 class Heads(nn.Module):
@@ -96,6 +99,8 @@ class Taste(nn.Module):
         self.of_product = nn.Linear(width, hidden, bias=False)
         self.of_newest = nn.Linear(width, hidden, bias=False)
         self.of_alike = nn.Linear(width, hidden, bias=False)
+        self.of_affinity = nn.Linear(AFFINITIES, hidden, bias=False)
+        self.of_same = nn.Linear(width, hidden, bias=False)
         self.sharpness = nn.Parameter(torch.tensor(8.0))
         self.attention = nn.Linear(width, 1)
         self.age_bias = nn.Parameter(torch.full((RECENT,), -4.0))
@@ -108,7 +113,9 @@ class Taste(nn.Module):
         newest = context.events[context.newest.rows[:, 0]].masked_fill(context.newest.outside[:, :1], 0)
         of_user = (self.of_state(states) + self.of_newest(newest))[:, None]
         of_items = self.of_item(items) + self.of_product(states[:, None] * items) + self._alike(items, context)
-        hidden = F.dropout(F.silu(of_user + of_items), DROPOUT, self.training)
+        again = context.affinity[..., SAME_ITEM, None] * self.of_same(newest)[:, None]  # after a cart, a purchase
+        hidden = F.silu(of_user + of_items + self.of_affinity(context.affinity) + again)
+        hidden = F.dropout(hidden, DROPOUT, self.training)
         return self.out(hidden) + BIAS_SCALE * self.item_bias(self._known(tokens))
 
     def _known(self, tokens: Tensor) -> Tensor:

@@ -6,11 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.affinity import Affinities
 from pipeline.artifact import Artifact
 from pipeline.backends.torch import TorchEncoder
-from pipeline.catalogue import Catalogue
+from pipeline.catalogue import Catalogue, Facts
 from pipeline.exclusion import Exclusion
 from pipeline.features import Inputs, inputs_of
+from pipeline.labels import engaged
 from pipeline.records import Histories
 from pipeline.rerank import Rerank, blended, logs_of
 from pipeline.retrieval import Retrieval
@@ -45,7 +47,7 @@ class HstuRung:
         self._table, self._items, self._version = TableRows(catalogue.vocabulary, artifact.item_ids), artifact.items, 0
         popular = np.argsort(-artifact.counters["popularity"], kind="stable")
         self._popular = self._rows_of(artifact.counters["items"][popular])
-        self._rerank = rerank
+        self._rerank, self._schema = rerank, artifact.manifest.schema
         self._value(self._values_of(artifact))
 
     @property
@@ -56,15 +58,15 @@ class HstuRung:
     def rank(self, histories: Histories, k: int) -> Ranked:
         start = time.perf_counter()
         self._learn()
-        inputs, excluded = self._inputs(histories), self._exclusion.mask(histories)
-        pairs = histories.users[excluded], inputs.tokens[excluded]
-        inputs, visits = inputs.tail(self.max_events), newest_rhythm(histories)
+        whole, excluded = self._inputs(histories), self._exclusion.mask(histories)
+        pairs = histories.users[excluded], whole.tokens[excluded]
+        inputs = whole.tail(self.max_events)
         featured = time.perf_counter()
         states = self._encoder.encode(inputs)
         encoded = time.perf_counter()
         rows, scores = self._retrieval.top_k(states, *pairs, self._rerank.fetched(k))
         source = self._fill_empty(histories, rows, scores)
-        heads = self._encoder.heads(states, inputs, visits, rows)
+        heads = self._odds(histories, whole, states, rows)
         if self._rerank.is_on:
             rows, scores, heads = self._reranked(rows, scores, heads, histories.lengths == 0)
         ranked = time.perf_counter()
@@ -90,14 +92,23 @@ class HstuRung:
 
     def odds(self, histories: Histories, tokens: np.ndarray) -> np.ndarray:
         """What the heads say of these items, int32 [n, k], as each user's next: float32 [n, k, 3]."""
-        inputs, states = self._encoded(histories)
-        return self._encoder.heads(states, inputs, newest_rhythm(histories), self._table.rows(tokens))
+        whole, states = self._encoded(histories)
+        return self._odds(histories, whole, states, self._table.rows(tokens))
+
+    def _odds(self, histories: Histories, whole: Inputs, states: Tensor, rows: np.ndarray) -> np.ndarray:
+        """float32 [n, k, 3]. whole: of the whole histories; rows: int32 [n, k] of the model's table"""
+        affinities = Affinities.of(histories, whole.tokens, self._facts(whole.tokens), engaged(histories, self._schema))
+        affinity = affinities.of_newest(rows, self._facts(rows.ravel()))
+        return self._encoder.heads(states, whole.tail(self.max_events), newest_rhythm(histories), affinity, rows)
+
+    def _facts(self, rows: np.ndarray) -> Facts:
+        return self._catalogue.facts(self._table.tokens(rows))
 
     def _encoded(self, histories: Histories) -> tuple[Inputs, Tensor]:
-        """What the model reads of the histories, and its states, [n, width]."""
+        """The whole histories as inputs, and the states of their newest events, [n, width]."""
         self._learn()
-        inputs = self._inputs(histories).tail(self.max_events)
-        return inputs, self._encoder.encode(inputs)
+        whole = self._inputs(histories)
+        return whole, self._encoder.encode(whole.tail(self.max_events))
 
     def _inputs(self, histories: Histories) -> Inputs:
         """Of whole histories; a token is a row of the model's table."""

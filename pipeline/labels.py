@@ -30,7 +30,7 @@ def labels_of(histories: Histories, schema: EventSchema, end_ms: int) -> np.ndar
     users = histories.users
     succeeded = np.flatnonzero(users[1:] == users[:-1])
     following = succeeded + 1
-    labels[succeeded, 0] = _engaged(histories, schema)[following]
+    labels[succeeded, 0] = engaged(histories, schema)[following]
     labels[succeeded, 1] = _returned(histories, end_ms)[following]
     labels[succeeded, 2] = np.isin(histories.actions, codes_of(MONETIZING, schema))[following]
     return labels
@@ -42,7 +42,8 @@ def codes_of(actions: tuple[str, ...], schema: EventSchema) -> list[int]:
     return [codes[name] for name in actions if name in codes]
 
 
-def _engaged(histories: Histories, schema: EventSchema) -> np.ndarray:
+def engaged(histories: Histories, schema: EventSchema) -> np.ndarray:
+    """bool [total]: the event itself is an engaged one."""
     liked = np.isin(histories.actions, codes_of(("rate",), schema))
     liked &= histories.events["value"] >= encode_value(LIKED_STARS)
     dwelt = histories.events["dwell"] > LONG_DWELL_MS // _DWELL_STEP_MS  # code = 1 + steps

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.catalogue import EMPTY, Catalogue
+from pipeline.affinity import Affinities
+from pipeline.catalogue import EMPTY, Catalogue, Facts
 from pipeline.corpus import Corpus
 from pipeline.features import Inputs, inputs_of, ranges
+from pipeline.labels import engaged, labels_of
+from pipeline.records import EventSchema
 from pipeline.rhythm import rhythm
 from pipeline.vocabulary import UNKNOWN
 
@@ -25,6 +28,7 @@ class Examples:
                 for what the user has touched before is excluded in service
     labels:     float32 [total, 3], see labels.labels_of
     rhythm:     float32 [total, RHYTHMS], see rhythm.rhythm
+    affinities, facts: of the histories and of the events' items, see affinity.py
     """
 
     inputs: Inputs
@@ -32,16 +36,26 @@ class Examples:
     asked: np.ndarray
     labels: np.ndarray
     rhythm: np.ndarray
+    affinities: Affinities
+    facts: Facts
 
     @classmethod
-    def of(cls, corpus: Corpus, labels: np.ndarray, repeats: bool, catalogue: Catalogue = EMPTY) -> "Examples":
+    def of(cls, corpus: Corpus, schema: EventSchema, repeats: bool, catalogue: Catalogue = EMPTY) -> "Examples":
         successors = np.append(corpus.tokens[1:], UNKNOWN).astype(np.int32)
         successors[corpus.offsets[1:] - 1] = UNKNOWN
         asked = successors != UNKNOWN
         if not repeats:
             asked[:-1] &= corpus.is_new[1:]
-        inputs = inputs_of(corpus.histories, corpus.tokens, np.iinfo(np.int32).max, catalogue.facts(corpus.tokens))
-        return cls(inputs, successors, asked, labels, rhythm(corpus.histories, np.arange(len(corpus))))
+        histories, facts = corpus.histories, catalogue.facts(corpus.tokens)
+        return cls(
+            inputs_of(histories, corpus.tokens, np.iinfo(np.int32).max, facts),
+            successors,
+            asked,
+            labels_of(histories, schema, int(histories.ts_ms.max(initial=0))),
+            rhythm(histories, np.arange(len(corpus))),
+            Affinities.of(histories, corpus.tokens, facts, engaged(histories, schema)),
+            facts,
+        )
 
     def shares(self, items: int) -> np.ndarray:
         """float64 [items]: each token's share of the targets."""
@@ -53,7 +67,7 @@ class Examples:
 class TrainingBatch:
     """Some crops, packed.
 
-    successors: int32 [total]; labels: float32 [total, 3]
+    successors: int32 [total]; labels: float32 [total, 3]; affinity: float32 [total, AFFINITIES], of the successors
     asked: int64 [m], the rows that train the retrieval
     seen:  pairs (number of the asked row, token), int64 [pairs] each: what the crop shows up to that row
     """
@@ -62,6 +76,7 @@ class TrainingBatch:
     successors: np.ndarray
     labels: np.ndarray
     rhythm: np.ndarray
+    affinity: np.ndarray
     asked: np.ndarray
     seen: tuple[np.ndarray, np.ndarray]
 
@@ -102,7 +117,9 @@ def batch_of(examples: Examples, starts: np.ndarray, lengths: np.ndarray, unknow
     shown = np.where(random.random(len(tokens)) < unknown_share, UNKNOWN, tokens).astype(np.int32)
     inputs = Inputs(shown, whole.codes[index], whole.seconds[index], offsets)
     successors, labels, rhythms = examples.successors[index], examples.labels[index], examples.rhythm[index]
-    return TrainingBatch(inputs, successors, labels, rhythms, asked, seen)
+    following = np.minimum(index + 1, len(examples.successors) - 1)
+    affinity = examples.affinities.at(index, successors, examples.facts.of(following))
+    return TrainingBatch(inputs, successors, labels, rhythms, affinity, asked, seen)
 
 
 def _seen(tokens: np.ndarray, offsets: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -90,15 +90,13 @@ class Model(Trainable):
         cold = random.random(len(shares)) < self._cold_share
         items = _Items.of(hstu, batch, candidates, cold)
         known = np.where(cold[batch.successors], UNKNOWN, batch.successors)  # to the heads, too, they are new
-        codes, asked, known, labels, rhythm = (
-            torch.from_numpy(column).to(device)
-            for column in (inputs.codes, batch.asked, known, batch.labels, batch.rhythm)
-        )
+        columns = inputs.codes, batch.asked, known, batch.labels, batch.rhythm, batch.affinity
+        codes, asked, known, labels, rhythm, affinity = (torch.from_numpy(each).to(device) for each in columns)
         rows = hstu.event_rows(items.of_events, codes)  # [total, width]
         states = hstu(rows, Layout.of(inputs, device))  # [total, width]
         loss = next_item_loss(states[asked], hstu.scorer(items.of_candidates), targets, batch.seen, candidates)
         newest = Newest.of_every_row(inputs.offsets, device)
-        context = Context(rows, items.of_events, newest, rhythm)
+        context = Context(rows, items.of_events, newest, rhythm, affinity[:, None])
         logits = self.heads(states, known[:, None], items.of_successors[:, None], context)
         return loss, head_losses(logits[:, 0], labels)
 

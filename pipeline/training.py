@@ -30,7 +30,6 @@ from pipeline.head_odds import calibrated, unlearnt_labels
 from pipeline.hstu import HstuConfig
 from pipeline.hstu_rung import HstuRung
 from pipeline.known_items import KnownItems
-from pipeline.labels import labels_of
 from pipeline.logcolumns import Log
 from pipeline.measures import RankingMeasures
 from pipeline.ranking import Scored, measure
@@ -134,9 +133,7 @@ class Task:
 
     def examples(self, corpus: Corpus) -> Examples:
         """TrainingError when there are none."""
-        end_ms = int(corpus.histories.ts_ms.max(initial=0))
-        labels = labels_of(corpus.histories, self.pipeline.schema, end_ms)
-        examples = Examples.of(corpus, labels, self.options.trainer.repeats, self.catalogue)
+        examples = Examples.of(corpus, self.pipeline.schema, self.options.trainer.repeats, self.catalogue)
         if not examples.asked.any():
             raise TrainingError(
                 f"training: in the {len(corpus)} events of {len(corpus.offsets) - 1} users that are left to train on,"

@@ -52,13 +52,16 @@ class TorchEncoder:
         return states
 
     @torch.inference_mode()
-    def heads(self, states: Tensor, inputs: Inputs, rhythm: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    def heads(
+        self, states: Tensor, inputs: Inputs, rhythm: np.ndarray, affinity: np.ndarray, tokens: np.ndarray
+    ) -> np.ndarray:
         """Probabilities by labels.TASKS, float32 [n, k, 3], of items int32 [n, k] being next.
 
-        states: of `encode(inputs)`; rhythm: float32 [n, RHYTHMS] at each user's newest event
+        states: of `encode(inputs)`; rhythm: float32 [n, RHYTHMS] and affinity: float32 [n, k, AFFINITIES] at each
+        user's newest event
         """
         asked = torch.from_numpy(tokens).to(self.device)
-        context = self._context(inputs.tail(RECENT), torch.from_numpy(rhythm).to(self.device))
+        context = self._context(inputs.tail(RECENT), rhythm, affinity)
         logits = self._heads(states, asked, F.embedding(asked, self._vectors), context)
         return self._heads.odds(logits).cpu().numpy()
 
@@ -68,13 +71,14 @@ class TorchEncoder:
         self._vectors = torch.cat([self._vectors, self._hstu.items.new(contents.to(self.device))])
         self.table = self._hstu.scorer(self._vectors)
 
-    def _context(self, inputs: Inputs, rhythm: Tensor) -> Context:
+    def _context(self, inputs: Inputs, rhythm: np.ndarray, affinity: np.ndarray) -> Context:
         # One row more: a place to look where a batch has no events at all.
         tokens = torch.from_numpy(np.append(inputs.tokens, UNKNOWN)).to(self.device)
         codes = torch.from_numpy(np.concatenate([inputs.codes, np.zeros_like(inputs.codes, shape=(1, FEATURES))]))
         items = F.embedding(tokens, self._vectors)
         rows = self._hstu.event_rows(items, codes.to(self.device))
-        return Context(rows, items, Newest.of(inputs.offsets, self.device), rhythm)
+        beside = (torch.from_numpy(column).to(self.device) for column in (rhythm, affinity))
+        return Context(rows, items, Newest.of(inputs.offsets, self.device), *beside)
 
 
 def _load(module: nn.Module, artifact: Artifact, name: str) -> None:

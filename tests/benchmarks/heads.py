@@ -112,6 +112,7 @@ class Bench:
         self.log, self.truth = warm_up(self.simulator, self.days)
         self.vocabulary = Vocabulary(self.log.item_ids)
         self.catalogue = Catalogue(self.vocabulary)
+        self.catalogue.put(self.simulator.items())
 
     def path(self, weighting: str) -> Path:
         return self.setting.folder / weighting.replace(" ", "_")
@@ -119,7 +120,7 @@ class Bench:
     def train(self, weighting: str) -> None:
         trainer = replace(WEIGHTINGS[weighting], epochs=self.setting.epochs)
         options = TrainingOptions(trainer, HstuConfig(), patience=self.setting.epochs, refit=False)
-        train(self.log, self.path(weighting), options, self.pipeline, Silent(), "")
+        train(self.log, self.path(weighting), options, self.pipeline, Silent(), "", items=self.simulator.items())
 
     def model(self, weighting: str) -> Artifact:
         return artifacts.load(self.path(weighting))

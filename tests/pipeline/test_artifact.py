@@ -83,7 +83,7 @@ def test_an_artifact_of_another_format_asks_for_training(tmp_path: Path) -> None
     folder = saved(tmp_path / "model")
     manifest = msgspec.json.decode((folder / MANIFEST).read_bytes())
     (folder / MANIFEST).write_bytes(msgspec.json.encode(manifest | {"format": 99}))
-    with pytest.raises(ArtifactError, match="format 99, this millrace reads 2; train again"):
+    with pytest.raises(ArtifactError, match="format 99, this millrace reads 3; train again"):
         artifacts.load(folder)
 
 

@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.affinity import AFFINITIES, SAME_ITEM
 from pipeline.heads import RECENT, Context, Heads, Newest, head_losses
 from pipeline.rhythm import RHYTHMS
 
@@ -20,10 +23,10 @@ def units(*shape: int) -> Tensor:
     return torch.nn.functional.normalize(torch.randn(*shape, WIDTH), dim=-1)
 
 
-def context_of(lengths: list[int], newest: Newest | None = None) -> Context:
-    offsets, rows = np.cumsum([0, *lengths]), sum(lengths)
-    newest = newest or Newest.of(offsets, CPU)
-    return Context(torch.randn(rows + 1, WIDTH), units(rows + 1), newest, torch.rand(len(newest.rows), RHYTHMS))
+def context_of(lengths: list[int], k: int = 1) -> Context:
+    newest, rows = Newest.of(np.cumsum([0, *lengths]), CPU), sum(lengths) + 1
+    affinity = torch.rand(len(lengths), k, AFFINITIES)
+    return Context(torch.randn(rows, WIDTH), units(rows), newest, torch.rand(len(lengths), RHYTHMS), affinity)
 
 
 def test_unknown_labels_do_not_count_in_the_loss() -> None:
@@ -38,12 +41,12 @@ def test_unknown_labels_do_not_count_in_the_loss() -> None:
 
 
 def test_each_item_of_a_slate_and_each_user_of_a_batch_has_its_own_odds() -> None:
-    heads, context = heads_of(), context_of([3, 40, 1])
+    heads, context = heads_of(), context_of([3, 40, 1], k=5)
     states, items, tokens = torch.randn(3, WIDTH), units(3, 5), torch.randint(ITEMS, (3, 5))
     together = heads(states, tokens, items, context)
     assert together.shape == (3, 5, 3)
     rows = Newest(context.newest.rows[1:2], context.newest.outside[1:2])
-    alone = Context(context.events, context.items, rows, context.rhythm[1:2])
+    alone = Context(context.events, context.items, rows, context.rhythm[1:2], context.affinity[1:2, 4:])
     torch.testing.assert_close(heads(states[1:2], tokens[1:2, 4:], items[1:2, 4:], alone)[0, 0], together[1, 4])
 
 
@@ -63,7 +66,7 @@ def test_in_training_every_row_sees_what_serving_would_have_seen_at_its_time() -
 
 
 def test_a_user_without_events_has_odds_that_no_other_users_events_move() -> None:
-    heads, context = heads_of(), context_of([0, 4])
+    heads, context = heads_of(), context_of([0, 4], k=2)
     states, items, tokens = torch.zeros(2, WIDTH), units(2, 2), torch.ones(2, 2, dtype=torch.int)
     before = heads(states, tokens, items, context)
     context.events = torch.randn_like(context.events)
@@ -75,20 +78,34 @@ def test_a_user_without_events_has_odds_that_no_other_users_events_move() -> Non
 
 def test_what_was_done_with_the_very_item_weighs_more_than_what_was_done_with_others() -> None:
     heads, context = heads_of(), context_of([6])
+    context.affinity[..., SAME_ITEM] = 0
     states, tokens = torch.zeros(1, WIDTH), torch.ones(1, 1, dtype=torch.int)
 
     def moved(item: int) -> float:
         asked, changed = context.items[item][None, None], context.events.clone()
         changed[0] += 1
-        other = Context(changed, context.items, context.newest, context.rhythm)
+        other = replace(context, events=changed)
         logits = heads(states, tokens, asked, other) - heads(states, tokens, asked, context)
         return logits.abs().max().item()
 
     assert moved(0) > 5 * max(moved(item) for item in range(1, 6))
 
 
+def test_how_an_item_lies_to_the_history_moves_its_odds_and_never_retentions() -> None:
+    heads, context = heads_of(), context_of([6], k=2)
+    states, items, tokens = torch.randn(1, WIDTH), units(1, 2), torch.ones(1, 2, dtype=torch.int)
+    before = heads(states, tokens, items, context)
+    for column in range(AFFINITIES):
+        changed = context.affinity.clone()
+        changed[0, 1, column] += 1
+        moved = heads(states, tokens, items, replace(context, affinity=changed)) - before
+        assert (moved[0, 1, [0, 2]].abs() > 1e-4).all()
+        assert not moved[0, 0].any()
+        assert not moved[0, 1, 1]
+
+
 def test_retention_hangs_on_the_rhythm_and_the_item_and_not_on_what_the_user_likes() -> None:
-    heads, context = heads_of(), context_of([5])
+    heads, context = heads_of(), context_of([5], k=2)
     tokens, items = torch.tensor([[1, 2]]), units(1, 2)
     logits = heads(torch.randn(1, WIDTH), tokens, items, context)[0]
     other = heads(torch.randn(1, WIDTH), tokens, items, context)[0]
@@ -101,6 +118,7 @@ def test_retention_hangs_on_the_rhythm_and_the_item_and_not_on_what_the_user_lik
 
 def test_an_item_that_came_after_training_has_the_unknown_items_bias() -> None:
     heads, context, items = heads_of(), context_of([5]), units(1, 1).expand(1, 4, WIDTH)
+    context.affinity = context.affinity.expand(1, 4, AFFINITIES)
     logits = heads(torch.randn(1, WIDTH), torch.tensor([[0, 1, ITEMS, ITEMS + 7]]), items, context)[0]
     torch.testing.assert_close(logits[2:], logits[:1].expand(2, 3))
     assert not torch.allclose(logits[1, [0, 2]], logits[0, [0, 2]])

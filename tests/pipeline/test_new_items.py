@@ -74,9 +74,9 @@ def test_what_training_takes_as_new_learns_the_bias_of_the_unknown_item(
     model: Artifact, cold_share: float, learning: list[int]
 ) -> None:
     corpus = Corpus.of(HISTORIES.events, Vocabulary(IDS).tokens(HISTORIES.items), HISTORIES.users)
-    labels = np.ones((len(corpus), 3), np.float32)
-    labels[corpus.offsets[1:] - 1] = np.nan
-    examples, random = Examples.of(corpus, labels, repeats=True), np.random.default_rng(0)
+    examples, random = Examples.of(corpus, EventSchema(), repeats=True), np.random.default_rng(0)
+    examples.labels[:] = 1
+    examples.labels[corpus.offsets[1:] - 1] = np.nan
     batch = batch_of(examples, corpus.offsets[:-1], np.diff(corpus.offsets), 0.0, random)
     trained = Model(CONFIG, model.items.contents(), cold_share)
     trained.losses(batch, examples.shares(CONFIG.items), random)[1].sum().backward()

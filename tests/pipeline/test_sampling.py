@@ -20,8 +20,7 @@ def corpus_of(log: list[tuple[int, int]]) -> Corpus:
 
 
 def examples_of(log: list[tuple[int, int]], repeats: bool = False) -> Examples:
-    corpus = corpus_of(log)
-    return Examples.of(corpus, np.zeros((len(corpus), 3), np.float32), repeats)
+    return Examples.of(corpus_of(log), SCHEMA, repeats)
 
 
 def walked(log: list[tuple[int, int]]) -> list[tuple[int, list[int]]]:

@@ -62,7 +62,8 @@ def test_a_loss_is_its_definition_over_the_asked_rows(loss: str) -> None:
     model, inputs = model_of(loss=loss), inputs_of([3, 4, 5], [7, 8])
     successors, asked = np.array([4, 5, 0, 8, 0], np.int32), np.array([0, 1, 3])
     seen = np.array([0, 1, 1, 2]), np.array([3, 3, 4, 7])
-    batch = TrainingBatch(inputs, successors, np.zeros((5, 3), np.float32), np.zeros((5, 4), np.float32), asked, seen)
+    nothing = np.zeros((5, 0), np.float32)
+    batch = TrainingBatch(inputs, successors, nothing, nothing, nothing, asked, seen)
     got, of_sides = model.losses(batch, np.full(ITEMS, 1 / ITEMS), np.random.default_rng(5))
     logits = model(inputs)[asked] @ model.item_embedding.weight.T
     wanted = torch.tensor([4, 5, 8])
@@ -88,7 +89,7 @@ def test_a_rule_of_succession_is_learnt(loss: str) -> None:
     corpus = Corpus.of_log(log, vocabulary)
     config = SasRecConfig(items=len(vocabulary), width=32, layers=1, max_events=12, dropout=0.0, loss=loss)  # pyright: ignore[reportArgumentType]
     options = TrainerOptions(epochs=30, crop_events=12, batch_events=128, learning_rate=1e-2)
-    examples = Examples.of(corpus, np.zeros((len(corpus), 3), np.float32), repeats=False)
+    examples = Examples.of(corpus, EventSchema(), repeats=False)
     trainer = Trainer(lambda: SasRec(config), config.items, options, examples, torch.device("cpu"))
     for _ in range(options.epochs):
         trainer.epoch()
