@@ -26,7 +26,7 @@ from pipeline.catalogue import Catalogue
 from pipeline.cut import Taught
 from pipeline.errors import ArtifactError
 from pipeline.features import LAYOUT
-from pipeline.hstu import HstuConfig
+from pipeline.hstu_config import HstuConfig
 from pipeline.known_items import KnownItems
 from pipeline.records import EventSchema
 
@@ -200,7 +200,7 @@ def _check(path: Path, wanted: str) -> None:
 
 
 def _content_hash(config: HstuConfig, schema: EventSchema, files: Mapping[str, str]) -> str:
-    content = msgspec.json.encode((config, schema, dict(files)), order="sorted")
+    content = msgspec.json.encode((config.signed(), schema, dict(files)), order="sorted")
     return hashlib.sha256(content).hexdigest()[:16]
 
 

@@ -9,54 +9,16 @@ Users are packed: projections run on [total, width]; attention runs on blocks of
 The specification is kernels.fused_attention_layernorm.reference, padded and naive.
 """
 
-from typing import Annotated
-
-import msgspec
 import torch
 import torch.nn.functional as F
-from msgspec import Meta
 from torch import Tensor, nn
 
-from pipeline.features import COLUMNS, COUNT_CAP, FEATURE_ROWS, TIME_BUCKETS
+from pipeline.features import COLUMNS, FEATURE_ROWS, TIME_BUCKETS
+from pipeline.hstu_config import HstuConfig, Norm
 from pipeline.item_vectors import ItemVectors
 from pipeline.jagged import Block, Layout
 
-Positive = Annotated[int, Meta(gt=0)]
 STRENGTH_CAP = 20.0  # of the logarithm
-
-
-class HstuConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The model's shape. `max_events`: the newest events that a state reads, and N of the attention."""
-
-    items: Positive = 1  # rows of the item table, the unknown one included
-    layers: Positive = 2
-    width: Positive = 64
-    heads: Positive = 2
-    d_qk: Positive = 32
-    d_v: Positive = 32
-    max_events: Positive = 200
-    dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.2
-    attention_dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.5  # of single (event, earlier event) weights
-    temperature: Annotated[float, Meta(gt=0)] = 0.1
-    content_rows: Annotated[int, Meta(ge=0)] = 16_384  # hashed pieces of items' texts; 0: items by their ids alone
-    strength: bool = True  # an event's item counts by the learned strength of what was done with it
-    column_dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0  # of single features of an event
-    time_bias: bool = True
-    position_bias: bool = True
-    without: tuple[str, ...] = ()  # columns of features.COLUMNS that are not read
-    eps: float = 1e-6
-
-    def __post_init__(self) -> None:
-        if unknown := set(self.without) - set(COLUMNS):
-            raise ValueError(f"without {', '.join(sorted(unknown))}: no such column; want of {', '.join(COLUMNS)}")
-
-    @property
-    def reach_events(self) -> int:
-        """A state depends on so many: those it reads, and those before them that the oldest one's features count.
-
-        NOTE: rhythm.py, which the retention head reads, goes back 90 days, however many events those are.
-        """
-        return self.max_events + COUNT_CAP
 
 
 class HstuLayer(nn.Module):
@@ -66,9 +28,9 @@ class HstuLayer(nn.Module):
         super().__init__()
         self.config = config
         self.sizes = [config.heads * d for d in (config.d_v, config.d_qk, config.d_v, config.d_qk)]  # of u, q, v, k
-        self.norm_in = nn.LayerNorm(config.width, config.eps)
+        self.norm_in = norm_of(config.norm_in, config.width, config.eps)
         self.project_in = nn.Linear(config.width, sum(self.sizes))
-        self.norm_out = nn.LayerNorm(config.heads * config.d_v, config.eps)
+        self.norm_out = norm_of(config.norm_out, config.heads * config.d_v, config.eps)
         self.project_out = nn.Linear(config.heads * config.d_v, config.width)
         self.position_bias = nn.Parameter(torch.zeros(config.heads, config.max_events))
         self.time_bias = nn.Parameter(torch.zeros(config.heads, TIME_BUCKETS))
@@ -107,8 +69,13 @@ class HstuLayer(nn.Module):
         if self.config.time_bias:
             scores = scores + _looked_up(self.time_bias, buckets)
         scores = F.dropout(F.silu(scores), self.config.attention_dropout, self.training)
-        weights = scores * (mask / self.config.max_events)  # SiLU(-inf) is NaN: a mask multiplies
+        weights = scores * self._shares(mask)  # SiLU(-inf) is NaN: a mask multiplies
         return (weights @ v).permute(1, 2, 0, 3).flatten(2)  # [users, queries, heads * d_v]
+
+    def _shares(self, mask: Tensor) -> Tensor:
+        """The mask over N, or over the number of rows that each row sees: a user's own length would tell the future."""
+        by_length = self.config.attention_scale == "length"
+        return mask / (mask.sum(-1, keepdim=True) if by_length else self.config.max_events)
 
 
 class Hstu(nn.Module):
@@ -159,6 +126,16 @@ class Hstu(nn.Module):
         if not (self.training and self.config.column_dropout):
             return None
         return F.dropout(torch.ones(codes.shape, device=codes.device), self.config.column_dropout)
+
+
+def norm_of(kind: Norm, width: int, eps: float) -> nn.Module:
+    match kind:
+        case "layer":
+            return nn.LayerNorm(width, eps)
+        case "rms":
+            return nn.RMSNorm(width, eps)
+        case "none":
+            return nn.Identity()
 
 
 def _by_head(x: Tensor, heads: int) -> Tensor:

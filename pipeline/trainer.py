@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from pipeline.contents import Contents
 from pipeline.heads import Context, Heads, Newest, head_losses
-from pipeline.hstu import Hstu, HstuConfig
+from pipeline.hstu import Hstu
+from pipeline.hstu_config import HstuConfig
 from pipeline.jagged import Layout
 from pipeline.labels import TASKS
 from pipeline.losses import Candidates, next_item_loss, sample_candidates

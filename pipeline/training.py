@@ -27,7 +27,7 @@ from pipeline.corpus import Corpus
 from pipeline.cut import DEFAULT_SHARE, Cut, Taught
 from pipeline.errors import TrainingError
 from pipeline.head_odds import calibrated, unlearnt_labels
-from pipeline.hstu import HstuConfig
+from pipeline.hstu_config import HstuConfig
 from pipeline.hstu_rung import HstuRung
 from pipeline.known_items import KnownItems
 from pipeline.logcolumns import Log

@@ -38,7 +38,7 @@ from pipeline.closed_loop import TRUTHS, Reaction, Showcase, run, warm_up
 from pipeline.corpus import Corpus
 from pipeline.cut import Cut
 from pipeline.head_odds import odds_of
-from pipeline.hstu import HstuConfig
+from pipeline.hstu_config import HstuConfig
 from pipeline.hstu_rung import HstuRung
 from pipeline.labels import TASKS, labels_of
 from pipeline.measures import head_measures

@@ -29,7 +29,8 @@ from kernels.fused_attention_layernorm.graphs import EncoderGraphs
 from kernels.fused_attention_layernorm.launch import Launch, attend
 from kernels.fused_attention_layernorm.op import fused_attention_layernorm, packed_reference
 from pipeline.features import TIME_THRESHOLDS
-from pipeline.hstu import Hstu, HstuConfig
+from pipeline.hstu import Hstu
+from pipeline.hstu_config import HstuConfig
 from tests.benchmarks import results
 from tests.benchmarks.kernel_rows import Row, named, row
 

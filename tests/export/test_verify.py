@@ -5,7 +5,7 @@ from export.verify import compare, random_inputs
 from pipeline import artifact as artifacts
 from pipeline.artifact import Artifact
 from pipeline.backends.torch import TorchEncoder
-from pipeline.hstu import HstuConfig
+from pipeline.hstu_config import HstuConfig
 from pipeline.records import EventSchema
 from pipeline.trainer import Model
 

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from kernels.fused_attention_layernorm.reference import fused_attention_layernorm
 from pipeline.features import FEATURE_ROWS, FEATURES, TIME_THRESHOLDS, Inputs
-from pipeline.hstu import Hstu, HstuConfig, HstuLayer
+from pipeline.hstu import Hstu, HstuLayer
+from pipeline.hstu_config import HstuConfig
 from pipeline.jagged import GPU, Layout, Tiling
 
 CONFIG = HstuConfig(items=50, layers=2, width=16, heads=2, d_qk=8, d_v=4, max_events=40, dropout=0.0, content_rows=0)

@@ -9,7 +9,7 @@ from pipeline import artifact as artifacts
 from pipeline.artifact import COUNTERS, MANIFEST, VOCABULARY, WEIGHTS, Artifact
 from pipeline.backends.torch import TorchEncoder
 from pipeline.errors import ArtifactError
-from pipeline.hstu import HstuConfig
+from pipeline.hstu_config import HstuConfig
 from pipeline.records import EventSchema
 from pipeline.trainer import Model
 

@@ -15,7 +15,7 @@ from pipeline.corpus import Corpus, place_of_share
 from pipeline.cut import Cut, Taught
 from pipeline.errors import EvaluationError
 from pipeline.evaluation import EvaluationOptions, Report, evaluate
-from pipeline.hstu import HstuConfig
+from pipeline.hstu_config import HstuConfig
 from pipeline.hstu_rung import HstuRung
 from pipeline.logcolumns import Log, columns
 from pipeline.logfile import read_columns

@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.features import SECONDS_CAP, TIME_BUCKETS, TIME_THRESHOLDS, Inputs, bucket_seconds, inputs_of
-from pipeline.hstu import HstuConfig
+from pipeline.hstu_config import HstuConfig
 from pipeline.records import EVENT_DTYPE, Event, EventSchema, Histories
 from pipeline.vocabulary import Vocabulary
 

@@ -7,7 +7,7 @@ import pytest
 from pipeline.artifact import Manifest
 from pipeline.errors import ArtifactError
 from pipeline.gate import HIT_RATE, Bar, answer, check_hit_rate, check_overlap, overlap, walks
-from pipeline.hstu import HstuConfig
+from pipeline.hstu_config import HstuConfig
 from pipeline.records import EventSchema, Histories, SlateItem, item_hash
 from pipeline.strategy import Ranked
 

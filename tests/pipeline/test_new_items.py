@@ -8,7 +8,7 @@ from pipeline import artifact as artifacts
 from pipeline.artifact import Artifact
 from pipeline.catalogue import Catalogue
 from pipeline.corpus import Corpus
-from pipeline.hstu import HstuConfig
+from pipeline.hstu_config import HstuConfig
 from pipeline.hstu_rung import HstuRung
 from pipeline.known_items import KnownItems
 from pipeline.records import Event, EventSchema, Histories, Item

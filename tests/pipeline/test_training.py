@@ -10,7 +10,7 @@ from pipeline.corpus import Corpus, place_of_share
 from pipeline.cut import Cut
 from pipeline.errors import EvaluationError, TrainingError
 from pipeline.evaluation import EvaluationOptions, evaluate
-from pipeline.hstu import HstuConfig
+from pipeline.hstu_config import HstuConfig
 from pipeline.logcolumns import Log, columns
 from pipeline.records import Event, EventSchema
 from pipeline.trainer import TrainerOptions

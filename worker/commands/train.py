@@ -9,6 +9,7 @@ examples:
   millrace train log.jsonl.gz --out artifact
   millrace train shop/events.jsonl --items shop/items.jsonl --out artifact
   millrace train ratings.tsv --columns user,item,value,ts --out artifact --epochs 60 --layers 3
+  millrace train log.jsonl.gz --out artifact --preset 10m --learning-rate 5e-4
   millrace train clicks.csv --columns user,item --action click --out artifact --leave-out 10
 """
 
@@ -43,6 +44,9 @@ MODEL = {
     "dropout": (float, "of embeddings and layers"),
     "attention-dropout": (float, "of attention's weights"),
     "temperature": (rate, "of the item scores: lower tells items apart more sharply"),
+    "norm-in": (str, "of a layer's rows: layer, rms or none"),
+    "norm-out": (str, "of what attention has gathered, before the gate: layer, rms or none"),
+    "attention-scale": (str, "what attention's sums are divided by: max_events, or length, the rows seen"),
 }
 
 CUT = ("until-share", "leave-out", "refit")
@@ -56,6 +60,7 @@ def configure(parser: ArgumentParser) -> None:
     cut.add_argument("--leave-out", type=positive, metavar="N", help="each user's newest N events, instead")
     parser.add_argument("--no-refit", dest="refit", action="store_false", help="keep the judged weights")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint beside ARTIFACT")
+    parser.add_argument("--preset", default="tiny", help="shape by the parameters of its layers: tiny, 1m, 10m or 100m")
     for name, (kind, text) in (TRAINER | MODEL).items():
         parser.add_argument(f"--{name}", type=kind, metavar="N" if kind in (int, seed) else "X", help=text)
     add_items(parser)
@@ -96,11 +101,23 @@ def options_of(args: Namespace) -> "TrainingOptions":
     from pipeline.errors import TrainingError
     from pipeline.training import TrainingOptions
 
-    tree = {"trainer": _given(args, TRAINER), "model": _given(args, MODEL)} | _given(args, CUT)
+    model = _preset(args.preset) | _given(args, MODEL)
+    tree = {"trainer": _given(args, TRAINER), "model": model} | _given(args, CUT)
     try:
         return msgspec.convert(tree, TrainingOptions)
     except msgspec.ValidationError as error:
         raise TrainingError(f"options: {error}; see `millrace train --help`") from error
+
+
+def _preset(name: str) -> dict[str, object]:
+    import msgspec
+
+    from pipeline.errors import TrainingError
+    from pipeline.hstu_config import PRESETS
+
+    if name not in PRESETS:
+        raise TrainingError(f"options: --preset {name}: no such shape; want one of {', '.join(PRESETS)}")
+    return msgspec.structs.asdict(PRESETS[name])
 
 
 def _given(args: Namespace, names: "tuple[str, ...] | dict[str, tuple[type, str]]") -> dict[str, object]:
