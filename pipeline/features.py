@@ -96,16 +96,17 @@ class Inputs:
         if len(self) == 0 or int(lengths.max()) <= cap:
             return self
         kept = np.minimum(lengths, cap)
-        return self._taken(self.offsets[1:] - kept, kept)
+        return self.taken(self.offsets[1:] - kept, kept)
 
     def by_length(self) -> tuple["Inputs", np.ndarray]:
         """The users who have events, shortest first, and their rows: attention then needs no gathers."""
         lengths = np.diff(self.offsets)
         users = np.argsort(lengths, kind="stable")
         users = users[np.searchsorted(lengths[users], 1) :]
-        return self._taken(self.offsets[users], lengths[users]), users
+        return self.taken(self.offsets[users], lengths[users]), users
 
-    def _taken(self, starts: np.ndarray, lengths: np.ndarray) -> "Inputs":
+    def taken(self, starts: np.ndarray, lengths: np.ndarray) -> "Inputs":
+        """A copy of these runs of rows, one after the other."""
         index, offsets = ranges(starts, lengths)
         return Inputs(self.tokens[index], self.codes[index], self.seconds[index], offsets)
 

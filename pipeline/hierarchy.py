@@ -29,8 +29,8 @@ class Condensed:
     offsets: np.ndarray
 
     @classmethod
-    def of(cls, inputs: Inputs, recent: int, sessions: int) -> "Condensed":
-        """Each user's newest `recent` events, and the newest `sessions` of the sessions before them."""
+    def of(cls, inputs: Inputs, recent: int | np.ndarray, sessions: int) -> "Condensed":
+        """Each user's newest `recent` events, or int64 [n], and the newest `sessions` of the sessions before them."""
         lengths, places = np.diff(inputs.offsets), np.arange(len(inputs.seconds))
         whole = places >= np.repeat(inputs.offsets[1:] - recent, lengths)
         first = places == np.repeat(inputs.offsets[:-1], lengths)

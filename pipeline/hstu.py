@@ -9,11 +9,13 @@ Users are packed: projections run on [total, width]; attention runs on blocks of
 The specification is kernels.fused_attention_layernorm.reference, padded and naive.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.features import COLUMNS, FEATURE_ROWS, TIME_BUCKETS
+from pipeline.features import COLUMNS, FEATURE_ROWS, TIME_BUCKETS, Inputs
+from pipeline.hierarchy import Condensed
 from pipeline.hstu_config import HstuConfig, Norm
 from pipeline.item_vectors import ItemVectors
 from pipeline.jagged import Block, Layout
@@ -98,24 +100,54 @@ class Hstu(nn.Module):
         nn.init.orthogonal_(self.rotation.weight)
 
     def forward(self, rows: Tensor, layout: Layout, last: bool = False) -> Tensor:
-        """rows: of `event_rows`, [total, width] -> unit states [total, width]; `last`: [users, width]."""
+        """rows: of `sequences`, [total, width] -> unit states [total, width]; `last`: [users, width]."""
         x = F.dropout(rows, self.config.dropout, self.training)
         top = len(self.layers) - 1
         for number, layer in enumerate(self.layers):
             x = layer(x, layout, last and number == top)
         return F.normalize(x, dim=-1, eps=self.config.eps)
 
+    def sequences(
+        self, items: Tensor, codes: Tensor, inputs: Inputs, recent: np.ndarray | None = None
+    ) -> tuple[Tensor, Inputs]:
+        """The rows that attention reads, [m, width], and their offsets and seconds: one row an event, and with
+        `config.recent_events` one row a session of the older ones.
+
+        items, codes: see `event_rows`, of the events of `inputs`, at most `config.read_events` a user
+        recent: int64 [users], the newest events that keep a row of their own, if not `config.recent_events`
+        """
+        config = self.config
+        if not config.recent_events:
+            return self.event_rows(items, codes), inputs
+        sessions = config.max_events - config.recent_events
+        condensed = Condensed.of(inputs, config.recent_events if recent is None else recent, sessions)
+        return self._condensed_rows(items, codes, condensed), condensed.inputs()
+
     def event_rows(self, items: Tensor, codes: Tensor) -> Tensor:
         """What each event is by itself, [total, width]: its item, turned, by its strength, and its features.
 
         items: unit vectors [total, width]; codes: int [total, FEATURES]
         """
+        turned, strength, features = self._parts(items, codes)
+        return turned * strength + features
+
+    def _condensed_rows(self, items: Tensor, codes: Tensor, condensed: Condensed) -> Tensor:
+        """[m, width]: the newest events as `event_rows`, sessions by kernels.hierarchical_sequence_fusion: there an
+        event's strength is its weight among the others'."""
+        turned, strength, features = self._parts(items, codes)
+        whole = torch.from_numpy(condensed.whole).to(items.device)[:, None]
+        events = torch.where(whole, turned * strength, turned) + features
+        return condensed.pooled(events, strength.masked_fill(whole, 1.0))
+
+    def _parts(self, items: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of events their turned items [total, width], their strengths [total, 1] and their features [total, width]."""
         if self.config.without:
             codes = codes[:, self.columns]
-        rows, kept = self.rotation(items), self._kept(codes)
+        turned, kept = self.rotation(items), self._kept(codes)
+        strength = turned.new_ones(len(turned), 1)
         if self.config.strength:
-            rows = rows * self.log_strength(codes, per_sample_weights=kept).clamp(-STRENGTH_CAP, STRENGTH_CAP).exp()
-        return rows + self.feature_embedding(codes, per_sample_weights=kept)
+            strength = self.log_strength(codes, per_sample_weights=kept).clamp(-STRENGTH_CAP, STRENGTH_CAP).exp()
+        return turned, strength, self.feature_embedding(codes, per_sample_weights=kept)
 
     def scorer(self, vectors: Tensor) -> Tensor:
         """Items' unit vectors [n, width] over the temperature: dot products are logits within +-1/temperature."""

@@ -14,7 +14,11 @@ Norm = Literal["layer", "rms", "none"]
 
 
 class HstuConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The model's shape. `max_events`: the newest events that a state reads, and N of the attention."""
+    """The model's shape. `max_events`: the rows that attention reads, and N of the attention.
+
+    A row is an event. With `recent_events` only so many of the newest are; the rows before them are sessions, one each,
+    of the newest `history_events` in all: see hierarchy.py.
+    """
 
     items: Positive = 1  # rows of the item table, the unknown one included
     layers: Positive = 2
@@ -36,10 +40,28 @@ class HstuConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     norm_in: Norm = "layer"  # of a layer's rows before they are projected
     norm_out: Norm = "layer"  # of what attention has gathered, before the gate
     attention_scale: Literal["max_events", "length"] = "max_events"  # what attention's sums are divided by
+    recent_events: NotNegative = 0  # 0: all that are read
+    history_events: Positive = 1000  # read where sessions are summarised: each is made anew for each state
 
     def __post_init__(self) -> None:
         if unknown := set(self.without) - set(COLUMNS):
             raise ValueError(f"without {', '.join(sorted(unknown))}: no such column; want of {', '.join(COLUMNS)}")
+        if self.recent_events and not self.recent_events < self.max_events <= self.history_events:
+            raise ValueError(
+                f"recent_events = {self.recent_events}, max_events = {self.max_events}, history_events ="
+                f" {self.history_events}: want them in ascending order, for some rows must be left to sessions; or"
+                " recent_events = 0, no sessions"
+            )
+
+    @property
+    def read_events(self) -> int:
+        """A state reads so many of the newest events, each as it is or in its session."""
+        return self.history_events if self.recent_events else self.max_events
+
+    @property
+    def whole_events(self) -> int:
+        """The newest events that are a row of their own."""
+        return self.recent_events or self.max_events
 
     @property
     def reach_events(self) -> int:
@@ -47,7 +69,7 @@ class HstuConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
         NOTE: rhythm.py, which the retention head reads, goes back 90 days, however many events those are.
         """
-        return self.max_events + COUNT_CAP
+        return self.read_events + COUNT_CAP
 
     def signed(self) -> dict[str, object]:
         """What an artifact's version is the hash of: later options count where they are set, so that artifacts that
@@ -57,7 +79,7 @@ class HstuConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return {name: value for name, value in msgspec.to_builtins(self).items() if name not in unset}
 
 
-LATER = ("norm_in", "norm_out", "attention_scale")
+LATER = ("norm_in", "norm_out", "attention_scale", "recent_events", "history_events")
 
 # By the parameters of the layers, about; the tables' depend on the log and are left out. `tiny` has 43 thousand.
 PRESETS = {

@@ -29,6 +29,7 @@ class Examples:
     labels:     float32 [total, 3], see labels.labels_of
     rhythm:     float32 [total, RHYTHMS], see rhythm.rhythm
     affinities, facts: of the histories and of the events' items, see affinity.py
+    older_events: the model is shown so many of a user's events before a crop, too, in sessions
     """
 
     inputs: Inputs
@@ -38,6 +39,7 @@ class Examples:
     rhythm: np.ndarray
     affinities: Affinities
     facts: Facts
+    older_events: int = 0
 
     @classmethod
     def of(cls, corpus: Corpus, schema: EventSchema, repeats: bool, catalogue: Catalogue = EMPTY) -> "Examples":
@@ -57,6 +59,12 @@ class Examples:
             facts,
         )
 
+    def shown(self, starts: np.ndarray, lengths: np.ndarray) -> Inputs:
+        """Of these crops, each behind the older events of its user."""
+        begins = self.inputs.offsets[np.searchsorted(self.inputs.offsets, starts, "right") - 1]
+        older = np.minimum(starts - begins, self.older_events)
+        return self.inputs.taken(starts - older, older + lengths)
+
     def shares(self, items: int) -> np.ndarray:
         """float64 [items]: each token's share of the targets."""
         counts = np.bincount(self.successors[self.asked], minlength=items)
@@ -65,14 +73,17 @@ class Examples:
 
 @dataclass(slots=True)
 class TrainingBatch:
-    """Some crops, packed.
+    """Some crops, packed: columns [total] over their events.
 
+    inputs:  of `Examples.shown`: a crop's events are its user's last ones there
+    offsets: int64 [crops + 1], of the crops' own events
     successors: int32 [total]; labels: float32 [total, 3]; affinity: float32 [total, AFFINITIES], of the successors
     asked: int64 [m], the rows that train the retrieval
-    seen:  pairs (number of the asked row, token), int64 [pairs] each: what the crop shows up to that row
+    seen:  pairs (number of the asked row, token), int64 [pairs] each: what the crop's own events show up to that row
     """
 
     inputs: Inputs
+    offsets: np.ndarray
     successors: np.ndarray
     labels: np.ndarray
     rhythm: np.ndarray
@@ -110,16 +121,14 @@ def batch_of(examples: Examples, starts: np.ndarray, lengths: np.ndarray, unknow
     """The crops as model inputs; a share of the input items is made unknown, as new items will be in service."""
     order = np.argsort(lengths, kind="stable")
     index, offsets = ranges(starts[order], lengths[order])
-    whole = examples.inputs
-    tokens = whole.tokens[index]
     asked = np.flatnonzero(examples.asked[index])
-    seen = _seen(tokens, offsets, asked)
-    shown = np.where(random.random(len(tokens)) < unknown_share, UNKNOWN, tokens).astype(np.int32)
-    inputs = Inputs(shown, whole.codes[index], whole.seconds[index], offsets)
+    seen = _seen(examples.inputs.tokens[index], offsets, asked)
+    inputs = examples.shown(starts[order], lengths[order])
+    inputs.tokens[random.random(len(inputs.tokens)) < unknown_share] = UNKNOWN
     successors, labels, rhythms = examples.successors[index], examples.labels[index], examples.rhythm[index]
     following = np.minimum(index + 1, len(examples.successors) - 1)
     affinity = examples.affinities.at(index, successors, examples.facts.of(following))
-    return TrainingBatch(inputs, successors, labels, rhythms, affinity, asked, seen)
+    return TrainingBatch(inputs, offsets, successors, labels, rhythms, affinity, asked, seen)
 
 
 def _seen(tokens: np.ndarray, offsets: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -19,6 +19,7 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from pipeline.contents import Contents
+from pipeline.features import ranges
 from pipeline.heads import Context, Heads, Newest, head_losses
 from pipeline.hstu import Hstu
 from pipeline.hstu_config import HstuConfig
@@ -93,11 +94,13 @@ class Model(Trainable):
         known = np.where(cold[batch.successors], UNKNOWN, batch.successors)  # to the heads, too, they are new
         columns = inputs.codes, batch.asked, known, batch.labels, batch.rhythm, batch.affinity
         codes, asked, known, labels, rhythm, affinity = (torch.from_numpy(each).to(device) for each in columns)
-        rows = hstu.event_rows(items.of_events, codes)  # [total, width]
-        states = hstu(rows, Layout.of(inputs, device))  # [total, width]
+        rows, sequences = hstu.sequences(items.of_events, codes, inputs, np.diff(batch.offsets))
+        states = hstu(rows, Layout.of(sequences, device))
+        states, rows = (_newest(x, sequences.offsets, batch.offsets) for x in (states, rows))  # [total, width]
+        of_events = _newest(items.of_events, inputs.offsets, batch.offsets)
         loss = next_item_loss(states[asked], hstu.scorer(items.of_candidates), targets, batch.seen, candidates)
-        newest = Newest.of_every_row(inputs.offsets, device)
-        context = Context(rows, items.of_events, newest, rhythm, affinity[:, None])
+        newest = Newest.of_every_row(batch.offsets, device)
+        context = Context(rows, of_events, newest, rhythm, affinity[:, None])
         logits = self.heads(states, known[:, None], items.of_successors[:, None], context)
         return loss, head_losses(logits[:, 0], labels)
 
@@ -107,7 +110,7 @@ class Model(Trainable):
 
 @dataclass(slots=True)
 class _Items:
-    """Vectors of a batch's events, of their successors [total, width] and of the candidates [c, width]."""
+    """Vectors of a batch's shown events, of the successors [total, width] and of the candidates [c, width]."""
 
     of_events: Tensor
     of_successors: Tensor
@@ -123,8 +126,9 @@ class _Items:
         else:
             sampled = candidates.tokens.numpy()
             rows, place = np.unique(np.concatenate([sampled, tokens, batch.successors]), return_inverse=True)
-            vectors, places = hstu.items(rows.astype(np.int64), cold[rows]), np.split(place[len(sampled) :], 2)
-            of_candidates = F.embedding(torch.from_numpy(place[: len(sampled)]).to(device), vectors)
+            vectors = hstu.items(rows.astype(np.int64), cold[rows])
+            sampled, *places = np.split(place, np.cumsum([len(sampled), len(tokens)]))
+            of_candidates = F.embedding(torch.from_numpy(sampled).to(device), vectors)
         events, successors = (F.embedding(torch.from_numpy(index).to(device), vectors) for index in places)
         return cls(events, successors, of_candidates)
 
@@ -207,6 +211,14 @@ class Trainer(Generic[M]):
         cosine = FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
         for group in self._optimizer.param_groups:
             group["lr"] = group["rate"] * self.options.learning_rate * warm * cosine
+
+
+def _newest(packed: Tensor, offsets: np.ndarray, wanted: np.ndarray) -> Tensor:
+    """The last rows of each packed run, as many as the runs of `wanted` have. offsets, wanted: int64 [n + 1]"""
+    if offsets[-1] == wanted[-1]:
+        return packed
+    counts = np.diff(wanted)
+    return packed[torch.from_numpy(ranges(offsets[1:] - counts, counts)[0]).to(packed.device)]
 
 
 def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

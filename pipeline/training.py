@@ -125,7 +125,7 @@ class Task:
     def trainer(self, corpus: Corpus, epochs: int) -> Trainer[Model]:
         """One whose learning rate falls over so many epochs. TrainingError: the corpus has nothing to learn from."""
         config, options = self.config, self.options.trainer
-        crop_events = min(options.crop_events, config.max_events)
+        crop_events = min(options.crop_events, config.whole_events)
         options = msgspec.structs.replace(options, epochs=epochs, crop_events=crop_events)
         contents = self.items(corpus).contents() if config.content_rows else None
         examples, device = self.examples(corpus), device_of(self.pipeline.device)
@@ -134,6 +134,7 @@ class Task:
     def examples(self, corpus: Corpus) -> Examples:
         """TrainingError when there are none."""
         examples = Examples.of(corpus, self.pipeline.schema, self.options.trainer.repeats, self.catalogue)
+        examples.older_events = self.config.read_events - self.config.whole_events
         if not examples.asked.any():
             raise TrainingError(
                 f"training: in the {len(corpus)} events of {len(corpus.offsets) - 1} users that are left to train on,"
@@ -218,7 +219,7 @@ def prepare(log: Log, options: TrainingOptions, pipeline: PipelineOptions, items
 def _judged(known: Corpus, validation: np.ndarray, options: TrainingOptions) -> Scored:
     """A random part of the validation slice, bool [total] of `known`."""
     positions = np.random.default_rng(options.trainer.seed).permutation(np.flatnonzero(validation))
-    return Scored(known, np.sort(positions[: options.judged_events]), options.model.max_events)
+    return Scored(known, np.sort(positions[: options.judged_events]), options.model.read_events)
 
 
 def _optimise(task: Task, path: Path, observer: Observer, saved: Saved | None) -> tuple[Notes, dict[str, Tensor]]:

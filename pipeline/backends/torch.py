@@ -34,7 +34,7 @@ class TorchEncoder:
         for module in (self._hstu, self._heads):
             module.eval().requires_grad_(False).to(self.device)
         self._hstu.items.contents = artifact.items.contents()
-        self.max_events = artifact.config.max_events
+        self.max_events = artifact.config.read_events
         self.reads_contents = artifact.config.content_rows > 0
         self._vectors = self._hstu.items()
         self.table = self._hstu.scorer(self._vectors)
@@ -46,8 +46,8 @@ class TorchEncoder:
         ordered, users = inputs.by_length()
         if len(users):
             tokens, codes = (torch.from_numpy(column).to(self.device) for column in (ordered.tokens, ordered.codes))
-            rows = self._hstu.event_rows(F.embedding(tokens, self._vectors), codes)
-            encoded = self._hstu(rows, Layout.of(ordered, self.device), last=True)
+            rows, sequences = self._hstu.sequences(F.embedding(tokens, self._vectors), codes, ordered)
+            encoded = self._hstu(rows, Layout.of(sequences, self.device), last=True)
             states[torch.from_numpy(users).to(self.device)] = encoded
         return states
 

@@ -117,7 +117,9 @@ def test_options_that_are_not_used_leave_an_artifacts_version_as_it_was_before_t
     assert msgspec.json.decode(earlier, type=HstuConfig) == HstuConfig(items=9)
 
 
-@pytest.mark.parametrize("options", [{"norm_in": "rms", "norm_out": "none"}, {"attention_scale": "length"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"norm_in": "rms", "norm_out": "none"}, {"attention_scale": "length"}, {"recent_events": 8}], ids=str
+)
 def test_an_option_that_is_used_is_part_of_the_version(options: dict[str, Any]) -> None:
     config = HstuConfig(**options)
     assert config.signed() == HstuConfig().signed() | options
@@ -134,3 +136,9 @@ def test_a_preset_has_as_many_parameters_in_its_layers_as_its_name_says(name: st
 
 def test_the_smallest_preset_is_the_default() -> None:
     assert PRESETS["tiny"] == HstuConfig()
+
+
+@pytest.mark.parametrize("wrong", [{"recent_events": 200}, {"recent_events": 20, "history_events": 199}], ids=str)
+def test_sessions_without_room_are_refused_in_one_sentence(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="want them in ascending order"):
+        HstuConfig(**wrong)

@@ -105,6 +105,29 @@ def test_a_row_asks_for_the_users_next_event_and_knows_what_the_crop_showed(
     assert seen == wanted_seen
 
 
+@settings(deadline=None)
+@given(logs, st.integers(1, 9), st.integers(0, 30), st.integers(0, 99))
+def test_a_crop_is_shown_behind_the_older_events_of_its_own_user(
+    log: list[tuple[int, int]], length: int, older: int, seed: int
+) -> None:
+    examples, random = examples_of(log), np.random.default_rng(seed)
+    examples.older_events = older
+    starts, sizes = crops(examples.inputs.offsets, length, random)
+    batch = batch_of(examples, starts, sizes, 0.0, random)
+    order = np.argsort(sizes, kind="stable")
+    assert np.diff(batch.offsets).tolist() == sizes[order].tolist()
+    for crop, (start, size) in enumerate(zip(starts[order], sizes[order], strict=True)):
+        user = int(np.searchsorted(examples.inputs.offsets, start, side="right")) - 1
+        shown = slice(max(examples.inputs.offsets[user], start - older), start + size)
+        rows = slice(*batch.inputs.offsets[crop : crop + 2])
+        assert batch.inputs.tokens[rows].tolist() == examples.inputs.tokens[shown].tolist()
+        assert batch.inputs.seconds[rows].tolist() == examples.inputs.seconds[shown].tolist()
+        assert (batch.inputs.codes[rows] == examples.inputs.codes[shown]).all()
+        assert batch.successors[slice(*batch.offsets[crop : crop + 2])].tolist() == (
+            examples.successors[start : start + size].tolist()
+        )
+
+
 def test_a_share_of_the_input_items_is_hidden_and_no_target() -> None:
     examples = examples_of([(0, step % 6) for step in range(4000)], repeats=True)
     batch = batch_of(examples, np.array([0]), np.array([4000]), 0.25, np.random.default_rng(0))

@@ -63,7 +63,7 @@ def test_a_loss_is_its_definition_over_the_asked_rows(loss: str) -> None:
     successors, asked = np.array([4, 5, 0, 8, 0], np.int32), np.array([0, 1, 3])
     seen = np.array([0, 1, 1, 2]), np.array([3, 3, 4, 7])
     nothing = np.zeros((5, 0), np.float32)
-    batch = TrainingBatch(inputs, successors, nothing, nothing, nothing, asked, seen)
+    batch = TrainingBatch(inputs, inputs.offsets, successors, nothing, nothing, nothing, asked, seen)
     got, of_sides = model.losses(batch, np.full(ITEMS, 1 / ITEMS), np.random.default_rng(5))
     logits = model(inputs)[asked] @ model.item_embedding.weight.T
     wanted = torch.tensor([4, 5, 8])
