@@ -65,7 +65,7 @@ class Events(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Sequences(Struct, frozen=True, forbid_unknown_fields=True):
-    cap_events: Annotated[int, Meta(ge=1, le=65535)] = 512  # 12 KiB a user; wanted: max_events + 255
+    cap_events: Annotated[int, Meta(ge=1, le=65535)] = 512  # 12 KiB a user; wanted: what the model reads + 255
     ttl_days: Annotated[float, Meta(gt=0)] = 90.0
     epoch: str = "1"  # change it after re-creating the events topic: offsets begin anew
     cache_mib: Positive = 64  # rings of owned partitions kept in the process

@@ -142,7 +142,7 @@ def warn_of_short_rings(config: Config, manifest: "Manifest") -> None:
     if cap < reach:
         log.warning(
             "rings are shorter than the model's reach: states of users with longer histories are not as in training; "
-            "raise sequences.cap_events, or train with fewer --max-events",
+            "raise sequences.cap_events, or train with fewer --max-events (with sessions: --history-events)",
             version=manifest.version,
             cap_events=cap,
             wanted=reach,
