@@ -22,7 +22,7 @@ from pipeline.catalogue_ranker import CatalogueRanker
 from pipeline.closed_loop import warm_up
 from pipeline.cut import Cut
 from pipeline.evaluation import COLD, Split
-from pipeline.hstu import HstuConfig
+from pipeline.hstu_config import HstuConfig
 from pipeline.hstu_rung import HstuRung
 from pipeline.itemknn import ItemKnn, ItemKnnOptions
 from pipeline.measures import ranks_of
