@@ -41,7 +41,7 @@ class HstuConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     norm_out: Norm = "layer"  # of what attention has gathered, before the gate
     attention_scale: Literal["max_events", "length"] = "max_events"  # what attention's sums are divided by
     recent_events: NotNegative = 0  # 0: all that are read
-    history_events: Positive = 1000  # read where sessions are summarised: each is made anew for each state
+    history_events: Positive = 1000  # read with recent_events; an older event costs its features and a sum
 
     def __post_init__(self) -> None:
         if unknown := set(self.without) - set(COLUMNS):

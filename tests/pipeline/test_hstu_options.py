@@ -107,7 +107,7 @@ def test_a_later_event_never_changes_an_earlier_row_whatever_attention_is_divide
 
 
 def test_options_that_are_not_used_leave_an_artifacts_version_as_it_was_before_there_were_any() -> None:
-    """The bytes that versions have been hashes of since format 2."""
+    """What versions were the hashes of then."""
     earlier = (
         b'{"attention_dropout":0.5,"column_dropout":0.0,"content_rows":16384,"d_qk":32,"d_v":32,"dropout":0.2,'
         b'"eps":1e-6,"heads":2,"items":9,"layers":2,"max_events":200,"position_bias":true,"strength":true,'
