@@ -56,14 +56,27 @@ class Catalogue:
     def put(self, items: Iterable[Item]) -> np.ndarray:
         """Take over records, the later of one item counts; new items get tokens. Returns the tokens, int64 [n]."""
         items = list(items)
-        self.vocabulary.admit(item.item_id for item in items)
+        tokens = self.vocabulary.admit(item.item_id for item in items)
+        self.vocabulary.restore(item.item_id for item in items)
         self._reserve(len(self.vocabulary))
-        tokens = [self.vocabulary.token(item.item_id) for item in items]
-        for token, item in zip(tokens, items, strict=True):
+        for token, item in zip(tokens.tolist(), items, strict=True):
             if token:  # a full vocabulary knows no token for it
                 self._put(token, item)
         self.version += 1  # at the end: a reader in another thread that has seen it has seen all that it counts
-        return np.unique(np.array([token for token in tokens if token], np.int64))
+        return np.unique(tokens[tokens > 0]).astype(np.int64)
+
+    def withdraw(self, item_ids: Iterable[str]) -> None:
+        """Nothing is known of these items any more, and they are barred until a record of theirs comes."""
+        item_ids = list(item_ids)
+        if not item_ids:
+            return
+        self._clear(np.array([self.vocabulary.token(item_id) for item_id in item_ids], np.int64))
+        self.vocabulary.withdraw(item_ids)
+
+    def retire(self, tokens: np.ndarray) -> None:
+        """Give up these tokens, int [n], see Vocabulary."""
+        self._clear(tokens)
+        self.vocabulary.retire(tokens)
 
     def facts(self, tokens: np.ndarray) -> Facts:
         """tokens: int [n]; of one that came later than all records nothing is known."""
@@ -101,6 +114,13 @@ class Catalogue:
         self._columns["categories"][token] = 1 + (_hash(CATEGORY, item.category[-1]) >> 2) if item.category else 0
         self._columns["created_ms"][token] = item.created_ms or 0
         self._columns["changed"][token] = self.version + 1
+
+    def _clear(self, tokens: np.ndarray) -> None:
+        self._reserve(len(self.vocabulary))
+        for token in tokens.tolist():
+            self._words[token] = NOTHING
+        for column in self._columns.values():
+            column[tokens] = 0
 
     def _reserve(self, tokens: int) -> None:
         self._words += [NOTHING] * (tokens - len(self._words))

@@ -43,7 +43,10 @@ class Rows:
 
 
 class Counters:
-    """One thread observes and scores. `frozen`: observe changes nothing. `log`: set, it keeps what is counted."""
+    """One thread observes and scores. `frozen`: observe changes nothing. `log`: set, it keeps what is counted.
+
+    Items that the vocabulary bars are never among the answers; of one that it has retired nothing is kept.
+    """
 
     def __init__(
         self,
@@ -59,6 +62,7 @@ class Counters:
         self.popularity = np.zeros(1024)  # float64 [>= tokens], an event of the reference time weighs 1
         self.table = NeighbourTable(neighbours)
         self._order, self._tally = PopularityOrder(), Tally()
+        self._version = vocabulary.version
         self._half_life_ms = half_life_days * DAY_MS
         self._distances = np.arange(1, window_events + 1)
         self._distance_weights = self._distances**-DISTANCE_EXPONENT
@@ -69,8 +73,8 @@ class Counters:
         fresh = np.minimum(fresh, histories.lengths)
         if self.frozen or not fresh.any():
             return
+        self._follow()
         tokens = self.vocabulary.tokens(histories.items)
-        self._reserve()
         new = np.repeat(histories.offsets[1:] - np.cumsum(fresh), fresh) + np.arange(int(fresh.sum()))  # [new]
         first = np.repeat(histories.offsets[:-1], fresh)  # [new] where the event's history begins
         ts_ms = histories.ts_ms[new]
@@ -87,8 +91,7 @@ class Counters:
         (0 only where the catalogue is exhausted), scores float32 [n, k] (falling within a row),
         from_cooccurrence bool [n, k].
         """
-        self._reserve()
-        order = self._order.of(self.popularity[: len(self.vocabulary)])
+        order = self._ordered()
         found = np.zeros((len(histories), k), np.int32)
         scores = np.zeros((len(histories), k), np.float32)
         cooccurring = np.zeros((len(histories), k), bool)
@@ -106,8 +109,7 @@ class Counters:
     def scores_of(self, histories: Histories, wanted: np.ndarray) -> np.ndarray:
         """float32 [n, c] of chosen items, int32 [n, c], in the order of `score`: co-occurring ones above 0, the others
         below, by popularity; -inf for token 0."""
-        self._reserve()
-        order = self._order.of(self.popularity[: len(self.vocabulary)])
+        order = self._ordered()
         scores = np.where(wanted > 0, -1.0 - order.ranks[wanted], -np.inf).astype(np.float32)
         step = min(CHUNK_USERS, self._tally.rows_at_once(len(order.ranks)))
         for start in range(0, len(histories), step):
@@ -122,26 +124,31 @@ class Counters:
 
     def popular(self, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k most popular items: tokens int32 [<= k], shares of the most popular one float32 [<= k]."""
-        self._reserve()
-        order = self._order.of(self.popularity[: len(self.vocabulary)])
+        order = self._ordered()
         return order.tokens[:k].astype(np.int32), order.shares[:k]
 
     def rows(self, tokens: np.ndarray) -> Rows:
         """These items' counts as of `newest_ms`."""
-        self._reserve()
+        self._follow()
         unit = self._unit()
         weights = self.table.weights[tokens] * np.float32(unit)
         as_of_ms = np.full(len(tokens), self.newest_ms)
         return Rows(tokens, self.popularity[tokens] * unit, as_of_ms, self.table.tokens[tokens], weights)
 
+    def counts(self, tokens: np.ndarray) -> np.ndarray:
+        """float64 [n]: these items' decayed events, by an unknown unit: only to compare."""
+        self._follow()
+        return self.popularity[tokens]
+
     def counted(self) -> np.ndarray:
         """int32: every item that was ever counted."""
+        self._follow()
         return np.flatnonzero(self.popularity[: len(self.vocabulary)]).astype(np.int32)
 
     def replace_rows(self, rows: Rows) -> None:
         """Set items' counts to merged ones; what was counted here and is not yet taken by a merge is added again."""
+        self._follow()
         self._advance(int(rows.as_of_ms.max(initial=0)))
-        self._reserve()
         units = np.exp2((rows.as_of_ms - self._reference_ms) / self._half_life_ms)  # float64 [n]
         self.popularity[rows.tokens] = rows.popularity * units
         self.table.tokens[rows.tokens] = rows.columns
@@ -153,6 +160,7 @@ class Counters:
     def take_deltas(self) -> RawDeltas:
         """What was counted since the last call; needs a `log`."""
         assert self.log is not None, "set Counters.log before it observes"
+        self._follow()
         return RawDeltas(self.newest_ms, self._unit(), self.log.take())
 
     def put_back(self, deltas: Deltas) -> None:
@@ -253,6 +261,27 @@ class Counters:
             if self.log is not None:
                 self.log.scale(factor)
             self._reference_ms = self.newest_ms
+
+    def _ordered(self) -> PopularityOrder:
+        self._follow()
+        items = len(self.vocabulary)
+        return self._order.of(self.popularity[:items], self.vocabulary.barred[:items])
+
+    def _follow(self) -> None:
+        """Have a row for every token, and none of what was counted of items that are retired."""
+        self._reserve()
+        if self._version == self.vocabulary.version:
+            return
+        retired, self._version = self.vocabulary.retired_since(self._version), self.vocabulary.version
+        self._order = PopularityOrder()
+        if not retired.size:
+            return
+        gone = np.zeros(len(self.table.tokens), bool)
+        gone[retired] = True
+        self.popularity[retired] = 0
+        self.table.forget(gone)
+        if self.log is not None:
+            self.log.forget(gone)
 
     def _reserve(self) -> None:
         rows = len(self.vocabulary)

@@ -28,7 +28,13 @@ class Deltas:
 
     def of(self, tokens: np.ndarray) -> "Deltas":
         """Those of these items."""
-        own, pair = np.isin(self.items, tokens), np.isin(self.rows, tokens)
+        return self._part(np.isin(self.items, tokens), np.isin(self.rows, tokens))
+
+    def without(self, tokens: np.ndarray) -> "Deltas":
+        """Those that do not name any of these items."""
+        return self._part(~np.isin(self.items, tokens), ~(np.isin(self.rows, tokens) | np.isin(self.columns, tokens)))
+
+    def _part(self, own: np.ndarray, pair: np.ndarray) -> "Deltas":
         return Deltas(
             self.as_of_ms,
             self.items[own],
@@ -78,6 +84,12 @@ class DeltaLog:
     def take(self) -> list[Part]:
         taken, self.parts, self.size = self.parts, [], 0
         return taken
+
+    def forget(self, gone: np.ndarray) -> None:
+        """Drop what was counted of these items and of pairs with them. gone: bool, by token."""
+        kept = [~(gone[rows] | gone[columns]) for rows, columns, _ in self.parts]
+        self.parts = [(a[keep], b[keep], c[keep]) for (a, b, c), keep in zip(self.parts, kept, strict=True)]
+        self.size = sum(len(rows) for rows, _, _ in self.parts)
 
     def scale(self, factor: float) -> None:
         self.parts = [(rows, columns, weights * np.float32(factor)) for rows, columns, weights in self.parts]

@@ -44,11 +44,13 @@ class HstuRung:
         self._encoder = TorchEncoder(artifact, device, threads)
         self._retrieval = Retrieval(self._encoder.table)
         self._catalogue, self._vocabulary, self._exclusion = catalogue, catalogue.vocabulary, exclusion
-        self._table, self._items, self._version = TableRows(catalogue.vocabulary, artifact.item_ids), artifact.items, 0
+        self._table, self._items = TableRows(catalogue.vocabulary, artifact.item_ids), artifact.items
+        self._trained, self._learnt = len(self._table), 0  # version of the catalogue
         popular = np.argsort(-artifact.counters["popularity"], kind="stable")
         self._popular = self._rows_of(artifact.counters["items"][popular])
         self._rerank, self._schema = rerank, artifact.manifest.schema
         self._value(self._values_of(artifact))
+        self._bar()
 
     @property
     def max_events(self) -> int:
@@ -57,7 +59,7 @@ class HstuRung:
 
     def rank(self, histories: Histories, k: int) -> Ranked:
         start = time.perf_counter()
-        self._learn()
+        self._follow()
         whole, excluded = self._inputs(histories), self._exclusion.mask(histories)
         pairs = histories.users[excluded], whole.tokens[excluded]
         inputs = whole.tail(self.max_events)
@@ -106,7 +108,7 @@ class HstuRung:
 
     def _encoded(self, histories: Histories) -> tuple[Inputs, Tensor]:
         """The whole histories as inputs, and the states of their newest events, [n, width]."""
-        self._learn()
+        self._follow()
         whole = self._inputs(histories)
         return whole, self._encoder.encode(whole.tail(self.max_events))
 
@@ -115,19 +117,33 @@ class HstuRung:
         tokens = self._vocabulary.tokens(histories.items)
         return inputs_of(histories, self._table.rows(tokens), len(self._encoder.table), self._catalogue.facts(tokens))
 
-    def _learn(self) -> None:
-        """Rows for the items whose records have come since the last batch and that training did not know."""
-        version = self._catalogue.version
-        if version == self._version:
+    def _follow(self) -> None:
+        """Take over what has come to pass with items since the last batch."""
+        moved, version = self._table.follow(), self._catalogue.version
+        if version != self._learnt and self._encoder.reads_contents:
+            self._learn(np.flatnonzero(self._catalogue.changed > self._learnt))
+        self._learnt = version
+        if moved or self._barred_at != self._vocabulary.version:
+            self._bar()
+
+    def _learn(self, tokens: np.ndarray) -> None:
+        """The vectors of items with new records, int64 [n], are those that the records say, unless training knew the
+        item: a vector is a function of the artifact and the newest record, whatever came before."""
+        rows = self._table.rows(tokens)
+        self._table.place(tokens[rows == UNKNOWN])
+        tokens = tokens[(rows == UNKNOWN) | (rows >= self._trained)]
+        if not len(tokens):
             return
-        tokens = np.flatnonzero(self._catalogue.changed > self._version)
-        self._version = version
-        new = tokens[self._table.rows(tokens) == UNKNOWN]
-        if len(new) and self._encoder.reads_contents:
-            self._encoder.extend(self._items.of_new(self._catalogue, new))
-            self._table.extend(new)
-            self._retrieval = Retrieval(self._encoder.table)
-            self._value(np.append(self._values, np.zeros(len(new), np.float32)))
+        self._encoder.learn(self._table.rows(tokens).astype(np.int64), self._items.of_new(self._catalogue, tokens))
+        self._retrieval = Retrieval(self._encoder.table)
+        self._value(np.append(self._values, np.zeros(len(self._table) - len(self._values), np.float32)))
+        self._bar()
+
+    def _bar(self) -> None:
+        """Withdrawn and retired items are found no more, nor shown to users without events."""
+        self._barred_at, barred = self._vocabulary.version, self._table.barred
+        self._retrieval.bar(barred)
+        self._shown = self._popular[~np.isin(self._popular, barred)]
 
     def _value(self, values: np.ndarray) -> None:
         """values: float32 [rows of the table], 0 = unknown"""
@@ -157,7 +173,7 @@ class HstuRung:
         empty = histories.lengths == 0
         if not empty.any():
             return "hstu"
-        popular = self._popular[: rows.shape[1]]
+        popular = self._shown[: rows.shape[1]]
         rows[empty], scores[empty] = 0, 0.0
         rows[empty, : len(popular)] = popular
         return np.where(empty[:, None], "popular", np.full(rows.shape, "hstu"))

@@ -36,6 +36,13 @@ class NeighbourTable:
     def scale(self, factor: float) -> None:
         self.weights *= np.float32(factor)
 
+    def forget(self, gone: np.ndarray) -> None:
+        """Empty these items' rows and their slots in all others. gone: bool [rows]"""
+        self.tokens[gone], self.weights[gone] = 0, 0
+        for start in range(0, len(gone), CHUNK_PAIRS):
+            rows, slots = np.nonzero(gone[self.tokens[start : start + CHUNK_PAIRS]])
+            self.tokens[start + rows, slots], self.weights[start + rows, slots] = 0, 0
+
     def _add(self, rows: np.ndarray, columns: np.ndarray, weights: np.ndarray) -> None:
         """Distinct pairs, sorted by row."""
         matches = self.tokens[rows] == columns[:, None]  # [pairs, slots]

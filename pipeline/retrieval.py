@@ -15,6 +15,11 @@ class Retrieval:
     def __init__(self, table: Tensor) -> None:
         """table: float32 [items, width]; row 0 is no item."""
         self._columns = table.T.contiguous()
+        self.bar(np.array([UNKNOWN]))
+
+    def bar(self, rows: np.ndarray) -> None:
+        """From now on these rows of the table, int64 [n], are nobody's; row 0 is one of them."""
+        self._barred = torch.from_numpy(rows).to(self._columns.device)
 
     def top_k(self, states: Tensor, rows: np.ndarray, tokens: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """states: [n, width]; rows, tokens: int [m], pairs that must not appear (tokens beyond the table are ignored).
@@ -37,7 +42,7 @@ class Retrieval:
 
     def _top(self, states: Tensor, excluded: tuple[Tensor, Tensor], k: int) -> tuple[np.ndarray, np.ndarray]:
         logits = states @ self._columns  # [n, items]
-        logits[:, UNKNOWN] = -torch.inf
+        logits[:, self._barred] = -torch.inf
         device = logits.device
         logits[excluded[0].to(device), excluded[1].to(device)] = -torch.inf
         best, index = logits.topk(k, dim=1)

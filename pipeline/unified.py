@@ -8,7 +8,7 @@ It is a library too:
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ from pipeline.counters import Counters
 from pipeline.exclusion import Exclusion
 from pipeline.records import Event, EventSchema, Histories, Item, SlateItem
 from pipeline.rerank import Rerank
+from pipeline.retirement import make_room
 from pipeline.simple_rung import SimpleRung
 from pipeline.strategy import LADDER, Ladder, Ranked, Rung
 from pipeline.vocabulary import Vocabulary
@@ -120,7 +121,7 @@ class Pipeline:
         """
         histories = [list(history) for history in histories]
         self._check(histories, k, strategy)
-        self.vocabulary.admit(event.item_id for history in histories for event in history)
+        self.admit([event.item_id for history in histories for event in history])
         answer = self.rank(Histories.from_events(histories, self.options.schema), k, strategy)
         return [Recommendation(items, answer.strategy) for items in answer.rows]
 
@@ -147,9 +148,22 @@ class Pipeline:
         """
         self.ladder, self.version = self._ladder_of(model), version
 
-    def learn(self, items: Iterable[Item]) -> None:
-        """Records of items, of the `items` topic or of a file: what features and the model know of them from now on."""
-        self.catalogue.put(items)
+    def admit(self, item_ids: Collection[str]) -> None:
+        """The items of new events have tokens from now on; what finds no room, nor whom to retire, stays unknown."""
+        make_room(item_ids, self.catalogue, self.counters)
+        self.vocabulary.touch(self.vocabulary.admit(item_ids))
+
+    def read(self, items: Iterable[Item], withdrawn: Iterable[str] = ()) -> np.ndarray:
+        """Records of items, and items that nobody may be shown any more, as a process finds them at its start or in a
+        file: what features and the model know from now on. An item is in one of both. Returns the tokens, int64 [n]."""
+        tokens = self.catalogue.put(items)
+        self.catalogue.withdraw(withdrawn)
+        return tokens
+
+    def learn(self, items: Collection[Item], withdrawn: Iterable[str] = ()) -> None:
+        """The same as news: an item that has just got a record is alive, and room is made for it."""
+        make_room([item.item_id for item in items], self.catalogue, self.counters)
+        self.vocabulary.touch(self.read(items, withdrawn))
 
     def observe(self, histories: Histories, fresh: np.ndarray) -> None:
         """Count new events: the last fresh[i] of user i's history (int64 [n])."""

@@ -8,35 +8,19 @@ import numpy as np
 from pipeline.counters import Rows
 from pipeline.deltas import Deltas
 from pipeline.neighbours import padded
-from pipeline.records import item_hash
 from pipeline.vocabulary import Vocabulary
 
 HEADER = struct.Struct("<BBHqd")  # format, bytes a pair, pairs, as_of_ms, popularity
 PAIR_DTYPE = np.dtype([("item", "<u8"), ("count", "<f4")])
 
 
-class Hashes:
-    """The item hash of every token, as an array that grows with the vocabulary."""
-
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self._vocabulary, self._hashes = vocabulary, np.zeros(0, np.uint64)
-
-    def of(self, tokens: np.ndarray) -> np.ndarray:
-        """int32 [n] -> uint64 [n]"""
-        known = len(self._hashes)
-        if len(self._vocabulary) > known:
-            new = [item_hash(item_id) for item_id in self._vocabulary.item_ids[known:]]
-            self._hashes = np.concatenate([self._hashes, np.array(new, np.uint64)])
-        return self._hashes[tokens]
-
-
-def packed(deltas: Deltas, hashes: Hashes) -> Iterator[tuple[int, float, bytes]]:
-    """(token, popularity, pairs) of every touched item, tokens ascending."""
+def packed(deltas: Deltas, hashes: np.ndarray) -> Iterator[tuple[int, float, bytes]]:
+    """(token, popularity, pairs) of every touched item, tokens ascending. hashes: uint64, by token"""
     tokens = deltas.touched()
     popularity = np.zeros(len(tokens))
     popularity[np.searchsorted(tokens, deltas.items)] = deltas.popularity
     pairs = np.empty(len(deltas.rows), PAIR_DTYPE)
-    pairs["item"], pairs["count"] = hashes.of(deltas.columns), deltas.weights
+    pairs["item"], pairs["count"] = hashes[deltas.columns], deltas.weights
     content = pairs.tobytes()
     starts = np.searchsorted(deltas.rows, tokens) * PAIR_DTYPE.itemsize
     stops = np.searchsorted(deltas.rows, tokens, "right") * PAIR_DTYPE.itemsize

@@ -8,6 +8,7 @@ that others count and we do not. A failure costs nothing but time: what was not 
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from itertools import islice
 from typing import Any, TypeVar
 from zlib import crc32
@@ -19,7 +20,7 @@ from pipeline.deltas import DeltaLog, Deltas
 from pipeline.records import Covers, Latency, Slate, SlateItem
 from worker import logging
 from worker.config import Config
-from worker.counterrows import Hashes, as_deltas, packed, unpacked
+from worker.counterrows import as_deltas, packed, unpacked
 from worker.errors import StoreError
 from worker.redis_client import Command, RedisClient
 from worker.slatestore import SlateStore
@@ -27,15 +28,18 @@ from worker.slatestore import SlateStore
 log = logging.get("counters")
 SHARDS = 16  # of the index: at one a round every row is read again within 4 minutes
 MERGED_ROWS = 32  # in one pipeline: so long Redis is kept from the rings' pushes, 3 ms
+KEPT_FREE = 8  # an eighth of the vocabulary: the index's dead items must not come back for those retired
 READ_ROWS = 512  # in one pipeline, and replaced at once: so long the counters' thread is kept from ranking, 3 ms
 ROW_HALF_LIVES = 12  # a row that nobody touched for so long has lost all but 1/4096 of its weight: it expires
 T = TypeVar("T")
 Within = Callable[[Callable[[], Any]], Awaitable[Any]]
+Holding = Callable[[], AbstractAsyncContextManager[Any]]
 
 
 class CounterStore:
-    """`within` runs a function in the thread that owns the counters. Make it before they observe anything: what they
-    hold then comes from the artifact, and is shared with those items that have no row yet."""
+    """`within` runs a function in the thread that owns the counters; inside of `holding` no token loses its item, which
+    a round needs. Make it before they observe anything: what they hold then comes from the artifact, and is shared with
+    those items that have no row yet."""
 
     def __init__(
         self,
@@ -43,11 +47,13 @@ class CounterStore:
         config: Config,
         counters: Counters,
         within: Within,
+        holding: Holding = nullcontext,
         version: Callable[[], str] = lambda: "none",
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
     ) -> None:
-        self._client, self._config, self._within, self._version, self._now_ms = client, config, within, version, now_ms
-        self._counters, self._vocabulary, self._hashes = counters, counters.vocabulary, Hashes(counters.vocabulary)
+        self._client, self._config, self._version, self._now_ms = client, config, version, now_ms
+        self._within, self._holding = within, holding
+        self._counters, self._vocabulary = counters, counters.vocabulary
         self._slates = SlateStore(client, config.slates)
         self._indexed: set[str] = set()
         self._failing = False
@@ -56,6 +62,7 @@ class CounterStore:
         ttl_s = int(ROW_HALF_LIVES * half_life_ms / 1000) + 1
         self._settings = repr(half_life_ms), config.counters.neighbours, ttl_s
         self._base: Deltas | None = as_deltas(counters.rows(counters.counted()), counters.newest_ms)  # until loaded
+        self._base_version = self._vocabulary.version
         counters.log = DeltaLog()
 
     async def run(self) -> None:
@@ -76,12 +83,8 @@ class CounterStore:
     async def merge(self) -> bool:
         """One round, the first one loads. False when Redis failed it: said once, made up for in the next one."""
         try:
-            if self._base is not None:
-                await self._load(self._base)
-                self._base = None
-            touched = await self._send_deltas()
-            await self._refresh(self._round % SHARDS, touched)
-            await self._write_popular()
+            async with self._holding():
+                await self._merge()
         except StoreError as error:
             if not self._failing:
                 log.warning("counters are not merged; they go on in this process alone", error=str(error))
@@ -90,6 +93,14 @@ class CounterStore:
         self._failing = False
         self._round += 1
         return True
+
+    async def _merge(self) -> None:
+        if self._base is not None:
+            await self._load(self._base.without(self._vocabulary.retired_since(self._base_version)))
+            self._base = None
+        touched = await self._send_deltas()
+        await self._refresh(self._round % SHARDS, touched)
+        await self._write_popular()
 
     async def _load(self, base: Deltas) -> None:
         """Take over all rows; an item that only the artifact has counted gets its row from there."""
@@ -118,7 +129,7 @@ class CounterStore:
     async def _merge_rows(self, deltas: Deltas, merged: list[int], *options: str) -> None:
         """Add to the rows in Redis and take the sums back; `merged` tells how far Redis has come."""
         half_life_ms, neighbours, ttl_s = self._settings
-        rows, values = packed(deltas, self._hashes), []
+        rows, values = packed(deltas, self._vocabulary.hashes), []
         while part := list(islice(rows, MERGED_ROWS)):
             ids = [self._vocabulary.item_ids[token] for token, _, _ in part]
             commands: list[Command] = [
@@ -141,11 +152,15 @@ class CounterStore:
         await self._read(shard, [item_id for item_id in ids if self._vocabulary.token(item_id) not in merged])
 
     async def _members(self, shard: int) -> list[str]:
-        """The items of a shard of the index; all of them get tokens."""
+        """The items of a shard of the index; they get tokens while there is plenty of room."""
         ids = [member.decode() for member in await self._client.call("SMEMBERS", index_key(shard))]
-        await self._within(lambda: self._vocabulary.admit(ids))
+        await self._within(lambda: self._admit(ids))
         self._indexed.update(ids)
         return ids
+
+    def _admit(self, ids: Sequence[str]) -> None:
+        room = max(0, self._vocabulary.room - self._vocabulary.max_items // KEPT_FREE)
+        self._vocabulary.admit([item_id for item_id in ids if not self._vocabulary.token(item_id)][:room])
 
     async def _read(self, shard: int, ids: Sequence[str]) -> None:
         """Take over the rows of these items; forget those that have expired."""

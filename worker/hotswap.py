@@ -5,7 +5,7 @@
 The path is a symlink that is turned to another folder, or a folder that is replaced. All of it happens in a thread of
 its own, but for two things that the pipeline's thread does between two batches: new items get tokens, and at the end
 the model is exchanged, which takes microseconds. Vocabulary and counters are the process's and stay: an artifact brings
-rows for items, not tokens, so nothing that was counted is touched.
+rows for items, not tokens, so nothing that was counted is touched. Until the exchange no token loses its item.
 """
 
 import asyncio
@@ -74,10 +74,14 @@ class HotSwap:
         start_s, before = self._clock.monotonic(), self._ranker.pipeline.version
         manifest = await self._aside(artifacts.read_manifest, self._folder)
         if manifest.version != before:
-            model, overlap = await self._fit_model(manifest)
-            if await self._aside(sight, self._folder) != seen:
-                return  # replaced meanwhile: the next look sees it
-            await self._ranker.adopt(model, manifest.version)
+            bar = gate.Bar() if manifest.version in self._trusted else self._bar  # a way back is always open
+            gate.check_hit_rate(manifest, self._serving, bar)
+            artifact = await self._aside(self._load)
+            async with self._ranker.holding(artifact.item_ids):
+                model, overlap = await self._fit_model(artifact, bar)
+                if await self._aside(sight, self._folder) != seen:
+                    return  # replaced meanwhile: the next look sees it
+                await self._ranker.adopt(model, manifest.version)
             seconds = round(self._clock.monotonic() - start_s, 3)
             metrics.SWAPS.labels("adopted").inc()
             warn_of_short_rings(self._config, manifest)
@@ -85,11 +89,8 @@ class HotSwap:
         self._serving = manifest
         self._trusted.add(manifest.version)
 
-    async def _fit_model(self, manifest: Manifest) -> tuple[Rung, float | None]:
+    async def _fit_model(self, artifact: Artifact, bar: gate.Bar) -> tuple[Rung, float | None]:
         """The model, and its overlap with the slates just served. Raises ArtifactError when it is not fit to serve."""
-        bar = gate.Bar() if manifest.version in self._trusted else self._bar  # a way back is always open
-        gate.check_hit_rate(manifest, self._serving, bar)
-        artifact = await self._aside(self._load)
         await self._admit(artifact)
         model, overlap = await self._aside(self._judge, artifact, await self._ranker.served())
         gate.check_overlap(overlap, bar)
@@ -109,7 +110,9 @@ class HotSwap:
 
     def _judge(self, artifact: Artifact, served: list[Served]) -> tuple[Rung, float | None]:
         """Answers of all shapes first, which also warm the model, then those to the users just served."""
-        pipeline, config, items = self._ranker.pipeline, self._config, len(artifact.item_ids)
+        pipeline, config = self._ranker.pipeline, self._config
+        tokens = [pipeline.vocabulary.token(item_id) for item_id in artifact.item_ids]
+        items = int((~pipeline.vocabulary.barred[tokens]).sum())
         model = rung_of(artifact, pipeline.catalogue, pipeline.options)
         shapes = gate.walks(artifact.item_ids, [1, *config.batcher.buckets])
         gate.answer(model, shapes, config.pipeline.slate_items, items)

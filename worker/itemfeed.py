@@ -1,8 +1,8 @@
 """The `items` topic: what is known of items. Every process reads it whole, without a group, before it is ready, and
 follows it from then on: what a new item is like is known before its first event is ranked.
 
-The topic is compacted: its latest record of an item counts, and a tombstone says that nothing is known any more. A
-record that is no item is counted and left out; the next one of the same key mends it.
+The topic is compacted: its latest record of an item counts. A tombstone withdraws the item: it is recommended no more,
+until a record brings it back. A record that is no item is counted and left out; the next one of the same key mends it.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterable
 import msgspec
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, errors
 
-from pipeline.records import Item
+from pipeline.records import Id, Item
 from worker import logging, metrics
 from worker.codec import Unreadable, decoder_of, formats_of, values_of
 from worker.config import Kafka
@@ -23,11 +23,13 @@ POLL_MS = 500
 PIECE_ITEMS = 500  # learnt at once: so long ranking waits, 20 ms
 AWAY_S = 2.0  # before the next poll of a broker that does not answer
 FORMATS = formats_of(Item)
-Learn = Callable[[list[Item]], Awaitable[None]]
+Change = tuple[str, Item | None]  # of an item, its record; None: withdrawn
+Learn = Callable[[list[Item], list[str], bool], Awaitable[None]]
 
 
 class ItemFeed:
-    """`learn` takes over records, in the thread that owns the catalogue."""
+    """`learn(items, withdrawn, news)` takes over records and withdrawals, in the thread that owns the catalogue; `news`
+    are those that come after the start."""
 
     def __init__(self, config: Kafka, learn: Learn, clock: Clock) -> None:
         self._config, self._learn, self._clock = config, learn, clock
@@ -47,14 +49,14 @@ class ItemFeed:
         await self._consumer.seek_to_beginning(*partitions)
         ends, known = await self._consumer.end_offsets(partitions), 0
         while any([await self._consumer.position(tp) < end for tp, end in ends.items()]):
-            known += await self._take()
+            known += await self._take(news=False)
         log.info("items are known", topic=self._config.items_topic, records=known)
 
     async def run(self) -> None:
         """Follows the topic until it is cancelled; a broker that is away is waited for."""
         while self._consumer is not None:
             try:
-                await self._take()
+                await self._take(news=True)
             except errors.KafkaError as error:
                 if refused(error):
                     log.error("items are followed no more", error=str(error))
@@ -65,21 +67,25 @@ class ItemFeed:
         if self._consumer is not None:
             await self._consumer.stop()
 
-    async def _take(self) -> int:
+    async def _take(self, news: bool) -> int:
         """One poll; the number of its records."""
         assert self._consumer is not None, "started"
         polled = await self._consumer.getmany(timeout_ms=POLL_MS, max_records=self._config.max_poll_records)
         records = [record for part in polled.values() for record in part]
-        items = list(self._items(records))
-        for start in range(0, len(items), PIECE_ITEMS):
-            await self._learn(items[start : start + PIECE_ITEMS])
-        metrics.ITEMS.inc(len(items))
+        changes = list(self._changes(records))
+        for start in range(0, len(changes), PIECE_ITEMS):
+            latest = dict(changes[start : start + PIECE_ITEMS])
+            items = [item for item in latest.values() if item is not None]
+            withdrawn = [item_id for item_id, item in latest.items() if item is None]
+            await self._learn(items, withdrawn, news)
+            metrics.ITEMS.inc(len(items))
+            metrics.WITHDRAWN.inc(len(withdrawn))
         return len(records)
 
-    def _items(self, records: Iterable[ConsumerRecord]) -> Iterable[Item]:
+    def _changes(self, records: Iterable[ConsumerRecord]) -> Iterable[Change]:
         for record in records:
             try:
-                yield _item(record)
+                yield _change(record)
             except (msgspec.DecodeError, UnicodeDecodeError, Unreadable) as error:
                 metrics.STRANGE_ITEMS.inc()
                 if not self._said:
@@ -88,7 +94,8 @@ class ItemFeed:
                                 offset=record.offset, error=str(error))  # fmt: skip
 
 
-def _item(record: ConsumerRecord) -> Item:
+def _change(record: ConsumerRecord) -> Change:
     if record.value is None:
-        return msgspec.convert({"item_id": (record.key or b"").decode()}, Item)
-    return decoder_of(values_of(record.headers), FORMATS).decode(record.value)
+        return msgspec.convert((record.key or b"").decode(), Id), None
+    item = decoder_of(values_of(record.headers), FORMATS).decode(record.value)
+    return item.item_id, item

@@ -6,7 +6,6 @@ import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 from worker import logging
@@ -54,7 +53,9 @@ async def parts(config: Config, clock: Clock) -> AsyncIterator[Parts]:
     client = await connect(config.redis)
     try:
         slates = SlateStore(client, config.slates, config.sequences.epoch)
-        counters = CounterStore(client, config, pipeline.counters, ranker.within, lambda: pipeline.version)
+        counters = CounterStore(
+            client, config, pipeline.counters, ranker.within, ranker.holding, lambda: pipeline.version
+        )
         sequences = Sequences(client, config.sequences)
         yield Parts(config, clock, ranker, sequences, slates, counters, _hot_swap(config, ranker, clock))
     finally:
@@ -82,8 +83,7 @@ async def consume(config: Config) -> None:
 @asynccontextmanager
 async def items_known(config: Config, made: Parts) -> AsyncIterator[None]:
     """All records of items are known inside, and new ones as they come."""
-    ranker = made.ranker
-    feed = ItemFeed(config.kafka, lambda items: ranker.within(partial(ranker.pipeline.learn, items)), made.clock)
+    feed = ItemFeed(config.kafka, made.ranker.learn, made.clock)
     following: asyncio.Task | None = None
     try:
         await feed.start()

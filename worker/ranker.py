@@ -2,15 +2,17 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from pipeline.exclusion import Exclusion
-from pipeline.records import Covers, Histories, Latency, Slate, SlateItem
+from pipeline.records import Covers, Histories, Item, Latency, Slate, SlateItem
+from pipeline.retirement import make_room
 from pipeline.simple_rung import SimpleRung
 from pipeline.strategy import Ranked, Rung
 from pipeline.unified import Answer, Pipeline, PipelineOptions
@@ -38,6 +40,8 @@ class Ranker:
         self._thread = ThreadPoolExecutor(1, "pipeline")
         self._observed: Future | None = None
         self._served: deque[Served] = deque(maxlen=SERVED_USERS)  # by the model that serves now
+        self._holding = asyncio.Lock()
+        self._retired = self._refused = 0
         metrics.MODEL.labels(pipeline.version).set(1)
 
     async def rank(self, batch: Batch) -> list[Slate]:
@@ -60,6 +64,21 @@ class Ranker:
         items = [arrival.event.item_id for arrival in arrivals]
         self._observed = self._thread.submit(self._observe, items, list(newest.values()), list(fresh.values()))
 
+    async def learn(self, items: Collection[Item], withdrawn: Collection[str], news: bool) -> None:
+        """Takes over items' records; `news`: they have just come, room is made for them."""
+        await self.within(lambda: self._learn(items, withdrawn, news))
+
+    @asynccontextmanager
+    async def holding(self, item_ids: Collection[str] = ()) -> AsyncIterator[None]:
+        """Inside, no token loses its item, so that tokens may be used outside of the pipeline's thread. Before that,
+        room is made for these items. One holds at a time."""
+        async with self._holding:
+            await self.within(lambda: self._hold(item_ids))
+            try:
+                yield
+            finally:
+                self.pipeline.vocabulary.held = False
+
     async def served(self) -> list[Served]:
         """The newest answers of the serving model, at most SERVED_USERS."""
         return await self.within(lambda: list(self._served))
@@ -72,8 +91,30 @@ class Ranker:
         self._thread.shutdown(wait=True)
 
     def _observe(self, items: list[str], rings: list[bytes], fresh: list[int]) -> None:
-        self.pipeline.vocabulary.admit(items)
+        self.pipeline.admit(items)
         self.pipeline.observe(Histories.from_rings(rings), np.array(fresh, np.int64))
+        self._count_items()
+
+    def _learn(self, items: Collection[Item], withdrawn: Collection[str], news: bool) -> None:
+        (self.pipeline.learn if news else self.pipeline.read)(items, withdrawn)
+        self._count_items()
+
+    def _hold(self, item_ids: Collection[str]) -> None:
+        make_room(item_ids, self.pipeline.catalogue, self.pipeline.counters)
+        self.pipeline.vocabulary.held = True
+
+    def _count_items(self) -> None:
+        vocabulary = self.pipeline.vocabulary
+        metrics.VOCABULARY.set(vocabulary.max_items - vocabulary.room)
+        metrics.RETIRED_ITEMS.inc(vocabulary.retired - self._retired)
+        metrics.REFUSED_ITEMS.inc(vocabulary.refused - self._refused)
+        if vocabulary.retired > self._retired:
+            log.info("the vocabulary is full: items unseen for the longest are retired",
+                     retired=vocabulary.retired - self._retired, max_items=vocabulary.max_items)  # fmt: skip
+        if vocabulary.refused and not self._refused:
+            log.warning("new items find no room and stay unknown, which is said once, then counted; raise"
+                        " counters.max_items", refused=vocabulary.refused, max_items=vocabulary.max_items)  # fmt: skip
+        self._retired, self._refused = vocabulary.retired, vocabulary.refused
 
     def _adopt(self, model: Rung, version: str) -> None:
         metrics.MODEL.remove(self.pipeline.version)

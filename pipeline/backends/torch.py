@@ -66,9 +66,12 @@ class TorchEncoder:
         return self._heads.odds(logits).cpu().numpy()
 
     @torch.inference_mode()
-    def extend(self, contents: Contents) -> None:
-        """Rows at the table's end for items that came after training, by what is known of them."""
-        self._vectors = torch.cat([self._vectors, self._hstu.items.new(contents.to(self.device))])
+    def learn(self, rows: np.ndarray, contents: Contents) -> None:
+        """These rows of the table, int64 [n], some of them perhaps beyond its end without a gap, are of items that came
+        after training, by what is known of them."""
+        further = int(rows.max(initial=0)) + 1 - len(self._vectors)
+        self._vectors = F.pad(self._vectors, (0, 0, 0, max(0, further)))
+        self._vectors[torch.from_numpy(rows).to(self.device)] = self._hstu.items.new(contents.to(self.device))
         self.table = self._hstu.scorer(self._vectors)
 
     def _context(self, inputs: Inputs, rhythm: np.ndarray, affinity: np.ndarray) -> Context:

@@ -23,9 +23,12 @@ class Known:
 
     def __init__(self) -> None:
         self.catalogue, self.learnt = Catalogue(Vocabulary()), asyncio.Event()
+        self.news: list[str] = []  # what came after the start
 
-    async def learn(self, items: list[Item]) -> None:
+    async def learn(self, items: list[Item], withdrawn: list[str], news: bool) -> None:
         self.catalogue.put(items)
+        self.catalogue.withdraw(withdrawn)
+        self.news += [item.item_id for item in items if news]
         self.learnt.set()
 
     def words(self, item_id: str) -> int:
@@ -63,6 +66,34 @@ def test_the_whole_topic_is_known_at_the_start_and_what_comes_later_soon_after(r
             await send(kafka, json_of("new", title="later"))
             await asyncio.wait_for(known.learnt.wait(), 10)
             assert known.words("new") > 0
+            assert known.news == ["new"]
+        finally:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
+            await feed.stop()
+
+    run(scenario())
+
+
+def test_a_tombstone_withdraws_an_item_until_a_record_brings_it_back(run, eventually, broker: Broker) -> None:
+    async def scenario() -> None:
+        kafka, known = broker.config(items_topic=await broker.topic(1)), Known()
+        vocabulary = known.catalogue.vocabulary
+        vocabulary.admit(["old"])
+        await send(kafka, ("old", None, []), ("unseen", None, []), json_of("back", title="x"), ("back", None, []),
+                   json_of("back", title="y"), ("", None, []))  # fmt: skip
+        before = metrics.STRANGE_ITEMS._value.get()
+        feed = ItemFeed(kafka, known.learn, WallClock())
+        await feed.start()
+        following = asyncio.create_task(feed.run())
+        try:
+            vocabulary.admit(["unseen"])  # by an event that comes late
+            barred = vocabulary.barred[[vocabulary.token(item_id) for item_id in ("old", "unseen", "back")]]
+            assert barred.tolist() == [True, True, False]
+            assert metrics.STRANGE_ITEMS._value.get() - before == 1
+            await send(kafka, json_of("unseen", title="again"), ("back", None, []))
+            await eventually(lambda: vocabulary.barred[vocabulary.token("back")])
+            assert not vocabulary.barred[vocabulary.token("unseen")]
         finally:
             following.cancel()
             await asyncio.gather(following, return_exceptions=True)
@@ -84,11 +115,11 @@ def test_a_cluster_without_the_topic_is_served_by_ids_alone(run, broker: Broker)
 
 
 def test_a_header_without_a_value_is_a_strange_item_and_no_error() -> None:
-    async def learn(items: list[Item]) -> None:
+    async def learn(*_: object) -> None:
         pytest.fail("nothing is known of it")
 
     feed = ItemFeed(Kafka(), learn, WallClock())
     record = ConsumerRecord("items", 0, 7, 0, 0, b"a", b'{"item_id": "a"}', 0, 1, 16, [("content-type", None)])
     before = metrics.STRANGE_ITEMS._value.get()
-    assert list(feed._items([record])) == []
+    assert list(feed._changes([record])) == []
     assert metrics.STRANGE_ITEMS._value.get() - before == 1

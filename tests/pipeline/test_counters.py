@@ -241,3 +241,56 @@ def append(rings: dict[str, bytes], lines: list[list[str]]) -> dict[str, int]:
 
 def first_unseen(ranking: list[int], seen: set[int], k: int, target: int) -> bool:
     return target in list(islice((token for token in ranking if token not in seen), k))
+
+
+def row(made: Counters, token: int) -> tuple[float, dict[int, float]]:
+    """Popularity and neighbours."""
+    rows = made.rows(np.array([token]))
+    return float(rows.popularity[0]), dict(zip(rows.columns[0].tolist(), rows.weights[0].tolist(), strict=True))
+
+
+RUNS = [("a", 0), ("b", 1), ("c", 2), ("a", 3), ("b", 4)], [("b", 0), ("c", 1), ("a", 2)]
+
+
+def test_a_withdrawn_item_is_no_ones_neighbour_and_not_popular_but_still_counts_and_may_come_back():
+    made = counters("abcd")
+    made.observe(history(*RUNS), np.array([9, 9]))
+    asked = history([("c", 0)]), np.ones(1, bool), 3
+    before = names(made, made.score(*asked)[0][0])
+    made.vocabulary.withdraw(["a"])
+    assert before == ["a", "b", "d"]
+    assert names(made, made.score(*asked)[0][0]) == ["b", "d", ""]
+    assert names(made, made.popular(4)[0]) == ["b", "c", "d"]
+    assert made.score(history([("a", 0)]), np.ones(1, bool), 1)[2].all(), "a user who took it has neighbours of it"
+    made.vocabulary.admit("ef")
+    assert set(names(made, made.popular(9)[0])) == set("bcdef")
+    made.vocabulary.restore(["a"])
+    assert names(made, made.score(*asked)[0][0]) == before
+
+
+def test_an_item_that_takes_over_a_token_takes_over_nothing_that_was_counted():
+    made, fresh = counters("abc"), counters("Xbc")
+    made.log = DeltaLog()
+    made.observe(history(*RUNS), np.array([9, 9]))
+    made.vocabulary.retire(np.array([1]))
+    assert made.vocabulary.admit(["X"]).tolist() == [1]
+    rest = history([("b", 1), ("c", 2), ("X", 4)])
+    made.observe(rest, np.array([1]))
+    fresh.observe(rest, np.array([1]))
+    assert row(made, 1) == row(fresh, 1)
+    deltas = made.take_deltas().summed(16)
+    assert deltas.of(np.array([1])).popularity == pytest.approx(row(fresh, 1)[0])
+    pairs = set(zip(deltas.rows.tolist(), deltas.columns.tolist(), strict=True))
+    assert pairs == {(2, 3), (3, 2), (1, 2), (2, 1), (1, 3), (3, 1)}
+
+
+def test_counters_that_only_look_on_forget_what_was_retired():
+    made = counters("abc")
+    made.observe(history(*RUNS), np.array([9, 9]))
+    shadow = Counters(made.vocabulary, HALF_LIFE_DAYS, 16, 3)
+    shadow.restore(made.state())
+    shadow.frozen = True
+    made.vocabulary.retire(np.array([2]))
+    made.vocabulary.admit(["X"])
+    assert names(shadow, shadow.popular(3)[0]) == ["a", "c", "X"]
+    assert shadow.popular(3)[1][2] == 0

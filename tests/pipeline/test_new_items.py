@@ -85,6 +85,61 @@ def test_what_training_takes_as_new_learns_the_bias_of_the_unknown_item(
     assert gradient.abs().sum(dim=1).nonzero()[:, 0].tolist() == learning
 
 
+def test_the_newest_record_counts_whatever_the_process_knew_before(model: Artifact) -> None:
+    (rung, catalogue), (fresh, other) = rung_of(model), rung_of(model)
+    catalogue.put([Item("shoe", title="a mistake"), NEW[1]])
+    mistaken = odds_of(rung, catalogue)
+    catalogue.put(NEW)
+    other.put(NEW)
+    assert (np.abs(odds_of(rung, catalogue) - mistaken)[:, 0] > 1e-5).all()
+    np.testing.assert_allclose(odds_of(rung, catalogue), odds_of(fresh, other), rtol=1e-5)
+
+
+def test_withdrawn_items_are_on_no_slate_until_a_record_brings_them_back(model: Artifact) -> None:
+    rung, catalogue = rung_of(model)
+    catalogue.put(NEW)
+    empty = Histories.from_events([[]], EventSchema())
+    before = [rung.rank(histories, 100).tokens for histories in (HISTORIES, empty)]
+    catalogue.withdraw(["i0", "i29", "shoe"])
+    gone = [catalogue.vocabulary.token(item_id) for item_id in ("i0", "i29", "shoe")]
+    after = [rung.rank(histories, 100).tokens for histories in (HISTORIES, empty)]
+    assert np.isin(before[0], gone).any(axis=1).all()
+    assert not np.isin(after[0], gone).any()
+    assert (np.isin(before[1], gone).sum(), np.isin(after[1], gone).sum()) == (2, 0)
+    assert (after[0] > 0).sum() + np.isin(before[0], gone).sum() == (before[0] > 0).sum()
+    catalogue.put([Item("i0"), Item("i29"), NEW[0]])
+    assert sorted(rung.rank(HISTORIES, 100).tokens[0]) == sorted(before[0][0])
+
+
+def test_an_item_that_takes_over_a_token_has_nothing_of_the_one_before(model: Artifact) -> None:
+    rung, catalogue = rung_of(model)
+    catalogue.put(NEW)
+    before = rung.rank(HISTORIES, 100).tokens
+    retired = np.array([catalogue.vocabulary.token(item_id) for item_id in ("i20", "shoe")])
+    assert (np.isin(before, retired).sum(axis=1) == 2).all()
+    catalogue.retire(retired)
+    assert sorted(catalogue.vocabulary.admit(["boot", "hat"])) == sorted(retired)
+    assert not np.isin(rung.rank(HISTORIES, 100).tokens, retired).any(), "nothing is known of them"
+    catalogue.put([Item("boot", title="a boot"), NEW[0]])
+    tokens = catalogue.vocabulary.admit(["boot", "shoe"])
+    assert np.isin(rung.rank(HISTORIES, 100).tokens, tokens).sum(axis=1).tolist() == [2, 2, 2]
+    fresh, other = rung_of(model)
+    other.put(NEW)
+    np.testing.assert_allclose(odds_of(rung, catalogue)[:, 0], odds_of(fresh, other)[:, 0], rtol=1e-5)
+
+
+def test_an_item_of_the_model_that_comes_back_is_itself_again(model: Artifact) -> None:
+    rung, catalogue = rung_of(model)
+    token = catalogue.vocabulary.token("i20")
+    before = rung.odds(HISTORIES, np.full((3, 1), token, np.int32))
+    catalogue.retire(np.array([token]))
+    catalogue.vocabulary.admit(["another"])
+    rung.rank(HISTORIES, 5)
+    back = catalogue.vocabulary.admit(["i20"])
+    assert back != token
+    np.testing.assert_array_equal(rung.odds(HISTORIES, np.tile(back, (3, 1))), before)
+
+
 def test_they_are_reranked_beside_the_others_and_count_as_of_usual_value(model: Artifact) -> None:
     rung, catalogue = rung_of(model, Rerank(monetization=1.0, value=1.0))
     before = rung.rank(HISTORIES, 100)

@@ -24,9 +24,13 @@ DAY = 24 * 60
 class Process:
     """A worker's counters with their store; `restarted` has nothing but Redis."""
 
-    def __init__(self, client: RedisClient, neighbours: int = 16, state: dict | None = None) -> None:
+    def __init__(
+        self, client: RedisClient, neighbours: int = 16, state: dict | None = None, max_items: int = 1000
+    ) -> None:
         config = Config(counters=CounterConfig(half_life_days=HALF_LIFE_DAYS, neighbours=neighbours))
-        self.counters = Counters(Vocabulary("ab" if state else ""), HALF_LIFE_DAYS, neighbours, window_events=3)
+        self.counters = Counters(
+            Vocabulary("ab" if state else "", max_items), HALF_LIFE_DAYS, neighbours, window_events=3
+        )
         if state:
             self.counters.restore(state)
         self.store = CounterStore(client, config, self.counters, self.within)
@@ -97,6 +101,35 @@ async def rounds(*processes: Process) -> None:
     for _ in range(SHARDS + 1):
         for process in processes:
             assert await process.store.merge()
+
+
+def test_the_index_fills_the_vocabulary_but_for_the_room_that_new_items_need(server: LocalValkey):
+    async def test(client: RedisClient) -> None:
+        one, small = Process(client), Process(client, max_items=16)
+        one.see([(f"i{number}", number) for number in range(30)])
+        await rounds(one, small)
+        assert small.counters.vocabulary.room == 2
+        assert len(small.rows()) == 14
+        small.see([("new", 60)])
+        await rounds(small, one)
+        assert "new" in one.rows()
+
+    scenario(server, test)
+
+
+def test_what_an_artifact_counted_of_items_that_were_retired_meanwhile_goes_to_nobody(server: LocalValkey):
+    async def test(client: RedisClient) -> None:
+        first = Process(client)
+        first.see([("a", 1), ("b", 2), ("a", 3)])
+        started = Process(client, state=first.counters.state())
+        started.counters.vocabulary.retire(np.array([1]))
+        started.counters.vocabulary.admit("x")
+        await rounds(started)
+        assert started.rows()["x"] == (0.0, {})
+        assert started.rows()["b"][0] > 0
+        assert not started.rows()["b"][1]
+
+    scenario(server, test)
 
 
 def test_two_processes_converge_to_what_one_would_have_counted(server: LocalValkey):

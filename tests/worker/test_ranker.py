@@ -1,11 +1,11 @@
-"""What a ranked batch leaves in the metrics."""
+"""What a ranked batch leaves in the metrics, and who may use tokens outside of the pipeline's thread."""
 
 import asyncio
 
 import pytest
 from prometheus_client import REGISTRY
 
-from pipeline.records import Event, EventPacker, EventSchema
+from pipeline.records import Event, EventPacker, EventSchema, Item
 from pipeline.unified import Pipeline, PipelineOptions
 from pipeline.worth import MEASURES
 from worker.clock import WallClock
@@ -41,3 +41,46 @@ def test_what_a_batchs_slates_are_worth_is_counted_and_a_rung_without_heads_coun
     assert all(0 < model[head] < 4 for head in MEASURES[:3])
     assert model["value"] > model["monetization"], "the shop's items cost more than 1"
     assert asyncio.run(counted(Pipeline.load(None, options), 4)) == pytest.approx(dict.fromkeys(model, 0.0))
+
+
+def seen(name: str) -> float:
+    return REGISTRY.get_sample_value(name) or 0.0
+
+
+def test_room_is_made_before_tokens_are_held_and_not_while_they_are() -> None:
+    async def scenario() -> None:
+        pipeline = Pipeline.load(None, PipelineOptions(max_items=3))
+        ranker = Ranker(pipeline, 10, WallClock())
+        vocabulary, before = pipeline.vocabulary, seen("millrace_items_refused_total")
+        await ranker.learn([Item("a"), Item("b"), Item("c")], [], news=True)
+        async with ranker.holding(["x", "y"]):
+            assert vocabulary.admit(["x", "y"]).all()
+            await ranker.learn([Item("z")], [], news=True)
+            assert not vocabulary.token("z")
+        assert seen("millrace_items_refused_total") == before + 1
+        await ranker.learn([Item("z")], [], news=True)
+        assert vocabulary.token("z")
+        assert seen("millrace_vocabulary_items") == 3
+        ranker.close()
+
+    asyncio.run(scenario())
+
+
+def test_one_holds_tokens_at_a_time() -> None:
+    async def scenario() -> list[str]:
+        ranker, story = Ranker(Pipeline.load(None), 10, WallClock()), []
+
+        async def hold(name: str) -> None:
+            async with ranker.holding():
+                story.append(f"{name} in")
+                await asyncio.sleep(0)
+                await ranker.within(lambda: None)
+                assert ranker.pipeline.vocabulary.held
+                story.append(f"{name} out")
+
+        await asyncio.gather(hold("merge"), hold("swap"))
+        assert not ranker.pipeline.vocabulary.held
+        ranker.close()
+        return story
+
+    assert asyncio.run(scenario()) == ["merge in", "merge out", "swap in", "swap out"]
