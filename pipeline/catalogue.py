@@ -100,6 +100,24 @@ class Catalogue:
         for field in fields(Facts):
             self._columns[field.name][tokens[new]] = state[field.name][new]
 
+    def remember(self, tokens: np.ndarray, state: Mapping[str, np.ndarray], recorded: np.ndarray) -> None:
+        """Take over the facts and the words of these items, int [n], 0 = left out, from `state`, in the same order, as
+        if their records had come now. recorded: bool [n], false: it never had one."""
+        self._reserve(len(self.vocabulary))
+        places = np.flatnonzero(recorded & (tokens > 0))
+        words, tokens = np.split(state["hashes"], state["offsets"][1:-1]), tokens[places]
+        for place, token in zip(places.tolist(), tokens.tolist(), strict=True):
+            self._words[token] = tuple(words[place * len(FIELDS) : (place + 1) * len(FIELDS)])
+        for field in fields(Facts):
+            self._columns[field.name][tokens] = state[field.name][places]
+        self.changed[tokens] = self.version + 1
+        self.vocabulary.restore(self.vocabulary.item_ids[token] for token in tokens.tolist())
+        self.version += 1
+
+    def has_records(self, tokens: np.ndarray) -> np.ndarray:
+        """bool [n]"""
+        return _taken(self.changed, tokens) > 0
+
     def words_of(self, token: int) -> tuple[np.ndarray, ...]:
         """The hashes of each field, uint32 [m] each."""
         return self._words[token] if token < len(self._words) else NOTHING

@@ -1,17 +1,47 @@
-"""Relatives of an artifact trained without items' records, made in milliseconds: other versions that tests publish."""
+"""Artifacts made in milliseconds: relatives of one that was trained without items' records, as other versions that
+tests publish; and an untrained one of items with records."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from msgspec.structs import replace
 
 from pipeline import artifact as artifacts
 from pipeline.artifact import WEIGHTS, Artifact
-from pipeline.records import EventSchema
+from pipeline.catalogue import Catalogue
+from pipeline.hstu import HstuConfig
+from pipeline.known_items import KnownItems
+from pipeline.records import EventSchema, Item, item_hash
+from pipeline.trainer import Model
+from pipeline.vocabulary import Vocabulary
 
 CREATED = "2026-01-01T00:00:00+00:00"
 TABLE = "hstu.items.embedding.weight"  # [1 + items, width]
 BIAS = "heads.taste.item_bias.weight"  # [1 + items, 2]
+
+
+def untrained(item_ids: Sequence[str]) -> Artifact:
+    """A model that reads contents, of items with records, each usually bringing 10."""
+    torch.manual_seed(3)
+    config = HstuConfig(items=1 + len(item_ids), width=16, heads=2, d_qk=8, d_v=8, max_events=20, content_rows=256)
+    catalogue = Catalogue(Vocabulary(item_ids))
+    catalogue.put(Item(item_id, title=f"thing {item_id}", price=10.0) for item_id in item_ids)
+    known = KnownItems.of(catalogue, np.arange(1, config.items), np.full(len(item_ids), 5))
+    weights = Model(config, known.contents()).state_dict()
+    weights["heads.taste.item_bias.weight"] = torch.randn(config.items, 2)
+    zeros = np.zeros(0)
+    counters = {
+        "items": np.array([item_hash(item_id) for item_id in item_ids], np.uint64),
+        "popularity": np.ones(len(item_ids)),
+        "values": np.full(len(item_ids), 10.0, np.float32),
+        "offsets": np.zeros(config.items, np.int64),
+        "neighbours": zeros.astype(np.int32),
+        "weights": zeros.astype(np.float32),
+        "as_of_ms": np.zeros(1, np.int64),
+    }
+    return artifacts.draft(config, EventSchema(), weights, list(item_ids), counters, known)
 
 
 def renumbered(artifact: Artifact) -> Artifact:

@@ -92,6 +92,7 @@ class Pipeline(Struct, frozen=True, forbid_unknown_fields=True):
     follow_s: Annotated[float, Meta(ge=0)] = 5.0  # a new artifact serves after two looks, a few stats each; 0: never
     min_overlap: Share = 0.02  # with the slates just served: another seed after one epoch 0.13, mixed-up ids 0.002
     max_hit_rate_drop: Share = 0.2  # of the serving model's, as training judged both: a failed training loses more
+    state_dir: str | None = None  # of this worker alone: what it knows of items; None: a start reads their whole topic
 
     def __post_init__(self) -> None:
         if self.strategy is not None and self.strategy not in LADDER:

@@ -3,6 +3,7 @@ follows it from then on: what a new item is like is known before its first event
 
 The topic is compacted: its latest record of an item counts. A tombstone withdraws the item: it is recommended no more,
 until a record brings it back. A record that is no item is counted and left out; the next one of the same key mends it.
+With a state folder what is known is kept there, and a restart reads what has come since.
 """
 
 import asyncio
@@ -15,11 +16,13 @@ from pipeline.records import Id, Item
 from worker import logging, metrics
 from worker.codec import Unreadable, decoder_of, formats_of, values_of
 from worker.config import Kafka
+from worker.itemstate import ItemState
 from worker.kafka import at_start, client_options, partitions_of, refused
 from worker.seams import Clock
 
 log = logging.get("items")
 POLL_MS = 500
+SAVE_S = 10.0  # between two saves: a restart reads at most so much of the topic again
 PIECE_ITEMS = 500  # learnt at once: so long ranking waits, 20 ms
 AWAY_S = 2.0  # before the next poll of a broker that does not answer
 FORMATS = formats_of(Item)
@@ -29,12 +32,12 @@ Learn = Callable[[list[Item], list[str], bool], Awaitable[None]]
 
 class ItemFeed:
     """`learn(items, withdrawn, news)` takes over records and withdrawals, in the thread that owns the catalogue; `news`
-    are those that come after the start."""
+    are those that come after the start. state: where what is known survives a restart; None: nowhere."""
 
-    def __init__(self, config: Kafka, learn: Learn, clock: Clock) -> None:
-        self._config, self._learn, self._clock = config, learn, clock
+    def __init__(self, config: Kafka, learn: Learn, clock: Clock, state: ItemState | None = None) -> None:
+        self._config, self._learn, self._clock, self._state = config, learn, clock, state
         self._consumer: AIOKafkaConsumer | None = None
-        self._said = False
+        self._said, self._saved_s = False, 0.0
 
     async def start(self) -> None:
         """Returns when the whole topic is known, or when there is none. SourceError, SourceUnavailable."""
@@ -47,16 +50,22 @@ class ItemFeed:
         await at_start(self._config, self._clock, self._consumer.start)
         self._consumer.assign(partitions)
         await self._consumer.seek_to_beginning(*partitions)
-        ends, known = await self._consumer.end_offsets(partitions), 0
+        ends, read = await self._consumer.end_offsets(partitions), 0
+        if self._state is not None:
+            for partition, offset in (await self._state.restore(ends)).items():
+                self._consumer.seek(partition, offset)
         while any([await self._consumer.position(tp) < end for tp, end in ends.items()]):
-            known += await self._take(news=False)
-        log.info("items are known", topic=self._config.items_topic, records=known)
+            read += await self._take(news=False)
+        await self._save()
+        log.info("items are known", topic=self._config.items_topic, records=read)
 
     async def run(self) -> None:
         """Follows the topic until it is cancelled; a broker that is away is waited for."""
         while self._consumer is not None:
             try:
                 await self._take(news=True)
+                if self._clock.monotonic() >= self._saved_s + SAVE_S:
+                    await self._save()
             except errors.KafkaError as error:
                 if refused(error):
                     log.error("items are followed no more", error=str(error))
@@ -66,6 +75,12 @@ class ItemFeed:
     async def stop(self) -> None:
         if self._consumer is not None:
             await self._consumer.stop()
+
+    async def _save(self) -> None:
+        if self._state is not None and self._consumer is not None:
+            positions = {tp: await self._consumer.position(tp) for tp in self._consumer.assignment()}
+            await self._state.save(positions)
+            self._saved_s = self._clock.monotonic()
 
     async def _take(self, news: bool) -> int:
         """One poll; the number of its records."""

@@ -6,6 +6,7 @@ import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from worker import logging
@@ -14,6 +15,7 @@ from worker.config import Config
 from worker.counterstore import CounterStore
 from worker.health import Health, Pulse
 from worker.itemfeed import ItemFeed
+from worker.itemstate import ItemState
 from worker.loop import Worker
 from worker.ranker import Ranker, load_pipeline
 from worker.redis_client import connect
@@ -83,8 +85,10 @@ async def consume(config: Config) -> None:
 @asynccontextmanager
 async def items_known(config: Config, made: Parts) -> AsyncIterator[None]:
     """All records of items are known inside, and new ones as they come."""
-    feed = ItemFeed(config.kafka, made.ranker.learn, made.clock)
+    folder = config.pipeline.state_dir
     following: asyncio.Task | None = None
+    state = ItemState(Path(folder), config.kafka.items_topic, made.ranker, made.clock) if folder else None
+    feed = ItemFeed(config.kafka, made.ranker.learn, made.clock, state)
     try:
         await feed.start()
         following = asyncio.create_task(feed.run(), name="items")
@@ -94,6 +98,8 @@ async def items_known(config: Config, made: Parts) -> AsyncIterator[None]:
             following.cancel()
             await asyncio.gather(following, return_exceptions=True)
         await feed.stop()
+        if state is not None:
+            state.close()
 
 
 async def supervise(worker: Worker, made: Parts) -> None:

@@ -1,6 +1,7 @@
 """Records of items from a real compacted topic: whole at the start, then as they come."""
 
 import asyncio
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -8,12 +9,15 @@ from aiokafka import AIOKafkaProducer, ConsumerRecord
 
 from pipeline.catalogue import Catalogue
 from pipeline.records import Item
+from pipeline.unified import Pipeline
 from pipeline.vocabulary import Vocabulary
 from tests.kafka.broker import Broker
 from worker import metrics
 from worker.clock import WallClock
 from worker.config import Kafka
 from worker.itemfeed import ItemFeed
+from worker.itemstate import ItemState
+from worker.ranker import Ranker
 
 MSGPACK = [("content-type", b"application/msgpack")]
 
@@ -98,6 +102,40 @@ def test_a_tombstone_withdraws_an_item_until_a_record_brings_it_back(run, eventu
             following.cancel()
             await asyncio.gather(following, return_exceptions=True)
             await feed.stop()
+
+    run(scenario())
+
+
+def test_a_restart_reads_what_has_come_since_the_last_save_alone(run, broker: Broker, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        kafka, clock = broker.config(items_topic=await broker.topic(2)), WallClock()
+        await send(kafka, *(json_of(f"i{number}", title=f"thing {number}") for number in range(20)), ("i3", None, []))
+
+        async def start() -> tuple[Vocabulary, list[str]]:
+            """Of a worker that has just become ready, and the items that it has read from the topic."""
+            ranker, read = Ranker(Pipeline.load(None), 10, clock), []
+
+            async def learn(items: list[Item], withdrawn: list[str], news: bool) -> None:
+                read.extend([*(item.item_id for item in items), *withdrawn])
+                await ranker.learn(items, withdrawn, news)
+
+            state = ItemState(tmp_path, kafka.items_topic, ranker, clock)
+            feed = ItemFeed(kafka, learn, clock, state)
+            await feed.start()
+            await feed.stop()
+            state.close()
+            ranker.close()
+            return ranker.pipeline.vocabulary, read
+
+        first, read = await start()
+        assert set(read) == {f"i{number}" for number in range(20)}
+        await send(kafka, json_of("new", title="later"), ("i4", None, []))
+        again, tail = await start()
+        assert sorted(tail) == ["i4", "new"]
+        assert again.item_ids == [*first.item_ids, "new"]
+        assert sorted(again.withdrawn_since(0)) == ["i3", "i4"]
+        _, nothing = await start()
+        assert nothing == []
 
     run(scenario())
 

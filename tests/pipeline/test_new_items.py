@@ -2,25 +2,21 @@
 
 import numpy as np
 import pytest
-import torch
 
-from pipeline import artifact as artifacts
 from pipeline.artifact import Artifact
 from pipeline.catalogue import Catalogue
 from pipeline.corpus import Corpus
-from pipeline.hstu_config import HstuConfig
 from pipeline.hstu_rung import HstuRung
-from pipeline.known_items import KnownItems
 from pipeline.records import Event, EventSchema, Histories, Item
 from pipeline.rerank import Rerank
 from pipeline.sampling import Examples, batch_of
 from pipeline.trainer import Model
 from pipeline.unified import PipelineOptions
 from pipeline.vocabulary import Vocabulary
+from tests.artifacts import untrained
 
 ITEMS, OPTIONS = 30, PipelineOptions()
 IDS = [f"i{number}" for number in range(ITEMS)]
-CONFIG = HstuConfig(items=1 + ITEMS, width=16, heads=2, d_qk=8, d_v=8, max_events=20, content_rows=256)
 NEW = [Item("shoe", title="red shoe", price=5.0), Item("lamp", title="a lamp", brand="x", price=500.0)]
 HISTORIES = Histories.from_events(
     [[Event(f"u{user}", f"i{user + step}", "view", 60_000 * step) for step in range(4)] for user in range(3)],
@@ -30,17 +26,7 @@ HISTORIES = Histories.from_events(
 
 @pytest.fixture(scope="module")
 def model() -> Artifact:
-    """An untrained model of items with records, each usually bringing 10."""
-    torch.manual_seed(3)
-    catalogue = Catalogue(Vocabulary(IDS))
-    catalogue.put(Item(item_id, title=f"thing {item_id}", price=10.0) for item_id in IDS)
-    tokens = np.arange(1, 1 + ITEMS)
-    known = KnownItems.of(catalogue, tokens, np.full(ITEMS, 5))
-    weights = Model(CONFIG, known.contents()).state_dict()
-    weights["heads.taste.item_bias.weight"] = torch.randn(CONFIG.items, 2)
-    hashes = Histories.from_events([[Event("u", item_id, "view", 1) for item_id in IDS]], EventSchema()).items
-    counters = {"items": hashes, "popularity": np.ones(ITEMS), "values": np.full(ITEMS, 10.0, np.float32)}
-    return artifacts.draft(CONFIG, EventSchema(), weights, IDS, counters, known)
+    return untrained(IDS)
 
 
 def rung_of(model: Artifact, rerank: Rerank | None = None) -> tuple[HstuRung, Catalogue]:
@@ -78,8 +64,8 @@ def test_what_training_takes_as_new_learns_the_bias_of_the_unknown_item(
     examples.labels[:] = 1
     examples.labels[corpus.offsets[1:] - 1] = np.nan
     batch = batch_of(examples, corpus.offsets[:-1], np.diff(corpus.offsets), 0.0, random)
-    trained = Model(CONFIG, model.items.contents(), cold_share)
-    trained.losses(batch, examples.shares(CONFIG.items), random)[1].sum().backward()
+    trained = Model(model.config, model.items.contents(), cold_share)
+    trained.losses(batch, examples.shares(model.config.items), random)[1].sum().backward()
     gradient = trained.heads.taste.item_bias.weight.grad
     assert gradient is not None
     assert gradient.abs().sum(dim=1).nonzero()[:, 0].tolist() == learning
