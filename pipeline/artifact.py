@@ -141,7 +141,7 @@ def load(folder: Path) -> Artifact:
     manifest = read_manifest(folder)
     for name, wanted in manifest.files.items():
         _check(folder / name, wanted)
-    item_ids = msgspec.msgpack.decode((folder / VOCABULARY).read_bytes(), type=list[str])
+    item_ids = _item_ids(folder / VOCABULARY)
     counters, items = (safetensors.numpy.load_file(folder / name) for name in (COUNTERS, ITEMS))
     return Artifact(manifest, _weights(folder / WEIGHTS), item_ids, counters, KnownItems.read(items))
 
@@ -179,6 +179,15 @@ def read_manifest(folder: Path) -> Manifest:
     if content != manifest.version:
         raise ArtifactError(f"artifact {path}: content hash {content}, the manifest says {manifest.version}; {_AGAIN}")
     return manifest
+
+
+def _item_ids(path: Path) -> list[str]:
+    item_ids = msgspec.msgpack.decode(path.read_bytes(), type=list[str])
+    places: dict[str, int] = {}
+    for place, item_id in enumerate(item_ids, 1):
+        if (first := places.setdefault(item_id, place)) != place:
+            raise ArtifactError(f"artifact {path}: item '{item_id}' is there twice, at {first} and {place}; {_AGAIN}")
+    return item_ids
 
 
 def _weights(path: Path) -> dict[str, Tensor]:

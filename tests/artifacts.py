@@ -64,6 +64,12 @@ def nudged(artifact: Artifact, seed: int) -> Artifact:
     return Artifact(artifact.manifest, weights, artifact.item_ids, artifact.counters, artifact.items)
 
 
+def with_new_items(artifact: Artifact, item_ids: Sequence[str]) -> Artifact:
+    """Its last items are others."""
+    ids = [*artifact.item_ids[: -len(item_ids)], *item_ids]
+    return Artifact(artifact.manifest, artifact.weights, ids, artifact.counters, artifact.items)
+
+
 def not_a_number(artifact: Artifact) -> Artifact:
     """Training diverged."""
     return Artifact(artifact.manifest, artifact.weights | {TABLE: artifact.weights[TABLE] * float("nan")},

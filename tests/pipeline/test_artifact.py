@@ -17,10 +17,10 @@ ITEMS = ["a", "b", "ü"]
 CONFIG = HstuConfig(items=len(ITEMS) + 1, width=8, heads=1, d_qk=4, d_v=4, max_events=16)
 
 
-def draft(seed: int = 0) -> Artifact:
+def draft(seed: int = 0, item_ids: list[str] = ITEMS) -> Artifact:
     torch.manual_seed(seed)
     counters = {"items": np.arange(3, dtype=np.uint64), "popularity": np.array([3.0, 2.0, 1.0])}
-    return artifacts.draft(CONFIG, EventSchema(), Model(CONFIG).state_dict(), ITEMS, counters)
+    return artifacts.draft(CONFIG, EventSchema(), Model(CONFIG).state_dict(), item_ids, counters)
 
 
 def saved(folder: Path, seed: int = 0) -> Path:
@@ -137,6 +137,12 @@ def test_what_is_loaded_does_not_change_when_the_file_is_overwritten_in_place(tm
 def test_all_files_are_those_of_the_folder_that_a_symlink_names(tmp_path: Path) -> None:
     (tmp_path / "current").symlink_to(saved(tmp_path / "model"))
     assert artifacts.load(tmp_path / "current").version == artifacts.load(tmp_path / "model").version
+
+
+def test_an_item_that_is_there_twice_is_named_with_its_places(tmp_path: Path) -> None:
+    artifacts.save(tmp_path / "model", draft(item_ids=["a", "b", "a"]), {}, "2026-01-01T00:00:00+00:00")
+    with pytest.raises(ArtifactError, match=r"vocabulary\.msgpack: item 'a' is there twice, at 1 and 3; .*train"):
+        artifacts.load(tmp_path / "model")
 
 
 def test_action_lists_may_only_grow_at_their_end(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from pipeline.records import Event, EventPacker, Slate
 from tests import artifacts as relatives
 from worker import logging
 from worker.clock import WallClock
-from worker.config import Config, Log, Sequences
+from worker.config import Config, Counters, Log, Sequences
 from worker.config import Pipeline as PipelineConfig
 from worker.hotswap import HotSwap
 from worker.pointer import sight
@@ -31,12 +31,16 @@ K = 5
 class Serving:
     """A ranker, and what follows its artifact: `link`, which names the folder `first`."""
 
-    def __init__(self, folder: Path, artifact: Path, cap_events: int = 512, **options: Any) -> None:
+    def __init__(
+        self, folder: Path, artifact: Path, cap_events: int = 512, max_items: int = 1000, **options: Any
+    ) -> None:
         logging.configure(Log())
         self.folder, self.link = folder, folder / "current"
         self.publish("first", load(artifact))
         pipeline = PipelineConfig(str(self.link), slate_items=K, threads=1, device="cpu", **options)
-        config = Config(pipeline=pipeline, sequences=Sequences(cap_events=cap_events))
+        config = Config(
+            pipeline=pipeline, sequences=Sequences(cap_events=cap_events), counters=Counters(max_items=max_items)
+        )
         self.ranker = Ranker(load_pipeline(config), K, WallClock())
         self.swap = HotSwap(config, self.ranker, WallClock())
 
@@ -140,6 +144,40 @@ def test_the_same_content_under_another_name_is_no_news(run, serving, original):
         await now.looks(3)
         assert now.ranker.pipeline.ladder is model
         assert outcomes() == before
+
+    run(story())
+
+
+def test_a_full_vocabulary_makes_room_for_a_new_models_items_and_the_old_model_serves_on_until_then(
+    run, serving, original, batch
+):
+    async def story() -> None:
+        items = len(original.item_ids)
+        now = serving(max_items=items + 5)
+        vocabulary = now.ranker.pipeline.vocabulary
+        await now.ranker.within(lambda: now.ranker.pipeline.admit([f"crowd{number}" for number in range(5)]))
+        new = [f"new{number}" for number in range(8)]
+        version = now.publish("second", relatives.with_new_items(original, new))
+        slates = [await now.ranker.rank(batch)]
+        assert await now.looks() == version
+        slates.append(await now.ranker.rank(batch))
+        assert vocabulary.retired == 8
+        assert not any(map(vocabulary.token, original.item_ids[-8:])), "those that the new model does not know go first"
+        assert all(map(vocabulary.token, [*original.item_ids[:-8], *new]))
+        assert not vocabulary.held
+        old, known = ids(slates[0]), set(original.item_ids[:-8]) | set(new)
+        assert all(len(slate) == K for slate in old)
+        assert all(len(slate) == K and set(slate) <= known for slate in ids(slates[1]))
+
+    run(story())
+
+
+def test_withdrawn_items_do_not_make_a_new_models_slates_too_short(run, serving, original):
+    async def story() -> None:
+        now = serving()
+        await now.ranker.learn([], original.item_ids[3:], news=True)
+        second = now.publish("second", relatives.nudged(original, 1))
+        assert await now.looks() == second
 
     run(story())
 
