@@ -104,7 +104,7 @@ class Counters(Struct, frozen=True, forbid_unknown_fields=True):
     neighbours: Positive = 64  # co-occurring items kept per item
     window_events: Positive = 10  # an event counts with this many of its user's events before it
     merge_s: Seconds = 15.0  # deltas go to Redis and rec:popular is rewritten this often
-    max_items: Positive = 1_000_000
+    max_items: Positive = 1_000_000  # with a token; when they are all given the deadest items give theirs to new ones
 
 
 class Slates(Struct, frozen=True, forbid_unknown_fields=True):

@@ -45,7 +45,10 @@ class ItemFeed:
             log.info("no topic of items: they are known by their events alone", topic=self._config.items_topic)
             return
         self._consumer = AIOKafkaConsumer(
-            **client_options(self._config), enable_auto_commit=False, isolation_level="read_committed"
+            **client_options(self._config),
+            enable_auto_commit=False,
+            isolation_level="read_committed",
+            auto_offset_reset="earliest",  # where the topic has lost what was to be read next, all that is left is read
         )
         await at_start(self._config, self._clock, self._consumer.start)
         self._consumer.assign(partitions)
