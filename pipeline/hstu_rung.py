@@ -123,8 +123,15 @@ class HstuRung:
         if version != self._learnt and self._encoder.reads_contents:
             self._learn(np.flatnonzero(self._catalogue.changed > self._learnt))
         self._learnt = version
-        if moved or self._barred_at != self._vocabulary.version:
+        if moved.size:
+            self._recall(moved[(moved < self._trained) & (self._table.tokens(moved) != UNKNOWN)])
+        if moved.size or self._barred_at != self._vocabulary.version:
             self._bar()
+
+    def _recall(self, rows: np.ndarray) -> None:
+        """Of items that training knew and that are back: what the artifact says of them, int64 [n], until a record."""
+        facts = {name: column[rows - 1] for name, column in self._items.facts.items()}
+        self._catalogue.recall(self._table.tokens(rows), facts)
 
     def _learn(self, tokens: np.ndarray) -> None:
         """The vectors of items with new records, int64 [n], are those that the records say, unless training knew the

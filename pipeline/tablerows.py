@@ -11,6 +11,8 @@ import numpy as np
 from pipeline.errors import ArtifactError
 from pipeline.vocabulary import UNKNOWN, Vocabulary
 
+NONE = np.empty(0, np.int64)
+
 
 class TableRows:
     """Row r of a table is item_ids[r - 1], row 0 the unknown item. So that models come and go while tokens stay."""
@@ -33,11 +35,11 @@ class TableRows:
         """Number of rows."""
         return len(self._tokens)
 
-    def follow(self) -> bool:
-        """Cut off the rows of retired items, attach those of items that are back; was there any?"""
+    def follow(self) -> np.ndarray:
+        """Cut off the rows of retired items, attach those of items that are back. Returns all of them, int64 [n]."""
         state = self._vocabulary.version, self._vocabulary.admitted if self._homeless else 0
         if state == self._state:
-            return False
+            return NONE
         lost = np.flatnonzero(self._vocabulary.hashes[self._tokens] != self._hashes)
         self._rows[self._tokens[lost]] = UNKNOWN
         self._hashes[lost[lost >= self._trained]] = 0  # what its record said was forgotten with the item
@@ -45,7 +47,7 @@ class TableRows:
         self._attach(lost, self._tokens[lost])
         self._homeless = bool((self._tokens[1 : self._trained] == UNKNOWN).any())
         self._state = self._vocabulary.version, self._vocabulary.admitted if self._homeless else 0
-        return lost.size > 0
+        return lost
 
     def place(self, tokens: np.ndarray) -> np.ndarray:
         """int64 [n]: rows for tokens, int [n], that have none: of retired items that came after training, then further

@@ -7,7 +7,7 @@ from pipeline.artifact import Artifact
 from pipeline.catalogue import Catalogue
 from pipeline.corpus import Corpus
 from pipeline.hstu_rung import HstuRung
-from pipeline.records import Event, EventSchema, Histories, Item
+from pipeline.records import Event, EventSchema, Histories, Item, encode_value
 from pipeline.rerank import Rerank
 from pipeline.sampling import Examples, batch_of
 from pipeline.trainer import Model
@@ -123,6 +123,8 @@ def test_an_item_of_the_model_that_comes_back_is_itself_again(model: Artifact) -
     rung.rank(HISTORIES, 5)
     back = catalogue.vocabulary.admit(["i20"])
     assert back != token
+    rung.rank(HISTORIES, 5)
+    assert catalogue.facts(back).price_codes.tolist() == [encode_value(10.0)]
     np.testing.assert_array_equal(rung.odds(HISTORIES, np.tile(back, (3, 1))), before)
 
 
