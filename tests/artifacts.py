@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from pipeline import artifact as artifacts
 from pipeline.artifact import WEIGHTS, Artifact
 from pipeline.catalogue import Catalogue
-from pipeline.hstu import HstuConfig
+from pipeline.hstu_config import HstuConfig
 from pipeline.known_items import KnownItems
 from pipeline.records import EventSchema, Item, item_hash
 from pipeline.trainer import Model
