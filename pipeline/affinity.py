@@ -44,11 +44,16 @@ class Affinities:
     @classmethod
     def of(cls, histories: Histories, items: np.ndarray, facts: Facts, engaged: np.ndarray) -> "Affinities":
         """facts: of the events' items; engaged: bool [total], see labels.engaged."""
-        names, ranks = np.unique(facts.categories, return_inverse=True)
-        keys = _keys(histories.users, ranks, np.arange(len(items)), (len(names), len(items)))
-        order = np.argsort(keys)
-        sums = _running(engaged[order]), _running(facts.price_codes), _running(facts.price_codes > 0)
-        return cls(histories.offsets, items, facts.categories, names, keys[order], *sums)
+        names, users = np.unique(facts.categories), 0
+        keys, liked = np.empty(len(items), np.int64), np.empty(len(items), bool)
+        for place, part in histories.parts():
+            ranks = np.searchsorted(names, facts.categories[place])
+            own = _keys(users + part.users, ranks, np.arange(place.start, place.stop), (len(names), len(items)))
+            order = np.argsort(own)
+            keys[place], liked[place] = own[order], engaged[place][order]
+            users += len(part)
+        sums = _running(liked), _running(facts.price_codes), _running(facts.price_codes > 0)
+        return cls(histories.offsets, items, facts.categories, names, keys, *sums)
 
     def at(self, ends: np.ndarray, items: np.ndarray, facts: Facts) -> np.ndarray:
         """float32 [q, AFFINITIES] of these items after these events, int [q]: places in the histories. facts: theirs"""

@@ -36,8 +36,8 @@ class Facts:
     def nothing(cls, n: int) -> "Facts":
         return cls(*(np.zeros(n, COLUMNS[field.name]) for field in fields(cls)))
 
-    def of(self, index: np.ndarray) -> "Facts":
-        """int [m] -> of these."""
+    def of(self, index: np.ndarray | slice) -> "Facts":
+        """int [m], or a part -> of these."""
         return Facts(*(getattr(self, field.name)[index] for field in fields(self)))
 
 

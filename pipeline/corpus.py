@@ -1,5 +1,6 @@
 """A log as its users' sequences: what training crops and evaluation walks through."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,6 +50,15 @@ class Corpus:
         """int64 [total]: where the run of each event's user begins."""
         return np.repeat(self.offsets[:-1], np.diff(self.offsets))
 
+    def starts_of(self, positions: np.ndarray) -> np.ndarray:
+        """int64 [n]: where the runs of these events' users begin."""
+        return self.offsets[np.searchsorted(self.offsets, positions, "right") - 1]
+
+    def parts(self) -> Iterator[tuple[slice, "Corpus"]]:
+        """As Histories.parts: a part of the users' columns, and views of them."""
+        for place, part in self.histories.parts():
+            yield place, Corpus(part.events, self.tokens[place], part.offsets, self.places[place])
+
     @property
     def is_new(self) -> np.ndarray:
         """bool [total]: the user touches this item for the first time."""
@@ -66,7 +76,7 @@ class Corpus:
 
         A history may be empty: a user's first event.
         """
-        starts = np.maximum(self.starts[positions], positions - cap_events)
+        starts = np.maximum(self.starts_of(positions), positions - cap_events)
         index, offsets = ranges(starts, positions - starts)
         return Histories(self.events[index], offsets)
 

@@ -64,6 +64,6 @@ def places_from_end(users: np.ndarray) -> np.ndarray:
 def digest_of(log: Log) -> str:
     """Of who did what when, 16 hex digits; the same for equal events, however the log was written."""
     digest = hashlib.sha256("\n".join(log.user_ids[user] for user in np.unique(log.users)).encode())
-    digest.update(np.unique(log.users, return_inverse=True)[1].astype(np.int32).tobytes())
-    digest.update(log.events.tobytes())
+    digest.update(np.unique(log.users, return_inverse=True)[1].astype(np.int32).data)
+    digest.update(np.ascontiguousarray(log.events).data)
     return digest.hexdigest()[:16]

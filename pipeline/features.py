@@ -67,6 +67,7 @@ COLUMNS = tuple(_SIZES)
 _STARTS = dict(zip(_SIZES, np.cumsum([0, *_SIZES.values()])[:-1].tolist(), strict=True))
 FEATURE_ROWS = sum(_SIZES.values())
 FEATURES = len(_SIZES)
+assert FEATURE_ROWS < 1 << 15, "training keeps rows as int16"
 # What a model was trained on: raise REVISION when a column comes to mean something else at the same size.
 REVISION = 1
 LAYOUT = f"{REVISION}:{crc32(repr((_SIZES, TIME_THRESHOLDS, WINDOW_EVENTS)).encode()):08x}"

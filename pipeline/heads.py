@@ -126,11 +126,11 @@ class Taste(nn.Module):
         """[n, k, hidden]: the newest events by how much their items are like this one (target attention, as DIN: Zhou
         et al., KDD 2018). The softmax has one more, empty place: where nothing is alike, it takes the weight."""
         rows = context.newest.rows
-        alike = items @ context.items[rows].transpose(1, 2)  # [n, k, RECENT] cosines
+        alike = items @ _gathered(context.items, rows).transpose(1, 2)  # [n, k, RECENT] cosines
         scores = self.sharpness * alike + (self.attention(context.events)[rows, 0] + self.age_bias)[:, None]
         scores = scores.masked_fill(context.newest.outside[:, None], -torch.inf)
         weights = F.pad(scores, (1, 0)).softmax(dim=2)[..., 1:]
-        return weights @ self.of_alike(context.events)[rows]
+        return weights @ _gathered(self.of_alike(context.events), rows)
 
 
 class Visits(nn.Module):
@@ -149,6 +149,11 @@ class Visits(nn.Module):
     def forward(self, items: Tensor, rhythm: Tensor) -> Tensor:
         """items: [n, k, width]; rhythm: [n, RHYTHMS] -> logits [n, k]"""
         return self.out(F.silu(self.of_rhythm(rhythm)[:, None] + ITEM_SHARE * self.of_item(items)))[..., 0]
+
+
+def _gathered(x: Tensor, rows: Tensor) -> Tensor:
+    """x [m, d] at rows [n, r] -> [n, r, d]. 65 k rows of 64: `index_select` takes 1.6 ms, x[rows] 11.5 (one core)."""
+    return x.index_select(0, rows.flatten()).view(*rows.shape, -1)
 
 
 def head_losses(logits: Tensor, labels: Tensor) -> Tensor:

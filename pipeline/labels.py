@@ -25,15 +25,18 @@ def labels_of(histories: Histories, schema: EventSchema, end_ms: int) -> np.ndar
     """float32 [total, 3] labels by TASKS of each event's successor; NaN: a user's last event, or (retention) the log
     ends, at `end_ms`, within the horizon: counting the returns that it still shows would favour late events."""
     labels = np.full((len(histories.events), len(TASKS)), np.nan, np.float32)
-    if len(histories.events) < 2:
-        return labels
+    for place, part in histories.parts():
+        _label(labels[place], part, schema, end_ms)
+    return labels
+
+
+def _label(labels: np.ndarray, histories: Histories, schema: EventSchema, end_ms: int) -> None:
     users = histories.users
     succeeded = np.flatnonzero(users[1:] == users[:-1])
     following = succeeded + 1
     labels[succeeded, 0] = engaged(histories, schema)[following]
     labels[succeeded, 1] = _returned(histories, end_ms)[following]
     labels[succeeded, 2] = np.isin(histories.actions, codes_of(MONETIZING, schema))[following]
-    return labels
 
 
 def codes_of(actions: tuple[str, ...], schema: EventSchema) -> list[int]:

@@ -41,9 +41,11 @@ class Log:
 
     def part(self, kept: np.ndarray) -> "Log":
         """The log of these events alone (bool [n], or int [m], their places), with the ids of its own items alone."""
-        present, items = np.unique(self.items[kept], return_inverse=True)
-        item_ids = [self.item_ids[item] for item in present]
-        return Log(self.user_ids, self.users[kept], item_ids, items.astype(np.int32), self.events[kept])
+        items = self.items[kept]
+        present = np.bincount(items, minlength=len(self.item_ids)) > 0
+        item_ids = [self.item_ids[item] for item in np.flatnonzero(present)]
+        numbers = np.cumsum(present, dtype=np.int32) - np.int32(1)
+        return Log(self.user_ids, self.users[kept], item_ids, numbers[items], self.events[kept])
 
 
 def columns(blocks: Iterable[list[Entry]], schema: EventSchema) -> Log:
@@ -60,6 +62,7 @@ def columns(blocks: Iterable[list[Entry]], schema: EventSchema) -> Log:
         items.extend([event.item_id for event in events])
         packed.append(packer.pack(events))
     log = Log(*users.sorted(), *items.sorted(), np.concatenate(packed), unreadable, why)
+    packed.clear()
     hashes = np.fromiter(map(item_hash, log.item_ids), np.uint64, len(log.item_ids))
     log.events["item"] = hashes[log.items]
     order = np.lexsort((log.items, log.users, log.ts_ms))  # sorted ids: an index orders as its string does

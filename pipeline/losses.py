@@ -50,7 +50,9 @@ def sample_candidates(targets: np.ndarray, shares: np.ndarray, random: np.random
 
 def next_item_loss(states: Tensor, table: Tensor, targets: np.ndarray, seen: tuple[np.ndarray, np.ndarray],
                    candidates: Candidates) -> Tensor:  # fmt: skip
-    """Mean negative log likelihood of the targets among candidates that the row has not seen.
+    """Mean negative log likelihood of the targets among candidates that the row has not seen; 0 of no rows.
+
+    Always in float32: where others compute in half of it, a logit would have three digits left.
 
     states: [rows, width]; table: the candidates' [c, width]; targets: int [rows], none of them seen by its row;
     seen: (row, token) pairs, int [m] each, left out of the row's candidates, as serving excludes them.
@@ -60,7 +62,8 @@ def next_item_loss(states: Tensor, table: Tensor, targets: np.ndarray, seen: tup
     barred = torch.from_numpy(seen[0][known] * len(table) + columns[known]).to(states.device)
     target_columns = torch.from_numpy(candidates.columns(targets).astype(np.int64)).to(states.device)
     correction = None if candidates.correction is None else candidates.correction.to(states.device)
-    return _SoftmaxLoss.apply(states, table, target_columns, barred, correction)
+    with torch.autocast(states.device.type, enabled=False):
+        return _SoftmaxLoss.apply(states.float(), table.float(), target_columns, barred, correction)
 
 
 class _SoftmaxLoss(torch.autograd.Function):
@@ -83,9 +86,9 @@ class _SoftmaxLoss(torch.autograd.Function):
         normaliser = logits.logsumexp(1)
         gradient = logits.sub_(normaliser[:, None]).exp_()
         gradient[rows, targets] -= 1
-        gradient /= len(states)
+        gradient /= max(1, len(states))
         ctx.save_for_backward(gradient @ table, gradient.T @ states)
-        return (normaliser - wanted).mean()
+        return (normaliser - wanted).sum() / max(1, len(states))
 
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None]:

@@ -55,7 +55,7 @@ class Scored:
     @property
     def lengths(self) -> np.ndarray:
         """int64 [n]: how many events came before."""
-        return self.positions - self.corpus.starts[self.positions]
+        return self.positions - self.corpus.starts_of(self.positions)
 
     def batches(self) -> Iterator[tuple[np.ndarray, Histories]]:
         """Which of the events, int64 [<= BATCH_USERS], and their histories: like lengths meet."""

@@ -6,7 +6,7 @@ facts (`EVENT_DTYPE`), which the model reads as numpy columns without touching a
 
 import math
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from hashlib import blake2b
 from typing import Annotated
@@ -32,6 +32,7 @@ EVENT_DTYPE = np.dtype(
     ]
 )
 _PACK = struct.Struct("<QQHHBBH")
+PART_EVENTS = 1 << 18  # columns made from so many events at a time are some 50 MiB, and no slower than at once
 VALUE_STEPS = 3000.0  # log1p(value) in steps of 1/3000: 0.03 % apart, up to 3.0e9
 
 
@@ -234,6 +235,17 @@ class Histories:
         starts = self.offsets[1:] - kept
         index = np.repeat(starts - offsets[:-1], kept) + np.arange(offsets[-1])
         return Histories(self.events[index], offsets)
+
+    def parts(self, events: int = PART_EVENTS) -> "Iterator[tuple[slice, Histories]]":
+        """Whole users, one after the other, at most so many events at a time if no single user has more: where they
+        lie in this one's columns, and a view of them."""
+        first = 0
+        while first < len(self):
+            last = int(np.searchsorted(self.offsets, self.offsets[first] + events, "right")) - 1
+            offsets = self.offsets[first : max(first + 1, last) + 1]
+            place = slice(int(offsets[0]), int(offsets[-1]))
+            yield place, Histories(self.events[place], offsets - offsets[0])
+            first += len(offsets) - 1
 
     def select(self, rows: np.ndarray) -> "Histories":
         """The histories of these user rows, in this order."""

@@ -4,25 +4,28 @@ Most users that a model meets in service were not there in training. So an epoch
 random offset: each event is seen with long and with short contexts, and the model leans on items, not on who it is.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from pipeline.affinity import Affinities
 from pipeline.catalogue import EMPTY, Catalogue, Facts
 from pipeline.corpus import Corpus
-from pipeline.features import Inputs, inputs_of, ranges
+from pipeline.features import FEATURES, Inputs, inputs_of, ranges
 from pipeline.labels import engaged, labels_of
 from pipeline.records import EventSchema
-from pipeline.rhythm import rhythm
+from pipeline.rhythm import RHYTHMS, rhythm
 from pipeline.vocabulary import UNKNOWN
 
 
 @dataclass(slots=True)
 class Examples:
-    """What the corpus shows and asks: columns [total] over its events.
+    """What the corpus shows and asks: columns [total] over its events, 123 bytes an event beside the corpus' own.
 
-    inputs:     of the whole sequences, of which crops are taken
+    They are made once, users by users: a crop's features need all that came before it, so making them with each batch
+    would walk through the same histories in every epoch.
+
+    inputs:     of the whole sequences, of which crops are taken; its codes are int16
     successors: int32, the token of the user's next event; 0 where there is none
     asked:      bool, the retrieval is trained here: the successor is known and (unless repeats count) new to the user,
                 for what the user has touched before is excluded in service
@@ -43,32 +46,45 @@ class Examples:
 
     @classmethod
     def of(cls, corpus: Corpus, schema: EventSchema, repeats: bool, catalogue: Catalogue = EMPTY) -> "Examples":
-        successors = np.append(corpus.tokens[1:], UNKNOWN).astype(np.int32)
-        successors[corpus.offsets[1:] - 1] = UNKNOWN
-        asked = successors != UNKNOWN
-        if not repeats:
-            asked[:-1] &= corpus.is_new[1:]
-        histories, facts = corpus.histories, catalogue.facts(corpus.tokens)
-        return cls(
-            inputs_of(histories, corpus.tokens, np.iinfo(np.int32).max, facts),
-            successors,
-            asked,
+        total, histories, facts = len(corpus), corpus.histories, catalogue.facts(corpus.tokens)
+        codes, seconds = np.empty((total, FEATURES), np.int16), np.empty(total, np.int32)
+        examples = cls(
+            Inputs(corpus.tokens, codes, seconds, corpus.offsets),
+            _successors(corpus),
+            np.zeros(total, bool),
             labels_of(histories, schema, int(histories.ts_ms.max(initial=0))),
-            rhythm(histories, np.arange(len(corpus))),
+            np.empty((total, RHYTHMS), np.float32),
             Affinities.of(histories, corpus.tokens, facts, engaged(histories, schema)),
             facts,
         )
+        for place, part in corpus.parts():
+            examples._fill(place, part)
+            examples.asked[place][:-1] = True if repeats else part.is_new[1:]
+        examples.asked &= examples.successors != UNKNOWN
+        return examples
+
+    def _fill(self, place: slice, part: Corpus) -> None:
+        inputs = inputs_of(part.histories, part.tokens, np.iinfo(np.int32).max, self.facts.of(place))
+        self.inputs.codes[place], self.inputs.seconds[place] = inputs.codes, inputs.seconds
+        self.rhythm[place] = rhythm(part.histories, np.arange(len(part)))
 
     def shown(self, starts: np.ndarray, lengths: np.ndarray) -> Inputs:
         """Of these crops, each behind the older events of its user."""
         begins = self.inputs.offsets[np.searchsorted(self.inputs.offsets, starts, "right") - 1]
         older = np.minimum(starts - begins, self.older_events)
-        return self.inputs.taken(starts - older, older + lengths)
+        inputs = self.inputs.taken(starts - older, older + lengths)
+        return replace(inputs, codes=inputs.codes.astype(np.int32))
 
     def shares(self, items: int) -> np.ndarray:
         """float64 [items]: each token's share of the targets."""
         counts = np.bincount(self.successors[self.asked], minlength=items)
         return counts / max(1, counts.sum())
+
+
+def _successors(corpus: Corpus) -> np.ndarray:
+    successors = np.append(corpus.tokens[1:], UNKNOWN).astype(np.int32)
+    successors[corpus.offsets[1:] - 1] = UNKNOWN
+    return successors
 
 
 @dataclass(slots=True)
@@ -80,6 +96,7 @@ class TrainingBatch:
     successors: int32 [total]; labels: float32 [total, 3]; affinity: float32 [total, AFFINITIES], of the successors
     asked: int64 [m], the rows that train the retrieval
     seen:  pairs (number of the asked row, token), int64 [pairs] each: what the crop's own events show up to that row
+    whole: the batch that this is one process' part of; None: it is the whole one
     """
 
     inputs: Inputs
@@ -90,6 +107,45 @@ class TrainingBatch:
     affinity: np.ndarray
     asked: np.ndarray
     seen: tuple[np.ndarray, np.ndarray]
+    whole: "TrainingBatch | None" = None
+
+    @property
+    def targets(self) -> np.ndarray:
+        """int32 [m]: the successors of the asked rows."""
+        return self.successors[self.asked]
+
+    @property
+    def share(self) -> np.ndarray:
+        """float32 [1 + 3]: of the whole batch's rows that each loss is a mean of, the retrieval's and the tasks'."""
+        return (self._rows / np.maximum((self.whole or self)._rows, 1)).astype(np.float32)
+
+    @property
+    def _rows(self) -> np.ndarray:
+        return np.array([len(self.asked), *np.isfinite(self.labels).sum(axis=0)])
+
+    def part(self, rank: int, count: int) -> "TrainingBatch":
+        """Each count-th crop, from number `rank` on. Where there is none: the first crop, asked nothing."""
+        crops, whole = len(self.inputs), self.inputs
+        if rank >= crops:
+            idle, nothing = self.part(0, crops), np.empty(0, np.int64)
+            return replace(idle, labels=np.full_like(idle.labels, np.nan), asked=nothing, seen=(nothing, nothing))
+        rows, offsets = ranges(self.offsets[:-1][rank::count], np.diff(self.offsets)[rank::count])
+        places = np.full(len(self.successors), -1)
+        places[rows] = np.arange(len(rows))
+        asked = places[self.asked]
+        own = asked >= 0
+        numbers, shown = (column[own[self.seen[0]]] for column in self.seen)
+        return TrainingBatch(
+            whole.taken(whole.offsets[:-1][rank::count], np.diff(whole.offsets)[rank::count]),
+            offsets,
+            self.successors[rows],
+            self.labels[rows],
+            self.rhythm[rows],
+            self.affinity[rows],
+            asked[own],
+            ((np.cumsum(own) - 1)[numbers], shown),
+            self,
+        )
 
 
 def crops(offsets: np.ndarray, length: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

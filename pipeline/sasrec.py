@@ -99,12 +99,12 @@ class SasRec(Trainable):
     def losses(self, batch: TrainingBatch, shares: np.ndarray, random: np.random.Generator) -> tuple[Tensor, Tensor]:
         """See Trainable; there are no side tasks."""
         states = self(batch.inputs)
-        states, targets = states[torch.from_numpy(batch.asked).to(states.device)], batch.successors[batch.asked]
+        states, targets = states[torch.from_numpy(batch.asked).to(states.device)], batch.targets
         table = self.item_embedding.weight
         if self.config.loss == "bce":
             loss = _binary_loss(states, table, targets, batch.seen, random)
         else:
-            candidates = sample_candidates(targets, shares, random)
+            candidates = sample_candidates((batch.whole or batch).targets, shares, random)
             table = table if candidates.tokens is None else table[candidates.tokens.to(table.device)]
             loss = next_item_loss(states, table, targets, batch.seen, candidates)
         return loss, loss.new_zeros(0)

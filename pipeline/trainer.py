@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Generic, TypeVar
+from typing import Annotated, Generic, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -26,6 +26,7 @@ from pipeline.hstu_config import HstuConfig
 from pipeline.jagged import Layout
 from pipeline.labels import TASKS
 from pipeline.losses import Candidates, next_item_loss, sample_candidates
+from pipeline.processes import ALONE, Processes
 from pipeline.sampling import Examples, TrainingBatch, batch_of, batches, crops
 from pipeline.vocabulary import UNKNOWN
 from pipeline.weighting import Name, weighting_of
@@ -33,6 +34,7 @@ from pipeline.weighting import Name, weighting_of
 Positive = Annotated[int, Meta(gt=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 Weight = Annotated[float, Meta(ge=0)]
+Precision = Literal["fp32", "bf16"]
 TASTE_RATE = 4.0  # its learning rate by the encoder's: a few hundred steps must do
 FLOOR = 0.05  # of the learning rate: where the cosine ends
 
@@ -52,6 +54,8 @@ class TrainerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     unknown_share: Share = 0.05  # input items made unknown: the model learns what to do with items new in service
     head_weights: tuple[Weight, Weight, Weight] = (1.0, 1.0, 1.0)  # of their losses, by labels.TASKS; retrieval: 1
     weighting: Name = "fixed"  # how the weights change while training, see weighting.py
+    epoch_events: Annotated[int, Meta(ge=0)] = 0  # of one epoch, other ones in each; 0: all
+    precision: Precision = "fp32"  # bf16: of the matrix products; weights, sums and the retrieval's loss stay float32
     repeats: bool = False  # train to retrieve items the user has touched before: only if serving does not exclude them
 
 
@@ -86,9 +90,9 @@ class Model(Trainable):
 
     def losses(self, batch: TrainingBatch, shares: np.ndarray, random: np.random.Generator) -> tuple[Tensor, Tensor]:
         """See Trainable."""
-        hstu, inputs, targets = self.hstu, batch.inputs, batch.successors[batch.asked]
+        hstu, inputs, targets = self.hstu, batch.inputs, batch.targets
         device = hstu.rotation.weight.device
-        candidates = sample_candidates(targets, shares, random)
+        candidates = sample_candidates((batch.whole or batch).targets, shares, random)
         cold = random.random(len(shares)) < self._cold_share
         items = _Items.of(hstu, batch, candidates, cold)
         known = np.where(cold[batch.successors], UNKNOWN, batch.successors)  # to the heads, too, they are new
@@ -140,32 +144,34 @@ class Trainer(Generic[M]):
     """The model, its optimizer and how many epochs are behind them."""
 
     def __init__(self, build: Callable[[], M], items: int, options: TrainerOptions, examples: Examples,
-                 device: torch.device) -> None:  # fmt: skip
+                 device: torch.device, processes: Processes = ALONE) -> None:  # fmt: skip
         """build: makes the model, from torch's randomness; items: rows of its item table."""
         self.options, self.examples, self.epochs_done = options, examples, 0
-        with _seeded(options.seed, 0):
+        self._processes, self._device = processes, device
+        with _seeded(device, options.seed, 0):
             self.model = build().to(device)
         self._weighting = weighting_of(options.weighting, options.head_weights[: self.model.tasks]).to(device)
         groups = [{"params": list(part.parameters()), "rate": rate} for part, rate in self.model.rates()]
         groups.append({"params": list(self._weighting.parameters()), "rate": 1.0, "weight_decay": 0.0})
         self._optimizer = torch.optim.AdamW(
-            groups, options.learning_rate, betas=(0.9, 0.98), weight_decay=options.weight_decay
-        )
+            groups, options.learning_rate, betas=(0.9, 0.98), weight_decay=options.weight_decay,
+            fused=device.type == "cuda",  # one launch instead of a dozen for every parameter
+        )  # fmt: skip
         self._shares = examples.shares(items)
 
     def epoch(self, on_batch: Callable[[float, int, int], None] = lambda loss, done, total: None) -> float:
-        """Train through every sequence once; mean retrieval loss (nats). on_batch gets (loss, batches done, of)."""
+        """Train through every sequence once, or through `epoch_events`; mean retrieval loss (nats).
+
+        on_batch gets (loss, batches done, of).
+        """
         random = np.random.default_rng([self.options.seed, self.epochs_done])
-        parts = batches(
-            *crops(self.examples.inputs.offsets, self.options.crop_events, random), self.options.batch_events, random
-        )
-        losses = []
+        parts, losses = self._parts(random), []
         self.model.train()
-        with _seeded(self.options.seed, self.epochs_done + 1):
+        with _seeded(self._device, self.options.seed, self.epochs_done + 1, self._processes.rank):
             for done, part in enumerate(parts):
                 batch = batch_of(self.examples, *part, self.options.unknown_share, random)
                 self._schedule(self.epochs_done + done / len(parts))
-                losses.append(self._step(batch, random))
+                losses.append(self._step(self._dealt(batch), random))
                 on_batch(losses[-1][0].item(), done + 1, len(parts))
         means = torch.stack(losses).mean(dim=0)
         self._weighting.epoch_ended(means[1:])
@@ -195,15 +201,37 @@ class Trainer(Generic[M]):
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": moments})
         self.epochs_done = int(state["epochs_done"])
 
+    def _parts(self, random: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Crops of the epoch's batches."""
+        options, offsets = self.options, self.examples.inputs.offsets
+        parts = batches(*crops(offsets, options.crop_events, random), options.batch_events, random)
+        return parts[: -(-options.epoch_events // options.batch_events)] if options.epoch_events else parts
+
+    def _dealt(self, batch: TrainingBatch) -> TrainingBatch:
+        processes = self._processes
+        return batch if processes.count == 1 else batch.part(processes.rank, processes.count)
+
     def _step(self, batch: TrainingBatch, random: np.random.Generator) -> Tensor:
         """The losses before this step, [1 + tasks]: of the retrieval, then of the side tasks."""
-        loss, of_tasks = self.model.losses(batch, self._shares, random)
-        total = loss + self._weighting(of_tasks)
+        losses = self._losses(batch, random)
+        total = losses[0] + self._weighting(losses[1:])
         self._optimizer.zero_grad(set_to_none=True)
         total.backward()
+        parameters = [*self.model.parameters(), *self._weighting.parameters()]
+        losses = self._processes.average(parameters, losses.detach())
         nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
         self._optimizer.step()
-        return torch.cat([loss.detach()[None], of_tasks.detach()])
+        return losses
+
+    def _losses(self, batch: TrainingBatch, random: np.random.Generator) -> Tensor:
+        """Means over the batch's rows. Of a part: so that their means over all processes are those of the whole."""
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
+            loss, of_tasks = self.model.losses(batch, self._shares, random)
+        losses = torch.cat([loss[None], of_tasks])
+        if batch.whole is None:
+            return losses
+        share = torch.from_numpy(batch.share[: len(losses)]).to(losses.device)
+        return losses * share * self._processes.count
 
     def _schedule(self, epochs: float) -> None:
         done = epochs / self.options.epochs
@@ -226,9 +254,9 @@ def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _seeded(seed: int, epoch: int) -> Iterator[None]:
-    """Torch's global generator seeded from (seed, epoch) inside, and as it was outside."""
-    number = int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1)
-    with torch.random.fork_rng():
+def _seeded(device: torch.device, seed: int, epoch: int, rank: int = 0) -> Iterator[None]:
+    """Torch's global generators, the CPU's and the device's, seeded from the numbers inside, and as before outside."""
+    number = int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1, np.uint64)[0] >> 1)
+    with torch.random.fork_rng([torch.cuda.current_device()] if device.type == "cuda" else []):
         torch.manual_seed(number)
         yield

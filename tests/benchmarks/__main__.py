@@ -6,5 +6,5 @@ Hours on two cores, for `replay` trains a wide model; with a GPU that is five mi
 import subprocess
 import sys
 
-for module in ("stream", "replay", "swap", "heads", "plots"):
+for module in ("stream", "replay", "swap", "heads", "training", "plots"):
     subprocess.run([sys.executable, "-m", f"tests.benchmarks.{module}"], check=True)

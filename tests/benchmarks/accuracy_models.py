@@ -20,8 +20,8 @@ from pipeline.popular import Popularity, RecentPopularity
 from pipeline.ranking import Ranker
 from pipeline.sasrec import SasRec, SasRecConfig, SasRecScorer
 from pipeline.simple_rung import SimpleRung
+from pipeline.task import Task, TrainingOptions, prepare
 from pipeline.trainer import Trainer
-from pipeline.training import Task, TrainingOptions, prepare
 from pipeline.unified import PipelineOptions, new_counters
 
 Value = str | int | float

@@ -11,7 +11,7 @@ from pipeline.logcolumns import Log
 from pipeline.measures import RankingMeasures, ranks_of
 from pipeline.negatives import Negatives, sample_negatives
 from pipeline.ranking import Scored, measure, ranks_among, slates_of
-from pipeline.training import Task
+from pipeline.task import Task
 from tests.benchmarks import results
 from tests.benchmarks.accuracy_models import CONTENDERS, Options, Setting
 

@@ -29,8 +29,9 @@ from pipeline.measures import ranks_of
 from pipeline.ranking import Ranker, Scored, slates_of
 from pipeline.simulator import Simulator
 from pipeline.simulator_world import SimulatorConfig
+from pipeline.task import TrainingOptions
 from pipeline.trainer import TrainerOptions
-from pipeline.training import TrainingOptions, train
+from pipeline.training import train
 from pipeline.unified import PipelineOptions
 from pipeline.vocabulary import Vocabulary
 from tests.benchmarks import results

@@ -47,8 +47,9 @@ from pipeline.records import EventSchema
 from pipeline.rerank import Rerank
 from pipeline.simulator import Simulator
 from pipeline.simulator_world import SimulatorConfig
+from pipeline.task import TrainingOptions
 from pipeline.trainer import TrainerOptions
-from pipeline.training import EpochReport, TrainingOptions, train
+from pipeline.training import EpochReport, train
 from pipeline.unified import PipelineOptions
 from pipeline.vocabulary import Vocabulary
 from tests.benchmarks import results

@@ -34,6 +34,15 @@ def test_loss_and_gradients_are_those_of_cross_entropy_over_what_is_not_seen() -
     torch.testing.assert_close(got[2], table.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_no_rows_lose_nothing_and_move_nothing() -> None:
+    states, table, _ = problem()
+    loss = next_item_loss(states[:0], table, np.empty(0, np.int64), NOTHING_SEEN, EVERYTHING)
+    loss.backward()
+    assert loss.item() == 0
+    assert table.grad is not None
+    assert not table.grad.any()
+
+
 def test_a_target_counts_even_where_it_is_listed_as_seen() -> None:
     states, table, targets = problem()
     seen = np.arange(ROWS), targets

@@ -3,7 +3,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.corpus import Corpus, place_of_share
+from pipeline.features import inputs_of
+from pipeline.labels import labels_of
 from pipeline.records import EVENT_DTYPE, Event, EventPacker, EventSchema
+from pipeline.rhythm import rhythm
 from pipeline.sampling import Examples, batch_of, batches, crops
 from pipeline.vocabulary import Vocabulary
 
@@ -37,6 +40,20 @@ def test_a_corpus_holds_every_users_events_in_the_logs_order(log: list[tuple[int
     seen: set[tuple[int, int]] = set()
     new = {place: (pair not in seen, seen.add(pair))[0] for place, pair in enumerate(log)}
     assert corpus.is_new.tolist() == [new[place] for place in corpus.places.tolist()]
+
+
+@given(logs, st.integers(1, 30))
+def test_columns_made_from_some_users_at_a_time_are_those_of_all_at_once(log: list[tuple[int, int]], room: int) -> None:
+    corpus = corpus_of(log)
+    whole, parts = corpus.histories, list(corpus.histories.parts(room))
+    assert [place.start for place, _ in parts] == [0, *(place.stop for place, _ in parts[:-1])]
+    assert all(len(part.events) <= room or len(part) == 1 for _, part in parts)
+    codes = [inputs_of(part, corpus.tokens[place], 7).codes for place, part in parts]
+    assert np.array_equal(np.concatenate(codes), inputs_of(whole, corpus.tokens, 7).codes)
+    rhythms = [rhythm(part, np.arange(len(part.events))) for _, part in parts]
+    assert np.array_equal(np.concatenate(rhythms), rhythm(whole, np.arange(len(log))))
+    labels = [labels_of(part, SCHEMA, 1000 * len(log)) for _, part in parts]
+    assert np.array_equal(np.concatenate(labels), labels_of(whole, SCHEMA, 1000 * len(log)), equal_nan=True)
 
 
 @given(logs, st.integers(1, 5), st.data())

@@ -13,8 +13,10 @@ from pipeline.evaluation import EvaluationOptions, evaluate
 from pipeline.hstu_config import HstuConfig
 from pipeline.logcolumns import Log, columns
 from pipeline.records import Event, EventSchema
-from pipeline.trainer import TrainerOptions
-from pipeline.training import EpochReport, TrainingOptions, prepare, train
+from pipeline.sampling import TrainingBatch
+from pipeline.task import TrainingOptions, prepare
+from pipeline.trainer import Model, TrainerOptions
+from pipeline.training import EpochReport, train
 from pipeline.unified import PipelineOptions
 from pipeline.weighting import Name
 
@@ -96,6 +98,7 @@ def test_an_interrupted_and_resumed_training_equals_an_uninterrupted_one_bit_for
     resumed = train(log_of(), tmp_path / "parts", OPTIONS, SERVING, watching, CREATED, resume=True)
     epochs = [epoch for _, epoch in uninterrupted.epochs]
     assert [epoch for _, epoch in broken_off.epochs + watching.epochs] == epochs, "no epoch is trained twice"
+    assert watching.reports == uninterrupted.reports, "what was judged before the break is told again"
     assert (resumed.version, resumed.metrics) == (whole.version, whole.metrics)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"], "no checkpoint is left"
 
@@ -194,6 +197,36 @@ def test_pieces_are_no_longer_than_what_the_model_reads(tmp_path: Path) -> None:
 
     reads = OPTIONS.model.max_events
     assert version(2 * reads) == version(reads) != version(reads // 2)
+
+
+def test_an_epoch_may_be_a_part_of_the_log_another_one_each_time() -> None:
+    task = prepare(log_of(), replace(OPTIONS, trainer=replace(OPTIONS.trainer, epoch_events=300)), SERVING)
+    trainer = task.trainer(task.fit, 2)
+    batches: list[TrainingBatch] = []
+
+    class Watched(Model):
+        def losses(self, batch: TrainingBatch, shares: np.ndarray, random: np.random.Generator) -> tuple:
+            batches.append(batch)
+            return super().losses(batch, shares, random)
+
+    trainer.model.__class__ = Watched
+    for _ in range(2):
+        trainer.epoch()
+    assert len(batches) == 4, "300 events are two batches of 256"
+    first, second = (np.concatenate([batch.successors for batch in batches[part : part + 2]]) for part in (0, 2))
+    assert sorted(first) != sorted(second)
+
+
+def test_half_precision_trains_as_well_and_keeps_its_weights_whole() -> None:
+    losses = {}
+    for name in ("fp32", "bf16"):
+        task = prepare(log_of(), replace(OPTIONS, trainer=replace(OPTIONS.trainer, precision=name)), SERVING)
+        trainer = task.trainer(task.fit, 6)
+        losses[name] = [trainer.epoch() for _ in range(6)]
+        assert {weight.dtype for weight in trainer.weights().values()} == {torch.float32}
+    assert losses["bf16"] != losses["fp32"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+    assert losses["bf16"][-1] < 0.9 * losses["bf16"][0]
 
 
 def test_a_rule_of_succession_is_learnt_and_beats_both_baselines(tmp_path: Path) -> None:
