@@ -129,3 +129,9 @@ def test_odds_are_the_logits_calibrated() -> None:
     heads.calibration = torch.tensor([[1.0, 0.0], [2.0, 0.5], [0.5, -1.0]])
     odds = heads.odds(torch.tensor([0.0, 1.0, 2.0]))
     torch.testing.assert_close(odds, torch.sigmoid(torch.tensor([0.0, 2.5, 0.0])))
+
+
+def test_a_batch_of_no_users_has_no_odds() -> None:
+    heads, context = heads_of(), context_of([], k=3)
+    odds = heads(torch.zeros(0, WIDTH), torch.zeros(0, 3, dtype=torch.int), units(0, 3), context)
+    assert odds.shape == (0, 3, 3)
