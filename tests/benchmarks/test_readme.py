@@ -6,7 +6,9 @@ import pytest
 from benchmarks import results
 
 README = (results.ROOT / "README.md").read_text()
-STREAM, REPLAY = (results.load(results.FOLDER / f"{name}.json") for name in ("stream", "replay"))
+STREAM, REPLAY, SWAP, TRAINING = (
+    results.load(results.FOLDER / f"{name}.json") for name in ("stream", "replay", "swap", "training")
+)
 RUNS = {row["run"]: row for row in STREAM.rows}
 FILMS, SHOP = REPLAY.rows
 RANKINGS = ("hit_rate_popularity", "hit_rate_cooccurrence", "hit_rate_hstu")
@@ -34,6 +36,13 @@ CLAIMS = {
     ],
     rf"8 heads\) \| {N} \| {N} \| {N} \| {N} % of the way to the truth's {N}": [
         *(SHOP[name] for name in RANKINGS), 100 * REPLAY.metrics["truth_gap_closed_simulated"], SHOP["hit_rate_truth"],
+    ],
+    rf"exchanges {N} models under {N} events/s,\nhalf of what the worker can: {N} events lost": [
+        SWAP.metrics[name] for name in ("swaps", "slates_per_s", "lost")
+    ],
+    rf"consumer {N} ms before and {N} ms meanwhile": [SWAP.metrics[f"p99_ms_{name}"] for name in ("before", "during")],
+    rf"a log of {N} events in at most\n{N} GiB; its steps take {N} events/s": [
+        TRAINING.metrics[name] for name in ("events", "peak_rss_gib", "events_per_s_cpu")
     ],
 }  # fmt: skip
 
