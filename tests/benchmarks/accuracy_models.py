@@ -13,6 +13,7 @@ import numpy as np
 
 from pipeline.backends.torch import device_of
 from pipeline.catalogue_ranker import CatalogueRanker, Scorer
+from pipeline.itemfile import read_items
 from pipeline.itemknn import ItemKnn, ItemKnnOptions
 from pipeline.logcolumns import Log
 from pipeline.logfile import read_columns
@@ -24,7 +25,7 @@ from pipeline.task import Task, TrainingOptions, prepare
 from pipeline.trainer import Trainer
 from pipeline.unified import PipelineOptions, new_counters
 
-Value = str | int | float
+Value = bool | str | int | float
 Options = dict[str, Value]
 Space = Mapping[str, tuple[Value, ...]]
 Fits = Iterator[tuple[int, Callable[[], Ranker]]]
@@ -43,6 +44,7 @@ HSTU: Space = TRAINING | {
     "model.dropout": (0.1, 0.2, 0.3, 0.4, 0.5),
     "model.attention_dropout": (0.0, 0.2, 0.5, 0.7),
     "model.temperature": (0.07, 0.1, 0.15, 0.2),
+    "contents": (False, True),  # of the films: titles, genres, years
 }
 SASREC: Space = TRAINING | {
     "model.dropout": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6),
@@ -65,6 +67,11 @@ VARIANTS: dict[str, Options] = {
     "hstu, no unknown items": {"trainer.unknown_share": 0.0},
     "hstu, no attention dropout": {"model.attention_dropout": 0.0},
     "hstu, one layer": {"model.layers": 1},
+    "hstu, no time bias": {"model.time_bias": False},
+    "hstu, no contents": {"contents": False},
+    "hstu, contents": {"contents": True},
+    "hstu, no strength": {"model.strength": False},
+    "hstu, sessions": {"model.recent_events": 100, "model.history_events": 400},
 }
 
 
@@ -87,13 +94,16 @@ class Setting(msgspec.Struct, frozen=True):
         log = log.part(np.lexsort((drawn, log.ts_ms)))
         return log if self.users is None else log.part(log.users < self.users)
 
-    def task(self, log: Log, trainer: Options | None = None, model: Options | None = None) -> Task:
+    def task(
+        self, log: Log, trainer: Options | None = None, model: Options | None = None, contents: bool = False
+    ) -> Task:
         """Cut, with all validation events judged."""
         tree = {
             "trainer": trainer or {}, "model": model or {}, "leave_out": self.leave_out,
             "validation_last": self.validation_last, "judged_events": len(log) or 1,
         }  # fmt: skip
-        return prepare(log, msgspec.convert(tree, TrainingOptions), PipelineOptions(device=self.device))
+        items = read_items(self.log.with_suffix(".item")) if contents else ()
+        return prepare(log, msgspec.convert(tree, TrainingOptions), PipelineOptions(device=self.device), items)
 
 
 @dataclass(frozen=True)
@@ -112,7 +122,7 @@ class Contender:
 def hstu(setting: Setting, log: Log, whole: bool, options: Options, seed: int) -> tuple[Task, Fits]:
     model = _below("model.", options)
     model["d_qk"] = model["d_v"] = int(model["width"]) // int(model["heads"])
-    task = setting.task(log, _trainer_options(setting, options, seed), model)
+    task = setting.task(log, _trainer_options(setting, options, seed), model, bool(options["contents"]))
     trainer = task.trainer(task.known if whole else task.fit, task.options.trainer.epochs)
     return task, _epochs(trainer, lambda: task.ranker(trainer.weights()))
 
