@@ -4,12 +4,13 @@ import os
 import subprocess
 import sys
 
+import msgspec
 import numpy as np
 import pytest
 
 from pipeline.logfile import write_log
 from pipeline.measures import RankingMeasures
-from pipeline.records import Event
+from pipeline.records import Event, Item
 from tests.benchmarks import results
 from tests.benchmarks.accuracy_models import CONTENDERS, VARIANTS, Setting
 from tests.benchmarks.accuracy_report import report
@@ -24,10 +25,12 @@ import tests.benchmarks.accuracy
 
 @pytest.fixture
 def setting(tmp_path) -> Setting:
-    """A small log whose events come in pairs of one time."""
+    """A small log whose events come in pairs of one time, and records of half of its items."""
     random = np.random.default_rng(0)
     events = [Event(f"u{n % 12}", f"i{random.integers(200)}", "view", 60_000 * (n // 24)) for n in range(600)]
     write_log(tmp_path / "log.jsonl", events)
+    items = [Item(f"i{number}", category=[f"c{number % 7}"]) for number in range(100)]
+    (tmp_path / "log.item").write_bytes(b"\n".join(map(msgspec.json.encode, items)))
     return Setting(tmp_path / "log.jsonl", max_epochs=1, device="cpu")
 
 
