@@ -95,7 +95,9 @@ def evaluate(artifact: Artifact, log: Log, options: PipelineOptions, asked: Eval
     asked = asked or EvaluationOptions()
     left_out = asked.cut.left_out(log)
     warning = _check(artifact, log, left_out, asked.cut)
-    vocabulary = Vocabulary([*artifact.item_ids, *log.item_ids], options.max_items)
+    vocabulary = Vocabulary(dict.fromkeys([*artifact.item_ids, *log.item_ids]), options.max_items)
+    if vocabulary.refused:
+        raise EvaluationError(f"evaluate: {vocabulary.overflow}")
     split = Split.of(log, left_out, vocabulary, asked.cap_events)
     catalogue, items = Catalogue(vocabulary), list(items)
     artifact.inform(catalogue)

@@ -137,7 +137,9 @@ def prepare(log: Log, options: TrainingOptions, pipeline: PipelineOptions, items
     known_log = log.part(~options.cut.left_out(log))
     validation = _validation(known_log, options, base)
     old_ids = base.artifact.item_ids if base else []
-    vocabulary = Vocabulary([*old_ids, *known_log.item_ids], pipeline.max_items)
+    vocabulary = Vocabulary(dict.fromkeys([*old_ids, *known_log.item_ids]), pipeline.max_items)
+    if vocabulary.refused:
+        raise TrainingError(f"training: {vocabulary.overflow}")
     known, fit = (Corpus.of_log(part, vocabulary) for part in (known_log, known_log.part(~validation)))
     catalogue = _catalogue(vocabulary, items, base)
     return Task(

@@ -56,6 +56,14 @@ class Vocabulary:
         return self.max_items - len(self._tokens)
 
     @property
+    def overflow(self) -> str:
+        """A sentence for whom some items' being unknown is an error."""
+        return (
+            f"{self.refused} items have no place beside {len(self._tokens)} others; counters.max_items is"
+            f" {self.max_items}: set it higher"
+        )
+
+    @property
     def hashes(self) -> np.ndarray:
         """uint64 [>= tokens]: of each token's item, 0 where it means nothing."""
         return self._columns["hash"]
