@@ -1,9 +1,9 @@
 """How an item lies to what its user did lately: what the heads read beside vectors, of every (event, item) asked.
 
 Counts and means over the user's newest events up to the one that asks, by the item's most specific category and its
-price. A softmax over the newest events cannot count, and a state counts only roughly. On a simulated log (43 k training
-events, 8 epochs) the engagement head came within 0.035 of the truth's AUC with these columns and 0.051 without. The
-same code in training and serving.
+price. A softmax over the newest events cannot count, and a state counts only roughly. On the simulated log of
+tests/benchmarks/heads.py (43 k events, 8 epochs, two cores) the engagement head came within 0.035 of the truth's AUC
+with these columns, within 0.051 without. The same code in training and serving.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.catalogue import Facts
-from pipeline.features import COUNT_CAP
+from pipeline.features import COUNT_CAP, runs_of
 from pipeline.records import VALUE_STEPS, Histories
 
 WINDOWS = (32, COUNT_CAP)  # newest events counted; a ring shows as many, see HstuConfig.reach_events
@@ -57,7 +57,7 @@ class Affinities:
 
     def at(self, ends: np.ndarray, items: np.ndarray, facts: Facts) -> np.ndarray:
         """float32 [q, AFFINITIES] of these items after these events, int [q]: places in the histories. facts: theirs"""
-        users = np.searchsorted(self.offsets, ends, side="right") - 1
+        users = runs_of(self.offsets, ends)
         begins = [np.maximum(self.offsets[users], ends - events + 1) for events in WINDOWS]
         columns = [
             *self._of_category(users, begins, ends, facts.categories),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.features import ranges
+from pipeline.features import ranges, runs_of
 from pipeline.logcolumns import Log
 from pipeline.records import Histories
 from pipeline.vocabulary import Vocabulary
@@ -52,7 +52,7 @@ class Corpus:
 
     def starts_of(self, positions: np.ndarray) -> np.ndarray:
         """int64 [n]: where the runs of these events' users begin."""
-        return self.offsets[np.searchsorted(self.offsets, positions, "right") - 1]
+        return self.offsets[runs_of(self.offsets, positions)]
 
     def parts(self) -> Iterator[tuple[slice, "Corpus"]]:
         """As Histories.parts: a part of the users' columns, and views of them."""

@@ -104,9 +104,7 @@ def evaluate(artifact: Artifact, log: Log, options: PipelineOptions, asked: Eval
     catalogue.put(items)
     hstu = HstuRung(artifact, catalogue, options.exclusion, options.device, options.threads, options.rerank)
     weighed = Weighed(hstu, asked.k)
-    rankers = _baselines(artifact, split, options) | {MODEL: weighed}
-    if items:
-        rankers |= _content_baseline(catalogue, split, options)
+    rankers = _baselines(artifact, split, options, catalogue if items else None) | {MODEL: weighed}
     ranks, slates = _ranked(rankers, split, asked, items)
     return Report(
         cut=str(asked.cut),
@@ -164,24 +162,24 @@ def _check(artifact: Artifact, log: Log, left_out: np.ndarray, cut: Cut) -> str 
     return None
 
 
-def _baselines(artifact: Artifact, split: Split, options: PipelineOptions) -> dict[str, Ranker]:
-    """The counters as the artifact holds them, and rankers fitted to the events before the cut."""
+def _baselines(
+    artifact: Artifact, split: Split, options: PipelineOptions, records: Catalogue | None
+) -> dict[str, Ranker]:
+    """The counters as the artifact holds them, and rankers fitted to the events before the cut, or to items' records
+    where there are any."""
 
     def counted(state: Mapping[str, np.ndarray]) -> SimpleRung:
         return SimpleRung(frozen_counters(options, split.vocabulary, state), options.exclusion)
 
     recent = RecentPopularity(split.known, split.items, options.half_life_days)
-    knn = ItemKnn.of_users(split.known, split.items, ItemKnnOptions())
+    scorers = [recent, ItemKnn.of_users(split.known, split.items, ItemKnnOptions())]
+    if records is not None:
+        scorers.append(ItemKnn.of_contents(records, split.known, ItemKnnOptions(shrinkage=0.0)))
     return {
         "popularity": counted(without_neighbours(artifact.counters)),
         "cooccurrence": counted(artifact.counters),
-        **{scorer.name: CatalogueRanker(scorer, split.vocabulary, options.exclusion) for scorer in (recent, knn)},
+        **{scorer.name: CatalogueRanker(scorer, split.vocabulary, options.exclusion) for scorer in scorers},
     }
-
-
-def _content_baseline(catalogue: Catalogue, split: Split, options: PipelineOptions) -> dict[str, Ranker]:
-    scorer = ItemKnn.of_contents(catalogue, split.known, ItemKnnOptions(shrinkage=0.0))
-    return {scorer.name: CatalogueRanker(scorer, split.vocabulary, options.exclusion)}
 
 
 def _ranked(

@@ -118,6 +118,11 @@ def ranges(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndar
     return np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1]), offsets
 
 
+def runs_of(offsets: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """int64 [n]: which of the packed runs each of these places, int [n], lies in. offsets: int64 [runs + 1]"""
+    return np.searchsorted(offsets, places, side="right") - 1
+
+
 def bucket_seconds(seconds: np.ndarray) -> np.ndarray:
     """Bucket by TIME_THRESHOLDS of whole seconds >= 0: int32 [n], from 0 to TIME_BUCKETS - 1.
 

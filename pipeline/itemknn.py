@@ -90,8 +90,7 @@ def _neighbours(weights: Tensor, options: ItemKnnOptions) -> tuple[np.ndarray, n
 
 def _touched(known: Corpus, items: int) -> Tensor:
     """[items, users] of 0 and 1; the unknown item's row is empty."""
-    users = np.repeat(np.arange(len(known.offsets) - 1), np.diff(known.offsets))
-    kept = known.is_new & (known.tokens > 0)
+    users, kept = known.histories.users, known.is_new & (known.tokens > 0)
     tokens = known.tokens[kept].astype(np.int64)
     return _sparse(tokens, users[kept], np.ones(len(tokens)), (items, max(1, len(known.offsets) - 1)))
 

@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from pipeline.corpus import Corpus
+from pipeline.features import runs_of
 from pipeline.measures import RankingMeasures, ranking_measures, ranks_of
 from pipeline.records import Histories
 from pipeline.strategy import Ranked
@@ -50,7 +51,7 @@ class Scored:
     @property
     def users(self) -> np.ndarray:
         """int64 [n]: the events' users, by their number in the corpus."""
-        return np.searchsorted(self.corpus.offsets, self.positions, side="right") - 1
+        return runs_of(self.corpus.offsets, self.positions)
 
     @property
     def lengths(self) -> np.ndarray:

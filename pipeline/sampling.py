@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.affinity import Affinities
 from pipeline.catalogue import EMPTY, Catalogue, Facts
 from pipeline.corpus import Corpus
-from pipeline.features import FEATURES, Inputs, inputs_of, ranges
+from pipeline.features import FEATURES, Inputs, inputs_of, ranges, runs_of
 from pipeline.labels import engaged, labels_of
 from pipeline.records import EventSchema
 from pipeline.rhythm import RHYTHMS, rhythm
@@ -70,7 +70,7 @@ class Examples:
 
     def shown(self, starts: np.ndarray, lengths: np.ndarray) -> Inputs:
         """Of these crops, each behind the older events of its user."""
-        begins = self.inputs.offsets[np.searchsorted(self.inputs.offsets, starts, "right") - 1]
+        begins = self.inputs.offsets[runs_of(self.inputs.offsets, starts)]
         older = np.minimum(starts - begins, self.older_events)
         inputs = self.inputs.taken(starts - older, older + lengths)
         return replace(inputs, codes=inputs.codes.astype(np.int32))

@@ -15,21 +15,20 @@ the folder already is not done again:
 """
 
 import argparse
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
-import torch
 
 from tests.benchmarks import results
 from tests.benchmarks.accuracy_models import CONTENDERS, TRAINED, VARIANTS, Options, Setting
 from tests.benchmarks.accuracy_report import report
 from tests.benchmarks.accuracy_runs import Outcome, Trial, outcome_of, trial_of
+from tests.benchmarks.workers import pool
 
 Record = TypeVar("Record", Trial, Outcome)
 
@@ -74,9 +73,8 @@ def read(folder: Path, kind: str, into: type[Record]) -> list[Record]:
 def _run(jobs: dict[Path, tuple], workers: int) -> None:
     """Each job's result goes to its file; what is there already is not done again."""
     waiting = {path: job for path, job in jobs.items() if not path.exists()}
-    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    with ProcessPoolExecutor(workers, context, _alone) as pool:
-        running = {pool.submit(*job): path for path, job in waiting.items()}
+    with pool(workers) as processes:
+        running = {processes.submit(*job): path for path, job in waiting.items()}
         for number, done in enumerate(as_completed(running), 1):
             path = running[done]
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,13 +82,6 @@ def _run(jobs: dict[Path, tuple], workers: int) -> None:
             draft.write_bytes(msgspec.json.encode(done.result()))
             draft.rename(path)
             print(f"{number}/{len(running)} {path.stem}: {done.result().seconds:.0f} s", flush=True)
-
-
-def _alone() -> None:
-    """A worker process: one thread, and of several GPUs one."""
-    torch.set_num_threads(1)
-    if torch.cuda.device_count() > 1:
-        torch.cuda.set_device(os.getpid() % torch.cuda.device_count())
 
 
 def main() -> None:

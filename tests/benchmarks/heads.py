@@ -15,9 +15,7 @@ usage: python -m tests.benchmarks.heads [--parts weightings loop] [--epochs 12] 
 """
 
 import argparse
-import multiprocessing
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import product
@@ -54,6 +52,7 @@ from pipeline.unified import PipelineOptions
 from pipeline.vocabulary import Vocabulary
 from tests.benchmarks import results
 from tests.benchmarks.results import Cell
+from tests.benchmarks.workers import pool
 
 SHOP = SimulatorConfig(events=60_000, users=700, items=300)
 QUICK = SimulatorConfig(events=4_000, users=200, items=60, days=40)
@@ -210,11 +209,10 @@ def measured(setting: Setting, parts: list[str], forks: int, workers: int) -> It
     if "loop" in parts:
         jobs += [(loop_row, setting, weighting, rerank, forks) for weighting, rerank in LOOPS]
     trained = {weighting for _, _, weighting, *_ in jobs if weighting != NOTHING}
-    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
-        for training in [pool.submit(train_model, setting, name) for name in WEIGHTINGS if name in trained]:
+    with pool(workers) as processes:
+        for training in [processes.submit(train_model, setting, name) for name in WEIGHTINGS if name in trained]:
             training.result()
-        for row in [pool.submit(*job) for job in jobs]:
+        for row in [processes.submit(*job) for job in jobs]:
             yield row.result()
 
 

@@ -3,7 +3,8 @@
 import re
 
 import pytest
-from benchmarks import results
+
+from tests.benchmarks import results
 
 README = (results.ROOT / "README.md").read_text()
 STREAM, REPLAY, SWAP, TRAINING = (

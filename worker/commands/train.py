@@ -1,9 +1,9 @@
 """Train a model on a log: the first 80 % by time teach it, the rest is left for `millrace evaluate` and `replay`.
 
 With --leave-out N it is each user's newest N events that are left, for `millrace evaluate --protocol last`. The latest
-events before the cut judge each epoch; training stops when their hit rate no longer rises. Then the model is
-trained anew, on all events before the cut, for as many epochs as were best. After every epoch a checkpoint is written
-beside the artifact, from which --resume goes on exactly.
+events before the cut judge each epoch; training stops when their NDCG no longer rises. Then the model is trained anew,
+on all events before the cut, for as many epochs as were best. After every epoch a checkpoint is written beside the
+artifact, from which --resume goes on exactly.
 
 With --from ARTIFACT training goes on from a model, for a daily refresh: its items keep their places, new ones come
 after them, and its shape stays. The log then holds the days to learn from and the history before them that they need;
