@@ -21,7 +21,7 @@ from pipeline.logcolumns import Log, columns
 from pipeline.logfile import read_columns
 from pipeline.measures import auc, head_measures, ranking_measures, ranks_of
 from pipeline.negatives import Negatives
-from pipeline.records import Event, EventSchema, Histories
+from pipeline.records import Event, EventSchema, Histories, Item
 from pipeline.trainer import Model
 from pipeline.unified import Pipeline, PipelineOptions, new_counters
 from pipeline.vocabulary import Vocabulary
@@ -135,6 +135,22 @@ def test_cold_items_and_cold_users_are_slices_of_their_own() -> None:
         assert ranking.slices["cold_items"].events == sum(known.count(event.item_id) < 5 for event in rows[first:])
         assert ranking.slices["cold_users"].events == sum(count < 5 for count in seen[first:])
     assert report.rankings["cooccurrence"].slices["cold_items"].events > 0
+
+
+def test_records_of_items_bring_the_baseline_that_reads_them() -> None:
+    """Twins, whose records are alike, follow each other: who reads records finds what nobody has touched before."""
+    rows = [Event(f"u{n // 2}", f"{'ab'[n % 2]}{n // 2}", "view", n) for n in range(80)]
+    log, records = (
+        columns([rows], EventSchema()),
+        [Item(f"{one}{n}", tags=[f"t{n}"]) for n in range(40) for one in "ab"],
+    )
+    asked = EvaluationOptions(Cut(0.5), cutoffs=(1,))
+    without = evaluate(model_of(rows), log, OPTIONS, asked)
+    told = evaluate(model_of(rows), log, OPTIONS, asked, records)
+    assert set(told.rankings) - set(without.rankings) == {"contentknn"}
+    assert told.rankings["contentknn"].at[1].hit_rate.value == 0.5, "every second event has a predecessor, its twin"
+    assert told.rankings["contentknn"].slices["cold_items"].hit_rate == 0.5
+    assert told.rankings["itemknn"].at[1].hit_rate.value < 0.1
 
 
 def test_events_that_taught_the_artifact_are_refused_and_doubt_is_said() -> None:
