@@ -43,12 +43,14 @@ def tune(setting: Setting, folder: Path, trials: int, workers: int) -> None:
 
 
 def test(setting: Setting, folder: Path, seeds: int, workers: int) -> None:
-    """The best trial of every contender: the sequence models and the variants of HSTU once a seed."""
+    """The best trial of every contender: the sequence models, and the variants of HSTU that differ, once a seed."""
     best = best_trials(folder)
     runs: list[tuple[str, str, Options, int]] = [
         (model, model, {}, seed) for model in CONTENDERS for seed in range(seeds if model in TRAINED else 1)
     ]
-    runs += [(name, "hstu", changes, seed) for name, changes in VARIANTS.items() for seed in range(seeds)]
+    tuned = best["hstu"].options
+    variants = {name: changes for name, changes in VARIANTS.items() if tuned | changes != tuned}
+    runs += [(name, "hstu", changes, seed) for name, changes in variants.items() for seed in range(seeds)]
     jobs = {
         folder / f"test-{name.replace(', ', '-').replace(' ', '_')}-{seed}.json":
         (outcome_of, setting, model, seed, best[model].options | changes, best[model].epoch, name)

@@ -5,7 +5,10 @@ its losses mean nothing. It is read, cut, counted, labelled and sampled whole, b
 epoch takes its batches, drawn from all events, only up to --trained events: the rest of an epoch would repeat them, at
 the same speed and in the same memory. `peak_rss_gib` is the whole process', torch and the generator included.
 
-usage: python -m tests.benchmarks.training [--events 10000000] [--trained 200000] [--device cuda] [--out DIR]
+On a GPU the result is training_gpu.json.
+
+usage: python -m tests.benchmarks.training [--events 10000000] [--trained 200000] [--batch-events 2048] [--device cuda]
+           [--out DIR]
 """
 
 import argparse
@@ -94,8 +97,8 @@ def _peak_gib() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / (1 << 20)
 
 
-def measure(folder: Path, events: int, trained: int, device: str) -> list[dict[str, Cell]]:
-    options = TrainingOptions(TrainerOptions(epochs=1, epoch_events=trained), until_share=1.0)
+def measure(folder: Path, events: int, trainer: TrainerOptions, device: str) -> list[dict[str, Cell]]:
+    options = TrainingOptions(trainer, until_share=1.0)
     phases = Phases(device, options.trainer.batch_events)
     write_log(folder / "log.tsv", events)
     phases.ended("generate")
@@ -111,22 +114,28 @@ def metrics_of(rows: list[dict[str, Cell]], events: int) -> dict[str, float]:
     """What the docs quote. The speed is that of all steps but each training's first, which also sets things up."""
     steps = [row for row in rows if row["trained_events"]]
     trained, seconds = (sum(float(row[name] or 0) for row in steps) for name in ("trained_events", "seconds"))
-    name = "events_per_s_gpu" if str(rows[0]["device"]).startswith("cuda") else "events_per_s_cpu"
+    name = "events_per_s_gpu" if _on_gpu(str(rows[0]["device"])) else "events_per_s_cpu"
     peak = max(float(row["peak_rss_gib"] or 0) for row in rows)
     return {"peak_rss_gib": peak, name: trained / seconds, "events": float(events), "trained_events": trained}
+
+
+def _on_gpu(device: str) -> bool:
+    return device.startswith("cuda")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--events", type=int, default=10_000_000)
     parser.add_argument("--trained", type=int, default=200_000, help="events of an epoch; one is judged, one is anew")
+    parser.add_argument("--batch-events", type=int, default=TrainerOptions().batch_events)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder of training.json")
     args = parser.parse_args()
+    trainer = TrainerOptions(epochs=1, epoch_events=args.trained, batch_events=args.batch_events)
     with TemporaryDirectory(prefix="millrace-training-") as folder:
-        rows = measure(Path(folder), args.events, args.trained, args.device)
-    metrics = metrics_of(rows, args.events)
-    Console().print(metrics, f"written: {results.write('training', metrics, rows, args.out)}")
+        rows = measure(Path(folder), args.events, trainer, args.device)
+    metrics, name = metrics_of(rows, args.events), "training_gpu" if _on_gpu(args.device) else "training"
+    Console().print(metrics, f"written: {results.write(name, metrics, rows, args.out)}")
 
 
 if __name__ == "__main__":
