@@ -5,14 +5,16 @@ those of the last 20 % of the events whose item has fewer than 5 events before t
 recall@50. The content-kNN's options are the best of a grid on these very events, which favours it.
 
 usage: python -m tests.benchmarks.cold [--events 200000] [--epochs 16] [--seeds 3] [--device cuda]
+           [--workers 4]
 """
 
 import argparse
-from collections.abc import Iterator
+from functools import cache
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import msgspec
 import numpy as np
 from rich.console import Console
 
@@ -37,6 +39,7 @@ from pipeline.vocabulary import Vocabulary
 from tests.benchmarks import results
 from tests.benchmarks.heads import Silent
 from tests.benchmarks.results import Cell
+from tests.benchmarks.workers import pool
 
 RECALL = 50
 CAP_EVENTS = 512
@@ -47,40 +50,59 @@ GRID = [
 ]
 
 
+class Setting(msgspec.Struct, frozen=True):
+    """What all processes share."""
+
+    shop: SimulatorConfig
+    epochs: int
+    device: str
+
+
 class Bench:
     """One shop, and who ranks its cold items."""
 
-    def __init__(self, config: SimulatorConfig, options: PipelineOptions) -> None:
-        simulator = Simulator(config)
-        self.options, self.items = options, simulator.items()
-        self.log, _ = warm_up(simulator, config.days)
+    def __init__(self, setting: Setting) -> None:
+        simulator = Simulator(setting.shop)
+        self.setting, self.pipeline = setting, PipelineOptions(device=setting.device)
+        self.items = simulator.items()
+        self.log, _ = warm_up(simulator, setting.shop.days)
         self.vocabulary = Vocabulary(self.log.item_ids)
         self.split = Split.of(self.log, Cut().left_out(self.log), self.vocabulary, CAP_EVENTS)
         self.catalogue = Catalogue(self.vocabulary)
         self.catalogue.put(self.items)
         scored = self.split.scored
         self.cold = Scored(scored.corpus, scored.positions[self.split.counts[scored.wanted] < COLD], scored.cap_events)
+        assert len(self.cold), "the shop is too small: no scored item is cold"
 
     def recall(self, ranker: Ranker) -> float:
         ranks = ranks_of(slates_of(ranker, self.cold, RECALL), self.cold.wanted)
         return float(np.mean(ranks > 0))
 
-    def content_knn(self) -> Iterator[dict[str, Cell]]:
-        for options in GRID:
-            scorer = ItemKnn.of_contents(self.catalogue, self.split.known, options)
-            ranker = CatalogueRanker(scorer, self.vocabulary, self.options.exclusion)
-            yield {
-                "model": scorer.name, "neighbours": options.neighbours, "recency": options.recency,
-                "recall50": self.recall(ranker), "events": len(self.cold),
-            }  # fmt: skip
 
-    def hstu(self, folder: Path, epochs: int, seeds: int) -> Iterator[dict[str, Cell]]:
-        for seed in range(seeds):
-            options = TrainingOptions(TrainerOptions(epochs=epochs, seed=seed), MODEL)
-            train(self.log, folder / f"{seed}", options, self.options, Silent(), "", items=self.items)
-            artifact = artifacts.load(folder / f"{seed}")
-            rung = HstuRung(artifact, self.catalogue, self.options.exclusion, self.options.device)
-            yield {"model": "hstu", "seed": seed, "recall50": self.recall(rung), "events": len(self.cold)}
+@cache
+def bench_of(setting: Setting) -> Bench:
+    """Once a process."""
+    return Bench(setting)
+
+
+def content_knn(setting: Setting, options: ItemKnnOptions) -> dict[str, Cell]:
+    bench = bench_of(setting)
+    scorer = ItemKnn.of_contents(bench.catalogue, bench.split.known, options)
+    ranker = CatalogueRanker(scorer, bench.vocabulary, bench.pipeline.exclusion)
+    return {
+        "model": scorer.name, "neighbours": options.neighbours, "recency": options.recency,
+        "recall50": bench.recall(ranker), "events": len(bench.cold),
+    }  # fmt: skip
+
+
+def hstu(setting: Setting, seed: int) -> dict[str, Cell]:
+    bench = bench_of(setting)
+    options = TrainingOptions(TrainerOptions(epochs=setting.epochs, seed=seed), MODEL)
+    with TemporaryDirectory(prefix="millrace-cold-") as folder:
+        train(bench.log, Path(folder) / "artifact", options, bench.pipeline, Silent(), "", items=bench.items)
+        artifact = artifacts.load(Path(folder) / "artifact")
+    rung = HstuRung(artifact, bench.catalogue, bench.pipeline.exclusion, setting.device)
+    return {"model": "hstu", "seed": seed, "recall50": bench.recall(rung), "events": len(bench.cold)}
 
 
 def main() -> None:
@@ -89,14 +111,17 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=16, help="at most, of every training")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--workers", type=int, default=1, help="processes side by side")
     parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder of cold.json")
     args = parser.parse_args()
-    config = SimulatorConfig(args.events, args.events // 40, args.events // 100)
-    bench, rows = Bench(config, PipelineOptions(device=args.device)), []
-    with TemporaryDirectory(prefix="millrace-cold-") as folder:
-        for row in (*bench.content_knn(), *bench.hstu(Path(folder), args.epochs, args.seeds)):
-            Console().print(row)
-            rows.append(row)
+    shop = SimulatorConfig(args.events, args.events // 40, args.events // 100)
+    setting, rows = Setting(shop, args.epochs, args.device), []
+    with pool(args.workers) as processes:
+        jobs = [processes.submit(hstu, setting, seed) for seed in range(args.seeds)]
+        jobs += [processes.submit(content_knn, setting, options) for options in GRID]
+        for job in jobs:
+            rows.append(job.result())
+            Console().print(rows[-1])
     of_knn = max(row["recall50"] for row in rows if row["model"] == "contentknn")
     of_hstu = float(np.mean([row["recall50"] for row in rows if row["model"] == "hstu"]))
     metrics = {"recall50_hstu": of_hstu, "recall50_contentknn": of_knn, "ratio": of_hstu / of_knn}
