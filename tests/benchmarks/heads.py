@@ -7,6 +7,8 @@ loop        the shop goes on from the log's end with slates of these models, rer
             its users then do and pay. Means over forks of the future, the same ones for every row, and their standard
             errors
 
+The first part's result is heads.json, the second's closed_loop.json.
+
 The shop is denser than `millrace simulate`'s default: 86 events a user and 200 an item. The truth knows each item's
 hidden quality exactly, and an item's first hundred outcomes tell it only roughly.
 
@@ -57,6 +59,7 @@ from tests.benchmarks.workers import pool
 SHOP = SimulatorConfig(events=60_000, users=700, items=300)
 QUICK = SimulatorConfig(events=4_000, users=200, items=60, days=40)
 LOOP_DAYS = 14
+RESULTS = {"weightings": "heads", "loop": "closed_loop"}  # by part
 HITS_OF = 3000  # scored events whose hit rate is measured: the price that the retrieval pays for the heads
 WEIGHTINGS: dict[str, TrainerOptions] = {
     "fixed 1 1 1": TrainerOptions(),
@@ -238,7 +241,7 @@ def metrics_of(rows: list[dict[str, Cell]]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=["weightings", "loop"], default=["weightings", "loop"])
+    parser.add_argument("--parts", nargs="+", choices=list(RESULTS), default=list(RESULTS))
     parser.add_argument("--epochs", type=int, default=12, help="of every training")
     parser.add_argument("--forks", type=int, default=4, help="futures of the shop for a row of the loop")
     parser.add_argument("--events", type=int, default=SHOP.events, help="of the shop")
@@ -247,7 +250,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1, help="processes side by side")
     parser.add_argument("--quick", action="store_true", help="a small shop: does it run? its figures mean nothing")
-    parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder of heads.json")
+    parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder of the results")
     args = parser.parse_args()
     shop = QUICK if args.quick else SimulatorConfig(args.events, args.users, args.items)
     with TemporaryDirectory(prefix="millrace-heads-") as folder:
@@ -255,7 +258,10 @@ def main() -> None:
         for row in measured(setting, args.parts, args.forks, args.workers):
             Console().print(row)
             rows.append(row)
-    Console().print(metrics_of(rows), f"written: {results.write('heads', metrics_of(rows), rows, args.out)}")
+    for part in args.parts:
+        of_part = [row for row in rows if row["part"] == part]
+        metrics = metrics_of(of_part)
+        Console().print(metrics, f"written: {results.write(RESULTS[part], metrics, of_part, args.out)}")
 
 
 if __name__ == "__main__":

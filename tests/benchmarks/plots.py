@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from pipeline.labels import TASKS
 from tests.benchmarks import results
 from tests.benchmarks.results import Result
 
@@ -55,25 +56,27 @@ def _hit_rates(axis: Axes, row: dict[str, results.Cell]) -> None:
     axis.set(title=f"hit rate@10, {row['log']}")
 
 
-def heads(result: Result) -> Path:
-    """What reranking brings in the closed loop, and how far the heads are from the truth by weighting."""
-    figure, (loop, gaps) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    rows = [
-        row for row in result.rows if row["part"] == "loop" and row["weighting"] in ("nothing shown", "fixed 1 1 1")
-    ]
+def closed_loop(result: Result) -> Path:
+    """What reranking brings when users react to the slates."""
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    rows = [row for row in result.rows if row["weighting"] in ("nothing shown", "fixed 1 1 1")]
     names = [str(row["rerank"]) if row["rerank"] != "off" else str(row["weighting"]) for row in rows]
     money = [float(row["money_per_event"] or 0) for row in rows]
-    loop.barh(names, money, xerr=[float(row["money_per_event_se"] or 0) for row in rows], color=WATER)
-    loop.invert_yaxis()
-    loop.set(title="closed loop: money an event, by reranking")
-    tasks = ("engagement", "retention", "monetization")
-    weighted = [row for row in result.rows if row["part"] == "weightings"]
-    for task, color in zip(tasks, (WATER, STONE, "#e09f3e"), strict=True):
-        gaps.plot([str(row["weighting"]) for row in weighted], [row[f"{task}_gap"] for row in weighted],
-                  "o", color=color, label=task)  # fmt: skip
-    gaps.tick_params(axis="x", rotation=30)
-    gaps.legend()
-    gaps.set(title="AUC below the truth's", ylim=(0, None))
+    axis.barh(names, money, xerr=[float(row["money_per_event_se"] or 0) for row in rows], color=WATER)
+    axis.invert_yaxis()
+    axis.set(title="closed loop: money an event, by reranking")
+    return _saved(figure, result)
+
+
+def heads(result: Result) -> Path:
+    """How far the heads are from the truth, by weighting."""
+    figure, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    names = [str(row["weighting"]) for row in result.rows]
+    for task, color in zip(TASKS, (WATER, STONE, "#e09f3e"), strict=True):
+        axis.plot(names, [float(row[f"{task}_gap"] or 0) for row in result.rows], "o", color=color, label=task)
+    axis.tick_params(axis="x", rotation=30)
+    axis.legend()
+    axis.set(title="AUC below the truth's", ylim=(0, None))
     return _saved(figure, result)
 
 
@@ -86,7 +89,7 @@ def _saved(figure, result: Result) -> Path:
     return path
 
 
-PICTURES: dict[str, Callable[[Result], Path]] = {"stream": stream, "replay": replay, "heads": heads}
+PICTURES: dict[str, Callable[[Result], Path]] = {draw.__name__: draw for draw in (stream, replay, heads, closed_loop)}
 
 
 def main() -> None:
