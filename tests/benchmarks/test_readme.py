@@ -7,11 +7,13 @@ import pytest
 from tests.benchmarks import results
 
 README = (results.ROOT / "README.md").read_text()
-STREAM, REPLAY, SWAP, TRAINING = (
-    results.load(results.FOLDER / f"{name}.json") for name in ("stream", "replay", "swap", "training")
+STREAM, REPLAY, SWAP, TRAINING, ACCURACY, HEADS, COLD, TRAINING_GPU = (
+    results.load(results.FOLDER / f"{name}.json")
+    for name in ("stream", "replay", "swap", "training", "accuracy", "heads", "cold", "training_gpu")
 )
 RUNS = {row["run"]: row for row in STREAM.rows}
 FILMS, SHOP = REPLAY.rows
+TASKS = ("engagement", "retention", "monetization")
 RANKINGS = ("hit_rate_popularity", "hit_rate_cooccurrence", "hit_rate_hstu")
 N = r"([\d,]*\d(?:\.\d+)?)"
 
@@ -45,6 +47,19 @@ CLAIMS = {
     rf"a log of {N} events in at most\n{N} GiB; its steps take {N} events/s": [
         TRAINING.metrics[name] for name in ("events", "peak_rss_gib", "events_per_s_cpu")
     ],
+    rf"NDCG@10 {N}, a SASRec {N}; HR@10 {N}, a SASRec {N} \|": [
+        ACCURACY.metrics[name] for name in ("ndcg10_hstu", "ndcg10_sasrec", "hr10_hstu", "hr10_sasrec")
+    ],
+    rf"{N} % ahead in NDCG@10 \(95 % interval from {N} %\), {N} % in HR@10 \(from {N} %\)": [
+        100 * ACCURACY.metrics[name] for name in ("ndcg10_gain", "ndcg10_gain_ci_low", "hr10_gain", "hr10_gain_ci_low")
+    ],
+    rf"{N} engagement, {N} retention, {N} monetization \| calibration errors {N}, {N}, {N} \|": [
+        HEADS.metrics[f"{task}_{measure}"] for measure in ("gap", "ece") for task in TASKS
+    ],
+    rf"{N}, content-kNN {N} \| {N} times": [
+        COLD.metrics[name] for name in ("recall50_hstu", "recall50_contentknn", "ratio")
+    ],
+    rf"16384` \| {N} events/s": [TRAINING_GPU.metrics["events_per_s_gpu"]],
 }  # fmt: skip
 
 
