@@ -6,6 +6,7 @@ so.
 
 import gzip
 import math
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ BOM = b"\xef\xbb\xbf"
 READ_ERRORS = (OSError, EOFError, zlib.error)
 DECODE_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
+_NAMED_BYTE = re.compile(r"\(byte (\d+)\)$")
 _from_json = msgspec.json.Decoder(Event).decode
 _from_msgpack = msgspec.msgpack.Decoder(Event).decode
 
@@ -122,8 +124,15 @@ def _line_entries(
         except Unreadable as error:
             entries.append(BadRecord(place, line, str(error)))
         except DECODE_ERRORS as error:
-            entries.append(BadRecord(place, line, f"not an event: {error}"))
+            entries.append(BadRecord(place, line, _why_no_event(line, error)))
     return entries, skip
+
+
+def _why_no_event(line: bytes, error: Exception) -> str:
+    """The decoder's words, and what stands at the byte that they name."""
+    named = _NAMED_BYTE.search(str(error))
+    there = line[int(named[1]) :].rstrip()[:20].decode("utf-8", "replace") if named else ""
+    return f"not an event: {error}" + (f", at '{there}'" if there else "")
 
 
 def msgpack_blocks(stream: Stream) -> Iterator[list[Entry]]:

@@ -52,12 +52,12 @@ class Table:
 
     def event(self, line: bytes) -> Event:
         """Unreadable says in one sentence what is wrong with the line."""
+        row: dict = {"action": self.action}
         try:
             cells = _cells(line.rstrip(b"\r\n").decode(), self.separator)
             if len(cells) != self.width:
                 raise Unreadable(f"{len(cells)} columns; the first line has {self.width}")
-            ts_ms = 0 if self.ts_place is None else self._ts_ms(cells[self.ts_place])
-            row: dict = {"action": self.action, "ts_ms": ts_ms}
+            row["ts_ms"] = 0 if self.ts_place is None else self._ts_ms(cells[self.ts_place])
             for field, place in self.places:
                 if text := cells[place]:
                     row[field] = text
@@ -65,7 +65,7 @@ class Table:
                 row["context"] = msgspec.json.decode(row["context"])
             event = msgspec.convert(row, Event, strict=False)
         except (msgspec.DecodeError, UnicodeDecodeError, csv.Error) as error:
-            raise Unreadable(f"not an event: {error}") from error
+            raise Unreadable(f"not an event: {error}{_got(row, str(error))}") from error
         if event.value is not None and not math.isfinite(event.value):
             raise Unreadable(f"value is {event.value}; wanted a finite number of at least 0")
         return event
@@ -77,6 +77,12 @@ class Table:
             return round(number * scale)
         except (ValueError, OverflowError) as error:  # inf and nan, too
             raise Unreadable(f"timestamp '{text[:40]}' is no number of seconds or milliseconds") from error
+
+
+def _got(row: dict, reason: str) -> str:
+    """What stands in the field that a reason names at its end, as msgspec's do."""
+    field = reason.rpartition("$.")[2].removesuffix("`")
+    return f", got '{str(row[field])[:40]}'" if field in row else ""
 
 
 def _cells(line: str, separator: str) -> list[str]:

@@ -65,7 +65,7 @@ def test_a_log_without_a_suffix_is_known_by_its_content(suffix: str, tmp_path: P
         (b'{"user_id": "", "item_id": "i1", "action": "view", "ts_ms": 1}', "user_id"),
         (b'{"user_id": "u1", "item_id": "%s", "action": "view", "ts_ms": 1}' % (b"x" * 10_000), "item_id"),
         (b'{"user_id": "u1", "item_id": "i1", "action": "view", "ts_ms": -1}', "ts_ms"),
-        (b'{"user_id": "u1", "item_id": "i1", "action": "view", "ts_ms": 1, "value": NaN}', "invalid"),
+        (b'{"user_id": "u1", "item_id": "i1", "action": "view", "ts_ms": 1, "value": NaN}', "(byte 74), at 'NaN}'"),
         (b'{"user_id": "u1", "item_id": "i1", "action": "view", "ts_ms": 1, "value": 1e999}', "value"),
         (b'{"user_id": "u1", "item_id": "\xff", "action": "view", "ts_ms": 1}', "utf-8"),
         (b"[" * 100_000, "not an event"),
@@ -79,6 +79,11 @@ def test_a_bad_line_comes_in_its_place_with_its_number_and_reason(bad: bytes, re
     assert isinstance(letter, BadRecord)
     assert (letter.line, letter.raw) == (3, bad)
     assert reason in letter.reason
+
+
+def test_fields_that_no_event_has_are_passed_over(tmp_path: Path) -> None:
+    path = _write(tmp_path / "log.jsonl", LINE.rstrip().removesuffix(b"}") + b', "colour": {"a": 1}}')
+    assert list(read_log(path)) == [EVENT]
 
 
 def test_a_last_line_without_its_line_break_is_read_too(tmp_path: Path) -> None:
