@@ -134,7 +134,7 @@ def prepare(log: Log, options: TrainingOptions, pipeline: PipelineOptions, items
     """Cut, number and label the log. base: what training goes on from. Raises TrainingError."""
     if base:
         base.check(options.model, pipeline.schema)
-    known_log = log.part(~options.cut.left_out(log))
+    known_log = _before_cut(log, options.cut)
     validation = _validation(known_log, options, base)
     old_ids = base.artifact.item_ids if base else []
     vocabulary = Vocabulary(dict.fromkeys([*old_ids, *known_log.item_ids]), pipeline.max_items)
@@ -156,6 +156,16 @@ def prepare(log: Log, options: TrainingOptions, pipeline: PipelineOptions, items
         base=base,
         processes=processes,
     )
+
+
+def _before_cut(log: Log, cut: Cut) -> Log:
+    known_log = log.part(~cut.left_out(log))
+    if not len(known_log):
+        raise TrainingError(
+            f"training: none of the {len(log)} events is left to train on: {cut} is left out, and a cut by time never"
+            " parts events of one time; give a longer log, cut later (--until-share) or cut by user (--leave-out)"
+        )
+    return known_log
 
 
 def _validation(known_log: Log, options: TrainingOptions, base: Base | None) -> np.ndarray:

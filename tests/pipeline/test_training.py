@@ -272,10 +272,19 @@ def test_a_log_that_cannot_train_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="no user goes from one item to another"):
         trained(tmp_path / "model", log=same)
     at_once = columns([[Event(f"u{n % 5}", f"i{n % 7}", "view", 9) for n in range(50)]], EventSchema())
-    with pytest.raises(TrainingError, match=r"the 0 events of 0 users .* by user \(--leave-out\)"):
+    with pytest.raises(TrainingError, match=r"none of the 50 events .* events of one time; .* by user \(--leave-out\)"):
         trained(tmp_path / "model", log=at_once)
-    with pytest.raises(TrainingError, match="the 0 events of 0 users"):
+    with pytest.raises(TrainingError, match="none of the 0 events is left to train on"):
         trained(tmp_path / "model", log=columns([], EventSchema()))
+
+
+def test_one_user_is_enough_to_train_on(tmp_path: Path) -> None:
+    alone = log_of(users=1, length=100)
+    trained(tmp_path / "model", log=alone)
+    model = artifacts.load(tmp_path / "model")
+    assert model.manifest.metrics["training_events"] == 80
+    report = evaluate(model, alone, SERVING, EvaluationOptions())
+    assert (report.events, report.users, report.warning) == (20, 1, None)
 
 
 def test_times_that_are_all_equal_can_be_cut_by_user(tmp_path: Path) -> None:
