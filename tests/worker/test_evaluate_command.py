@@ -1,11 +1,13 @@
 """`millrace train` and `millrace evaluate` from a log's lines to the report."""
 
 from pathlib import Path
+from shutil import copytree
 
 import msgspec
 import numpy as np
 import pytest
 
+from pipeline.artifact import FORMAT, MANIFEST
 from pipeline.evaluation import Report
 from worker.cli import main
 
@@ -50,7 +52,12 @@ def test_what_cannot_be_read_is_told_and_left_out(tmp_path: Path, capsys) -> Non
 
 @pytest.mark.parametrize("command", ["train LOG --out x", "evaluate ARTIFACT LOG"])
 def test_a_log_without_an_event_is_one_sentence(command: str, shop, tmp_path: Path, capsys) -> None:
-    for content, said in [("", "it is empty"), ('{"user_id": 1}\n', "1 records cannot be read, the first: line 1")]:
+    nan = '{"user_id": "u", "item_id": "i", "action": "view", "ts_ms": 1, "value": NaN}'
+    for content, said in [
+        ("", "it is empty"),
+        ('{"user_id": 1}\n', "1 records cannot be read, the first: line 1"),
+        (nan, "line 1: not an event: JSON is malformed: invalid character (byte 72), at 'NaN}'"),
+    ]:
         (tmp_path / "log.jsonl").write_text(content)
         line = command.replace("LOG", str(tmp_path / "log.jsonl")).replace("ARTIFACT", str(shop.artifact))
         assert main(line.split()) == 2
@@ -58,6 +65,26 @@ def test_a_log_without_an_event_is_one_sentence(command: str, shop, tmp_path: Pa
         assert "no event in it could be read" in err
         assert said in err
         assert "\n" not in err
+
+
+@pytest.mark.parametrize("command", ["train LOG --from ARTIFACT --out x", "evaluate ARTIFACT LOG"])
+def test_an_artifact_of_another_version_is_one_sentence(command: str, shop, tmp_path: Path, capsys) -> None:
+    old = copytree(shop.artifact, tmp_path / "old")
+    manifest = msgspec.json.decode((old / MANIFEST).read_bytes())
+    (old / MANIFEST).write_bytes(msgspec.json.encode(manifest | {"format": FORMAT - 1}))
+    assert main(command.replace("LOG", str(shop.log)).replace("ARTIFACT", str(old)).split()) == 3
+    err = capsys.readouterr().err.strip()
+    assert err.endswith(f"format {FORMAT - 1}, this millrace reads {FORMAT}; train again")
+    assert "\n" not in err
+
+
+@pytest.mark.parametrize("command", ["train LOG --out x", "evaluate ARTIFACT LOG"])
+def test_a_catalogue_that_has_no_room_is_one_sentence(command: str, shop, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("MILLRACE__COUNTERS__MAX_ITEMS", "5")
+    assert main(command.replace("LOG", str(shop.log)).replace("ARTIFACT", str(shop.artifact)).split()) == 2
+    err = capsys.readouterr().err.strip()
+    assert err.endswith("have no place beside 5 others; counters.max_items is 5: set it higher")
+    assert "\n" not in err
 
 
 def test_negatives_are_asked_for_by_number_seed_and_kind(shop, tmp_path: Path, capsys) -> None:
