@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 
 from pipeline import artifact as artifacts
-from pipeline import heads
+from pipeline import heads, losses
 from pipeline.corpus import Corpus
 from pipeline.hstu_config import HstuConfig
 from pipeline.logcolumns import Log, columns
@@ -31,6 +32,11 @@ OPTIONS = TrainingOptions(
     TrainerOptions(epochs=2, crop_events=8, batch_events=64, weighting="uncertainty"),
     HstuConfig(width=16, heads=2, d_qk=8, d_v=8, max_events=8, dropout=0.0, attention_dropout=0.0),
 )
+VARIANTS = {
+    "events": OPTIONS,
+    "sessions": replace(OPTIONS, model=replace(OPTIONS.model, recent_events=4, history_events=16)),
+    "sampled softmax": OPTIONS,
+}
 
 
 class Silent:
@@ -54,21 +60,23 @@ def log_of(users: int = 12) -> Log:
     return columns([events], EventSchema())
 
 
-def train_one(out: str) -> None:
+def train_one(out: str, variant: str) -> None:
     """What each of the processes runs."""
     heads.DROPOUT = 0.0
+    if variant == "sampled softmax":
+        losses.FULL_SOFTMAX_ITEMS, losses.UNIFORM_NEGATIVES = 0, 8
     with joined(torch.device("cpu")) as processes:
-        train(log_of(), Path(out), OPTIONS, PipelineOptions(device="cpu", threads=1), Silent(), "", False, (), None,
-              processes)  # fmt: skip
+        options, pipeline = VARIANTS[variant], PipelineOptions(device="cpu", threads=1)
+        train(log_of(), Path(out), options, pipeline, Silent(), "", False, (), None, processes)
 
 
-def run_processes(out: Path, count: int) -> None:
+def run_processes(out: Path, count: int, variant: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
     paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
-    code = f"import runpy; runpy.run_path({__file__!r})['train_one']({str(out)!r})"
+    code = f"import runpy; runpy.run_path({__file__!r})['train_one']({str(out)!r}, {variant!r})"
     started = [
         subprocess.Popen([sys.executable, "-c", code], env={**os.environ, **rendezvous, **paths, "RANK": str(rank)})
         for rank in range(count)
@@ -76,9 +84,10 @@ def run_processes(out: Path, count: int) -> None:
     assert [process.wait(timeout=300) for process in started] == [0] * count
 
 
-def test_two_processes_train_the_weights_of_one_and_the_first_alone_writes(tmp_path: Path) -> None:
-    run_processes(tmp_path / "one", 1)
-    run_processes(tmp_path / "two", 2)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_processes_train_the_weights_of_one_and_the_first_alone_writes(tmp_path: Path, variant: str) -> None:
+    run_processes(tmp_path / "one", 1, variant)
+    run_processes(tmp_path / "two", 2, variant)
     one, two = (artifacts.load(tmp_path / name) for name in ("one", "two"))
     assert one.weights.keys() == two.weights.keys()
     for name, weight in one.weights.items():
@@ -121,8 +130,8 @@ def test_one_process_alone_needs_no_variables_and_no_messages(monkeypatch: pytes
     with joined(torch.device("cpu")) as processes:
         assert processes is ALONE
     assert ALONE.told([1.5]) == [1.5]
-    losses = torch.tensor([1.0])
-    assert ALONE.average([], losses) is losses
+    one = torch.tensor([1.0])
+    assert ALONE.average([], one) is one
 
 
 def _seen(batch: TrainingBatch, row: int) -> tuple[int, ...]:
