@@ -10,7 +10,7 @@ loop        the shop goes on from the log's end with slates of these models, rer
 
 The first part's result is heads.json, the second's closed_loop.json.
 
-The shop is denser than `millrace simulate`'s default: 86 events a user and 200 an item. The truth knows each item's
+The default shop is denser than `millrace simulate`'s: 86 events a user and 200 an item. The truth knows each item's
 hidden quality exactly, and an item's first hundred outcomes tell it only roughly.
 
 usage: python -m tests.benchmarks.heads [--parts weightings loop] [--epochs 12] [--forks 4] [--events N --users N
