@@ -65,10 +65,10 @@ def trial_of(setting: Setting, model: str, number: int) -> Trial:
 
 
 def outcome_of(setting: Setting, model: str, seed: int, options: Options, epoch: int, name: str) -> Outcome:
-    """Trained on everything before the cut, up to that epoch; the events behind it are ranked."""
+    """Trained on everything before the cut, up to that epoch of the trial's own schedule, as the trial was judged; the
+    events behind the cut are ranked."""
     start_s, log = time.monotonic(), log_of(setting)
-    until = {"trainer.epochs": epoch} if epoch else {}  # as `millrace train` does: the rate falls to the end
-    task, fits = CONTENDERS[model].fit(setting, log, True, options | until, seed)
+    task, fits = CONTENDERS[model].fit(setting, log, True, options, seed)
     ranker = next(ranker for done, ranker in fits if done == epoch)()
     scored = left_out(task, log)
     counts = np.bincount(task.known.tokens, minlength=len(task.vocabulary))
