@@ -237,25 +237,27 @@ def measured(setting: Setting, parts: list[str], forks: int, workers: int) -> It
             yield row.result()
 
 
-def metrics_of(rows: list[dict[str, Cell]]) -> dict[str, float]:
+def metrics_of_weightings(rows: list[dict[str, Cell]]) -> dict[str, float]:
     """What the docs quote."""
-    by_weighting = {str(row["weighting"]): row for row in rows if row["part"] == "weightings"}
-    by_rerank = {str(row["rerank"]): row for row in rows if row["part"] == "loop" and row["weighting"] == DEFAULT}
-    metrics: dict[str, float] = {}
-    if by_weighting:
-        default = by_weighting[DEFAULT]
-        for head in TASKS:
-            metrics |= {f"{head}_{name}": float(default[f"{head}_{name}"] or 0) for name in ("auc", "gap", "ece")}
-        metrics |= {
-            "auc_best_fixed": float(by_weighting[best_of(rows, False)]["auc"] or 0),
-            "auc_best_dynamic": float(by_weighting[best_of(rows, True)]["auc"] or 0),
-        }
-    if by_rerank:
-        plain = by_rerank["off"]
-        money, engaged = by_rerank["money"]["money_per_event"], by_rerank["engagement"]["engaged_share"]
-        metrics["money_gain_by_rerank"] = float(money or 0) / float(plain["money_per_event"] or 1) - 1
-        metrics["engagement_gain_by_rerank"] = float(engaged or 0) / float(plain["engaged_share"] or 1) - 1
+    by_weighting = {str(row["weighting"]): row for row in rows}
+    default = by_weighting[DEFAULT]
+    metrics = {
+        f"{head}_{name}": float(default[f"{head}_{name}"] or 0) for head in TASKS for name in ("auc", "gap", "ece")
+    }
+    for name, learnt in (("auc_best_fixed", False), ("auc_best_dynamic", True)):
+        metrics[name] = float(by_weighting[best_of(rows, learnt)]["auc"] or 0)
     return metrics
+
+
+def metrics_of_loop(rows: list[dict[str, Cell]]) -> dict[str, float]:
+    """What the docs quote."""
+    by_rerank = {str(row["rerank"]): row for row in rows if row["weighting"] == DEFAULT}
+    plain = by_rerank["off"]
+    money, engaged = by_rerank["money"]["money_per_event"], by_rerank["engagement"]["engaged_share"]
+    return {
+        "money_gain_by_rerank": float(money or 0) / float(plain["money_per_event"] or 1) - 1,
+        "engagement_gain_by_rerank": float(engaged or 0) / float(plain["engaged_share"] or 1) - 1,
+    }
 
 
 def main() -> None:
@@ -277,10 +279,14 @@ def main() -> None:
         for row in measured(setting, args.parts, args.forks, args.workers):
             Console().print(row)
             rows[str(row["part"])].append(row)
-        compared = learnt_over_fixed(setting, rows["weightings"]) if "weightings" in rows else {}
-    for part, of_part in rows.items():
-        metrics = metrics_of(of_part) | (compared if part == "weightings" else {})
-        Console().print(metrics, f"written: {results.write(RESULTS[part], metrics, of_part, args.out)}")
+        metrics_by_part: dict[str, dict[str, float]] = {}
+        if of_weightings := rows.get("weightings"):
+            compared = learnt_over_fixed(setting, of_weightings)
+            metrics_by_part["weightings"] = metrics_of_weightings(of_weightings) | compared
+        if of_loop := rows.get("loop"):
+            metrics_by_part["loop"] = metrics_of_loop(of_loop)
+    for part, metrics in metrics_by_part.items():
+        Console().print(metrics, f"written: {results.write(RESULTS[part], metrics, rows[part], args.out)}")
 
 
 if __name__ == "__main__":
