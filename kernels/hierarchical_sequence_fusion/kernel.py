@@ -50,15 +50,16 @@ def _begins(seconds, event, start, older, gap_s):
 def _event(
     table, features, strength, token, codes, column, inside, table_stride, feature_stride, FEATURES: tl.constexpr
 ):
-    """float32 [columns] vector and weight of the event with this token and these codes."""
+    """float32: the item [columns], the sum of the features [columns] and the strength of the event with this token and
+    these codes."""
     place = table + token.to(tl.int64) * table_stride + column
-    vector = tl.load(place, mask=inside, cache_modifier=".cg").to(tl.float32)
-    power = 0.0
+    item = tl.load(place, mask=inside, cache_modifier=".cg").to(tl.float32)
+    beside, power = tl.zeros_like(item), 0.0
     for number in tl.static_range(FEATURES):  # pyright: ignore[reportGeneralTypeIssues]: it is Triton's to unroll
         code = tl.load(codes + number).to(tl.uint32)  # unsigned: the address needs no sign
-        vector += tl.load(features + code * feature_stride + column, mask=inside).to(tl.float32)
+        beside += tl.load(features + code * feature_stride + column, mask=inside).to(tl.float32)
         power += tl.load(strength + code)
-    return vector, tl.exp(tl.minimum(tl.maximum(power, -CAP), CAP))
+    return item, beside, tl.exp(tl.minimum(tl.maximum(power, -CAP), CAP))
 
 
 @triton.jit
@@ -97,13 +98,13 @@ def fuse_kernel(
     events = tl.where(here, end - event, 0)
     mean, weights = tl.zeros((BLOCK_WIDTH,), tl.float32), 0.0
     for number in range(events):
-        vector, weight = _event(
+        item, beside, weight = _event(
             table, features, strength, tl.load(tokens + number), codes + number * FEATURES, column, inside,
             table_stride, feature_stride, FEATURES,
         )  # fmt: skip
-        weight = tl.where(events > 1, weight, 1.0)
-        mean += vector * weight
-        weights += weight
+        share = tl.where(pooled & (events > 1), weight, 1.0)
+        mean += (item * tl.where(pooled, 1.0, weight) + beside) * share
+        weights += share
     mean /= tl.where(here, weights, 1.0)
     tl.store(fused + row * width + column, mean.to(fused.dtype.element_ty), mask=(column < width) & (row < rows))
     now = tl.load(seconds + end - 1, mask=here, other=0)

@@ -22,9 +22,10 @@ def hierarchical_sequence_fusion(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Each user's newest `recent` events as they are, and one vector for each of the newest `sessions` before them.
 
-    An event is table[tokens[i]] + the sum of features[codes[i, j]] over j; it weighs exp of the sum of
-    strength[codes[i, j]], that sum between -20 and 20. A session ends before an event that comes `gap_s` or more after
-    its predecessor, or that is one of the newest; its vector is the weighted mean of its events, its time the last's.
+    An event's item is table[tokens[i]], its features are the sum of features[codes[i, j]] over j, its strength exp of
+    the sum of strength[codes[i, j]], that sum between -20 and 20. One of the newest is strength * item + features. A
+    session ends before an event that comes `gap_s` or more after its predecessor, or that is one of the newest; its
+    vector is the mean of item + features over its events, weighted by their strengths, its time the last's.
 
     Returns fused [rows, width] of the table's dtype, seconds int32 [rows], offsets int64 [users + 1]: packed, each user
     oldest first. rows = min(events, users * (recent + sessions)); those from offsets[-1] on are zero.
@@ -32,14 +33,19 @@ def hierarchical_sequence_fusion(
     users, rows = len(offsets) - 1, row_bound(len(tokens), len(offsets) - 1, recent, sessions)
     fused = torch.zeros(rows, table.shape[1], dtype=table.dtype, device=table.device)
     times, ends = torch.zeros(rows, dtype=torch.int32, device=table.device), [0]
-    events = table.float()[tokens.long()] + features.float()[codes.long()].sum(1)  # [events, width]
-    weights = strength.float()[codes.long()].sum(1).clamp(-STRENGTH_CAP, STRENGTH_CAP).exp()  # [events]
+    items, beside = table.float()[tokens.long()], features.float()[codes.long()].sum(1)  # [events, width] both
+    weights = strength.float()[codes.long()].sum(1, keepdim=True).clamp(-STRENGTH_CAP, STRENGTH_CAP).exp()  # [events, 1]
     for user in range(users):
-        row = ends[-1]
+        row, older = ends[-1], int(offsets[user + 1]) - recent
         for start, stop in _spans(seconds, int(offsets[user]), int(offsets[user + 1]), recent, sessions, gap_s):
-            weight = weights[start:stop, None]
-            mean = (events[start:stop] * weight).sum(0) / weight.sum()
-            fused[row], times[row] = (mean if stop - start > 1 else events[start]).to(table.dtype), seconds[stop - 1]
+            item, feature, weight = (part[start:stop] for part in (items, beside, weights))
+            if start >= older:
+                vector = weight[0] * item[0] + feature[0]
+            elif stop - start == 1:
+                vector = item[0] + feature[0]
+            else:
+                vector = ((item + feature) * weight).sum(0) / weight.sum()
+            fused[row], times[row] = vector.to(table.dtype), seconds[stop - 1]
             row += 1
         ends.append(row)
     return fused, times, torch.tensor(ends, device=table.device)

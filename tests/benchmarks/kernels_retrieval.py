@@ -145,11 +145,13 @@ def events(items: int) -> dict[str, Tensor]:
 def unfused(table: Tensor, features: Tensor, strength: Tensor, tokens: Tensor, codes: Tensor, seconds: Tensor,
             offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The same by torch's own operators, a launch or more for each."""
-    vectors = table[tokens] + F.embedding_bag(codes, features, mode="sum")  # [events, width]
     weights = strength[codes].sum(1).clamp(-20, 20).exp()
     place = torch.arange(len(tokens), device="cuda")
     user = torch.searchsorted(offsets, place, right=True) - 1
     newest = place >= offsets[user + 1] - RECENT
+    strengths = torch.where(newest, weights, 1.0)[:, None].to(table.dtype)
+    vectors = table[tokens] * strengths + F.embedding_bag(codes, features, mode="sum")  # [events, width]
+    weights = torch.where(newest, 1.0, weights)
     begins = newest | (place == offsets[user]) | (seconds.diff(prepend=seconds[:1]) >= GAP_S)
     token = begins.cumsum(0) - 1
     sums = torch.zeros(int(token[-1]) + 1, WIDTH, device="cuda").index_add_(0, token, vectors * weights[:, None])

@@ -27,9 +27,11 @@ def test_rows_are_the_specifications(lengths: list[int], recent: int, sessions: 
     condensed = Condensed.of(Inputs(tokens, codes, seconds, offsets), recent, sessions)
     assert condensed.offsets.tolist() == ends.tolist()
     assert condensed.seconds.tolist() == times[: ends[-1]].tolist()
-    events = table[tokens.astype(np.int64)] + features[codes.astype(np.int64)].sum(1)
     weights = strength[codes.astype(np.int64)].sum(1, keepdim=True).exp()
-    torch.testing.assert_close(condensed.pooled(events, weights), wanted[: ends[-1]], rtol=1e-4, atol=1e-4)
+    whole, items = torch.from_numpy(condensed.whole)[:, None], table[tokens.astype(np.int64)]
+    events = torch.where(whole, items * weights, items) + features[codes.astype(np.int64)].sum(1)
+    found = condensed.pooled(events, weights.masked_fill(whole, 1.0))
+    torch.testing.assert_close(found, wanted[: ends[-1]], rtol=1e-4, atol=1e-4)
 
 
 def test_the_newest_events_keep_a_row_of_their_own_and_too_old_sessions_have_none() -> None:
