@@ -34,9 +34,9 @@ def hierarchical_sequence_fusion(
     strength and position of an event alike; seconds: int32 [events], ascending a user; offsets: int32 or int64
     [users + 1]. These four are the columns of pipeline.features.Inputs.
     An event's strength is exp of the sum of its log weights, cut to -20 and 20. One of the newest events is its item's
-    row times its strength, + its features' rows. A session ends before a pause of `gap_s` or more, and before the newest
-    events; its vector is the mean of its events' items' + features' rows, weighted by their strengths, its time that of
-    the last. Sums are float32.
+    row times its strength, + its features' rows. A session ends before a pause of `gap_s` or more, and before the
+    newest events; its vector is the mean of its events' items' + features' rows, weighted by their strengths, its time
+    that of the last. Sums are float32.
 
     Returns fused [rows, width] of the table's dtype, seconds int32 [rows], offsets int64 [users + 1]. rows =
     min(events, users * (recent + sessions)), whatever the values are; rows from offsets[-1] on are zero.

@@ -34,7 +34,8 @@ def hierarchical_sequence_fusion(
     fused = torch.zeros(rows, table.shape[1], dtype=table.dtype, device=table.device)
     times, ends = torch.zeros(rows, dtype=torch.int32, device=table.device), [0]
     items, beside = table.float()[tokens.long()], features.float()[codes.long()].sum(1)  # [events, width] both
-    weights = strength.float()[codes.long()].sum(1, keepdim=True).clamp(-STRENGTH_CAP, STRENGTH_CAP).exp()  # [events, 1]
+    powers = strength.float()[codes.long()].sum(1, keepdim=True)  # [events, 1]
+    weights = powers.clamp(-STRENGTH_CAP, STRENGTH_CAP).exp()
     for user in range(users):
         row, older = ends[-1], int(offsets[user + 1]) - recent
         for start, stop in _spans(seconds, int(offsets[user]), int(offsets[user + 1]), recent, sessions, gap_s):
