@@ -12,7 +12,7 @@ usage: python -m tests.benchmarks.kernels [--out FOLDER] [--quick] [--tune]
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,9 @@ from triton.testing import do_bench
 
 from kernels.fused_attention_layernorm.batch import Plan
 from kernels.fused_attention_layernorm.encoder import Encoder, LayerWeights
-from kernels.fused_attention_layernorm.graphs import EncoderGraphs
 from kernels.fused_attention_layernorm.launch import Launch, attend
 from kernels.fused_attention_layernorm.op import fused_attention_layernorm, packed_reference
+from kernels.graphs import BatchGraphs, Bucket
 from pipeline.features import TIME_THRESHOLDS
 from pipeline.hstu import Hstu
 from pipeline.hstu_config import HstuConfig
@@ -208,7 +208,7 @@ def measure(hstu: Hstu, work: Work, thresholds: Tensor) -> Rows:
     encode, whole = encoder_of(hstu), (work.seconds, work.offsets, thresholds, work.cap, torch.bfloat16)
     plan = Plan.of(*whole)
     error = float(f"{error_of(hstu, work, plan):.2e}")
-    graphs = EncoderGraphs(encode, thresholds)
+    graph, newest = (bucketed(encode, work, thresholds, last) for last in (False, True))
     fixed = graphed(lambda: encode(work.x, Plan.of(*whole, trusted=True)))
     rows = operator_inputs(work)[:3]
     layer = encode.layers[0]
@@ -224,12 +224,25 @@ def measure(hstu: Hstu, work: Work, thresholds: Tensor) -> Rows:
         work.measured("torch: compiled, padded", padded(hstu, work, thresholds, True), work.whole),
         work.measured("cuBLAS: products alone", products_alone(work), work.products),
         work.measured("kernels: eager", lambda: encode(work.x, Plan.of(*whole, trusted=True)), *encoder),
-        work.measured("kernels: graph", lambda: graphs(work.x, work.seconds, work.offsets, work.cap), *encoder),
+        work.measured("kernels: graph", graph, *encoder),
         work.measured("kernels: graph of this very size", fixed, *encoder),
-        work.measured("kernels: graph, newest rows", lambda: graphs(work.x, *whole[:2], work.cap, True)),
+        work.measured("kernels: graph, newest rows", newest),
         work.measured("kernels: attention alone", graphed(attention), work.attention, error),
         work.measured("kernels: plan and time buckets alone", graphed(lambda: Plan.of(*whole, trusted=True))),
     ]
+
+
+def bucketed(encode: Encoder, work: Work, thresholds: Tensor, last: bool) -> Callable[[], Tensor]:
+    """The graph of the work's bucket, and the copies into it."""
+
+    def run(columns: Sequence[Tensor], offsets: Tensor, longest: int) -> Tensor:
+        x, seconds = columns
+        return encode(x, Plan.of(seconds, offsets, thresholds, longest, x.dtype, trusted=True), last)
+
+    columns = (work.x, work.seconds)
+    graphs = BatchGraphs(run, columns, work.users, len(work.x))
+    graphs.capture(Bucket.of(work.users, len(work.x), work.cap))
+    return lambda: graphs(columns, work.offsets, work.cap)
 
 
 def tune(work: Work, thresholds: Tensor) -> None:

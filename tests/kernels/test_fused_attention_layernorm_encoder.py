@@ -1,12 +1,10 @@
 """The encoder of fused layers against the model's own, and against the rows of all states."""
 
 import msgspec
-import pytest
 import torch
 
 from kernels.fused_attention_layernorm.batch import Plan
 from kernels.fused_attention_layernorm.encoder import Encoder, LayerWeights
-from kernels.fused_attention_layernorm.graphs import EncoderGraphs
 from pipeline.features import TIME_THRESHOLDS
 from pipeline.hstu import Hstu, HstuLayer
 from pipeline.jagged import Layout
@@ -37,20 +35,3 @@ def test_fused_layers_give_the_models_states_and_its_newest_ones() -> None:
     encode = encoder_of(hstu, torch.float32)
     torch.testing.assert_close(encode(x, plan), wanted, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(encode(x, plan, last=True), wanted[offsets[1:].long() - 1], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="no GPU")
-def test_on_a_gpu_graphs_give_the_encoders_states_and_keep_to_their_budget() -> None:
-    encode = encoder_of(model(1, WIDE).to(DEVICE), torch.float16)
-    thresholds = torch.tensor(TIME_THRESHOLDS, dtype=torch.int32, device=DEVICE)
-    graphs = EncoderGraphs(encode, thresholds, budget_bytes=1)
-    for lengths in ([1, 7, 39, 23], [40, 40, 3], [40] * 9, [1, 7, 39, 23]):
-        inputs = inputs_of_lengths(lengths, seed=len(lengths))
-        x = torch.randn(sum(lengths), WIDE.width, device=DEVICE).half()
-        seconds, offsets = (torch.as_tensor(column).int().to(DEVICE) for column in (inputs.seconds, inputs.offsets))
-        plan = Plan.of(seconds, offsets, thresholds, 40, torch.float16)
-        for last in (False, True):
-            states = graphs(x, seconds, offsets, 40, last)
-            torch.testing.assert_close(states, encode(x, plan, last), rtol=2e-3, atol=2e-3)
-            assert len(graphs) == 1  # the budget keeps the newest graph alone

@@ -1,0 +1,106 @@
+"""Buckets, padding, patience and the budget; on a GPU the graphs themselves."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels.fused_attention_layernorm.batch import Plan
+from kernels.graphs import PATIENCE, BatchGraphs, Bucket, buckets
+from pipeline.features import TIME_THRESHOLDS
+from tests.kernels.test_fused_attention_layernorm import inputs_of_lengths, model
+from tests.kernels.test_fused_attention_layernorm_encoder import DEVICE, WIDE, encoder_of
+
+CLASSES = (64, 300)
+
+
+class Summed:
+    """Each user's sum of its rows; the sizes that it was called with."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, int, int]] = []
+
+    def __call__(self, columns: Sequence[Tensor], offsets: Tensor, longest: int) -> Tensor:
+        self.calls.append((len(columns[0]), len(offsets) - 1, longest))
+        sums = torch.cat([columns[0].new_zeros(1), columns[0].cumsum(0)])
+        return sums[offsets[1:].long()] - sums[offsets[:-1].long()]
+
+
+def batch_of(lengths: list[int]) -> tuple[list[Tensor], Tensor]:
+    offsets = torch.tensor([0, *lengths]).cumsum(0).int()
+    return [torch.arange(float(offsets[-1]))], offsets
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=20))
+def test_every_batch_finds_its_bucket_among_those_that_are_warmed(lengths: list[int]) -> None:
+    longest = next(most for most in CLASSES if max(lengths) <= most)
+    assert Bucket.of(len(lengths), sum(lengths), longest) in set(buckets(20, 6000, CLASSES))
+
+
+def test_no_bucket_is_warmed_that_no_batch_can_have() -> None:
+    for bucket in buckets(20, 6000, CLASSES):
+        lengths = [1] * (bucket.users // 2) + [CLASSES[0] + 1 if bucket.longest == CLASSES[1] else 1]
+        assert sum(lengths) <= bucket.rows, bucket  # the smallest such batch is within it
+        assert Bucket.of(bucket.users, bucket.users * bucket.longest, 0).rows >= bucket.rows, bucket  # the largest not
+
+
+def test_a_batch_is_padded_to_its_bucket_and_gives_the_same() -> None:
+    run = Summed()
+    graphs = BatchGraphs(run, [torch.zeros(1)], 20, 6000)
+    assert graphs.warm(CLASSES) == len(set(buckets(20, 6000, CLASSES)))
+    for lengths in ([3], [300, 1, 7], [64] * 5, [1] * 20):
+        columns, offsets = batch_of(lengths)
+        longest = CLASSES[max(lengths) > CLASSES[0]]
+        assert graphs(columns, offsets, longest)[: len(lengths)].tolist() == run(columns, offsets, longest).tolist()
+        assert run.calls[-2][:2] == (graphs_rows(sum(lengths)), 1 << (len(lengths) - 1).bit_length())
+
+
+def graphs_rows(rows: int) -> int:
+    return Bucket.of(1, rows, 0).rows
+
+
+def test_a_batch_that_is_too_large_is_called_as_it_is() -> None:
+    run = Summed()
+    graphs = BatchGraphs(run, [torch.zeros(1)], 4, 256)
+    for lengths in ([257], [1] * 5):
+        for _ in range(PATIENCE + 2):
+            graphs(*batch_of(lengths), 300)
+        assert set(run.calls) == {(sum(lengths), len(lengths), 300)}
+        run.calls.clear()
+    assert len(graphs) == 0
+
+
+def test_a_bucket_that_comes_again_and_again_gets_a_graph() -> None:
+    graphs = BatchGraphs(Summed(), [torch.zeros(1)], 4, 256)
+    for calls in range(1, PATIENCE + 2):
+        graphs(*batch_of([5, 6]), 64)
+        assert len(graphs) == (calls > PATIENCE)
+    graphs.clear()
+    assert len(graphs) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="no GPU")
+def test_on_a_gpu_graphs_give_the_encoders_states_and_keep_to_their_budget() -> None:
+    encode = encoder_of(model(1, WIDE).to(DEVICE), torch.float16)
+    thresholds = torch.tensor(TIME_THRESHOLDS, dtype=torch.int32, device=DEVICE)
+
+    def run(columns: Sequence[Tensor], offsets: Tensor, longest: int) -> Tensor:
+        x, seconds = columns
+        return encode(x, Plan.of(seconds, offsets, thresholds, longest, torch.float16, trusted=True))
+
+    like = [torch.zeros(1, WIDE.width, device=DEVICE).half(), torch.zeros(1, device=DEVICE).int()]
+    graphs, none = BatchGraphs(run, like, 16, 600), BatchGraphs(run, like, 16, 600, budget_bytes=1)
+    assert graphs.warm([40]) == len(set(buckets(16, 600, [40])))
+    assert none.warm([40]) == 0
+    assert 0 < graphs.nbytes < 1 << 30
+    for lengths in ([1, 7, 39, 23], [40, 40, 3], [40] * 9, [1, 7, 39, 23]):
+        inputs = inputs_of_lengths(lengths, seed=len(lengths))
+        x = torch.randn(sum(lengths), WIDE.width, device=DEVICE).half()
+        seconds, offsets = (torch.as_tensor(column).int().to(DEVICE) for column in (inputs.seconds, inputs.offsets))
+        wanted = run([x, seconds], offsets, 40)
+        for each in (graphs, none):
+            torch.testing.assert_close(each([x, seconds], offsets, 40)[: len(x)], wanted, rtol=2e-3, atol=2e-3)
