@@ -8,7 +8,8 @@ from torch import Tensor
 
 from pipeline.affinity import Affinities
 from pipeline.artifact import Artifact
-from pipeline.backends.torch import TorchEncoder
+from pipeline.backends import GraphOptions
+from pipeline.backends.torch import NO_OPTIONS, TorchEncoder
 from pipeline.catalogue import Catalogue, Facts
 from pipeline.exclusion import Exclusion
 from pipeline.features import Inputs, inputs_of
@@ -34,14 +35,14 @@ class HstuRung:
 
     def __init__(
         self, artifact: Artifact, catalogue: Catalogue, exclusion: Exclusion, device: str = "auto", threads: int = 0,
-        rerank: Rerank = NOT_RERANKED,
+        rerank: Rerank = NOT_RERANKED, graphs: GraphOptions = NO_OPTIONS,
     ) -> None:  # fmt: skip
         """The catalogue's vocabulary has the artifact's items, in any order. Others are known by their records, those
         without one are unknown to the model.
 
         Raises ArtifactError where the vocabulary had no room for one of the artifact's items.
         """
-        self._encoder = TorchEncoder(artifact, device, threads)
+        self._encoder = TorchEncoder(artifact, device, threads, graphs)
         self._retrieval = Retrieval(self._encoder.table)
         self._catalogue, self._vocabulary, self._exclusion = catalogue, catalogue.vocabulary, exclusion
         self._table, self._items = TableRows(catalogue.vocabulary, artifact.item_ids), artifact.items
@@ -56,6 +57,10 @@ class HstuRung:
     def max_events(self) -> int:
         """The newest events that the model reads."""
         return self._encoder.max_events
+
+    def warm(self) -> int:
+        """Makes what batches would wait for, see TorchEncoder.warm."""
+        return self._encoder.warm()
 
     def rank(self, histories: Histories, k: int) -> Ranked:
         start = time.perf_counter()

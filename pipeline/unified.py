@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
+from pipeline.backends import GraphOptions
 from pipeline.catalogue import Catalogue
 from pipeline.counters import Counters
 from pipeline.exclusion import Exclusion
@@ -42,6 +43,7 @@ class PipelineOptions(msgspec.Struct, frozen=True):
     max_items: int = 1_000_000
     device: str = "auto"
     threads: int = 0
+    graphs: GraphOptions | None = None  # made when a model is loaded; None: as batches come
 
 
 class Recommendation(msgspec.Struct, frozen=True):
@@ -199,7 +201,12 @@ def rung_of(artifact: "Artifact", catalogue: Catalogue, options: PipelineOptions
     """The artifact's model on a catalogue whose vocabulary has its items; ArtifactError where it had no room."""
     from pipeline.hstu_rung import HstuRung
 
-    return HstuRung(artifact, catalogue, options.exclusion, options.device, options.threads, options.rerank)
+    basics = (options.exclusion, options.device, options.threads, options.rerank)
+    if options.graphs is None:
+        return HstuRung(artifact, catalogue, *basics)
+    rung = HstuRung(artifact, catalogue, *basics, options.graphs)
+    rung.warm()
+    return rung
 
 
 def new_counters(options: PipelineOptions, vocabulary: Vocabulary) -> Counters:

@@ -1,6 +1,10 @@
-"""What tests share: one real broker, one real Valkey and one trained model a session; names of their own; deadlines."""
+"""What tests share: one real broker, one real Valkey and one trained model a session; names of their own; deadlines.
+
+Without a GPU the kernels run in Triton's interpreter, which must be chosen before Triton is imported.
+"""
 
 import asyncio
+import os
 import re
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass
@@ -9,11 +13,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+import torch
 
 from worker.cli import main
 from worker.local import LocalKafka, LocalValkey, available
 
 T = TypeVar("T")
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

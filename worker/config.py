@@ -74,7 +74,7 @@ class Sequences(Struct, frozen=True, forbid_unknown_fields=True):
 class Batcher(Struct, frozen=True, forbid_unknown_fields=True):
     max_users: Positive = 256
     max_tokens: Positive = 32768
-    buckets: tuple[Positive, ...] = (32, 64, 128, 256, 512, 1024)  # lengths; later also the CUDA graphs' shapes
+    buckets: tuple[Positive, ...] = (32, 64, 128, 256, 512, 1024)  # lengths
     slo_ms: Positive = 100
     max_pending: Positive = 4096  # events admitted and unanswered; beyond it partitions are paused
     coalesce: bool = True  # off: one slate per event, as evaluation wants it
@@ -89,6 +89,7 @@ class Pipeline(Struct, frozen=True, forbid_unknown_fields=True):
     exclude_window_days: Annotated[float, Meta(ge=0)] = 0.0  # 0: as far as the ring reaches
     threads: Annotated[int, Meta(ge=0)] = 0  # of torch; 0: its default
     device: str = "auto"
+    graphs_mib: Annotated[int, Meta(ge=0)] = 4096  # of a GPU's memory, for CUDA graphs of batches; 0: no graphs
     follow_s: Annotated[float, Meta(ge=0)] = 5.0  # a new artifact serves after two looks, a few stats each; 0: never
     min_overlap: Share = 0.02  # with the slates just served: another seed after one epoch 0.13, mixed-up ids 0.002
     max_hit_rate_drop: Share = 0.2  # of the serving model's, as training judged both: a failed training loses more

@@ -8,8 +8,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+import msgspec
 import numpy as np
 
+from pipeline.backends import GraphOptions
 from pipeline.exclusion import Exclusion
 from pipeline.records import Covers, Histories, Item, Latency, Slate, SlateItem
 from pipeline.retirement import make_room
@@ -169,7 +171,9 @@ def _covers(entry: Entry) -> Covers:
 
 def load_pipeline(config: Config) -> Pipeline:
     """The pipeline of the configuration. Raises ArtifactError, or ConfigError for an action that is not in the list."""
-    pipeline = Pipeline.load(config.pipeline.artifact, pipeline_options(config), _fell)
+    graphs = GraphOptions(config.batcher.max_users, config.batcher.max_tokens, config.pipeline.graphs_mib)
+    options = msgspec.structs.replace(pipeline_options(config), graphs=graphs)
+    pipeline = Pipeline.load(config.pipeline.artifact, options, _fell)
     if config.pipeline.artifact is not None:
         from pipeline.artifact import read_manifest  # torch, which only who has a model pays
 

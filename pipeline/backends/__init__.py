@@ -1,18 +1,29 @@
 """What turns packed histories into user states: one Protocol, a module each for torch, ONNX Runtime, TensorRT."""
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
+import msgspec
 
 from pipeline.features import Inputs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class GraphOptions(msgspec.Struct, frozen=True):
+    """On a GPU, batches of up to so many users and events run as CUDA graphs, within budget_mib; 0: none do."""
+
+    max_users: int = 256
+    max_events: int = 32768
+    budget_mib: int = 4096
 
 
 class Encoder(Protocol):
     """A trained model on one device. Not thread-safe."""
 
     max_events: int  # the newest events it reads: histories must be cut by `tail(max_events)`
-    table: Tensor  # float32 [items, width] on the device: a state's dot products with its rows score the items
+    table: "Tensor"  # float32 [items, width] on the device: a state's dot products with its rows score the items
 
-    def encode(self, inputs: Inputs) -> Tensor:
+    def encode(self, inputs: Inputs) -> "Tensor":
         """States float32 [n, width] after each user's newest event; zeros for a user without events."""
         ...

@@ -1,4 +1,6 @@
-"""The encoder in eager torch: the reference of all other backends, and the CPU's way."""
+"""The encoder by torch: eager on a CPU, the reference of all other backends; by this project's kernels on a GPU."""
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -6,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.artifact import Artifact
+from pipeline.backends import GraphOptions
 from pipeline.calibration import check
 from pipeline.contents import Contents
 from pipeline.errors import ArtifactError, DeviceError
@@ -15,14 +18,21 @@ from pipeline.hstu import Hstu
 from pipeline.jagged import Layout
 from pipeline.vocabulary import UNKNOWN
 
+if TYPE_CHECKING:
+    from pipeline.backends.fused import FusedEncoder
+
+NO_OPTIONS = GraphOptions()
+
 
 class TorchEncoder:
     """HSTU and its heads from an artifact. `device`: torch's name, or 'auto' for CUDA when there is one.
 
-    `threads` > 0 sets the number of torch's threads, of the whole process.
+    `threads` > 0 sets the number of torch's threads, of the whole process. graphs: of the batches on a GPU.
     """
 
-    def __init__(self, artifact: Artifact, device: str = "auto", threads: int = 0) -> None:
+    def __init__(
+        self, artifact: Artifact, device: str = "auto", threads: int = 0, graphs: GraphOptions = NO_OPTIONS
+    ) -> None:
         if threads:
             torch.set_num_threads(threads)
         self.device = device_of(device)
@@ -38,10 +48,13 @@ class TorchEncoder:
         self.reads_contents = artifact.config.content_rows > 0
         self._vectors = self._hstu.items()
         self.table = self._hstu.scorer(self._vectors)
+        self._fused = self._fused_encoder(graphs) if self.device.type == "cuda" else None
 
     @torch.inference_mode()
     def encode(self, inputs: Inputs) -> Tensor:
         """States float32 [n, width]; see Encoder."""
+        if self._fused is not None:
+            return self._fused.encode(inputs)
         states = torch.zeros(len(inputs), self.table.shape[1], device=self.device)
         ordered, users = inputs.by_length()
         if len(users):
@@ -73,6 +86,20 @@ class TorchEncoder:
         self._vectors = F.pad(self._vectors, (0, 0, 0, max(0, further)))
         self._vectors[torch.from_numpy(rows).to(self.device)] = self._hstu.items.new(contents.to(self.device))
         self.table = self._hstu.scorer(self._vectors)
+        if self._fused is not None:
+            self._fused.place(rows, self._vectors)
+
+    @torch.inference_mode()
+    def warm(self) -> int:
+        """On a GPU makes the graphs of all batches within the options, so that none waits for one; their number."""
+        return 0 if self._fused is None else self._fused.warm()
+
+    @torch.inference_mode()
+    def _fused_encoder(self, graphs: GraphOptions) -> "FusedEncoder | None":
+        from pipeline.backends.fused import FusedEncoder, knows  # Triton, which a CPU does not need
+
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return FusedEncoder(self._hstu, self._vectors, dtype, graphs) if knows(self._hstu.config) else None
 
     def _context(self, inputs: Inputs, rhythm: np.ndarray, affinity: np.ndarray) -> Context:
         # One row more: a place to look where a batch has no events at all.

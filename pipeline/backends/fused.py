@@ -1,0 +1,107 @@
+"""The encoder by this project's kernels, for serving on a GPU: a CUDA graph for each bucket of batches.
+
+A batch is three columns and its offsets. One graph holds all that happens to them: embeddings are gathered, weighed and
+summed, old sessions pooled (hierarchical_sequence_fusion), the layers run (fused_attention_layernorm), of the top one
+each user's newest row alone.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import LayerNorm
+
+from kernels.fused_attention_layernorm.batch import Plan
+from kernels.fused_attention_layernorm.encoder import Encoder, LayerWeights
+from kernels.fused_attention_layernorm.launch import SHORT
+from kernels.fused_attention_layernorm.op import WIDTHS
+from kernels.graphs import BatchGraphs
+from kernels.hierarchical_sequence_fusion.op import hierarchical_sequence_fusion
+from pipeline.backends import GraphOptions
+from pipeline.backends.staging import Staging
+from pipeline.features import SESSION_GAP_MS, TIME_THRESHOLDS, Inputs
+from pipeline.hstu import Hstu, HstuLayer
+from pipeline.hstu_config import HstuConfig
+
+ROOM = 1.25  # rows of the table for later items, by those it has: a table that moves takes all graphs with it
+
+
+def knows(config: HstuConfig) -> bool:
+    """Whether the kernels know this model's options."""
+    plain = config.norm_in == config.norm_out == "layer" and config.attention_scale == "max_events"
+    return plain and {config.d_qk, config.d_v} <= set(WIDTHS) and config.width % 8 == 0
+
+
+class FusedEncoder:
+    """`hstu` on its device, products in `dtype`. vectors: float32 [items, width], of all items. On a CPU the kernels
+    need Triton's interpreter."""
+
+    def __init__(self, hstu: Hstu, vectors: Tensor, dtype: torch.dtype, graphs: GraphOptions) -> None:
+        self._hstu, self._config, self._dtype, self._device = hstu, hstu.config, dtype, vectors.device
+        self._encoder = Encoder(
+            [layer_weights(layer, dtype) for layer in hstu.layers],
+            hstu.config.heads, hstu.config.d_qk, hstu.config.d_v, hstu.config.max_events, hstu.config.eps,
+        )  # fmt: skip
+        self._features = hstu.feature_embedding.weight.to(dtype)
+        strength = hstu.log_strength.weight[:, 0].float()
+        self._strength = strength.contiguous() if hstu.config.strength else torch.zeros_like(strength)
+        self._thresholds = torch.tensor(TIME_THRESHOLDS, dtype=torch.int32, device=self._device)
+        self._stage = Staging(self._device)
+        like = self._stage(np.zeros(1, np.int32), np.zeros((1, len(hstu.columns)), np.int32), np.zeros(1, np.int32))
+        most = graphs.max_events if graphs.budget_mib else 0
+        self._graphs = BatchGraphs(self._encoded, like, graphs.max_users, most, graphs.budget_mib << 20)
+        self._classes = sorted({min(SHORT, self._config.read_events), self._config.read_events})
+        self._turned = vectors.new_empty((0, self._config.width), dtype=dtype)
+        self.place(np.arange(len(vectors)), vectors)
+
+    def place(self, rows: np.ndarray, vectors: Tensor) -> None:
+        """The vectors of these rows, int64 [n], are new, of [items, width] in all."""
+        if len(vectors) > len(self._turned):
+            held, self._turned = self._turned, self._turned.new_zeros((int(len(vectors) * ROOM), self._config.width))
+            self._turned[: len(held)] = held
+            self._graphs.clear()
+        index = torch.from_numpy(rows).to(self._device)
+        self._turned[index] = self._hstu.rotation(vectors[index]).to(self._dtype)
+
+    def warm(self) -> int:
+        """Makes the graphs of all batches to come, before they come; returns their number."""
+        return self._graphs.warm(self._classes)
+
+    def encode(self, inputs: Inputs) -> Tensor:
+        """States float32 [n, width], as Encoder.encode."""
+        lengths = np.diff(inputs.offsets)
+        users = np.flatnonzero(lengths)
+        states = torch.zeros(len(inputs), self._config.width, device=self._device)
+        if not len(users):
+            return states
+        if len(users) < len(lengths):
+            inputs = inputs.taken(inputs.offsets[users], lengths[users])
+        codes = inputs.codes[:, self._hstu.columns] if self._config.without else inputs.codes
+        *columns, offsets = self._stage(inputs.tokens, codes, inputs.seconds, inputs.offsets.astype(np.int32))
+        longest = next(events for events in self._classes if lengths.max() <= events)
+        states[torch.from_numpy(users).to(self._device)] = self._graphs(columns, offsets, longest)[: len(users)]
+        return states
+
+    def _encoded(self, columns: Sequence[Tensor], offsets: Tensor, longest: int) -> Tensor:
+        """The unit states of users who all have events."""
+        tokens, codes, seconds = columns
+        rows, seconds, offsets = hierarchical_sequence_fusion(
+            self._turned, self._features, self._strength, tokens, codes, seconds, offsets,
+            recent=self._config.whole_events, sessions=self._config.max_events - self._config.whole_events,
+            gap_s=SESSION_GAP_MS // 1000, check_values=False,
+        )  # fmt: skip
+        longest = min(longest, self._config.max_events)
+        plan = Plan.of(seconds, offsets, self._thresholds, longest, self._dtype, trusted=True, kernels=True)
+        return F.normalize(self._encoder(rows, plan, last=True).float(), dim=-1, eps=self._config.eps)
+
+
+def layer_weights(layer: torch.nn.Module, dtype: torch.dtype) -> LayerWeights:
+    assert isinstance(layer, HstuLayer)
+    norm_in, norm_out = layer.norm_in, layer.norm_out
+    assert isinstance(norm_in, LayerNorm) and isinstance(norm_out, LayerNorm)  # `knows` has seen to it
+    position, time = layer.position_bias, layer.time_bias
+    position = position if layer.config.position_bias else torch.zeros_like(position)
+    time = time if layer.config.time_bias else torch.zeros_like(time)
+    return LayerWeights.of(norm_in, layer.project_in, norm_out, layer.project_out, position, time, dtype)

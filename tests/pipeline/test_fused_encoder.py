@@ -1,0 +1,111 @@
+"""The encoder that serves on a GPU against the model in torch; on a CPU its kernels run in Triton's interpreter."""
+
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.backends import GraphOptions
+from pipeline.backends.fused import FusedEncoder, knows
+from pipeline.features import COLUMNS, FEATURE_ROWS, FEATURES, Inputs
+from pipeline.hstu import Hstu
+from pipeline.hstu_config import HstuConfig
+from pipeline.jagged import Layout
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CONFIG = HstuConfig(
+    items=40, layers=2, width=16, heads=2, d_qk=16, d_v=16, max_events=20, content_rows=0, dropout=0.3,
+    attention_dropout=0.3,
+)  # fmt: skip
+GRAPHS = GraphOptions(max_users=8, max_events=256)
+LENGTHS = [7, 0, 20, 1, 13]
+
+
+def model(config: HstuConfig) -> Hstu:
+    torch.manual_seed(3)
+    hstu = Hstu(config)
+    for parameter in hstu.parameters():  # biases begin at zero and would hide their errors
+        nn.init.normal_(parameter, std=0.2)
+    return hstu.eval().requires_grad_(False).to(DEVICE)
+
+
+def inputs_of(lengths: list[int], seed: int = 0) -> Inputs:
+    random, total = np.random.default_rng(seed), sum(lengths)
+    seconds = [np.cumsum(random.choice([0, 7, 1799, 1800, 90_000], length)) for length in lengths]
+    return Inputs(
+        random.integers(0, CONFIG.items, total).astype(np.int32),
+        random.integers(0, FEATURE_ROWS, (total, FEATURES)).astype(np.int32),
+        np.concatenate(seconds).astype(np.int32),
+        np.concatenate([[0], np.cumsum(lengths)]),
+    )
+
+
+def states_in_torch(hstu: Hstu, vectors: Tensor, inputs: Inputs) -> Tensor:
+    states = torch.zeros(len(inputs), CONFIG.width, device=DEVICE)
+    ordered, users = inputs.by_length()
+    tokens, codes = (torch.from_numpy(column).to(DEVICE) for column in (ordered.tokens, ordered.codes))
+    rows, sequences = hstu.sequences(F.embedding(tokens, vectors), codes, ordered)
+    states[torch.from_numpy(users).to(DEVICE)] = hstu(rows, Layout.of(sequences, DEVICE), last=True)
+    return states
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"strength": False}, {"time_bias": False}, {"position_bias": False}, {"without": COLUMNS[3:9]},
+        {"recent_events": 6, "max_events": 10, "history_events": 20}, {"d_qk": 32, "heads": 1, "layers": 1},
+    ],
+    ids=lambda options: ", ".join(options) or "as it is",
+)  # fmt: skip
+def test_states_are_those_of_the_model_in_torch(options: dict[str, Any]) -> None:
+    hstu = model(msgspec.structs.replace(CONFIG, **options))
+    vectors = hstu.items()
+    encoder = FusedEncoder(hstu, vectors, torch.float32, GRAPHS)
+    inputs = inputs_of(LENGTHS)
+    wanted = states_in_torch(hstu, vectors, inputs)
+    torch.testing.assert_close(encoder.encode(inputs), wanted, rtol=1e-3, atol=1e-4)
+    assert encoder.warm() > 0
+    torch.testing.assert_close(encoder.encode(inputs), wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_batches_of_any_size_are_encoded_one_after_another() -> None:
+    hstu = model(CONFIG)
+    encoder = FusedEncoder(hstu, hstu.items(), torch.float32, GRAPHS)
+    encoder.warm()
+    for seed, lengths in enumerate(([3], [], [0, 0], [20] * 7, [1] * 9, [20] * 14)):  # the last two have no graph
+        inputs = inputs_of(lengths, seed) if lengths else inputs_of([4]).taken(np.empty(0, int), np.empty(0, int))
+        found = encoder.encode(inputs)
+        if sum(lengths):
+            wanted = states_in_torch(hstu, hstu.items(), inputs)
+            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+        else:
+            assert found.tolist() == [[0.0] * CONFIG.width] * len(lengths)
+
+
+@pytest.mark.parametrize("further", [0, 30])
+def test_items_that_come_later_are_read_from_then_on(further: int) -> None:
+    hstu, inputs = model(CONFIG), inputs_of(LENGTHS)
+    encoder = FusedEncoder(hstu, hstu.items(), torch.float32, GRAPHS)
+    encoder.warm()
+    before = encoder.encode(inputs)
+    vectors = torch.cat([hstu.items(), torch.randn(further, CONFIG.width, device=DEVICE)])
+    rows = np.array([5, len(vectors) - 1])
+    vectors[torch.from_numpy(rows).to(DEVICE)] = F.normalize(torch.randn(2, CONFIG.width, device=DEVICE))
+    inputs.tokens[::3] = rows[1]
+    encoder.place(rows, vectors)
+    after = encoder.encode(inputs)
+    torch.testing.assert_close(after, states_in_torch(hstu, vectors, inputs), rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(before, after, atol=1e-2)
+
+
+def test_what_the_kernels_do_not_know_is_left_to_torch() -> None:
+    assert knows(CONFIG)
+    changes: list[dict[str, Any]] = [
+        {"norm_in": "rms"}, {"norm_out": "none"}, {"attention_scale": "length"}, {"d_v": 24}, {"width": 20},
+    ]  # fmt: skip
+    for change in changes:
+        assert not knows(msgspec.structs.replace(CONFIG, **change)), change
