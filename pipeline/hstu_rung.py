@@ -16,7 +16,7 @@ from pipeline.features import Inputs, inputs_of
 from pipeline.labels import engaged
 from pipeline.records import Histories
 from pipeline.rerank import Rerank, blended, logs_of
-from pipeline.retrieval import Retrieval
+from pipeline.retrieval import retrieval_of
 from pipeline.rhythm import newest_rhythm
 from pipeline.strategy import Ranked
 from pipeline.tablerows import TableRows
@@ -43,7 +43,7 @@ class HstuRung:
         Raises ArtifactError where the vocabulary had no room for one of the artifact's items.
         """
         self._encoder = TorchEncoder(artifact, device, threads, graphs)
-        self._retrieval = Retrieval(self._encoder.table)
+        self._retrieval = retrieval_of(self._encoder.table)
         self._catalogue, self._vocabulary, self._exclusion = catalogue, catalogue.vocabulary, exclusion
         self._table, self._items = TableRows(catalogue.vocabulary, artifact.item_ids), artifact.items
         self._trained, self._learnt = len(self._table), 0  # version of the catalogue
@@ -147,7 +147,7 @@ class HstuRung:
         if not len(tokens):
             return
         self._encoder.learn(self._table.rows(tokens).astype(np.int64), self._items.of_new(self._catalogue, tokens))
-        self._retrieval = Retrieval(self._encoder.table)
+        self._retrieval = retrieval_of(self._encoder.table)
         self._value(np.append(self._values, np.zeros(len(self._table) - len(self._values), np.float32)))
         self._bar()
 

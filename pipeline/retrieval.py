@@ -4,9 +4,60 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.sequence_recommendation_interaction.op import (
+    MAX_K,
+    MAX_ROW_BYTES,
+    candidate_interaction,
+    sequence_recommendation_interaction,
+)
 from pipeline.vocabulary import UNKNOWN
 
 CHUNK_SCORES = 1 << 24  # 64 MiB of float32 scores at a time
+SPARE = 64  # candidates beyond k that are scored anew
+
+
+def retrieval_of(table: Tensor) -> "Retrieval | FusedRetrieval":
+    """The fastest on the table's device. table: float32 [items, width]; row 0 is no item."""
+    return FusedRetrieval(table) if table.is_cuda and table.shape[1] * 4 <= MAX_ROW_BYTES else Retrieval(table)
+
+
+class FusedRetrieval:
+    """As Retrieval, by this project's operator: no scores of the whole catalogue in memory.
+
+    Half precision finds k and some more, whose scores are then those of float32: an item whose score is among the k
+    best by less than half precision can tell may be missed, if 64 others lie between.
+    """
+
+    def __init__(self, table: Tensor, dtype: torch.dtype = torch.bfloat16) -> None:
+        self._table, self._half, self._plain = table, table.to(dtype), Retrieval(table)
+        self.bar(np.array([UNKNOWN]))
+
+    def bar(self, rows: np.ndarray) -> None:
+        """See Retrieval."""
+        self._plain.bar(rows)
+        self._eligible = torch.ones(len(self._table), dtype=torch.bool, device=self._table.device)
+        self._eligible[torch.from_numpy(rows).to(self._table.device)] = False
+
+    def top_k(self, states: Tensor, rows: np.ndarray, tokens: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """See Retrieval."""
+        if k + SPARE > MAX_K:
+            return self._plain.top_k(states, rows, tokens, k)
+        seen, offsets = self._seen(len(states), rows, tokens)
+        _, candidates = sequence_recommendation_interaction(
+            states.to(self._half.dtype), self._half, k + SPARE, seen=seen, seen_offsets=offsets,
+            eligible=self._eligible, check_values=False,
+        )  # fmt: skip
+        scores = candidate_interaction(states, self._table, candidates, check_values=False)
+        scores, order = scores.sort(dim=1, descending=True, stable=True)
+        found = candidates.gather(1, order[:, :k]).clamp(min=UNKNOWN)
+        return found.int().cpu().numpy(), scores[:, :k].cpu().numpy()
+
+    def _seen(self, users: int, rows: np.ndarray, tokens: np.ndarray) -> tuple[Tensor, Tensor]:
+        """The pairs within the table by user, ascending, and where each user's begin."""
+        items, device = len(self._table), self._table.device
+        within = tokens < items
+        pairs = torch.from_numpy(rows[within].astype(np.int64) * items + tokens[within]).to(device).sort().values
+        return pairs % items, torch.searchsorted(pairs, torch.arange(users + 1, device=device) * items)
 
 
 class Retrieval:
@@ -14,7 +65,7 @@ class Retrieval:
 
     def __init__(self, table: Tensor) -> None:
         """table: float32 [items, width]; row 0 is no item."""
-        self._columns = table.T.contiguous()
+        self._columns = table.T if table.is_cuda else table.T.contiguous()
         self.bar(np.array([UNKNOWN]))
 
     def bar(self, rows: np.ndarray) -> None:

@@ -100,7 +100,8 @@ class FusedEncoder:
 def layer_weights(layer: torch.nn.Module, dtype: torch.dtype) -> LayerWeights:
     assert isinstance(layer, HstuLayer)
     norm_in, norm_out = layer.norm_in, layer.norm_out
-    assert isinstance(norm_in, LayerNorm) and isinstance(norm_out, LayerNorm)  # `knows` has seen to it
+    assert isinstance(norm_in, LayerNorm)  # `knows` has seen to it
+    assert isinstance(norm_out, LayerNorm)
     position, time = layer.position_bias, layer.time_bias
     position = position if layer.config.position_bias else torch.zeros_like(position)
     time = time if layer.config.time_bias else torch.zeros_like(time)

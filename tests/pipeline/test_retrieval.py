@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import retrieval
-from pipeline.retrieval import Retrieval
+from pipeline.retrieval import FusedRetrieval, Retrieval
 
 
 def brute_force(table: np.ndarray, states: np.ndarray, excluded: set[tuple[int, int]], k: int) -> list[list[int]]:
@@ -17,13 +17,16 @@ def brute_force(table: np.ndarray, states: np.ndarray, excluded: set[tuple[int, 
     return rows
 
 
+@pytest.mark.parametrize("kind", [Retrieval, FusedRetrieval])
 @settings(deadline=None)
 @given(st.integers(1, 9), st.integers(2, 12), st.integers(1, 15), st.integers(0, 999), st.integers(0, 40))
-def test_it_finds_what_looking_at_every_item_finds(users: int, items: int, k: int, seed: int, pairs: int) -> None:
+def test_it_finds_what_looking_at_every_item_finds(
+    kind: type[Retrieval | FusedRetrieval], users: int, items: int, k: int, seed: int, pairs: int
+) -> None:
     random = np.random.default_rng(seed)
     table, states = random.normal(size=(items, 4)).astype(np.float32), random.normal(size=(users, 4)).astype(np.float32)
     rows, tokens = random.integers(0, users, pairs), random.integers(0, items + 3, pairs).astype(np.int32)
-    found, scores = Retrieval(torch.from_numpy(table)).top_k(torch.from_numpy(states), rows, tokens, k)
+    found, scores = kind(torch.from_numpy(table)).top_k(torch.from_numpy(states), rows, tokens, k)
     excluded = set(zip(rows.tolist(), tokens.tolist(), strict=True))
     assert found.tolist() == brute_force(table, states, excluded, k)
     assert np.isneginf(scores[found == 0]).all()
