@@ -9,7 +9,7 @@ from torch import Tensor
 from pipeline.affinity import Affinities
 from pipeline.artifact import Artifact
 from pipeline.backends import GraphOptions
-from pipeline.backends.torch import NO_OPTIONS, TorchEncoder
+from pipeline.backends.torch import USUAL_GRAPHS, TorchEncoder
 from pipeline.catalogue import Catalogue, Facts
 from pipeline.exclusion import Exclusion
 from pipeline.features import Inputs, inputs_of
@@ -35,7 +35,7 @@ class HstuRung:
 
     def __init__(
         self, artifact: Artifact, catalogue: Catalogue, exclusion: Exclusion, device: str = "auto", threads: int = 0,
-        rerank: Rerank = NOT_RERANKED, graphs: GraphOptions = NO_OPTIONS,
+        rerank: Rerank = NOT_RERANKED, graphs: GraphOptions = USUAL_GRAPHS,
     ) -> None:  # fmt: skip
         """The catalogue's vocabulary has the artifact's items, in any order. Others are known by their records, those
         without one are unknown to the model.

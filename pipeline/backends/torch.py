@@ -21,17 +21,18 @@ from pipeline.vocabulary import UNKNOWN
 if TYPE_CHECKING:
     from pipeline.backends.fused import FusedEncoder
 
-NO_OPTIONS = GraphOptions()
+USUAL_GRAPHS = GraphOptions()
 
 
 class TorchEncoder:
     """HSTU and its heads from an artifact. `device`: torch's name, or 'auto' for CUDA when there is one.
 
-    `threads` > 0 sets the number of torch's threads, of the whole process. graphs: of the batches on a GPU.
+    `threads` > 0 sets the number of torch's threads, of the whole process. graphs: of the batches on a GPU; None: eager
+    torch there too.
     """
 
     def __init__(
-        self, artifact: Artifact, device: str = "auto", threads: int = 0, graphs: GraphOptions = NO_OPTIONS
+        self, artifact: Artifact, device: str = "auto", threads: int = 0, graphs: GraphOptions | None = USUAL_GRAPHS
     ) -> None:
         if threads:
             torch.set_num_threads(threads)
@@ -48,7 +49,7 @@ class TorchEncoder:
         self.reads_contents = artifact.config.content_rows > 0
         self._vectors = self._hstu.items()
         self.table = self._hstu.scorer(self._vectors)
-        self._fused = self._fused_encoder(graphs) if self.device.type == "cuda" else None
+        self._fused = self._fused_encoder(graphs) if graphs and self.device.type == "cuda" else None
 
     @torch.inference_mode()
     def encode(self, inputs: Inputs) -> Tensor:
