@@ -116,9 +116,9 @@ class Tiles:
             return (tiles,)
         return (min(tiles, self.programs * torch.cuda.get_device_properties(device).multi_processor_count),)
 
-    def within(self, width: int) -> "Tiles":
-        """No deeper than the inner side."""
-        return replace(self, depth=min(self.depth, padded(width)))
+    def within(self, width: int, columns: int) -> "Tiles":
+        """No deeper than the inner side, no wider than the result."""
+        return replace(self, depth=min(self.depth, padded(width)), columns=min(self.columns, padded(columns)))
 
     @property
     def constants(self) -> dict[str, int]:
@@ -148,7 +148,7 @@ def project_in(x: Tensor, moments: Tensor, weight: Tensor, sums: Tensor, bias: T
     """x [rows, k], its moments, and `folded`'s weight [n, k], sums [n] and bias [n] -> SiLU(...) [rows, n]."""
     (rows, width), columns = x.shape, len(weight)
     out = x.new_empty((rows, columns))
-    tiles = (tiles or (LARGE_IN if rows > SMALL_ROWS else SMALL)).within(width)
+    tiles = (tiles or (LARGE_IN if rows > SMALL_ROWS else SMALL)).within(width, columns)
     if rows:
         count = ceil_div(columns, tiles.columns) * ceil_div(rows, tiles.rows)
         launch(
@@ -164,7 +164,7 @@ def project_out(y: Tensor, weight: Tensor, bias: Tensor, x: Tensor,
                 tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y [rows, k], weight [n, k], bias [n], x [rows, n] -> x + y W^T + b [rows, n], and its moments."""
     (rows, width), columns = y.shape, len(weight)
-    tiles = (tiles or (LARGE_OUT if rows > SMALL_ROWS else SMALL)).within(width)
+    tiles = (tiles or (LARGE_OUT if rows > SMALL_ROWS else SMALL)).within(width, columns)
     parts = ceil_div(columns, tiles.columns)
     out, moments = torch.empty_like(x), x.new_empty((rows, parts, 2), dtype=torch.float32)
     if rows:
