@@ -1,7 +1,8 @@
 """Attention's backward pass in Triton. Scores are computed anew; three kernels, so that none needs atomics.
 
-With x = alpha q k + bias, a = SiLU(x), and g = the gradient of A V / N, divided by N:
-    dV = A^T g,   dx = (g V^T) * SiLU'(x),   dQ = alpha dx K,   dK = alpha dx^T Q,   dbias = sums of dx
+With x = alpha q k + bias, a = m SiLU(x) where m = 0 drops a weight and m = 1 keeps it, and g = the gradient of the
+result, A V / (N (1 - p)), divided by N (1 - p):
+    dV = A^T g,   dx = m (g V^T) * SiLU'(x),   dQ = alpha dx K,   dK = alpha dx^T Q,   dbias = sums of dx
 """
 
 import torch
@@ -9,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fused_attention_layernorm.kernel import is_visible, rows_of
-from kernels.fused_attention_layernorm.launch import precision
+from kernels.fused_attention_layernorm.dropout import kept_of
+from kernels.fused_attention_layernorm.kernel import WHOLE, is_kept, is_visible, rows_of
+from kernels.fused_attention_layernorm.launch import given, precision
 from kernels.fused_attention_layernorm.plan import tile_order
 from kernels.launching import ceil_div, launch, next_power_of_2
 
@@ -19,11 +21,13 @@ SPLITS = 8  # programs that share the tiles of one diagonal
 
 @triton.jit
 def score_tile(
-    q_tile, k_tile, v_tile, grad_tile, row, column, length, seen, bucket_at, position_bias, time_bias, alpha,
+    q_tile, k_tile, v_tile, grad_tile, row, tile, start, length, seen, bucket_at, position_bias, time_bias,
+    seed, head, alpha,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CONTEXTUAL: tl.constexpr, HAS_TARGETS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    KEPT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of [ROWS, COLUMNS] scores: a, dx, and each one's time bucket; 0 where nothing is seen."""
+    """Of [ROWS, COLUMNS] scores: a, dx, and each one's time bucket; 0 where nothing is seen or kept."""
+    column = tile * COLUMNS + tl.arange(0, COLUMNS)
     visible = is_visible(row, column, seen, CONTEXTUAL, HAS_TARGETS)
     visible = visible & (row < length)[:, None] & (column < length)[None, :]
     bucket = tile_order(tl.load(bucket_at + tl.arange(0, ROWS * COLUMNS)), ROWS, COLUMNS).to(tl.int32)
@@ -33,6 +37,8 @@ def score_tile(
     sigmoid = tl.sigmoid(x)
     slope = sigmoid * (1.0 + x * (1.0 - sigmoid))
     above = tl.dot(grad_tile, v_tile.T, input_precision=PRECISION)
+    if KEPT < WHOLE:
+        visible = visible & is_kept(seed, start.to(tl.int32) + row, tile, head, COLUMNS, KEPT)
     return tl.where(visible, x * sigmoid, 0.0), tl.where(visible, above * slope, 0.0), bucket
 
 
@@ -44,11 +50,11 @@ def load_rows(x, row, length, stride, D: tl.constexpr):
 
 @triton.jit
 def grad_q_kernel(
-    q, k, v, grad, grad_q, items, offsets, targets, buckets, position_bias, time_bias,
+    q, k, v, grad, grad_q, items, offsets, targets, buckets, position_bias, time_bias, seed,
     q_stride, k_stride, v_stride, alpha, positions,
     HEADS: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr, TIMES: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CONTEXTUAL: tl.constexpr, HAS_TARGETS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    KEPT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (heads, blocks): over the tiles of a row block.
 
@@ -68,9 +74,10 @@ def grad_q_kernel(
         k_tile = load_rows(k + start * k_stride + head * D_QK, column, length, k_stride, D_QK)
         v_tile = load_rows(v + start * v_stride + head * D_V, column, length, v_stride, D_V)
         _, slope, _ = score_tile(
-            q_tile, k_tile, v_tile, grad_tile, row, column, length, seen,
+            q_tile, k_tile, v_tile, grad_tile, row, tile, start, length, seen,
             buckets + (tile0 + tile).to(tl.int64) * (ROWS * COLUMNS), position_bias + head * positions,
-            time_bias + head * TIMES, alpha, ROWS, COLUMNS, CONTEXTUAL, HAS_TARGETS, PRECISION,
+            time_bias + head * TIMES, tl.load(seed), head, alpha, ROWS, COLUMNS, CONTEXTUAL, HAS_TARGETS, KEPT,
+            PRECISION,
         )  # fmt: skip
         result = tl.dot(slope.to(k_tile.dtype), k_tile, result, input_precision=PRECISION)
     at = grad_q + (start + row)[:, None] * (HEADS * D_QK) + (head * D_QK + tl.arange(0, D_QK))[None, :]
@@ -79,11 +86,11 @@ def grad_q_kernel(
 
 @triton.jit
 def grad_kv_kernel(
-    q, k, v, grad, grad_k, grad_v, items, offsets, targets, buckets, position_bias, time_bias,
+    q, k, v, grad, grad_k, grad_v, items, offsets, targets, buckets, position_bias, time_bias, seed,
     q_stride, k_stride, v_stride, alpha, positions,
     HEADS: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr, TIMES: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CONTEXTUAL: tl.constexpr, HAS_TARGETS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    KEPT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (heads, blocks, ROWS / COLUMNS): over the row blocks that see one tile's columns. A user's blocks lie
     together, the last first, so the next one of its rows is the item before."""
@@ -106,9 +113,10 @@ def grad_kv_kernel(
             q_tile = load_rows(q + start * q_stride + head * D_QK, row, length, q_stride, D_QK)
             grad_tile = load_rows(grad + start * HEADS * D_V + head * D_V, row, length, HEADS * D_V, D_V)
             weights, slope, _ = score_tile(
-                q_tile, k_tile, v_tile, grad_tile, row, column, length, seen,
+                q_tile, k_tile, v_tile, grad_tile, row, tile, start, length, seen,
                 buckets + (tl.load(item + 2) + tile).to(tl.int64) * (ROWS * COLUMNS), position_bias + head * positions,
-                time_bias + head * TIMES, alpha, ROWS, COLUMNS, CONTEXTUAL, HAS_TARGETS, PRECISION,
+                time_bias + head * TIMES, tl.load(seed), head, alpha, ROWS, COLUMNS, CONTEXTUAL, HAS_TARGETS, KEPT,
+                PRECISION,
             )  # fmt: skip
             result_v = tl.dot(tl.trans(weights.to(v_tile.dtype)), grad_tile, result_v, input_precision=PRECISION)
             result_k = tl.dot(tl.trans(slope.to(q_tile.dtype)), q_tile, result_k, input_precision=PRECISION)
@@ -121,11 +129,11 @@ def grad_kv_kernel(
 
 @triton.jit
 def grad_bias_kernel(
-    q, k, v, grad, by_position, by_time, items, item_count, offsets, targets, buckets, position_bias, time_bias,
+    q, k, v, grad, by_position, by_time, items, item_count, offsets, targets, buckets, position_bias, time_bias, seed,
     q_stride, k_stride, v_stride, alpha, positions, first_diagonal,
     HEADS: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr, TIMES: tl.constexpr, TIME_BLOCK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CONTEXTUAL: tl.constexpr, HAS_TARGETS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    KEPT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (heads, diagonals, SPLITS): over all tiles at one distance from the diagonal, which share their positions.
 
@@ -147,9 +155,9 @@ def grad_bias_kernel(
                 load_rows(k + start * k_stride + head * D_QK, column, length, k_stride, D_QK),
                 load_rows(v + start * v_stride + head * D_V, column, length, v_stride, D_V),
                 load_rows(grad + start * HEADS * D_V + head * D_V, row, length, HEADS * D_V, D_V),
-                row, column, length, seen, buckets + (tile0 + tile).to(tl.int64) * (ROWS * COLUMNS),
-                position_bias + head * positions, time_bias + head * TIMES, alpha,
-                ROWS, COLUMNS, CONTEXTUAL, HAS_TARGETS, PRECISION,
+                row, tile, start, length, seen, buckets + (tile0 + tile).to(tl.int64) * (ROWS * COLUMNS),
+                position_bias + head * positions, time_bias + head * TIMES, tl.load(seed), head, alpha,
+                ROWS, COLUMNS, CONTEXTUAL, HAS_TARGETS, KEPT, PRECISION,
             )  # fmt: skip
             tile_sum += slope
             for time in range(tl.min(bucket), tl.max(bucket) + 1):  # far from the diagonal a tile has few buckets
@@ -184,10 +192,10 @@ def along_diagonals(tiles: Tensor, first_diagonal: int, positions: int) -> Tenso
 
 def attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, targets: Tensor | None, items: Tensor,
-    buckets: Tensor, position_bias: Tensor, time_bias: Tensor, alpha: float, contextual: int, max_length: int,
-    rows: int, columns: int,
+    buckets: Tensor, position_bias: Tensor, time_bias: Tensor, seed: Tensor | None, alpha: float, dropout: float,
+    contextual: int, max_length: int, rows: int, columns: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """grad: [total, heads * d_v], of A V / N, divided by N, in q's dtype; all else as `attend`.
+    """grad: [total, heads * d_v], `gate_backward`'s, in q's dtype; all else as `attend`.
 
     -> the gradients of q, k, v, and of the two tables in float32. Equal inputs give equal bits.
     """
@@ -200,12 +208,12 @@ def attention_backward(
     diagonals, times = reach - first_diagonal, time_bias.shape[1]
     by_position = q.new_empty((SPLITS, diagonals, heads, rows, columns), dtype=torch.float32)
     by_time = q.new_empty((SPLITS, diagonals, heads, times), dtype=torch.float32)
-    batch = (offsets, offsets if targets is None else targets, buckets, position_bias, time_bias)
+    batch = (offsets, given(targets, offsets), buckets, position_bias, time_bias, given(seed, offsets))
     numbers = (q.stride(0), k.stride(0), v.stride(0), alpha, position_bias.shape[1])
     options = {
         "HEADS": heads, "D_QK": d_qk, "D_V": d_v, "TIMES": times, "ROWS": rows, "COLUMNS": columns,
-        "CONTEXTUAL": contextual, "HAS_TARGETS": targets is not None, "PRECISION": precision(q.dtype),
-        "num_warps": rows // 16, "num_stages": 1,
+        "CONTEXTUAL": contextual, "HAS_TARGETS": targets is not None, "KEPT": kept_of(dropout),
+        "PRECISION": precision(q.dtype), "num_warps": rows // 16, "num_stages": 1,
     }  # fmt: skip
     launch(grad_q_kernel, (heads, len(items)), q, k, v, grad, grads[0], items, *batch, *numbers, **options)
     launch(

@@ -57,6 +57,28 @@ def check_values(seconds: Tensor, offsets: Tensor, thresholds: Tensor, targets: 
         require_values("targets", targets, {"must be between 0 and the user's rows": wrong})
 
 
+def seed_of(dropout: float, seed: Tensor | int | None, device: torch.device) -> Tensor | None:
+    """int64 [] on the device, None without dropout."""
+    if not 0.0 <= dropout < 1.0:  # NaN too
+        raise ValueError(f"dropout is {dropout}, wanted a probability from 0 up to but not 1")
+    if not dropout:
+        return None
+    if seed is None:
+        raise ValueError(f"seed is None with dropout {dropout}, wanted an int64 tensor [] on {device} or an int")
+    if isinstance(seed, int):
+        return torch.full((), seed, dtype=torch.int64, device=device)
+    require(seed.dtype == torch.int64 and seed.dim() == 0 and seed.device == device,
+            "seed", seed, f"torch.int64 [] on {device}")  # fmt: skip
+    return seed
+
+
+def check_last(targets: Tensor | None, contextual: int, dropout: float) -> None:
+    if targets is not None or contextual:
+        raise ValueError("last=True knows neither targets nor contextual rows, wanted a plan without them")
+    if dropout:
+        raise ValueError(f"last=True is for inference, wanted no dropout instead of {dropout}")
+
+
 def check_finite(**parts: Tensor) -> None:
     """For debugging; waits for the device."""
     for name, part in parts.items():

@@ -67,7 +67,7 @@ class Encoder:
         u, q, v, k = projected.split(self._sizes, dim=1)
         attended, moments = attend(
             self._by_head(q), self._by_head(k), self._by_head(v), plan.offsets, plan.targets, plan.items, plan.buckets,
-            layer.position_bias, layer.time_bias, 1.0, self.max_events, plan.contextual, plan.launch,
+            layer.position_bias, layer.time_bias, 1.0, 1.0 / self.max_events, plan.contextual, plan.launch,
         )  # fmt: skip
         y = normalise_and_gate(attended, moments, u, layer.gain, layer.shift, self.eps)
         return project_out(y, layer.out_weight, layer.out_bias, x)
@@ -82,7 +82,7 @@ class Encoder:
         v, k = project_in(x, moments, *parts[1], self.eps).split(self._sizes[2:], dim=1)
         attended, moments = attend_last(
             self._by_head(q), self._by_head(k), self._by_head(v), plan.seconds, plan.offsets, plan.thresholds,
-            layer.position_bias, layer.time_bias, 1.0, self.max_events,
+            layer.position_bias, layer.time_bias, 1.0, 1.0 / self.max_events,
         )  # fmt: skip
         y = normalise_and_gate(attended, moments, u, layer.gain, layer.shift, self.eps)
         return project_out(y, layer.out_weight, layer.out_bias, x_newest)[0]

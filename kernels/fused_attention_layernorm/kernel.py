@@ -7,8 +7,10 @@ products, a byte a score for its time bucket, and two look-ups in tables that st
 import triton
 import triton.language as tl
 
+from kernels.fused_attention_layernorm import dropout
 from kernels.fused_attention_layernorm.plan import bucket_of, tile_order
 
+ROUNDS, WHOLE = tl.constexpr(dropout.ROUNDS), tl.constexpr(dropout.WHOLE)
 HIDDEN = tl.constexpr(-1e4)  # SiLU of it is 0, in the fast form too; of -inf it is NaN
 
 
@@ -73,10 +75,23 @@ def is_visible(row, column, seen, CONTEXTUAL: tl.constexpr, HAS_TARGETS: tl.cons
 
 
 @triton.jit
+def is_kept(seed, row, tile, head, COLUMNS: tl.constexpr, KEPT: tl.constexpr):
+    """bool [ROWS, COLUMNS] as dropout.is_kept; row: in the packed batch. Eight columns of a thread share a draw: the
+    compiler sees that their counters are equal and draws once."""
+    column = tl.arange(0, COLUMNS)
+    group = tile * (COLUMNS // 8) + (column >> 5) * 4 + ((column >> 1) & 3)
+    words = tl.philox(seed, row[:, None], group[None, :], head, 0, ROUNDS)  # four
+    place = ((column >> 3) & 3)[None, :]
+    word = tl.where(place < 2, tl.where(place == 0, words[0], words[1]), tl.where(place == 2, words[2], words[3]))
+    return ((word >> ((column & 1) * 16)[None, :].to(tl.uint32)) & (WHOLE - 1)) < KEPT
+
+
+@triton.jit
 def attend_block(
-    q, k, v, start, row0, tiles, whole, length, seen, buckets, position_bias, time_bias, alpha, head,
+    q, k, v, start, row0, tiles, whole, length, seen, buckets, position_bias, time_bias, seed, alpha, head,
     D_QK: tl.constexpr, D_V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    CONTEXTUAL: tl.constexpr, HAS_TARGETS: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    CONTEXTUAL: tl.constexpr, HAS_TARGETS: tl.constexpr, KEPT: tl.constexpr, FAST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """float32 [ROWS, D_V]: one head's SiLU(...) V of one row block. The first `whole` tiles need no mask."""
     # Rows beyond the user's end are never stored; they do as the last row does.
@@ -91,6 +106,8 @@ def attend_block(
         bucket = tile_order(tl.load(buckets + tile * (ROWS * COLUMNS)), ROWS, COLUMNS).to(tl.int32)
         bias = read(time_bias + bucket, FAST) + read(position - tile * COLUMNS, FAST)
         weights = silu(scores * alpha + bias, FAST)
+        if KEPT < WHOLE:
+            weights = tl.where(is_kept(seed, start + row, tile, head, COLUMNS, KEPT), weights, 0.0)
         v_tile = v.load([start + tile * COLUMNS, head * D_V])
         result = tl.dot(weights.to(v_tile.dtype), v_tile, result, input_precision=PRECISION)
     for tile in range(whole, tiles):
@@ -103,6 +120,8 @@ def attend_block(
             near += tl.maximum(tile * COLUMNS + column[None, :] - row[:, None], 0)
         bias = read(time_bias + bucket, FAST) + read_if(near, visible, FAST)
         weights = silu(tl.where(visible, scores * alpha + bias, HIDDEN), FAST)
+        if KEPT < WHOLE:
+            weights = tl.where(is_kept(seed, start + row, tile, head, COLUMNS, KEPT), weights, 0.0)
         v_tile = v.load([start + tile * COLUMNS, head * D_V])
         v_tile = tl.where((tile * COLUMNS + column < length)[:, None], v_tile, 0.0)  # the next user's rows may be NaN
         result = tl.dot(weights.to(v_tile.dtype), v_tile, result, input_precision=PRECISION)
@@ -111,11 +130,11 @@ def attend_block(
 
 @triton.jit
 def attention_kernel(
-    q, k, v, attended, moments, items, offsets, targets, buckets, position_bias, time_bias,
-    alpha, inverse_n, positions,
+    q, k, v, attended, moments, items, offsets, targets, buckets, position_bias, time_bias, seed,
+    alpha, scale, positions,
     HEADS: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr, TIMES: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CONTEXTUAL: tl.constexpr, HAS_TARGETS: tl.constexpr,
-    FAST: tl.constexpr, PRECISION: tl.constexpr,
+    KEPT: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (heads, blocks). q, k, v: descriptors of [tokens, HEADS * d] in tiles; attended: [tokens, HEADS * D_V];
     moments: float32 [tokens, HEADS, 2], the sum and the sum of squares of each head's part of a row of `attended`."""
@@ -127,11 +146,11 @@ def attention_kernel(
     whole = tl.minimum(row0, seen) // COLUMNS  # tiles that need no mask
     if CONTEXTUAL:
         whole = tl.where(row0 < CONTEXTUAL, 0, whole)
-    result = inverse_n * attend_block(
+    result = scale * attend_block(
         q, k, v, start, row0, tiles, whole, length, seen,
         buckets + tile0.to(tl.int64) * (ROWS * COLUMNS) + tl.arange(0, ROWS * COLUMNS),
-        position_bias + head * positions, time_bias + head * TIMES, alpha, head,
-        D_QK, D_V, ROWS, COLUMNS, CONTEXTUAL, HAS_TARGETS, FAST, PRECISION,
+        position_bias + head * positions, time_bias + head * TIMES, tl.load(seed), alpha, head,
+        D_QK, D_V, ROWS, COLUMNS, CONTEXTUAL, HAS_TARGETS, KEPT, FAST, PRECISION,
     )  # fmt: skip
     row, part = row0 + tl.arange(0, ROWS), tl.arange(0, D_V)
     at, kept = start.to(tl.int64) + row, row < length
@@ -145,7 +164,7 @@ def attention_kernel(
 @triton.jit
 def last_attention_kernel(
     q, k, v, attended, moments, offsets, seconds, thresholds, position_bias, time_bias,
-    q_stride, k_stride, v_stride, alpha, inverse_n, positions,
+    q_stride, k_stride, v_stride, alpha, scale, positions,
     HEADS: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr, BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
     TIMES: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
@@ -173,7 +192,7 @@ def last_attention_kernel(
         scores = tl.sum(q_row[None, :] * k_tile, 1) * alpha + bias  # [COLUMNS]
         weights = tl.where(valid, silu(scores, FAST), 0.0)
         accumulator += weights[:, None] * v_tile
-    row = tl.sum(accumulator, 0) * inverse_n  # [BLOCK_V]
+    row = tl.sum(accumulator, 0) * scale  # [BLOCK_V]
     tl.store(attended + user * (HEADS * D_V) + head * D_V + d_v, row.to(attended.dtype.element_ty), mask=d_v < D_V)
     tl.store(moments + (user * HEADS + head) * 2, tl.sum(row, 0))
     tl.store(moments + (user * HEADS + head) * 2 + 1, tl.sum(row * row, 0))

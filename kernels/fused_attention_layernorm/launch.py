@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.fused_attention_layernorm.dropout import kept_of, weight_of
 from kernels.fused_attention_layernorm.kernel import attention_kernel, last_attention_kernel
 from kernels.fused_attention_layernorm.norm import gate_backward_kernel, gate_kernel
 from kernels.launching import ceil_div, next_power_of_2
@@ -73,11 +74,18 @@ def between(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
+def given(argument: Tensor | None, other: Tensor) -> Tensor:
+    """A kernel that does not read an argument gets some other tensor."""
+    return other if argument is None else argument
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, targets: Tensor | None, items: Tensor, buckets: Tensor,
-    position_bias: Tensor, time_bias: Tensor, alpha: float, max_events: int, contextual: int, launch: Launch,
+    position_bias: Tensor, time_bias: Tensor, alpha: float, scale: float, contextual: int, launch: Launch,
+    seed: Tensor | None = None, dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q, k, v: [total, heads, d], rows of any stride that divides by 16 bytes, d a power of two of at least 16.
+    scale: 1 / N, of the result. seed: int64 [], if there is dropout.
 
     -> A V / N [total, heads * d_v] and its moments float32 [total, heads, 2]. Rows beyond a user's first
     `position_bias.shape[1]` stay unwritten.
@@ -90,17 +98,18 @@ def attend(
         run(
             attention_kernel, (heads, len(items)),
             tiled(q, launch.rows, d_qk), tiled(k, launch.columns, d_qk), tiled(v, launch.columns, d_v), attended,
-            moments, items, offsets, offsets if targets is None else targets, buckets, position_bias, time_bias, alpha,
-            1.0 / max_events, position_bias.shape[1], HEADS=heads, D_QK=d_qk, D_V=d_v, TIMES=time_bias.shape[1],
-            ROWS=launch.rows, COLUMNS=launch.columns, CONTEXTUAL=contextual, HAS_TARGETS=targets is not None,
-            FAST=fast(q), PRECISION=precision(q.dtype), **launch.options,
+            moments, items, offsets, given(targets, offsets), buckets, position_bias, time_bias, given(seed, offsets),
+            alpha, scale * weight_of(dropout), position_bias.shape[1],
+            HEADS=heads, D_QK=d_qk, D_V=d_v, TIMES=time_bias.shape[1], ROWS=launch.rows, COLUMNS=launch.columns,
+            CONTEXTUAL=contextual, HAS_TARGETS=targets is not None, KEPT=kept_of(dropout), FAST=fast(q),
+            PRECISION=precision(q.dtype), **launch.options,
         )  # fmt: skip
     return attended, moments
 
 
 def attend_last(
     q: Tensor, k: Tensor, v: Tensor, seconds: Tensor, offsets: Tensor, thresholds: Tensor,
-    position_bias: Tensor, time_bias: Tensor, alpha: float, max_events: int,
+    position_bias: Tensor, time_bias: Tensor, alpha: float, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `attend`, of each user's newest row alone; q: [users, heads, d] -> [users, heads * d_v] and moments."""
     (users, heads, d_qk), d_v = q.shape, v.shape[2]
@@ -110,7 +119,7 @@ def attend_last(
         run(
             last_attention_kernel, (heads, users),
             q, k, v, attended, moments, offsets, seconds, thresholds, position_bias, time_bias,
-            q.stride(0), k.stride(0), v.stride(0), alpha, 1.0 / max_events, position_bias.shape[1],
+            q.stride(0), k.stride(0), v.stride(0), alpha, scale, position_bias.shape[1],
             HEADS=heads, D_QK=d_qk, D_V=d_v, BLOCK_QK=padded(d_qk), BLOCK_V=padded(d_v), TIMES=time_bias.shape[1],
             COLUMNS=LAST_COLUMNS, FAST=fast(q), num_warps=8,
         )  # fmt: skip
@@ -140,9 +149,10 @@ def normalise_and_gate(
 
 def gate_backward(
     grad: Tensor, attended: Tensor, moments: Tensor, u: Tensor, weight: Tensor, bias: Tensor, eps: float,
-    max_events: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """-> the gradients of A V / N, divided by N, in u's dtype, of u, of weight and of bias."""
+    """scale: what `attend` multiplied A V by -> the gradient of its result, times `scale`, in u's dtype; those of u,
+    weight and bias."""
     rows, width = attended.shape
     group, programs = max(1, 2048 // padded(width)), 264
     below, grad_u = u.new_empty((rows, width)), u.new_empty((rows, width))
@@ -150,7 +160,7 @@ def gate_backward(
     if rows:
         run(
             gate_backward_kernel, (programs,), grad, attended, moments, u, weight, bias, below, grad_u, partial, rows,
-            u.stride(0), eps, 1.0 / max_events, HEADS=moments.shape[1], WIDTH=width, BLOCK=padded(width), GROUP=group,
+            u.stride(0), eps, scale, HEADS=moments.shape[1], WIDTH=width, BLOCK=padded(width), GROUP=group,
             num_warps=4,
         )  # fmt: skip
     grad_weight, grad_bias = partial.sum(0)

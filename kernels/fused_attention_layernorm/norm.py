@@ -36,12 +36,13 @@ def gate_kernel(
 
 @triton.jit
 def gate_backward_kernel(
-    grad, attended, moments, u, weight, bias, grad_attended, grad_u, partial, rows, u_stride, eps, inverse_n,
+    grad, attended, moments, u, weight, bias, grad_attended, grad_u, partial, rows, u_stride, eps, scale_below,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """A program takes every n-th group of rows.
 
-    grad_attended: divided by N; partial: float32 [programs, 2, WIDTH], its sums of the gradients of weight and bias.
+    grad_attended: times `scale_below`; partial: float32 [programs, 2, WIDTH], its sums of the gradients of weight and
+    bias.
     """
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
@@ -62,7 +63,7 @@ def gate_backward_kernel(
         grad_shift += tl.sum(above * gate, 0)
         inner = above * gate * gain
         along = tl.sum(inner * normed, 1)[:, None] / WIDTH
-        below = (inner - tl.sum(inner, 1)[:, None] / WIDTH - normed * along) * (scale[:, None] * inverse_n)
+        below = (inner - tl.sum(inner, 1)[:, None] / WIDTH - normed * along) * (scale[:, None] * scale_below)
         tl.store(grad_attended + at, below.to(grad_attended.dtype.element_ty), mask=kept)
     place = partial + tl.program_id(0) * 2 * WIDTH + column
     tl.store(place, grad_gain, mask=inside)

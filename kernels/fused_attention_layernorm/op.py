@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels.fused_attention_layernorm import checks
 from kernels.fused_attention_layernorm.backward import attention_backward
 from kernels.fused_attention_layernorm.batch import Plan
+from kernels.fused_attention_layernorm.dropout import weight_of
 from kernels.fused_attention_layernorm.launch import (
     Launch,
     attend,
@@ -38,6 +39,8 @@ def fused_attention_layernorm(
     max_events: int,
     alpha: float = 1.0,
     *,
+    dropout: float = 0.0,
+    seed: Tensor | int | None = None,
     last: bool = False,
     debug: bool = False,
 ) -> Tensor:
@@ -46,6 +49,8 @@ def fused_attention_layernorm(
     q, k: [total, heads, d_qk]; v, u: [total, heads, d_v]; all float32, bfloat16 or float16; sums are float32.
     position_bias: float32 [heads, max_events]; time_bias: float32 [heads, thresholds + 1]; norm_weight, norm_bias:
     float32 [heads * d_v]. max_events: the constant N. plan: of the batch, see Plan.of; one serves all layers.
+    dropout: the share of attention weights to leave out, the others count for them; seed: int64 [] on the device, or an
+    int, decides which. Equal seeds leave out the same ones: draw one for each layer and step.
     last: only each user's newest row, for inference; q and u are [users, heads, d] then.
     debug: look for NaN and infinity first, which waits for the device.
 
@@ -57,18 +62,19 @@ def fused_attention_layernorm(
     weights = (position_bias, time_bias, norm_weight, norm_bias)
     checks.check_rows(q, k, v, u, total, len(plan.offsets) - 1 if last else total, device)
     checks.check_tables(q.shape[1], v.shape[2], max_events, len(plan.thresholds) + 1, *weights, device)
+    seed = checks.seed_of(dropout, seed, device)
     if debug:
         checks.check_finite(q=q, k=k, v=v, u=u, position_bias=position_bias, time_bias=time_bias)
     kernels = plan.kernels and q.shape[2] in WIDTHS and v.shape[2] in WIDTHS
     batch, numbers = (plan.seconds, plan.offsets, plan.thresholds), (eps, max_events, alpha)
     if last:
-        if plan.targets is not None or plan.contextual:
-            raise ValueError("last=True knows neither targets nor contextual rows, wanted a plan without them")
+        checks.check_last(plan.targets, plan.contextual, dropout)
         return attention_last(q, k, v, u, *weights, *batch, *numbers, kernels)
     if not kernels and torch.is_grad_enabled() and any(part.requires_grad for part in (q, k, v, u, *weights)):
-        return packed_reference(q, k, v, u, *weights, *batch, plan.targets, *numbers, plan.contextual)
+        return packed_reference(q, k, v, u, *weights, *batch, plan.targets, seed, *numbers, dropout, plan.contextual)
     launch = [plan.launch.rows, plan.launch.columns, plan.launch.stages, plan.launch.registers]
-    whole = (*batch, plan.targets, plan.items, plan.buckets, *numbers, plan.contextual, plan.max_length, launch)
+    prepared = (plan.targets, plan.items, plan.buckets, seed)
+    whole = (*batch, *prepared, *numbers, dropout, plan.contextual, plan.max_length, launch)
     return attention(q, k, v, u, *weights, *whole, kernels)[0]
 
 
@@ -76,18 +82,18 @@ def fused_attention_layernorm(
 def attention(
     q: Tensor, k: Tensor, v: Tensor, u: Tensor, position_bias: Tensor, time_bias: Tensor, norm_weight: Tensor,
     norm_bias: Tensor, seconds: Tensor, offsets: Tensor, thresholds: Tensor, targets: Tensor | None, items: Tensor,
-    buckets: Tensor, eps: float, max_events: int, alpha: float, contextual: int, max_length: int, launch: list[int],
-    kernels: bool,
+    buckets: Tensor, seed: Tensor | None, eps: float, max_events: int, alpha: float, dropout: float, contextual: int,
+    max_length: int, launch: list[int], kernels: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> Y [total, width]; for the backward pass, from the kernels, A V / N [total, width] and its moments."""
     weights = (position_bias, time_bias, norm_weight, norm_bias)
     if not kernels:
-        batch, numbers = (seconds, offsets, thresholds, targets), (eps, max_events, alpha, contextual)
+        batch, numbers = (seconds, offsets, thresholds, targets, seed), (eps, max_events, alpha, dropout, contextual)
         return packed_reference(q, k, v, u, *weights, *batch, *numbers), u.new_empty(0), u.new_empty(0)
     tables = (position_bias.contiguous(), time_bias.contiguous())
     attended, moments = attend(
-        ready(q), ready(k), ready(v), offsets, targets, items, buckets, *tables, alpha, max_events, contextual,
-        Launch(*launch),
+        ready(q), ready(k), ready(v), offsets, targets, items, buckets, *tables, alpha, 1.0 / max_events, contextual,
+        Launch(*launch), seed, dropout,
     )  # fmt: skip
     return normalise_and_gate(attended, moments, ready(u).flatten(1), norm_weight, norm_bias, eps), attended, moments
 
@@ -104,16 +110,17 @@ def _(q: Tensor, k: Tensor, v: Tensor, u: Tensor, *rest: Any) -> tuple[Tensor, T
 def attention_gradients(
     grad: Tensor, attended: Tensor, moments: Tensor, q: Tensor, k: Tensor, v: Tensor, u: Tensor, position_bias: Tensor,
     time_bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, offsets: Tensor, targets: Tensor | None, items: Tensor,
-    buckets: Tensor, eps: float, max_events: int, alpha: float, contextual: int, max_length: int, rows: int,
-    columns: int,
+    buckets: Tensor, seed: Tensor | None, eps: float, max_events: int, alpha: float, dropout: float, contextual: int,
+    max_length: int, rows: int, columns: int,
 ) -> list[Tensor]:  # fmt: skip
     """-> the gradients of q, k, v, u, both bias tables, and the norm's weight and bias."""
     below, grad_u, grad_weight, grad_bias = gate_backward(
-        grad.contiguous(), attended, moments, ready(u).flatten(1), norm_weight, norm_bias, eps, max_events
-    )
+        grad.contiguous(), attended, moments, ready(u).flatten(1), norm_weight, norm_bias, eps,
+        weight_of(dropout) / max_events,
+    )  # fmt: skip
     grad_q, grad_k, grad_v, grad_position, grad_time = attention_backward(
         below, ready(q), ready(k), ready(v), offsets, targets, items, buckets, position_bias.contiguous(),
-        time_bias.contiguous(), alpha, contextual, max_length, rows, columns,
+        time_bias.contiguous(), seed, alpha, dropout, contextual, max_length, rows, columns,
     )  # fmt: skip
     return [grad_q, grad_k, grad_v, grad_u.view(u.shape), grad_position, grad_time, grad_weight, grad_bias]
 
@@ -124,15 +131,15 @@ def _(grad: Tensor, attended: Tensor, moments: Tensor, *rest: Any) -> list[Tenso
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    offsets, (targets, items, buckets) = inputs[9], inputs[11:14]
-    ctx.save_for_backward(*inputs[:8], offsets, targets, items, buckets, *output[1:])
-    ctx.numbers, ctx.tile = inputs[14:19], inputs[19][:2]
+    offsets, prepared = inputs[9], inputs[11:15]  # targets, items, buckets, seed
+    ctx.save_for_backward(*inputs[:8], offsets, *prepared, *output[1:])
+    ctx.numbers, ctx.tile = inputs[15:21], inputs[21][:2]
 
 
 def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
     *inputs, attended, moments = ctx.saved_tensors
     grads = attention_gradients(grad, attended, moments, *inputs, *ctx.numbers, *ctx.tile)
-    return *grads, *(None,) * 13
+    return *grads, *(None,) * 15
 
 
 attention.register_autograd(_backward, setup_context=_remember)
@@ -148,14 +155,14 @@ def attention_last(
     if kernels:
         tables = (position_bias.contiguous(), time_bias.contiguous())
         rows = (ready(q), ready(k), ready(v), seconds, offsets, thresholds)
-        attended, moments = attend_last(*rows, *tables, alpha, max_events)
+        attended, moments = attend_last(*rows, *tables, alpha, 1.0 / max_events)
         return normalise_and_gate(attended, moments, ready(u).flatten(1), norm_weight, norm_bias, eps)
     newest, some = offsets[1:].long() - 1, offsets.diff() > 0
     spread = [torch.zeros_like(k), torch.zeros_like(v)]  # only the newest rows' queries and gates matter
     for whole, part in zip(spread, (q, u), strict=True):
         whole[newest[some]] = part[some]
-    weights, batch = (position_bias, time_bias, norm_weight, norm_bias), (seconds, offsets, thresholds, None)
-    y = packed_reference(spread[0], k, v, spread[1], *weights, *batch, eps, max_events, alpha, 0)
+    weights, batch = (position_bias, time_bias, norm_weight, norm_bias), (seconds, offsets, thresholds, None, None)
+    y = packed_reference(spread[0], k, v, spread[1], *weights, *batch, eps, max_events, alpha, 0.0, 0)
     hidden = (norm_bias * u.flatten(1)).to(u.dtype)
     return hidden if not len(y) else torch.where(some[:, None], y[newest.clamp(min=0)], hidden)
 
@@ -174,8 +181,8 @@ def ready(x: Tensor) -> Tensor:
 
 def packed_reference(
     q: Tensor, k: Tensor, v: Tensor, u: Tensor, position_bias: Tensor, time_bias: Tensor, norm_weight: Tensor,
-    norm_bias: Tensor, seconds: Tensor, offsets: Tensor, thresholds: Tensor, targets: Tensor | None, eps: float,
-    max_events: int, alpha: float, contextual: int,
+    norm_bias: Tensor, seconds: Tensor, offsets: Tensor, thresholds: Tensor, targets: Tensor | None,
+    seed: Tensor | None, eps: float, max_events: int, alpha: float, dropout: float, contextual: int,
 ) -> Tensor:  # fmt: skip
     """The reference on packed rows: padded, in float32, packed again."""
     lengths = offsets.diff().long()
@@ -187,5 +194,6 @@ def packed_reference(
     y = reference(
         q[rows].float(), k[rows].float(), v[rows].float(), u[rows].float(), seconds[rows].long(), lengths,
         position_bias, time_bias, thresholds, norm_weight, norm_bias, eps, max_events, alpha, contextual, targets,
+        dropout, seed,
     )  # fmt: skip
     return y[own].to(q.dtype)

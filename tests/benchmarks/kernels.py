@@ -197,8 +197,8 @@ def error_of(hstu: Hstu, work: Work, plan: Plan) -> float:
     worst = total = 0.0
     for user in range(min(work.users, 32)):  # the padded specification of all at once takes too much memory
         a, b = work.offsets[user : user + 2].tolist()
-        one = (work.seconds[a:b], torch.tensor([0, b - a], device="cuda"), plan.thresholds, None)
-        wanted = packed_reference(*(part[a:b].float() for part in rows), *tables, *one, eps, n, 1.0, 0)
+        one = (work.seconds[a:b], torch.tensor([0, b - a], device="cuda"), plan.thresholds, None, None)
+        wanted = packed_reference(*(part[a:b].float() for part in rows), *tables, *one, eps, n, 1.0, 0.0, 0)
         worst += float((found[a:b].float() - wanted).square().sum())
         total += float(wanted.square().sum())
     return (worst / total) ** 0.5
@@ -212,7 +212,7 @@ def measure(hstu: Hstu, work: Work, thresholds: Tensor) -> Rows:
     fixed = graphed(lambda: encode(work.x, Plan.of(*whole, trusted=True)))
     rows = operator_inputs(work)[:3]
     layer = encode.layers[0]
-    tables = (layer.position_bias, layer.time_bias, 1.0, CONFIG.max_events, 0, plan.launch)
+    tables = (layer.position_bias, layer.time_bias, 1.0, 1.0 / CONFIG.max_events, 0, plan.launch)
 
     def attention() -> None:
         for _ in range(CONFIG.layers):
@@ -253,7 +253,7 @@ def tune(work: Work, thresholds: Tensor) -> None:
     for launch in LAUNCHES:
         plan = Plan.of(work.seconds, work.offsets, thresholds, work.cap, torch.bfloat16, launch=launch)
         batch = (plan.offsets, None, plan.items, plan.buckets)
-        call = graphed(lambda batch=batch, launch=launch: attend(*rows, *batch, *tables, 1.0, 1024, 0, launch))
+        call = graphed(lambda batch=batch, launch=launch: attend(*rows, *batch, *tables, 1.0, 1.0 / 1024, 0, launch))
         timed.append((float(do_bench(call, return_mode="median")), launch))
     for ms, launch in sorted(timed, key=lambda pair: pair[0]):
         print(f"{work.name}: {ms:.4f} ms a layer, {launch}", flush=True)

@@ -10,6 +10,7 @@ from pipeline.hstu import Hstu, HstuLayer
 from pipeline.hstu_config import HstuConfig
 from pipeline.jagged import GPU, Layout, Tiling
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CONFIG = HstuConfig(items=50, layers=2, width=16, heads=2, d_qk=8, d_v=4, max_events=40, dropout=0.0, content_rows=0)
 
 
@@ -26,15 +27,19 @@ def inputs_of_lengths(lengths: list[int], seed: int) -> Inputs:
 
 def model(seed: int, config: HstuConfig = CONFIG) -> Hstu:
     torch.manual_seed(seed)
-    hstu = Hstu(config).eval()
+    hstu = Hstu(config).eval().to(DEVICE)
     for parameter in hstu.parameters():  # biases begin at zero and would hide their errors
         torch.nn.init.normal_(parameter, std=0.3)
     return hstu
 
 
 def states(hstu: Hstu, inputs: Inputs, last: bool = False) -> Tensor:
-    items = hstu.items()[torch.from_numpy(inputs.tokens)]
-    return hstu(hstu.event_rows(items, torch.from_numpy(inputs.codes)), Layout.of(inputs), last)
+    return hstu(event_rows(hstu, inputs), Layout.of(inputs, DEVICE), last)
+
+
+def event_rows(hstu: Hstu, inputs: Inputs) -> Tensor:
+    tokens, codes = (torch.from_numpy(column).to(DEVICE) for column in (inputs.tokens, inputs.codes))
+    return hstu.event_rows(hstu.items()[tokens], codes)
 
 
 def reference_layer(layer: HstuLayer, x: Tensor, seconds: Tensor, lengths: Tensor) -> Tensor:
@@ -42,7 +47,8 @@ def reference_layer(layer: HstuLayer, x: Tensor, seconds: Tensor, lengths: Tenso
     projected = torch.nn.functional.silu(layer.project_in(layer.norm_in(x)))
     u, q, v, k = (part.unflatten(2, (config.heads, -1)) for part in projected.split(layer.sizes, dim=2))
     gated = fused_attention_layernorm(
-        q, k, v, u, seconds, lengths, layer.position_bias, layer.time_bias, torch.tensor(TIME_THRESHOLDS),
+        q, k, v, u, seconds, lengths, layer.position_bias, layer.time_bias,
+        torch.tensor(TIME_THRESHOLDS, device=DEVICE),
         layer.norm_out.weight, layer.norm_out.bias, config.eps, config.max_events,
     )  # fmt: skip
     return x + layer.project_out(gated)
@@ -50,15 +56,16 @@ def reference_layer(layer: HstuLayer, x: Tensor, seconds: Tensor, lengths: Tenso
 
 def reference_states(hstu: Hstu, inputs: Inputs) -> Tensor:
     """Padded users through the specification, packed again: [total, width]."""
-    lengths = torch.from_numpy(np.diff(inputs.offsets))
-    slots = torch.arange(int(lengths.max()))
+    columns = (inputs.offsets, inputs.tokens, inputs.codes, inputs.seconds)
+    offsets, tokens, codes, seconds = (torch.from_numpy(column).to(DEVICE) for column in columns)
+    lengths = offsets.diff()
+    slots = torch.arange(int(lengths.max()), device=DEVICE)
     own = slots < lengths[:, None]
-    rows = torch.where(own, torch.from_numpy(inputs.offsets[:-1])[:, None] + slots, 0)
-    tokens, codes = torch.from_numpy(inputs.tokens)[rows], torch.from_numpy(inputs.codes)[rows]
+    rows = torch.where(own, offsets[:-1, None] + slots, 0)
+    tokens, codes, seconds = tokens[rows], codes[rows], seconds[rows].long()
     items = torch.nn.functional.normalize(hstu.items.embedding(tokens), dim=-1, eps=CONFIG.eps)
     strength = hstu.log_strength.weight[codes].sum(2).exp()  # [users, length, 1]
     x = hstu.rotation(items) * strength + hstu.feature_embedding.weight[codes].sum(2)
-    seconds = torch.from_numpy(inputs.seconds).long()[rows]
     for layer in hstu.layers:
         assert isinstance(layer, HstuLayer)
         x = reference_layer(layer, x, seconds, lengths)
@@ -71,7 +78,7 @@ def test_the_packed_model_equals_the_padded_specification(lengths: list[int], se
     hstu, inputs = model(seed), inputs_of_lengths(lengths, seed)
     packed, wanted = states(hstu, inputs), reference_states(hstu, inputs)
     torch.testing.assert_close(packed, wanted, rtol=1e-4, atol=1e-5)
-    last = torch.from_numpy(inputs.offsets[1:] - 1)
+    last = torch.from_numpy(inputs.offsets[1:] - 1).to(DEVICE)
     torch.testing.assert_close(states(hstu, inputs, last=True), wanted[last], rtol=1e-4, atol=1e-5)
 
 
@@ -79,17 +86,17 @@ def test_the_packed_model_equals_the_padded_specification(lengths: list[int], se
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(0, 1000))
 def test_the_tiling_changes_no_state(lengths: list[int], seed: int) -> None:
     hstu, inputs = model(seed), inputs_of_lengths(lengths, seed)
-    rows = hstu.event_rows(hstu.items()[torch.from_numpy(inputs.tokens)], torch.from_numpy(inputs.codes))
+    rows = event_rows(hstu, inputs)
     one_block_a_user = Tiling(1, 1, 1.0)
     for last in (False, True):
-        fine, coarse = (hstu(rows, Layout.of(inputs, tiling=tiling), last) for tiling in (one_block_a_user, GPU))
+        fine, coarse = (hstu(rows, Layout.of(inputs, DEVICE, tiling), last) for tiling in (one_block_a_user, GPU))
         torch.testing.assert_close(fine, coarse, rtol=1e-4, atol=1e-5)
 
 
 def test_packed_gradients_equal_those_of_the_specification() -> None:
     inputs = inputs_of_lengths([1, 7, 7, 7, 23, 40], seed=3)
     hstu = model(3)
-    direction = torch.randn(int(inputs.offsets[-1]), CONFIG.width)
+    direction = torch.randn(int(inputs.offsets[-1]), CONFIG.width, device=DEVICE)
     gradients = []
     for forward in (states, reference_states):
         hstu.zero_grad()

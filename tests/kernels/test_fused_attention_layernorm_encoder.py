@@ -8,10 +8,9 @@ from kernels.fused_attention_layernorm.encoder import Encoder, LayerWeights
 from pipeline.features import TIME_THRESHOLDS
 from pipeline.hstu import Hstu, HstuLayer
 from pipeline.jagged import Layout
-from tests.kernels.test_fused_attention_layernorm import CONFIG, inputs_of_lengths, model
+from tests.kernels.test_fused_attention_layernorm import CONFIG, DEVICE, inputs_of_lengths, model
 
 WIDE = msgspec.structs.replace(CONFIG, width=48, d_qk=16, d_v=32)
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def encoder_of(hstu: Hstu, dtype: torch.dtype) -> Encoder:
@@ -24,7 +23,7 @@ def encoder_of(hstu: Hstu, dtype: torch.dtype) -> Encoder:
 
 
 def test_fused_layers_give_the_models_states_and_its_newest_ones() -> None:
-    hstu, inputs = model(1, WIDE).to(DEVICE), inputs_of_lengths([1, 7, 39, 23], seed=1)
+    hstu, inputs = model(1, WIDE), inputs_of_lengths([1, 7, 39, 23], seed=1)
     wanted = x = torch.randn(70, WIDE.width, device=DEVICE)
     with torch.no_grad():
         for layer in hstu.layers:
