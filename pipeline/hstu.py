@@ -5,20 +5,26 @@ A layer is, on each user's rows X (equations 1 to 3):
     A V        = SiLU(Q K^T + bias of relative position and time) / N  @ V     causal, N = max_events, no softmax
     X'         = X + f2(norm(A V) * U)
 
-Users are packed: projections run on [total, width]; attention runs on blocks of users of like lengths (jagged.py).
-The specification is kernels.fused_attention_layernorm.reference, padded and naive.
+Users are packed: projections run on [total, width]; attention runs on blocks of users of like lengths (jagged.py), on a
+GPU by kernels.fused_attention_layernorm. Its reference.py is the specification, padded and naive.
 """
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.features import COLUMNS, FEATURE_ROWS, TIME_BUCKETS, Inputs
+from kernels.fused_attention_layernorm.checks import WIDTHS
+from pipeline.features import COLUMNS, FEATURE_ROWS, TIME_BUCKETS, TIME_THRESHOLDS, Inputs
 from pipeline.hierarchy import Condensed
 from pipeline.hstu_config import HstuConfig, Norm
 from pipeline.item_vectors import ItemVectors
 from pipeline.jagged import Block, Layout
+
+if TYPE_CHECKING:
+    from kernels.fused_attention_layernorm.batch import Plan
 
 STRENGTH_CAP = 20.0  # of the logarithm
 
@@ -37,8 +43,10 @@ class HstuLayer(nn.Module):
         self.position_bias = nn.Parameter(torch.zeros(config.heads, config.max_events))
         self.time_bias = nn.Parameter(torch.zeros(config.heads, TIME_BUCKETS))
 
-    def forward(self, x: Tensor, layout: Layout, last: bool = False) -> Tensor:
+    def forward(self, x: Tensor, layout: "Layout | Plan", last: bool = False) -> Tensor:
         # x: [total, width] -> [total, width], or [users, width] if last
+        if not isinstance(layout, Layout):
+            return x + self.project_out(F.dropout(self._fused(x, layout), self.config.dropout, self.training))
         rows = layout.last if last else None
         if rows is None:
             u, q, v, k = F.silu(self.project_in(self.norm_in(x))).split(self.sizes, dim=1)
@@ -48,6 +56,26 @@ class HstuLayer(nn.Module):
         attended = self._attend(q, k, v, layout, last)  # [rows, heads * d_v]
         gated = self.norm_out(attended) * u
         return x + self.project_out(F.dropout(gated, self.config.dropout, self.training))
+
+    def _fused(self, x: Tensor, plan: "Plan") -> Tensor:
+        """norm(A V) * U of all rows, [total, heads * d_v]."""
+        from kernels.fused_attention_layernorm.op import fused_attention_layernorm  # Triton
+
+        config, norm = self.config, self.norm_out
+        assert isinstance(norm, nn.LayerNorm)  # else the model is not `fusible`
+        parts = F.silu(self.project_in(self.norm_in(x))).split(self.sizes, dim=1)
+        u, q, v, k = (part.unflatten(1, (config.heads, -1)) for part in parts)
+        dropout = config.attention_dropout if self.training else 0.0
+        return fused_attention_layernorm(
+            q, k, v, u, *self.tables(), norm.weight, norm.bias, plan, config.eps, config.max_events, dropout=dropout,
+            seed=torch.randint(1 << 62, (), device=x.device) if dropout else None,
+        )  # fmt: skip
+
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """The biases of position and time, zero where the model has none."""
+        position, time = self.position_bias, self.time_bias
+        position = position if self.config.position_bias else torch.zeros_like(position)
+        return position, time if self.config.time_bias else torch.zeros_like(time)
 
     def _project_last(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         weight, bias, cut = self.project_in.weight, self.project_in.bias, sum(self.sizes[:2])
@@ -99,13 +127,25 @@ class Hstu(nn.Module):
         # identity 0.467, two tables 0.473 (width 128).
         nn.init.orthogonal_(self.rotation.weight)
 
-    def forward(self, rows: Tensor, layout: Layout, last: bool = False) -> Tensor:
-        """rows: of `sequences`, [total, width] -> unit states [total, width]; `last`: [users, width]."""
+    def forward(self, rows: Tensor, layout: "Layout | Plan", last: bool = False) -> Tensor:
+        """rows: of `sequences`, [total, width] -> unit states [total, width]; `last`, by a Layout: [users, width]."""
         x = F.dropout(rows, self.config.dropout, self.training)
         top = len(self.layers) - 1
         for number, layer in enumerate(self.layers):
             x = layer(x, layout, last and number == top)
         return F.normalize(x, dim=-1, eps=self.config.eps)
+
+    def layout(self, inputs: Inputs) -> "Layout | Plan":
+        """Of rows to train on, on the model's device: on a GPU for the kernels, if they know the model's options."""
+        device = self.rotation.weight.device
+        if device.type != "cuda" or not fusible(self.config):
+            return Layout.of(inputs, device)
+        from kernels.fused_attention_layernorm.batch import Plan  # Triton, which a CPU does not need
+
+        thresholds = torch.tensor(TIME_THRESHOLDS, dtype=torch.int32, device=device)
+        seconds, offsets = (torch.from_numpy(column).to(device) for column in (inputs.seconds, inputs.offsets))
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else torch.float32
+        return Plan.of(seconds, offsets, thresholds, self.config.max_events, dtype, trusted=True)
 
     def sequences(
         self, items: Tensor, codes: Tensor, inputs: Inputs, recent: np.ndarray | None = None
@@ -158,6 +198,12 @@ class Hstu(nn.Module):
         if not (self.training and self.config.column_dropout):
             return None
         return F.dropout(torch.ones(codes.shape, device=codes.device), self.config.column_dropout)
+
+
+def fusible(config: HstuConfig) -> bool:
+    """Whether the kernels know this model's options."""
+    plain = config.norm_in == config.norm_out == "layer" and config.attention_scale == "max_events"
+    return plain and {config.d_qk, config.d_v} <= set(WIDTHS) and config.width % 8 == 0
 
 
 def norm_of(kind: Norm, width: int, eps: float) -> nn.Module:

@@ -23,7 +23,6 @@ from pipeline.features import ranges
 from pipeline.heads import Context, Heads, Newest, head_losses
 from pipeline.hstu import Hstu
 from pipeline.hstu_config import HstuConfig
-from pipeline.jagged import Layout
 from pipeline.labels import TASKS
 from pipeline.losses import Candidates, next_item_loss, sample_candidates
 from pipeline.processes import ALONE, Processes
@@ -99,7 +98,7 @@ class Model(Trainable):
         columns = inputs.codes, batch.asked, known, batch.labels, batch.rhythm, batch.affinity
         codes, asked, known, labels, rhythm, affinity = (torch.from_numpy(each).to(device) for each in columns)
         rows, sequences = hstu.sequences(items.of_events, codes, inputs, np.diff(batch.offsets))
-        states = hstu(rows, Layout.of(sequences, device))
+        states = hstu(rows, hstu.layout(sequences))
         states, rows = (_newest(x, sequences.offsets, batch.offsets) for x in (states, rows))  # [total, width]
         of_events = _newest(items.of_events, inputs.offsets, batch.offsets)
         loss = next_item_loss(states[asked], hstu.scorer(items.of_candidates), targets, batch.seen, candidates)

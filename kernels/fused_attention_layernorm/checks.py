@@ -6,6 +6,7 @@ from torch import Tensor
 from kernels.arguments import FLOATS, INTEGERS, offset_faults, require, require_values
 
 MAX_THRESHOLDS = 255  # a bucket is a byte
+WIDTHS = (16, 32, 64, 128, 256)  # of a head, that the kernels know
 
 
 def check_rows(q: Tensor, k: Tensor, v: Tensor, u: Tensor, total: int, queries: int, device: torch.device) -> None:

@@ -22,8 +22,6 @@ from kernels.fused_attention_layernorm.launch import (
 )
 from kernels.fused_attention_layernorm.reference import fused_attention_layernorm as reference
 
-WIDTHS = (16, 32, 64, 128, 256)  # of a head, that the kernels know
-
 
 def fused_attention_layernorm(
     q: Tensor,
@@ -65,7 +63,7 @@ def fused_attention_layernorm(
     seed = checks.seed_of(dropout, seed, device)
     if debug:
         checks.check_finite(q=q, k=k, v=v, u=u, position_bias=position_bias, time_bias=time_bias)
-    kernels = plan.kernels and q.shape[2] in WIDTHS and v.shape[2] in WIDTHS
+    kernels = plan.kernels and q.shape[2] in checks.WIDTHS and v.shape[2] in checks.WIDTHS
     batch, numbers = (plan.seconds, plan.offsets, plan.thresholds), (eps, max_events, alpha)
     if last:
         checks.check_last(plan.targets, plan.contextual, dropout)

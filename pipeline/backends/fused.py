@@ -16,22 +16,14 @@ from torch.nn import LayerNorm
 from kernels.fused_attention_layernorm.batch import Plan
 from kernels.fused_attention_layernorm.encoder import Encoder, LayerWeights
 from kernels.fused_attention_layernorm.launch import SHORT
-from kernels.fused_attention_layernorm.op import WIDTHS
 from kernels.graphs import BatchGraphs
 from kernels.hierarchical_sequence_fusion.op import hierarchical_sequence_fusion
 from pipeline.backends import GraphOptions
 from pipeline.backends.staging import Staging
 from pipeline.features import SESSION_GAP_MS, TIME_THRESHOLDS, Inputs
 from pipeline.hstu import Hstu, HstuLayer
-from pipeline.hstu_config import HstuConfig
 
 ROOM = 1.25  # rows of the table for later items, by those it has: a table that moves takes all graphs with it
-
-
-def knows(config: HstuConfig) -> bool:
-    """Whether the kernels know this model's options."""
-    plain = config.norm_in == config.norm_out == "layer" and config.attention_scale == "max_events"
-    return plain and {config.d_qk, config.d_v} <= set(WIDTHS) and config.width % 8 == 0
 
 
 class FusedEncoder:
@@ -40,10 +32,7 @@ class FusedEncoder:
 
     def __init__(self, hstu: Hstu, vectors: Tensor, dtype: torch.dtype, graphs: GraphOptions) -> None:
         self._hstu, self._config, self._dtype, self._device = hstu, hstu.config, dtype, vectors.device
-        self._encoder = Encoder(
-            [layer_weights(layer, dtype) for layer in hstu.layers],
-            hstu.config.heads, hstu.config.d_qk, hstu.config.d_v, hstu.config.max_events, hstu.config.eps,
-        )  # fmt: skip
+        self._encoder = encoder_of(hstu, dtype)
         self._features = hstu.feature_embedding.weight.to(dtype)
         strength = hstu.log_strength.weight[:, 0].float()
         self._strength = strength.contiguous() if hstu.config.strength else torch.zeros_like(strength)
@@ -97,12 +86,15 @@ class FusedEncoder:
         return F.normalize(self._encoder(rows, plan, last=True).float(), dim=-1, eps=self._config.eps)
 
 
-def layer_weights(layer: torch.nn.Module, dtype: torch.dtype) -> LayerWeights:
-    assert isinstance(layer, HstuLayer)
-    norm_in, norm_out = layer.norm_in, layer.norm_out
-    assert isinstance(norm_in, LayerNorm)  # `knows` has seen to it
-    assert isinstance(norm_out, LayerNorm)
-    position, time = layer.position_bias, layer.time_bias
-    position = position if layer.config.position_bias else torch.zeros_like(position)
-    time = time if layer.config.time_bias else torch.zeros_like(time)
-    return LayerWeights.of(norm_in, layer.project_in, norm_out, layer.project_out, position, time, dtype)
+def encoder_of(hstu: Hstu, dtype: torch.dtype) -> Encoder:
+    """The model's layers as the kernels want them; its options are `fusible`."""
+    layers = []
+    for layer in hstu.layers:
+        assert isinstance(layer, HstuLayer)
+        norms = layer.norm_in, layer.norm_out
+        assert isinstance(norms[0], LayerNorm)
+        assert isinstance(norms[1], LayerNorm)
+        modules = norms[0], layer.project_in, norms[1], layer.project_out
+        layers.append(LayerWeights.of(*modules, *layer.tables(), dtype))
+    config = hstu.config
+    return Encoder(layers, config.heads, config.d_qk, config.d_v, config.max_events, config.eps)

@@ -14,7 +14,7 @@ from pipeline.contents import Contents
 from pipeline.errors import ArtifactError, DeviceError
 from pipeline.features import FEATURES, Inputs
 from pipeline.heads import RECENT, Context, Heads, Newest
-from pipeline.hstu import Hstu
+from pipeline.hstu import Hstu, fusible
 from pipeline.jagged import Layout
 from pipeline.vocabulary import UNKNOWN
 
@@ -97,10 +97,10 @@ class TorchEncoder:
 
     @torch.inference_mode()
     def _fused_encoder(self, graphs: GraphOptions) -> "FusedEncoder | None":
-        from pipeline.backends.fused import FusedEncoder, knows  # Triton, which a CPU does not need
+        from pipeline.backends.fused import FusedEncoder  # Triton, which a CPU does not need
 
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-        return FusedEncoder(self._hstu, self._vectors, dtype, graphs) if knows(self._hstu.config) else None
+        return FusedEncoder(self._hstu, self._vectors, dtype, graphs) if fusible(self._hstu.config) else None
 
     def _context(self, inputs: Inputs, rhythm: np.ndarray, affinity: np.ndarray) -> Context:
         # One row more: a place to look where a batch has no events at all.

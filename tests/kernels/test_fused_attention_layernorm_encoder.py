@@ -4,22 +4,12 @@ import msgspec
 import torch
 
 from kernels.fused_attention_layernorm.batch import Plan
-from kernels.fused_attention_layernorm.encoder import Encoder, LayerWeights
+from pipeline.backends.fused import encoder_of
 from pipeline.features import TIME_THRESHOLDS
-from pipeline.hstu import Hstu, HstuLayer
 from pipeline.jagged import Layout
 from tests.kernels.test_fused_attention_layernorm import CONFIG, DEVICE, inputs_of_lengths, model
 
 WIDE = msgspec.structs.replace(CONFIG, width=48, d_qk=16, d_v=32)
-
-
-def encoder_of(hstu: Hstu, dtype: torch.dtype) -> Encoder:
-    layers = []
-    for layer in hstu.layers:
-        assert isinstance(layer, HstuLayer)
-        modules = (layer.norm_in, layer.project_in, layer.norm_out, layer.project_out)
-        layers.append(LayerWeights.of(*modules, layer.position_bias, layer.time_bias, dtype))
-    return Encoder(layers, WIDE.heads, WIDE.d_qk, WIDE.d_v, WIDE.max_events, WIDE.eps)
 
 
 def test_fused_layers_give_the_models_states_and_its_newest_ones() -> None:

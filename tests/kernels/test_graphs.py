@@ -10,9 +10,10 @@ from torch import Tensor
 
 from kernels.fused_attention_layernorm.batch import Plan
 from kernels.graphs import PATIENCE, BatchGraphs, Bucket, buckets
+from pipeline.backends.fused import encoder_of
 from pipeline.features import TIME_THRESHOLDS
 from tests.kernels.test_fused_attention_layernorm import inputs_of_lengths, model
-from tests.kernels.test_fused_attention_layernorm_encoder import DEVICE, WIDE, encoder_of
+from tests.kernels.test_fused_attention_layernorm_encoder import DEVICE, WIDE
 
 CLASSES = (64, 300)
 

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.fused_attention_layernorm.batch import Plan
 from pipeline.backends import GraphOptions
-from pipeline.backends.fused import FusedEncoder, knows
-from pipeline.features import COLUMNS, FEATURE_ROWS, FEATURES, Inputs
-from pipeline.hstu import Hstu
+from pipeline.backends.fused import FusedEncoder
+from pipeline.features import COLUMNS, FEATURE_ROWS, FEATURES, TIME_THRESHOLDS, Inputs
+from pipeline.hstu import Hstu, fusible
 from pipeline.hstu_config import HstuConfig
 from pipeline.jagged import Layout
 
@@ -102,10 +103,51 @@ def test_items_that_come_later_are_read_from_then_on(further: int) -> None:
     assert not torch.allclose(before, after, atol=1e-2)
 
 
+@pytest.mark.parametrize("options", [{}, {"time_bias": False}, {"position_bias": False}], ids=str)
+def test_training_by_the_kernels_gives_the_states_and_gradients_of_torch(options: dict[str, Any]) -> None:
+    hstu = model(msgspec.structs.replace(CONFIG, dropout=0.0, attention_dropout=0.0, **options))
+    hstu.train().requires_grad_(True)
+    lengths = [7, 20, 1, 13]
+    inputs = inputs_of(lengths)
+    rows, weights = torch.randn(sum(lengths), CONFIG.width, device=DEVICE), torch.randn(CONFIG.width, device=DEVICE)
+    found: list[tuple[Tensor, dict[str, Tensor]]] = []
+    for layout in (Layout.of(inputs, DEVICE), plan_of(inputs)):
+        hstu.zero_grad()
+        states = hstu(rows, layout)
+        (states @ weights).square().sum().backward()
+        gradients = {name: each.grad for name, each in hstu.layers.named_parameters() if each.grad is not None}
+        found.append((states.detach(), gradients))
+    (wanted, of_torch), (states, of_kernels) = found
+    torch.testing.assert_close(states, wanted, rtol=1e-3, atol=1e-4)
+    assert of_torch.keys() <= of_kernels.keys()
+    for name, gradient in of_torch.items():
+        torch.testing.assert_close(of_kernels[name], gradient, rtol=1e-2, atol=1e-3, msg=name)
+
+
+def test_attention_dropout_is_drawn_anew_for_each_layer_and_step_and_off_in_service() -> None:
+    hstu, inputs = model(msgspec.structs.replace(CONFIG, dropout=0.0)), inputs_of([20])
+    rows, plan = torch.randn(20, CONFIG.width, device=DEVICE), plan_of(inputs)
+    still = hstu(rows, plan)
+    assert torch.equal(still, hstu(rows, plan))
+    hstu.train()
+    torch.manual_seed(1)
+    first, second = hstu(rows, plan), hstu(rows, plan)
+    torch.manual_seed(1)
+    assert torch.equal(first, hstu(rows, plan))
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, still)
+
+
+def plan_of(inputs: Inputs) -> Plan:
+    columns = (inputs.seconds, inputs.offsets, np.array(TIME_THRESHOLDS, np.int32))
+    tensors = (torch.from_numpy(column).to(DEVICE) for column in columns)
+    return Plan.of(*tensors, CONFIG.max_events, torch.float32, kernels=True)
+
+
 def test_what_the_kernels_do_not_know_is_left_to_torch() -> None:
-    assert knows(CONFIG)
+    assert fusible(CONFIG)
     changes: list[dict[str, Any]] = [
         {"norm_in": "rms"}, {"norm_out": "none"}, {"attention_scale": "length"}, {"d_v": 24}, {"width": 20},
     ]  # fmt: skip
     for change in changes:
-        assert not knows(msgspec.structs.replace(CONFIG, **change)), change
+        assert not fusible(msgspec.structs.replace(CONFIG, **change)), change
