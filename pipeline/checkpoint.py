@@ -17,12 +17,18 @@ Notes = TypeVar("Notes", bound=msgspec.Struct)
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], notes: msgspec.Struct) -> None:
-    """Tensors and a struct of notes, written beside the old file and then put in its place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Tensors and a struct of notes, written beside the old file and then put in its place. TrainingError where that
+    cannot be: the old file is still whole."""
     draft = path.with_name(f".{path.name}.draft")
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    safetensors.torch.save_file(contiguous, draft, {"notes": msgspec.json.encode(notes).decode()})
-    os.replace(draft, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_file(contiguous, draft, {"notes": msgspec.json.encode(notes).decode()})
+        os.replace(draft, path)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"checkpoint {path}: cannot be written ({error}); make room, then go on by --resume"
+        ) from error
 
 
 def load(path: Path, notes: type[Notes]) -> tuple[dict[str, Tensor], Notes]:

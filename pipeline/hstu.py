@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from kernels.fused_attention_layernorm.batch import Plan
 
 STRENGTH_CAP = 20.0  # of the logarithm
+NARROW = 32  # of a head: the kernels' products in float32 do without the matrix units
 
 
 class HstuLayer(nn.Module):
@@ -136,15 +137,17 @@ class Hstu(nn.Module):
         return F.normalize(x, dim=-1, eps=self.config.eps)
 
     def layout(self, inputs: Inputs) -> "Layout | Plan":
-        """Of rows to train on, on the model's device: on a GPU for the kernels, if they know the model's options."""
+        """Of rows to train on, on the model's device: on a GPU for the kernels, if they know the model's options and
+        are faster, which they are not with wide heads in float32 (tests.benchmarks.training_steps)."""
         device = self.rotation.weight.device
-        if device.type != "cuda" or not fusible(self.config):
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else torch.float32
+        narrow = max(self.config.d_qk, self.config.d_v) <= NARROW
+        if device.type != "cuda" or not fusible(self.config) or not (narrow or dtype.itemsize == 2):
             return Layout.of(inputs, device)
         from kernels.fused_attention_layernorm.batch import Plan  # Triton, which a CPU does not need
 
         thresholds = torch.tensor(TIME_THRESHOLDS, dtype=torch.int32, device=device)
         seconds, offsets = (torch.from_numpy(column).to(device) for column in (inputs.seconds, inputs.offsets))
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else torch.float32
         return Plan.of(seconds, offsets, thresholds, self.config.max_events, dtype, trusted=True)
 
     def sequences(

@@ -24,13 +24,19 @@ LISTS = ("category", "tags")
 
 
 def read_items(path: Path) -> list[Item]:
-    """Every record. LogFileError names the line that is none."""
+    """Every record. LogFileError names the line that is none, or says that no record tells anything of its item."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise LogFileError(f"{path}: cannot be read: {error}") from error
     read = _json if lines and lines[0].lstrip().startswith("{") else _text
-    return list(read(path, lines))
+    items = list(read(path, lines))
+    if items and all(item == Item(item.item_id) for item in items):
+        raise LogFileError(
+            f"{path}: not one of its {len(items):,} records has a {', '.join(list(ALIASES)[1:-1])} or tags: want items'"
+            " records, not events"
+        )
+    return items
 
 
 def _json(path: Path, lines: list[str]) -> Iterator[Item]:

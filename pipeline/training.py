@@ -7,6 +7,7 @@ is written beside the artifact; `resume` goes on from it bit for bit. Of several
 judges and writes.
 """
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
@@ -165,8 +166,20 @@ def _refit(task: Task, path: Path, observer: Observer, notes: Notes, saved: Save
 
 
 def _epoch(trainer: Trainer, observer: Observer) -> float:
+    """One more; its mean loss. TrainingError when a loss or a weight is no number any more: nothing is written then."""
     number = trainer.epochs_done + 1
-    return trainer.epoch(lambda loss, done, total: observer.batch(number, loss, done, total))
+    why = "training has left the numbers; try a lower --learning-rate"
+
+    def on_batch(loss: float, done: int, total: int) -> None:
+        if not math.isfinite(loss):
+            raise TrainingError(f"epoch {number}, batch {done} of {total}: the loss is {loss}: {why}")
+        observer.batch(number, loss, done, total)
+
+    loss = trainer.epoch(on_batch)
+    for name, weight in trainer.model.named_parameters():
+        if not bool(weight.isfinite().all()):
+            raise TrainingError(f"epoch {number}: {name} holds infinity or NaN: {why}")
+    return loss
 
 
 def _best(reports: list[EpochReport]) -> EpochReport:

@@ -38,6 +38,11 @@ def test_delimited_text_is_read_by_its_header(tmp_path: Path) -> None:
         ("item_id\tprice\na\t1\t2\n", "line 2: 3 columns"),
         ("item_id\tprice\na\tdear\n", "line 2: not an item"),
         ("", "no header"),
+        (
+            '{"item_id": "a", "user_id": "u", "action": "view"}\n{"item_id": "b"}\n',
+            "not one of its 2 records has a title",
+        ),
+        ("user\titem\nu\ti\n", "not one of its 1 records has a title"),
     ],
 )
 def test_what_is_no_item_is_named_by_its_line(text: str, sentence: str, tmp_path: Path) -> None:

@@ -278,6 +278,24 @@ def test_a_log_that_cannot_train_is_one_sentence(tmp_path: Path) -> None:
         trained(tmp_path / "model", log=columns([], EventSchema()))
 
 
+@pytest.mark.parametrize(
+    ("epochs", "sentence"), [(1, "holds infinity or NaN|the loss is"), (9, "the loss is (nan|inf)")]
+)
+def test_a_training_that_leaves_the_numbers_writes_nothing(tmp_path: Path, epochs: int, sentence: str) -> None:
+    trained(tmp_path / "model")
+    before = (tmp_path / "model" / "manifest.json").read_bytes()
+    wild = replace(OPTIONS, trainer=replace(OPTIONS.trainer, learning_rate=1e30, epochs=epochs))
+    with pytest.raises(TrainingError, match=sentence):
+        train(log_of(), tmp_path / "model", wild, SERVING, Silent(), CREATED)
+    assert (tmp_path / "model" / "manifest.json").read_bytes() == before
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / ".model.checkpoint.safetensors.draft").mkdir()
+    with pytest.raises(TrainingError, match=r"model.checkpoint.safetensors: cannot be written .* by --resume"):
+        trained(tmp_path / "model")
+
+
 def test_one_user_is_enough_to_train_on(tmp_path: Path) -> None:
     alone = log_of(users=1, length=100)
     trained(tmp_path / "model", log=alone)

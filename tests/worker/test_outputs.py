@@ -26,6 +26,11 @@ def test_a_place_below_a_file_is_refused_before_any_work(tmp_path: Path, capsys,
     assert (tmp_path / "file").read_text() == "kept"
 
 
+def test_a_folder_that_takes_no_files_is_refused_even_to_root(capsys):
+    assert main(["train", "no-log", "--out", "/proc/model"]) == 2
+    assert "--out: /proc cannot be written" in capsys.readouterr().err
+
+
 def test_a_report_that_is_a_folder_is_refused(tmp_path: Path, capsys):
     assert main(["replay", "no-log", "--report", str(tmp_path), "--slates", str(tmp_path / "s")]) == 2
     assert f"--report: {tmp_path} cannot be written: it is a folder" in capsys.readouterr().err

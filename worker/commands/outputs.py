@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from worker.errors import ConfigError
 
@@ -17,13 +18,13 @@ def check_file(path: Path, option: str) -> None:
 
 
 def check_folder(path: Path, option: str) -> None:
-    """Makes it. ConfigError unless files can be put into it."""
+    """Makes it. ConfigError unless a file can be put into it, which is tried: to root all folders look writable."""
     try:
         path.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path):
+            pass
     except OSError as error:
         raise _error(path, option, error.strerror or str(error)) from error
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise _error(path, option, "permission denied")
 
 
 def _error(path: Path, option: str, why: str) -> ConfigError:

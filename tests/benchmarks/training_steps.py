@@ -1,0 +1,99 @@
+"""A training step of the encoder on a GPU, forward and backward: attention by torch on padded blocks, and by this
+project's kernels.
+
+    python -m tests.benchmarks.training_steps       writes results/training_steps_h100.json, or _h200
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from msgspec.structs import replace
+from torch import Tensor
+
+from kernels.fused_attention_layernorm.batch import Plan
+from pipeline.features import TIME_THRESHOLDS, Inputs
+from pipeline.hstu import Hstu
+from pipeline.hstu_config import PRESETS
+from pipeline.jagged import Layout
+from tests.benchmarks import results
+from tests.benchmarks.kernel_rows import Row, named, row
+
+LONGEST, ROUNDS = 200, 9
+RANDOM = np.random.default_rng(0)
+USERS = {  # lengths, as crops of real histories have them
+    "many short": RANDOM.geometric(0.4, 6000).clip(1, LONGEST),
+    "log-normal": RANDOM.lognormal(4.0, 1.0, 160).clip(1, LONGEST).astype(int),
+    "all long": np.full(80, LONGEST),
+}
+
+
+def inputs_of(lengths: np.ndarray) -> Inputs:
+    seconds = np.concatenate([np.cumsum(RANDOM.integers(0, 9000, length)) for length in lengths])
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return Inputs(np.zeros(0, np.int32), np.zeros((0, 0), np.int32), seconds.astype(np.int32), offsets)
+
+
+def plan_of(inputs: Inputs, dtype: torch.dtype) -> Plan:
+    columns = (inputs.seconds, inputs.offsets, np.array(TIME_THRESHOLDS, np.int32))
+    seconds, offsets, thresholds = (torch.from_numpy(column).cuda() for column in columns)
+    return Plan.of(seconds, offsets, thresholds, LONGEST, dtype, trusted=True)
+
+
+def median_ms(step: Callable[[], None]) -> float:
+    times = []
+    for _ in range(ROUNDS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return 1e3 * float(np.median(times[ROUNDS // 3 :]))
+
+
+def measure(hstu: Hstu, name: str, lengths: np.ndarray, dtype: torch.dtype) -> list[Row]:
+    inputs = inputs_of(lengths)
+    rows = torch.randn(int(lengths.sum()), hstu.config.width, device="cuda", requires_grad=True)
+    half = dtype == torch.bfloat16
+
+    def step(layout_of: Callable[[], Layout | Plan]) -> None:
+        with torch.autocast("cuda", torch.bfloat16, enabled=half):
+            states: Tensor = hstu(rows, layout_of())
+        states.square().sum().backward()
+
+    ways: dict[str, Callable[[], Layout | Plan]] = {
+        "torch": lambda: Layout.of(inputs, "cuda"),
+        "kernels": lambda: plan_of(inputs, dtype),
+    }
+    work = f"{name}, {'bfloat16' if half else 'float32'}: {len(lengths):,} users, {len(rows):,} events"
+    return [
+        row(work, way, median_ms(lambda layout_of=layout_of: step(layout_of)), len(lengths), None, None)
+        for way, layout_of in ways.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=results.FOLDER)
+    args = parser.parse_args()
+    rows = []
+    for preset in ("tiny", "10m"):
+        config = replace(PRESETS[preset], items=1, max_events=LONGEST, content_rows=0)
+        hstu = Hstu(config).cuda().train()
+        for name, lengths in USERS.items():
+            for dtype in (torch.bfloat16, torch.float32):
+                if preset == "tiny" or dtype == torch.bfloat16 or name == "log-normal":  # the others take minutes
+                    rows += measure(hstu, f"{preset}, {name}", lengths, dtype)
+    times = [float(str(each["median_ms"])) for each in rows]
+    metrics = {
+        str(of_torch["workload"]).partition(":")[0].replace(", ", "_").replace(" ", "_").replace("-", "_"): slow / fast
+        for of_torch, slow, fast in zip(rows[::2], times[::2], times[1::2], strict=True)
+    }
+    print(results.write(named("training_steps"), {name: round(x, 2) for name, x in metrics.items()}, rows, args.out))
+
+
+if __name__ == "__main__":
+    main()
