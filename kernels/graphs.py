@@ -5,6 +5,7 @@ users without rows fill up its bucket. All graphs take their memory from one poo
 valid until the next call.
 """
 
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ WARM_UPS = 2  # calls before a capture: kernels are compiled and loaded
 STEPS = 16  # sizes of a bucket between one power of two and the next: a sixteenth of the rows at most is padding
 SMALLEST = 256  # rows; a batch of fewer takes as long
 PATIENCE = 3  # calls of a bucket without a graph before it gets one: a capture takes longer than a call
+
+# One capture at a time in the process; its other threads go on launching, but must not synchronise the whole device.
+CAPTURING = threading.Lock()
 
 Run = Callable[[Sequence[Tensor], Tensor, int], Tensor]
 
@@ -105,7 +109,8 @@ class BatchGraphs:
 
     def capture(self, bucket: Bucket) -> Captured | None:
         """Its graph; None where the budget has no room for it alone: then it has none, nor have larger ones."""
-        held = self._held[bucket] = self._captured(bucket)
+        with CAPTURING:
+            held = self._held[bucket] = self._captured(bucket)
         while len(self._held) > 1 and self.nbytes > self._budget_bytes:
             self._held.popitem(last=False)
         if self.nbytes <= self._budget_bytes:
@@ -155,7 +160,7 @@ class BatchGraphs:
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(device)[0]
-        # Another thread may load a model, or serve with one, meanwhile.
+        # Another thread may serve with another model meanwhile.
         with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
             reserved = torch.cuda.memory_reserved(device)
             result = call()

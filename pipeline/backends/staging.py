@@ -54,7 +54,9 @@ class Staging:
 
     def _reserve(self, place: Place, nbytes: int) -> None:
         if nbytes > len(place.there):
-            torch.cuda.synchronize(self._device)
+            # Not the whole device: another thread may be capturing a graph.
+            self._stream.synchronize()
+            torch.cuda.current_stream(self._device).synchronize()
             size = 1 << max(16, (nbytes - 1).bit_length())
             place.pinned = torch.empty(size, dtype=torch.uint8, pin_memory=True)
             place.there = torch.empty(size, dtype=torch.uint8, device=self._device)

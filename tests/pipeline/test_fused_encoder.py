@@ -1,5 +1,6 @@
 """The encoder that serves on a GPU against the model in torch; on a CPU its kernels run in Triton's interpreter."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -101,6 +102,25 @@ def test_items_that_come_later_are_read_from_then_on(further: int) -> None:
     after = encoder.encode(inputs)
     torch.testing.assert_close(after, states_in_torch(hstu, vectors, inputs), rtol=1e-3, atol=1e-4)
     assert not torch.allclose(before, after, atol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="no GPU")
+def test_on_a_gpu_one_model_serves_while_another_makes_its_graphs() -> None:
+    hstu, graphs = model(CONFIG), GraphOptions(max_users=64, max_events=1024)
+    serving, coming = (FusedEncoder(hstu, hstu.items(), torch.bfloat16, graphs) for _ in range(2))
+    serving.warm()
+    batches = [inputs_of([1 + (5 * n + seed) % 20 for n in range(1 + 7 * seed)], seed) for seed in range(9)]
+    wanted = [states_in_torch(hstu, hstu.items(), inputs) for inputs in batches]
+    with ThreadPoolExecutor(1) as aside:
+        warming, rounds = aside.submit(coming.warm), 0
+        while not warming.done() or rounds < 20:
+            rounds += 1
+            for inputs, states in zip(batches, wanted, strict=True):
+                torch.testing.assert_close(serving.encode(inputs), states, rtol=5e-2, atol=5e-2)
+    assert warming.result() > 20
+    for inputs, states in zip(batches, wanted, strict=True):
+        torch.testing.assert_close(coming.encode(inputs), states, rtol=5e-2, atol=5e-2)
 
 
 @pytest.mark.parametrize("options", [{}, {"time_bias": False}, {"position_bias": False}], ids=str)
