@@ -5,9 +5,11 @@ users without rows fill up its bucket. All graphs take their memory from one poo
 valid until the next call.
 """
 
+import gc
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -109,7 +111,7 @@ class BatchGraphs:
 
     def capture(self, bucket: Bucket) -> Captured | None:
         """Its graph; None where the budget has no room for it alone: then it has none, nor have larger ones."""
-        with CAPTURING:
+        with CAPTURING, _uncollected():
             held = self._held[bucket] = self._captured(bucket)
         while len(self._held) > 1 and self.nbytes > self._budget_bytes:
             self._held.popitem(last=False)
@@ -172,6 +174,18 @@ class BatchGraphs:
             return result
 
         return Captured(replay, max(0, free - torch.cuda.mem_get_info(device)[0] - grown))
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """A collection that happens to free another graph ends the capture that is under way."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def stepped(size: int) -> int:
