@@ -4,22 +4,26 @@ import torch
 from torch import Tensor
 
 from kernels.arguments import FLOATS, INTEGERS, offset_faults, require, require_values
+from kernels.fused_attention_layernorm.fp8 import DTYPE as FP8
+from kernels.fused_attention_layernorm.fp8 import Scales
 
 MAX_THRESHOLDS = 255  # a bucket is a byte
 WIDTHS = (16, 32, 64, 128, 256)  # of a head, that the kernels know
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def check_rows(q: Tensor, k: Tensor, v: Tensor, u: Tensor, total: int, queries: int, device: torch.device) -> None:
-    require(q.dtype in FLOATS and q.dim() == 3 and q.shape[0] == queries and q.device == device,
-            "q", q, f"float32, bfloat16 or float16 [{queries}, heads, d_qk] on {device}")  # fmt: skip
+    require(q.dtype in (*FLOATS, FP8) and q.dim() == 3 and q.shape[0] == queries and q.device == device,
+            "q", q, f"float32, bfloat16, float16 or float8_e4m3fn [{queries}, heads, d_qk] on {device}")  # fmt: skip
     heads, d_qk, d_v = q.shape[1], q.shape[2], v.shape[-1]
-    for name, part, wanted in (
-        ("k", k, (total, heads, d_qk)),
-        ("v", v, (total, heads, d_v)),
-        ("u", u, (queries, heads, d_v)),
+    gates = HALVES if q.dtype == FP8 else (q.dtype,)
+    for name, part, dtypes, wanted in (
+        ("k", k, (q.dtype,), (total, heads, d_qk)),
+        ("v", v, (q.dtype,), (total, heads, d_v)),
+        ("u", u, gates, (queries, heads, d_v)),
     ):
-        require(part.dtype == q.dtype and part.shape == wanted and part.device == device,
-                name, part, f"{q.dtype} {list(wanted)} on {device}")  # fmt: skip
+        require(part.dtype in dtypes and part.shape == wanted and part.device == device,
+                name, part, f"{' or '.join(map(str, dtypes))} {list(wanted)} on {device}")  # fmt: skip
 
 
 def check_tables(heads: int, d_v: int, max_events: int, times: int, position_bias: Tensor, time_bias: Tensor,
@@ -73,6 +77,13 @@ def seed_of(dropout: float, seed: Tensor | int | None, device: torch.device) -> 
     return seed
 
 
+def check_fp8(q: Tensor, scales: Scales | None, *others: Tensor) -> None:
+    if q.dtype != FP8 and scales is not None:
+        raise ValueError(f"scales are for q, k and v of {FP8}, wanted none with {q.dtype}")
+    if q.dtype == FP8 and torch.is_grad_enabled() and any(part.requires_grad for part in (q, *others)):
+        raise ValueError(f"q, k and v of {FP8} are for inference, wanted torch.no_grad() around the call")
+
+
 def check_last(targets: Tensor | None, contextual: int, dropout: float) -> None:
     if targets is not None or contextual:
         raise ValueError("last=True knows neither targets nor contextual rows, wanted a plan without them")
@@ -83,4 +94,4 @@ def check_last(targets: Tensor | None, contextual: int, dropout: float) -> None:
 def check_finite(**parts: Tensor) -> None:
     """For debugging; waits for the device."""
     for name, part in parts.items():
-        require_values(name, part, {"holds NaN or infinity": ~part.isfinite().all()})
+        require_values(name, part, {"holds NaN or infinity": ~part.float().isfinite().all()})

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from kernels.fused_attention_layernorm.batch import Plan
+from kernels.fused_attention_layernorm.fp8 import DTYPE as FP8
+from kernels.fused_attention_layernorm.fp8 import Narrow, Scales
 from kernels.fused_attention_layernorm.launch import attend, attend_last, normalise_and_gate
-from kernels.fused_attention_layernorm.projection import folded, project_in, project_out, row_moments
+from kernels.fused_attention_layernorm.projection import folded, project_in, project_in_fp8, project_out, row_moments
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +19,7 @@ class LayerWeights:
     in_weight: [2 * heads * (d_qk + d_v), width], rows of u, q, v, k; the norm before is folded in, see `folded`
     out_weight: [width, heads * d_v]; gain, shift: [heads * d_v] of the norm after attention
     position_bias: [heads, max_events]; time_bias: [heads, buckets]
+    fp8: what Q, K and V in FP8 are multiplied by; None without
     """
 
     in_weight: Tensor
@@ -28,24 +31,26 @@ class LayerWeights:
     out_bias: Tensor
     position_bias: Tensor
     time_bias: Tensor
+    fp8: Narrow | None = None
 
     @classmethod
     def of(cls, norm_in: torch.nn.LayerNorm, project_in: torch.nn.Linear, norm_out: torch.nn.LayerNorm,
            project_out: torch.nn.Linear, position_bias: Tensor, time_bias: Tensor,
-           dtype: torch.dtype) -> "LayerWeights":  # fmt: skip
-        """`norm_in` to `project_out`: a layer's modules; dtype: of the products."""
+           dtype: torch.dtype, fp8: bool = False) -> "LayerWeights":  # fmt: skip
+        """`norm_in` to `project_out`: a layer's modules; dtype: of the products; fp8: attention's Q, K and V."""
         in_weight, in_sums, in_bias = folded(
             project_in.weight, project_in.bias, norm_in.weight, norm_in.bias, dtype
         )  # fmt: skip
         rest = (norm_out.weight, norm_out.bias, project_out.bias, position_bias, time_bias)
         gain, shift, out_bias, position, time = (part.detach().float().contiguous() for part in rest)
         out_weight = project_out.weight.detach().to(dtype).contiguous()
-        return cls(in_weight, in_sums, in_bias, gain, shift, out_weight, out_bias, position, time)
+        narrow = Narrow.of(in_weight, in_bias, len(gain)) if fp8 else None
+        return cls(in_weight, in_sums, in_bias, gain, shift, out_weight, out_bias, position, time, narrow)
 
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    """Layers of one shape. `max_events`: the constant N."""
+    """Layers of one shape, all with FP8 or none. `max_events`: the constant N."""
 
     layers: list[LayerWeights]
     heads: int
@@ -63,11 +68,10 @@ class Encoder:
         return self._last_layer(self.layers[-1], x, moments, plan) if last else x
 
     def _layer(self, layer: LayerWeights, x: Tensor, moments: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-        projected = project_in(x, moments, layer.in_weight, layer.in_sums, layer.in_bias, self.eps)
-        u, q, v, k = projected.split(self._sizes, dim=1)
+        u, (q, v, k) = self._project(layer, x, moments, slice(None), self._sizes)
         attended, moments = attend(
             self._by_head(q), self._by_head(k), self._by_head(v), plan.offsets, plan.targets, plan.items, plan.buckets,
-            layer.position_bias, layer.time_bias, 1.0, 1.0 / self.max_events, plan.contextual, plan.launch,
+            layer.position_bias, layer.time_bias, *self._factors(layer), plan.contextual, plan.launch,
         )  # fmt: skip
         y = normalise_and_gate(attended, moments, u, layer.gain, layer.shift, self.eps)
         return project_out(y, layer.out_weight, layer.out_bias, x)
@@ -76,16 +80,34 @@ class Encoder:
         """Keys and values of all rows, all else of the newest."""
         cut = self.heads * (self.d_qk + self.d_v)
         newest = (plan.offsets[1:] - 1).clamp(min=0).long()
-        parts = [(layer.in_weight[at], layer.in_sums[at], layer.in_bias[at]) for at in (slice(cut), slice(cut, None))]
-        x_newest = x.index_select(0, newest)
-        u, q = project_in(x_newest, moments.index_select(0, newest), *parts[0], self.eps).split(self._sizes[:2], dim=1)
-        v, k = project_in(x, moments, *parts[1], self.eps).split(self._sizes[2:], dim=1)
+        x_newest, moments_newest = x.index_select(0, newest), moments.index_select(0, newest)
+        u, (q,) = self._project(layer, x_newest, moments_newest, slice(cut), self._sizes[:2])
+        _, (v, k) = self._project(layer, x, moments, slice(cut, None), [0, *self._sizes[2:]])
         attended, moments = attend_last(
             self._by_head(q), self._by_head(k), self._by_head(v), plan.seconds, plan.offsets, plan.thresholds,
-            layer.position_bias, layer.time_bias, 1.0, 1.0 / self.max_events,
+            layer.position_bias, layer.time_bias, *self._factors(layer),
         )  # fmt: skip
         y = normalise_and_gate(attended, moments, u, layer.gain, layer.shift, self.eps)
         return project_out(y, layer.out_weight, layer.out_bias, x_newest)[0]
+
+    def _project(self, layer: LayerWeights, x: Tensor, moments: Tensor, at: slice,
+                 sizes: list[int]) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
+        """Of the weight's rows `at` the gate, of sizes[0] columns, and the other parts."""
+        weights = (layer.in_weight[at], layer.in_sums[at], layer.in_bias[at])
+        if layer.fp8 is None:
+            u, *parts = project_in(x, moments, *weights, self.eps).split(sizes, dim=1)
+            return u, tuple(parts)
+        u, narrow = project_in_fp8(x, moments, *weights, layer.fp8.factors[at], sizes[0], self.eps)
+        return u, narrow.split(sizes[1:], dim=1)
+
+    def _factors(self, layer: LayerWeights) -> tuple[float, float]:
+        """Of the scores, and of the result."""
+        scales = layer.fp8.scales if layer.fp8 else Scales()
+        return scales.q * scales.k, scales.v / self.max_events
+
+    def narrowed(self, dtype: torch.dtype) -> torch.dtype:
+        """What a plan of rows of `dtype` is made for: the type of q, k and v."""
+        return FP8 if self.layers[0].fp8 else dtype
 
     @property
     def _sizes(self) -> list[int]:

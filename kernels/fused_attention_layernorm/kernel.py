@@ -87,6 +87,12 @@ def is_kept(seed, row, tile, head, COLUMNS: tl.constexpr, KEPT: tl.constexpr):
 
 
 @triton.jit
+def widened(values):
+    """FP8 becomes float16: one instruction for two values; to bfloat16 it takes five."""
+    return values.to(tl.float16) if values.dtype == tl.float8e4nv else values
+
+
+@triton.jit
 def attend_block(
     q, k, v, start, row0, tiles, whole, length, seen, buckets, position_bias, time_bias, seed, alpha, head,
     D_QK: tl.constexpr, D_V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -108,7 +114,7 @@ def attend_block(
         weights = silu(scores * alpha + bias, FAST)
         if KEPT < WHOLE:
             weights = tl.where(is_kept(seed, start + row, tile, head, COLUMNS, KEPT), weights, 0.0)
-        v_tile = v.load([start + tile * COLUMNS, head * D_V])
+        v_tile = widened(v.load([start + tile * COLUMNS, head * D_V]))
         result = tl.dot(weights.to(v_tile.dtype), v_tile, result, input_precision=PRECISION)
     for tile in range(whole, tiles):
         k_tile = k.load([start + tile * COLUMNS, head * D_QK])
@@ -122,7 +128,7 @@ def attend_block(
         weights = silu(tl.where(visible, scores * alpha + bias, HIDDEN), FAST)
         if KEPT < WHOLE:
             weights = tl.where(is_kept(seed, start + row, tile, head, COLUMNS, KEPT), weights, 0.0)
-        v_tile = v.load([start + tile * COLUMNS, head * D_V])
+        v_tile = widened(v.load([start + tile * COLUMNS, head * D_V]))
         v_tile = tl.where((tile * COLUMNS + column < length)[:, None], v_tile, 0.0)  # the next user's rows may be NaN
         result = tl.dot(weights.to(v_tile.dtype), v_tile, result, input_precision=PRECISION)
     return result

@@ -10,6 +10,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.fused_attention_layernorm.dropout import kept_of, weight_of
+from kernels.fused_attention_layernorm.fp8 import DTYPE as FP8
 from kernels.fused_attention_layernorm.kernel import attention_kernel, last_attention_kernel
 from kernels.fused_attention_layernorm.norm import gate_backward_kernel, gate_kernel
 from kernels.launching import ceil_div, next_power_of_2
@@ -41,6 +42,8 @@ SAFE = Launch(64, 32, 2)  # 100 KiB of shared memory in float32 at 128 columns a
 LAUNCHES = {  # (device's major capability, bytes of an element, short)
     (HOPPER, 2, False): Launch(64, 32, 3),
     (HOPPER, 2, True): Launch(64, 64, 2),
+    (HOPPER, 1, False): Launch(64, 32, 3),
+    (HOPPER, 1, True): Launch(64, 64, 3),
     (AMPERE, 2, False): Launch(64, 64, 2),
     (AMPERE, 2, True): Launch(64, 32, 2),
 }
@@ -71,7 +74,7 @@ def tiled(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 def between(dtype: torch.dtype) -> torch.dtype:
     """The type in which attention's result waits for its norm: A V / N would underflow in float16."""
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    return torch.bfloat16 if dtype in (torch.bfloat16, FP8) else torch.float32
 
 
 def given(argument: Tensor | None, other: Tensor) -> Tensor:
@@ -85,7 +88,7 @@ def attend(
     seed: Tensor | None = None, dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q, k, v: [total, heads, d], rows of any stride that divides by 16 bytes, d a power of two of at least 16.
-    scale: 1 / N, of the result. seed: int64 [], if there is dropout.
+    scale: 1 / N, of the result, and in FP8 V's scale. seed: int64 [], if there is dropout.
 
     -> A V / N [total, heads * d_v] and its moments float32 [total, heads, 2]. Rows beyond a user's first
     `position_bias.shape[1]` stay unwritten.

@@ -12,6 +12,8 @@ from kernels.fused_attention_layernorm import checks
 from kernels.fused_attention_layernorm.backward import attention_backward
 from kernels.fused_attention_layernorm.batch import Plan
 from kernels.fused_attention_layernorm.dropout import weight_of
+from kernels.fused_attention_layernorm.fp8 import DTYPE as FP8
+from kernels.fused_attention_layernorm.fp8 import Scales
 from kernels.fused_attention_layernorm.launch import (
     Launch,
     attend,
@@ -37,14 +39,16 @@ def fused_attention_layernorm(
     max_events: int,
     alpha: float = 1.0,
     *,
+    scales: Scales | None = None,
     dropout: float = 0.0,
     seed: Tensor | int | None = None,
     last: bool = False,
     debug: bool = False,
 ) -> Tensor:
-    """U * LayerNorm(SiLU(alpha Q K^T + biases) V / N) of packed rows: [rows, heads * d_v] in q's dtype.
+    """U * LayerNorm(SiLU(alpha Q K^T + biases) V / N) of packed rows: [rows, heads * d_v] in u's dtype.
 
     q, k: [total, heads, d_qk]; v, u: [total, heads, d_v]; all float32, bfloat16 or float16; sums are float32.
+    For inference q, k, v may be float8_e4m3fn, times their `scales`, beside a u of bfloat16 or float16.
     position_bias: float32 [heads, max_events]; time_bias: float32 [heads, thresholds + 1]; norm_weight, norm_bias:
     float32 [heads * d_v]. max_events: the constant N. plan: of the batch, see Plan.of; one serves all layers.
     dropout: the share of attention weights to leave out, the others count for them; seed: int64 [] on the device, or an
@@ -60,11 +64,14 @@ def fused_attention_layernorm(
     weights = (position_bias, time_bias, norm_weight, norm_bias)
     checks.check_rows(q, k, v, u, total, len(plan.offsets) - 1 if last else total, device)
     checks.check_tables(q.shape[1], v.shape[2], max_events, len(plan.thresholds) + 1, *weights, device)
+    checks.check_fp8(q, scales, k, v, u, *weights)
+    scales = scales or Scales()
     seed = checks.seed_of(dropout, seed, device)
     if debug:
         checks.check_finite(q=q, k=k, v=v, u=u, position_bias=position_bias, time_bias=time_bias)
-    kernels = plan.kernels and q.shape[2] in checks.WIDTHS and v.shape[2] in checks.WIDTHS
-    batch, numbers = (plan.seconds, plan.offsets, plan.thresholds), (eps, max_events, alpha)
+    kernels = plan.kernels and known(q) and known(v)
+    batch = (plan.seconds, plan.offsets, plan.thresholds)
+    numbers = (eps, max_events, alpha * scales.q * scales.k, scales.v)
     if last:
         checks.check_last(plan.targets, plan.contextual, dropout)
         return attention_last(q, k, v, u, *weights, *batch, *numbers, kernels)
@@ -80,17 +87,18 @@ def fused_attention_layernorm(
 def attention(
     q: Tensor, k: Tensor, v: Tensor, u: Tensor, position_bias: Tensor, time_bias: Tensor, norm_weight: Tensor,
     norm_bias: Tensor, seconds: Tensor, offsets: Tensor, thresholds: Tensor, targets: Tensor | None, items: Tensor,
-    buckets: Tensor, seed: Tensor | None, eps: float, max_events: int, alpha: float, dropout: float, contextual: int,
-    max_length: int, launch: list[int], kernels: bool,
+    buckets: Tensor, seed: Tensor | None, eps: float, max_events: int, alpha: float, scale: float, dropout: float,
+    contextual: int, max_length: int, launch: list[int], kernels: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """-> Y [total, width]; for the backward pass, from the kernels, A V / N [total, width] and its moments."""
     weights = (position_bias, time_bias, norm_weight, norm_bias)
     if not kernels:
-        batch, numbers = (seconds, offsets, thresholds, targets, seed), (eps, max_events, alpha, dropout, contextual)
+        batch = (seconds, offsets, thresholds, targets, seed)
+        numbers = (eps, max_events, alpha, scale, dropout, contextual)
         return packed_reference(q, k, v, u, *weights, *batch, *numbers), u.new_empty(0), u.new_empty(0)
     tables = (position_bias.contiguous(), time_bias.contiguous())
     attended, moments = attend(
-        ready(q), ready(k), ready(v), offsets, targets, items, buckets, *tables, alpha, 1.0 / max_events, contextual,
+        ready(q), ready(k), ready(v), offsets, targets, items, buckets, *tables, alpha, scale / max_events, contextual,
         Launch(*launch), seed, dropout,
     )  # fmt: skip
     return normalise_and_gate(attended, moments, ready(u).flatten(1), norm_weight, norm_bias, eps), attended, moments
@@ -131,13 +139,13 @@ def _(grad: Tensor, attended: Tensor, moments: Tensor, *rest: Any) -> list[Tenso
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     offsets, prepared = inputs[9], inputs[11:15]  # targets, items, buckets, seed
     ctx.save_for_backward(*inputs[:8], offsets, *prepared, *output[1:])
-    ctx.numbers, ctx.tile = inputs[15:21], inputs[21][:2]
+    ctx.numbers, ctx.tile = inputs[15:18] + inputs[19:22], inputs[22][:2]  # `scale` is FP8's: never here
 
 
 def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
     *inputs, attended, moments = ctx.saved_tensors
     grads = attention_gradients(grad, attended, moments, *inputs, *ctx.numbers, *ctx.tile)
-    return *grads, *(None,) * 15
+    return *grads, *(None,) * 16
 
 
 attention.register_autograd(_backward, setup_context=_remember)
@@ -147,20 +155,20 @@ attention.register_autograd(_backward, setup_context=_remember)
 def attention_last(
     q: Tensor, k: Tensor, v: Tensor, u: Tensor, position_bias: Tensor, time_bias: Tensor, norm_weight: Tensor,
     norm_bias: Tensor, seconds: Tensor, offsets: Tensor, thresholds: Tensor, eps: float, max_events: int, alpha: float,
-    kernels: bool,
+    scale: float, kernels: bool,
 ) -> Tensor:  # fmt: skip
     """-> Y [users, width] of each user's newest row; of a user without rows, as if all were hidden."""
     if kernels:
         tables = (position_bias.contiguous(), time_bias.contiguous())
         rows = (ready(q), ready(k), ready(v), seconds, offsets, thresholds)
-        attended, moments = attend_last(*rows, *tables, alpha, 1.0 / max_events)
+        attended, moments = attend_last(*rows, *tables, alpha, scale / max_events)
         return normalise_and_gate(attended, moments, ready(u).flatten(1), norm_weight, norm_bias, eps)
     newest, some = offsets[1:].long() - 1, offsets.diff() > 0
-    spread = [torch.zeros_like(k), torch.zeros_like(v)]  # only the newest rows' queries and gates matter
-    for whole, part in zip(spread, (q, u), strict=True):
-        whole[newest[some]] = part[some]
+    spread = [torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=u.dtype)]
+    for whole, part in zip(spread, (q, u), strict=True):  # only the newest rows' queries and gates matter
+        whole[newest[some]] = part[some].to(whole.dtype)
     weights, batch = (position_bias, time_bias, norm_weight, norm_bias), (seconds, offsets, thresholds, None, None)
-    y = packed_reference(spread[0], k, v, spread[1], *weights, *batch, eps, max_events, alpha, 0.0, 0)
+    y = packed_reference(spread[0], k, v, spread[1], *weights, *batch, eps, max_events, alpha, scale, 0.0, 0)
     hidden = (norm_bias * u.flatten(1)).to(u.dtype)
     return hidden if not len(y) else torch.where(some[:, None], y[newest.clamp(min=0)], hidden)
 
@@ -168,6 +176,11 @@ def attention_last(
 @attention_last.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, u: Tensor, *rest: Any) -> Tensor:
     return u.new_empty((u.shape[0], u.shape[1] * u.shape[2]))
+
+
+def known(x: Tensor) -> bool:
+    """Whether the kernels do with heads of x's width; a product of FP8 goes over 32 values at least."""
+    return x.shape[2] in checks.WIDTHS and (x.dtype != FP8 or x.shape[2] >= 32)
 
 
 def ready(x: Tensor) -> Tensor:
@@ -180,7 +193,8 @@ def ready(x: Tensor) -> Tensor:
 def packed_reference(
     q: Tensor, k: Tensor, v: Tensor, u: Tensor, position_bias: Tensor, time_bias: Tensor, norm_weight: Tensor,
     norm_bias: Tensor, seconds: Tensor, offsets: Tensor, thresholds: Tensor, targets: Tensor | None,
-    seed: Tensor | None, eps: float, max_events: int, alpha: float, dropout: float, contextual: int,
+    seed: Tensor | None, eps: float, max_events: int, alpha: float, scale: float, dropout: float,
+    contextual: int,
 ) -> Tensor:  # fmt: skip
     """The reference on packed rows: padded, in float32, packed again."""
     lengths = offsets.diff().long()
@@ -190,8 +204,8 @@ def packed_reference(
     if not own.any():
         return torch.zeros_like(u).flatten(1)
     y = reference(
-        q[rows].float(), k[rows].float(), v[rows].float(), u[rows].float(), seconds[rows].long(), lengths,
+        q[rows].float(), k[rows].float(), v[rows].float() * scale, u[rows].float(), seconds[rows].long(), lengths,
         position_bias, time_bias, thresholds, norm_weight, norm_bias, eps, max_events, alpha, contextual, targets,
         dropout, seed,
     )  # fmt: skip
-    return y[own].to(q.dtype)
+    return y[own].to(u.dtype)

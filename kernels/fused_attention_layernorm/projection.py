@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.fused_attention_layernorm.fp8 import DTYPE as FP8
 from kernels.fused_attention_layernorm.kernel import silu
-from kernels.fused_attention_layernorm.launch import padded, precision, tiled
+from kernels.fused_attention_layernorm.launch import given, padded, precision, tiled
 from kernels.fused_attention_layernorm.norm import normalisation
 from kernels.launching import ceil_div, launch
 
@@ -52,16 +53,24 @@ def product_tile(a, weight, row0, column0, WIDTH: tl.constexpr, ROWS: tl.constex
 
 
 @triton.jit
+def store_narrow(out8, factors, result, row0, column0, columns, SPLIT: tl.constexpr, COLUMNS: tl.constexpr):
+    """Columns from `column0` on, times their factors, in FP8; out8 begins with column SPLIT."""
+    column = column0 + tl.arange(0, COLUMNS)
+    factor = tl.load(factors + column, mask=column < columns, other=0.0)
+    out8.store([row0, column0 - SPLIT], (result * factor[None, :]).to(out8.dtype))
+
+
+@triton.jit
 def project_in_kernel(
-    x, weight, out, moments, weight_sums, bias, rows, columns, eps,
-    PARTS: tl.constexpr, WIDTH: tl.constexpr,
+    x, weight, out, out8, moments, weight_sums, bias, factors, rows, columns, eps,
+    SPLIT: tl.constexpr, FP8: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, FLATTEN: tl.constexpr,
     FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Tiles of the same rows run together and share them in the second cache.
 
     Descriptors: x of [rows, WIDTH], weight of [columns, WIDTH], folded, out of [rows, columns]; moments: float32
-    [rows, PARTS, 2].
+    [rows, PARTS, 2]. With FP8 `out` takes the first SPLIT columns and out8 the others, times `factors` [columns].
     """
     wide = tl.cdiv(columns, COLUMNS)
     tiles = wide * tl.cdiv(rows, ROWS)
@@ -73,7 +82,14 @@ def project_in_kernel(
         sums = tl.load(weight_sums + column, mask=column < columns, other=0.0)
         shift = tl.load(bias + column, mask=column < columns, other=0.0)
         result = silu((product - mean[:, None] * sums[None, :]) * scale[:, None] + shift[None, :], FAST)
-        out.store([row0, column0], result.to(out.dtype))
+        if not FP8:
+            out.store([row0, column0], result.to(out.dtype))
+        elif SPLIT == 0:
+            store_narrow(out8, factors, result, row0, column0, columns, SPLIT, COLUMNS)
+        elif column0 < SPLIT:
+            out.store([row0, column0], result.to(out.dtype))
+        else:
+            store_narrow(out8, factors, result, row0, column0, columns, SPLIT, COLUMNS)
 
 
 @triton.jit
@@ -116,9 +132,10 @@ class Tiles:
             return (tiles,)
         return (min(tiles, self.programs * torch.cuda.get_device_properties(device).multi_processor_count),)
 
-    def within(self, width: int, columns: int) -> "Tiles":
-        """No deeper than the inner side, no wider than the result."""
-        return replace(self, depth=min(self.depth, padded(width)), columns=min(self.columns, padded(columns)))
+    def within(self, width: int, columns: int, split: int = 0) -> "Tiles":
+        """No deeper than the inner side, no wider than the result, and none across column `split` of it."""
+        columns = min(self.columns, padded(columns), split & -split if split else self.columns)
+        return replace(self, depth=min(self.depth, padded(width)), columns=columns)
 
     @property
     def constants(self) -> dict[str, int]:
@@ -146,18 +163,39 @@ def row_moments(x: Tensor) -> Tensor:
 def project_in(x: Tensor, moments: Tensor, weight: Tensor, sums: Tensor, bias: Tensor, eps: float,
                tiles: Tiles | None = None) -> Tensor:  # fmt: skip
     """x [rows, k], its moments, and `folded`'s weight [n, k], sums [n] and bias [n] -> SiLU(...) [rows, n]."""
-    (rows, width), columns = x.shape, len(weight)
-    out = x.new_empty((rows, columns))
-    tiles = (tiles or (LARGE_IN if rows > SMALL_ROWS else SMALL)).within(width, columns)
-    if rows:
+    out = x.new_empty((len(x), len(weight)))
+    fill_in(out, None, None, x, moments, weight, sums, bias, eps, tiles)
+    return out
+
+
+def project_in_fp8(x: Tensor, moments: Tensor, weight: Tensor, sums: Tensor, bias: Tensor, factors: Tensor, split: int,
+                   eps: float, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `project_in` -> the first `split` columns [rows, split], a multiple of 16, and the others in FP8, times
+    `factors` [n]."""
+    if split and len(x) > SMALL_ROWS and tiles is None:  # both results of a large tile take too much shared memory
+        out = project_in(x, moments, weight[:split], sums[:split], bias[:split], eps)
+        rest = (weight[split:], sums[split:], bias[split:], factors[split:])
+        return out, project_in_fp8(x, moments, *rest, 0, eps)[1]
+    out = x.new_empty((len(x), split))
+    out8 = x.new_empty((len(x), len(weight) - split), dtype=FP8)
+    fill_in(out, out8, factors, x, moments, weight, sums, bias, eps, tiles)
+    return out, out8
+
+
+def fill_in(out: Tensor, out8: Tensor | None, factors: Tensor | None, x: Tensor, moments: Tensor, weight: Tensor,
+            sums: Tensor, bias: Tensor, eps: float, tiles: Tiles | None) -> None:  # fmt: skip
+    (rows, width), columns, split = x.shape, len(weight), out.shape[1]
+    tiles = (tiles or (LARGE_IN if rows > SMALL_ROWS else SMALL)).within(width, columns, 0 if out8 is None else split)
+    wide, narrow = out if split else out8, out if out8 is None else out8
+    if rows and wide is not None:
         count = ceil_div(columns, tiles.columns) * ceil_div(rows, tiles.rows)
         launch(
             project_in_kernel, tiles.grid(count, x.device),
             tiled(x, tiles.rows, tiles.depth), tiled(weight, tiles.columns, tiles.depth),
-            tiled(out, tiles.rows, tiles.columns), moments, sums, bias, rows, columns, eps, PARTS=moments.shape[1],
+            tiled(wide, tiles.rows, tiles.columns), tiled(narrow, tiles.rows, tiles.columns), moments, sums, bias,
+            given(factors, bias), rows, columns, eps, SPLIT=split, FP8=out8 is not None, PARTS=moments.shape[1],
             WIDTH=width, FAST=x.is_cuda and x.dtype != torch.float32, PRECISION=precision(x.dtype), **tiles.constants,
         )  # fmt: skip
-    return out
 
 
 def project_out(y: Tensor, weight: Tensor, bias: Tensor, x: Tensor,

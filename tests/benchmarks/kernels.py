@@ -6,18 +6,17 @@ Median of repeated calls by device events, the second cache flushed before each.
 the graph's inputs, the plan and the time buckets. tflops and gb_per_s count what must be done on packed rows, whoever
 does it, and for rows that name a part those of the part alone.
 max_error: ||states - reference|| / ||reference|| of the first layer's attention, gate included, against the fp32
-specification on the same rounded inputs.
+specification on the same inputs, rounded to bfloat16; of FP8 rows it includes the rounding to FP8. states_error: an FP8
+encoder's states against the bfloat16 one's.
 
 usage: python -m tests.benchmarks.kernels [--out FOLDER] [--quick] [--tune]
 """
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,102 +24,34 @@ from triton.testing import do_bench
 
 from kernels.fused_attention_layernorm.batch import Plan
 from kernels.fused_attention_layernorm.encoder import Encoder, LayerWeights
+from kernels.fused_attention_layernorm.fp8 import DTYPE as FP8
+from kernels.fused_attention_layernorm.fp8 import LARGEST, Scales
 from kernels.fused_attention_layernorm.launch import Launch, attend
 from kernels.fused_attention_layernorm.op import fused_attention_layernorm, packed_reference
 from kernels.graphs import BatchGraphs, Bucket
 from pipeline.features import TIME_THRESHOLDS
 from pipeline.hstu import Hstu
-from pipeline.hstu_config import HstuConfig
 from tests.benchmarks import results
-from tests.benchmarks.kernel_rows import Row, named, row
+from tests.benchmarks.kernel_rows import Row, named
+from tests.benchmarks.kernel_work import CONFIG, HEADS, WIDTH, WORKLOADS, D, Work
 
-CONFIG = HstuConfig(items=2, layers=8, width=512, heads=4, d_qk=128, d_v=128, max_events=1024)
-HEADS, D, WIDTH = CONFIG.heads, CONFIG.d_qk, CONFIG.width
-WORKLOADS = ((256, 290, 1024), (64, 88, 256), (1, 256, 256))  # users, mean and most events
+SCALES = Scales(*[WIDTH**0.5 / LARGEST] * 3)  # as of weights of norm one, which `operator_inputs` look like
 LAUNCHES = tuple(
     Launch(*numbers)
     for numbers in (
-        (64, 32, 2), (64, 32, 3), (64, 32, 2, 168), (64, 32, 3, 168), (64, 64, 2), (64, 64, 2, 168), (128, 64, 2, 128),
-        (128, 32, 3, 128),
+        (64, 32, 2), (64, 32, 3), (64, 32, 2, 168), (64, 32, 3, 168), (64, 64, 2), (64, 64, 3), (64, 64, 2, 168),
+        (128, 64, 2, 128), (128, 32, 3, 128),
     )
 )  # fmt: skip
 Rows = list[Row]
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """A batch. x: [tokens, width]; seconds: int32 [tokens]; offsets: int32 [users + 1]."""
-
-    name: str
-    cap: int
-    x: Tensor
-    seconds: Tensor
-    offsets: Tensor
-    quick: bool
-
-    @classmethod
-    def of(cls, users: int, mean: int, cap: int, quick: bool) -> "Work":
-        random = np.random.default_rng(7)
-        lengths = np.full(1, cap) if users == 1 else _lengths(random, users, mean, cap)
-        offsets = np.concatenate([[0], lengths.cumsum()])
-        pauses = np.exp(random.normal(4, 3, offsets[-1])).clip(0, 1e6).astype(np.int64)
-        seconds = pauses.cumsum() - np.repeat((pauses.cumsum() - pauses)[offsets[:-1]], lengths)
-        name = f"{users} users, mean {lengths.mean():.0f}, max {cap} ({offsets[-1]:,} tokens)"
-        numbers = (torch.tensor(part, dtype=torch.int32, device="cuda") for part in (seconds, offsets))
-        return cls(name, cap, torch.randn(int(offsets[-1]), WIDTH, device="cuda").bfloat16(), *numbers, quick)
-
-    @property
-    def users(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def attention(self) -> tuple[float, float]:
-        """Operations and bytes of attention in all layers: causal scores; Q, K, V read and the result written once."""
-        lengths = self.offsets.diff().double()
-        scores = float((lengths * (lengths + 1) / 2).sum())
-        return CONFIG.layers * 4.0 * scores * HEADS * D, CONFIG.layers * 2.0 * len(self.x) * 4 * HEADS * D
-
-    @property
-    def products(self) -> tuple[float, float]:
-        """Of the projections: their inputs, weights and results once."""
-        flop, moved = 2.0 * len(self.x) * WIDTH * 5 * HEADS * D, 2.0 * len(self.x) * (2 * WIDTH + 5 * HEADS * D)
-        return CONFIG.layers * flop, CONFIG.layers * (moved + 2.0 * WIDTH * 5 * HEADS * D)
-
-    @property
-    def whole(self) -> tuple[float, float]:
-        """Of the encoder: as if nothing between two products, or a product and attention, left the chip twice."""
-        flop, moved = (one + other for one, other in zip(self.attention, self.products, strict=True))
-        return flop, moved + CONFIG.layers * 2.0 * len(self.x) * HEADS * D  # U is read once more
-
-    def measured(
-        self,
-        implementation: str,
-        call: Callable[[], object],
-        needed: tuple[float, float] | None = None,
-        max_error: float | None = None,
-    ) -> Row:
-        """needed: operations and bytes; None where they are not counted."""
-        rep = 1 if self.quick else 200
-        ms = float(do_bench(call, warmup=1 if self.quick else 30, rep=rep, return_mode="median"))
-        return row(self.name, implementation, ms, self.users, needed, max_error)
-
-
-def _lengths(random: np.random.Generator, users: int, mean: int, cap: int) -> np.ndarray:
-    """Log-normal, cut at the cap, scaled until the mean is met."""
-    drawn = random.lognormal(0, 0.8, users)
-    scale = float(mean)
-    for _ in range(50):
-        lengths = np.clip(drawn * scale / drawn.mean(), 1, cap)
-        scale *= mean / lengths.mean()
-    return np.clip(drawn * scale / drawn.mean(), 1, cap).astype(np.int64)
-
-
-def encoder_of(hstu: Hstu) -> Encoder:
+def encoder_of(hstu: Hstu, fp8: bool = False) -> Encoder:
     layers: list[Any] = list(hstu.layers)
     weights = [
         LayerWeights.of(
             layer.norm_in, layer.project_in, layer.norm_out, layer.project_out, layer.position_bias, layer.time_bias,
-            torch.bfloat16,
+            torch.bfloat16, fp8,
         )
         for layer in layers
     ]  # fmt: skip
@@ -189,35 +120,35 @@ def operator_inputs(work: Work) -> tuple[Tensor, ...]:
     return tuple(part.unflatten(1, (HEADS, D)) for part in projected.split(HEADS * D, 1))
 
 
-def error_of(hstu: Hstu, work: Work, plan: Plan) -> float:
+def narrowed(rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """q, k and v in FP8, over SCALES."""
+    return tuple((part.float() / SCALES.q).to(FP8) for part in rows)
+
+
+def error_of(hstu: Hstu, work: Work, plan: Plan, scales: Scales | None = None) -> float:
+    """scales: in FP8."""
     layer: Any = hstu.layers[0]
     rows, eps, n = operator_inputs(work), CONFIG.eps, CONFIG.max_events
+    held = (*narrowed(rows[:3]), rows[3]) if scales else rows
     tables = (layer.position_bias, layer.time_bias, layer.norm_out.weight, layer.norm_out.bias)
-    found = fused_attention_layernorm(*rows, *tables, plan, eps, n)
+    found = fused_attention_layernorm(*held, *tables, plan, eps, n, scales=scales)
     worst = total = 0.0
     for user in range(min(work.users, 32)):  # the padded specification of all at once takes too much memory
         a, b = work.offsets[user : user + 2].tolist()
         one = (work.seconds[a:b], torch.tensor([0, b - a], device="cuda"), plan.thresholds, None, None)
-        wanted = packed_reference(*(part[a:b].float() for part in rows), *tables, *one, eps, n, 1.0, 0.0, 0)
+        wanted = packed_reference(*(part[a:b].float() for part in rows), *tables, *one, eps, n, 1.0, 1.0, 0.0, 0)
         worst += float((found[a:b].float() - wanted).square().sum())
         total += float(wanted.square().sum())
-    return (worst / total) ** 0.5
+    return float(f"{(worst / total) ** 0.5:.2e}")
 
 
 def measure(hstu: Hstu, work: Work, thresholds: Tensor) -> Rows:
     encode, whole = encoder_of(hstu), (work.seconds, work.offsets, thresholds, work.cap, torch.bfloat16)
     plan = Plan.of(*whole)
-    error = float(f"{error_of(hstu, work, plan):.2e}")
+    error = error_of(hstu, work, plan)
     graph, newest = (bucketed(encode, work, thresholds, last) for last in (False, True))
     fixed = graphed(lambda: encode(work.x, Plan.of(*whole, trusted=True)))
-    rows = operator_inputs(work)[:3]
-    layer = encode.layers[0]
-    tables = (layer.position_bias, layer.time_bias, 1.0, 1.0 / CONFIG.max_events, 0, plan.launch)
-
-    def attention() -> None:
-        for _ in range(CONFIG.layers):
-            attend(*rows, plan.offsets, None, plan.items, plan.buckets, *tables)
-
+    attention = attention_alone(tables_of(encode), plan, operator_inputs(work)[:3], Scales())
     encoder = (work.whole, error)
     return [
         work.measured("torch: eager, padded", padded(hstu, work, thresholds, False), work.whole),
@@ -227,9 +158,44 @@ def measure(hstu: Hstu, work: Work, thresholds: Tensor) -> Rows:
         work.measured("kernels: graph", graph, *encoder),
         work.measured("kernels: graph of this very size", fixed, *encoder),
         work.measured("kernels: graph, newest rows", newest),
-        work.measured("kernels: attention alone", graphed(attention), work.attention, error),
+        work.measured("kernels: attention alone", attention, work.attention, error),
         work.measured("kernels: plan and time buckets alone", graphed(lambda: Plan.of(*whole, trusted=True))),
+        *measure_fp8(hstu, work, thresholds, encode(work.x, plan)),
     ]
+
+
+def measure_fp8(hstu: Hstu, work: Work, thresholds: Tensor, exact: Tensor) -> Rows:
+    """exact: the states with Q, K and V in bfloat16. An encoder's states_error: how far FP8's are from those."""
+    encode = encoder_of(hstu, fp8=True)
+    plan = Plan.of(work.seconds, work.offsets, thresholds, work.cap, FP8)
+    error = error_of(hstu, work, plan, SCALES)
+    apart = float((encode(work.x, plan).float() - exact.float()).norm() / exact.float().norm())
+    more = {"states_error": float(f"{apart:.2e}")}
+    graph, newest = (bucketed(encode, work, thresholds, last) for last in (False, True))
+    attention = attention_alone(tables_of(encode), plan, narrowed(operator_inputs(work)[:3]), SCALES)
+    flop, moved = work.attention  # one byte a value of Q, K and V
+    return [
+        work.measured("kernels: graph, FP8", graph, None, error, **more),
+        work.measured("kernels: graph, newest rows, FP8", newest),
+        work.measured("kernels: attention alone, FP8", attention, (flop, moved * 5 / 8), error),
+    ]
+
+
+def tables_of(encode: Encoder) -> tuple[Tensor, Tensor]:
+    return encode.layers[0].position_bias, encode.layers[0].time_bias
+
+
+def attention_alone(
+    tables: tuple[Tensor, Tensor], plan: Plan, rows: tuple[Tensor, ...], scales: Scales
+) -> Callable[[], None]:
+    """Of all layers. tables: of the biases; rows: q, k and v."""
+    factors = (scales.q * scales.k, scales.v / CONFIG.max_events)
+
+    def call() -> None:
+        for _ in range(CONFIG.layers):
+            attend(*rows, plan.offsets, None, plan.items, plan.buckets, *tables, *factors, 0, plan.launch)
+
+    return graphed(call)
 
 
 def bucketed(encode: Encoder, work: Work, thresholds: Tensor, last: bool) -> Callable[[], Tensor]:
@@ -237,7 +203,8 @@ def bucketed(encode: Encoder, work: Work, thresholds: Tensor, last: bool) -> Cal
 
     def run(columns: Sequence[Tensor], offsets: Tensor, longest: int) -> Tensor:
         x, seconds = columns
-        return encode(x, Plan.of(seconds, offsets, thresholds, longest, x.dtype, trusted=True), last)
+        dtype = encode.narrowed(x.dtype)
+        return encode(x, Plan.of(seconds, offsets, thresholds, longest, dtype, trusted=True), last)
 
     columns = (work.x, work.seconds)
     graphs = BatchGraphs(run, columns, work.users, len(work.x))
@@ -247,16 +214,15 @@ def bucketed(encode: Encoder, work: Work, thresholds: Tensor, last: bool) -> Cal
 
 def tune(work: Work, thresholds: Tensor) -> None:
     """Prints every launch's time on this device; the best ones belong into launch.LAUNCHES."""
-    rows = operator_inputs(work)[:3]
+    wide = operator_inputs(work)[:3]
     tables = (torch.randn(HEADS, CONFIG.max_events, device="cuda"), torch.randn(HEADS, 49, device="cuda"))
-    timed = []
-    for launch in LAUNCHES:
-        plan = Plan.of(work.seconds, work.offsets, thresholds, work.cap, torch.bfloat16, launch=launch)
-        batch = (plan.offsets, None, plan.items, plan.buckets)
-        call = graphed(lambda batch=batch, launch=launch: attend(*rows, *batch, *tables, 1.0, 1.0 / 1024, 0, launch))
-        timed.append((float(do_bench(call, return_mode="median")), launch))
-    for ms, launch in sorted(timed, key=lambda pair: pair[0]):
-        print(f"{work.name}: {ms:.4f} ms a layer, {launch}", flush=True)
+    for rows in (wide, narrowed(wide)):
+        timed = []
+        for launch in LAUNCHES:
+            plan = Plan.of(work.seconds, work.offsets, thresholds, work.cap, rows[0].dtype, launch=launch)
+            timed.append((float(do_bench(attention_alone(tables, plan, rows, Scales()), return_mode="median")), launch))
+        for ms, launch in sorted(timed, key=lambda pair: pair[0]):
+            print(f"{work.name}: {ms / CONFIG.layers:.4f} ms a layer of {rows[0].dtype}, {launch}", flush=True)
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ class Case:
     ) -> Tensor:
         wide = [part.float() for part in self.rows]
         batch = (self.seconds, self.offsets, THRESHOLDS, targets, torch.tensor(seed, device=DEVICE))
-        return packed_reference(*wide, *self.weights, *batch, EPS, EVENTS, 0.5, dropout, contextual)
+        return packed_reference(*wide, *self.weights, *batch, EPS, EVENTS, 0.5, 1.0, dropout, contextual)
 
     def kernel(self, plan: Plan, **options: object) -> Tensor:
         return fused_attention_layernorm(*self.rows, *self.weights, plan, EPS, EVENTS, 0.5, **options)  # type: ignore[arg-type]  # a test's shorthand
