@@ -144,7 +144,7 @@ def test_a_projection_narrows_what_it_else_writes(rows: int, split: int) -> None
     out, out8 = project_in_fp8(x, moments, *rest, factors, split, 1e-6, Tiles(64, 64, 16, 4, 2))
     torch.testing.assert_close(out, wanted[:, :split])
     assert out8.dtype == DTYPE
-    held = (wanted * factors)[:, split:].to(DTYPE).float()
+    held = (wanted * factors)[:, split:].clamp(max=LARGEST).to(DTYPE).float()
     # A sum in another order may cross the middle between two FP8 values: one step, an eighth, of a few.
     torch.testing.assert_close(out8.float(), held, rtol=0.13, atol=2**-9)
     assert float((out8.float() != held).float().mean()) < 1e-3
