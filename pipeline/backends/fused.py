@@ -86,7 +86,7 @@ class FusedEncoder:
         return F.normalize(self._encoder(rows, plan, last=True).float(), dim=-1, eps=self._config.eps)
 
 
-def encoder_of(hstu: Hstu, dtype: torch.dtype) -> Encoder:
+def encoder_of(hstu: Hstu, dtype: torch.dtype, fp8: bool = False) -> Encoder:
     """The model's layers as the kernels want them; its options are `fusible`."""
     layers = []
     for layer in hstu.layers:
@@ -95,6 +95,6 @@ def encoder_of(hstu: Hstu, dtype: torch.dtype) -> Encoder:
         assert isinstance(norms[0], LayerNorm)
         assert isinstance(norms[1], LayerNorm)
         modules = norms[0], layer.project_in, norms[1], layer.project_out
-        layers.append(LayerWeights.of(*modules, *layer.tables(), dtype))
+        layers.append(LayerWeights.of(*modules, *layer.tables(), dtype, fp8))
     config = hstu.config
     return Encoder(layers, config.heads, config.d_qk, config.d_v, config.max_events, config.eps)

@@ -23,12 +23,13 @@ from torch import Tensor
 from triton.testing import do_bench
 
 from kernels.fused_attention_layernorm.batch import Plan
-from kernels.fused_attention_layernorm.encoder import Encoder, LayerWeights
+from kernels.fused_attention_layernorm.encoder import Encoder
 from kernels.fused_attention_layernorm.fp8 import DTYPE as FP8
 from kernels.fused_attention_layernorm.fp8 import LARGEST, Scales
 from kernels.fused_attention_layernorm.launch import Launch, attend
 from kernels.fused_attention_layernorm.op import fused_attention_layernorm, packed_reference
 from kernels.graphs import BatchGraphs, Bucket
+from pipeline.backends.fused import encoder_of
 from pipeline.features import TIME_THRESHOLDS
 from pipeline.hstu import Hstu
 from tests.benchmarks import results
@@ -44,18 +45,6 @@ LAUNCHES = tuple(
     )
 )  # fmt: skip
 Rows = list[Row]
-
-
-def encoder_of(hstu: Hstu, fp8: bool = False) -> Encoder:
-    layers: list[Any] = list(hstu.layers)
-    weights = [
-        LayerWeights.of(
-            layer.norm_in, layer.project_in, layer.norm_out, layer.project_out, layer.position_bias, layer.time_bias,
-            torch.bfloat16, fp8,
-        )
-        for layer in layers
-    ]  # fmt: skip
-    return Encoder(weights, HEADS, D, CONFIG.d_v, CONFIG.max_events, CONFIG.eps)
 
 
 def padded_layer(layer: Any, x: Tensor, distance: Tensor, buckets: Tensor, mask: Tensor) -> Tensor:
@@ -143,7 +132,7 @@ def error_of(hstu: Hstu, work: Work, plan: Plan, scales: Scales | None = None) -
 
 
 def measure(hstu: Hstu, work: Work, thresholds: Tensor) -> Rows:
-    encode, whole = encoder_of(hstu), (work.seconds, work.offsets, thresholds, work.cap, torch.bfloat16)
+    encode, whole = encoder_of(hstu, torch.bfloat16), (work.seconds, work.offsets, thresholds, work.cap, torch.bfloat16)
     plan = Plan.of(*whole)
     error = error_of(hstu, work, plan)
     graph, newest = (bucketed(encode, work, thresholds, last) for last in (False, True))
@@ -166,7 +155,7 @@ def measure(hstu: Hstu, work: Work, thresholds: Tensor) -> Rows:
 
 def measure_fp8(hstu: Hstu, work: Work, thresholds: Tensor, exact: Tensor) -> Rows:
     """exact: the states with Q, K and V in bfloat16. An encoder's states_error: how far FP8's are from those."""
-    encode = encoder_of(hstu, fp8=True)
+    encode = encoder_of(hstu, torch.bfloat16, fp8=True)
     plan = Plan.of(work.seconds, work.offsets, thresholds, work.cap, FP8)
     error = error_of(hstu, work, plan, SCALES)
     apart = float((encode(work.x, plan).float() - exact.float()).norm() / exact.float().norm())

@@ -14,12 +14,11 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from kernels.fused_attention_layernorm.batch import Plan
-from kernels.fused_attention_layernorm.encoder import Encoder, LayerWeights
 from kernels.fused_attention_layernorm.fp8 import DTYPE, LARGEST, Scales, scale_of
 from kernels.fused_attention_layernorm.launch import SAFE, Launch
 from kernels.fused_attention_layernorm.projection import Tiles, project_in, project_in_fp8, row_moments
+from pipeline.backends.fused import encoder_of
 from pipeline.features import TIME_THRESHOLDS
-from pipeline.hstu import Hstu, HstuLayer
 from tests.kernels.test_fused_attention_layernorm import CONFIG, inputs_of_lengths, model
 from tests.kernels.test_fused_attention_layernorm_op import DEVICE, Case, case_of, error
 
@@ -150,21 +149,12 @@ def test_a_projection_narrows_what_it_else_writes(rows: int, split: int) -> None
     assert float((out8.float() != held).float().mean()) < 1e-3
 
 
-def encoder_of(hstu: Hstu, fp8: bool) -> Encoder:
-    layers = []
-    for layer in hstu.layers:
-        assert isinstance(layer, HstuLayer)
-        modules = (layer.norm_in, layer.project_in, layer.norm_out, layer.project_out)
-        layers.append(LayerWeights.of(*modules, layer.position_bias, layer.time_bias, torch.float16, fp8))
-    return Encoder(layers, WIDE.heads, WIDE.d_qk, WIDE.d_v, WIDE.max_events, WIDE.eps)
-
-
 def test_an_encoder_in_fp8_stays_near_the_one_without() -> None:
     hstu, inputs = model(1, WIDE), inputs_of_lengths([1, 7, 39, 23], seed=1)
     x = torch.randn(70, WIDE.width, generator=torch.Generator().manual_seed(1)).half().to(DEVICE)
     columns = (inputs.seconds, inputs.offsets, TIME_THRESHOLDS)
     seconds, offsets, thresholds = (torch.as_tensor(column).int().to(DEVICE) for column in columns)
-    exact, encode = encoder_of(hstu, False), encoder_of(hstu, True)
+    exact, encode = encoder_of(hstu, torch.float16), encoder_of(hstu, torch.float16, fp8=True)
     plan = Plan.of(seconds, offsets, thresholds, WIDE.max_events, encode.narrowed(x.dtype), kernels=True)
     wanted, states = exact(x, plan), encode(x, plan)
     # An FP8 value is off by 2^-4 at most and by 2.6 % in the mean; three of them meet in a score and its value.
