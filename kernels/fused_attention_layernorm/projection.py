@@ -9,6 +9,8 @@ so that the product runs on x itself and the rows' moments enter afterwards (`fo
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
+from types import ModuleType
 
 import torch
 import triton
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from kernels.fused_attention_layernorm.fp8 import DTYPE as FP8
 from kernels.fused_attention_layernorm.kernel import silu
-from kernels.fused_attention_layernorm.launch import given, padded, precision, tiled
+from kernels.fused_attention_layernorm.launch import HOPPER, given, padded, precision, tiled
 from kernels.fused_attention_layernorm.norm import normalisation
 from kernels.launching import ceil_div, launch
 
@@ -160,9 +162,27 @@ def row_moments(x: Tensor) -> Tensor:
     return moments
 
 
+@cache
+def hopper_kernels(device: torch.device) -> ModuleType | None:
+    """`project_in` in CuTe DSL (docs/adr/0002), on a GPU that has what it needs and where the package is installed."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != HOPPER:
+        return None
+    try:
+        from kernels.fused_attention_layernorm import cute
+    except ImportError:
+        return None
+    return cute
+
+
 def project_in(x: Tensor, moments: Tensor, weight: Tensor, sums: Tensor, bias: Tensor, eps: float,
                tiles: Tiles | None = None) -> Tensor:  # fmt: skip
-    """x [rows, k], its moments, and `folded`'s weight [n, k], sums [n] and bias [n] -> SiLU(...) [rows, n]."""
+    """x [rows, k], its moments, and `folded`'s weight [n, k], sums [n] and bias [n] -> SiLU(...) [rows, n].
+
+    tiles: of the Triton kernel; without them the faster kernel for this device and shape is chosen.
+    """
+    hopper = hopper_kernels(x.device) if tiles is None and len(x) > SMALL_ROWS else None
+    if hopper and hopper.fits(x, weight):
+        return hopper.project_in(x, moments, weight, sums, bias, eps)
     out = x.new_empty((len(x), len(weight)))
     fill_in(out, None, None, x, moments, weight, sums, bias, eps, tiles)
     return out
