@@ -12,14 +12,14 @@ import cuda.bindings.driver as cuda
 import cutlass  # type: ignore[import-not-found]  # a package for NVIDIA GPUs alone
 import torch
 from cutlass import BFloat16, Constexpr, Float32, Int32, cute  # type: ignore[import-not-found]  # as above
-from cutlass.cute.nvgpu import cpasync, warp, warpgroup  # type: ignore[import-not-found]  # a package for NVIDIA GPUs alone
-from cutlass.utils import LayoutEnum, SmemAllocator, hopper_helpers  # type: ignore[import-not-found]  # a package for NVIDIA GPUs alone
+from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup  # type: ignore[import-not-found]  # as above
+from cutlass.memory import SmemAllocator  # type: ignore[import-not-found]  # as above
+from cutlass.utils import LayoutEnum, hopper_helpers  # type: ignore[import-not-found]  # as above
 from torch import Tensor
 
 ROWS, COLUMNS, DEPTH = 128, 128, 64  # a tile, and what a stage holds of its inner side
-GROUPS, STAGES, BUFFERS = 2, 5, 1  # that multiply, blocks of x ahead, pieces a group has on their way out
+GROUPS, STAGES, BUFFERS = 2, 4, 2  # that multiply, blocks of x ahead, pieces a group has on their way out
 REGISTERS, LOADER_REGISTERS = {2: (240, 24), 3: (160, 32), 4: (112, 24)}[GROUPS]  # a thread
-CLUSTER = 1  # programs that share each read of x
 PIECE = 64  # rows and columns that leave together, 128 bytes a row
 THREADS = 128  # of a group
 TURN, STORED = 1, 1 + GROUPS  # named barriers, one a group each
@@ -41,14 +41,7 @@ def load(x_from: Any, x_to: Any, x_atom: Any, weight_from: Any, weight_to: Any, 
             cute.arch.mbarrier_wait(empty + stage, 1 - at // STAGES % 2)
             with cute.arch.elect_one():
                 cute.arch.mbarrier_arrive_and_expect_tx(full + stage, ROWS * DEPTH * 2)
-            cute.copy(
-                x_atom, x_from[None, tile, block], x_to[None, stage], tma_bar_ptr=full + stage,
-                mcast_mask=cutlass.Int16((1 << CLUSTER) - 1),
-            )  # fmt: skip
-            at += 1
-    if at > 0:  # programs of the cluster may still release our stages
-        for _ in cutlass.range(STAGES, unroll=1):
-            cute.arch.mbarrier_wait(empty + at % STAGES, 1 - at // STAGES % 2)
+            cute.copy(x_atom, x_from[None, tile, block], x_to[None, stage], tma_bar_ptr=full + stage)
             at += 1
 
 
@@ -76,10 +69,9 @@ def multiply(mma: Any, product: Any, x_parts: Any, panel_parts: Any, bars: Any, 
 
 @cute.jit
 def release(empty: Any) -> None:
-    """A warp no longer needs a stage: it tells each program of the cluster, since each of them fills a part."""
-    lane = cute.arch.lane_idx()
-    if lane < CLUSTER:
-        cute.arch.mbarrier_arrive(empty, lane)
+    """A warp no longer needs a stage."""
+    with cute.arch.elect_one():
+        cute.arch.mbarrier_arrive(empty)
 
 
 @cute.jit
@@ -194,20 +186,17 @@ def project_in_kernel(
     if thread == 0:
         for stage in cutlass.range_constexpr(STAGES):
             cute.arch.mbarrier_init(bars + stage, 1)
-            cute.arch.mbarrier_init(bars + STAGES + stage, CLUSTER * 4)
+            cute.arch.mbarrier_init(bars + STAGES + stage, THREADS // 32)
         for block in cutlass.range_constexpr(WIDTH // DEPTH):
             cute.arch.mbarrier_init(panel_bars + block, 1)
     cute.arch.mbarrier_init_fence()
     cute.arch.sync_threads()
-    cute.arch.cluster_arrive()
-    cute.arch.cluster_wait()
 
     if warp_at < 4:
         cute.arch.setmaxregister_decrease(LOADER_REGISTERS)
         if warp_at == 0:
-            member = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
             x_to, x_from = cpasync.tma_partition(
-                x_atom, member, cute.make_layout(CLUSTER), cute.group_modes(x_s, 0, 2),
+                x_atom, 0, cute.make_layout(1), cute.group_modes(x_s, 0, 2),
                 cute.group_modes(cute.local_tile(x, (ROWS, DEPTH), (None, None)), 0, 2),
             )  # fmt: skip
             weight_to, weight_from = cpasync.tma_partition(
@@ -236,19 +225,17 @@ def run(x_at: cute.Pointer, weight_at: cute.Pointer, out_at: cute.Pointer, momen
     x_layout = hopper_helpers.make_smem_layout_a(order, tile, BFloat16, STAGES)
     panel_layout = hopper_helpers.make_smem_layout_b(order, tile, BFloat16, WIDTH // DEPTH)
     out_layout = hopper_helpers.make_smem_layout_epi(BFloat16, order, (PIECE, PIECE), GROUPS * BUFFERS)
-    alone, leave = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
-    shared = cpasync.CopyBulkTensorTileG2SMulticastOp() if CLUSTER > 1 else alone
-    x_atom, x_tiles = cpasync.make_tiled_tma_atom(shared, x, x_layout, (ROWS, DEPTH), CLUSTER)
-    weight_atom, weight_tiles = cpasync.make_tiled_tma_atom(alone, weight, panel_layout, (COLUMNS, DEPTH))
+    bring, leave = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+    x_atom, x_tiles = cpasync.make_tiled_tma_atom(bring, x, x_layout, (ROWS, DEPTH))
+    weight_atom, weight_tiles = cpasync.make_tiled_tma_atom(bring, weight, panel_layout, (COLUMNS, DEPTH))
     out_atom, out_tiles = cpasync.make_tiled_tma_atom(leave, out, out_layout, (PIECE, PIECE))
-    inner = warpgroup.OperandMajorMode.K
+    inner = OperandMajorMode.K
     mma = hopper_helpers.make_trivial_tiled_mma(BFloat16, BFloat16, inner, inner, Float32, (1, 1, 1), (64, COLUMNS))
     project_in_kernel(
         x_atom, x_tiles, weight_atom, weight_tiles, out_atom, out_tiles, moments, sums, bias, eps, mma, x_layout,
         panel_layout, out_layout, columns // COLUMNS,
     ).launch(
-        grid=(programs, 1, 1), block=((1 + GROUPS) * THREADS, 1, 1), cluster=(CLUSTER, 1, 1), min_blocks_per_mp=1,
-        stream=stream,
+        grid=(programs, 1, 1), block=((1 + GROUPS) * THREADS, 1, 1), min_blocks_per_mp=1, stream=stream
     )  # fmt: skip
 
 
@@ -260,26 +247,29 @@ def pointer(address: int, dtype: Any) -> Any:
 def compiled(columns: int, parts: int) -> Any:
     """Takes seconds, once a process and shape."""
     halves, floats = [pointer(16, BFloat16)] * 3, [pointer(16, Float32)] * 3
-    numbers = (Int32(1), Float32(1e-5), Int32(CLUSTER), cuda.CUstream(0))
+    numbers = (Int32(1), Float32(1e-5), Int32(1), cuda.CUstream(0))
     return cute.compile(run, *halves, *floats, *numbers, columns, parts)
+
+
+def programs_of(device: torch.device, panels: int) -> int:
+    """One a multiprocessor, equally many of each panel."""
+    return torch.cuda.get_device_properties(device).multi_processor_count // panels * panels
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
     """Whether this kernel can do it: bfloat16, rows of `WIDTH`, whole panels, no more of them than multiprocessors."""
-    (rows, width), columns = x.shape, len(weight)
-    shapes = rows > 0 and width == WIDTH and columns % (CLUSTER * COLUMNS) == 0 and columns <= 4096
-    return shapes and x.dtype == weight.dtype == torch.bfloat16 and x.is_contiguous() and weight.is_contiguous()
+    shapes = len(x) > 0 and x.shape[1] == WIDTH and len(weight) > 0 and len(weight) % COLUMNS == 0
+    dense = x.dtype == weight.dtype == torch.bfloat16 and x.is_contiguous() and weight.is_contiguous()
+    return shapes and dense and programs_of(x.device, len(weight) // COLUMNS) > 0
 
 
 def project_in(x: Tensor, moments: Tensor, weight: Tensor, sums: Tensor, bias: Tensor, eps: float) -> Tensor:
     """As `projection.project_in`, of what `fits`."""
     rows, columns = len(x), len(weight)
     out = x.new_empty((rows, columns))
-    panels = columns // COLUMNS
-    programs = panels * (torch.cuda.get_device_properties(x.device).multi_processor_count // panels)
     compiled(columns, moments.shape[1])(
         *(pointer(part.data_ptr(), BFloat16) for part in (x, weight, out)),
         *(pointer(part.data_ptr(), Float32) for part in (moments, sums, bias)),
-        rows, eps, programs, cuda.CUstream(torch.cuda.current_stream().cuda_stream),
+        rows, eps, programs_of(x.device, columns // COLUMNS), cuda.CUstream(torch.cuda.current_stream().cuda_stream),
     )  # fmt: skip
     return out

@@ -8,7 +8,7 @@ import triton.language as tl
 def normalisation(moments, row, valid, eps, HEADS: tl.constexpr, WIDTH: tl.constexpr):
     """Mean and reciprocal deviation of rows [n], from float32 moments [rows, HEADS, 2]: sums and sums of squares."""
     total, squares = tl.zeros_like(row).to(tl.float32), tl.zeros_like(row).to(tl.float32)
-    for head in range(HEADS):
+    for head in tl.static_range(HEADS):  # all loads at once, not one after the other
         total += tl.load(moments + (row * HEADS + head) * 2, mask=valid, other=0.0)
         squares += tl.load(moments + (row * HEADS + head) * 2 + 1, mask=valid, other=0.0)
     mean = total / WIDTH

@@ -1,10 +1,11 @@
 """The product before attention with what is fused around it, SiLU(LayerNorm(x) W^T + b), by five implementations.
 
 8 layers, each with weights of its own, width 512 to 2,048, bfloat16, replayed from one CUDA graph; LayerNorm comes from
-the rows' moments, which are given. Median by device events, the second cache flushed before each replay.
-tflops and gb_per_s count the products' operations, and x, the weights and the result once. host_us: what one call
-outside of a graph costs the host. max_error: ||result - reference|| / ||reference|| against float32 on the same rounded
-inputs. cuBLASLt through torch knows the epilogues bias, ReLU and GELU, not this one: a compiled kernel follows it.
+the rows' moments, which are given in two parts, as the product of the layer below leaves them. Median by device events,
+the second cache flushed before each replay. tflops and gb_per_s count the products' operations, and x, the weights and
+the result once. host_us: what one call outside of a graph costs the host. max_error: ||result - reference|| /
+||reference|| against float32 on the same rounded inputs. cuBLASLt through torch knows the epilogues bias, ReLU and
+GELU, not this one: a compiled kernel follows it.
 
 usage: python -m tests.benchmarks.kernels_projection [--out FOLDER]
 """
@@ -33,7 +34,7 @@ Call = Callable[..., Tensor]  # (x, moments, weight, sums, bias) -> [rows, 2048]
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """x: bfloat16 [rows, 512]; moments: float32 [rows, 1, 2]."""
+    """x: bfloat16 [rows, 512]; moments: float32 [rows, 2, 2], of the halves of each row."""
 
     users: int
     x: Tensor
@@ -45,7 +46,8 @@ class Work:
         x = torch.randn(rows, WIDTH, device="cuda").bfloat16()
         weights = [(torch.randn(COLUMNS, WIDTH, device="cuda") * WIDTH**-0.5).bfloat16() for _ in range(LAYERS)]
         layers = [(weight, weight.float().sum(1), torch.randn(COLUMNS, device="cuda")) for weight in weights]
-        return cls(users, x, row_moments(x), layers)
+        halves = x.view(2 * rows, WIDTH // 2)
+        return cls(users, x, row_moments(halves).view(rows, 2, 2), layers)
 
     @property
     def needed(self) -> tuple[float, float]:
