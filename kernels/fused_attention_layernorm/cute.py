@@ -17,8 +17,8 @@ from cutlass.memory import SmemAllocator  # type: ignore[import-not-found]  # as
 from cutlass.utils import LayoutEnum, hopper_helpers  # type: ignore[import-not-found]  # as above
 from torch import Tensor
 
-ROWS, COLUMNS, DEPTH = 128, 128, 64  # a tile, and what a stage holds of its inner side
-GROUPS, STAGES, BUFFERS = 2, 4, 2  # that multiply, blocks of x ahead, pieces a group has on their way out
+ROWS, COLUMNS, DEPTH = 64, 128, 128  # a tile, and what a stage holds of its inner side
+GROUPS, STAGES, BUFFERS = 3, 4, 1  # that multiply, blocks of x ahead, pieces a group has on their way out
 REGISTERS, LOADER_REGISTERS = {2: (240, 24), 3: (160, 32), 4: (112, 24)}[GROUPS]  # a thread
 PIECE = 64  # rows and columns that leave together, 128 bytes a row
 THREADS = 128  # of a group
