@@ -6,6 +6,7 @@ turns: while one group multiplies the others scale, activate and store theirs, s
 """
 
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import cuda.bindings.driver as cuda
@@ -13,17 +14,19 @@ import cutlass  # type: ignore[import-not-found]  # a package for NVIDIA GPUs al
 import torch
 from cutlass import BFloat16, Constexpr, Float32, Int32, cute  # type: ignore[import-not-found]  # as above
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup  # type: ignore[import-not-found]  # as above
-from cutlass.memory import SmemAllocator  # type: ignore[import-not-found]  # as above
-from cutlass.utils import LayoutEnum, hopper_helpers  # type: ignore[import-not-found]  # as above
+from cutlass.utils import LayoutEnum, SmemAllocator, hopper_helpers  # type: ignore[import-not-found]  # as above
 from torch import Tensor
 
+# Swept with `python -m tests.benchmarks.kernels_projection`: 74,108 rows, 8 layers, one H100: 2.05 ms as it stands;
+# with four groups 2.07; two, of 128 rows, 2.14; three with a depth of 64, so with barriers twice as often, 2.48.
 ROWS, COLUMNS, DEPTH = 64, 128, 128  # a tile, and what a stage holds of its inner side
 GROUPS, STAGES, BUFFERS = 3, 4, 1  # that multiply, blocks of x ahead, pieces a group has on their way out
-REGISTERS, LOADER_REGISTERS = {2: (240, 24), 3: (160, 32), 4: (112, 24)}[GROUPS]  # a thread
+REGISTERS, LOADER_REGISTERS = 160, 32  # a thread: (3 x 160 + 32) x 128 are all that a multiprocessor has
 PIECE = 64  # rows and columns that leave together, 128 bytes a row
 THREADS = 128  # of a group
 TURN, STORED = 1, 1 + GROUPS  # named barriers, one a group each
 WIDTH = 512  # of x: its panel of W takes 128 KiB of the 227
+COMPILER = Lock()  # NOTE: of two compilations at a time one fails
 
 
 @cute.jit
@@ -244,13 +247,15 @@ def pointer(address: int, dtype: Any) -> Any:
 
 
 @cache
-def compiled(columns: int, parts: int) -> Any:
-    """Takes seconds, once a process and shape."""
+def compiled(device: torch.device, columns: int, parts: int) -> Any:
+    """Takes two to three seconds, once a process, device and shape: a compiled function stays with its first device."""
     halves, floats = [pointer(16, BFloat16)] * 3, [pointer(16, Float32)] * 3
     numbers = (Int32(1), Float32(1e-5), Int32(1), cuda.CUstream(0))
-    return cute.compile(run, *halves, *floats, *numbers, columns, parts)
+    with COMPILER:
+        return cute.compile(run, *halves, *floats, *numbers, columns, parts)
 
 
+@cache
 def programs_of(device: torch.device, panels: int) -> int:
     """One a multiprocessor, equally many of each panel."""
     return torch.cuda.get_device_properties(device).multi_processor_count // panels * panels
@@ -267,7 +272,7 @@ def project_in(x: Tensor, moments: Tensor, weight: Tensor, sums: Tensor, bias: T
     """As `projection.project_in`, of what `fits`."""
     rows, columns = len(x), len(weight)
     out = x.new_empty((rows, columns))
-    compiled(columns, moments.shape[1])(
+    compiled(x.device, columns, moments.shape[1])(
         *(pointer(part.data_ptr(), BFloat16) for part in (x, weight, out)),
         *(pointer(part.data_ptr(), Float32) for part in (moments, sums, bias)),
         rows, eps, programs_of(x.device, columns // COLUMNS), cuda.CUstream(torch.cuda.current_stream().cuda_stream),

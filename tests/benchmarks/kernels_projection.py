@@ -7,7 +7,7 @@ the result once. host_us: what one call outside of a graph costs the host. max_e
 ||reference|| against float32 on the same rounded inputs. cuBLASLt through torch knows the epilogues bias, ReLU and
 GELU, not this one: a compiled kernel follows it.
 
-usage: python -m tests.benchmarks.kernels_projection [--out FOLDER]
+usage: python -m tests.benchmarks.kernels_projection [--out FOLDER]      (a Hopper GPU with CuTe DSL)
 """
 
 import argparse
