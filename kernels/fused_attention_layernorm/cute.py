@@ -17,8 +17,8 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup  # typ
 from cutlass.utils import LayoutEnum, SmemAllocator, hopper_helpers  # type: ignore[import-not-found]  # as above
 from torch import Tensor
 
-# Swept with `python -m tests.benchmarks.kernels_projection`: 74,108 rows, 8 layers, one H100: 2.05 ms as it stands;
-# with four groups 2.07; two, of 128 rows, 2.14; three with a depth of 64, so with barriers twice as often, 2.48.
+# Swept by editing these (docs/adr/0002), 74,108 rows, 8 layers, one H100: 2.05 ms as it stands; with four groups 2.07;
+# two, of 128 rows, 2.14; three with a depth of 64, so with barriers twice as often, 2.48.
 ROWS, COLUMNS, DEPTH = 64, 128, 128  # a tile, and what a stage holds of its inner side
 GROUPS, STAGES, BUFFERS = 3, 4, 1  # that multiply, blocks of x ahead, pieces a group has on their way out
 REGISTERS, LOADER_REGISTERS = 160, 32  # a thread: (3 x 160 + 32) x 128 are all that a multiprocessor has

@@ -149,7 +149,7 @@ class Tiles:
 # Of 76,727 rows, 8 layers, on an H100: in 2.73 ms, with 128 x 128 tiles 3.0 to 3.9; out 0.95 ms, 1.1 to 1.2.
 LARGE_IN, LARGE_OUT = Tiles(128, 256, 64, 8, 3, programs=1), Tiles(128, 256, 64, 8, 3)
 SMALL = Tiles(64, 64, 128, 4, 3)  # 256 rows: 0.039 ms, the large ones 0.083
-HOPPER_ROWS = 512  # from here on cute.py's kernel wins: 600 rows 0.061 ms, SMALL 0.074; 256 rows 0.059, 0.039
+HOPPER_ROWS = 512  # above, cute.py's kernel wins: 600 rows 0.061 ms (with two groups), SMALL 0.074; 256: 0.059, 0.039
 SMALL_ROWS = 2048  # below, large tiles would leave multiprocessors without work
 
 
