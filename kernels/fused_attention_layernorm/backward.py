@@ -47,7 +47,8 @@ def score_tile(
 @triton.jit
 def load_rows(x, row, length, stride, D: tl.constexpr):
     """[rows, D] of a user's rows; 0 beyond its length."""
-    return tl.load(x + row[:, None] * stride + tl.arange(0, D)[None, :], mask=(row < length)[:, None], other=0.0)
+    at = x + row.to(tl.int64)[:, None] * stride + tl.arange(0, D)[None, :]
+    return tl.load(at, mask=(row < length)[:, None], other=0.0)
 
 
 @triton.jit
@@ -58,10 +59,10 @@ def grad_q_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CONTEXTUAL: tl.constexpr, HAS_TARGETS: tl.constexpr,
     KEPT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (heads, blocks): over the tiles of a row block.
+    """Grid (heads * blocks): over the tiles of a row block.
 
     grad: [tokens, HEADS * D_V]; grad_q: [tokens, HEADS * D_QK]."""
-    head, item = tl.program_id(0), items + tl.program_id(1) * 4
+    head, item = tl.program_id(0) % HEADS, items + tl.program_id(0) // HEADS * 4
     user, row0, tile0, tiles = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
     if user < 0:
         return
@@ -94,15 +95,15 @@ def grad_kv_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CONTEXTUAL: tl.constexpr, HAS_TARGETS: tl.constexpr,
     KEPT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (heads, blocks, ROWS / COLUMNS): over the row blocks that see one tile's columns. A user's blocks lie
+    """Grid (heads * blocks, ROWS / COLUMNS): over the row blocks that see one tile's columns. A user's blocks lie
     together, the last first, so the next one of its rows is the item before."""
-    head, turn = tl.program_id(0), tl.program_id(1)
+    head, turn = tl.program_id(0) % HEADS, tl.program_id(0) // HEADS
     user, row0 = tl.load(items + turn * 4), tl.load(items + turn * 4 + 1)
     if user < 0:
         return
     start, length, seen = rows_of(user, offsets, targets, positions, HAS_TARGETS)  # type: ignore[misc]  # Triton's call
     start = start.to(tl.int64)
-    tile = row0 // COLUMNS + tl.program_id(2)
+    tile = row0 // COLUMNS + tl.program_id(1)
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
     k_tile = load_rows(k + start * k_stride + head * D_QK, column, length, k_stride, D_QK)
     v_tile = load_rows(v + start * v_stride + head * D_V, column, length, v_stride, D_V)
@@ -217,9 +218,9 @@ def attention_backward(
         "CONTEXTUAL": contextual, "HAS_TARGETS": targets is not None, "KEPT": kept_of(dropout),
         "PRECISION": precision(q.dtype), "num_warps": rows // 16, "num_stages": 1,
     }  # fmt: skip
-    launch(grad_q_kernel, (heads, len(items)), q, k, v, grad, grads[0], items, *batch, *numbers, **options)
+    launch(grad_q_kernel, (heads * len(items),), q, k, v, grad, grads[0], items, *batch, *numbers, **options)
     launch(
-            grad_kv_kernel, (heads, len(items), rows // columns),
+            grad_kv_kernel, (heads * len(items), rows // columns),
         q, k, v, grad, grads[1], grads[2], items, *batch, *numbers, **options
     )  # fmt: skip
     launch(

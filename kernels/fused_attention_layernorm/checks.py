@@ -10,6 +10,7 @@ from kernels.fused_attention_layernorm.fp8 import Scales
 MAX_THRESHOLDS = 255  # a bucket is a byte
 WIDTHS = (16, 32, 64, 128, 256)  # of a head, that the kernels know
 HALVES = (torch.bfloat16, torch.float16)
+MAX_ROWS = 2**31 - 2**16  # a row's number, and that of one a few tiles further, is an int32
 
 
 def check_rows(q: Tensor, k: Tensor, v: Tensor, u: Tensor, total: int, queries: int, device: torch.device) -> None:
@@ -54,7 +55,8 @@ def check_values(seconds: Tensor, offsets: Tensor, thresholds: Tensor, targets: 
     """Waits for the device."""
     lengths = offsets.diff()
     longest = lengths.max() if len(lengths) else offsets.new_zeros(())
-    too_long = {f"must leave no user more than the {max_length} rows of the position table": longest > max_length}
+    too_long = {f"must leave no user more than the {max_length} rows of the position table": longest > max_length,
+                f"must end with at most {MAX_ROWS} rows": offsets[-1] > MAX_ROWS}  # fmt: skip
     require_values("offsets", offsets, offset_faults(offsets, len(seconds)) | too_long)
     require_values("thresholds", thresholds, {"must not decrease": (thresholds.diff() < 0).any()})
     if targets is not None:

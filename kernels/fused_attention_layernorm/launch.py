@@ -99,7 +99,7 @@ def attend(
     if len(items) and total:
         q, k, v = (part.flatten(1) for part in (q, k, v))
         run(
-            attention_kernel, (heads, len(items)),
+            attention_kernel, (heads * len(items),),
             tiled(q, launch.rows, d_qk), tiled(k, launch.columns, d_qk), tiled(v, launch.columns, d_v), attended,
             moments, items, offsets, given(targets, offsets), buckets, position_bias, time_bias, given(seed, offsets),
             alpha, scale * weight_of(dropout), position_bias.shape[1],
@@ -120,7 +120,7 @@ def attend_last(
     moments = q.new_empty((users, heads, 2), dtype=torch.float32)
     if users:
         run(
-            last_attention_kernel, (heads, users),
+            last_attention_kernel, (heads * users,),
             q, k, v, attended, moments, offsets, seconds, thresholds, position_bias, time_bias,
             q.stride(0), k.stride(0), v.stride(0), alpha, scale, position_bias.shape[1],
             HEADS=heads, D_QK=d_qk, D_V=d_v, BLOCK_QK=padded(d_qk), BLOCK_V=padded(d_v), TIMES=time_bias.shape[1],

@@ -246,9 +246,9 @@ def candidate_kernel(
     states, table, scales, rows, scores, candidates, state_stride, table_stride,
     WIDTH: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr, QUANTISED: tl.constexpr,
 ):  # fmt: skip
-    """scores [users, candidates] of each user's own rows, -1 for none."""
-    user = tl.program_id(0).to(tl.int64)
-    place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    """Grid (users * blocks). scores [users, candidates] of each user's own rows, -1 for none."""
+    blocks = tl.cdiv(candidates, BLOCK)
+    user, place = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(rows + user * candidates + place, mask=place < candidates, other=-1).to(tl.int64)
     live = row >= 0
     score = tl.zeros((BLOCK,), tl.float32)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels.launching import ceil_div, launch, next_power_of_2
 from kernels.sequence_recommendation_interaction import kernel
+from kernels.sequence_recommendation_interaction.append import PACK
 
 SPARE_BYTES = 3072  # of shared memory, for what the compiler adds
 CAPACITY = 8192  # candidates a user: 64 KiB, and what one program selects from in its registers
@@ -28,6 +29,11 @@ class Tiles:
     warps: int
     stages: int
     programs: int = 1
+
+    @property
+    def whole_packs(self) -> bool:
+        """Whether the inline code gets its PACK scores from every thread; it must not append what pads them."""
+        return self.items * self.users % (32 * self.warps * PACK.value) == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +134,7 @@ def _top_k(
     launch(
         kernel.filter_kernel, _grid(plan.tiles, users, table.shape[0], processors),
         states, table, scales, eligible, bounds, counts, candidates, users, table.shape[0], *strides,
-        **shape, **_blocks(plan.tiles, table.shape[1]), **catalogue.flags, FAST=states.is_cuda and FAST,
+        **shape, **_blocks(plan.tiles, table.shape[1]), **catalogue.flags, FAST=states.is_cuda and FAST and plan.tiles.whole_packs,
     )  # fmt: skip
     selected = (bounds, counts, candidates, listed, offsets, failed, failures, best, rows, k)
     chosen = {"CAPACITY": plan.capacity, "BLOCK_K": block_k, "SEEN": seen is not None, "num_warps": 8}
@@ -187,7 +193,7 @@ def candidate_scores(states: Tensor, catalogue: Catalogue, rows: Tensor) -> Tens
     scores = torch.empty(users, candidates, dtype=torch.float32, device=states.device)
     table, scales, _ = catalogue.pointers
     launch(
-        kernel.candidate_kernel, (users, ceil_div(candidates, 16)),
+        kernel.candidate_kernel, (users * ceil_div(candidates, 16),),
         states, table, scales, rows, scores, candidates, states.stride(0), table.stride(0),
         WIDTH=table.shape[1], STEP=64, BLOCK=16, QUANTISED=catalogue.scales is not None, num_warps=4,
     )  # fmt: skip
