@@ -142,8 +142,9 @@ def attention_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CONTEXTUAL: tl.constexpr, HAS_TARGETS: tl.constexpr,
     KEPT: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (heads * blocks), heads first: one axis, the others end at 65,535 programs. q, k, v: descriptors of [tokens, HEADS * d] in tiles; attended: [tokens, HEADS * D_V];
-    moments: float32 [tokens, HEADS, 2], the sum and the sum of squares of each head's part of a row of `attended`."""
+    """Grid (heads * blocks), heads first: one axis, as the others end at 65,535 programs.
+
+    q, k, v: descriptors of [tokens, HEADS * d] in tiles; attended: [tokens, HEADS * D_V]; moments: float32 [tokens, HEADS, 2], the sum and the sum of squares of each head's part of a row of `attended`."""
     head, item = tl.program_id(0) % HEADS, items + tl.program_id(0) // HEADS * 4
     user, row0, tile0, tiles = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
     if user < 0:
@@ -174,7 +175,7 @@ def last_attention_kernel(
     HEADS: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr, BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
     TIMES: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Grid (heads * users): the newest row of each user alone. q: [users, HEADS * D_QK]; attended: [users, HEADS * D_V].
+    """Grid (heads * users): each user's newest row alone. q: [users, HEADS * D_QK]; attended: [users, HEADS * D_V].
 
     One row has no work for the matrix units; it reads K and V once, at the memory's speed.
     """

@@ -56,7 +56,7 @@ def _event(
     item = tl.load(place, mask=inside, cache_modifier=".cg").to(tl.float32)
     beside, power = tl.zeros_like(item), 0.0
     for number in tl.static_range(FEATURES):  # pyright: ignore[reportGeneralTypeIssues]: it is Triton's to unroll
-        code = tl.load(codes + number).to(tl.uint32)  # unsigned: the address needs no sign
+        code = tl.load(codes + number).to(tl.int64)
         beside += tl.load(features + code * feature_stride + column, mask=inside).to(tl.float32)
         power += tl.load(strength + code)
     return item, beside, tl.exp(tl.minimum(tl.maximum(power, -CAP), CAP))
@@ -97,11 +97,12 @@ def fuse_kernel(
     codes += event.to(tl.int64) * FEATURES
     events = tl.where(here, end - event, 0)
     mean, weights = tl.zeros((BLOCK_WIDTH,), tl.float32), 0.0
-    for number in range(events):
+    for _ in range(events):
         item, beside, weight = _event(
-            table, features, strength, tl.load(tokens + number), codes + number * FEATURES, column, inside,
-            table_stride, feature_stride, FEATURES,
+            table, features, strength, tl.load(tokens), codes, column, inside, table_stride, feature_stride,
+            FEATURES,
         )  # fmt: skip
+        tokens, codes = tokens + 1, codes + FEATURES
         share = tl.where(pooled & (events > 1), weight, 1.0)
         mean += (item * tl.where(pooled, 1.0, weight) + beside) * share
         weights += share

@@ -10,6 +10,7 @@ from kernels.hierarchical_sequence_fusion import reference
 
 MAX_FEATURES = 32
 MAX_TOKENS = 1 << 16  # of a user
+MAX_EVENTS = MAX_PLACES = 2**31 - 2**16  # the number of an event, and of a token of all users, is an int32
 
 
 def hierarchical_sequence_fusion(
@@ -65,13 +66,17 @@ def hierarchical_sequence_fusion(
     if recent < 0 or sessions < 0 or not 0 < recent + sessions <= MAX_TOKENS or gap_s < 1:
         raise ValueError(f"recent = {recent}, sessions = {sessions}, gap_s = {gap_s}: "
                          f"wanted 1 to {MAX_TOKENS} tokens a user together, and a pause of at least 1 s")  # fmt: skip
+    if (offsets.shape[0] - 1) * (recent + sessions) > MAX_PLACES:
+        raise ValueError(f"{offsets.shape[0] - 1} users of up to {recent + sessions} tokens each: wanted at most "
+                         f"{MAX_PLACES} tokens in a call; give it fewer users")  # fmt: skip
     if check_values and not torch.compiler.is_compiling():
         _check_values(table.shape[0], features.shape[0], tokens, codes, offsets)
     return _fuse(table, features, strength, tokens, codes, seconds, offsets, recent, sessions, gap_s)
 
 
 def _check_values(items: int, feature_rows: int, tokens: Tensor, codes: Tensor, offsets: Tensor) -> None:
-    require_values("offsets", offsets, offset_faults(offsets, tokens.shape[0]))
+    too_many = {f"must end with at most {MAX_EVENTS} events": offsets[-1] > MAX_EVENTS}
+    require_values("offsets", offsets, offset_faults(offsets, tokens.shape[0]) | too_many)
     for name, index, end in (("tokens", tokens, items), ("codes", codes, feature_rows)):
         require_values(name, index, {f"must be from 0 to {end - 1}": ((index < 0) | (index >= end)).any()})
 

@@ -134,7 +134,8 @@ def _top_k(
     launch(
         kernel.filter_kernel, _grid(plan.tiles, users, table.shape[0], processors),
         states, table, scales, eligible, bounds, counts, candidates, users, table.shape[0], *strides,
-        **shape, **_blocks(plan.tiles, table.shape[1]), **catalogue.flags, FAST=states.is_cuda and FAST and plan.tiles.whole_packs,
+        **shape, **_blocks(plan.tiles, table.shape[1]), **catalogue.flags,
+        FAST=states.is_cuda and FAST and plan.tiles.whole_packs,
     )  # fmt: skip
     selected = (bounds, counts, candidates, listed, offsets, failed, failures, best, rows, k)
     chosen = {"CAPACITY": plan.capacity, "BLOCK_K": block_k, "SEEN": seen is not None, "num_warps": 8}

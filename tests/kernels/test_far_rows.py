@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.hierarchical_sequence_fusion import launch as fusion
+from kernels.hierarchical_sequence_fusion.launch import Embeddings, Events
 from kernels.sequence_recommendation_interaction import launch as retrieval
 from kernels.sequence_recommendation_interaction.launch import Catalogue, Plan, Tiles
 from tests.kernels.test_fused_attention_layernorm_op import DEVICE, Case, case_of
@@ -80,3 +82,39 @@ def test_the_newest_rows_read_far_rows_as_they_lie(part: int):
         for change in (lambda x: x, far_apart)
     )
     assert torch.equal(far.kernel(far.plan(), last=True), near.kernel(near.plan(), last=True))
+
+
+def fusion_inputs() -> tuple[Embeddings, Events]:
+    random = torch.Generator().manual_seed(6)
+    table, features = (torch.randn(rows, 24, generator=random).half().to(DEVICE) for rows in (40, 9))
+    events, codes = torch.arange(30, device=DEVICE), torch.randint(0, 9, (30, 32), generator=random).int()
+    strength = torch.randn(9, generator=random).to(DEVICE)
+    packed = Events(events.int(), codes.to(DEVICE), events.int() // 4 * 5, torch.tensor([0, 11, 30], device=DEVICE))
+    return Embeddings(table, features, strength), packed
+
+
+def fused(embeddings: Embeddings, events: Events) -> list[Tensor]:
+    return list(fusion.fuse(embeddings, events, recent=3, sessions=2, gap_s=5))
+
+
+@pytest.mark.parametrize("far", ["table", "features"])
+def test_fusion_reads_far_rows_as_they_lie(far: str):
+    """32 bits without a sign do not reach the far rows either."""
+    near, events = fusion_inputs()
+    apart = replace(near, **{far: far_apart(getattr(near, far), 2**32 + 2**20)})
+    assert all(torch.equal(one, other) for one, other in zip(fused(apart, events), fused(near, events), strict=True))
+
+
+def test_fusion_reads_the_codes_of_events_behind_many_others():
+    """The events before belong to nobody here."""
+    embeddings, near = fusion_inputs()
+    before = REACH // 32
+    columns = []
+    for column in (near.tokens, near.codes, near.seconds):
+        columns.append(torch.empty((before + 30, *column.shape[1:]), dtype=column.dtype, device=DEVICE))
+        columns[-1][before:] = column
+    far = Events(*columns, near.offsets + before)
+    wanted = fused(embeddings, near)
+    rows = int(wanted[2][-1])
+    for one, other in zip(fused(embeddings, far)[:2], wanted[:2], strict=True):
+        assert torch.equal(one[:rows], other[:rows])

@@ -1,4 +1,4 @@
-"""The kernels run in Triton's interpreter here; on a GPU the marked tests run the call itself."""
+"""The kernels on a GPU where there is one, else in Triton's interpreter; the marked tests need a GPU."""
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from kernels.hierarchical_sequence_fusion.op import hierarchical_sequence_fusion
 from kernels.hierarchical_sequence_fusion.reference import hierarchical_sequence_fusion as reference
 from pipeline.features import FEATURE_ROWS, FEATURES, Inputs
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ITEMS, GAP_S = 40, 1800
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 # A unit in the last place of the output (the interpreter cuts bfloat16 off), and of the float32 sums of 60 events.
@@ -22,7 +23,8 @@ TOLERANCES = {torch.float32: 4e-6, torch.float16: 2.0**-10 + 4e-6, torch.bfloat1
 def embeddings_of(width: int, dtype: torch.dtype) -> Embeddings:
     generator = torch.Generator().manual_seed(width)
     table, features = (torch.randn(rows, width, generator=generator).to(dtype) for rows in (ITEMS, FEATURE_ROWS))
-    return Embeddings(table, features, torch.randn(FEATURE_ROWS, generator=generator))
+    strength = torch.randn(FEATURE_ROWS, generator=generator)
+    return Embeddings(table.to(DEVICE), features.to(DEVICE), strength.to(DEVICE))
 
 
 def events_of(lengths: list[int], seed: int) -> Events:
@@ -34,9 +36,8 @@ def events_of(lengths: list[int], seed: int) -> Events:
     inputs = Inputs(
         random.integers(0, ITEMS, total).astype(np.int32), codes.astype(np.int32), seconds.astype(np.int32), offsets
     )
-    return Events(
-        *(torch.from_numpy(column) for column in (inputs.tokens, inputs.codes, inputs.seconds, inputs.offsets))
-    )
+    columns = (inputs.tokens, inputs.codes, inputs.seconds, inputs.offsets)
+    return Events(*(torch.from_numpy(column).to(DEVICE) for column in columns))
 
 
 def specified(embeddings: Embeddings, events: Events, recent: int, sessions: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,8 +52,10 @@ def called(embeddings: Embeddings, events: Events, **changes: object) -> tuple[T
         "table": embeddings.table, "features": embeddings.features, "strength": embeddings.strength,
         "tokens": events.tokens, "codes": events.codes, "seconds": events.seconds, "offsets": events.offsets,
         "recent": 4, "sessions": 3, "gap_s": GAP_S,
-    }  # fmt: skip
-    return hierarchical_sequence_fusion(**arguments | changes)
+    } | changes  # fmt: skip
+    return hierarchical_sequence_fusion(
+        **{name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    )
 
 
 def assert_close(found: tuple[Tensor, Tensor, Tensor], wanted: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -110,7 +113,7 @@ def test_a_later_session_changes_no_vector_before_it():
     embeddings, packed = embeddings_of(8, torch.float32), events_of([30], seed=3)
     packed.seconds[20:] += GAP_S
     whole = called(embeddings, packed, recent=1, sessions=30)[0]
-    part = Events(packed.tokens[:21], packed.codes[:21], packed.seconds[:21], torch.tensor([0, 21]))
+    part = Events(packed.tokens[:21], packed.codes[:21], packed.seconds[:21], torch.tensor([0, 21], device=DEVICE))
     before, _, offsets = called(embeddings, part, recent=1, sessions=30)
     pooled = int(offsets[1]) - 1
     torch.testing.assert_close(whole[:pooled], before[:pooled], rtol=0, atol=0)
@@ -156,6 +159,7 @@ def test_compile_and_export_pass_the_call_through():
         ({"offsets": torch.tensor([1, 13])}, r"offsets \[2\] must begin with 0 and end with 13"),
         ({"recent": -1}, "recent = -1"),
         ({"gap_s": 0}, "gap_s = 0"),
+        ({"offsets": torch.zeros(40_000).long(), "recent": 60_000}, "39999 users of up to 60003 tokens each"),
     ],
 )
 def test_bad_input_is_named_with_its_shape_and_what_was_wanted(changes, message):
@@ -163,33 +167,24 @@ def test_bad_input_is_named_with_its_shape_and_what_was_wanted(changes, message)
         called(embeddings_of(8, torch.float32), events_of([9, 4], seed=6), **changes)
 
 
-def on_gpu(packed: Events) -> Events:
-    return Events(packed.tokens.cuda(), packed.codes.cuda(), packed.seconds.cuda(), packed.offsets.cuda())
-
-
-def embeddings_on_gpu(width: int, dtype: torch.dtype) -> Embeddings:
-    made = embeddings_of(width, dtype)
-    return Embeddings(made.table.cuda(), made.features.cuda(), made.strength.cuda())
-
-
 @ON_GPU
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize(("lengths", "width"), [([0, 5, 1, 900, 3, 0], 256), ([40] * 70, 24), ([7], 520)])
 def test_on_a_gpu_the_call_equals_the_specification(lengths, width, dtype):
-    embeddings, packed = embeddings_on_gpu(width, dtype), on_gpu(events_of(lengths, seed=7))
+    embeddings, packed = embeddings_of(width, dtype), events_of(lengths, seed=7)
     assert_close(called(embeddings, packed, recent=11), specified(embeddings, packed, 11, 3))
 
 
 @ON_GPU
 @pytest.mark.gpu
 def test_on_a_gpu_a_captured_graph_fuses_new_events():
-    embeddings, packed = embeddings_on_gpu(64, torch.float32), on_gpu(events_of([20, 3, 50], seed=8))
+    embeddings, packed = embeddings_of(64, torch.float32), events_of([20, 3, 50], seed=8)
     called(embeddings, packed, check_values=False)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = called(embeddings, packed, check_values=False)
-    new = on_gpu(events_of([1, 70, 2], seed=9))
+    new = events_of([1, 70, 2], seed=9)
     for column, values in (
         (packed.tokens, new.tokens),
         (packed.codes, new.codes),

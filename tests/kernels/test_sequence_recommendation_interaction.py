@@ -1,4 +1,5 @@
-"""The kernels run in Triton's interpreter here, in float32 and float16: its bfloat16 products are wrong."""
+"""The kernels on a GPU where there is one, else in Triton's interpreter, in float32 and float16: its bfloat16 products
+are wrong."""
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from kernels.sequence_recommendation_interaction.op import candidate_interaction
 from kernels.sequence_recommendation_interaction.reference import candidate_interaction as reference_candidates
 from kernels.sequence_recommendation_interaction.reference import sequence_recommendation_interaction as reference
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TILES = Tiles(items=16, users=16, warps=4, stages=1)
 WHOLE, SAMPLED = Plan(0, 0, TILES, capacity=512), Plan(2, 4, TILES, capacity=512)
 OVERFLOWING = Plan(2, 4, TILES, capacity=16)
@@ -20,14 +22,19 @@ ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 def whole_numbers(seed: int, *shape: int) -> Tensor:
     """Small integers: every sum is exact in any order, and equal scores abound."""
-    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed)).float()
+    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed)).float().to(DEVICE)
 
 
 def random_seen(seed: int, users: int, items: int, most: int) -> Seen:
     generator = torch.Generator().manual_seed(seed)
     counts = torch.randint(0, most + 1, (users,), generator=generator)
     rows = [torch.randperm(items, generator=generator)[:count].sort().values for count in counts.tolist()]
-    return Seen(torch.cat(rows).int(), torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]))
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    return Seen(torch.cat(rows).int().to(DEVICE), offsets.to(DEVICE))
+
+
+def on_device(*numbers: int) -> Tensor:
+    return torch.tensor(numbers, device=DEVICE)
 
 
 def kernels(states: Tensor, catalogue: Catalogue, k: int, seen: Seen | None, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -72,7 +79,7 @@ def test_any_seen_and_eligible_rows_are_left_out(seed, users, items, k, quantise
 def test_one_long_seen_list_among_short_ones_and_a_sample():
     states, table = whole_numbers(4, 3, 8), whole_numbers(5, 300, 8)
     best = (states[1] @ table.T).argsort(descending=True)[:60].sort().values  # the sample's bound must not count these
-    seen = Seen(torch.cat([torch.tensor([7]), best]).int(), torch.tensor([0, 1, 61, 61]))
+    seen = Seen(torch.cat([on_device(7), best]).int(), on_device(0, 1, 61, 61))
     catalogue = Catalogue(table, None, None)
     assert_same(kernels(states, catalogue, 5, seen, SAMPLED), specified(states, catalogue, 5, seen))
 
@@ -82,7 +89,7 @@ def test_too_many_candidates_are_rescued_exactly():
     states[0] = 0  # all scores are equal: the answer is the first rows
     catalogue, seen = (
         Catalogue(table, None, whole_numbers(8, 90) > -3),
-        Seen(torch.tensor([0, 2, 3]), torch.tensor([0, 2, 3])),
+        Seen(on_device(0, 2, 3), on_device(0, 2, 3)),
     )
     found = kernels(states, catalogue, 6, seen, OVERFLOWING)
     assert_same(found, specified(states, catalogue, 6, seen))
@@ -90,7 +97,7 @@ def test_too_many_candidates_are_rescued_exactly():
 
 def test_a_user_who_has_seen_everything_gets_nothing():
     states, table = whole_numbers(9, 2, 8), whole_numbers(10, 20, 8)
-    seen = Seen(torch.arange(20), torch.tensor([0, 20, 20]))
+    seen = Seen(torch.arange(20, device=DEVICE), on_device(0, 20, 20))
     scores, rows = kernels(states, Catalogue(table, None, None), 4, seen, WHOLE)
     assert (scores[0] == -torch.inf).all()
     assert (rows[0] == -1).all()
@@ -99,7 +106,7 @@ def test_a_user_who_has_seen_everything_gets_nothing():
 
 def test_float16_scores_are_within_the_rounding_of_their_sum():
     generator = torch.Generator().manual_seed(11)
-    states, table = (torch.randn(n, 64, generator=generator).half() for n in (5, 100))
+    states, table = (torch.randn(n, 64, generator=generator).half().to(DEVICE) for n in (5, 100))
     scores, rows = kernels(states, Catalogue(table, None, None), 10, None, WHOLE)
     # Products of float16 are exact in float32; a sum of 64 loses at most 64 half units of 2^-24 of its terms' sizes.
     sizes = states.float().abs() @ table.float().abs().T  # [users, items]
@@ -110,14 +117,14 @@ def test_float16_scores_are_within_the_rounding_of_their_sum():
 
 def test_the_answer_has_the_same_bits_every_time():
     generator = torch.Generator().manual_seed(12)
-    states, table = (torch.randn(n, 16, generator=generator) for n in (3, 260))
+    states, table = (torch.randn(n, 16, generator=generator).to(DEVICE) for n in (3, 260))
     found = [kernels(states, Catalogue(table, None, None), 7, None, SAMPLED) for _ in range(2)]
     assert_same(found[0], found[1])
 
 
 def test_candidates_have_the_scores_of_the_catalogue():
     states, table = whole_numbers(13, 3, 70), whole_numbers(14, 40, 70)
-    rows = torch.randint(-1, 40, (3, 19), generator=torch.Generator().manual_seed(15))
+    rows = torch.randint(-1, 40, (3, 19), generator=torch.Generator().manual_seed(15)).to(DEVICE)
     scales = 2.0 ** whole_numbers(16, 40)
     found = launch.candidate_scores(states, Catalogue(table.to(torch.int8), scales, None), rows)
     torch.testing.assert_close(found, reference_candidates(states, table, rows, scales), rtol=0, atol=0)
@@ -189,6 +196,7 @@ SEEN_OFFSETS = torch.tensor([0, 1, 3])
 )
 def test_bad_input_is_named_with_its_shape_and_what_was_wanted(wrong, message):
     arguments = {"states": torch.zeros(2, 8), "table": torch.zeros(12, 8), "k": 3} | wrong
+    arguments = {name: value.to(DEVICE) if isinstance(value, Tensor) else value for name, value in arguments.items()}
     with pytest.raises(ValueError, match=message):
         sequence_recommendation_interaction(**arguments)
 
@@ -205,10 +213,10 @@ def test_rows_that_the_table_lacks_are_refused():
     ("users", "items", "width", "k"), [(1, 100_000, 64, 10), (70, 50_001, 200, 512), (300, 9000, 24, 100)]
 )
 def test_on_a_gpu_the_call_equals_the_specification(users, items, width, k, dtype):
-    states, table = (whole_numbers(20, n, width).to("cuda", dtype) for n in (users, items))
+    states, table = (whole_numbers(20, n, width).to(dtype) for n in (users, items))
     seen = random_seen(21, users, items, 300)
-    listed = {"seen": seen.rows.cuda(), "seen_offsets": seen.offsets.cuda()}
-    eligible = (whole_numbers(22, items) > -3).cuda()
+    listed = {"seen": seen.rows, "seen_offsets": seen.offsets}
+    eligible = whole_numbers(22, items) > -3
     found = sequence_recommendation_interaction(states, table, k, eligible=eligible, **listed)
     assert_same(found, reference(states, table, k, eligible=eligible, **listed))
 
