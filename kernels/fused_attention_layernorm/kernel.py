@@ -144,7 +144,9 @@ def attention_kernel(
 ):  # fmt: skip
     """Grid (heads * blocks), heads first: one axis, as the others end at 65,535 programs.
 
-    q, k, v: descriptors of [tokens, HEADS * d] in tiles; attended: [tokens, HEADS * D_V]; moments: float32 [tokens, HEADS, 2], the sum and the sum of squares of each head's part of a row of `attended`."""
+    q, k, v: descriptors of [tokens, HEADS * d] in tiles; attended: [tokens, HEADS * D_V]; moments: float32 [tokens,
+    HEADS, 2], the sum and the sum of squares of each head's part of a row of `attended`.
+    """
     head, item = tl.program_id(0) % HEADS, items + tl.program_id(0) // HEADS * 4
     user, row0, tile0, tiles = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
     if user < 0:

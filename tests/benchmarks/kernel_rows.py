@@ -1,10 +1,25 @@
-"""What the kernels' benchmarks have in common: a row of their results, and the file that a card's results go to."""
+"""What the kernels' benchmarks have in common: a row of their results, the file that a card's results go to, and what
+the card can do."""
+
+from dataclasses import dataclass
 
 import torch
 
 from tests.benchmarks import results
 
 Row = dict[str, results.Cell]
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """Datasheet of an SXM card: memory, matrix units in bfloat16 without sparsity, float32 units."""
+
+    gb_per_s: float
+    matrix_tflops: float
+    float32_tflops: float
+
+
+PEAKS = {"H100": Peak(3350, 989, 67), "H200": Peak(4800, 989, 67)}
 
 
 def row(workload: str, implementation: str, ms: float, users: int, needed: tuple[float, float] | None,

@@ -23,9 +23,8 @@ from triton.testing import do_bench, do_bench_cudagraph
 from kernels.hierarchical_sequence_fusion.op import hierarchical_sequence_fusion
 from kernels.sequence_recommendation_interaction.op import candidate_interaction, sequence_recommendation_interaction
 from tests.benchmarks import results
-from tests.benchmarks.kernel_rows import named, row
+from tests.benchmarks.kernel_rows import PEAKS, named, row
 
-PEAK_GB_PER_S = {"H100": 3350, "H200": 4800}  # datasheets of the SXM cards
 USERS, WIDTH, K = 256, 256, 100
 EVENTS, RECENT, SESSIONS, GAP_S, EVENTS_A_SESSION = 4096, 256, 256, 1800, 16
 FEATURE_SIZES = (5, 24, 24, 7, 10, 30, 17, 17)  # of the values that occur: action, gap, hour, weekday, value, dwell...
@@ -175,7 +174,8 @@ def fusion() -> Rows:
         raise ValueError("the fused tokens are not those of torch")
     error = float((found[0][:tokens] - exact[0]).abs().max())
     read = USERS * EVENTS * (WIDTH * 2 + 4 * (2 + len(FEATURE_SIZES)))
-    work = Work(f"{USERS} users x {EVENTS} events -> {tokens} tokens", USERS, 0.0, read + found[0].nbytes)
+    additions = 1.0 * USERS * EVENTS * WIDTH * (len(FEATURE_SIZES) + 2)  # of the features and a weighted item
+    work = Work(f"{USERS} users x {EVENTS} events -> {tokens} tokens", USERS, additions, read + found[0].nbytes)
     fused = [work.measured("fused", call, error, graph) for graph in (True, False)]
     return [work.measured("torch: unfused", lambda: unfused(**made), graph=False), *fused]
 
@@ -198,7 +198,7 @@ def main() -> None:
     rows = [copying(), *catalogue(1_000_000, USERS), *fusion(), *candidates(500)]
     rows += [*catalogue(1_000_000, 1), *catalogue(10_000_000, USERS)]
     card = torch.cuda.get_device_name()
-    peak = next(peak for name, peak in PEAK_GB_PER_S.items() if name in card)
+    peak = next(peak.gb_per_s for name, peak in PEAKS.items() if name in card)
     found = {(str(each["workload"]), str(each["implementation"])): each for each in reversed(rows)}
     top = {name: each for (work, name), each in found.items() if work.startswith(f"1,000,000 x {WIDTH}, {USERS} users")}
     fuse = {name: each for (work, name), each in found.items() if "events" in work}

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from pipeline.labels import TASKS
-from tests.benchmarks import results
+from tests.benchmarks import results, roofline
 from tests.benchmarks.results import Result
 
 IMAGES = results.ROOT / "docs" / "img"
@@ -80,6 +80,18 @@ def heads(result: Result) -> Path:
     return _saved(figure, result)
 
 
+def rooflines(result: Result) -> Path:
+    """What the kernels reach of their card, a panel an operator."""
+    panels = roofline.PANELS[result.name.rpartition("_")[0]]
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 3.8), layout="constrained", squeeze=False)
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.set(rect=(0, 0.04, 1, 0.96))  # room for the last line
+    for axis, panel in zip(axes[0], panels, strict=True):
+        roofline.draw(axis, panel, roofline.points(result, panel), roofline.peak_of(result))
+    return _saved(figure, result)
+
+
 def _saved(figure, result: Result) -> Path:
     figure.text(0.995, 0.005, f"{result.hardware} · {result.commit}", ha="right", fontsize=6, color="#666")
     IMAGES.mkdir(parents=True, exist_ok=True)
@@ -90,12 +102,16 @@ def _saved(figure, result: Result) -> Path:
 
 
 PICTURES: dict[str, Callable[[Result], Path]] = {draw.__name__: draw for draw in (stream, replay, heads, closed_loop)}
+PICTURES |= {f"{name}_{card}": rooflines for name in roofline.PANELS for card in ("h100", "h200")}
 
 
 def main() -> None:
     for name, draw in PICTURES.items():
         path = results.FOLDER / f"{name}.json"
-        print(draw(results.load(path)) if path.exists() else f"{path}: not there; run its benchmark first")
+        if path.exists():
+            print(draw(results.load(path)))
+        elif draw is not rooflines:  # not everyone has each card
+            print(f"{path}: not there; run its benchmark first")
 
 
 if __name__ == "__main__":
