@@ -4,6 +4,7 @@ The table is measured: `python -m tests.benchmarks.kernels --tune` prints it ane
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -38,12 +39,14 @@ class Launch:
         return options | ({"maxnreg": self.registers} if self.registers else {})
 
 
-SAFE = Launch(64, 32, 2)  # 100 KiB of shared memory in float32 at 128 columns a head: runs everywhere
-LAUNCHES = {  # (device's major capability, bytes of an element, short)
+SAFE = Launch(32, 32, 1)  # 72 KiB of shared memory in float32 at 128 columns a head: runs everywhere
+LAUNCHES = {  # (device's major capability, bytes of an element, short); Hopper's are measured, Ampere's and Ada's not
     (HOPPER, 2, False): Launch(64, 32, 3),
     (HOPPER, 2, True): Launch(64, 64, 2),
     (HOPPER, 1, False): Launch(64, 32, 3),
     (HOPPER, 1, True): Launch(64, 64, 3),
+    (HOPPER, 4, False): Launch(64, 32, 2),
+    (HOPPER, 4, True): Launch(64, 32, 2),
     (AMPERE, 2, False): Launch(64, 64, 2),
     (AMPERE, 2, True): Launch(64, 32, 2),
 }
@@ -55,6 +58,26 @@ def launch_for(device: torch.device, dtype: torch.dtype, max_length: int) -> Lau
         return SAFE
     major = torch.cuda.get_device_capability(device)[0]
     return LAUNCHES.get((major, dtype.itemsize, max_length <= SHORT), SAFE)
+
+
+def shared_bytes(launch: Launch, d: int, element_bytes: int) -> int:
+    """No program takes more, forward or backward, with heads of `d` columns: tiles of q, k, v and the gradient, and
+    scores on their way between layouts.
+
+    Compiled: at 64 x 32, float32, 128 columns, capability 8.0, 104 KiB forward and 112 KiB backward, of these 112.
+    """
+    scores = 4 * launch.rows * launch.columns
+    forward = element_bytes * d * (launch.rows + 2 * launch.stages * launch.columns) + scores
+    return max(forward, 2 * element_bytes * d * (launch.rows + launch.columns) + 2 * scores)
+
+
+@lru_cache
+def fits(launch: Launch, d: int, element_bytes: int, device: torch.device) -> bool:
+    """Whether a program's tiles fit the device's shared memory; where they do not, the reference answers."""
+    if device.type != "cuda":
+        return True
+    available = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return shared_bytes(launch, d, element_bytes) <= available
 
 
 def padded(size: int) -> int:

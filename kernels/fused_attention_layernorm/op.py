@@ -19,6 +19,7 @@ from kernels.fused_attention_layernorm.launch import (
     attend,
     attend_last,
     between,
+    fits,
     gate_backward,
     normalise_and_gate,
 )
@@ -70,6 +71,7 @@ def fused_attention_layernorm(
     if debug:
         checks.check_finite(q=q, k=k, v=v, u=u, position_bias=position_bias, time_bias=time_bias)
     kernels = plan.kernels and known(q) and known(v)
+    kernels = kernels and fits(plan.launch, max(q.shape[2], v.shape[2]), q.element_size(), device)
     batch = (plan.seconds, plan.offsets, plan.thresholds)
     numbers = (eps, max_events, alpha * scales.q * scales.k, scales.v)
     if last:

@@ -7,33 +7,12 @@ from torch import Tensor
 
 from kernels.launching import ceil_div, launch, next_power_of_2
 from kernels.sequence_recommendation_interaction import kernel
-from kernels.sequence_recommendation_interaction.append import PACK
+from kernels.sequence_recommendation_interaction.tiles import Card, Tiles, tiles_for
 
-SPARE_BYTES = 3072  # of shared memory, for what the compiler adds
 CAPACITY = 8192  # candidates a user: 64 KiB, and what one program selects from in its registers
 USERS_AT_ONCE = 256  # 16 MiB of candidates
 MAX_GROUPS = 16384  # maxima that one program holds in its registers without spilling
 FAST = torch.version.cuda is not None  # the inline code is NVIDIA's
-
-
-@dataclass(frozen=True, slots=True)
-class Tiles:
-    """Of the pass over the catalogue: items x users of a step, its warps, its load stages, programs an SM.
-
-    64 x 256 items and users, 16 warps, 3 stages: 0.30 ms for a million items of width 256 on an H100; 8 warps 0.34,
-    2 stages 0.36, half the users and two programs 0.40.
-    """
-
-    items: int
-    users: int
-    warps: int
-    stages: int
-    programs: int = 1
-
-    @property
-    def whole_packs(self) -> bool:
-        """Whether the inline code gets its PACK scores from every thread; it must not append what pads them."""
-        return self.items * self.users % (32 * self.warps * PACK.value) == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +25,10 @@ class Plan:
     capacity: int = CAPACITY
 
 
-def plan(items: int, users: int, width: int, k: int, element_bytes: int, shared_bytes: int) -> Plan:
+def plan(items: int, users: int, width: int, k: int, element_bytes: int, card: Card) -> Plan:
     """Sample so that an eighth of the capacity is filled: half as many rows in the sample cost 0.02 ms less there and
     0.03 ms more in the pass (1 M items, 256 users, H100). And so that k maxima come from many more groups."""
-    tiles = _tiles(users, width, element_bytes, shared_bytes)
+    tiles = tiles_for(users, width, element_bytes, card)
     if items <= CAPACITY:
         return Plan(0, 0, tiles)
     stride = 1
@@ -61,20 +40,6 @@ def plan(items: int, users: int, width: int, k: int, element_bytes: int, shared_
     while items // (stride * group) > MAX_GROUPS and 2 * stride * k <= CAPACITY // 2:
         stride *= 2
     return Plan(stride, group, tiles)
-
-
-def _tiles(users: int, width: int, element_bytes: int, shared_bytes: int) -> Tiles:
-    """States stay in shared memory for the whole pass, in four sevenths of it; items stream through the rest."""
-    row_bytes = next_power_of_2(width) * element_bytes
-    block_users = min(256, max(16, next_power_of_2(users)))
-    while block_users > 16 and block_users * row_bytes > shared_bytes * 4 // 7:
-        block_users //= 2
-    block_items = 64
-    while block_items > 16 and (block_users + block_items) * row_bytes > shared_bytes:
-        block_items //= 2
-    stages = max(1, min(3, ((shared_bytes - SPARE_BYTES) // row_bytes - block_users) // block_items))
-    programs = max(1, min(4, shared_bytes // ((block_users + stages * block_items) * row_bytes + SPARE_BYTES)))
-    return Tiles(block_items, block_users, max(4, block_users // 16), stages, programs)
 
 
 @dataclass(frozen=True, slots=True)

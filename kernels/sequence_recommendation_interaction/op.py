@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels.arguments import FLOATS, INTEGERS, offset_faults, require, require_values
 from kernels.sequence_recommendation_interaction import reference
+from kernels.sequence_recommendation_interaction.tiles import Card
 
 MAX_K = 512
 MAX_ROW_BYTES = 2048  # of a state: 16 of them and 16 items fill two thirds of the smallest shared memory
@@ -115,13 +116,13 @@ def _top_k(
         return reference.sequence_recommendation_interaction(states, table, k, seen, seen_offsets, eligible, scales)
     from kernels.sequence_recommendation_interaction import launch
 
-    processors, shared_bytes = _device(states.device)
+    processors, card = _device(states.device)
     states = states if states.stride(1) == 1 else states.contiguous()
     catalogue = launch.Catalogue(table, _dense(scales), _dense(eligible))
     listed = None
     if seen is not None and seen_offsets is not None:
         listed = launch.Seen(seen.contiguous(), seen_offsets.contiguous())
-    plan = launch.plan(table.shape[0], states.shape[0], table.shape[1], k, states.element_size(), shared_bytes)
+    plan = launch.plan(table.shape[0], states.shape[0], table.shape[1], k, states.element_size(), card)
     with torch.cuda.device(states.device):
         return launch.top_k(states, catalogue, k, listed, plan, processors)
 
@@ -161,7 +162,8 @@ def _dense(vector: Tensor | None) -> Tensor | None:
 
 
 @lru_cache
-def _device(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors, and bytes of shared memory that one program may take."""
+def _device(device: torch.device) -> tuple[int, Card]:
+    """Multiprocessors, and what the tiles depend on."""
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+    card = Card((properties.major, properties.minor), properties.shared_memory_per_block_optin)
+    return properties.multi_processor_count, card

@@ -26,7 +26,7 @@ from kernels.fused_attention_layernorm.batch import Plan
 from kernels.fused_attention_layernorm.encoder import Encoder
 from kernels.fused_attention_layernorm.fp8 import DTYPE as FP8
 from kernels.fused_attention_layernorm.fp8 import LARGEST, Scales
-from kernels.fused_attention_layernorm.launch import Launch, attend
+from kernels.fused_attention_layernorm.launch import SHORT, Launch, attend, fits
 from kernels.fused_attention_layernorm.op import fused_attention_layernorm, packed_reference
 from kernels.graphs import BatchGraphs, Bucket
 from pipeline.backends.fused import encoder_of
@@ -202,16 +202,20 @@ def bucketed(encode: Encoder, work: Work, thresholds: Tensor, last: bool) -> Cal
 
 
 def tune(work: Work, thresholds: Tensor) -> None:
-    """Prints every launch's time on this device; the best ones belong into launch.LAUNCHES."""
+    """Prints every launch's time on this device; and the best one as the line that belongs into launch.LAUNCHES."""
     wide = operator_inputs(work)[:3]
     tables = (torch.randn(HEADS, CONFIG.max_events, device="cuda"), torch.randn(HEADS, 49, device="cuda"))
     for rows in (wide, narrowed(wide)):
-        timed = []
+        timed, size = [], rows[0].element_size()
         for launch in LAUNCHES:
+            if not fits(launch, D, size, work.x.device):
+                continue
             plan = Plan.of(work.seconds, work.offsets, thresholds, work.cap, rows[0].dtype, launch=launch)
             timed.append((float(do_bench(attention_alone(tables, plan, rows, Scales()), return_mode="median")), launch))
         for ms, launch in sorted(timed, key=lambda pair: pair[0]):
             print(f"{work.name}: {ms / CONFIG.layers:.4f} ms a layer of {rows[0].dtype}, {launch}", flush=True)
+        key = (torch.cuda.get_device_capability()[0], size, work.cap <= SHORT)
+        print(f"    {key}: {min(timed, key=lambda pair: pair[0])[1]},", flush=True)
 
 
 def main() -> None:

@@ -6,12 +6,13 @@ in service, here a part of the candidates'. The bytes of gb_per_s are those that
 table once, or each event's row, and what is written; the table of small features is not counted. max_error is against
 float32 sums of the same rounded inputs.
 
-usage: python -m tests.benchmarks.kernels_retrieval [--out FOLDER]
+usage: python -m tests.benchmarks.kernels_retrieval [--out FOLDER] [--tune]
 """
 
 import argparse
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from torch import Tensor
 from triton.testing import do_bench, do_bench_cudagraph
 
 from kernels.hierarchical_sequence_fusion.op import hierarchical_sequence_fusion
+from kernels.sequence_recommendation_interaction import launch
 from kernels.sequence_recommendation_interaction.op import candidate_interaction, sequence_recommendation_interaction
+from kernels.sequence_recommendation_interaction.tiles import MANY, Card, Tiles
 from tests.benchmarks import results
 from tests.benchmarks.kernel_rows import PEAKS, named, row
 
@@ -110,6 +113,33 @@ def quantised(states: Tensor, table: Tensor, work: Work) -> Rows:
     return [half.measured("fused, int8 table", call, error)]
 
 
+def tune(users: int) -> None:
+    """Prints the whole call's time with every choice of tiles, and the best one as the line of tiles.TILES."""
+    states, table, properties = unit_rows(users), unit_rows(1_000_000), torch.cuda.get_device_properties(0)
+    card = Card((properties.major, properties.minor), properties.shared_memory_per_block_optin)
+    plan, catalogue = launch.plan(len(table), users, WIDTH, K, 2, card), launch.Catalogue(table, None, None)
+    timed = []
+    for tiles in tiles_to_try(users, card):
+        tried = replace(plan, tiles=tiles, group=min(plan.group, tiles.items))
+        ms = do_bench_cudagraph(
+            lambda tried=tried: launch.top_k(states, catalogue, K, None, tried, properties.multi_processor_count),
+            rep=50,
+            return_mode="median",
+        )
+        timed.append((float(ms), tiles))
+        print(f"{users} users: {timed[-1][0]:.4f} ms, {tiles}", flush=True)
+    best = min(timed, key=lambda pair: pair[0])[1]
+    print(f"    ({card.capability}, 2, {WIDTH}, {users >= MANY}): {best},", flush=True)
+
+
+def tiles_to_try(users: int, card: Card) -> list[Tiles]:
+    """All that fit the card and fill the inline code's packs."""
+    sizes = itertools.product((32, 64, 128), (16, 64, 128, 256), (4, 8, 16), (2, 3), (1, 2))
+    tiles = [Tiles(*numbers) for numbers in sizes if min(64, max(16, users)) <= numbers[1] <= max(16, users)]
+    return [each for each in tiles if each.whole_packs and each.programs * each.shared_bytes(2 * WIDTH) <=
+            card.shared_bytes and each.warps == max(4, each.users // 16)]  # fmt: skip
+
+
 def candidates(per_user: int) -> Rows:
     states, table = unit_rows(USERS), unit_rows(1_000_000)
     rows = torch.randint(len(table), (USERS, per_user), device="cuda")
@@ -193,8 +223,13 @@ def ratio(slow: dict[str, Any], fast: dict[str, Any]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=results.FOLDER)
+    parser.add_argument("--tune", action="store_true", help="time the tiles to choose from; no file")
     args = parser.parse_args()
     torch.manual_seed(0)
+    if args.tune:
+        tune(USERS)
+        tune(1)
+        return
     rows = [copying(), *catalogue(1_000_000, USERS), *fusion(), *candidates(500)]
     rows += [*catalogue(1_000_000, 1), *catalogue(10_000_000, USERS)]
     card = torch.cuda.get_device_name()

@@ -12,7 +12,8 @@ from torch import Tensor
 from kernels.hierarchical_sequence_fusion import launch as fusion
 from kernels.hierarchical_sequence_fusion.launch import Embeddings, Events
 from kernels.sequence_recommendation_interaction import launch as retrieval
-from kernels.sequence_recommendation_interaction.launch import Catalogue, Plan, Tiles
+from kernels.sequence_recommendation_interaction.launch import Catalogue, Plan
+from kernels.sequence_recommendation_interaction.tiles import Tiles
 from tests.kernels.test_fused_attention_layernorm_op import DEVICE, Case, case_of
 
 REACH = 2**31 + 2**20

@@ -147,7 +147,7 @@ def test_compile_and_export_pass_the_call_through():
     ("changes", "message"),
     [
         ({"table": torch.zeros(40, 8).int()}, r"table is torch.int32 \[40, 8\]"),
-        ({"table": torch.zeros(40, 16)[:, ::2]}, "rows of adjacent elements"),
+        ({"table": torch.zeros(40, 16, device=DEVICE)[:, ::2]}, "rows of adjacent elements"),
         ({"features": torch.zeros(9, 7)}, r"features is torch.float32 \[9, 7\] .* wanted .* \[feature rows, 8\]"),
         ({"strength": torch.zeros(3)}, r"strength is torch.float32 \[3\]"),
         ({"tokens": torch.zeros(13)}, r"tokens is torch.float32 \[13\]"),

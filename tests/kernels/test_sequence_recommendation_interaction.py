@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.sequence_recommendation_interaction import launch
-from kernels.sequence_recommendation_interaction.launch import Catalogue, Plan, Seen, Tiles
+from kernels.sequence_recommendation_interaction.launch import Catalogue, Plan, Seen
 from kernels.sequence_recommendation_interaction.op import candidate_interaction, sequence_recommendation_interaction
 from kernels.sequence_recommendation_interaction.reference import candidate_interaction as reference_candidates
 from kernels.sequence_recommendation_interaction.reference import sequence_recommendation_interaction as reference
+from kernels.sequence_recommendation_interaction.tiles import Card, Tiles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TILES = Tiles(items=16, users=16, warps=4, stages=1)
@@ -135,7 +136,7 @@ def test_candidates_have_the_scores_of_the_catalogue():
 @pytest.mark.parametrize(("width", "users"), [(16, 1), (256, 256), (512, 512)])
 @pytest.mark.parametrize("shared_bytes", [101_376, 232_448])
 def test_every_plan_fits_the_machine_and_its_own_buffers(items, k, width, users, shared_bytes):
-    plan = launch.plan(items, users, width, k, 4, shared_bytes)
+    plan = launch.plan(items, users, width, k, 4, Card((7, 5), shared_bytes))
     tiles = plan.tiles
     assert (tiles.users + tiles.items) * width * 4 <= shared_bytes
     if plan.stride:
@@ -183,7 +184,7 @@ SEEN_OFFSETS = torch.tensor([0, 1, 3])
         ({"states": torch.zeros(2, 8).int()}, r"states is torch.int32 \[2, 8\]"),
         ({"states": torch.full((2, 8), torch.nan)}, r"states \[2, 8\] must be finite"),
         ({"k": 513}, "k = 513"),
-        ({"table": torch.zeros(12, 16)[:, ::2]}, "elements of a row next to each other"),
+        ({"table": torch.zeros(12, 16, device=DEVICE)[:, ::2]}, "elements of a row next to each other"),
         ({"scales": torch.zeros(12)}, r"table is torch.float32 .* wanted torch.int8"),
         ({"eligible": torch.ones(11, dtype=torch.bool)}, r"eligible is torch.bool \[11\] .* wanted bool \[12\]"),
         ({"seen": torch.tensor([1])}, "seen and seen_offsets come together"),

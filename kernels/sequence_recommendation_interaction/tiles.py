@@ -1,0 +1,68 @@
+"""Tiles of the pass over the catalogue: a table of measured ones, and for all else what shared memory allows."""
+
+from dataclasses import dataclass
+
+from kernels.launching import next_power_of_2
+from kernels.sequence_recommendation_interaction.append import PACK
+
+SPARE_BYTES = 3072  # of shared memory, for what the compiler adds
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """Items x users of a step, its warps, its load stages, programs an SM."""
+
+    items: int
+    users: int
+    warps: int
+    stages: int
+    programs: int = 1
+
+    @property
+    def whole_packs(self) -> bool:
+        """Whether the inline code gets its PACK scores from every thread; it must not append what pads them."""
+        return self.items * self.users % (32 * self.warps * PACK.value) == 0
+
+    def shared_bytes(self, row_bytes: int) -> int:
+        """What a program takes: its users' states, and items in every stage."""
+        return (self.users + self.stages * self.items) * row_bytes + SPARE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What the tiles depend on: capability as (major, minor), the shared memory that one program may take."""
+
+    capability: tuple[int, int]
+    shared_bytes: int
+
+
+# (capability, bytes of an element, columns, users at once from ... on). Hopper's are measured, by
+# `python -m tests.benchmarks.kernels_retrieval --tune`; those of Ampere and Ada are the rule's of `fitting_tiles`.
+MANY = 129
+TILES = {
+    ((9, 0), 2, 256, True): Tiles(64, 256, 16, 3),  # 0.30 ms for a million items; 8 warps 0.34, 2 stages 0.36 (H100)
+    ((8, 0), 2, 256, True): Tiles(64, 128, 8, 3),
+    ((8, 6), 2, 256, True): Tiles(64, 64, 4, 2),
+    ((8, 9), 2, 256, True): Tiles(64, 64, 4, 2),
+}
+
+
+def tiles_for(users: int, width: int, element_bytes: int, card: Card) -> Tiles:
+    columns = next_power_of_2(width)
+    tabled = TILES.get((card.capability, element_bytes, columns, users >= MANY))
+    if tabled and tabled.shared_bytes(columns * element_bytes) <= card.shared_bytes:
+        return tabled
+    return fitting_tiles(users, columns * element_bytes, card.shared_bytes)
+
+
+def fitting_tiles(users: int, row_bytes: int, shared_bytes: int) -> Tiles:
+    """States stay in shared memory for the whole pass, in four sevenths of it; items stream through the rest."""
+    block_users = min(256, max(16, next_power_of_2(users)))
+    while block_users > 16 and block_users * row_bytes > shared_bytes * 4 // 7:
+        block_users //= 2
+    block_items = 64
+    while block_items > 16 and (block_users + block_items) * row_bytes > shared_bytes:
+        block_items //= 2
+    stages = max(1, min(3, ((shared_bytes - SPARE_BYTES) // row_bytes - block_users) // block_items))
+    programs = max(1, min(4, shared_bytes // ((block_users + stages * block_items) * row_bytes + SPARE_BYTES)))
+    return Tiles(block_items, block_users, max(4, block_users // 16), stages, programs)

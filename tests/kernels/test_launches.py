@@ -1,0 +1,45 @@
+"""Every launch of the tables fits its cards, and a card that no table knows gets one that fits."""
+
+import pytest
+
+from kernels.fused_attention_layernorm.launch import AMPERE, HOPPER, LAUNCHES, SAFE, shared_bytes
+from kernels.launching import SHARED_BYTES
+from kernels.sequence_recommendation_interaction.tiles import TILES, Card, fitting_tiles, tiles_for
+
+SMALLEST = min(SHARED_BYTES.values())
+
+
+@pytest.mark.parametrize(("key", "launch"), LAUNCHES.items(), ids=str)
+def test_attentions_launches_fit_every_card_of_their_generation(key, launch):
+    major, element_bytes, _ = key
+    for (generation, _), available in SHARED_BYTES.items():
+        assert generation != major or shared_bytes(launch, 128, element_bytes) <= available
+
+
+def test_attention_has_a_launch_for_hopper_and_ampere_and_one_that_fits_anywhere():
+    assert {(major, 2, short) for major in (HOPPER, AMPERE) for short in (False, True)} <= set(LAUNCHES)
+    assert shared_bytes(SAFE, 128, 4) <= SMALLEST
+    assert shared_bytes(SAFE, 256, 2) <= SMALLEST
+
+
+@pytest.mark.parametrize(("key", "tiles"), TILES.items(), ids=str)
+def test_top_ks_tiles_fit_their_card_as_often_as_they_say(key, tiles):
+    capability, element_bytes, columns, many = key
+    available = SHARED_BYTES[capability]
+    assert tiles.programs * tiles.shared_bytes(columns * element_bytes) <= available
+    assert tiles.whole_packs
+    card = Card(capability, available)
+    assert tiles_for(256 if many else 1, columns, element_bytes, card) == tiles
+
+
+def test_top_k_has_tiles_for_every_card_that_is_known():
+    assert {capability for capability, *_ in TILES} == set(SHARED_BYTES)
+
+
+@pytest.mark.parametrize("users", [1, 100, 256])
+@pytest.mark.parametrize("row_bytes", [32, 512, 2048])
+def test_an_unknown_card_gets_tiles_that_fit_and_less_shared_memory_than_the_table_thinks_is_no_harm(users, row_bytes):
+    for capability in ((7, 5), (12, 0), (9, 0)):
+        tiles = tiles_for(users, row_bytes // 2, 2, Card(capability, SMALLEST))
+        assert tiles == fitting_tiles(users, row_bytes, SMALLEST)
+        assert tiles.shared_bytes(row_bytes) <= SMALLEST
