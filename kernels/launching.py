@@ -3,7 +3,7 @@
 from typing import Any
 
 # Bytes of shared memory that one program may take, by device capability (CUDA programming guide, technical
-# specifications): A100, RTX 30, RTX 40, H100 and H200. What a driver reports for the device itself goes before this.
+# specifications): A100, RTX 30, RTX 40, H100 and H200.
 SHARED_BYTES = {(8, 0): 166_912, (8, 6): 101_376, (8, 9): 101_376, (9, 0): 232_448}
 
 

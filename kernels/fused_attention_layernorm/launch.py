@@ -4,7 +4,6 @@ The table is measured: `python -m tests.benchmarks.kernels --tune` prints it ane
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from kernels.fused_attention_layernorm.dropout import kept_of, weight_of
 from kernels.fused_attention_layernorm.fp8 import DTYPE as FP8
 from kernels.fused_attention_layernorm.kernel import attention_kernel, last_attention_kernel
 from kernels.fused_attention_layernorm.norm import gate_backward_kernel, gate_kernel
-from kernels.launching import ceil_div, next_power_of_2
+from kernels.launching import SHARED_BYTES, ceil_div, next_power_of_2
 from kernels.launching import launch as run
 
 HOPPER, AMPERE = 9, 8
@@ -71,12 +70,11 @@ def shared_bytes(launch: Launch, d: int, element_bytes: int) -> int:
     return max(forward, 2 * element_bytes * d * (launch.rows + launch.columns) + 2 * scores)
 
 
-@lru_cache
 def fits(launch: Launch, d: int, element_bytes: int, device: torch.device) -> bool:
     """Whether a program's tiles fit the device's shared memory; where they do not, the reference answers."""
     if device.type != "cuda":
         return True
-    available = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    available = SHARED_BYTES.get(torch.cuda.get_device_capability(device), min(SHARED_BYTES.values()))
     return shared_bytes(launch, d, element_bytes) <= available
 
 
