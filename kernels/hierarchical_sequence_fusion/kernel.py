@@ -47,19 +47,30 @@ def _begins(seconds, event, start, older, gap_s):
 
 
 @triton.jit
-def _event(
-    table, features, strength, token, codes, column, inside, table_stride, feature_stride, FEATURES: tl.constexpr
-):
-    """float32: the item [columns], the sum of the features [columns] and the strength of the event with this token and
-    these codes."""
-    place = table + token.to(tl.int64) * table_stride + column
-    item = tl.load(place, mask=inside, cache_modifier=".cg").to(tl.float32)
-    beside, power = tl.zeros_like(item), 0.0
+def _halves(value, WORDS: tl.constexpr):
+    """float32 of both columns of a word of two bfloat16; with one column a value, that one twice."""
+    if WORDS:
+        return (value << 16).to(tl.float32, bitcast=True), (value & -65536).to(tl.float32, bitcast=True)
+    wide = value.to(tl.float32)
+    return wide, wide
+
+
+@triton.jit
+def _word(low, high):
+    """int32: two columns rounded to bfloat16."""
+    low, high = low.to(tl.bfloat16).to(tl.int16, bitcast=True), high.to(tl.bfloat16).to(tl.int16, bitcast=True)
+    return (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
+
+
+@triton.jit
+def _beside(features, strength, codes, inside, stride, FEATURES: tl.constexpr, WORDS: tl.constexpr):
+    """float32: the sum of the features, both halves, and the strength of the event with these codes."""
+    low, high, power = 0.0, 0.0, 0.0
     for number in tl.static_range(FEATURES):  # pyright: ignore[reportGeneralTypeIssues]: it is Triton's to unroll
         code = tl.load(codes + number).to(tl.int64)
-        beside += tl.load(features + code * feature_stride + column, mask=inside).to(tl.float32)
-        power += tl.load(strength + code)
-    return item, beside, tl.exp(tl.minimum(tl.maximum(power, -CAP), CAP))
+        left, right = _halves(tl.load(features + code * stride, mask=inside), WORDS)
+        low, high, power = low + left, high + right, power + tl.load(strength + code)
+    return low, high, tl.exp(tl.minimum(tl.maximum(power, -CAP), CAP))
 
 
 @triton.jit
@@ -67,10 +78,18 @@ def fuse_kernel(
     table, features, strength, tokens, codes, seconds, offsets, starts, counts, fused, fused_seconds, fused_offsets,
     users, rows, width, table_stride, feature_stride,
     RECENT: tl.constexpr, SESSIONS: tl.constexpr, FEATURES: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-    BLOCK_USERS: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_USERS: tl.constexpr, EVEN: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """One token, of a session or of one of the newest events; a place that its user lacks zeroes a row of the tail."""
-    user, place = tl.program_id(0) // (SESSIONS + RECENT), tl.program_id(0) % (SESSIONS + RECENT)
+    """One token, of a session or of one of the newest events; a place that its user lacks zeroes a row of the tail.
+
+    Sessions come first: at the end, the many short programs of the newest events run beside the last long sessions.
+    WORDS: table, features and fused hold int32 words of two bfloat16; width and strides count words.
+    """
+    turn = tl.program_id(0)
+    pooled = turn < users * SESSIONS
+    behind = turn - users * SESSIONS
+    user = tl.where(pooled, turn // max(SESSIONS, 1), behind // max(RECENT, 1))
+    place = tl.where(pooled, turn % max(SESSIONS, 1), SESSIONS + behind % max(RECENT, 1))
     before, total = 0, 0  # tokens of the users before, of all
     for first in range(0, users, BLOCK_USERS):
         other = first + tl.arange(0, BLOCK_USERS)
@@ -81,7 +100,6 @@ def fuse_kernel(
     older = tl.maximum(stop - RECENT, start)
     own = tl.load(counts + user)
     sessions = own - (stop - older)
-    pooled = place < SESSIONS
     here = tl.where(pooled, place < sessions, place - SESSIONS < stop - older)
     at = starts + user.to(tl.int64) * (SESSIONS + 1) + place
     newest = older + place - SESSIONS
@@ -96,18 +114,21 @@ def fuse_kernel(
     tokens += event
     codes += event.to(tl.int64) * FEATURES
     events = tl.where(here, end - event, 0)
-    mean, weights = tl.zeros((BLOCK_WIDTH,), tl.float32), 0.0
+    table, features = table + column, features + column
+    low, high, weights = tl.zeros((BLOCK_WIDTH,), tl.float32), tl.zeros((BLOCK_WIDTH,), tl.float32), 0.0
     for _ in range(events):
-        item, beside, weight = _event(
-            table, features, strength, tl.load(tokens), codes, column, inside, table_stride, feature_stride,
-            FEATURES,
-        )  # fmt: skip
+        item = tl.load(table + tl.load(tokens).to(tl.int64) * table_stride, mask=inside, cache_modifier=".cg")
+        left, right, weight = _beside(features, strength, codes, inside, feature_stride, FEATURES, WORDS)
         tokens, codes = tokens + 1, codes + FEATURES
         share = tl.where(pooled & (events > 1), weight, 1.0)
-        mean += (item * tl.where(pooled, 1.0, weight) + beside) * share
+        strong = tl.where(pooled, share, weight)
+        item_low, item_high = _halves(item, WORDS)
+        low += item_low * strong + left * share
+        high += item_high * strong + right * share
         weights += share
-    mean /= tl.where(here, weights, 1.0)
-    tl.store(fused + row * width + column, mean.to(fused.dtype.element_ty), mask=(column < width) & (row < rows))
+    weights = tl.where(here, weights, 1.0)
+    value = _word(low / weights, high / weights) if WORDS else (low / weights).to(fused.dtype.element_ty)
+    tl.store(fused + row * width + column, value, mask=(column < width) & (row < rows))
     now = tl.load(seconds + end - 1, mask=here, other=0)
     tl.store(fused_seconds + row, now, mask=row < rows)
     if (place == 0) & (tl.program_id(1) == 0):

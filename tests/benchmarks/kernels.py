@@ -202,7 +202,7 @@ def bucketed(encode: Encoder, work: Work, thresholds: Tensor, last: bool) -> Cal
 
 
 def tune(work: Work, thresholds: Tensor) -> None:
-    """Prints every launch's time on this device; and the best one as the line that belongs into launch.LAUNCHES."""
+    """Prints every launch's time on this device, and the best one as the line that belongs into launch.LAUNCHES."""
     wide = operator_inputs(work)[:3]
     tables = (torch.randn(HEADS, CONFIG.max_events, device="cuda"), torch.randn(HEADS, 49, device="cuda"))
     for rows in (wide, narrowed(wide)):
