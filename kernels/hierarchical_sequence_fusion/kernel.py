@@ -63,20 +63,21 @@ def _word(low, high):
 
 
 @triton.jit
-def _beside(features, strength, codes, inside, stride, FEATURES: tl.constexpr, WORDS: tl.constexpr):
+def _beside(features, strength, codes, inside, STRIDE: tl.constexpr, FEATURES: tl.constexpr, WORDS: tl.constexpr):
     """float32: the sum of the features, both halves, and the strength of the event with these codes."""
     low, high, power = 0.0, 0.0, 0.0
     for number in tl.static_range(FEATURES):  # pyright: ignore[reportGeneralTypeIssues]: it is Triton's to unroll
-        code = tl.load(codes + number).to(tl.int64)
-        left, right = _halves(tl.load(features + code * stride, mask=inside), WORDS)
-        low, high, power = low + left, high + right, power + tl.load(strength + code)
+        code = tl.load(codes + number).to(tl.uint32).to(tl.uint64)  # without a sign there is none to extend
+        left, right = _halves(tl.load(features + code * STRIDE, mask=inside), WORDS)
+        low, high = (low + left, high + right) if number else (left, right)
+        power += tl.load(strength + code)
     return low, high, tl.exp(tl.minimum(tl.maximum(power, -CAP), CAP))
 
 
 @triton.jit
 def fuse_kernel(
     table, features, strength, tokens, codes, seconds, offsets, starts, counts, fused, fused_seconds, fused_offsets,
-    users, rows, width, table_stride, feature_stride,
+    users, rows, width, table_stride, FEATURE_STRIDE: tl.constexpr,
     RECENT: tl.constexpr, SESSIONS: tl.constexpr, FEATURES: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
     BLOCK_USERS: tl.constexpr, EVEN: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
@@ -118,7 +119,7 @@ def fuse_kernel(
     low, high, weights = tl.zeros((BLOCK_WIDTH,), tl.float32), tl.zeros((BLOCK_WIDTH,), tl.float32), 0.0
     for _ in range(events):
         item = tl.load(table + tl.load(tokens).to(tl.int64) * table_stride, mask=inside, cache_modifier=".cg")
-        left, right, weight = _beside(features, strength, codes, inside, feature_stride, FEATURES, WORDS)
+        left, right, weight = _beside(features, strength, codes, inside, FEATURE_STRIDE, FEATURES, WORDS)
         tokens, codes = tokens + 1, codes + FEATURES
         share = tl.where(pooled & (events > 1), weight, 1.0)
         strong = tl.where(pooled, share, weight)

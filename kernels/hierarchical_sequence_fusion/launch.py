@@ -53,7 +53,7 @@ def fuse(
     counts = torch.empty(users, dtype=torch.int32, device=device)
     launch(
         kernel.span_kernel, (users,), events.seconds, events.offsets, starts, counts, gap_s,
-        RECENT=recent, SESSIONS=sessions, BLOCK=1024,
+        RECENT=recent, SESSIONS=sessions, BLOCK=4096, num_warps=16,
     )  # fmt: skip
     fused = torch.empty(rows, width, dtype=table.dtype, device=device)
     words = all(in_words(part) for part in (table, embeddings.features))
