@@ -1,19 +1,37 @@
-"""The product after attention with what surrounds it fused in, for inference: x + (U * LayerNorm(O)) W^T + b, and the
-moments of the result's rows for the layer above.
+"""A variant that is in no use yet: the gate and the product after attention in one launch.
+
+    x + (U * LayerNorm(O)) W^T + b, and the moments of the result's rows
 
 The gate is applied to the rows on their way to the matrix units: O and U are read, and what lies between is never
-written.
+written, 150 MB a layer of 74,108 rows. Whether that pays is what this measures, against the two launches in use:
+
+    python -m tests.benchmarks.kernels_gated       on a GPU; prints a line a tile, no file
 """
+
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.testing import do_bench
 
-from kernels.fused_attention_layernorm.launch import precision, tiled
+from kernels.fused_attention_layernorm.launch import normalise_and_gate, precision, tiled
 from kernels.fused_attention_layernorm.norm import normalisation
-from kernels.fused_attention_layernorm.projection import SMALL_ROWS, Tiles
+from kernels.fused_attention_layernorm.projection import SMALL_ROWS, Tiles, project_out
 from kernels.launching import ceil_div, launch
+
+LAYERS, WIDTH, HEADS, EPS = 8, 512, 4, 1e-6
+LARGE_TILES = (
+    Tiles(128, 256, 64, 8, 3), Tiles(128, 256, 64, 8, 2), Tiles(128, 256, 64, 8, 4), Tiles(128, 256, 32, 8, 4),
+    Tiles(128, 256, 64, 8, 3, programs=1), Tiles(64, 512, 64, 8, 2), Tiles(64, 512, 32, 8, 3),
+    Tiles(128, 512, 32, 16, 3), Tiles(128, 512, 64, 16, 2), Tiles(64, 256, 64, 4, 3), Tiles(64, 256, 128, 4, 2), Tiles(64, 256, 64, 8, 3),
+    Tiles(128, 128, 64, 8, 3), Tiles(128, 128, 64, 4, 3), Tiles(64, 128, 128, 4, 3),
+)  # fmt: skip
+SMALL_TILES = (
+    Tiles(64, 64, 128, 4, 3), Tiles(64, 64, 64, 4, 4), Tiles(64, 128, 64, 4, 3), Tiles(64, 128, 128, 4, 2),
+    Tiles(64, 256, 64, 4, 3), Tiles(64, 64, 128, 8, 3), Tiles(64, 32, 128, 4, 3), Tiles(128, 128, 64, 8, 3),
+)  # fmt: skip
 
 
 @triton.jit
@@ -60,8 +78,7 @@ def gated_projection_kernel(
         tl.store(moment_at + 1, tl.sum(result * result, 1), mask=row < rows)
 
 
-LARGE = Tiles(128, 256, 64, 8, 3)
-SMALL = Tiles(64, 64, 128, 4, 3)
+LARGE, SMALL = Tiles(128, 256, 64, 8, 3), Tiles(64, 64, 128, 4, 3)
 
 
 def gated_projection(
@@ -83,3 +100,51 @@ def gated_projection(
             HEADS=attended_moments.shape[1], WIDTH=width, PARTS=parts, PRECISION=precision(x.dtype), **tiles.constants,
         )  # fmt: skip
     return out, moments
+
+
+def two_launches(
+    attended: Tensor, attended_moments: Tensor, u: Tensor, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor,
+    x: Tensor, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As the encoder has it."""
+    return project_out(normalise_and_gate(attended, attended_moments, u, gain, shift, eps), weight, bias, x)
+
+
+def inputs_of(rows: int, width: int, heads: int, columns: int, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
+    """What `gated_projection` takes, up to x."""
+    attended, x = torch.randn(rows, width, device=device).to(dtype), torch.randn(rows, columns, device=device).to(dtype)
+    u = torch.randn(rows, 4 * width, device=device).to(dtype)[:, :width]  # a part of the product before attention
+    parts = attended.float().unflatten(1, (heads, -1))
+    moments = torch.stack([parts.sum(2), parts.square().sum(2)], 2).contiguous()
+    gain, shift, bias = (torch.randn(size, device=device) for size in (width, width, columns))
+    weight = (torch.randn(columns, width, device=device) / width**0.5).to(dtype)
+    return attended, moments, u, gain, shift, weight, bias, x
+
+
+def ms_of(call: Callable[[], object]) -> float:
+    """Of all layers, by a CUDA graph."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(LAYERS):
+            call()
+    return float(do_bench(graph.replay, return_mode="median"))
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    for rows in (74_108, 5_601, 256):
+        given = inputs_of(rows, WIDTH, HEADS, WIDTH, torch.bfloat16, "cuda")
+        print(f"{rows}: two launches {ms_of(lambda given=given: two_launches(*given, EPS)):.4f} ms", flush=True)
+        for tiles in LARGE_TILES if rows > SMALL_ROWS else SMALL_TILES:
+            try:
+                ms = ms_of(lambda given=given, tiles=tiles: gated_projection(*given, EPS, tiles))
+            except triton.runtime.errors.OutOfResources as error:
+                print(f"{rows}: {tiles}: {error}", flush=True)
+                continue
+            print(f"{rows}: {tiles}: {ms:.4f} ms", flush=True)
+
+
+if __name__ == "__main__":
+    main()
