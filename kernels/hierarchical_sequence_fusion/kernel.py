@@ -68,7 +68,8 @@ def _beside(features, strength, codes, inside, STRIDE: tl.constexpr, FEATURES: t
     low, high, power = 0.0, 0.0, 0.0
     for number in tl.static_range(FEATURES):  # pyright: ignore[reportGeneralTypeIssues]: it is Triton's to unroll
         code = tl.load(codes + number).to(tl.uint32).to(tl.uint64)  # without a sign there is none to extend
-        left, right = _halves(tl.load(features + code * STRIDE, mask=inside), WORDS)
+        row = tl.load(features + code * STRIDE, mask=inside)
+        left, right = _halves(row, WORDS)  # pyright: ignore[reportGeneralTypeIssues]: Triton's call
         low, high = (low + left, high + right) if number else (left, right)
         power += tl.load(strength + code)
     return low, high, tl.exp(tl.minimum(tl.maximum(power, -CAP), CAP))

@@ -37,7 +37,8 @@ class Card:
 
 
 # (capability, bytes of an element, columns, users at once from ... on). Hopper's are measured, by
-# `python -m tests.benchmarks.kernels_retrieval --tune`; those of Ampere and Ada are the rule's of `fitting_tiles`.
+# `python -m tests.benchmarks.kernels_retrieval --tune`; those of Ampere and Ada are what `fitting_tiles` says, compiled
+# for them (128 and 64 KiB of shared memory) and not run.
 MANY = 129
 TILES = {
     ((9, 0), 2, 256, True): Tiles(64, 256, 16, 3),  # 0.30 ms for a million items; 8 warps 0.34, 2 stages 0.36 (H100)
