@@ -9,7 +9,7 @@ from torch import Tensor
 from pipeline.affinity import Affinities
 from pipeline.artifact import Artifact
 from pipeline.backends import GraphOptions
-from pipeline.backends.torch import USUAL_GRAPHS, TorchEncoder
+from pipeline.backends.torch import TorchEncoder
 from pipeline.catalogue import Catalogue, Facts
 from pipeline.exclusion import Exclusion
 from pipeline.features import Inputs, inputs_of
@@ -35,15 +35,15 @@ class HstuRung:
 
     def __init__(
         self, artifact: Artifact, catalogue: Catalogue, exclusion: Exclusion, device: str = "auto", threads: int = 0,
-        rerank: Rerank = NOT_RERANKED, graphs: GraphOptions = USUAL_GRAPHS,
+        rerank: Rerank = NOT_RERANKED, graphs: GraphOptions | None = None,
     ) -> None:  # fmt: skip
         """The catalogue's vocabulary has the artifact's items, in any order. Others are known by their records, those
-        without one are unknown to the model.
+        without one are unknown to the model. graphs: on a GPU the kernels encode and retrieve; None: torch, in float32.
 
         Raises ArtifactError where the vocabulary had no room for one of the artifact's items.
         """
-        self._encoder = TorchEncoder(artifact, device, threads, graphs)
-        self._retrieval = retrieval_of(self._encoder.table)
+        self._encoder, self._fused = TorchEncoder(artifact, device, threads, graphs), graphs is not None
+        self._retrieval = retrieval_of(self._encoder.table, self._fused)
         self._catalogue, self._vocabulary, self._exclusion = catalogue, catalogue.vocabulary, exclusion
         self._table, self._items = TableRows(catalogue.vocabulary, artifact.item_ids), artifact.items
         self._trained, self._learnt = len(self._table), 0  # version of the catalogue
@@ -147,7 +147,7 @@ class HstuRung:
         if not len(tokens):
             return
         self._encoder.learn(self._table.rows(tokens).astype(np.int64), self._items.of_new(self._catalogue, tokens))
-        self._retrieval = retrieval_of(self._encoder.table)
+        self._retrieval = retrieval_of(self._encoder.table, self._fused)
         self._value(np.append(self._values, np.zeros(len(self._table) - len(self._values), np.float32)))
         self._bar()
 

@@ -16,9 +16,10 @@ CHUNK_SCORES = 1 << 24  # 64 MiB of float32 scores at a time
 SPARE = 64  # candidates beyond k that are scored anew
 
 
-def retrieval_of(table: Tensor) -> "Retrieval | FusedRetrieval":
-    """The fastest on the table's device. table: float32 [items, width]; row 0 is no item."""
-    return FusedRetrieval(table) if table.is_cuda and table.shape[1] * 4 <= MAX_ROW_BYTES else Retrieval(table)
+def retrieval_of(table: Tensor, fused: bool) -> "Retrieval | FusedRetrieval":
+    """table: float32 [items, width]; row 0 is no item. fused: by the operator, where it can."""
+    known = table.is_cuda and table.shape[1] * 4 <= MAX_ROW_BYTES
+    return FusedRetrieval(table) if fused and known else Retrieval(table)
 
 
 class FusedRetrieval:

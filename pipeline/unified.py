@@ -43,7 +43,7 @@ class PipelineOptions(msgspec.Struct, frozen=True):
     max_items: int = 1_000_000
     device: str = "auto"
     threads: int = 0
-    graphs: GraphOptions | None = None  # made when a model is loaded; None: as batches come
+    graphs: GraphOptions | None = None  # of the kernels on a GPU, made when a model is loaded; None: torch, in float32
 
 
 class Recommendation(msgspec.Struct, frozen=True):
@@ -202,8 +202,6 @@ def rung_of(artifact: "Artifact", catalogue: Catalogue, options: PipelineOptions
     from pipeline.hstu_rung import HstuRung
 
     basics = (options.exclusion, options.device, options.threads, options.rerank)
-    if options.graphs is None:
-        return HstuRung(artifact, catalogue, *basics)
     rung = HstuRung(artifact, catalogue, *basics, options.graphs)
     rung.warm()
     return rung

@@ -1,4 +1,5 @@
-"""The encoder by torch: eager on a CPU, the reference of all other backends; by this project's kernels on a GPU."""
+"""The encoder by torch: eager in float32, the reference of all other backends and the CPU's way; or, on a GPU, by this
+project's kernels in half precision."""
 
 from typing import TYPE_CHECKING
 
@@ -21,18 +22,16 @@ from pipeline.vocabulary import UNKNOWN
 if TYPE_CHECKING:
     from pipeline.backends.fused import FusedEncoder
 
-USUAL_GRAPHS = GraphOptions()
-
 
 class TorchEncoder:
     """HSTU and its heads from an artifact. `device`: torch's name, or 'auto' for CUDA when there is one.
 
-    `threads` > 0 sets the number of torch's threads, of the whole process. graphs: of the batches on a GPU; None: eager
-    torch there too.
+    `threads` > 0 sets the number of torch's threads, of the whole process. graphs: on a GPU the kernels run, as CUDA
+    graphs of these batches; None: eager torch there too.
     """
 
     def __init__(
-        self, artifact: Artifact, device: str = "auto", threads: int = 0, graphs: GraphOptions | None = USUAL_GRAPHS
+        self, artifact: Artifact, device: str = "auto", threads: int = 0, graphs: GraphOptions | None = None
     ) -> None:
         if threads:
             torch.set_num_threads(threads)

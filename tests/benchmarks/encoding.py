@@ -59,7 +59,7 @@ def median_ms(call: Callable[[], Tensor]) -> float:
 
 def measure(preset: str) -> list[Row]:
     artifact = artifact_of(preset)
-    eager = TorchEncoder(artifact, "cuda", graphs=None)
+    eager = TorchEncoder(artifact, "cuda")
     launched = TorchEncoder(artifact, "cuda", graphs=GraphOptions(budget_mib=0))
     captured = TorchEncoder(artifact, "cuda", graphs=GraphOptions(max(USERS), MAX_EVENTS))
     start = time.perf_counter()
