@@ -11,6 +11,11 @@ STREAM, REPLAY, SWAP, TRAINING, ACCURACY, HEADS, COLD, TRAINING_GPU = (
     results.load(results.FOLDER / f"{name}.json")
     for name in ("stream", "replay", "swap", "training", "accuracy", "heads", "cold", "training_gpu")
 )
+KERNELS, PROJECTION, RETRIEVAL, ENCODING = (
+    results.load(results.FOLDER / f"{name}_h100.json")
+    for name in ("kernels", "kernels_projection", "kernels_retrieval", "encoding")
+)
+TOP_100 = next(row for row in RETRIEVAL.rows if row["implementation"] == "fused" and "1,000,000 x" in row["workload"])
 RUNS = {row["run"]: row for row in STREAM.rows}
 FILMS, SHOP = REPLAY.rows
 TASKS = ("engagement", "retention", "monetization")
@@ -60,6 +65,17 @@ CLAIMS = {
         COLD.metrics[name] for name in ("recall50_hstu", "recall50_contentknn", "ratio")
     ],
     rf"--device cuda`: speed of its steps \| {N} events/s": [TRAINING_GPU.metrics["events_per_s_gpu"]],
+    rf"all states \| {N} ms \| {N} times eager torch on padded users, {N} times": [
+        KERNELS.metrics[f"large_{name}"] for name in ("ms", "speedup_over_eager", "speedup_over_compiled")
+    ],
+    rf"1 user of 256 events \| {N} ms \| {N} times": [
+        KERNELS.metrics["single_ms"], KERNELS.metrics["single_speedup_over_eager"],
+    ],
+    rf"events and layers \| {N} ms \| Triton's {N};": [
+        PROJECTION.metrics["large_cute_ms"], PROJECTION.metrics["large_triton_ms"],
+    ],
+    rf"width 256 \| {N} ms \| {N} times": [TOP_100["median_ms"], RETRIEVAL.metrics["top_k_speedup"]],
+    rf"width 64 \| {N} ms \| {N} times eager": [ENCODING.metrics["tiny_256_ms"], ENCODING.metrics["tiny_256_speedup"]],
 }  # fmt: skip
 
 
