@@ -62,16 +62,20 @@ class FusedEncoder:
         """States float32 [n, width], as Encoder.encode."""
         lengths = np.diff(inputs.offsets)
         users = np.flatnonzero(lengths)
+        if len(users) == len(lengths) > 0:
+            return self._of_users_with_events(inputs).clone()
         states = torch.zeros(len(inputs), self._config.width, device=self._device)
-        if not len(users):
-            return states
-        if len(users) < len(lengths):
+        if len(users):
             inputs = inputs.taken(inputs.offsets[users], lengths[users])
+            states[torch.from_numpy(users).to(self._device)] = self._of_users_with_events(inputs)
+        return states
+
+    def _of_users_with_events(self, inputs: Inputs) -> Tensor:
+        """[users, width], valid until the next call."""
         codes = inputs.codes[:, self._hstu.columns] if self._config.without else inputs.codes
         *columns, offsets = self._stage(inputs.tokens, codes, inputs.seconds, inputs.offsets.astype(np.int32))
-        longest = next(events for events in self._classes if lengths.max() <= events)
-        states[torch.from_numpy(users).to(self._device)] = self._graphs(columns, offsets, longest)[: len(users)]
-        return states
+        longest = next(events for events in self._classes if np.diff(inputs.offsets).max() <= events)
+        return self._graphs(columns, offsets, longest)[: len(inputs)]
 
     def _encoded(self, columns: Sequence[Tensor], offsets: Tensor, longest: int) -> Tensor:
         """The unit states of users who all have events."""
