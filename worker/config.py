@@ -89,6 +89,7 @@ class Pipeline(Struct, frozen=True, forbid_unknown_fields=True):
     exclude_window_days: Annotated[float, Meta(ge=0)] = 0.0  # 0: as far as the ring reaches
     threads: Annotated[int, Meta(ge=0)] = 0  # of torch; 0: its default
     device: str = "auto"
+    kernels: bool = True  # on a GPU this project's, in half precision; off: torch's own, in float32
     graphs_mib: Annotated[int, Meta(ge=0)] = 4096  # of a GPU's memory, for CUDA graphs of batches; 0: no graphs
     follow_s: Annotated[float, Meta(ge=0)] = 5.0  # a new artifact serves after two looks, a few stats each; 0: never
     min_overlap: Share = 0.02  # with the slates just served: another seed after one epoch 0.13, mixed-up ids 0.002

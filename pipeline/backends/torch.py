@@ -91,8 +91,18 @@ class TorchEncoder:
 
     @torch.inference_mode()
     def warm(self) -> int:
-        """On a GPU makes the graphs of all batches within the options, so that none waits for one; their number."""
-        return 0 if self._fused is None else self._fused.warm()
+        """On a GPU makes the graphs of all batches within the options, so that none waits for one; their number.
+
+        DeviceError where the kernels do not run.
+        """
+        try:
+            return 0 if self._fused is None else self._fused.warm()
+        except Exception as error:  # a compiler's or a driver's; too little memory
+            reason = str(error).partition("\n")[0]
+            raise DeviceError(
+                f"pipeline.device '{self.device}': the kernels do not run on this card: {reason}; set"
+                " pipeline.kernels = false, or less pipeline.graphs_mib if its memory is too small"
+            ) from error
 
     @torch.inference_mode()
     def _fused_encoder(self, graphs: GraphOptions) -> "FusedEncoder | None":

@@ -81,14 +81,15 @@ def heads(result: Result) -> Path:
 
 
 def rooflines(result: Result) -> Path:
-    """What the kernels reach of their card, a panel an operator."""
-    panels = roofline.PANELS[result.name.rpartition("_")[0]]
+    """What the kernels reach of their card, a panel an operator that the file counts operations of."""
+    known = roofline.PANELS[result.name.rpartition("_")[0]]
+    panels = [(panel, measured) for panel in known if (measured := roofline.points(result, panel))]
     figure, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 3.8), layout="constrained", squeeze=False)
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.set(rect=(0, 0.04, 1, 0.96))  # room for the last line
-    for axis, panel in zip(axes[0], panels, strict=True):
-        roofline.draw(axis, panel, roofline.points(result, panel), roofline.peak_of(result))
+    for axis, (panel, measured) in zip(axes[0], panels, strict=True):
+        roofline.draw(axis, panel, measured, roofline.peak_of(result))
     return _saved(figure, result)
 
 

@@ -76,8 +76,8 @@ def draw(axis: Axes, panel: Panel, measured: list[Point], peak: Peak) -> None:
     """Axes: operations a byte, TFLOP/s; the roof; a marker an implementation, filled where it is ours."""
     limit = peak.matrix_tflops if panel.matrix_units else peak.float32_tflops
     ridge = 1e3 * limit / peak.gb_per_s
-    low = min([point.intensity for point in measured], default=1.0) / 3
-    high = max(ridge, *(point.intensity for point in measured), 0) * 4
+    low = min(point.intensity for point in measured) / 3
+    high = max(ridge, *(point.intensity for point in measured)) * 4
     axis.loglog([low, ridge, high], [low * peak.gb_per_s / 1e3, limit, limit], color=LIMIT, lw=1.2)
     units = "matrix units" if panel.matrix_units else "float32 units"
     axis.text(high, limit * 1.2, f"{limit:,.0f} TFLOP/s, {units}", ha="right", fontsize=7, color=LIMIT)
@@ -92,8 +92,7 @@ def draw(axis: Axes, panel: Panel, measured: list[Point], peak: Peak) -> None:
     axis.set_title(panel.title, fontsize=9)
     axis.grid(True, which="major", color="#e3e7eb", lw=0.6)
     axis.set_axisbelow(True)
-    if measured:
-        axis.legend(fontsize=7, loc="lower right", frameon=False)
+    axis.legend(fontsize=7, loc="lower right", frameon=False)
 
 
 def _number(cell: Cell) -> float:

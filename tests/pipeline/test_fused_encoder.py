@@ -12,12 +12,17 @@ from torch import Tensor, nn
 
 from kernels.fused_attention_layernorm.batch import Plan
 from kernels.graphs import buckets
+from pipeline.artifact import draft
 from pipeline.backends import GraphOptions
 from pipeline.backends.fused import FusedEncoder
+from pipeline.backends.torch import TorchEncoder
+from pipeline.errors import DeviceError
 from pipeline.features import COLUMNS, FEATURE_ROWS, FEATURES, TIME_THRESHOLDS, Inputs
 from pipeline.hstu import Hstu, fusible
 from pipeline.hstu_config import HstuConfig
 from pipeline.jagged import Layout
+from pipeline.records import EventSchema
+from pipeline.trainer import Model
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CONFIG = HstuConfig(
@@ -172,3 +177,19 @@ def test_what_the_kernels_do_not_know_is_left_to_torch() -> None:
     ]  # fmt: skip
     for change in changes:
         assert not fusible(msgspec.structs.replace(CONFIG, **change)), change
+
+
+def test_a_card_that_cannot_run_the_kernels_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def warm(self) -> int:
+            raise RuntimeError("out of resource: shared memory\nRequired: 278568")
+
+    config, ids = msgspec.structs.replace(CONFIG, items=3), ["a", "b"]
+    nothing = {"items": np.zeros(0, np.uint64), "popularity": np.zeros(0)}
+    encoder = TorchEncoder(draft(config, EventSchema(), Model(config).state_dict(), ids, nothing), "cpu")
+    assert encoder.warm() == 0
+    monkeypatch.setattr(encoder, "_fused", Broken())
+    with pytest.raises(
+        DeviceError, match=r"on this card: out of resource: shared memory; set pipeline\.kernels"
+    ):
+        encoder.warm()
