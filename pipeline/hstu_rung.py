@@ -1,6 +1,7 @@
 """The `hstu` rung: a trained model's answer."""
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from pipeline.backends.torch import TorchEncoder
 from pipeline.catalogue import Catalogue, Facts
 from pipeline.exclusion import Exclusion
 from pipeline.features import Inputs, inputs_of
+from pipeline.gate import walks
 from pipeline.labels import engaged
 from pipeline.records import Histories
 from pipeline.rerank import Rerank, blended, logs_of
@@ -42,8 +44,8 @@ class HstuRung:
 
         Raises ArtifactError where the vocabulary had no room for one of the artifact's items.
         """
-        self._encoder, self._fused = TorchEncoder(artifact, device, threads, graphs), graphs is not None
-        self._retrieval = retrieval_of(self._encoder.table, self._fused)
+        self._encoder, self._graphs = TorchEncoder(artifact, device, threads, graphs), graphs
+        self._retrieval = retrieval_of(self._encoder.table, self._graphs is not None)
         self._catalogue, self._vocabulary, self._exclusion = catalogue, catalogue.vocabulary, exclusion
         self._table, self._items = TableRows(catalogue.vocabulary, artifact.item_ids), artifact.items
         self._trained, self._learnt = len(self._table), 0  # version of the catalogue
@@ -58,9 +60,14 @@ class HstuRung:
         """The newest events that the model reads."""
         return self._encoder.max_events
 
-    def warm(self) -> int:
-        """Makes what batches would wait for, see TorchEncoder.warm."""
-        return self._encoder.warm()
+    def warm(self, item_ids: Sequence[str]) -> int:
+        """Makes what batches would wait for, on a GPU: the graphs, see TorchEncoder.warm, and every kernel, by answers
+        of all sizes to made-up histories of these items. Returns the number of graphs."""
+        made = self._encoder.warm()
+        if self._graphs is not None and self._encoder.device.type == "cuda":
+            for exponent in range(self._graphs.max_users.bit_length()):
+                self.rank(walks(item_ids, [1] * (1 << exponent)), self._graphs.slate_items)
+        return made
 
     def rank(self, histories: Histories, k: int) -> Ranked:
         start = time.perf_counter()
@@ -147,7 +154,7 @@ class HstuRung:
         if not len(tokens):
             return
         self._encoder.learn(self._table.rows(tokens).astype(np.int64), self._items.of_new(self._catalogue, tokens))
-        self._retrieval = retrieval_of(self._encoder.table, self._fused)
+        self._retrieval = retrieval_of(self._encoder.table, self._graphs is not None)
         self._value(np.append(self._values, np.zeros(len(self._table) - len(self._values), np.float32)))
         self._bar()
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.sequence_recommendation_interaction.op import (
@@ -30,13 +31,15 @@ class FusedRetrieval:
     """
 
     def __init__(self, table: Tensor, dtype: torch.dtype = torch.bfloat16) -> None:
-        self._table, self._half, self._plain = table, table.to(dtype), Retrieval(table)
+        self._table, self._plain = table, Retrieval(table)
+        # The kernels are compiled for a number of rows that 16 divides, and not anew when an item comes.
+        self._half = F.pad(table.to(dtype), (0, 0, 0, -len(table) % 16))
         self.bar(np.array([UNKNOWN]))
 
     def bar(self, rows: np.ndarray) -> None:
         """See Retrieval."""
         self._plain.bar(rows)
-        self._eligible = torch.ones(len(self._table), dtype=torch.bool, device=self._table.device)
+        self._eligible = torch.arange(len(self._half), device=self._table.device) < len(self._table)
         self._eligible[torch.from_numpy(rows).to(self._table.device)] = False
 
     def top_k(self, states: Tensor, rows: np.ndarray, tokens: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -203,7 +203,7 @@ def rung_of(artifact: "Artifact", catalogue: Catalogue, options: PipelineOptions
 
     basics = (options.exclusion, options.device, options.threads, options.rerank)
     rung = HstuRung(artifact, catalogue, *basics, options.graphs)
-    rung.warm()
+    rung.warm(artifact.item_ids)
     return rung
 
 

@@ -171,8 +171,9 @@ def _covers(entry: Entry) -> Covers:
 
 def load_pipeline(config: Config) -> Pipeline:
     """The pipeline of the configuration. Raises ArtifactError, or ConfigError for an action that is not in the list."""
-    graphs = GraphOptions(config.batcher.max_users, config.batcher.max_tokens, config.pipeline.graphs_mib)
-    options = msgspec.structs.replace(pipeline_options(config), graphs=graphs if config.pipeline.kernels else None)
+    batcher, served = config.batcher, config.pipeline
+    graphs = GraphOptions(batcher.max_users, batcher.max_tokens, served.graphs_mib, served.slate_items)
+    options = msgspec.structs.replace(pipeline_options(config), graphs=graphs if served.kernels else None)
     pipeline = Pipeline.load(config.pipeline.artifact, options, _fell)
     if config.pipeline.artifact is not None:
         from pipeline.artifact import read_manifest  # torch, which only who has a model pays

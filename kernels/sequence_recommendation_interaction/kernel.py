@@ -73,7 +73,7 @@ def _listed(row, seen, start, stop):
     return tl.load(seen + low, mask=low < stop, other=-1) == row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["users", "groups"])
 def sample_kernel(
     states, table, scales, eligible, maxima, users, items, groups, state_stride, table_stride,
     STRIDE: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
@@ -97,7 +97,7 @@ def sample_kernel(
         tl.store(place, best, mask=(user < users)[:, None] & (group < groups)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "k"])
 def bound_kernel(
     maxima, seen_offsets, bounds, groups, k, highest_rank,
     STRIDE: tl.constexpr, BLOCK: tl.constexpr, SEEN: tl.constexpr,
@@ -140,7 +140,7 @@ def _put(slot, score, row, place, CAPACITY: tl.constexpr, FAST: tl.constexpr):
         tl.store(place + slot, _key(score, row), mask=(slot >= 0) & (slot < CAPACITY))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["users"])
 def filter_kernel(
     states, table, scales, eligible, bounds, counts, candidates, users, items, state_stride, table_stride,
     CAPACITY: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_ITEMS: tl.constexpr,
@@ -163,7 +163,7 @@ def filter_kernel(
         _put(slot, score, row[None, :], place, CAPACITY, FAST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def select_kernel(
     bounds, counts, candidates, seen, seen_offsets, failed, failures, best, rows, k,
     CAPACITY: tl.constexpr, BLOCK_K: tl.constexpr, SEEN: tl.constexpr, RESCUED: tl.constexpr,
@@ -241,7 +241,7 @@ def rescue_kernel(
         tl.store(counts + user, splits * BLOCK_K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["candidates"])
 def candidate_kernel(
     states, table, scales, rows, scores, candidates, state_stride, table_stride,
     WIDTH: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr, QUANTISED: tl.constexpr,

@@ -11,11 +11,15 @@ if TYPE_CHECKING:
 
 
 class GraphOptions(msgspec.Struct, frozen=True):
-    """On a GPU, batches of up to so many users and events run as CUDA graphs, within budget_mib; 0: none do."""
+    """On a GPU, batches of up to so many users and events run as CUDA graphs, within budget_mib; 0: none do.
+
+    slate_items: what most batches ask for.
+    """
 
     max_users: int = 256
     max_events: int = 32768
     budget_mib: int = 4096
+    slate_items: int = 10
 
 
 class Encoder(Protocol):

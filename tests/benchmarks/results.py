@@ -81,4 +81,6 @@ def _commit() -> str:
         done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
-    return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno", "--", ".", f":!{FOLDER}") else "")
+    # Results that were written meanwhile are no change of what is measured.
+    changed = git("status", "--porcelain", "-uno", "--", ".", f":!{FOLDER}")
+    return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")

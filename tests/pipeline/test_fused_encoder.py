@@ -189,7 +189,5 @@ def test_a_card_that_cannot_run_the_kernels_is_one_sentence(monkeypatch: pytest.
     encoder = TorchEncoder(draft(config, EventSchema(), Model(config).state_dict(), ids, nothing), "cpu")
     assert encoder.warm() == 0
     monkeypatch.setattr(encoder, "_fused", Broken())
-    with pytest.raises(
-        DeviceError, match=r"on this card: out of resource: shared memory; set pipeline\.kernels"
-    ):
+    with pytest.raises(DeviceError, match=r"on this card: out of resource: shared memory; set pipeline\.kernels"):
         encoder.warm()
