@@ -7,10 +7,11 @@ valid until the next call.
 
 import gc
 import threading
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -21,6 +22,8 @@ from kernels.launching import ceil_div, next_power_of_2
 WARM_UPS = 2  # calls before a capture: kernels are compiled and loaded
 STEPS = 16  # sizes of a bucket between one power of two and the next: a sixteenth of the rows at most is padding
 SMALLEST = 256  # rows; a batch of fewer takes as long
+MOST_BYTES = 16 << 20  # that a graph's own nodes are taken to hold
+MEMORY = 10_000  # calls, after which those before count half
 PATIENCE = 3  # calls of a bucket without a graph before it gets one: a capture takes longer than a call
 
 # One capture at a time in the process; its other threads go on launching, but must not synchronise the whole device.
@@ -72,8 +75,9 @@ class BatchGraphs:
     run(columns, offsets, longest) -> [users, ...] or [rows, ...]: a function of packed columns [rows, ...], offsets
     int32 [users + 1] and the most rows of a user. It does not wait for the device, and minds nothing that rows beyond
     the last offset hold.
-    like: the columns of any batch, for their shapes; max_users, max_rows: a larger batch has no graph; budget_bytes: of
-    all graphs together; the least recently used ones go first.
+    like: the columns of any batch, for their shapes; max_users, max_rows: a larger batch has no graph.
+    budget_bytes: of all graphs together. When it is full, a bucket takes the place of the graph that is asked for
+    least, once it comes twice as often: graphs are not made over and over for more buckets than have room.
     """
 
     def __init__(
@@ -89,10 +93,10 @@ class BatchGraphs:
         """Of a batch on the device, as `run`; by a graph the result goes on to the bucket's end."""
         users, rows = len(offsets) - 1, len(columns[0])
         bucket = Bucket.of(users, rows, longest)
+        self._count(bucket)
         held = self._held.get(bucket) or self._due(bucket)
         if held is None:
             return self._run(columns, offsets, longest)
-        self._held.move_to_end(bucket)
         for static, column in zip(self._columns, columns, strict=True):
             static[:rows].copy_(column)
         self._offsets[: users + 1].copy_(offsets)
@@ -100,33 +104,28 @@ class BatchGraphs:
         return held.replay()
 
     def warm(self, classes: Sequence[int]) -> int:
-        """Captures what batches can need, the largest first, until the budget is full; returns how many graphs there
-        are. Then every kernel is compiled, and a batch waits for none. classes: see `buckets`."""
+        """Makes graphs for what batches can need, the largest first, until the budget is full; returns how many there
+        are. classes: see `buckets`."""
         for bucket in buckets(self._max_users, self._max_rows, classes):
-            if self.nbytes > self._budget_bytes:
+            wanted = self._takes(bucket) and bucket not in self._held
+            if wanted and self._fitted(bucket) is None and self._held:
                 break
-            if self._takes(bucket):
-                self.capture(bucket)
         return len(self._held)
 
-    def capture(self, bucket: Bucket) -> Captured | None:
-        """Its graph; None where the budget has no room for it alone: then it has none, nor have larger ones."""
-        with CAPTURING, _uncollected():
-            held = self._held[bucket] = self._captured(bucket)
-        while len(self._held) > 1 and self.nbytes > self._budget_bytes:
-            self._held.popitem(last=False)
-        if self.nbytes <= self._budget_bytes:
-            return held
-        self.clear()
-        self._max_rows = bucket.rows - 1
-        return None
+    def capture(self, bucket: Bucket) -> Captured:
+        """Makes its graph, whatever the budget."""
+        columns = [column[: bucket.rows] for column in self._columns]
+        offsets = self._offsets[: bucket.users + 1]
+        offsets.copy_(torch.arange(bucket.users + 1).clamp(max=bucket.rows))  # any batch does
+        held = self._held[bucket] = self._captured(partial(self._run, columns, offsets, bucket.longest))
+        return held
 
     def clear(self) -> None:
         """Forgets all graphs: for when a tensor that `run` reads has moved."""
-        self._held: OrderedDict[Bucket, Captured] = OrderedDict()
-        self._missed: Counter[Bucket] = Counter()
+        self._held: dict[Bucket, Captured] = {}
+        self._asked: Counter[Bucket] = Counter()
         self._pool = torch.cuda.graph_pool_handle() if self._offsets.is_cuda else None
-        self._pool_bytes = 0
+        self._pool_bytes, self._full = 0, False
 
     @property
     def nbytes(self) -> int:
@@ -138,27 +137,55 @@ class BatchGraphs:
     def _takes(self, bucket: Bucket) -> bool:
         return bucket.rows <= self._max_rows and bucket.users <= self._max_users
 
+    def _count(self, bucket: Bucket) -> None:
+        self._asked[bucket] += 1
+        if self._asked.total() > MEMORY:  # what was asked for long ago counts less and less
+            self._asked = Counter({each: asked // 2 for each, asked in self._asked.items() if asked > 1})
+
     def _due(self, bucket: Bucket) -> Captured | None:
-        """A graph for what is asked for again and again."""
-        self._missed[bucket] += 1
-        if self._missed[bucket] <= PATIENCE or not self._takes(bucket):
+        """A graph for what is asked for again and again, if there is room, or another is asked for less."""
+        if not self._takes(bucket):
             return None
-        del self._missed[bucket]
-        return self.capture(bucket)
+        least = min(self._held, key=self._asked.__getitem__, default=None) if self._full else None
+        if self._asked[bucket] <= PATIENCE + (0 if least is None else 2 * self._asked[least]):
+            return None
+        if least is not None:
+            self._drop(least)
+        return self._fitted(bucket)
 
-    def _captured(self, bucket: Bucket) -> Captured:
-        columns = [column[: bucket.rows] for column in self._columns]
-        offsets = self._offsets[: bucket.users + 1]
-        offsets.copy_(torch.arange(bucket.users + 1).clamp(max=bucket.rows))  # any batch does
+    def _fitted(self, bucket: Bucket) -> Captured | None:
+        """Its graph, within the budget; None where there is no room for it."""
+        try:
+            held = self.capture(bucket)
+        except torch.OutOfMemoryError:
+            self._max_rows = bucket.rows - 1
+            return None
+        if self._pool_bytes > self._budget_bytes:  # it alone is too large, and so are larger ones
+            self.clear()
+            self._max_rows = bucket.rows - 1
+            return None
+        if self.nbytes <= self._budget_bytes:
+            return held
+        self._full = True
+        self._drop(bucket)
+        return None
 
-        def call() -> Tensor:
-            return self._run(columns, offsets, bucket.longest)
+    def _drop(self, bucket: Bucket) -> None:
+        del self._held[bucket]
+        if not self._held:  # the last graph takes the pool with it
+            self.clear()
 
-        if not offsets.is_cuda:
+    def _captured(self, call: Callable[[], Tensor]) -> Captured:
+        device = self._offsets.device
+        if device.type != "cuda":
             return Captured(call, 0)
-        device, graph = offsets.device, torch.cuda.CUDAGraph()
         for _ in range(WARM_UPS):
             call()
+        with CAPTURING, _uncollected():
+            return self._recorded(call, device)
+
+    def _recorded(self, call: Callable[[], Tensor], device: torch.device) -> Captured:
+        graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(device)[0]
@@ -173,7 +200,9 @@ class BatchGraphs:
             graph.replay()
             return result
 
-        return Captured(replay, max(0, free - torch.cuda.mem_get_info(device)[0] - grown))
+        # Other processes of the card are in this difference, too.
+        own = free - torch.cuda.mem_get_info(device)[0] - grown
+        return Captured(replay, min(max(0, own), MOST_BYTES))
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The `hstu` rung: a trained model's answer."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from pipeline.artifact import Artifact
 from pipeline.backends import GraphOptions
 from pipeline.backends.torch import TorchEncoder
 from pipeline.catalogue import Catalogue, Facts
+from pipeline.errors import DeviceError
 from pipeline.exclusion import Exclusion
 from pipeline.features import Inputs, inputs_of
 from pipeline.gate import walks
@@ -25,6 +26,16 @@ from pipeline.tablerows import TableRows
 from pipeline.vocabulary import UNKNOWN
 
 NOT_RERANKED = Rerank()
+
+
+def batch_shapes(max_users: int, max_events: int) -> Iterator[list[int]]:
+    """Lengths of made-up users: batches of every power of two of users, of short ones and with a long one among them;
+    their sums are multiples of 16, for which kernels are compiled by themselves, and are not."""
+    for exponent in range(max_users.bit_length()):
+        users = 1 << exponent
+        for longest in (1, max_events):
+            yield [1] * (users - 1) + [longest]
+            yield [1] * (users - 1) + [min(longest + 1, max_events)]
 
 
 class HstuRung:
@@ -62,11 +73,22 @@ class HstuRung:
 
     def warm(self, item_ids: Sequence[str]) -> int:
         """Makes what batches would wait for, on a GPU: the graphs, see TorchEncoder.warm, and every kernel, by answers
-        of all sizes to made-up histories of these items. Returns the number of graphs."""
-        made = self._encoder.warm()
-        if self._graphs is not None and self._encoder.device.type == "cuda":
-            for exponent in range(self._graphs.max_users.bit_length()):
-                self.rank(walks(item_ids, [1] * (1 << exponent)), self._graphs.slate_items)
+        of all sizes to made-up histories of these items. Returns the number of graphs.
+
+        DeviceError where the kernels do not run.
+        """
+        if self._graphs is None or self._encoder.device.type != "cuda":
+            return 0
+        try:
+            made = self._encoder.warm()
+            for lengths in batch_shapes(self._graphs.max_users, self.max_events):
+                self.rank(walks(item_ids, lengths), self._graphs.slate_items)
+        except Exception as error:  # a compiler's or a driver's; too little memory
+            reason = str(error).partition("\n")[0]
+            raise DeviceError(
+                f"pipeline.device '{self._encoder.device}': the kernels do not run on this card: {reason}; set"
+                " pipeline.kernels = false, or less pipeline.graphs_mib if its memory is too small"
+            ) from error
         return made
 
     def rank(self, histories: Histories, k: int) -> Ranked:

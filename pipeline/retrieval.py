@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.launching import next_power_of_2
 from kernels.sequence_recommendation_interaction.op import (
     MAX_K,
     MAX_ROW_BYTES,
@@ -15,6 +16,10 @@ from pipeline.vocabulary import UNKNOWN
 
 CHUNK_SCORES = 1 << 24  # 64 MiB of float32 scores at a time
 SPARE = 64  # candidates beyond k that are scored anew
+FEWEST = 128  # candidates: kernels are compiled for powers of two, and most slates need no more
+# Fewer scores than this are faster all in memory: of a million items for 1 user 0.28 ms, by the operator 0.60; for 256
+# users 2.33 and 0.39 (`tests.benchmarks.kernels_retrieval`, without graphs, an H100).
+FUSED_SCORES = 1 << 23
 
 
 def retrieval_of(table: Tensor, fused: bool) -> "Retrieval | FusedRetrieval":
@@ -44,11 +49,12 @@ class FusedRetrieval:
 
     def top_k(self, states: Tensor, rows: np.ndarray, tokens: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """See Retrieval."""
-        if k + SPARE > MAX_K:
+        wanted = max(FEWEST, next_power_of_2(k + SPARE))
+        if wanted > MAX_K or len(states) * len(self._table) < FUSED_SCORES:
             return self._plain.top_k(states, rows, tokens, k)
         seen, offsets = self._seen(len(states), rows, tokens)
         _, candidates = sequence_recommendation_interaction(
-            states.to(self._half.dtype), self._half, k + SPARE, seen=seen, seen_offsets=offsets,
+            states.to(self._half.dtype), self._half, wanted, seen=seen, seen_offsets=offsets,
             eligible=self._eligible, check_values=False,
         )  # fmt: skip
         scores = candidate_interaction(states, self._table, candidates, check_values=False)

@@ -81,7 +81,9 @@ class HotSwap:
                 model, overlap = await self._fit_model(artifact, bar)
                 if await self._aside(sight, self._folder) != seen:
                     return  # replaced meanwhile: the next look sees it
+                retired = [self._ranker.pipeline.ladder]
                 await self._ranker.adopt(model, manifest.version)
+                await self._aside(retired.clear)  # the old model's tables and graphs are freed in this thread
             seconds = round(self._clock.monotonic() - start_s, 3)
             metrics.SWAPS.labels("adopted").inc()
             warn_of_short_rings(self._config, manifest)

@@ -6,6 +6,7 @@ each user's newest row alone.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -26,37 +27,62 @@ from pipeline.hstu import Hstu, HstuLayer
 ROOM = 1.25  # rows of the table for later items, by those it has: a table that moves takes all graphs with it
 
 
+class Encoding:
+    """From a batch's columns to states, launch by launch: what a graph records."""
+
+    def __init__(self, hstu: Hstu, dtype: torch.dtype) -> None:
+        self.config, self.dtype, device = hstu.config, dtype, hstu.rotation.weight.device
+        self._encoder = encoder_of(hstu, dtype)
+        self._features = hstu.feature_embedding.weight.to(dtype)
+        strength = hstu.log_strength.weight[:, 0].float()
+        self._strength = strength.contiguous() if hstu.config.strength else torch.zeros_like(strength)
+        self._thresholds = torch.tensor(TIME_THRESHOLDS, dtype=torch.int32, device=device)
+        self.turned = torch.empty(
+            0, hstu.config.width, dtype=dtype, device=device
+        )  # items' vectors as events have them
+
+    def __call__(self, columns: Sequence[Tensor], offsets: Tensor, longest: int) -> Tensor:
+        """The unit states float32 [users, width] of users who all have events."""
+        tokens, codes, seconds = columns
+        rows, seconds, offsets = hierarchical_sequence_fusion(
+            self.turned, self._features, self._strength, tokens, codes, seconds, offsets,
+            recent=self.config.whole_events, sessions=self.config.max_events - self.config.whole_events,
+            gap_s=SESSION_GAP_MS // 1000, check_values=False,
+        )  # fmt: skip
+        longest = min(longest, self.config.max_events)
+        plan = Plan.of(seconds, offsets, self._thresholds, longest, self.dtype, trusted=True, kernels=True)
+        return F.normalize(self._encoder(rows, plan, last=True).float(), dim=-1, eps=self.config.eps)
+
+
 class FusedEncoder:
     """`hstu` on its device, products in `dtype`. vectors: float32 [items, width], of all items. On a CPU the kernels
     need Triton's interpreter."""
 
     def __init__(self, hstu: Hstu, vectors: Tensor, dtype: torch.dtype, graphs: GraphOptions) -> None:
-        self._hstu, self._config, self._dtype, self._device = hstu, hstu.config, dtype, vectors.device
-        self._encoder = encoder_of(hstu, dtype)
-        self._features = hstu.feature_embedding.weight.to(dtype)
-        strength = hstu.log_strength.weight[:, 0].float()
-        self._strength = strength.contiguous() if hstu.config.strength else torch.zeros_like(strength)
-        self._thresholds = torch.tensor(TIME_THRESHOLDS, dtype=torch.int32, device=self._device)
-        self._stage = Staging(self._device)
+        self._hstu, self._config, self._device = hstu, hstu.config, vectors.device
+        self._encoding, self._stage = Encoding(hstu, dtype), Staging(self._device)
         like = self._stage(np.zeros(1, np.int32), np.zeros((1, len(hstu.columns)), np.int32), np.zeros(1, np.int32))
         most = graphs.max_events if graphs.budget_mib else 0
-        self._graphs = BatchGraphs(self._encoded, like, graphs.max_users, most, graphs.budget_mib << 20)
-        self._classes = sorted({min(SHORT, self._config.read_events), self._config.read_events})
-        self._turned = vectors.new_empty((0, self._config.width), dtype=dtype)
+        # NOTE: the graphs know the encoding, not this object: no cycle keeps a replaced model's memory.
+        self._graphs = BatchGraphs(self._encoding, like, graphs.max_users, most, graphs.budget_mib << 20)
+        longest = self._config.read_events
+        self._classes = [longest] if self._config.max_events <= SHORT else [SHORT, longest]
         self.place(np.arange(len(vectors)), vectors)
 
     def place(self, rows: np.ndarray, vectors: Tensor) -> None:
         """The vectors of these rows, int64 [n], are new, of [items, width] in all."""
-        if len(vectors) > len(self._turned):
-            held, self._turned = self._turned, self._turned.new_zeros((int(len(vectors) * ROOM), self._config.width))
-            self._turned[: len(held)] = held
+        turned = self._encoding.turned
+        if len(vectors) > len(turned):
+            self._encoding.turned = turned.new_zeros((int(len(vectors) * ROOM), self._config.width))
+            self._encoding.turned[: len(turned)] = turned
             self._graphs.clear()
         index = torch.from_numpy(rows).to(self._device)
-        self._turned[index] = self._hstu.rotation(vectors[index]).to(self._dtype)
+        self._encoding.turned[index] = self._hstu.rotation(vectors[index]).to(turned.dtype)
 
     def warm(self) -> int:
         """Makes the graphs of all batches to come, before they come; returns their number."""
-        return self._graphs.warm(self._classes)
+        with self._on_device():
+            return self._graphs.warm(self._classes)
 
     def encode(self, inputs: Inputs) -> Tensor:
         """States float32 [n, width], as Encoder.encode."""
@@ -73,21 +99,16 @@ class FusedEncoder:
     def _of_users_with_events(self, inputs: Inputs) -> Tensor:
         """[users, width], valid until the next call."""
         codes = inputs.codes[:, self._hstu.columns] if self._config.without else inputs.codes
-        *columns, offsets = self._stage(inputs.tokens, codes, inputs.seconds, inputs.offsets.astype(np.int32))
-        longest = next(events for events in self._classes if np.diff(inputs.offsets).max() <= events)
-        return self._graphs(columns, offsets, longest)[: len(inputs)]
+        longest = int(np.diff(inputs.offsets).max())
+        assert longest <= self._classes[-1], "histories are cut by `tail(max_events)`"
+        with self._on_device():
+            *columns, offsets = self._stage(inputs.tokens, codes, inputs.seconds, inputs.offsets.astype(np.int32))
+            longest = next(events for events in self._classes if longest <= events)
+            return self._graphs(columns, offsets, longest)[: len(inputs)]
 
-    def _encoded(self, columns: Sequence[Tensor], offsets: Tensor, longest: int) -> Tensor:
-        """The unit states of users who all have events."""
-        tokens, codes, seconds = columns
-        rows, seconds, offsets = hierarchical_sequence_fusion(
-            self._turned, self._features, self._strength, tokens, codes, seconds, offsets,
-            recent=self._config.whole_events, sessions=self._config.max_events - self._config.whole_events,
-            gap_s=SESSION_GAP_MS // 1000, check_values=False,
-        )  # fmt: skip
-        longest = min(longest, self._config.max_events)
-        plan = Plan.of(seconds, offsets, self._thresholds, longest, self._dtype, trusted=True, kernels=True)
-        return F.normalize(self._encoder(rows, plan, last=True).float(), dim=-1, eps=self._config.eps)
+    def _on_device(self) -> AbstractContextManager[object]:
+        """Streams, graphs and kernels are of the current device, which is the process's first one in every thread."""
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
 
 def encoder_of(hstu: Hstu, dtype: torch.dtype, fp8: bool = False) -> Encoder:

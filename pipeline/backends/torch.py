@@ -91,24 +91,14 @@ class TorchEncoder:
 
     @torch.inference_mode()
     def warm(self) -> int:
-        """On a GPU makes the graphs of all batches within the options, so that none waits for one; their number.
-
-        DeviceError where the kernels do not run.
-        """
-        try:
-            return 0 if self._fused is None else self._fused.warm()
-        except Exception as error:  # a compiler's or a driver's; too little memory
-            reason = str(error).partition("\n")[0]
-            raise DeviceError(
-                f"pipeline.device '{self.device}': the kernels do not run on this card: {reason}; set"
-                " pipeline.kernels = false, or less pipeline.graphs_mib if its memory is too small"
-            ) from error
+        """On a GPU makes the graphs of all batches within the options, so that none waits for one; their number."""
+        return 0 if self._fused is None else self._fused.warm()
 
     @torch.inference_mode()
     def _fused_encoder(self, graphs: GraphOptions) -> "FusedEncoder | None":
         from pipeline.backends.fused import FusedEncoder  # Triton, which a CPU does not need
 
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
         return FusedEncoder(self._hstu, self._vectors, dtype, graphs) if fusible(self._hstu.config) else None
 
     def _context(self, inputs: Inputs, rhythm: np.ndarray, affinity: np.ndarray) -> Context:

@@ -1,6 +1,6 @@
 """Buckets, padding, patience and the budget; on a GPU the graphs themselves."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kernels import graphs as graphs_module
 from kernels.fused_attention_layernorm.batch import Plan
-from kernels.graphs import PATIENCE, BatchGraphs, Bucket, buckets
+from kernels.graphs import PATIENCE, BatchGraphs, Bucket, Captured, buckets
 from pipeline.backends.fused import encoder_of
 from pipeline.features import TIME_THRESHOLDS
 from tests.kernels.test_fused_attention_layernorm import inputs_of_lengths, model
@@ -23,9 +24,11 @@ class Summed:
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, int, int]] = []
+        self.offsets: list[list[int]] = []
 
     def __call__(self, columns: Sequence[Tensor], offsets: Tensor, longest: int) -> Tensor:
         self.calls.append((len(columns[0]), len(offsets) - 1, longest))
+        self.offsets.append(offsets.tolist())
         sums = torch.cat([columns[0].new_zeros(1), columns[0].cumsum(0)])
         return sums[offsets[1:].long()] - sums[offsets[:-1].long()]
 
@@ -57,6 +60,71 @@ def test_a_batch_is_padded_to_its_bucket_and_gives_the_same() -> None:
         longest = CLASSES[max(lengths) > CLASSES[0]]
         assert graphs(columns, offsets, longest)[: len(lengths)].tolist() == run(columns, offsets, longest).tolist()
         assert run.calls[-2][:2] == (graphs_rows(sum(lengths)), 1 << (len(lengths) - 1).bit_length())
+
+
+def test_users_that_fill_up_a_bucket_have_no_rows_whatever_batch_came_before() -> None:
+    run = Summed()
+    graphs = BatchGraphs(run, [torch.zeros(1)], 8, 600)
+    graphs.warm(CLASSES)
+    for lengths in ([60] * 8, [3, 1, 2, 1, 1]):
+        graphs(*batch_of(lengths), 64)
+    assert run.offsets[-1] == [0, 3, 4, 6, 7, 8, 8, 8, 8]
+
+
+class Counted(BatchGraphs):
+    """Every graph holds ten bytes."""
+
+    made = 0
+
+    def _captured(self, call: Callable[[], Tensor]) -> Captured:
+        self.made += 1
+        return Captured(call, 10)
+
+
+def test_the_largest_buckets_are_warmed_until_the_budget_is_full() -> None:
+    graphs = Counted(Summed(), [torch.zeros(1)], 16, 2000, budget_bytes=35)
+    assert graphs.warm([256]) == 3
+    assert graphs.made == 4  # the last one had no room
+    run = Summed()
+    graphs._run = run
+    for lengths in ([125] * 16, [100]):
+        graphs(*batch_of(lengths), 256)
+    assert [rows for rows, *_ in run.calls] == [100]  # the large batch's graph was made; the small one has none
+
+
+def test_more_buckets_than_room_do_not_make_graphs_over_and_over_but_the_often_called_have_them() -> None:
+    graphs = Counted(Summed(), [torch.zeros(1)], 16, 2000, budget_bytes=35)
+    for _ in range(100):
+        for rows in (300, 600, 900, 1200, 1500, 1900):
+            graphs(*batch_of([rows // 16] * 16), 256)
+    assert graphs.made == 4  # of 600 batches; the last one had no room
+    for _ in range(200 + PATIENCE):
+        graphs(*batch_of([16] * 16), 256)
+        assert graphs.made == 4
+    graphs(*batch_of([16] * 16), 256)  # twice as often as those that have graphs
+    assert graphs.made == 5
+    assert Bucket.of(16, 256, 256) in graphs._held
+
+
+def test_what_was_asked_for_long_ago_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs_module, "MEMORY", 50)
+    graphs = Counted(Summed(), [torch.zeros(1)], 16, 2000, budget_bytes=15)
+    for rows in (300, 600):
+        for _ in range(200):
+            graphs(*batch_of([rows // 16] * 16), 256)
+    assert set(graphs._held) == {Bucket.of(16, 600, 256)}
+
+
+def test_where_the_device_has_no_room_the_batch_is_called_as_it_is() -> None:
+    class Full(BatchGraphs):
+        def _captured(self, call: Callable[[], Tensor]) -> Captured:
+            raise torch.OutOfMemoryError("none left")
+
+    run = Summed()
+    graphs = Full(run, [torch.zeros(1)], 4, 600)
+    for _ in range(2 * PATIENCE):
+        assert graphs(*batch_of([5, 6]), 64).tolist() == [10.0, 45.0]
+    assert len(graphs) == graphs.warm([64]) == 0
 
 
 def graphs_rows(rows: int) -> int:

@@ -1,5 +1,7 @@
 """The encoder that serves on a GPU against the model in torch; on a CPU its kernels run in Triton's interpreter."""
 
+import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,17 +14,23 @@ from torch import Tensor, nn
 
 from kernels.fused_attention_layernorm.batch import Plan
 from kernels.graphs import buckets
+from pipeline import retrieval
 from pipeline.artifact import draft
 from pipeline.backends import GraphOptions
 from pipeline.backends.fused import FusedEncoder
-from pipeline.backends.torch import TorchEncoder
+from pipeline.catalogue import Catalogue
 from pipeline.errors import DeviceError
+from pipeline.exclusion import Exclusion
 from pipeline.features import COLUMNS, FEATURE_ROWS, FEATURES, TIME_THRESHOLDS, Inputs
+from pipeline.gate import walks
 from pipeline.hstu import Hstu, fusible
 from pipeline.hstu_config import HstuConfig
+from pipeline.hstu_rung import HstuRung, batch_shapes
 from pipeline.jagged import Layout
 from pipeline.records import EventSchema
+from pipeline.retrieval import FusedRetrieval
 from pipeline.trainer import Model
+from pipeline.vocabulary import Vocabulary
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CONFIG = HstuConfig(
@@ -179,15 +187,57 @@ def test_what_the_kernels_do_not_know_is_left_to_torch() -> None:
         assert not fusible(msgspec.structs.replace(CONFIG, **change)), change
 
 
+def rung() -> HstuRung:
+    """Of an untrained model."""
+    ids = [f"i{number}" for number in range(1, CONFIG.items)]
+    nothing = {"items": np.zeros(0, np.uint64), "popularity": np.zeros(0)}
+    torch.manual_seed(3)
+    artifact = draft(CONFIG, EventSchema(), Model(CONFIG).state_dict(), ids, nothing)
+    return HstuRung(artifact, Catalogue(Vocabulary(ids)), Exclusion(), "cpu", graphs=GRAPHS)
+
+
+def test_a_rung_by_the_kernels_gives_the_slates_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrieval, "FUSED_SCORES", 0)
+    ours, of_torch = rung(), rung()
+    encoder = ours._encoder
+    with torch.inference_mode():
+        encoder._fused = FusedEncoder(encoder._hstu, encoder._vectors, torch.float32, GRAPHS)
+    ours._retrieval = FusedRetrieval(encoder.table)
+    histories = walks([f"i{number}" for number in range(1, 20)], [1, 0, 17, 7])
+    found, wanted = (each.rank(histories, 10) for each in (ours, of_torch))
+    assert found.tokens.tolist() == wanted.tokens.tolist()
+    np.testing.assert_allclose(found.scores, wanted.scores, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_is_replaced_leaves_no_memory_to_the_garbage_collector() -> None:
+    hstu = model(CONFIG)
+    gc.collect()
+    gc.disable()
+    try:
+        encoder = FusedEncoder(hstu, hstu.items(), torch.float32, GRAPHS)
+        encoder.warm()
+        table = weakref.ref(encoder._encoding.turned)
+        del encoder
+        assert table() is None
+    finally:
+        gc.enable()
+
+
+def test_shapes_that_warm_a_model_are_of_all_sizes() -> None:
+    shapes = list(batch_shapes(6, 9))
+    assert {len(lengths) for lengths in shapes} == {1, 2, 4}
+    assert {max(lengths) for lengths in shapes} == {1, 2, 9}
+
+
 def test_a_card_that_cannot_run_the_kernels_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken:
+        device = torch.device("cuda")
+
         def warm(self) -> int:
             raise RuntimeError("out of resource: shared memory\nRequired: 278568")
 
-    config, ids = msgspec.structs.replace(CONFIG, items=3), ["a", "b"]
-    nothing = {"items": np.zeros(0, np.uint64), "popularity": np.zeros(0)}
-    encoder = TorchEncoder(draft(config, EventSchema(), Model(config).state_dict(), ids, nothing), "cpu")
-    assert encoder.warm() == 0
-    monkeypatch.setattr(encoder, "_fused", Broken())
+    broken = rung()
+    assert broken.warm(["i1"]) == 0  # on a CPU there is nothing to wait for
+    monkeypatch.setattr(broken, "_encoder", Broken())
     with pytest.raises(DeviceError, match=r"on this card: out of resource: shared memory; set pipeline\.kernels"):
-        encoder.warm()
+        broken.warm(["i1"])

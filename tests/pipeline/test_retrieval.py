@@ -17,6 +17,11 @@ def brute_force(table: np.ndarray, states: np.ndarray, excluded: set[tuple[int, 
     return rows
 
 
+@pytest.fixture(autouse=True)
+def _small_catalogues_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrieval, "FUSED_SCORES", 0)
+
+
 @pytest.mark.parametrize("kind", [Retrieval, FusedRetrieval])
 @settings(deadline=None)
 @given(st.integers(1, 9), st.integers(2, 12), st.integers(1, 15), st.integers(0, 999), st.integers(0, 40))
@@ -43,3 +48,22 @@ def test_a_large_catalogue_is_scored_in_parts_with_the_same_result(monkeypatch: 
     parts = Retrieval(table).top_k(states, rows, tokens, 7)
     assert (parts[0] == whole[0]).all()
     np.testing.assert_allclose(parts[1], whole[1], rtol=1e-5)
+
+
+def test_half_precision_chooses_among_many_and_float32_orders_what_it_chose() -> None:
+    torch.manual_seed(2)
+    table, states = torch.randn(900, 16), torch.randn(5, 16)
+    rows, tokens = np.arange(5).repeat(3), np.tile([3, 700, 899], 5)
+    (found, scores), (wanted, exact) = (
+        each.top_k(states, rows, tokens, 10) for each in (FusedRetrieval(table), Retrieval(table))
+    )
+    assert found.tolist() == wanted.tolist()
+    np.testing.assert_allclose(scores, exact, rtol=1e-6, atol=1e-6)
+
+
+def test_a_slate_beyond_the_operators_reach_is_found_in_memory() -> None:
+    torch.manual_seed(3)
+    table, states = torch.randn(900, 8), torch.randn(2, 8)
+    nothing = np.empty(0, np.int64)
+    long, wanted = (each.top_k(states, nothing, nothing, 480)[0] for each in (FusedRetrieval(table), Retrieval(table)))
+    assert long.tolist() == wanted.tolist()
