@@ -5,11 +5,13 @@ import asyncio
 import pytest
 from prometheus_client import REGISTRY
 
+from pipeline.backends import GraphOptions
 from pipeline.records import Event, EventPacker, EventSchema, Item
 from pipeline.unified import Pipeline, PipelineOptions
 from pipeline.worth import MEASURES
+from worker import config
 from worker.clock import WallClock
-from worker.ranker import Ranker
+from worker.ranker import Ranker, load_pipeline
 from worker.seams import Arrival, Batch, Entry, Ticket
 
 
@@ -84,3 +86,10 @@ def test_one_holds_tokens_at_a_time() -> None:
         return story
 
     assert asyncio.run(scenario()) == ["merge in", "merge out", "swap in", "swap out"]
+
+
+def test_a_workers_batches_have_graphs_unless_kernels_are_off() -> None:
+    batcher, served = config.Batcher(max_users=64, max_tokens=4096), config.Pipeline(graphs_mib=7, slate_items=5)
+    options = load_pipeline(config.Config(batcher=batcher, pipeline=served)).options
+    assert options.graphs == GraphOptions(64, 4096, 7, 5)
+    assert load_pipeline(config.Config(pipeline=config.Pipeline(kernels=False))).options.graphs is None
