@@ -36,6 +36,12 @@ def check_tables(heads: int, d_v: int, max_events: int, times: int, position_bia
                 name, table, f"torch.float32 {list(wanted)} on {device}")  # fmt: skip
 
 
+def check_length(max_length: int, max_events: int) -> None:
+    """A longer user's rows would lie beyond the position table."""
+    if max_length > max_events:
+        raise ValueError(f"the plan's max_length is {max_length}, wanted at most max_events, {max_events}")
+
+
 def check_batch(seconds: Tensor, offsets: Tensor, thresholds: Tensor, targets: Tensor | None) -> None:
     """Types, shapes and devices alone: nothing here waits for the device."""
     device = seconds.device

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.fused_attention_layernorm.batch import Plan
+from kernels.fused_attention_layernorm.checks import check_length
 from kernels.fused_attention_layernorm.fp8 import DTYPE as FP8
 from kernels.fused_attention_layernorm.fp8 import Narrow, Scales
 from kernels.fused_attention_layernorm.launch import attend, attend_last, normalise_and_gate
@@ -60,7 +61,10 @@ class Encoder:
     eps: float
 
     def __call__(self, x: Tensor, plan: Plan, last: bool = False) -> Tensor:
-        """x: [total, width] -> states [total, width]; with `last` those of each user's newest row, [users, width]."""
+        """x: [total, width] -> states [total, width]; with `last` those of each user's newest row, [users, width].
+
+        Raises ValueError where the plan's users may be longer than `max_events`."""
+        check_length(plan.max_length, self.max_events)
         moments = row_moments(x)
         whole = self.layers[:-1] if last else self.layers
         for layer in whole:

@@ -51,7 +51,8 @@ def fused_attention_layernorm(
     q, k: [total, heads, d_qk]; v, u: [total, heads, d_v]; all float32, bfloat16 or float16; sums are float32.
     For inference q, k, v may be float8_e4m3fn, times their `scales`, beside a u of bfloat16 or float16.
     position_bias: float32 [heads, max_events]; time_bias: float32 [heads, thresholds + 1]; norm_weight, norm_bias:
-    float32 [heads * d_v]. max_events: the constant N. plan: of the batch, see Plan.of; one serves all layers.
+    float32 [heads * d_v]. max_events: the constant N. plan: of the batch, see Plan.of; one serves all layers, its
+    max_length at most max_events.
     dropout: the share of attention weights to leave out, the others count for them; seed: int64 [] on the device, or an
     int, decides which. Equal seeds leave out the same ones: draw one for each layer and step.
     last: only each user's newest row, for inference; q and u are [users, heads, d] then.
@@ -65,6 +66,7 @@ def fused_attention_layernorm(
     weights = (position_bias, time_bias, norm_weight, norm_bias)
     checks.check_rows(q, k, v, u, total, len(plan.offsets) - 1 if last else total, device)
     checks.check_tables(q.shape[1], v.shape[2], max_events, len(plan.thresholds) + 1, *weights, device)
+    checks.check_length(plan.max_length, max_events)
     checks.check_fp8(q, scales, k, v, u, *weights)
     scales = scales or Scales()
     seed = checks.seed_of(dropout, seed, device)

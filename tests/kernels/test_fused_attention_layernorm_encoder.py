@@ -1,6 +1,7 @@
 """The encoder of fused layers against the model's own, and against the rows of all states."""
 
 import msgspec
+import pytest
 import torch
 
 from kernels.fused_attention_layernorm.batch import Plan
@@ -10,6 +11,13 @@ from pipeline.jagged import Layout
 from tests.kernels.test_fused_attention_layernorm import CONFIG, DEVICE, inputs_of_lengths, model
 
 WIDE = msgspec.structs.replace(CONFIG, width=48, d_qk=16, d_v=32)
+
+
+def test_an_encoder_refuses_a_plan_of_longer_users_than_its_tables_have_columns() -> None:
+    seconds, thresholds = (torch.zeros(n, dtype=torch.int32, device=DEVICE) for n in (3, 4))
+    plan = Plan.of(seconds, torch.tensor([0, 3], device=DEVICE), thresholds, WIDE.max_events + 1, torch.float32)
+    with pytest.raises(ValueError, match=f"max_length is {WIDE.max_events + 1}, wanted at most .* {WIDE.max_events}$"):
+        encoder_of(model(1, WIDE), torch.float32)(torch.zeros(3, WIDE.width, device=DEVICE), plan)
 
 
 def test_fused_layers_give_the_models_states_and_its_newest_ones() -> None:

@@ -204,6 +204,16 @@ def test_a_user_longer_than_the_table_and_nan_are_refused() -> None:
         case.kernel(case.plan(), debug=True)
 
 
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_plan_of_longer_users_than_the_table_has_columns_is_refused(kernels: bool) -> None:
+    case = case_of([EVENTS + 10, 3])
+    plan = Plan.of(case.seconds, case.offsets, THRESHOLDS, EVENTS + 50, torch.float32, kernels=kernels)
+    q, k, v, u = case.rows
+    for rows, last in ((case.rows, False), ((q[:2], k, v, u[:2]), True)):
+        with pytest.raises(ValueError, match="max_length is 200, wanted at most max_events, 150"):
+            replace(case, rows=rows).kernel(plan, last=last)
+
+
 class Attention(torch.nn.Module):
     def __init__(self, case: Case) -> None:
         super().__init__()
@@ -225,6 +235,28 @@ def test_export_and_compile_pass_it_through_whole() -> None:
         torch.testing.assert_close(exported.module()(*inputs), wanted)
         compiled = torch.compile(module, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(*inputs), wanted)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_torch_finds_no_fault_with_the_operators_it_is_told_of(kernels: bool) -> None:
+    case, ops = case_of([3, 20], heads=1), torch.ops.millrace
+    plan, (q, k, v, u) = case.plan(kernels=kernels), case.rows
+    launch, batch = plan.launch, (plan.seconds, plan.offsets, plan.thresholds)
+    one = (plan.seconds[:20], on_device(0, 20).int(), THRESHOLDS, SAFE.rows)  # in one tile: no byte is left unwritten
+    torch.library.opcheck(ops.attention_plan.default, (*one, SAFE.rows, SAFE.columns, 0, kernels))
+    prepared = (plan.targets, plan.items, plan.buckets, torch.tensor(5, device=DEVICE))
+    numbers, tile = (EPS, EVENTS, 0.5), [launch.rows, launch.columns, launch.stages, launch.registers]
+    whole = (*batch, *prepared, *numbers, 1.0, 0.25, 0, EVENTS, tile, kernels)
+    leaves = tuple(part.clone().requires_grad_(kernels) for part in (*case.rows, *case.weights))
+    torch.library.opcheck(ops.attention_layernorm.default, (*leaves, *whole))
+    newest = case.offsets[1:] - 1
+    last = (q[newest], k, v, u[newest], *case.weights, *batch, *numbers, 1.0, kernels)
+    torch.library.opcheck(ops.attention_layernorm_last.default, last)
+    if kernels:
+        y, *kept = ops.attention_layernorm(*case.rows, *case.weights, *whole)
+        above = (torch.ones_like(y), *kept, *case.rows, *case.weights, plan.offsets, *prepared)
+        sizes = (*numbers, 0.25, 0, EVENTS, *tile[:2])
+        torch.library.opcheck(ops.attention_layernorm_backward.default, (*above, *sizes))
 
 
 @pytest.mark.gpu
