@@ -87,8 +87,8 @@ def _top_k(
     rows: Tensor,
 ) -> None:  # fmt: skip
     users, device = len(states), states.device
-    counters = torch.zeros(users + 1, dtype=torch.int32, device=device)
-    counts, failures = counters[:users], counters[users:]
+    # Two tensors: Triton compiles anew for an address that 16 does not divide.
+    counts, failures = (torch.zeros(size, dtype=torch.int32, device=device) for size in (users, 1))
     failed = torch.empty(users, dtype=torch.int32, device=device)
     candidates = torch.empty(users, plan.capacity, dtype=torch.int64, device=device)
     bounds = _bounds(states, catalogue, k, seen, plan, processors)

@@ -18,6 +18,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TILES = Tiles(items=16, users=16, warps=4, stages=1)
 WHOLE, SAMPLED = Plan(0, 0, TILES, capacity=512), Plan(2, 4, TILES, capacity=512)
 OVERFLOWING = Plan(2, 4, TILES, capacity=16)
+SCARCE = Plan(2, 1, TILES, capacity=64)
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
@@ -96,6 +97,21 @@ def test_too_many_candidates_are_rescued_exactly():
     assert_same(found, specified(states, catalogue, 6, seen))
 
 
+def test_a_user_with_more_candidates_than_places_whose_best_rows_come_last_is_rescued():
+    table = torch.arange(90.0, device=DEVICE)[:, None]  # the interpreter appends in the order of rows
+    catalogue, states = Catalogue(table, None, None), torch.ones(2, 1, device=DEVICE)
+    states[1] = -1  # the first rows are the best
+    assert_same(kernels(states, catalogue, 6, None, OVERFLOWING), specified(states, catalogue, 6, None))
+
+
+def test_a_user_whose_bound_leaves_too_few_candidates_is_rescued():
+    """All rows above the bound have been seen: below it lie the best of the others."""
+    table = torch.arange(300.0, device=DEVICE)[:, None]
+    catalogue, seen = Catalogue(table, None, None), Seen(torch.arange(100, 300, device=DEVICE), on_device(0, 200))
+    states = torch.ones(1, 1, device=DEVICE)
+    assert_same(kernels(states, catalogue, 5, seen, SCARCE), specified(states, catalogue, 5, seen))
+
+
 def test_a_user_who_has_seen_everything_gets_nothing():
     states, table = whole_numbers(9, 2, 8), whole_numbers(10, 20, 8)
     seen = Seen(torch.arange(20, device=DEVICE), on_device(0, 20, 20))
@@ -114,6 +130,19 @@ def test_float16_scores_are_within_the_rounding_of_their_sum():
     exact = (states.double() @ table.double().T).gather(1, rows)
     assert ((scores - exact).abs() <= sizes.gather(1, rows) * 64 * 2.0**-24).all()
     assert (scores.diff(dim=1) <= 0).all()
+
+
+@pytest.mark.parametrize("users", [1, 3, 4])
+def test_the_kernels_read_no_address_that_makes_triton_compile_another_variant(users, monkeypatch):
+    apart, run = [], launch.launch
+
+    def watched(kernel, grid, *arguments, **options):
+        apart.extend(part for part in arguments if isinstance(part, Tensor) and part.data_ptr() % 16)
+        run(kernel, grid, *arguments, **options)
+
+    monkeypatch.setattr(launch, "launch", watched)
+    kernels(whole_numbers(23, users, 8), Catalogue(whole_numbers(24, 20, 8), None, None), 2, None, WHOLE)
+    assert not apart
 
 
 def test_the_answer_has_the_same_bits_every_time():
@@ -172,6 +201,9 @@ def test_compile_and_export_pass_the_call_through():
         assert_same(run(states), Best()(states))
     arguments = (states, table, 3, None, None, None, None)
     torch.library.opcheck(torch.ops.millrace.sequence_recommendation_interaction.default, arguments)
+    for scales in (None, torch.ones(12, device=DEVICE)):
+        own = (states, table if scales is None else table.to(torch.int8), on_device(0, -1, 3, 11).view(4, 1), scales)
+        torch.library.opcheck(torch.ops.millrace.candidate_interaction.default, own)
 
 
 SEEN_OFFSETS = torch.tensor([0, 1, 3])
