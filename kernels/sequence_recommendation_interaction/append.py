@@ -7,11 +7,12 @@ Waiting for each took 0.12 ms more.
 
 import triton.language as tl
 
-PACK = tl.constexpr(8)  # a score's operands, in groups of PACK: results first, then the arguments in order
+from kernels.sequence_recommendation_interaction.tiles import PACK
 
 
 def _operands(group: int) -> list[str]:
-    return [f"${PACK.value * group + number}" for number in range(PACK.value)]
+    """A score's operands, in groups of PACK: results first, then the arguments in order."""
+    return [f"${PACK * group + number}" for number in range(PACK)]
 
 
 def _code(registers: str, lines: list[str]) -> str:
@@ -24,9 +25,9 @@ def _take() -> str:
     slot, score, bound, row, items, count = (_operands(group) for group in range(6))
     lines = [f"mov.b32 {each}, -1;" for each in slot]
     lines.append(f"setp.ge.f32 any, {score[0]}, {bound[0]};")
-    lines += [f"setp.ge.or.f32 any, {score[i]}, {bound[i]}, any;" for i in range(1, PACK.value)]
+    lines += [f"setp.ge.or.f32 any, {score[i]}, {bound[i]}, any;" for i in range(1, PACK)]
     lines.append("@!any bra done;")
-    for i in range(PACK.value):
+    for i in range(PACK):
         lines.append(f"setp.ge.f32 hit, {score[i]}, {bound[i]}; setp.lt.and.s32 hit, {row[i]}, {items[i]}, hit;")
         lines.append(f"@hit atom.global.relaxed.gpu.add.u32 {slot[i]}, [{count[i]}], 1;")
     return _code(".reg .pred any, hit;", lines)
@@ -37,9 +38,9 @@ def _put() -> str:
     unused, slot, score, row, capacity, place = (_operands(group) for group in range(6))
     lines = [f"mov.b32 {each}, 0;" for each in unused]
     lines.append(f"setp.lt.u32 any, {slot[0]}, {capacity[0]};")
-    lines += [f"setp.lt.or.u32 any, {slot[i]}, {capacity[i]}, any;" for i in range(1, PACK.value)]
+    lines += [f"setp.lt.or.u32 any, {slot[i]}, {capacity[i]}, any;" for i in range(1, PACK)]
     lines.append("@!any bra done;")
-    for i in range(PACK.value):
+    for i in range(PACK):
         lines.append(f"setp.lt.u32 hit, {slot[i]}, {capacity[i]};")
         lines.append(f"add.f32 value, {score[i]}, 0f00000000; mov.b32 bits, value; shr.s32 sign, bits, 31;")
         lines.append(f"and.b32 sign, sign, 0x7fffffff; xor.b32 bits, bits, sign; not.b32 rest, {row[i]};")
@@ -50,7 +51,7 @@ def _put() -> str:
 
 
 def _kinds(*kinds: str) -> tl.constexpr:
-    return tl.constexpr(",".join(kind for kind in kinds for _ in range(PACK.value)))
+    return tl.constexpr(",".join(kind for kind in kinds for _ in range(PACK)))
 
 
 TAKE, TAKE_OPERANDS = tl.constexpr(_take()), _kinds("=r", "f", "f", "r", "r", "l")

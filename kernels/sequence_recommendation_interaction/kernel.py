@@ -7,8 +7,10 @@ and, among equals, the lowest row; all keys differ. So the order of arrival leav
 import triton
 import triton.language as tl
 
-from kernels.sequence_recommendation_interaction.append import PACK, PUT, PUT_OPERANDS, TAKE, TAKE_OPERANDS
+from kernels.sequence_recommendation_interaction.append import PUT, PUT_OPERANDS, TAKE, TAKE_OPERANDS
+from kernels.sequence_recommendation_interaction.tiles import PACK as PACKED
 
+PACK = tl.constexpr(PACKED)
 EMPTY = tl.constexpr(-(1 << 63))
 ROW_MASK = tl.constexpr(0xFFFFFFFF)
 NO_BOUND = tl.constexpr(-3.4028234663852886e38)  # the lowest finite float32: a score of -inf does not reach it

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from kernels.launching import next_power_of_2
-from kernels.sequence_recommendation_interaction.append import PACK
 
+PACK = 8  # scores of a thread that the inline code (append.py) takes at a time
 SPARE_BYTES = 3072  # of shared memory, for what the compiler adds
 
 
@@ -21,7 +21,7 @@ class Tiles:
     @property
     def whole_packs(self) -> bool:
         """Whether the inline code gets its PACK scores from every thread; it must not append what pads them."""
-        return self.items * self.users % (32 * self.warps * PACK.value) == 0
+        return self.items * self.users % (32 * self.warps * PACK) == 0
 
     def shared_bytes(self, row_bytes: int) -> int:
         """What a program takes: its users' states, and items in every stage."""

@@ -1,0 +1,14 @@
+"""What a worker on a CPU imports leaves Triton alone."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+MODULES = "pipeline.retrieval, pipeline.hstu, pipeline.backends.torch"
+
+
+def test_the_modules_of_a_worker_on_a_cpu_do_not_import_triton():
+    code = f"import sys, {MODULES}; print(sorted(name for name in sys.modules if name.split('.')[0] == 'triton'))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True, timeout=120)
+    assert found.stdout.split() == [b"[]"]
