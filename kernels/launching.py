@@ -1,6 +1,10 @@
 """What every launch needs, typed: Triton's own functions are typed for the code inside kernels."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+
+import torch
+from torch import Tensor
 
 # Bytes of shared memory that one program may take, by device capability (CUDA programming guide, technical
 # specifications): A100, RTX 30, RTX 40, H100 and H200.
@@ -8,8 +12,16 @@ SHARED_BYTES = {(8, 0): 166_912, (8, 6): 101_376, (8, 9): 101_376, (9, 0): 232_4
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """`options`: the kernel's constants, num_warps, num_stages."""
-    kernel[grid](*arguments, **options)
+    """On the device of the first tensor among `arguments`. `options`: the kernel's constants, num_warps, num_stages."""
+    with device_of(next(part for part in arguments if isinstance(part, Tensor))):
+        kernel[grid](*arguments, **options)
+
+
+def device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Makes x's GPU the current one: Triton launches there, whatever its arguments' device is."""
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
 
 
 def ceil_div(n: int, step: int) -> int:

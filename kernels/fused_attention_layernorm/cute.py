@@ -17,6 +17,8 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warp, warpgroup  # typ
 from cutlass.utils import LayoutEnum, SmemAllocator, hopper_helpers  # type: ignore[import-not-found]  # as above
 from torch import Tensor
 
+from kernels.launching import device_of
+
 # Swept by editing these (docs/adr/0002), 74,108 rows, 8 layers, one H100: 2.05 ms as it stands; with four groups 2.07;
 # two, of 128 rows, 2.14; three with a depth of 64, so with barriers twice as often, 2.48.
 ROWS, COLUMNS, DEPTH = 64, 128, 128  # a tile, and what a stage holds of its inner side
@@ -272,9 +274,11 @@ def project_in(x: Tensor, moments: Tensor, weight: Tensor, sums: Tensor, bias: T
     """As `projection.project_in`, of what `fits`."""
     rows, columns = len(x), len(weight)
     out = x.new_empty((rows, columns))
-    compiled(x.device, columns, moments.shape[1])(
-        *(pointer(part.data_ptr(), BFloat16) for part in (x, weight, out)),
-        *(pointer(part.data_ptr(), Float32) for part in (moments, sums, bias)),
-        rows, eps, programs_of(x.device, columns // COLUMNS), cuda.CUstream(torch.cuda.current_stream().cuda_stream),
-    )  # fmt: skip
+    stream = cuda.CUstream(torch.cuda.current_stream(x.device).cuda_stream)
+    with device_of(x):
+        compiled(x.device, columns, moments.shape[1])(
+            *(pointer(part.data_ptr(), BFloat16) for part in (x, weight, out)),
+            *(pointer(part.data_ptr(), Float32) for part in (moments, sums, bias)),
+            rows, eps, programs_of(x.device, columns // COLUMNS), stream,
+        )  # fmt: skip
     return out

@@ -103,8 +103,7 @@ def _fuse(
     features = features if features.stride(1) == 1 else features.contiguous()
     embeddings = launch.Embeddings(table, features, strength.contiguous())
     events = launch.Events(tokens.contiguous(), codes.contiguous(), seconds.contiguous(), offsets.contiguous())
-    with torch.cuda.device(table.device):
-        return launch.fuse(embeddings, events, recent, sessions, gap_s)
+    return launch.fuse(embeddings, events, recent, sessions, gap_s)
 
 
 @_fuse.register_fake

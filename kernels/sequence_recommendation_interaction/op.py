@@ -123,8 +123,7 @@ def _top_k(
     if seen is not None and seen_offsets is not None:
         listed = launch.Seen(seen.contiguous(), seen_offsets.contiguous())
     plan = launch.plan(table.shape[0], states.shape[0], table.shape[1], k, states.element_size(), card)
-    with torch.cuda.device(states.device):
-        return launch.top_k(states, catalogue, k, listed, plan, processors)
+    return launch.top_k(states, catalogue, k, listed, plan, processors)
 
 
 @_top_k.register_fake
@@ -148,8 +147,7 @@ def _candidates(states: Tensor, table: Tensor, rows: Tensor, scales: Tensor | No
     from kernels.sequence_recommendation_interaction import launch
 
     states = states if states.stride(1) == 1 else states.contiguous()
-    with torch.cuda.device(states.device):
-        return launch.candidate_scores(states, launch.Catalogue(table, _dense(scales), None), rows.contiguous())
+    return launch.candidate_scores(states, launch.Catalogue(table, _dense(scales), None), rows.contiguous())
 
 
 @_candidates.register_fake
