@@ -21,7 +21,7 @@ from kernels.fused_attention_layernorm.fp8 import DTYPE as FP8
 from kernels.fused_attention_layernorm.kernel import silu
 from kernels.fused_attention_layernorm.launch import HOPPER, given, padded, precision, tiled
 from kernels.fused_attention_layernorm.norm import normalisation
-from kernels.launching import ceil_div, launch
+from kernels.launching import SHARED_BYTES, ceil_div, launch
 
 
 def folded(
@@ -117,6 +117,9 @@ def project_out_kernel(
         tl.store(moment_at + 1, tl.sum(result * result, 1), mask=row < rows)
 
 
+SPARE_BYTES = 2048  # of shared memory, for what the compiler adds
+
+
 @dataclass(frozen=True, slots=True)
 class Tiles:
     """A product's tile: rows x columns of the result, `depth` of the inner side at a time."""
@@ -139,6 +142,11 @@ class Tiles:
         columns = min(self.columns, padded(columns), split & -split if split else self.columns)
         return replace(self, depth=min(self.depth, padded(width)), columns=columns)
 
+    def shared_bytes(self, element_bytes: int) -> int:
+        """No program takes more: both factors in every stage, a tile of x and one of the result."""
+        factors = self.stages * (self.rows + self.columns) * self.depth
+        return (factors + 2 * self.rows * self.columns) * element_bytes + SPARE_BYTES
+
     @property
     def constants(self) -> dict[str, int]:
         tile = {"ROWS": self.rows, "COLUMNS": self.columns, "DEPTH": self.depth, "FLATTEN": self.programs > 0}
@@ -149,8 +157,27 @@ class Tiles:
 # Of 76,727 rows, 8 layers, on an H100: in 2.73 ms, with 128 x 128 tiles 3.0 to 3.9; out 0.95 ms, 1.1 to 1.2.
 LARGE_IN, LARGE_OUT = Tiles(128, 256, 64, 8, 3, programs=1), Tiles(128, 256, 64, 8, 3)
 SMALL = Tiles(64, 64, 128, 4, 3)  # 256 rows: 0.039 ms, the large ones 0.083
+# These take up to 209 KiB on 9.0 and 64 on 8.0, in half precision. Other cards have less, and get the following, not
+# measured: at most 68 KiB of 99, in float32 with two results (compiled for 8.6, 9.0 and 12.0).
+NARROW = Tiles(64, 64, 64, 4, 2)
+ROOMY_BYTES = SHARED_BYTES[8, 0]
 HOPPER_ROWS = 512  # above, cute.py's kernel wins: 600 rows 0.061 ms (with two groups), SMALL 0.074; 256: 0.059, 0.039
 SMALL_ROWS = 2048  # below, large tiles would leave multiprocessors without work
+
+
+def tiles_for(rows: int, large: Tiles, available_bytes: int) -> Tiles:
+    """available_bytes: of shared memory, for a program."""
+    if available_bytes < ROOMY_BYTES:
+        return NARROW
+    return large if rows > SMALL_ROWS else SMALL
+
+
+@cache
+def shared_bytes_of(device: torch.device) -> int:
+    """That a program may take; the interpreter on a CPU knows no bound."""
+    if device.type != "cuda":
+        return max(SHARED_BYTES.values())
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def row_moments(x: Tensor) -> Tensor:
@@ -206,7 +233,8 @@ def project_in_fp8(x: Tensor, moments: Tensor, weight: Tensor, sums: Tensor, bia
 def fill_in(out: Tensor, out8: Tensor | None, factors: Tensor | None, x: Tensor, moments: Tensor, weight: Tensor,
             sums: Tensor, bias: Tensor, eps: float, tiles: Tiles | None) -> None:  # fmt: skip
     (rows, width), columns, split = x.shape, len(weight), out.shape[1]
-    tiles = (tiles or (LARGE_IN if rows > SMALL_ROWS else SMALL)).within(width, columns, 0 if out8 is None else split)
+    tiles = tiles or tiles_for(rows, LARGE_IN, shared_bytes_of(x.device))
+    tiles = tiles.within(width, columns, 0 if out8 is None else split)
     wide, narrow = out if split else out8, out if out8 is None else out8
     if rows and wide is not None:
         count = ceil_div(columns, tiles.columns) * ceil_div(rows, tiles.rows)
@@ -223,7 +251,7 @@ def project_out(y: Tensor, weight: Tensor, bias: Tensor, x: Tensor,
                 tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y [rows, k], weight [n, k], bias [n], x [rows, n] -> x + y W^T + b [rows, n], and its moments."""
     (rows, width), columns = y.shape, len(weight)
-    tiles = (tiles or (LARGE_OUT if rows > SMALL_ROWS else SMALL)).within(width, columns)
+    tiles = (tiles or tiles_for(rows, LARGE_OUT, shared_bytes_of(x.device))).within(width, columns)
     parts = ceil_div(columns, tiles.columns)
     out, moments = torch.empty_like(x), x.new_empty((rows, parts, 2), dtype=torch.float32)
     if rows:

@@ -1,8 +1,13 @@
 """Every launch of the tables fits its cards, and a card that no table knows gets one that fits."""
 
-import pytest
+from itertools import product
 
+import pytest
+import torch
+
+from kernels.fused_attention_layernorm import projection
 from kernels.fused_attention_layernorm.launch import AMPERE, HOPPER, LAUNCHES, SAFE, shared_bytes
+from kernels.fused_attention_layernorm.projection import LARGE_IN, LARGE_OUT, SMALL, SMALL_ROWS
 from kernels.launching import SHARED_BYTES
 from kernels.sequence_recommendation_interaction.tiles import TILES, Card, fitting_tiles, tiles_for
 
@@ -20,6 +25,29 @@ def test_attention_has_a_launch_for_hopper_and_ampere_and_one_that_fits_anywhere
     assert {(major, 2, short) for major in (HOPPER, AMPERE) for short in (False, True)} <= set(LAUNCHES)
     assert shared_bytes(SAFE, 128, 4) <= SMALLEST
     assert shared_bytes(SAFE, 256, 2) <= SMALLEST
+
+
+@pytest.mark.parametrize("available", sorted(set(SHARED_BYTES.values())))
+@pytest.mark.parametrize("large", [LARGE_IN, LARGE_OUT])
+@pytest.mark.parametrize("rows", [1, SMALL_ROWS + 1])
+def test_the_products_have_the_measured_tiles_where_they_fit_and_else_ones_that_do(rows, large, available):
+    tiles = projection.tiles_for(rows, large, available)
+    if available in (SHARED_BYTES[8, 0], SHARED_BYTES[9, 0]):
+        assert tiles == (large if rows > SMALL_ROWS else SMALL)
+    else:
+        for width, element_bytes in product((16, 512, 4096), (2, 4)):
+            assert tiles.within(width, width).shared_bytes(element_bytes) <= SMALLEST
+
+
+def test_a_card_with_less_shared_memory_than_80_multiplies_in_narrow_tiles(monkeypatch):
+    launched, x = [], torch.zeros(SMALL_ROWS + 1, 256)
+    monkeypatch.setattr(projection, "launch", lambda kernel, grid, *arguments, **options: launched.append(options))
+    monkeypatch.setattr(projection, "shared_bytes_of", lambda device: SMALLEST)
+    weight, bias = torch.zeros(256, 256), torch.zeros(256)
+    moments = projection.project_out(x, weight, bias, x)[1]
+    projection.project_in(x, moments, weight, bias, bias, 1e-6)
+    assert len(launched) == 2
+    assert all(projection.NARROW.constants.items() <= options.items() for options in launched)
 
 
 @pytest.mark.parametrize(("key", "tiles"), TILES.items(), ids=str)
