@@ -14,7 +14,7 @@ def require(holds: bool, name: str, value: Tensor, wanted: str) -> None:
 
 
 def require_values(name: str, value: Tensor, faults: dict[str, Tensor]) -> None:
-    """faults: what would be wrong -> a bool tensor of one element. One wait for the device.
+    """faults: what would be wrong -> a bool tensor of one element; each waits for the device.
 
     Raises ValueError that names the argument, its shape and the first fault.
     """

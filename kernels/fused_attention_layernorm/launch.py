@@ -1,6 +1,6 @@
 """How the kernels are launched: tiles, warps and registers by device, dtype and length, and the launches themselves.
 
-The table is measured: `python -m tests.benchmarks.kernels --tune` prints it anew.
+`python -m tests.benchmarks.kernels --tune` measures and prints the lines of the table for the card at hand.
 """
 
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class Launch:
 
 
 SAFE = Launch(32, 32, 1)  # 72 KiB of shared memory in float32 at 128 columns a head: runs everywhere
-LAUNCHES = {  # (device's major capability, bytes of an element, short); Hopper's are measured, Ampere's and Ada's not
+LAUNCHES = {  # (device's major capability, bytes of an element, short); measured: Hopper's of 1 and 2 bytes
     (HOPPER, 2, False): Launch(64, 32, 3),
     (HOPPER, 2, True): Launch(64, 64, 2),
     (HOPPER, 1, False): Launch(64, 32, 3),
@@ -52,7 +52,7 @@ LAUNCHES = {  # (device's major capability, bytes of an element, short); Hopper'
 
 
 def launch_for(device: torch.device, dtype: torch.dtype, max_length: int) -> Launch:
-    """The measured choice, or one that runs on every device."""
+    """The table's choice, or one that runs on every device."""
     if device.type != "cuda":
         return SAFE
     major = torch.cuda.get_device_capability(device)[0]

@@ -205,7 +205,7 @@ def tune(work: Work, thresholds: Tensor) -> None:
     """Prints every launch's time on this device, and the best one as the line that belongs into launch.LAUNCHES."""
     wide = operator_inputs(work)[:3]
     tables = (torch.randn(HEADS, CONFIG.max_events, device="cuda"), torch.randn(HEADS, 49, device="cuda"))
-    for rows in (wide, narrowed(wide)):
+    for rows in (wide, narrowed(wide), tuple(part.float() for part in wide)):
         timed, size = [], rows[0].element_size()
         for launch in LAUNCHES:
             if not fits(launch, D, size, work.x.device):

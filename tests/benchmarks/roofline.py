@@ -1,7 +1,8 @@
 """Rooflines from the kernels' results files: what was reached, against what the card's memory and units allow.
 
 A point is a row of the results: its operations a second over its operations a byte, both as the benchmark counted them
-(what must be done and moved, whoever does it). Rows without counted operations, and calls without a graph, have none.
+(what must be done and moved, whoever does it). Rows without counted operations have none; a panel says which others it
+shows.
 """
 
 from dataclasses import dataclass
