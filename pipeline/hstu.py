@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.fused_attention_layernorm.checks import WIDTHS
+from kernels.hierarchical_sequence_fusion.reference import STRENGTH_CAP
 from pipeline.features import COLUMNS, FEATURE_ROWS, TIME_BUCKETS, TIME_THRESHOLDS, Inputs
 from pipeline.hierarchy import Condensed
 from pipeline.hstu_config import HstuConfig, Norm
@@ -26,7 +27,6 @@ from pipeline.jagged import Block, Layout
 if TYPE_CHECKING:
     from kernels.fused_attention_layernorm.batch import Plan
 
-STRENGTH_CAP = 20.0  # of the logarithm
 NARROW = 32  # of a head: the kernels' products in float32 do without the matrix units
 
 

@@ -152,7 +152,8 @@ def _timeline(task: Replay) -> Timeline:
         else:
             unreadable += 1
     if not times_ms:
-        raise LogFileError(f"{task.log}: no event in it could be read; look at its first lines, or give --columns")
+        why = "look at its first lines, or give --columns" if unreadable else "it is empty"
+        raise LogFileError(f"{task.log}: no event in it could be read; {why}")
     return Timeline(times_ms, unreadable)
 
 

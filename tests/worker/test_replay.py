@@ -135,7 +135,8 @@ def test_every_action_is_answered_and_scored_whatever_triggers_in_production(sho
     assert (report.slates, report.lost, report.scored_fraction) == (100, 0, 1.0)
 
 
-def test_a_log_without_events_is_one_sentence(tmp_path: Path, capsys):
-    (tmp_path / "empty.jsonl").write_bytes(b"")
-    assert main(["replay", str(tmp_path / "empty.jsonl")]) == 2
-    assert "no event in it could be read" in capsys.readouterr().err
+@pytest.mark.parametrize(("text", "why"), [("", "it is empty"), ("no event\n", "look at its first lines")])
+def test_a_log_without_events_is_one_sentence(text: str, why: str, tmp_path: Path, capsys):
+    (tmp_path / "log.jsonl").write_text(text)
+    assert main(["replay", str(tmp_path / "log.jsonl")]) == 2
+    assert f"no event in it could be read; {why}" in capsys.readouterr().err
