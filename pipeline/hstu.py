@@ -144,11 +144,7 @@ class Hstu(nn.Module):
         narrow = max(self.config.d_qk, self.config.d_v) <= NARROW
         if device.type != "cuda" or not fusible(self.config) or not (narrow or dtype.itemsize == 2):
             return Layout.of(inputs, device)
-        from kernels.fused_attention_layernorm.batch import Plan  # Triton, which a CPU does not need
-
-        thresholds = torch.tensor(TIME_THRESHOLDS, dtype=torch.int32, device=device)
-        seconds, offsets = (torch.from_numpy(column).to(device) for column in (inputs.seconds, inputs.offsets))
-        return Plan.of(seconds, offsets, thresholds, self.config.max_events, dtype, trusted=True)
+        return plan_of(inputs, self.config.max_events, dtype, device)
 
     def sequences(
         self, items: Tensor, codes: Tensor, inputs: Inputs, recent: np.ndarray | None = None
@@ -201,6 +197,17 @@ class Hstu(nn.Module):
         if not (self.training and self.config.column_dropout):
             return None
         return F.dropout(torch.ones(codes.shape, device=codes.device), self.config.column_dropout)
+
+
+def plan_of(
+    inputs: Inputs, max_events: int, dtype: torch.dtype, device: torch.device, kernels: bool | None = None
+) -> "Plan":
+    """These rows as attention's kernels want them. dtype: of q, k and v; kernels: see Plan.of."""
+    from kernels.fused_attention_layernorm.batch import Plan  # Triton, which a CPU does not need
+
+    columns = (inputs.seconds, inputs.offsets, np.array(TIME_THRESHOLDS, np.int32))
+    seconds, offsets, thresholds = (torch.from_numpy(column).to(device) for column in columns)
+    return Plan.of(seconds, offsets, thresholds, max_events, dtype, kernels=kernels, trusted=True)
 
 
 def fusible(config: HstuConfig) -> bool:

@@ -6,7 +6,6 @@ each user's newest row alone.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from kernels.fused_attention_layernorm.encoder import Encoder, LayerWeights
 from kernels.fused_attention_layernorm.launch import SHORT
 from kernels.graphs import BatchGraphs
 from kernels.hierarchical_sequence_fusion.op import hierarchical_sequence_fusion
+from kernels.launching import device_of
 from pipeline.backends import GraphOptions
 from pipeline.backends.staging import Staging
 from pipeline.features import SESSION_GAP_MS, TIME_THRESHOLDS, Inputs
@@ -81,7 +81,7 @@ class FusedEncoder:
 
     def warm(self) -> int:
         """Makes the graphs of all batches to come, before they come; returns their number."""
-        with self._on_device():
+        with device_of(self._encoding.turned):
             return self._graphs.warm(self._classes)
 
     def encode(self, inputs: Inputs) -> Tensor:
@@ -101,14 +101,10 @@ class FusedEncoder:
         codes = inputs.codes[:, self._hstu.columns] if self._config.without else inputs.codes
         longest = int(np.diff(inputs.offsets).max())
         assert longest <= self._classes[-1], "histories are cut by `tail(max_events)`"
-        with self._on_device():
+        with device_of(self._encoding.turned):  # streams and graphs are of the current GPU
             *columns, offsets = self._stage(inputs.tokens, codes, inputs.seconds, inputs.offsets.astype(np.int32))
             longest = next(events for events in self._classes if longest <= events)
             return self._graphs(columns, offsets, longest)[: len(inputs)]
-
-    def _on_device(self) -> AbstractContextManager[object]:
-        """Streams, graphs and kernels are of the current device, which is the process's first one in every thread."""
-        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
 
 def encoder_of(hstu: Hstu, dtype: torch.dtype, fp8: bool = False) -> Encoder:

@@ -6,13 +6,11 @@ kernels without graphs, and by CUDA graphs. Times are the host's, to the end of 
 
 import argparse
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from msgspec.structs import replace
-from torch import Tensor
 
 from pipeline import artifact as artifacts
 from pipeline.backends import GraphOptions
@@ -22,7 +20,7 @@ from pipeline.hstu_config import PRESETS
 from pipeline.records import EventSchema
 from pipeline.trainer import Model
 from tests.benchmarks import results
-from tests.benchmarks.kernel_rows import Row, named, row
+from tests.benchmarks.kernel_rows import Row, host_ms, named, row
 
 ITEMS, ROUNDS = 20_000, 30
 USERS, LONGEST, MAX_EVENTS = (1, 64, 256), 200, 32_768
@@ -47,16 +45,6 @@ def inputs_of(users: int) -> Inputs:
     return Inputs(random.integers(1, ITEMS, total).astype(np.int32), codes, seconds.astype(np.int32), offsets)
 
 
-def median_ms(call: Callable[[], Tensor]) -> float:
-    times = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        call()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return 1e3 * float(np.median(times[ROUNDS // 3 :]))
-
-
 def measure(preset: str) -> list[Row]:
     artifact = artifact_of(preset)
     eager = TorchEncoder(artifact, "cuda")
@@ -71,7 +59,7 @@ def measure(preset: str) -> list[Row]:
         name, wanted = f"{preset}: {users} users, {len(inputs.tokens):,} events", eager.encode(inputs)
         for how, encoder in (("torch: eager", eager), ("kernels", launched), ("kernels: graph", captured)):
             error = round(float((encoder.encode(inputs) - wanted).norm() / wanted.norm()), 5)
-            ms = median_ms(lambda encoder=encoder, inputs=inputs: encoder.encode(inputs))
+            ms = host_ms(lambda encoder=encoder, inputs=inputs: encoder.encode(inputs), ROUNDS)
             rows.append(row(name, how, ms, users, None, error))
     return rows
 

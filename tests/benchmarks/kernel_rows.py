@@ -1,6 +1,9 @@
 """What the kernels' benchmarks have in common: a row of their results, the file that a card's results go to, and what
 the card can do."""
 
+import statistics
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +40,28 @@ def row(workload: str, implementation: str, ms: float, users: int, needed: tuple
     }
     print(made, flush=True)
     return made
+
+
+def graphed(call: Callable[[], object]) -> Callable[[], None]:
+    """The call by a CUDA graph."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def host_ms(call: Callable[[], object], rounds: int) -> float:
+    """The host's time to the end of the device's work: the median of all rounds but the first third."""
+    times = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times[rounds // 3 :])
 
 
 def named(stem: str) -> str:

@@ -33,7 +33,7 @@ from pipeline.backends.fused import encoder_of
 from pipeline.features import TIME_THRESHOLDS
 from pipeline.hstu import Hstu
 from tests.benchmarks import results
-from tests.benchmarks.kernel_rows import Row, named
+from tests.benchmarks.kernel_rows import Row, graphed, named
 from tests.benchmarks.kernel_work import CONFIG, HEADS, WIDTH, WORKLOADS, D, Work
 
 SCALES = Scales(*[WIDTH**0.5 / LARGEST] * 3)  # as of weights of norm one, which `operator_inputs` look like
@@ -92,15 +92,6 @@ def products_alone(work: Work) -> Callable[[], None]:
             torch.mm(wide, out.T)
 
     return graphed(call)
-
-
-def graphed(call: Callable[[], object]) -> Callable[[], None]:
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
 
 
 def operator_inputs(work: Work) -> tuple[Tensor, ...]:

@@ -18,8 +18,16 @@ from triton.testing import do_bench
 
 from kernels.fused_attention_layernorm.launch import normalise_and_gate, precision, tiled
 from kernels.fused_attention_layernorm.norm import normalisation
-from kernels.fused_attention_layernorm.projection import SMALL_ROWS, Tiles, project_out
+from kernels.fused_attention_layernorm.projection import (
+    LARGE_OUT,
+    SMALL_ROWS,
+    Tiles,
+    project_out,
+    shared_bytes_of,
+    tiles_for,
+)
 from kernels.launching import ceil_div, launch
+from tests.benchmarks.kernel_rows import graphed
 
 LAYERS, WIDTH, HEADS, EPS = 8, 512, 4, 1e-6
 LARGE_TILES = (
@@ -78,9 +86,6 @@ def gated_projection_kernel(
         tl.store(moment_at + 1, tl.sum(result * result, 1), mask=row < rows)
 
 
-LARGE, SMALL = Tiles(128, 256, 64, 8, 3), Tiles(64, 64, 128, 4, 3)
-
-
 def gated_projection(
     attended: Tensor, attended_moments: Tensor, u: Tensor, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor,
     x: Tensor, eps: float, tiles: Tiles | None = None,
@@ -88,7 +93,7 @@ def gated_projection(
     """attended [rows, k] and its moments [rows, heads, 2] as `attend` leaves them, u [rows, k] of any row stride, gain
     and shift [k] of the norm, weight [n, k], bias [n], x [rows, n] -> the new x [rows, n], and its moments."""
     (rows, width), columns = attended.shape, len(weight)
-    tiles = (tiles or (LARGE if rows > SMALL_ROWS else SMALL)).within(width, columns)
+    tiles = (tiles or tiles_for(rows, LARGE_OUT, shared_bytes_of(x.device))).within(width, columns)
     parts = ceil_div(columns, tiles.columns)
     out, moments = torch.empty_like(x), x.new_empty((rows, parts, 2), dtype=torch.float32)
     if rows:
@@ -123,13 +128,12 @@ def inputs_of(rows: int, width: int, heads: int, columns: int, dtype: torch.dtyp
 
 def ms_of(call: Callable[[], object]) -> float:
     """Of all layers, by a CUDA graph."""
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def whole() -> None:
         for _ in range(LAYERS):
             call()
-    return float(do_bench(graph.replay, return_mode="median"))
+
+    return float(do_bench(graphed(whole), return_mode="median"))
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from triton.testing import do_bench
 from kernels.fused_attention_layernorm import cute
 from kernels.fused_attention_layernorm.projection import LARGE_IN, project_in, row_moments
 from tests.benchmarks import results
-from tests.benchmarks.kernel_rows import Row, named, row
+from tests.benchmarks.kernel_rows import Row, graphed, named, row
 
 LAYERS, WIDTH, COLUMNS, EPS = 8, 512, 2048, 1e-5
 WORKLOADS = ((256, 74_108), (64, 5_632))  # users and their rows, as in the encoder's benchmark
@@ -68,14 +68,11 @@ class Work:
         return float((found - wanted).norm() / wanted.norm())
 
     def graphed(self, call: Call) -> Callable[[], None]:
-        for layer in self.layers:
-            call(self.x, self.moments, *layer)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        def whole() -> None:
             for layer in self.layers:
                 call(self.x, self.moments, *layer)
-        return graph.replay
+
+        return graphed(whole)
 
     def host_us(self, call: Call, calls: int = 50) -> float:
         torch.cuda.synchronize()

@@ -5,7 +5,6 @@ project's kernels.
 """
 
 import argparse
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,12 +14,12 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from kernels.fused_attention_layernorm.batch import Plan
-from pipeline.features import TIME_THRESHOLDS, Inputs
-from pipeline.hstu import Hstu
+from pipeline.features import Inputs
+from pipeline.hstu import Hstu, plan_of
 from pipeline.hstu_config import PRESETS
 from pipeline.jagged import Layout
 from tests.benchmarks import results
-from tests.benchmarks.kernel_rows import Row, named, row
+from tests.benchmarks.kernel_rows import Row, host_ms, named, row
 
 LONGEST, ROUNDS = 200, 9
 RANDOM = np.random.default_rng(0)
@@ -37,23 +36,6 @@ def inputs_of(lengths: np.ndarray) -> Inputs:
     return Inputs(np.zeros(0, np.int32), np.zeros((0, 0), np.int32), seconds.astype(np.int32), offsets)
 
 
-def plan_of(inputs: Inputs, dtype: torch.dtype) -> Plan:
-    columns = (inputs.seconds, inputs.offsets, np.array(TIME_THRESHOLDS, np.int32))
-    seconds, offsets, thresholds = (torch.from_numpy(column).cuda() for column in columns)
-    return Plan.of(seconds, offsets, thresholds, LONGEST, dtype, trusted=True)
-
-
-def median_ms(step: Callable[[], None]) -> float:
-    times = []
-    for _ in range(ROUNDS):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        step()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return 1e3 * float(np.median(times[ROUNDS // 3 :]))
-
-
 def measure(hstu: Hstu, name: str, lengths: np.ndarray, dtype: torch.dtype) -> list[Row]:
     inputs = inputs_of(lengths)
     rows = torch.randn(int(lengths.sum()), hstu.config.width, device="cuda", requires_grad=True)
@@ -66,11 +48,11 @@ def measure(hstu: Hstu, name: str, lengths: np.ndarray, dtype: torch.dtype) -> l
 
     ways: dict[str, Callable[[], Layout | Plan]] = {
         "torch": lambda: Layout.of(inputs, "cuda"),
-        "kernels": lambda: plan_of(inputs, dtype),
+        "kernels": lambda: plan_of(inputs, LONGEST, dtype, rows.device),
     }
     work = f"{name}, {'bfloat16' if half else 'float32'}: {len(lengths):,} users, {len(rows):,} events"
     return [
-        row(work, way, median_ms(lambda layout_of=layout_of: step(layout_of)), len(lengths), None, None)
+        row(work, way, host_ms(lambda layout_of=layout_of: step(layout_of), ROUNDS), len(lengths), None, None)
         for way, layout_of in ways.items()
     ]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels import graphs as graphs_module
 from kernels.fused_attention_layernorm.batch import Plan
-from kernels.graphs import PATIENCE, BatchGraphs, Bucket, Captured, buckets
+from kernels.graphs import PATIENCE, BatchGraphs, Bucket, Captured, buckets, stepped
 from pipeline.backends.fused import encoder_of
 from pipeline.features import TIME_THRESHOLDS
 from tests.kernels.test_fused_attention_layernorm import inputs_of_lengths, model
@@ -59,7 +59,7 @@ def test_a_batch_is_padded_to_its_bucket_and_gives_the_same() -> None:
         columns, offsets = batch_of(lengths)
         longest = CLASSES[max(lengths) > CLASSES[0]]
         assert graphs(columns, offsets, longest)[: len(lengths)].tolist() == run(columns, offsets, longest).tolist()
-        assert run.calls[-2][:2] == (graphs_rows(sum(lengths)), 1 << (len(lengths) - 1).bit_length())
+        assert run.calls[-2][:2] == (stepped(sum(lengths)), 1 << (len(lengths) - 1).bit_length())
 
 
 def test_users_that_fill_up_a_bucket_have_no_rows_whatever_batch_came_before() -> None:
@@ -125,10 +125,6 @@ def test_where_the_device_has_no_room_the_batch_is_called_as_it_is() -> None:
     for _ in range(2 * PATIENCE):
         assert graphs(*batch_of([5, 6]), 64).tolist() == [10.0, 45.0]
     assert len(graphs) == graphs.warm([64]) == 0
-
-
-def graphs_rows(rows: int) -> int:
-    return Bucket.of(1, rows, 0).rows
 
 
 def test_a_batch_that_is_too_large_is_called_as_it_is() -> None:

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.fused_attention_layernorm.batch import Plan
 from kernels.graphs import buckets
 from pipeline import retrieval
 from pipeline.artifact import draft
@@ -21,9 +20,9 @@ from pipeline.backends.fused import FusedEncoder
 from pipeline.catalogue import Catalogue
 from pipeline.errors import DeviceError
 from pipeline.exclusion import Exclusion
-from pipeline.features import COLUMNS, FEATURE_ROWS, FEATURES, TIME_THRESHOLDS, Inputs
+from pipeline.features import COLUMNS, FEATURE_ROWS, FEATURES, Inputs
 from pipeline.gate import walks
-from pipeline.hstu import Hstu, fusible
+from pipeline.hstu import Hstu, fusible, plan_of
 from pipeline.hstu_config import HstuConfig
 from pipeline.hstu_rung import HstuRung, batch_shapes
 from pipeline.jagged import Layout
@@ -145,7 +144,7 @@ def test_training_by_the_kernels_gives_the_states_and_gradients_of_torch(options
     inputs = inputs_of(lengths)
     rows, weights = torch.randn(sum(lengths), CONFIG.width, device=DEVICE), torch.randn(CONFIG.width, device=DEVICE)
     found: list[tuple[Tensor, dict[str, Tensor]]] = []
-    for layout in (Layout.of(inputs, DEVICE), plan_of(inputs)):
+    for layout in (Layout.of(inputs, DEVICE), plan_of(inputs, CONFIG.max_events, torch.float32, DEVICE, kernels=True)):
         hstu.zero_grad()
         states = hstu(rows, layout)
         (states @ weights).square().sum().backward()
@@ -160,7 +159,10 @@ def test_training_by_the_kernels_gives_the_states_and_gradients_of_torch(options
 
 def test_attention_dropout_is_drawn_anew_for_each_layer_and_step_and_off_in_service() -> None:
     hstu, inputs = model(msgspec.structs.replace(CONFIG, dropout=0.0)), inputs_of([20])
-    rows, plan = torch.randn(20, CONFIG.width, device=DEVICE), plan_of(inputs)
+    rows, plan = (
+        torch.randn(20, CONFIG.width, device=DEVICE),
+        plan_of(inputs, CONFIG.max_events, torch.float32, DEVICE, kernels=True),
+    )
     still = hstu(rows, plan)
     assert torch.equal(still, hstu(rows, plan))
     hstu.train()
@@ -170,12 +172,6 @@ def test_attention_dropout_is_drawn_anew_for_each_layer_and_step_and_off_in_serv
     assert torch.equal(first, hstu(rows, plan))
     assert not torch.equal(first, second)
     assert not torch.equal(first, still)
-
-
-def plan_of(inputs: Inputs) -> Plan:
-    columns = (inputs.seconds, inputs.offsets, np.array(TIME_THRESHOLDS, np.int32))
-    tensors = (torch.from_numpy(column).to(DEVICE) for column in columns)
-    return Plan.of(*tensors, CONFIG.max_events, torch.float32, kernels=True)
 
 
 def test_what_the_kernels_do_not_know_is_left_to_torch() -> None:
