@@ -29,13 +29,13 @@ NOT_RERANKED = Rerank()
 
 
 def batch_shapes(max_users: int, max_events: int) -> Iterator[list[int]]:
-    """Lengths of made-up users: batches of every power of two of users, of short ones and with a long one among them;
-    their sums are multiples of 16, for which kernels are compiled by themselves, and are not."""
+    """Lengths of made-up users: batches of every power of two of users, of short ones and with a long one among them.
+    Kernels are compiled once more for multiples of 16 rows: both kinds of sums are there, where there can be."""
     for exponent in range(max_users.bit_length()):
-        users = 1 << exponent
-        for longest in (1, max_events):
-            yield [1] * (users - 1) + [longest]
-            yield [1] * (users - 1) + [min(longest + 1, max_events)]
+        others = [1] * ((1 << exponent) - 1)
+        beyond = (len(others) + max_events) % 16 or 1  # without these the sum is such a multiple, or is none any more
+        for newest in sorted({1, min(2, max_events), max(1, max_events - beyond), max_events}):
+            yield [*others, newest]
 
 
 class HstuRung:

@@ -223,6 +223,13 @@ def test_shapes_that_warm_a_model_are_of_all_sizes() -> None:
     shapes = list(batch_shapes(6, 9))
     assert {len(lengths) for lengths in shapes} == {1, 2, 4}
     assert {max(lengths) for lengths in shapes} == {1, 2, 9}
+    assert len({tuple(lengths) for lengths in shapes}) == len(shapes)
+
+
+@pytest.mark.parametrize("users", [1, 2, 16, 256])
+def test_kernels_are_warmed_for_multiples_of_16_rows_and_for_others(users: int) -> None:
+    long = [sum(lengths) for lengths in batch_shapes(256, 200) if len(lengths) == users and max(lengths) > 100]
+    assert {rows % 16 == 0 for rows in long} == {True, False}
 
 
 def test_a_card_that_cannot_run_the_kernels_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
