@@ -7,7 +7,14 @@ and, among equals, the lowest row; all keys differ. So the order of arrival leav
 import triton
 import triton.language as tl
 
-from kernels.sequence_recommendation_interaction.append import PUT, PUT_OPERANDS, TAKE, TAKE_OPERANDS
+from kernels.sequence_recommendation_interaction.append import (
+    APPEND,
+    APPEND_OPERANDS,
+    BEGIN,
+    BEGIN_OPERANDS,
+    END,
+    END_OPERANDS,
+)
 from kernels.sequence_recommendation_interaction.tiles import PACK as PACKED
 
 PACK = tl.constexpr(PACKED)
@@ -122,24 +129,23 @@ def bound_kernel(
 
 
 @triton.jit
-def _take(score, bound, row, items, counter, FAST: tl.constexpr):
-    """Where a score [users, rows] reaches its user's bound, that user's next slot; elsewhere -1 (see append.py)."""
-    if FAST:
-        arguments = [score, bound, row, items, counter.to(tl.int64)]
-        return tl.inline_asm_elementwise(TAKE, TAKE_OPERANDS, arguments, tl.int32, False, PACK)  # pyright: ignore[reportArgumentType]: constants of a kernel
-    reached = (score >= bound) & (row < items)
-    slot = tl.atomic_add(tl.broadcast_to(counter, reached.shape), 1, mask=reached, sem="relaxed")
-    return tl.where(reached, slot, -1)
+def _thread(code: tl.constexpr, operands: tl.constexpr, value):
+    """Runs the inline code once a thread: a warp has more threads than these elements."""
+    each = tl.zeros([16], tl.int32) + value
+    tl.inline_asm_elementwise(code, operands, [each], tl.int32, False, 1)  # pyright: ignore[reportArgumentType]: constants of a kernel
 
 
 @triton.jit
-def _put(slot, score, row, place, CAPACITY: tl.constexpr, FAST: tl.constexpr):
-    """The key of each score that has a slot below CAPACITY goes there."""
+def _append(score, bound, row, items, counter, place, CAPACITY: tl.constexpr, FAST: tl.constexpr):
+    """The key of each score [users, rows] that reaches its user's bound goes to that user's next slot, while there are
+    any: with FAST later, see append.py."""
     if FAST:
-        arguments = [slot, score, row, CAPACITY, place.to(tl.int64)]
-        tl.inline_asm_elementwise(PUT, PUT_OPERANDS, arguments, tl.int32, False, PACK)  # pyright: ignore[reportArgumentType]: constants of a kernel
+        arguments = [score, bound, row, items, counter.to(tl.int64), place.to(tl.int64), CAPACITY]
+        tl.inline_asm_elementwise(APPEND, APPEND_OPERANDS, arguments, tl.int32, False, PACK)  # pyright: ignore[reportArgumentType]: constants of a kernel
     else:
-        tl.store(place + slot, _key(score, row), mask=(slot >= 0) & (slot < CAPACITY))
+        reached = (score >= bound) & (row < items)
+        slot = tl.atomic_add(tl.broadcast_to(counter, reached.shape), 1, mask=reached, sem="relaxed")
+        tl.store(place + slot, _key(score, row), mask=reached & (slot < CAPACITY))
 
 
 @triton.jit(do_not_specialize=["users"])
@@ -154,6 +160,8 @@ def filter_kernel(
     state = _states(states, user, users, state_stride, WIDTH, BLOCK_WIDTH)
     bound = tl.load(bounds + user, mask=own, other=float("inf"))
     counter, place = (counts + user)[:, None], (candidates + user.to(tl.int64) * CAPACITY)[:, None]
+    if FAST:
+        _thread(BEGIN, BEGIN_OPERANDS, 0)
     for start in range(tl.program_id(1) * BLOCK_ITEMS, items, tl.num_programs(1) * BLOCK_ITEMS):
         row = start + tl.arange(0, BLOCK_ITEMS)
         live = row < items
@@ -161,8 +169,9 @@ def filter_kernel(
         if MASKED:
             live &= tl.load(eligible + row, mask=live, other=0) != 0
             score = tl.where(live[None, :], score, float("nan"))  # a NaN reaches nothing
-        slot = _take(score, bound[:, None], row[None, :], items, counter, FAST)
-        _put(slot, score, row[None, :], place, CAPACITY, FAST)
+        _append(score, bound[:, None], row[None, :], items, counter, place, CAPACITY, FAST)
+    if FAST:
+        _thread(END, END_OPERANDS, CAPACITY)
 
 
 @triton.jit(do_not_specialize=["k"])
@@ -179,31 +188,47 @@ def select_kernel(
         if user >= tl.load(failures):
             return
         user = tl.load(failed + user).to(tl.int64)
-    count = tl.load(counts + user)
-    slot = tl.arange(0, CAPACITY)
-    key = tl.load(candidates + user * CAPACITY + slot, mask=slot < count, other=EMPTY)
+    count, bound, first = tl.load(counts + user), tl.load(bounds + user), candidates + user * CAPACITY
+    start, stop = 0, 0
+    if SEEN and not RESCUED:
+        start, stop = tl.load(seen_offsets + user), tl.load(seen_offsets + user + 1)
+    arguments = (count, bound, first, seen, start, stop, best + user * k, rows + user * k, k)
+    if count <= CAPACITY // 4:  # as they are, mostly
+        enough = _select(*arguments, CAPACITY // 4, BLOCK_K, SEEN, RESCUED)
+    else:
+        enough = _select(*arguments, CAPACITY, BLOCK_K, SEEN, RESCUED)
+    if not enough:
+        tl.store(failed + tl.atomic_add(failures, 1), user.to(tl.int32))
+
+
+@triton.jit
+def _select(
+    count, bound, first, seen, start, stop, best, rows, k,
+    SIZE: tl.constexpr, BLOCK_K: tl.constexpr, SEEN: tl.constexpr, RESCUED: tl.constexpr,
+):  # fmt: skip
+    """Of one user, from `count` candidates, SIZE at most; whether they are enough to tell."""
+    slot = tl.arange(0, SIZE)
+    key = tl.load(first + slot, mask=slot < count, other=EMPTY)
     if SEEN and not RESCUED:
         row = ROW_MASK - (key & ROW_MASK)
-        listed = _listed(row, seen, tl.load(seen_offsets + user), tl.load(seen_offsets + user + 1))
-        key = tl.where(listed, EMPTY, key)
+        key = tl.where(_listed(row, seen, start, stop), EMPTY, key)
     valid = tl.sum((key > EMPTY).to(tl.int32))
-    lacking = (count > CAPACITY) | ((valid < k) & (tl.load(bounds + user) > NO_BOUND))
-    if not RESCUED and lacking:
-        tl.store(failed + tl.atomic_add(failures, 1), user.to(tl.int32))
-        return
-    taken = tl.minimum(valid, k)
-    least = _greatest_bound(tl.where(key > EMPTY, key, tl.max(key)), taken + CAPACITY - valid, 0)
-    chosen = (key >= least) & (key > EMPTY)
-    scratch = candidates + user * CAPACITY  # the keys are in registers by now
-    tl.debug_barrier()
-    tl.store(scratch + tl.cumsum(chosen.to(tl.int32), axis=0) - 1, key, mask=chosen)
-    tl.debug_barrier()
-    place = tl.arange(0, BLOCK_K)
-    top = tl.sort(tl.load(scratch + place, mask=place < taken, other=EMPTY), descending=True)
-    bits = (top >> 32).to(tl.int32)
-    score = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
-    tl.store(best + user * k + place, tl.where(place < taken, score, -float("inf")), mask=place < k)
-    tl.store(rows + user * k + place, tl.where(place < taken, ROW_MASK - (top & ROW_MASK), -1), mask=place < k)
+    enough = RESCUED or ((count <= SIZE) & ((valid >= k) | (bound == NO_BOUND)))
+    if enough:
+        taken = tl.minimum(valid, k)
+        least = _greatest_bound(tl.where(key > EMPTY, key, tl.max(key)), taken + SIZE - valid, BLOCK_K - taken)
+        chosen = (key >= least) & (key > EMPTY)
+        tl.debug_barrier()  # the keys are in registers by now: their memory is free
+        tl.store(first + tl.cumsum(chosen.to(tl.int32), axis=0) - 1, key, mask=chosen)
+        tl.debug_barrier()
+        place = tl.arange(0, BLOCK_K)
+        kept = place < tl.sum(chosen.to(tl.int32))
+        top = tl.sort(tl.load(first + place, mask=kept, other=EMPTY), descending=True)
+        bits = (top >> 32).to(tl.int32)
+        score = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
+        tl.store(best + place, tl.where(place < taken, score, -float("inf")), mask=place < k)
+        tl.store(rows + place, tl.where(place < taken, ROW_MASK - (top & ROW_MASK), -1), mask=place < k)
+    return enough
 
 
 @triton.jit

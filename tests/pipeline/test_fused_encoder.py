@@ -183,18 +183,18 @@ def test_what_the_kernels_do_not_know_is_left_to_torch() -> None:
         assert not fusible(msgspec.structs.replace(CONFIG, **change)), change
 
 
-def rung() -> HstuRung:
+def rung(device: torch.device) -> HstuRung:
     """Of an untrained model."""
     ids = [f"i{number}" for number in range(1, CONFIG.items)]
     nothing = {"items": np.zeros(0, np.uint64), "popularity": np.zeros(0)}
     torch.manual_seed(3)
     artifact = draft(CONFIG, EventSchema(), Model(CONFIG).state_dict(), ids, nothing)
-    return HstuRung(artifact, Catalogue(Vocabulary(ids)), Exclusion(), "cpu", graphs=GRAPHS)
+    return HstuRung(artifact, Catalogue(Vocabulary(ids)), Exclusion(), str(device), graphs=GRAPHS)
 
 
 def test_a_rung_by_the_kernels_gives_the_slates_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retrieval, "FUSED_SCORES", 0)
-    ours, of_torch = rung(), rung()
+    ours, of_torch = rung(DEVICE), rung(torch.device("cpu"))
     encoder = ours._encoder
     with torch.inference_mode():
         encoder._fused = FusedEncoder(encoder._hstu, encoder._vectors, torch.float32, GRAPHS)
@@ -239,7 +239,7 @@ def test_a_card_that_cannot_run_the_kernels_is_one_sentence(monkeypatch: pytest.
         def warm(self) -> int:
             raise RuntimeError("out of resource: shared memory\nRequired: 278568")
 
-    broken = rung()
+    broken = rung(torch.device("cpu"))
     assert broken.warm(["i1"]) == 0  # on a CPU there is nothing to wait for
     monkeypatch.setattr(broken, "_encoder", Broken())
     with pytest.raises(DeviceError, match=r"on this card: out of resource: shared memory; set pipeline\.kernels"):
