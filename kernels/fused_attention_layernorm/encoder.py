@@ -1,4 +1,4 @@
-"""A whole HSTU encoder on packed rows for inference: four launches a layer, the time buckets once a batch."""
+"""A whole HSTU encoder on packed rows for inference: three or four launches a layer, the time buckets once a batch."""
 
 from dataclasses import dataclass
 
@@ -9,8 +9,9 @@ from kernels.fused_attention_layernorm.batch import Plan
 from kernels.fused_attention_layernorm.checks import check_length
 from kernels.fused_attention_layernorm.fp8 import DTYPE as FP8
 from kernels.fused_attention_layernorm.fp8 import Narrow, Scales
-from kernels.fused_attention_layernorm.launch import attend, attend_last, normalise_and_gate
-from kernels.fused_attention_layernorm.projection import folded, project_in, project_in_fp8, project_out, row_moments
+from kernels.fused_attention_layernorm.gated import project_gated
+from kernels.fused_attention_layernorm.launch import attend, attend_last
+from kernels.fused_attention_layernorm.projection import folded, project_in, project_in_fp8, row_moments
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +78,7 @@ class Encoder:
             self._by_head(q), self._by_head(k), self._by_head(v), plan.offsets, plan.targets, plan.items, plan.buckets,
             layer.position_bias, layer.time_bias, *self._factors(layer), plan.contextual, plan.launch,
         )  # fmt: skip
-        y = normalise_and_gate(attended, moments, u, layer.gain, layer.shift, self.eps)
-        return project_out(y, layer.out_weight, layer.out_bias, x)
+        return self._project_out(layer, attended, moments, u, x)
 
     def _last_layer(self, layer: LayerWeights, x: Tensor, moments: Tensor, plan: Plan) -> Tensor:
         """Keys and values of all rows, all else of the newest."""
@@ -91,8 +91,7 @@ class Encoder:
             self._by_head(q), self._by_head(k), self._by_head(v), plan.seconds, plan.offsets, plan.thresholds,
             layer.position_bias, layer.time_bias, *self._factors(layer),
         )  # fmt: skip
-        y = normalise_and_gate(attended, moments, u, layer.gain, layer.shift, self.eps)
-        return project_out(y, layer.out_weight, layer.out_bias, x_newest)[0]
+        return self._project_out(layer, attended, moments, u, x_newest)[0]
 
     def _project(self, layer: LayerWeights, x: Tensor, moments: Tensor, at: slice,
                  sizes: list[int]) -> tuple[Tensor, tuple[Tensor, ...]]:  # fmt: skip
@@ -103,6 +102,12 @@ class Encoder:
             return u, tuple(parts)
         u, narrow = project_in_fp8(x, moments, *weights, layer.fp8.factors[at], sizes[0], self.eps)
         return u, narrow.split(sizes[1:], dim=1)
+
+    def _project_out(
+        self, layer: LayerWeights, attended: Tensor, moments: Tensor, u: Tensor, x: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        weights = (layer.gain, layer.shift, layer.out_weight, layer.out_bias)
+        return project_gated(attended, moments, u, *weights, x, self.eps)
 
     def _factors(self, layer: LayerWeights) -> tuple[float, float]:
         """Of the scores, and of the result."""

@@ -95,6 +95,22 @@ def project_in_kernel(
 
 
 @triton.jit
+def store_sum(
+    product, bias, x, out, moments, row0, part, rows, columns,
+    PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """x + product + bias of a tile, and the moments of its part of each row."""
+    row, column = row0 + tl.arange(0, ROWS), part * COLUMNS + tl.arange(0, COLUMNS)
+    shift = tl.load(bias + column, mask=column < columns, other=0.0)
+    result = product + shift[None, :] + x.load([row0, part * COLUMNS]).to(tl.float32)
+    result = tl.where((column < columns)[None, :], result, 0.0)
+    out.store([row0, part * COLUMNS], result.to(out.dtype))
+    moment_at = moments + (row.to(tl.int64) * PARTS + part) * 2
+    tl.store(moment_at, tl.sum(result, 1), mask=row < rows)
+    tl.store(moment_at + 1, tl.sum(result * result, 1), mask=row < rows)
+
+
+@triton.jit
 def project_out_kernel(
     y, weight, bias, x, out, moments, rows, columns,
     WIDTH: tl.constexpr, PARTS: tl.constexpr,
@@ -106,15 +122,8 @@ def project_out_kernel(
     tiles = PARTS * tl.cdiv(rows, ROWS)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):  # type: ignore[misc]  # Triton's
         row0, part = tile // PARTS * ROWS, tile % PARTS
-        row, column = row0 + tl.arange(0, ROWS), part * COLUMNS + tl.arange(0, COLUMNS)
         product = product_tile(y, weight, row0, part * COLUMNS, WIDTH, ROWS, COLUMNS, DEPTH, PRECISION)
-        shift = tl.load(bias + column, mask=column < columns, other=0.0)
-        result = product + shift[None, :] + x.load([row0, part * COLUMNS]).to(tl.float32)
-        result = tl.where((column < columns)[None, :], result, 0.0)
-        out.store([row0, part * COLUMNS], result.to(out.dtype))
-        moment_at = moments + (row.to(tl.int64) * PARTS + part) * 2
-        tl.store(moment_at, tl.sum(result, 1), mask=row < rows)
-        tl.store(moment_at + 1, tl.sum(result * result, 1), mask=row < rows)
+        store_sum(product, bias, x, out, moments, row0, part, rows, columns, PARTS, ROWS, COLUMNS)
 
 
 SPARE_BYTES = 2048  # of shared memory, for what the compiler adds

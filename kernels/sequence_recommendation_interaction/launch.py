@@ -17,12 +17,14 @@ FAST = torch.version.cuda is not None  # the inline code is NVIDIA's
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """stride: one row of so many is sampled, 0 = none; group: sampled rows a maximum stands for; tiles: of the pass."""
+    """stride: one row of so many is sampled, 0 = none; group: sampled rows a maximum stands for; tiles: of the pass;
+    sample: of the sample, if others."""
 
     stride: int
     group: int
     tiles: Tiles
     capacity: int = CAPACITY
+    sample: Tiles | None = None
 
 
 def plan(items: int, users: int, width: int, k: int, element_bytes: int, card: Card) -> Plan:
@@ -39,7 +41,8 @@ def plan(items: int, users: int, width: int, k: int, element_bytes: int, card: C
         group *= 2
     while items // (stride * group) > MAX_GROUPS and 2 * stride * k <= CAPACITY // 2:
         stride *= 2
-    return Plan(stride, group, tiles)
+    sample = tiles.of_sample(group, next_power_of_2(width) * element_bytes, card.shared_bytes)
+    return Plan(stride, group, tiles, sample=sample)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +125,11 @@ def _bounds(states: Tensor, catalogue: Catalogue, k: int, seen: Seen | None, pla
     groups = ceil_div(ceil_div(items, plan.stride), plan.group)
     maxima = torch.empty(users, groups, dtype=torch.float32, device=states.device)
     table, scales, eligible = catalogue.pointers
+    tiles = plan.sample or plan.tiles
     launch(
-        kernel.sample_kernel, _grid(plan.tiles, users, groups * plan.group, processors),
+        kernel.sample_kernel, _grid(tiles, users, groups * plan.group, processors),
         states, table, scales, eligible, maxima, users, items, groups, states.stride(0), table.stride(0),
-        STRIDE=plan.stride, GROUP=plan.group, WIDTH=width, **_blocks(plan.tiles, width), **catalogue.flags,
+        STRIDE=plan.stride, GROUP=plan.group, WIDTH=width, **_blocks(tiles, width), **catalogue.flags,
     )  # fmt: skip
     highest = plan.capacity * 3 // 4 // plan.stride
     launch(

@@ -1,6 +1,6 @@
 """Tiles of the pass over the catalogue: a table of measured ones, and for all else what shared memory allows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kernels.launching import next_power_of_2
 
@@ -23,9 +23,19 @@ class Tiles:
         """Whether the inline code gets its PACK scores from every thread; it must not append what pads them."""
         return self.items * self.users % (32 * self.warps * PACK) == 0
 
-    def shared_bytes(self, row_bytes: int) -> int:
-        """What a program takes: its users' states, and items in every stage."""
-        return (self.users + self.stages * self.items) * row_bytes + SPARE_BYTES
+    def shared_bytes(self, row_bytes: int, group: int = 0) -> int:
+        """What a program takes: its users' states, and items in every stage. group: scores of which it writes the
+        greatest, by way of shared memory."""
+        maxima = 4 * self.users * self.items // group if group else 0
+        return (self.users + self.stages * self.items) * row_bytes + max(SPARE_BYTES, maxima)
+
+    def of_sample(self, group: int, row_bytes: int, shared_bytes: int) -> "Tiles":
+        """With stages, then items, fewer by what the maxima take."""
+        tiles = self
+        while tiles.shared_bytes(row_bytes, group) > shared_bytes and tiles.items > group:
+            fewer = {"stages": tiles.stages - 1} if tiles.stages > 1 else {"items": tiles.items // 2}
+            tiles = replace(tiles, **fewer)
+        return tiles
 
 
 @dataclass(frozen=True, slots=True)

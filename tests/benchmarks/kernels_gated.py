@@ -1,130 +1,84 @@
-"""A variant that is in no use yet: the gate and the product after attention in one launch.
+"""The gate and the product after attention: in one launch, in two, and as the encoder chooses.
 
-    x + (U * LayerNorm(O)) W^T + b, and the moments of the result's rows
+8 layers, width 512, 4 heads, bfloat16, replayed from one CUDA graph; median by device events, the second cache
+flushed before each replay. tflops counts the product, gb_per_s each input once and the result. max_error: ||result -
+reference|| / ||reference|| against float32 on the same rounded inputs.
 
-The gate is applied to the rows on their way to the matrix units: O and U are read, and what lies between is never
-written, 150 MB a layer of 74,108 rows. Whether that pays is what this measures, against the two launches in use:
-
-    python -m tests.benchmarks.kernels_gated       on a GPU; prints a line a tile, no file
+usage: python -m tests.benchmarks.kernels_gated [--out FOLDER] [--tune]      (on a GPU)
 """
 
+import argparse
 from collections.abc import Callable
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
 
 import torch
-import triton
-import triton.language as tl
+import torch.nn.functional as F
 from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 from triton.testing import do_bench
 
-from kernels.fused_attention_layernorm.launch import normalise_and_gate, precision, tiled
-from kernels.fused_attention_layernorm.norm import normalisation
-from kernels.fused_attention_layernorm.projection import (
-    LARGE_OUT,
-    SMALL_ROWS,
-    Tiles,
-    project_out,
-    shared_bytes_of,
-    tiles_for,
-)
-from kernels.launching import ceil_div, launch
-from tests.benchmarks.kernel_rows import graphed
+from kernels.fused_attention_layernorm.gated import LARGE, MIDDLE, MOST, project_gated
+from kernels.fused_attention_layernorm.launch import normalise_and_gate
+from kernels.fused_attention_layernorm.projection import Tiles, project_out
+from tests.benchmarks import results
+from tests.benchmarks.kernel_rows import Row, graphed, named, row
 
 LAYERS, WIDTH, HEADS, EPS = 8, 512, 4, 1e-6
-LARGE_TILES = (
-    Tiles(128, 256, 64, 8, 3), Tiles(128, 256, 64, 8, 2), Tiles(128, 256, 64, 8, 4), Tiles(128, 256, 32, 8, 4),
-    Tiles(128, 256, 64, 8, 3, programs=1), Tiles(64, 512, 64, 8, 2), Tiles(64, 512, 32, 8, 3),
-    Tiles(128, 512, 32, 16, 3), Tiles(128, 512, 64, 16, 2), Tiles(64, 256, 64, 4, 3), Tiles(64, 256, 128, 4, 2),
-    Tiles(64, 256, 64, 8, 3), Tiles(128, 128, 64, 8, 3), Tiles(128, 128, 64, 4, 3), Tiles(64, 128, 128, 4, 3),
+WORKLOADS = ((256, 74_108), (128, 20_000), (64, 5_601), (32, 2_300))  # users and their rows
+TILES = (
+    LARGE, MIDDLE, Tiles(64, 512, 32, 8, 3), Tiles(128, 256, 64, 8, 2), Tiles(128, 256, 32, 8, 3),
+    Tiles(128, 256, 32, 8, 4), Tiles(128, 256, 64, 8, 2, programs=1), Tiles(64, 256, 64, 4, 3),
+    Tiles(64, 256, 128, 4, 2), Tiles(64, 256, 64, 8, 3), Tiles(128, 128, 64, 8, 3), Tiles(64, 128, 128, 4, 3),
 )  # fmt: skip
-SMALL_TILES = (
-    Tiles(64, 64, 128, 4, 3), Tiles(64, 64, 64, 4, 4), Tiles(64, 128, 64, 4, 3), Tiles(64, 128, 128, 4, 2),
-    Tiles(64, 256, 64, 4, 3), Tiles(64, 64, 128, 8, 3), Tiles(64, 32, 128, 4, 3), Tiles(128, 128, 64, 8, 3),
-)  # fmt: skip
+Answer = tuple[Tensor, Tensor]
 
 
-@triton.jit
-def gated_tile(
-    attended, u, weight, gain, shift, mean, scale, row0, column0,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """float32 [ROWS, COLUMNS] of (U * LayerNorm(O)) W^T; descriptors: attended, u of [rows, WIDTH], weight of
-    [columns, WIDTH]."""
-    product = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for first in range(0, WIDTH, DEPTH):
-        at = first + tl.arange(0, DEPTH)
-        inside = at < WIDTH
-        normed = (attended.load([row0, first]).to(tl.float32) - mean[:, None]) * scale[:, None]
-        gain_at, shift_at = tl.load(gain + at, mask=inside, other=0.0), tl.load(shift + at, mask=inside, other=0.0)
-        gated = (normed * gain_at[None, :] + shift_at[None, :]) * u.load([row0, first]).to(tl.float32)
-        w_tile = weight.load([column0, first])
-        product = tl.dot(gated.to(w_tile.dtype), w_tile.T, product, input_precision=PRECISION)
-    return product
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What `project_gated` takes, in its order."""
 
+    attended: Tensor
+    attended_moments: Tensor
+    u: Tensor
+    gain: Tensor
+    shift: Tensor
+    weight: Tensor
+    bias: Tensor
+    x: Tensor
 
-@triton.jit
-def gated_projection_kernel(
-    attended, u, weight, gain, shift, attended_moments, bias, x, out, moments, rows, columns, eps,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, FLATTEN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """PARTS tiles of columns. Descriptors as in `gated_tile`, x and out of [rows, columns]; attended_moments: float32
-    [rows, HEADS, 2]; moments: float32 [rows, PARTS, 2], of the result."""
-    tiles = PARTS * tl.cdiv(rows, ROWS)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):  # type: ignore[misc]  # Triton's
-        row0, part = tile // PARTS * ROWS, tile % PARTS
-        row, column = row0 + tl.arange(0, ROWS), part * COLUMNS + tl.arange(0, COLUMNS)
-        mean, scale = normalisation(attended_moments, row.to(tl.int64), row < rows, eps, HEADS, WIDTH)
-        product = gated_tile(
-            attended, u, weight, gain, shift, mean, scale, row0, part * COLUMNS, WIDTH, ROWS, COLUMNS, DEPTH, PRECISION
-        )
-        below = tl.load(bias + column, mask=column < columns, other=0.0)
-        result = product + below[None, :] + x.load([row0, part * COLUMNS]).to(tl.float32)
-        result = tl.where((column < columns)[None, :], result, 0.0)
-        out.store([row0, part * COLUMNS], result.to(out.dtype))
-        moment_at = moments + (row.to(tl.int64) * PARTS + part) * 2
-        tl.store(moment_at, tl.sum(result, 1), mask=row < rows)
-        tl.store(moment_at + 1, tl.sum(result * result, 1), mask=row < rows)
+    @classmethod
+    def of(cls, rows: int, width: int, heads: int, columns: int, dtype: torch.dtype, device: torch.device) -> "Inputs":
+        attended, x = (torch.randn(rows, size, device=device).to(dtype) for size in (width, columns))
+        u = torch.randn(rows, 4 * width, device=device).to(dtype)[:, :width]  # a part of the product before attention
+        parts = attended.float().unflatten(1, (heads, -1))
+        moments = torch.stack([parts.sum(2), parts.square().sum(2)], 2).contiguous()
+        gain, shift, bias = (torch.randn(size, device=device) for size in (width, width, columns))
+        weight = (torch.randn(columns, width, device=device) / width**0.5).to(dtype)
+        return cls(attended, moments, u, gain, shift, weight, bias, x)
 
+    @property
+    def all(self) -> list[Tensor]:
+        return [getattr(self, field.name) for field in fields(self)]
 
-def gated_projection(
-    attended: Tensor, attended_moments: Tensor, u: Tensor, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor,
-    x: Tensor, eps: float, tiles: Tiles | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """attended [rows, k] and its moments [rows, heads, 2] as `attend` leaves them, u [rows, k] of any row stride, gain
-    and shift [k] of the norm, weight [n, k], bias [n], x [rows, n] -> the new x [rows, n], and its moments."""
-    (rows, width), columns = attended.shape, len(weight)
-    tiles = (tiles or tiles_for(rows, LARGE_OUT, shared_bytes_of(x.device))).within(width, columns)
-    parts = ceil_div(columns, tiles.columns)
-    out, moments = torch.empty_like(x), x.new_empty((rows, parts, 2), dtype=torch.float32)
-    if rows:
-        launch(
-            gated_projection_kernel, tiles.grid(parts * ceil_div(rows, tiles.rows), x.device),
-            tiled(attended, tiles.rows, tiles.depth), tiled(u, tiles.rows, tiles.depth),
-            tiled(weight, tiles.columns, tiles.depth), gain, shift, attended_moments, bias,
-            tiled(x, tiles.rows, tiles.columns), tiled(out, tiles.rows, tiles.columns), moments, rows, columns, eps,
-            HEADS=attended_moments.shape[1], WIDTH=width, PARTS=parts, PRECISION=precision(x.dtype), **tiles.constants,
-        )  # fmt: skip
-    return out, moments
+    @property
+    def needed(self) -> tuple[float, float]:
+        """Operations and bytes of all layers."""
+        rows, width, columns = len(self.x), self.attended.shape[1], len(self.weight)
+        return LAYERS * 2.0 * rows * width * columns, LAYERS * 2.0 * rows * (2 * width + 2 * columns)
 
+    def in_one(self, tiles: Tiles | None = None) -> Answer:
+        """Without tiles: as the encoder chooses."""
+        return project_gated(*self.all, EPS, tiles)  # type: ignore[arg-type]  # fields, in order
 
-def two_launches(
-    attended: Tensor, attended_moments: Tensor, u: Tensor, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor,
-    x: Tensor, eps: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As the encoder has it."""
-    return project_out(normalise_and_gate(attended, attended_moments, u, gain, shift, eps), weight, bias, x)
+    def in_two(self) -> Answer:
+        y = normalise_and_gate(self.attended, self.attended_moments, self.u, self.gain, self.shift, EPS)
+        return project_out(y, self.weight, self.bias, self.x)
 
-
-def inputs_of(rows: int, width: int, heads: int, columns: int, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
-    """What `gated_projection` takes, up to x."""
-    attended, x = torch.randn(rows, width, device=device).to(dtype), torch.randn(rows, columns, device=device).to(dtype)
-    u = torch.randn(rows, 4 * width, device=device).to(dtype)[:, :width]  # a part of the product before attention
-    parts = attended.float().unflatten(1, (heads, -1))
-    moments = torch.stack([parts.sum(2), parts.square().sum(2)], 2).contiguous()
-    gain, shift, bias = (torch.randn(size, device=device) for size in (width, width, columns))
-    weight = (torch.randn(columns, width, device=device) / width**0.5).to(dtype)
-    return attended, moments, u, gain, shift, weight, bias, x
+    def specified(self) -> Tensor:
+        """In float32 throughout."""
+        y = F.layer_norm(self.attended.float(), self.attended.shape[1:], self.gain, self.shift, EPS) * self.u.float()
+        return self.x.float() + F.linear(y, self.weight.float(), self.bias)
 
 
 def ms_of(call: Callable[[], object]) -> float:
@@ -134,21 +88,51 @@ def ms_of(call: Callable[[], object]) -> float:
         for _ in range(LAYERS):
             call()
 
-    return float(do_bench(graphed(whole), return_mode="median"))
+    return float(do_bench(graphed(whole), rep=200, return_mode="median"))
+
+
+def measured(users: int, rows: int) -> dict[str, Row]:
+    inputs = Inputs.of(rows, WIDTH, HEADS, WIDTH, torch.bfloat16, torch.device("cuda"))
+    one = LARGE if rows > MOST else MIDDLE
+    calls = {"two launches": inputs.in_two, "one launch": lambda: inputs.in_one(one), "chosen": inputs.in_one}
+    found, wanted = {}, inputs.specified()
+    for name, call in calls.items():
+        error = float(f"{float((call()[0] - wanted).norm() / wanted.norm()):.2e}")
+        found[name] = row(f"{rows:,} rows, {LAYERS} layers", name, ms_of(call), users, inputs.needed, error)
+    return found
+
+
+def tune(rows: int) -> None:
+    inputs = Inputs.of(rows, WIDTH, HEADS, WIDTH, torch.bfloat16, torch.device("cuda"))
+    print(f"{rows}: two launches {ms_of(inputs.in_two):.4f} ms", flush=True)
+    for tiles in TILES:
+        try:
+            ms = ms_of(lambda tiles=tiles: inputs.in_one(tiles))
+        except (OutOfResources, PTXASError) as error:  # too much shared memory, too few registers
+            print(f"{rows}: {astuple(tiles)}: {type(error).__name__}", flush=True)
+            continue
+        print(f"{rows}: {astuple(tiles)}: {ms:.4f} ms", flush=True)
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=results.FOLDER)
+    parser.add_argument("--tune", action="store_true", help="time the tiles to choose from; no file")
+    args = parser.parse_args()
     torch.manual_seed(0)
-    for rows in (74_108, 5_601, 256):
-        given = inputs_of(rows, WIDTH, HEADS, WIDTH, torch.bfloat16, "cuda")
-        print(f"{rows}: two launches {ms_of(lambda given=given: two_launches(*given, EPS)):.4f} ms", flush=True)
-        for tiles in LARGE_TILES if rows > SMALL_ROWS else SMALL_TILES:
-            try:
-                ms = ms_of(lambda given=given, tiles=tiles: gated_projection(*given, EPS, tiles))
-            except (OutOfResources, PTXASError) as error:  # too much shared memory, too few registers
-                print(f"{rows}: {tiles}: {str(error)[:80]}", flush=True)
-                continue
-            print(f"{rows}: {tiles}: {ms:.4f} ms", flush=True)
+    if args.tune:
+        for _, rows in WORKLOADS:
+            tune(rows)
+        return
+    found = [measured(*numbers) for numbers in WORKLOADS]
+    large = {name: float(each["median_ms"] or 0) for name, each in found[0].items()}
+    metrics = {
+        "large_one_launch_ms": large["one launch"],
+        "large_two_launches_ms": large["two launches"],
+        "large_speedup": round(large["two launches"] / large["one launch"], 3),
+    }
+    rows = [each for of_rows in found for each in of_rows.values()]
+    print(results.write(named("kernels_gated"), metrics, rows, args.out))
 
 
 if __name__ == "__main__":

@@ -167,10 +167,12 @@ def test_candidates_have_the_scores_of_the_catalogue():
 def test_every_plan_fits_the_machine_and_its_own_buffers(items, k, width, users, shared_bytes):
     plan = launch.plan(items, users, width, k, 4, Card((7, 5), shared_bytes))
     tiles = plan.tiles
-    assert (tiles.users + tiles.items) * width * 4 <= shared_bytes
+    assert tiles.shared_bytes(4 * width) <= shared_bytes
     if plan.stride:
         groups = items // plan.stride // plan.group
-        assert tiles.items % plan.group == 0
+        assert plan.sample is not None
+        assert plan.sample.items % plan.group == 0
+        assert plan.sample.shared_bytes(4 * width, plan.group) <= shared_bytes
         assert k * plan.stride <= plan.capacity // 2
         assert 2 * k <= groups
         assert items > 1_000_000 or groups * launch.USERS_AT_ONCE * 4 <= 32 << 20
@@ -243,7 +245,8 @@ def test_rows_that_the_table_lacks_are_refused():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    ("users", "items", "width", "k"), [(1, 100_000, 64, 10), (70, 50_001, 200, 512), (300, 9000, 24, 100)]
+    ("users", "items", "width", "k"),
+    [(1, 100_000, 64, 10), (70, 50_001, 200, 512), (300, 9000, 24, 100), (256, 30_000, 256, 128)],
 )
 def test_on_a_gpu_the_call_equals_the_specification(users, items, width, k, dtype):
     states, table = (whole_numbers(20, n, width).to(dtype) for n in (users, items))
