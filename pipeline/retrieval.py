@@ -17,9 +17,9 @@ from pipeline.vocabulary import UNKNOWN
 CHUNK_SCORES = 1 << 24  # 64 MiB of float32 scores at a time
 SPARE = 64  # candidates beyond k that are scored anew
 FEWEST = 128  # candidates: kernels are compiled for powers of two, and most slates need no more
-# Fewer scores than this are faster all in memory: of a million items for 1 user 0.28 ms, by the operator 0.60; for 256
-# users 2.33 and 0.39 (`tests.benchmarks.kernels_retrieval`, without graphs, an H100).
-FUSED_SCORES = 1 << 23
+# Fewer scores than this are faster all in memory: the operator's launches take longer than the product
+# (`tests.benchmarks.retrieval`).
+FUSED_SCORES = 1 << 24
 
 
 def retrieval_of(table: Tensor, fused: bool) -> "Retrieval | FusedRetrieval":

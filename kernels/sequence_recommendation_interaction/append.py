@@ -1,56 +1,46 @@
 """Appending in PTX: one comparison a score and one branch for PACK of them, since one score in hundreds is appended.
 
 As masked Triton operations the same takes 70 instructions a score: 0.95 ms for a million items and 256 users, where the
-product takes 0.2 (H100). A candidate's place is an atomic's answer, and nobody waits for it: what a thread finds in a
-tile stays in its registers; after the tile the whole warp asks for places, and after the next one it stores.
+product takes 0.2 (H100). A candidate's place is an atomic's answer, and nobody waits for it: each thread keeps its
+latest candidate in registers of its own, and stores it when it finds the next one, tiles later, or at the end.
 """
 
 import triton.language as tl
 
 from kernels.sequence_recommendation_interaction.tiles import PACK
 
-# Declared for the whole function, outside of braces: these registers keep their values from tile to tile. A user of -1:
-# nothing was found; a slot of -1, beyond every capacity: nothing waits.
-_DECLARED = """
-.reg .b32 found_user, waiting_user, waiting_slot; .reg .b64 found_key, waiting_key;
-mov.b32 found_user, -1; mov.b32 waiting_slot, -1; mov.b32 $0, 0;"""
-
-_REGISTERS = ".reg .pred any, hit, on; .reg .b32 place, bits, sign, rest; .reg .f32 value; .reg .b64 address;"
+# The registers are declared for the whole function, outside of braces, and so keep their values from tile to tile. A
+# place of -1 is beyond every capacity: nothing is pending.
+_DECLARED = ".reg .b32 pending_slot; .reg .b64 pending_key, pending_first; mov.b32 pending_slot, -1; mov.b32 $0, 0;"
 
 
-def _asked(counts: str, candidates: str, capacity: str) -> str:
-    """What waits goes to its slot, if its user has so many; what was found asks for one, and waits."""
-    return f"""
-setp.lt.u32 on, waiting_slot, {capacity};
-@on mad.lo.u32 place, waiting_user, {capacity}, waiting_slot; @on mad.wide.u32 address, place, 8, {candidates};
-@on st.global.b64 [address], waiting_key;
-setp.ge.s32 on, found_user, 0; mov.b32 waiting_slot, -1; mov.b64 waiting_key, found_key;
-mov.b32 waiting_user, found_user; mov.b32 found_user, -1;
-@on mad.wide.u32 address, waiting_user, 4, {counts};
-@on atom.global.relaxed.gpu.add.u32 waiting_slot, [address], 1;"""
+def _stored(capacity: str) -> str:
+    """What is pending goes to its slot, if the user has so many."""
+    return (
+        f"setp.lt.u32 fits, pending_slot, {capacity}; mad.wide.u32 address, pending_slot, 8, pending_first; "
+        "@fits st.global.b64 [address], pending_key;"
+    )
 
 
-def _find() -> str:
-    """find(score, bound, row, items, user, counts, candidates, capacity): keeps the key of a score that reaches the
-    bound; a second one of the same thread waits for the first. The result is no use."""
-    unused, score, bound, row, items, user, counts, candidates, capacity = (
-        [f"${PACK * operand + number}" for number in range(PACK)] for operand in range(9)
+def _append() -> str:
+    """append(score, bound, row, items, address of the count, address of the first slot, capacity): the key of a score
+    that reaches the bound into the user's next slot. The result is no use."""
+    unused, score, bound, row, items, count, first, capacity = (
+        [f"${PACK * operand + number}" for number in range(PACK)] for operand in range(8)
     )
     lines = [f"mov.b32 {each}, 0;" for each in unused]
     lines.append(f"setp.ge.f32 any, {score[0]}, {bound[0]};")
     lines += [f"setp.ge.or.f32 any, {score[i]}, {bound[i]}, any;" for i in range(1, PACK)]
     lines.append("@!any bra done;")
     for i in range(PACK):
-        lines.append(f"""
-setp.ge.f32 hit, {score[i]}, {bound[i]}; setp.lt.and.s32 hit, {row[i]}, {items[i]}, hit;
-@!hit bra next{i};
-setp.lt.s32 on, found_user, 0;
-@on bra first{i}; {_asked(counts[i], candidates[i], capacity[i])}
-first{i}:
-add.f32 value, {score[i]}, 0f00000000; mov.b32 bits, value; shr.s32 sign, bits, 31; and.b32 sign, sign, 0x7fffffff;
-xor.b32 bits, bits, sign; not.b32 rest, {row[i]}; mov.b64 found_key, {{rest, bits}}; mov.b32 found_user, {user[i]};
-next{i}:""")
-    return "\n".join(["{", _REGISTERS, *lines, "done:", "}"])
+        lines.append(f"setp.ge.f32 hit, {score[i]}, {bound[i]}; setp.lt.and.s32 hit, {row[i]}, {items[i]}, hit;")
+        lines.append(f"@!hit bra next{i}; {_stored(capacity[i])}")
+        lines.append(f"add.f32 value, {score[i]}, 0f00000000; mov.b32 bits, value; shr.s32 sign, bits, 31;")
+        lines.append(f"and.b32 sign, sign, 0x7fffffff; xor.b32 bits, bits, sign; not.b32 rest, {row[i]};")
+        lines.append(f"mov.b64 pending_key, {{rest, bits}}; mov.b64 pending_first, {first[i]};")
+        lines.append(f"atom.global.relaxed.gpu.add.u32 pending_slot, [{count[i]}], 1; next{i}:")
+    registers = ".reg .pred any, hit, fits; .reg .b32 bits, sign, rest; .reg .f32 value; .reg .b64 address;"
+    return "{" + "\n".join([registers, *lines, "done:"]) + "}"
 
 
 def _kinds(*kinds: str) -> tl.constexpr:
@@ -58,6 +48,6 @@ def _kinds(*kinds: str) -> tl.constexpr:
 
 
 BEGIN, BEGIN_OPERANDS = tl.constexpr(_DECLARED), tl.constexpr("=r,r")
-FIND, FIND_OPERANDS = tl.constexpr(_find()), _kinds("=r", "f", "f", "r", "r", "r", "l", "l", "r")
-ASK = tl.constexpr("{" + _REGISTERS + _asked("$2", "$3", "$4") + " mov.b32 $0, 0;}")
-ASK_OPERANDS = tl.constexpr("=r,r,l,l,r")
+APPEND, APPEND_OPERANDS = tl.constexpr(_append()), _kinds("=r", "f", "f", "r", "r", "l", "l", "r")
+END = tl.constexpr("{.reg .pred fits; .reg .b64 address; " + _stored("$1") + " mov.b32 $0, 0;}")
+END_OPERANDS = tl.constexpr("=r,r")

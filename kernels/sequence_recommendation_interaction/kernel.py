@@ -8,17 +8,16 @@ import triton
 import triton.language as tl
 
 from kernels.sequence_recommendation_interaction.append import (
-    ASK,
-    ASK_OPERANDS,
+    APPEND,
+    APPEND_OPERANDS,
     BEGIN,
     BEGIN_OPERANDS,
-    FIND,
-    FIND_OPERANDS,
+    END,
+    END_OPERANDS,
 )
 from kernels.sequence_recommendation_interaction.tiles import PACK as PACKED
 
 PACK = tl.constexpr(PACKED)
-THREAD = tl.constexpr(16)  # elements of which no thread gets two
 EMPTY = tl.constexpr(-(1 << 63))
 ROW_MASK = tl.constexpr(0xFFFFFFFF)
 NO_BOUND = tl.constexpr(-3.4028234663852886e38)  # the lowest finite float32: a score of -inf does not reach it
@@ -130,31 +129,23 @@ def bound_kernel(
 
 
 @triton.jit
-def _begin():
-    """Of every thread; see append.py."""
-    tl.inline_asm_elementwise(BEGIN, BEGIN_OPERANDS, [tl.arange(0, THREAD)], tl.int32, False, 1)  # pyright: ignore[reportArgumentType]: constants of a kernel
+def _thread(code: tl.constexpr, operands: tl.constexpr, value):
+    """Runs the inline code once a thread: a warp has more threads than these elements."""
+    each = tl.zeros([16], tl.int32) + value
+    tl.inline_asm_elementwise(code, operands, [each], tl.int32, False, 1)  # pyright: ignore[reportArgumentType]: constants of a kernel
 
 
 @triton.jit
-def _ask(counts, candidates, CAPACITY: tl.constexpr):
-    """Of every thread: what it found last gets a place, what waited for one goes there."""
-    arguments = [tl.arange(0, THREAD), counts.to(tl.int64), candidates.to(tl.int64), CAPACITY]
-    tl.inline_asm_elementwise(ASK, ASK_OPERANDS, arguments, tl.int32, False, 1)  # pyright: ignore[reportArgumentType]: constants of a kernel
-
-
-@triton.jit
-def _append(score, bound, row, items, user, counts, candidates, CAPACITY: tl.constexpr, FAST: tl.constexpr):
+def _append(score, bound, row, items, counter, place, CAPACITY: tl.constexpr, FAST: tl.constexpr):
     """The key of each score [users, rows] that reaches its user's bound goes to that user's next slot, while there are
-    any; with FAST two tiles later."""
+    any: with FAST later, see append.py."""
     if FAST:
-        arguments = [score, bound, row, items, user, counts.to(tl.int64), candidates.to(tl.int64), CAPACITY]
-        tl.inline_asm_elementwise(FIND, FIND_OPERANDS, arguments, tl.int32, False, PACK)  # pyright: ignore[reportArgumentType]: constants of a kernel
-        _ask(counts, candidates, CAPACITY)
+        arguments = [score, bound, row, items, counter.to(tl.int64), place.to(tl.int64), CAPACITY]
+        tl.inline_asm_elementwise(APPEND, APPEND_OPERANDS, arguments, tl.int32, False, PACK)  # pyright: ignore[reportArgumentType]: constants of a kernel
     else:
         reached = (score >= bound) & (row < items)
-        slot = tl.atomic_add(counts + tl.broadcast_to(user, reached.shape), 1, mask=reached, sem="relaxed")
-        place = candidates + user.to(tl.int64) * CAPACITY + slot
-        tl.store(place, _key(score, row), mask=reached & (slot < CAPACITY))
+        slot = tl.atomic_add(tl.broadcast_to(counter, reached.shape), 1, mask=reached, sem="relaxed")
+        tl.store(place + slot, _key(score, row), mask=reached & (slot < CAPACITY))
 
 
 @triton.jit(do_not_specialize=["users"])
@@ -168,8 +159,9 @@ def filter_kernel(
     own = user < users
     state = _states(states, user, users, state_stride, WIDTH, BLOCK_WIDTH)
     bound = tl.load(bounds + user, mask=own, other=float("inf"))
+    counter, place = (counts + user)[:, None], (candidates + user.to(tl.int64) * CAPACITY)[:, None]
     if FAST:
-        _begin()
+        _thread(BEGIN, BEGIN_OPERANDS, 0)
     for start in range(tl.program_id(1) * BLOCK_ITEMS, items, tl.num_programs(1) * BLOCK_ITEMS):
         row = start + tl.arange(0, BLOCK_ITEMS)
         live = row < items
@@ -177,10 +169,9 @@ def filter_kernel(
         if MASKED:
             live &= tl.load(eligible + row, mask=live, other=0) != 0
             score = tl.where(live[None, :], score, float("nan"))  # a NaN reaches nothing
-        _append(score, bound[:, None], row[None, :], items, user[:, None], counts, candidates, CAPACITY, FAST)
+        _append(score, bound[:, None], row[None, :], items, counter, place, CAPACITY, FAST)
     if FAST:
-        _ask(counts, candidates, CAPACITY)  # one tile's finds have no place yet,
-        _ask(counts, candidates, CAPACITY)  # and then one tile's are not stored
+        _thread(END, END_OPERANDS, CAPACITY)
 
 
 @triton.jit(do_not_specialize=["k"])
