@@ -1,13 +1,14 @@
 """What every launch needs, typed: Triton's own functions are typed for the code inside kernels."""
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Bytes of shared memory that one program may take, by device capability (CUDA programming guide, technical
-# specifications): A100, RTX 30, RTX 40, H100 and H200.
+# What `shared_bytes_of` says of A100, RTX 30, RTX 40, H100 and H200, by capability (CUDA programming guide, technical
+# specifications).
 SHARED_BYTES = {(8, 0): 166_912, (8, 6): 101_376, (8, 9): 101_376, (9, 0): 232_448}
 
 
@@ -22,6 +23,14 @@ def device_of(x: Tensor) -> AbstractContextManager[Any]:
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(x.device)
+
+
+@cache
+def shared_bytes_of(device: torch.device) -> int:
+    """That a program may take; the interpreter on a CPU knows no bound."""
+    if device.type != "cuda":
+        return 1 << 31
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def ceil_div(n: int, step: int) -> int:

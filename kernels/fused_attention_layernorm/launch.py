@@ -13,7 +13,7 @@ from kernels.fused_attention_layernorm.dropout import kept_of, weight_of
 from kernels.fused_attention_layernorm.fp8 import DTYPE as FP8
 from kernels.fused_attention_layernorm.kernel import attention_kernel, last_attention_kernel
 from kernels.fused_attention_layernorm.norm import gate_backward_kernel, gate_kernel
-from kernels.launching import SHARED_BYTES, ceil_div, next_power_of_2
+from kernels.launching import ceil_div, next_power_of_2, shared_bytes_of
 from kernels.launching import launch as run
 
 HOPPER, AMPERE = 9, 8
@@ -72,10 +72,7 @@ def shared_bytes(launch: Launch, d: int, element_bytes: int) -> int:
 
 def fits(launch: Launch, d: int, element_bytes: int, device: torch.device) -> bool:
     """Whether a program's tiles fit the device's shared memory; where they do not, the reference answers."""
-    if device.type != "cuda":
-        return True
-    available = SHARED_BYTES.get(torch.cuda.get_device_capability(device), min(SHARED_BYTES.values()))
-    return shared_bytes(launch, d, element_bytes) <= available
+    return shared_bytes(launch, d, element_bytes) <= shared_bytes_of(device)
 
 
 def padded(size: int) -> int:

@@ -21,7 +21,7 @@ from kernels.fused_attention_layernorm.fp8 import DTYPE as FP8
 from kernels.fused_attention_layernorm.kernel import silu
 from kernels.fused_attention_layernorm.launch import HOPPER, given, padded, precision, tiled
 from kernels.fused_attention_layernorm.norm import normalisation
-from kernels.launching import SHARED_BYTES, ceil_div, launch
+from kernels.launching import SHARED_BYTES, ceil_div, launch, shared_bytes_of
 
 
 def folded(
@@ -179,14 +179,6 @@ def tiles_for(rows: int, large: Tiles, available_bytes: int) -> Tiles:
     if available_bytes < ROOMY_BYTES:
         return NARROW
     return large if rows > SMALL_ROWS else SMALL
-
-
-@cache
-def shared_bytes_of(device: torch.device) -> int:
-    """That a program may take; the interpreter on a CPU knows no bound."""
-    if device.type != "cuda":
-        return max(SHARED_BYTES.values())
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def row_moments(x: Tensor) -> Tensor:

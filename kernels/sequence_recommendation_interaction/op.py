@@ -162,6 +162,4 @@ def _dense(vector: Tensor | None) -> Tensor | None:
 @lru_cache
 def _device(device: torch.device) -> tuple[int, Card]:
     """Multiprocessors, and what the tiles depend on."""
-    properties = torch.cuda.get_device_properties(device)
-    card = Card((properties.major, properties.minor), properties.shared_memory_per_block_optin)
-    return properties.multi_processor_count, card
+    return torch.cuda.get_device_properties(device).multi_processor_count, Card.of(device)

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, replace
 
-from kernels.launching import next_power_of_2
+import torch
+
+from kernels.launching import next_power_of_2, shared_bytes_of
 
 PACK = 8  # scores of a thread that the inline code (append.py) takes at a time
 SPARE_BYTES = 3072  # of shared memory, for what the compiler adds
@@ -44,6 +46,10 @@ class Card:
 
     capability: tuple[int, int]
     shared_bytes: int
+
+    @classmethod
+    def of(cls, device: torch.device) -> "Card":
+        return cls(torch.cuda.get_device_capability(device), shared_bytes_of(device))
 
 
 # (capability, bytes of an element, columns, users at once from ... on). Hopper's are measured, by

@@ -115,14 +115,14 @@ def quantised(states: Tensor, table: Tensor, work: Work) -> Rows:
 
 def tune(users: int) -> None:
     """Prints the whole call's time with every choice of tiles, and the best one as the line of tiles.TILES."""
-    states, table, properties = unit_rows(users), unit_rows(1_000_000), torch.cuda.get_device_properties(0)
-    card = Card((properties.major, properties.minor), properties.shared_memory_per_block_optin)
+    states, table, card = unit_rows(users), unit_rows(1_000_000), Card.of(torch.device("cuda", 0))
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
     plan, catalogue = launch.plan(len(table), users, WIDTH, K, 2, card), launch.Catalogue(table, None, None)
     timed = []
     for tiles in tiles_to_try(users, card):
         tried = replace(plan, tiles=tiles, group=min(plan.group, tiles.items))
         ms = do_bench_cudagraph(
-            lambda tried=tried: launch.top_k(states, catalogue, K, None, tried, properties.multi_processor_count),
+            lambda tried=tried: launch.top_k(states, catalogue, K, None, tried, processors),
             rep=50,
             return_mode="median",
         )
