@@ -166,16 +166,18 @@ class Tiles:
 # Of 76,727 rows, 8 layers, on an H100: in 2.73 ms, with 128 x 128 tiles 3.0 to 3.9; out 0.95 ms, 1.1 to 1.2.
 LARGE_IN, LARGE_OUT = Tiles(128, 256, 64, 8, 3, programs=1), Tiles(128, 256, 64, 8, 3)
 SMALL = Tiles(64, 64, 128, 4, 3)  # 256 rows: 0.039 ms, the large ones 0.083
-# These take up to 209 KiB on 9.0 and 64 on 8.0, in half precision. Other cards have less, and get the following, not
-# measured: at most 68 KiB of 99, in float32 with two results (compiled for 8.6, 9.0 and 12.0).
+# These take up to 209 KiB on 9.0 and 64 on 8.0, in half precision; float32 has the small ones, not measured. Where there
+# is less, the following, not measured either: at most 68 KiB of 99 (compiled for 8.6, 9.0 and 12.0).
 NARROW = Tiles(64, 64, 64, 4, 2)
 ROOMY_BYTES = SHARED_BYTES[8, 0]
 HOPPER_ROWS = 512  # above, cute.py's kernel wins: 600 rows 0.061 ms (with two groups), SMALL 0.074; 256: 0.059, 0.039
 SMALL_ROWS = 2048  # below, large tiles would leave multiprocessors without work
 
 
-def tiles_for(rows: int, large: Tiles, available_bytes: int) -> Tiles:
+def tiles_for(rows: int, large: Tiles, element_bytes: int, available_bytes: int) -> Tiles:
     """available_bytes: of shared memory, for a program."""
+    if element_bytes > 2:
+        return SMALL if SMALL.shared_bytes(element_bytes) <= available_bytes else NARROW
     if available_bytes < ROOMY_BYTES:
         return NARROW
     return large if rows > SMALL_ROWS else SMALL
@@ -234,7 +236,7 @@ def project_in_fp8(x: Tensor, moments: Tensor, weight: Tensor, sums: Tensor, bia
 def fill_in(out: Tensor, out8: Tensor | None, factors: Tensor | None, x: Tensor, moments: Tensor, weight: Tensor,
             sums: Tensor, bias: Tensor, eps: float, tiles: Tiles | None) -> None:  # fmt: skip
     (rows, width), columns, split = x.shape, len(weight), out.shape[1]
-    tiles = tiles or tiles_for(rows, LARGE_IN, shared_bytes_of(x.device))
+    tiles = tiles or tiles_for(rows, LARGE_IN, x.element_size(), shared_bytes_of(x.device))
     tiles = tiles.within(width, columns, 0 if out8 is None else split)
     wide, narrow = out if split else out8, out if out8 is None else out8
     if rows and wide is not None:
@@ -252,7 +254,8 @@ def project_out(y: Tensor, weight: Tensor, bias: Tensor, x: Tensor,
                 tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y [rows, k], weight [n, k], bias [n], x [rows, n] -> x + y W^T + b [rows, n], and its moments."""
     (rows, width), columns = y.shape, len(weight)
-    tiles = (tiles or tiles_for(rows, LARGE_OUT, shared_bytes_of(x.device))).within(width, columns)
+    tiles = tiles or tiles_for(rows, LARGE_OUT, x.element_size(), shared_bytes_of(x.device))
+    tiles = tiles.within(width, columns)
     parts = ceil_div(columns, tiles.columns)
     out, moments = torch.empty_like(x), x.new_empty((rows, parts, 2), dtype=torch.float32)
     if rows:
