@@ -1,7 +1,6 @@
 """What every launch needs, typed: Triton's own functions are typed for the code inside kernels."""
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ def device_of(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device)
 
 
-@cache
 def shared_bytes_of(device: torch.device) -> int:
     """That a program may take; the interpreter on a CPU knows no bound."""
     if device.type != "cuda":

@@ -19,7 +19,7 @@ SPARE = 64  # candidates beyond k that are scored anew
 FEWEST = 128  # candidates: kernels are compiled for powers of two, and most slates need no more
 # Fewer scores than this are faster all in memory: the operator's launches take longer than the product
 # (`tests.benchmarks.retrieval`).
-FUSED_SCORES = 1 << 24
+FUSED_SCORES = 16_000_000
 
 
 def retrieval_of(table: Tensor, fused: bool) -> "Retrieval | FusedRetrieval":

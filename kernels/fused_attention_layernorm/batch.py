@@ -45,8 +45,9 @@ class Plan:
     ) -> "Plan":
         """The plan of users whose rows follow each other.
 
-        seconds: int32 [total], times of the events, ascending within a user; offsets: int32 or int64 [users + 1];
-        thresholds: int32 [times - 1], ascending, at most 255; max_length: no user is longer; dtype: of q, k, v.
+        seconds: int32 [total], times of the events, ascending within a user, less than 2^31 s apart; offsets: int32 or
+        int64 [users + 1]; thresholds: int32 [times - 1], ascending, at most 255; max_length: no user is longer; dtype:
+        of q, k, v.
         targets: int32 [users], that many last rows are candidates that no other row sees; contextual: that many first
         rows describe the user and see all rows but the targets.
         launch: instead of the table's choice. kernels: instead of 'on a GPU'; on a CPU they need Triton's interpreter.
@@ -55,12 +56,14 @@ class Plan:
 
         Raises ValueError that names the argument, its shape, and what was expected.
         """
+        checks.check_plan(dtype, max_length, contextual)
         checks.check_batch(seconds, offsets, thresholds, targets)
         if not trusted:
             checks.check_values(seconds, offsets, thresholds, targets, max_length)
         launch = launch or launch_for(seconds.device, dtype, max_length)
         kernels = seconds.is_cuda if kernels is None else kernels
-        offsets, tile = offsets.int(), (launch.rows, launch.columns)
+        seconds, offsets, thresholds = seconds.contiguous(), offsets.int().contiguous(), thresholds.contiguous()
+        targets, tile = None if targets is None else targets.contiguous(), (launch.rows, launch.columns)
         items, buckets = plan_batch(seconds, offsets, thresholds, max_length, *tile, contextual, kernels)
         return cls(offsets, seconds, thresholds, targets, items, buckets, contextual, max_length, launch, kernels)
 

@@ -1,5 +1,7 @@
 """What this operator refuses, with the argument, its shape, and what was expected. All raise ValueError."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ MAX_ROWS = 2**31 - 2**16  # a row's number, and that of one a few tiles further,
 def check_rows(q: Tensor, k: Tensor, v: Tensor, u: Tensor, total: int, queries: int, device: torch.device) -> None:
     require(q.dtype in (*FLOATS, FP8) and q.dim() == 3 and q.shape[0] == queries and q.device == device,
             "q", q, f"float32, bfloat16, float16 or float8_e4m3fn [{queries}, heads, d_qk] on {device}")  # fmt: skip
+    require(q.shape[1] > 0, "q", q, "a head at least")
     heads, d_qk, d_v = q.shape[1], q.shape[2], v.shape[-1]
     gates = HALVES if q.dtype == FP8 else (q.dtype,)
     for name, part, dtypes, wanted in (
@@ -34,6 +37,26 @@ def check_tables(heads: int, d_v: int, max_events: int, times: int, position_bia
     for name, table, wanted in tables + norms:
         require(table.dtype == torch.float32 and table.shape == wanted and table.device == device,
                 name, table, f"torch.float32 {list(wanted)} on {device}")  # fmt: skip
+
+
+def check_numbers(eps: float, alpha: float) -> None:
+    if not (0.0 < eps < math.inf and math.isfinite(alpha)):
+        raise ValueError(f"eps is {eps} and alpha {alpha}, wanted a finite eps above 0 and a finite alpha")
+
+
+def check_plan(dtype: torch.dtype, max_length: int, contextual: int) -> None:
+    if dtype not in (*FLOATS, FP8):
+        raise ValueError(f"dtype is {dtype}, wanted float32, bfloat16, float16 or float8_e4m3fn")
+    if max_length < 0 or contextual < 0:
+        raise ValueError(f"max_length is {max_length} and contextual {contextual}, wanted numbers of rows")
+
+
+def check_encoder(x: Tensor, width: int, dtype: torch.dtype, total: int, device: torch.device, kernels: bool) -> None:
+    """width, dtype: of the encoder's weights; the others: of the plan."""
+    require(x.dtype == dtype and x.shape == (total, width) and x.device == device,
+            "x", x, f"{dtype} [{total}, {width}] on {device}")  # fmt: skip
+    if not kernels:
+        raise ValueError("the plan is for the reference, wanted one with kernels=True")
 
 
 def check_length(max_length: int, max_events: int) -> None:
@@ -79,7 +102,11 @@ def seed_of(dropout: float, seed: Tensor | int | None, device: torch.device) -> 
     if seed is None:
         raise ValueError(f"seed is None with dropout {dropout}, wanted an int64 tensor [] on {device} or an int")
     if isinstance(seed, int):
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed is {seed}, wanted 64 bits")
         return torch.full((), seed, dtype=torch.int64, device=device)
+    if not isinstance(seed, Tensor):
+        raise ValueError(f"seed is {seed!r}, wanted an int64 tensor [] on {device} or an int")
     require(seed.dtype == torch.int64 and seed.dim() == 0 and seed.device == device,
             "seed", seed, f"torch.int64 [] on {device}")  # fmt: skip
     return seed

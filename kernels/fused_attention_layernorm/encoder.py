@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.fused_attention_layernorm.batch import Plan
-from kernels.fused_attention_layernorm.checks import check_length
+from kernels.fused_attention_layernorm.checks import check_encoder, check_length
 from kernels.fused_attention_layernorm.fp8 import DTYPE as FP8
 from kernels.fused_attention_layernorm.fp8 import Narrow, Scales
 from kernels.fused_attention_layernorm.gated import project_gated
@@ -64,8 +64,11 @@ class Encoder:
     def __call__(self, x: Tensor, plan: Plan, last: bool = False) -> Tensor:
         """x: [total, width] -> states [total, width]; with `last` those of each user's newest row, [users, width].
 
-        Raises ValueError where the plan's users may be longer than `max_events`."""
+        Raises ValueError that names the argument, its shape, and what was expected."""
         check_length(plan.max_length, self.max_events)
+        weight, total, device = self.layers[0].in_weight, len(plan.seconds), plan.seconds.device
+        check_encoder(x, weight.shape[1], weight.dtype, total, device, plan.kernels)
+        x = x if x.is_contiguous() and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
         moments = row_moments(x)
         whole = self.layers[:-1] if last else self.layers
         for layer in whole:

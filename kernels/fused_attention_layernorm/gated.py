@@ -16,8 +16,8 @@ from kernels.fused_attention_layernorm.norm import normalisation
 from kernels.fused_attention_layernorm.projection import Tiles, project_out, store_sum
 from kernels.launching import ceil_div, launch
 
-# By `python -m tests.benchmarks.kernels_gated --tune`, on an H100: of 74,108 rows and 8 layers 1.26 ms, in two launches
-# 1.53; of 5,601 rows 0.140 and 0.147; of 2,300 in two launches 0.120, in one 0.125 at best.
+# By `python -m tests.benchmarks.kernels_gated`, on an H100: of 74,108 rows and 8 layers 1.28 ms, in two launches 1.53;
+# of 5,601 rows 0.138 and 0.146; of 2,300 in one launch 0.125, in two 0.120.
 MANY, MOST = 4096, 12_288  # from more rows on, one launch; deeper stages
 LARGE, MIDDLE = Tiles(64, 512, 32, 8, 4), Tiles(64, 512, 64, 8, 2)
 
@@ -64,8 +64,8 @@ def project_gated(
     attended: Tensor, attended_moments: Tensor, u: Tensor, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor,
     x: Tensor, eps: float, tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """attended [rows, k] and its moments [rows, heads, 2] as `attend` leaves them, u [rows, k] of any row stride, gain
-    and shift [k] of the norm, weight [n, k], bias [n], x [rows, n] -> the new x [rows, n], and its moments.
+    """attended [rows, k] and its moments [rows, heads, 2] as `attend` leaves them, u [rows, k], rows at multiples of 16
+    bytes, gain and shift [k] of the norm, weight [n, k], bias [n], x [rows, n] -> the new x [rows, n], and its moments.
 
     tiles: of the one launch; without them it is taken where it is known to be faster.
     """

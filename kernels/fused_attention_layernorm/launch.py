@@ -18,8 +18,6 @@ from kernels.launching import launch as run
 
 HOPPER, AMPERE = 9, 8
 SHORT = 256  # up to this many events a user the small tiles win: more programs for the multiprocessors
-
-
 LAST_COLUMNS = 128  # rows of K and V that a program of the newest row reads at a time
 
 

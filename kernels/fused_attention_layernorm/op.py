@@ -67,11 +67,14 @@ def fused_attention_layernorm(
     checks.check_rows(q, k, v, u, total, len(plan.offsets) - 1 if last else total, device)
     checks.check_tables(q.shape[1], v.shape[2], max_events, len(plan.thresholds) + 1, *weights, device)
     checks.check_length(plan.max_length, max_events)
+    checks.check_numbers(eps, alpha)
     checks.check_fp8(q, scales, k, v, u, *weights)
     scales = scales or Scales()
     seed = checks.seed_of(dropout, seed, device)
+    weights = (position_bias.contiguous(), time_bias.contiguous(), norm_weight.contiguous(), norm_bias.contiguous())
     if debug:
-        checks.check_finite(q=q, k=k, v=v, u=u, position_bias=position_bias, time_bias=time_bias)
+        tables = {"position_bias": position_bias, "time_bias": time_bias}
+        checks.check_finite(q=q, k=k, v=v, u=u, **tables, norm_weight=norm_weight, norm_bias=norm_bias)
     kernels = plan.kernels and known(q) and known(v)
     kernels = kernels and fits(plan.launch, max(q.shape[2], v.shape[2]), q.element_size(), device)
     batch = (plan.seconds, plan.offsets, plan.thresholds)
@@ -100,10 +103,9 @@ def attention(
         batch = (seconds, offsets, thresholds, targets, seed)
         numbers = (eps, max_events, alpha, scale, dropout, contextual)
         return packed_reference(q, k, v, u, *weights, *batch, *numbers), u.new_empty(0), u.new_empty(0)
-    tables = (position_bias.contiguous(), time_bias.contiguous())
     attended, moments = attend(
-        ready(q), ready(k), ready(v), offsets, targets, items, buckets, *tables, alpha, scale / max_events, contextual,
-        Launch(*launch), seed, dropout,
+        ready(q), ready(k), ready(v), offsets, targets, items, buckets, position_bias, time_bias, alpha,
+        scale / max_events, contextual, Launch(*launch), seed, dropout,
     )  # fmt: skip
     return normalise_and_gate(attended, moments, ready(u).flatten(1), norm_weight, norm_bias, eps), attended, moments
 
@@ -129,8 +131,8 @@ def attention_gradients(
         weight_of(dropout) / max_events,
     )  # fmt: skip
     grad_q, grad_k, grad_v, grad_position, grad_time = attention_backward(
-        below, ready(q), ready(k), ready(v), offsets, targets, items, buckets, position_bias.contiguous(),
-        time_bias.contiguous(), seed, alpha, dropout, contextual, max_length, rows, columns,
+        below, ready(q), ready(k), ready(v), offsets, targets, items, buckets, position_bias, time_bias, seed, alpha,
+        dropout, contextual, max_length, rows, columns,
     )  # fmt: skip
     return [grad_q, grad_k, grad_v, grad_u.view(u.shape), grad_position, grad_time, grad_weight, grad_bias]
 
@@ -163,9 +165,8 @@ def attention_last(
 ) -> Tensor:  # fmt: skip
     """-> Y [users, width] of each user's newest row; of a user without rows, as if all were hidden."""
     if kernels:
-        tables = (position_bias.contiguous(), time_bias.contiguous())
         rows = (ready(q), ready(k), ready(v), seconds, offsets, thresholds)
-        attended, moments = attend_last(*rows, *tables, alpha, scale / max_events)
+        attended, moments = attend_last(*rows, position_bias, time_bias, alpha, scale / max_events)
         return normalise_and_gate(attended, moments, ready(u).flatten(1), norm_weight, norm_bias, eps)
     newest, some = offsets[1:].long() - 1, offsets.diff() > 0
     spread = [torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=u.dtype)]

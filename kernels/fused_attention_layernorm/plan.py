@@ -134,15 +134,6 @@ def fill_buckets(buckets: Tensor, items: Tensor, offsets: Tensor, seconds: Tenso
     """Writes the time buckets of all tiles; seconds: int32 [total], thresholds: int32 [count]."""
     if len(items) and len(seconds):
         launch(
-            bucket_kernel,
-            (len(items), ceil_div(max_length, columns)),
-            buckets,
-            items,
-            offsets,
-            seconds,
-            thresholds,
-            len(thresholds),
-            rows,
-            columns,
-            num_warps=rows // 16,
-        )
+            bucket_kernel, (len(items), ceil_div(max_length, columns)), buckets, items, offsets, seconds, thresholds,
+            len(thresholds), rows, columns, num_warps=rows // 16,
+        )  # fmt: skip

@@ -166,8 +166,8 @@ class Tiles:
 # Of 76,727 rows, 8 layers, on an H100: in 2.73 ms, with 128 x 128 tiles 3.0 to 3.9; out 0.95 ms, 1.1 to 1.2.
 LARGE_IN, LARGE_OUT = Tiles(128, 256, 64, 8, 3, programs=1), Tiles(128, 256, 64, 8, 3)
 SMALL = Tiles(64, 64, 128, 4, 3)  # 256 rows: 0.039 ms, the large ones 0.083
-# These take up to 209 KiB on 9.0 and 64 on 8.0, in half precision; float32 has the small ones, not measured. Where there
-# is less, the following, not measured either: at most 68 KiB of 99 (compiled for 8.6, 9.0 and 12.0).
+# These take up to 209 KiB on 9.0 and 64 on 8.0, in half precision; float32 has the small ones, not measured. Where
+# there is less, the following, not measured either: at most 68 KiB of 99 (compiled for 8.6, 9.0 and 12.0).
 NARROW = Tiles(64, 64, 64, 4, 2)
 ROOMY_BYTES = SHARED_BYTES[8, 0]
 HOPPER_ROWS = 512  # above, cute.py's kernel wins: 600 rows 0.061 ms (with two groups), SMALL 0.074; 256: 0.059, 0.039

@@ -72,7 +72,8 @@ def _beside(features, strength, codes, inside, STRIDE: tl.constexpr, FEATURES: t
         left, right = _halves(row, WORDS)  # pyright: ignore[reportGeneralTypeIssues]: Triton's call
         low, high = (low + left, high + right) if number else (left, right)
         power += tl.load(strength + code)
-    return low, high, tl.exp(tl.minimum(tl.maximum(power, -CAP), CAP))
+    power = tl.minimum(tl.maximum(power, -CAP, tl.PropagateNan.ALL), CAP, tl.PropagateNan.ALL)
+    return low, high, tl.exp(power)
 
 
 @triton.jit

@@ -41,21 +41,22 @@ def hierarchical_sequence_fusion(
 
     Returns fused [rows, width] of the table's dtype, seconds int32 [rows], offsets int64 [users + 1]. rows =
     min(events, users * (recent + sessions)), whatever the values are; rows from offsets[-1] on are zero.
-    `check_values` waits for the device to look at the values of offsets, tokens and codes; leave it out in graph
-    capture and where the caller has checked them. Raises ValueError that names the argument. No sum is atomic: equal
-    inputs give equal bits.
+    `check_values` waits for the device to look at the values of all but the table, whose NaN stay in the rows of their
+    items; leave it out in graph capture and where the caller has checked them. Raises ValueError that names the
+    argument. No sum is atomic: equal inputs give equal bits.
     """
     device = table.device
-    require(table.dtype in FLOATS and table.dim() == 2 and table.shape[0] > 0 and table.stride(1) == 1,
+    require(table.dtype in FLOATS and table.dim() == 2 and table.stride(1) == 1,
             "table", table, "float32, bfloat16 or float16 [items, width], rows of adjacent elements")  # fmt: skip
+    require(table.shape[0] > 0, "table", table, "an item at least")
+    require(tokens.dtype in INTEGERS and tokens.dim() == 1 and tokens.device == device,
+            "tokens", tokens, f"int32 or int64 [events] on {device}")  # fmt: skip
     width, events = table.shape[1], tokens.shape[0]
     require(features.dtype == table.dtype and features.dim() == 2 and features.shape[1] == width and
             features.device == device,
             "features", features, f"{table.dtype} [feature rows, {width}] on {device}")  # fmt: skip
     require(strength.dtype == torch.float32 and strength.shape == (features.shape[0],) and strength.device == device,
             "strength", strength, f"torch.float32 [{features.shape[0]}] on {device}")  # fmt: skip
-    require(tokens.dtype in INTEGERS and tokens.dim() == 1 and tokens.device == device,
-            "tokens", tokens, f"int32 or int64 [events] on {device}")  # fmt: skip
     require(codes.dtype in INTEGERS and codes.dim() == 2 and codes.shape[0] == events and codes.device == device and
             codes.shape[1] <= MAX_FEATURES,
             "codes", codes, f"int32 or int64 [{events}, up to {MAX_FEATURES}] on {device}")  # fmt: skip
@@ -70,14 +71,18 @@ def hierarchical_sequence_fusion(
         raise ValueError(f"{offsets.shape[0] - 1} users of up to {recent + sessions} tokens each: wanted at most "
                          f"{MAX_PLACES} tokens in a call; give it fewer users")  # fmt: skip
     if check_values and not torch.compiler.is_compiling():
-        _check_values(table.shape[0], features.shape[0], tokens, codes, offsets)
+        _check_values(table.shape[0], features, strength, tokens, codes, offsets)
     return _fuse(table, features, strength, tokens, codes, seconds, offsets, recent, sessions, gap_s)
 
 
-def _check_values(items: int, feature_rows: int, tokens: Tensor, codes: Tensor, offsets: Tensor) -> None:
+def _check_values(
+    items: int, features: Tensor, strength: Tensor, tokens: Tensor, codes: Tensor, offsets: Tensor
+) -> None:
     too_many = {f"must end with at most {MAX_EVENTS} events": offsets[-1] > MAX_EVENTS}
     require_values("offsets", offsets, offset_faults(offsets, tokens.shape[0]) | too_many)
-    for name, index, end in (("tokens", tokens, items), ("codes", codes, feature_rows)):
+    for name, part in (("features", features), ("strength", strength)):
+        require_values(name, part, {"must be finite": ~part.isfinite().all()})
+    for name, index, end in (("tokens", tokens, items), ("codes", codes, len(features))):
         require_values(name, index, {f"must be from 0 to {end - 1}": ((index < 0) | (index >= end)).any()})
 
 

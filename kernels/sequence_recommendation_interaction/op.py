@@ -67,6 +67,7 @@ def candidate_interaction(
     require(rows.dtype in INTEGERS and rows.dim() == 2 and rows.shape[0] == users and rows.device == states.device,
             "rows", rows, f"int32 or int64 [{users}, candidates] on {states.device}")  # fmt: skip
     if check_values and not torch.compiler.is_compiling():
+        _check_values(states, None, None, table.shape[0])
         outside = (rows < -1) | (rows >= table.shape[0])
         require_values("rows", rows, {f"must be from -1 to {table.shape[0] - 1}": outside.any()})
     return _candidates(states, table, rows, scales)
@@ -77,10 +78,12 @@ def _check(states: Tensor, table: Tensor, scales: Tensor | None) -> None:
             0 < states.shape[1] * states.element_size() <= MAX_ROW_BYTES,
             "states", states, f"float32, bfloat16 or float16 [users, 1 to {MAX_ROW_BYTES} bytes]")  # fmt: skip
     dtype, width = states.dtype if scales is None else torch.int8, states.shape[1]
-    require(table.dtype == dtype and table.dim() == 2 and table.shape[1] == width and table.shape[0] <= MAX_ITEMS and
+    require(table.dtype == dtype and table.dim() == 2 and table.shape[1] == width and
             table.device == states.device,
             "table", table, f"{dtype} [items, {width}] on {states.device} (int8 with scales)")  # fmt: skip
-    require(table.shape[0] < 2 or table.stride(1) == 1, "table", table, "elements of a row next to each other")
+    require(table.shape[0] <= MAX_ITEMS, "table", table, f"at most {MAX_ITEMS} items")
+    dense = table.numel() == 0 or width == 1 or table.stride(1) == 1
+    require(dense, "table", table, "elements of a row next to each other")
     if scales is not None:
         require(scales.dtype == torch.float32 and scales.shape == (table.shape[0],) and scales.device == states.device,
                 "scales", scales, f"torch.float32 [{table.shape[0]}] on {states.device}")  # fmt: skip
@@ -142,6 +145,8 @@ def _(
 
 @torch.library.custom_op("millrace::candidate_interaction", mutates_args=())
 def _candidates(states: Tensor, table: Tensor, rows: Tensor, scales: Tensor | None) -> Tensor:
+    if table.shape[0] == 0:
+        return states.new_full(rows.shape, -torch.inf, dtype=torch.float32)
     if not states.is_cuda or rows.numel() == 0:
         return reference.candidate_interaction(states, table, rows, scales)
     from kernels.sequence_recommendation_interaction import launch

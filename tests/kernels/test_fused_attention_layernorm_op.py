@@ -1,6 +1,5 @@
 """The kernels against the specification: on a CPU in Triton's interpreter, which knows no bfloat16."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -125,17 +124,6 @@ def test_a_neighbours_nan_stays_with_the_neighbour() -> None:
     assert result[40:].isnan().any()
 
 
-def test_rows_of_a_wider_table_and_misaligned_ones_are_read_as_they_lie() -> None:
-    case = case_of([9, 70])
-    wide = torch.cat([part.flatten(1) for part in case.rows], 1)
-    sizes = [part.shape[1] * part.shape[2] for part in case.rows]
-    sliced = tuple(part.unflatten(1, (2, -1)) for part in wide.split(sizes, 1))
-    flat = [torch.empty(part.numel() + 1, device=DEVICE)[1:].view(part.shape).copy_(part) for part in case.rows]
-    wanted = case.kernel(case.plan())
-    for rows in (sliced, tuple(flat)):
-        torch.testing.assert_close(replace(case, rows=rows).kernel(case.plan()), wanted, rtol=0, atol=0)
-
-
 def test_gradients_equal_those_of_the_specification() -> None:
     case = case_of([1, 70, 3, 90])
     targets = torch.tensor([0, 10, 1, 20], dtype=torch.int32, device=DEVICE)
@@ -163,56 +151,6 @@ def test_without_kernels_the_reference_answers_and_differentiates() -> None:
 
 def on_device(*numbers: int) -> Tensor:
     return torch.tensor(numbers, device=DEVICE)
-
-
-def rows_with(case: Case, place: int, change: Callable[[Tensor], Tensor]) -> dict[str, object]:
-    return {"rows": tuple(change(part) if at == place else part for at, part in enumerate(case.rows))}
-
-
-def weights_with(case: Case, place: int, change: Callable[[Tensor], Tensor]) -> dict[str, object]:
-    return {"weights": tuple(change(part) if at == place else part for at, part in enumerate(case.weights))}
-
-
-@pytest.mark.parametrize(
-    ("message", "change"),
-    [
-        ("q is torch.float64", lambda case: rows_with(case, 0, Tensor.double)),
-        ("k is torch.float16", lambda case: rows_with(case, 1, Tensor.half)),
-        (r"v is torch.float32 \[3, 2, 32\]", lambda case: rows_with(case, 2, lambda v: v[1:])),
-        ("u is .* on meta", lambda case: rows_with(case, 3, lambda u: u.to("meta"))),
-        ("position_bias is", lambda case: weights_with(case, 0, lambda table: table[:, 1:])),
-        (r"time_bias is torch.float32 \[2, 9\]", lambda case: weights_with(case, 1, lambda table: table[:, 1:])),
-        ("norm_bias is torch.float16", lambda case: weights_with(case, 3, Tensor.half)),
-        ("seconds is torch.int64", lambda case: {"seconds": case.seconds.long()}),
-        (r"offsets \[3\] must not decrease", lambda case: {"offsets": on_device(0, 5, 4)}),
-        (r"offsets \[3\] must begin with 0 and end with 4", lambda case: {"offsets": on_device(0, 1, 3)}),
-    ],
-)
-def test_a_wrong_argument_is_named_with_its_shape(message: str, change: Callable[[Case], dict[str, object]]) -> None:
-    case = case_of([1, 3])
-    wrong = replace(case, **change(case))  # type: ignore[arg-type]  # of mixed fields
-    with pytest.raises(ValueError, match=message):
-        wrong.kernel(wrong.plan())
-
-
-def test_a_user_longer_than_the_table_and_nan_are_refused() -> None:
-    case = case_of([EVENTS + 1])
-    with pytest.raises(ValueError, match=r"offsets \[2\] must leave no user more than the 150 rows"):
-        case.plan()
-    case = case_of([2])
-    case.rows[2][1, 0, 3] = float("nan")
-    with pytest.raises(ValueError, match=r"v \[2, 2, 32\] holds NaN"):
-        case.kernel(case.plan(), debug=True)
-
-
-@pytest.mark.parametrize("kernels", [True, False])
-def test_a_plan_of_longer_users_than_the_table_has_columns_is_refused(kernels: bool) -> None:
-    case = case_of([EVENTS + 10, 3])
-    plan = Plan.of(case.seconds, case.offsets, THRESHOLDS, EVENTS + 50, torch.float32, kernels=kernels)
-    q, k, v, u = case.rows
-    for rows, last in ((case.rows, False), ((q[:2], k, v, u[:2]), True)):
-        with pytest.raises(ValueError, match="max_length is 200, wanted at most max_events, 150"):
-            replace(case, rows=rows).kernel(plan, last=last)
 
 
 class Attention(torch.nn.Module):
