@@ -111,6 +111,36 @@ def test_a_session_of_equal_weights_is_its_events_mean():
     assert offsets.tolist() == [0, 3]
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_strengths_beyond_the_cap_are_equal(sign):
+    """72 and 30 count as 20, -72 and -30 as -20: such a session is its events' mean, and no weight is lost."""
+    embeddings, packed = embeddings_of(8, torch.float32), events_of([6], seed=2)
+    embeddings.strength[:3] = torch.tensor([0.0, 72.0, 30.0]) * sign
+    packed.codes.zero_()
+    packed.codes[:, 0] = torch.tensor([1, 2, 2, 1, 1, 2])
+    packed.seconds.copy_(torch.arange(6))
+    fused = launch.fuse(embeddings, packed, 2, 1, GAP_S)
+    assert_close(fused, specified(embeddings, packed, 2, 1))
+    items, beside = embeddings.table[packed.tokens.long()], embeddings.features[packed.codes.long()].sum(1)
+    torch.testing.assert_close(fused[0][0], (items + beside)[:4].mean(0))
+    torch.testing.assert_close(fused[0][1:3], items[4:] * torch.tensor(20.0 * sign).exp() + beside[4:])
+
+
+@pytest.mark.parametrize("sessions", [3, 40])
+def test_a_user_of_several_looks_keeps_the_newest_of_all_its_sessions(sessions):
+    packed, recent = events_of([2600, 1, 0, 2, 1], seed=10), 4
+    packed.seconds[:2600] = torch.arange(2600) // 100 * GAP_S
+    starts = torch.zeros(5, sessions + 1, dtype=torch.int32, device=DEVICE)
+    counts = torch.zeros(5, dtype=torch.int32, device=DEVICE)
+    launch.launch(
+        launch.kernel.span_kernel, (5,), packed.seconds, packed.offsets, starts, counts, GAP_S,
+        RECENT=recent, SESSIONS=sessions, BLOCK=1024,
+    )  # fmt: skip
+    begins = [*range(0, 2600, 100)][-sessions:]
+    assert counts.tolist() == [len(begins) + recent, 1, 0, 2, 1]
+    assert starts[0, : len(begins) + 1].tolist() == [*begins, 2600 - recent]
+
+
 def test_a_later_session_changes_no_vector_before_it():
     embeddings, packed = embeddings_of(8, torch.float32), events_of([30], seed=3)
     packed.seconds[20:] += GAP_S

@@ -9,7 +9,8 @@ from kernels.fused_attention_layernorm import projection
 from kernels.fused_attention_layernorm.launch import AMPERE, HOPPER, LAUNCHES, SAFE, shared_bytes
 from kernels.fused_attention_layernorm.projection import LARGE_IN, LARGE_OUT, SMALL, SMALL_ROWS
 from kernels.launching import SHARED_BYTES
-from kernels.sequence_recommendation_interaction.tiles import TILES, Card, fitting_tiles, tiles_for
+from kernels.sequence_recommendation_interaction.launch import plan
+from kernels.sequence_recommendation_interaction.tiles import TILES, Card, Tiles, fitting_tiles, tiles_for
 
 SMALLEST = min(SHARED_BYTES.values())
 
@@ -58,6 +59,28 @@ def test_top_ks_tiles_fit_their_card_as_often_as_they_say(key, tiles):
     assert tiles.whole_packs
     card = Card(capability, available)
     assert tiles_for(256 if many else 1, columns, element_bytes, card) == tiles
+
+
+@pytest.mark.parametrize(
+    ("tiles", "whole"),
+    [
+        (Tiles(64, 256, 16, 3), True), (Tiles(64, 16, 4, 1), True), (Tiles(32, 16, 4, 1), False),
+        (Tiles(96, 16, 4, 1), False), (Tiles(96, 32, 4, 1), True),
+    ],
+)  # fmt: skip
+def test_packs_are_whole_where_each_thread_has_a_multiple_of_8_scores(tiles, whole):
+    assert tiles.whole_packs is whole
+
+
+def test_the_sample_gives_a_stage_for_its_maxima_and_then_items():
+    hopper = Card((9, 0), SHARED_BYTES[9, 0])
+    sampled = plan(items=9_000, users=256, width=256, k=1, element_bytes=2, card=hopper)
+    assert (sampled.tiles, sampled.group) == (Tiles(64, 256, 16, 3), 8)
+    # (256 users + 192 items) * 512 bytes + 8 maxima of 4 bytes a user are 237,568, with two stages 204,800.
+    assert sampled.sample == Tiles(64, 256, 16, 2)
+    assert sampled.tiles.of_sample(8, 512, 237_568) == sampled.tiles
+    assert sampled.tiles.of_sample(8, 512, 237_567) == sampled.sample
+    assert sampled.tiles.of_sample(8, 512, 160_000) == Tiles(32, 256, 16, 1)
 
 
 def test_top_k_has_tiles_for_every_card_that_is_known():

@@ -163,16 +163,21 @@ def test_candidates_have_the_scores_of_the_catalogue():
 @pytest.mark.parametrize("items", [1, 8192, 8193, 20_000, 100_000, 1_000_000, 10_000_000])
 @pytest.mark.parametrize("k", [1, 10, 100, 512])
 @pytest.mark.parametrize(("width", "users"), [(16, 1), (256, 256), (512, 512)])
-@pytest.mark.parametrize("shared_bytes", [101_376, 232_448])
-def test_every_plan_fits_the_machine_and_its_own_buffers(items, k, width, users, shared_bytes):
-    plan = launch.plan(items, users, width, k, 4, Card((7, 5), shared_bytes))
-    tiles = plan.tiles
-    assert tiles.shared_bytes(4 * width) <= shared_bytes
+@pytest.mark.parametrize(
+    ("card", "element_bytes"),
+    [(Card((7, 5), 101_376), 4), (Card((7, 5), 232_448), 4), (Card((8, 0), 166_912), 2), (Card((9, 0), 232_448), 2)],
+    ids=str,
+)
+def test_every_plan_fits_the_machine_and_its_own_buffers(items, k, width, users, card, element_bytes):
+    plan = launch.plan(items, users, width, k, element_bytes, card)
+    tiles, row_bytes = plan.tiles, width * element_bytes
+    assert (tiles.users + tiles.stages * tiles.items) * row_bytes < card.shared_bytes
     if plan.stride:
-        groups = items // plan.stride // plan.group
-        assert plan.sample is not None
-        assert plan.sample.items % plan.group == 0
-        assert plan.sample.shared_bytes(4 * width, plan.group) <= shared_bytes
+        groups, sample = items // plan.stride // plan.group, plan.sample
+        assert sample is not None
+        assert sample.items % plan.group == 0
+        maxima = 4 * sample.users * sample.items // plan.group
+        assert (sample.users + sample.stages * sample.items) * row_bytes + maxima <= card.shared_bytes
         assert k * plan.stride <= plan.capacity // 2
         assert 2 * k <= groups
         assert items > 1_000_000 or groups * launch.USERS_AT_ONCE * 4 <= 32 << 20
