@@ -58,18 +58,17 @@ def test_a_user_without_a_bound_is_rescued_when_places_run_out():
 
 
 @pytest.mark.parametrize("plan", [WHOLE, SAMPLED, OVERFLOWING])
-@pytest.mark.parametrize("lowest", [0, 70])
+@pytest.mark.parametrize("lowest", [0, 50])
 def test_minus_zero_is_zero_and_minus_infinity_no_score(plan, lowest):
-    """Zeros of either sign go by row; k is more than the finite scores where `lowest` is 70."""
-    table = (torch.arange(90, device=DEVICE) < lowest).to(torch.int8)[:, None]
-    scales = torch.where(torch.arange(90, device=DEVICE) % 3 == 0, -2.0, 2.0)
+    """Zeros of either sign go by row. Rows before `lowest` score -inf: with 50, six zeros stay unseen, of k = 12."""
+    row, k = torch.arange(90, device=DEVICE), 12
+    table, scales = (row < lowest).to(torch.int8)[:, None], torch.where(row % 3 == 0, -2.0, 2.0)
     scales[:lowest] = -torch.inf
-    catalogue = Catalogue(table, scales, torch.arange(90, device=DEVICE) < 80)
-    k = 12
-    scores, rows = kernels(ones(2), catalogue, k, None, plan)
-    assert_same((scores, rows), specified(ones(2), catalogue, k, None))
-    finite = min(k, 80 - lowest)
-    assert rows[0].tolist() == [*range(lowest, lowest + finite), *[-1] * (k - finite)]
+    catalogue, seen = Catalogue(table, scales, row < 80), Seen(row[50:74], on_device(0, 24))
+    scores, rows = kernels(ones(1), catalogue, k, seen, plan)
+    assert_same((scores, rows), specified(ones(1), catalogue, k, seen))
+    zeros = [*range(lowest, 50), *range(74, 80)]
+    assert rows[0].tolist() == (zeros + [-1] * k)[:k]
 
 
 def test_users_of_a_later_batch_keep_their_own_seen_rows(monkeypatch):
