@@ -9,7 +9,8 @@ from kernels.fused_attention_layernorm import projection
 from kernels.fused_attention_layernorm.launch import AMPERE, HOPPER, LAUNCHES, SAFE, shared_bytes
 from kernels.fused_attention_layernorm.projection import LARGE_IN, LARGE_OUT, SMALL, SMALL_ROWS
 from kernels.launching import SHARED_BYTES
-from kernels.sequence_recommendation_interaction.launch import plan
+from kernels.sequence_recommendation_interaction.launch import USERS_AT_ONCE, plan
+from kernels.sequence_recommendation_interaction.launch import plan as plan_of
 from kernels.sequence_recommendation_interaction.tiles import TILES, Card, Tiles, fitting_tiles, tiles_for
 
 SMALLEST = min(SHARED_BYTES.values())
@@ -94,3 +95,26 @@ def test_an_unknown_card_gets_tiles_that_fit_and_less_shared_memory_than_the_tab
         tiles = tiles_for(users, row_bytes // 2, 2, Card(capability, SMALLEST))
         assert tiles == fitting_tiles(users, row_bytes, SMALLEST)
         assert tiles.shared_bytes(row_bytes) <= SMALLEST
+
+
+@pytest.mark.parametrize("items", [1, 8192, 8193, 20_000, 100_000, 1_000_000, 10_000_000])
+@pytest.mark.parametrize("k", [1, 10, 100, 512])
+@pytest.mark.parametrize(("width", "users"), [(16, 1), (256, 256), (512, 512)])
+@pytest.mark.parametrize(
+    ("card", "element_bytes"),
+    [(Card((7, 5), 101_376), 4), (Card((7, 5), 232_448), 4), (Card((8, 0), 166_912), 2), (Card((9, 0), 232_448), 2)],
+    ids=str,
+)
+def test_every_plan_fits_the_machine_and_its_own_buffers(items, k, width, users, card, element_bytes):
+    plan = plan_of(items, users, width, k, element_bytes, card)
+    tiles, row_bytes = plan.tiles, width * element_bytes
+    assert (tiles.users + tiles.stages * tiles.items) * row_bytes < card.shared_bytes
+    if plan.stride:
+        groups, sample = items // plan.stride // plan.group, plan.sample
+        assert sample is not None
+        assert sample.items % plan.group == 0
+        maxima = 4 * sample.users * sample.items // plan.group
+        assert (sample.users + sample.stages * sample.items) * row_bytes + maxima <= card.shared_bytes
+        assert k * plan.stride <= plan.capacity // 2
+        assert 2 * k <= groups
+        assert items > 1_000_000 or groups * USERS_AT_ONCE * 4 <= 32 << 20

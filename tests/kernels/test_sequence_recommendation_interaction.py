@@ -12,7 +12,7 @@ from kernels.sequence_recommendation_interaction.launch import Catalogue, Plan, 
 from kernels.sequence_recommendation_interaction.op import candidate_interaction, sequence_recommendation_interaction
 from kernels.sequence_recommendation_interaction.reference import candidate_interaction as reference_candidates
 from kernels.sequence_recommendation_interaction.reference import sequence_recommendation_interaction as reference
-from kernels.sequence_recommendation_interaction.tiles import Card, Tiles
+from kernels.sequence_recommendation_interaction.tiles import Tiles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TILES = Tiles(items=16, users=16, warps=4, stages=1)
@@ -160,29 +160,6 @@ def test_candidates_have_the_scores_of_the_catalogue():
     torch.testing.assert_close(found, reference_candidates(states, table, rows, scales), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("items", [1, 8192, 8193, 20_000, 100_000, 1_000_000, 10_000_000])
-@pytest.mark.parametrize("k", [1, 10, 100, 512])
-@pytest.mark.parametrize(("width", "users"), [(16, 1), (256, 256), (512, 512)])
-@pytest.mark.parametrize(
-    ("card", "element_bytes"),
-    [(Card((7, 5), 101_376), 4), (Card((7, 5), 232_448), 4), (Card((8, 0), 166_912), 2), (Card((9, 0), 232_448), 2)],
-    ids=str,
-)
-def test_every_plan_fits_the_machine_and_its_own_buffers(items, k, width, users, card, element_bytes):
-    plan = launch.plan(items, users, width, k, element_bytes, card)
-    tiles, row_bytes = plan.tiles, width * element_bytes
-    assert (tiles.users + tiles.stages * tiles.items) * row_bytes < card.shared_bytes
-    if plan.stride:
-        groups, sample = items // plan.stride // plan.group, plan.sample
-        assert sample is not None
-        assert sample.items % plan.group == 0
-        maxima = 4 * sample.users * sample.items // plan.group
-        assert (sample.users + sample.stages * sample.items) * row_bytes + maxima <= card.shared_bytes
-        assert k * plan.stride <= plan.capacity // 2
-        assert 2 * k <= groups
-        assert items > 1_000_000 or groups * launch.USERS_AT_ONCE * 4 <= 32 << 20
-
-
 def test_the_call_takes_an_empty_batch_an_empty_catalogue_and_rows_apart():
     table = whole_numbers(17, 12, 8)
     assert sequence_recommendation_interaction(table[:0], table, 3)[0].shape == (0, 3)
@@ -206,6 +183,9 @@ def test_compile_and_export_pass_the_call_through():
     compiled = torch.compile(Best(), backend="aot_eager", fullgraph=True)
     for run in (exported.module(), compiled):
         assert_same(run(states), Best()(states))
+    scores = torch.compile(candidate_interaction, backend="aot_eager", fullgraph=True)
+    rows = on_device(0, -1, 3, 11).view(4, 1)
+    assert torch.equal(scores(states, table, rows), candidate_interaction(states, table, rows))
     arguments = (states, table, 3, None, None, None, None)
     torch.library.opcheck(torch.ops.millrace.sequence_recommendation_interaction.default, arguments)
     for scales in (None, torch.ones(12, device=DEVICE)):
@@ -224,6 +204,7 @@ SEEN_OFFSETS = torch.tensor([0, 1, 3])
         ({"states": torch.full((2, 8), torch.nan)}, r"states \[2, 8\] must be finite"),
         ({"k": 513}, "k = 513"),
         ({"table": torch.zeros(12, 16, device=DEVICE)[:, ::2]}, "elements of a row next to each other"),
+        ({"table": torch.zeros(1, 16, device=DEVICE)[:, ::2]}, r"table is .* \[1, 8\] .* next to each other"),
         ({"scales": torch.zeros(12)}, r"table is torch.float32 .* wanted torch.int8"),
         ({"eligible": torch.ones(11, dtype=torch.bool)}, r"eligible is torch.bool \[11\] .* wanted bool \[12\]"),
         ({"seen": torch.tensor([1])}, "seen and seen_offsets come together"),
@@ -241,9 +222,16 @@ def test_bad_input_is_named_with_its_shape_and_what_was_wanted(wrong, message):
         sequence_recommendation_interaction(**arguments)
 
 
-def test_rows_that_the_table_lacks_are_refused():
+def test_rows_that_the_table_lacks_and_states_that_are_no_numbers_are_refused():
     with pytest.raises(ValueError, match=r"rows \[1, 2\] must be from -1 to 11"):
         candidate_interaction(torch.zeros(1, 8), torch.zeros(12, 8), torch.tensor([[0, 12]]))
+    with pytest.raises(ValueError, match=r"states \[1, 8\] must be finite"):
+        candidate_interaction(torch.full((1, 8), torch.nan), torch.zeros(12, 8), torch.tensor([[0]]))
+
+
+def test_of_an_empty_table_no_candidate_has_a_score():
+    table, none = torch.zeros(0, 8, device=DEVICE), torch.full((2, 3), -1, device=DEVICE)
+    assert (candidate_interaction(torch.zeros(2, 8, device=DEVICE), table, none) == -torch.inf).all()
 
 
 @ON_GPU
@@ -278,3 +266,18 @@ def test_on_a_gpu_a_captured_graph_answers_for_new_states():
     states[3] = 0  # all its scores are equal: the rescue runs in the graph
     graph.replay()
     assert_same(captured, best())
+
+
+@ON_GPU
+@pytest.mark.gpu
+def test_on_a_gpu_a_captured_graph_scores_new_candidates_and_twice_the_same():
+    states, table = torch.randn(32, 64, device="cuda"), torch.randn(5000, 64, device="cuda")
+    rows = torch.randint(-1, 5000, (32, 50), device="cuda")
+    candidate_interaction(states, table, rows, check_values=False)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = candidate_interaction(states, table, rows, check_values=False)
+    rows.copy_(torch.randint(-1, 5000, (32, 50)))
+    graph.replay()
+    for _ in range(2):
+        assert torch.equal(captured, candidate_interaction(states, table, rows))
