@@ -5,6 +5,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int32, torch.int64)
+MAX_ROWS = 2**31 - 2**16  # of a call: a row's number, and that of one a few tiles further, is an int32
 
 
 def require(holds: bool, name: str, value: Tensor, wanted: str) -> None:

@@ -5,14 +5,13 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.arguments import FLOATS, INTEGERS, offset_faults, require, require_values
+from kernels.arguments import FLOATS, INTEGERS, MAX_ROWS, offset_faults, require, require_values
 from kernels.fused_attention_layernorm.fp8 import DTYPE as FP8
 from kernels.fused_attention_layernorm.fp8 import Scales
 
 MAX_THRESHOLDS = 255  # a bucket is a byte
 WIDTHS = (16, 32, 64, 128, 256)  # of a head, that the kernels know
 HALVES = (torch.bfloat16, torch.float16)
-MAX_ROWS = 2**31 - 2**16  # a row's number, and that of one a few tiles further, is an int32
 
 
 def check_rows(q: Tensor, k: Tensor, v: Tensor, u: Tensor, total: int, queries: int, device: torch.device) -> None:

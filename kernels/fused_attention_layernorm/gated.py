@@ -92,4 +92,8 @@ def tiles_for(attended: Tensor, x: Tensor) -> Tiles | None:
     measured = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == HOPPER and x.shape[1] == LARGE.columns
     if not measured or not attended.dtype == x.dtype == torch.bfloat16 or len(x) <= MANY:
         return None
-    return LARGE if len(x) > MOST else MIDDLE
+    return tiles_of(len(x))
+
+
+def tiles_of(rows: int) -> Tiles:
+    return LARGE if rows > MOST else MIDDLE

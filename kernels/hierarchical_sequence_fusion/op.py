@@ -5,12 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.arguments import FLOATS, INTEGERS, offset_faults, require, require_values
+from kernels.arguments import FLOATS, INTEGERS, MAX_ROWS, offset_faults, require, require_values
 from kernels.hierarchical_sequence_fusion import reference
 
 MAX_FEATURES = 32
 MAX_TOKENS = 1 << 16  # of a user
-MAX_EVENTS = MAX_PLACES = 2**31 - 2**16  # the number of an event, and of a token of all users, is an int32
 
 
 def hierarchical_sequence_fusion(
@@ -67,9 +66,9 @@ def hierarchical_sequence_fusion(
     if recent < 0 or sessions < 0 or not 0 < recent + sessions <= MAX_TOKENS or gap_s < 1:
         raise ValueError(f"recent = {recent}, sessions = {sessions}, gap_s = {gap_s}: "
                          f"wanted 1 to {MAX_TOKENS} tokens a user together, and a pause of at least 1 s")  # fmt: skip
-    if (offsets.shape[0] - 1) * (recent + sessions) > MAX_PLACES:
+    if (offsets.shape[0] - 1) * (recent + sessions) > MAX_ROWS:
         raise ValueError(f"{offsets.shape[0] - 1} users of up to {recent + sessions} tokens each: wanted at most "
-                         f"{MAX_PLACES} tokens in a call; give it fewer users")  # fmt: skip
+                         f"{MAX_ROWS} tokens in a call; give it fewer users")  # fmt: skip
     if check_values and not torch.compiler.is_compiling():
         _check_values(table.shape[0], features, strength, tokens, codes, offsets)
     return _fuse(table, features, strength, tokens, codes, seconds, offsets, recent, sessions, gap_s)
@@ -78,7 +77,7 @@ def hierarchical_sequence_fusion(
 def _check_values(
     items: int, features: Tensor, strength: Tensor, tokens: Tensor, codes: Tensor, offsets: Tensor
 ) -> None:
-    too_many = {f"must end with at most {MAX_EVENTS} events": offsets[-1] > MAX_EVENTS}
+    too_many = {f"must end with at most {MAX_ROWS} events": offsets[-1] > MAX_ROWS}
     require_values("offsets", offsets, offset_faults(offsets, tokens.shape[0]) | too_many)
     for name, part in (("features", features), ("strength", strength)):
         require_values(name, part, {"must be finite": ~part.isfinite().all()})

@@ -47,7 +47,7 @@ def _kinds(*kinds: str) -> tl.constexpr:
     return tl.constexpr(",".join(kind for kind in kinds for _ in range(PACK)))
 
 
-BEGIN, BEGIN_OPERANDS = tl.constexpr(_DECLARED), tl.constexpr("=r,r")
+BEGIN = tl.constexpr(_DECLARED)
 APPEND, APPEND_OPERANDS = tl.constexpr(_append()), _kinds("=r", "f", "f", "r", "r", "l", "l", "r")
 END = tl.constexpr("{.reg .pred fits; .reg .b64 address; " + _stored("$1") + " mov.b32 $0, 0;}")
-END_OPERANDS = tl.constexpr("=r,r")
+THREAD_OPERANDS = tl.constexpr("=r,r")  # of BEGIN and END: a result that is no use, and the capacity

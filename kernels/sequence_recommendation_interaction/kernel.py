@@ -7,14 +7,7 @@ and, among equals, the lowest row; all keys differ. So the order of arrival leav
 import triton
 import triton.language as tl
 
-from kernels.sequence_recommendation_interaction.append import (
-    APPEND,
-    APPEND_OPERANDS,
-    BEGIN,
-    BEGIN_OPERANDS,
-    END,
-    END_OPERANDS,
-)
+from kernels.sequence_recommendation_interaction.append import APPEND, APPEND_OPERANDS, BEGIN, END, THREAD_OPERANDS
 from kernels.sequence_recommendation_interaction.tiles import PACK as PACKED
 
 PACK = tl.constexpr(PACKED)
@@ -129,10 +122,10 @@ def bound_kernel(
 
 
 @triton.jit
-def _thread(code: tl.constexpr, operands: tl.constexpr, value):
+def _thread(code: tl.constexpr, capacity):
     """Runs the inline code once a thread: a warp has more threads than these elements."""
-    each = tl.zeros([16], tl.int32) + value
-    tl.inline_asm_elementwise(code, operands, [each], tl.int32, False, 1)  # pyright: ignore[reportArgumentType]: constants of a kernel
+    each = tl.zeros([16], tl.int32) + capacity
+    tl.inline_asm_elementwise(code, THREAD_OPERANDS, [each], tl.int32, False, 1)  # pyright: ignore[reportArgumentType]: constants of a kernel
 
 
 @triton.jit
@@ -161,7 +154,7 @@ def filter_kernel(
     bound = tl.load(bounds + user, mask=own, other=float("inf"))
     counter, place = (counts + user)[:, None], (candidates + user.to(tl.int64) * CAPACITY)[:, None]
     if FAST:
-        _thread(BEGIN, BEGIN_OPERANDS, 0)
+        _thread(BEGIN, CAPACITY)
     for start in range(tl.program_id(1) * BLOCK_ITEMS, items, tl.num_programs(1) * BLOCK_ITEMS):
         row = start + tl.arange(0, BLOCK_ITEMS)
         live = row < items
@@ -171,7 +164,7 @@ def filter_kernel(
             score = tl.where(live[None, :], score, float("nan"))  # a NaN reaches nothing
         _append(score, bound[:, None], row[None, :], items, counter, place, CAPACITY, FAST)
     if FAST:
-        _thread(END, END_OPERANDS, CAPACITY)
+        _thread(END, CAPACITY)
 
 
 @triton.jit(do_not_specialize=["k"])

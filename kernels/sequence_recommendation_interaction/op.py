@@ -51,7 +51,9 @@ def sequence_recommendation_interaction(
                 seen_offsets.device == states.device,
                 "seen_offsets", seen_offsets, f"int32 or int64 [{users + 1}] on {states.device}")  # fmt: skip
     if check_values and not torch.compiler.is_compiling():
-        _check_values(states, seen, seen_offsets, items)
+        _check_states(states)
+        if seen is not None and seen_offsets is not None:
+            _check_seen(seen, seen_offsets, items)
     return _top_k(states, table, k, seen, seen_offsets, eligible, scales)
 
 
@@ -67,7 +69,7 @@ def candidate_interaction(
     require(rows.dtype in INTEGERS and rows.dim() == 2 and rows.shape[0] == users and rows.device == states.device,
             "rows", rows, f"int32 or int64 [{users}, candidates] on {states.device}")  # fmt: skip
     if check_values and not torch.compiler.is_compiling():
-        _check_values(states, None, None, table.shape[0])
+        _check_states(states)
         outside = (rows < -1) | (rows >= table.shape[0])
         require_values("rows", rows, {f"must be from -1 to {table.shape[0] - 1}": outside.any()})
     return _candidates(states, table, rows, scales)
@@ -89,10 +91,11 @@ def _check(states: Tensor, table: Tensor, scales: Tensor | None) -> None:
                 "scales", scales, f"torch.float32 [{table.shape[0]}] on {states.device}")  # fmt: skip
 
 
-def _check_values(states: Tensor, seen: Tensor | None, seen_offsets: Tensor | None, items: int) -> None:
+def _check_states(states: Tensor) -> None:
     require_values("states", states, {"must be finite": ~states.isfinite().all()})
-    if seen is None or seen_offsets is None:
-        return
+
+
+def _check_seen(seen: Tensor, seen_offsets: Tensor, items: int) -> None:
     require_values("seen_offsets", seen_offsets, offset_faults(seen_offsets, seen.shape[0]))
     if seen.shape[0] == 0:
         return

@@ -37,9 +37,8 @@ class Encoding:
         strength = hstu.log_strength.weight[:, 0].float()
         self._strength = strength.contiguous() if hstu.config.strength else torch.zeros_like(strength)
         self._thresholds = torch.tensor(TIME_THRESHOLDS, dtype=torch.int32, device=device)
-        self.turned = torch.empty(
-            0, hstu.config.width, dtype=dtype, device=device
-        )  # items' vectors as events have them
+        # Items' vectors as events have them.
+        self.turned = torch.empty(0, hstu.config.width, dtype=dtype, device=device)
 
     def __call__(self, columns: Sequence[Tensor], offsets: Tensor, longest: int) -> Tensor:
         """The unit states float32 [users, width] of users who all have events."""

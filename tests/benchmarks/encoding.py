@@ -4,9 +4,7 @@ kernels without graphs, and by CUDA graphs. Times are the host's, to the end of 
     python -m tests.benchmarks.encoding       writes results/encoding_h100.json, or _h200
 """
 
-import argparse
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +18,7 @@ from pipeline.hstu_config import PRESETS
 from pipeline.records import EventSchema
 from pipeline.trainer import Model
 from tests.benchmarks import results
-from tests.benchmarks.kernel_rows import Row, host_ms, named, row
+from tests.benchmarks.kernel_rows import Row, arguments, host_ms, median_ms, named, row
 
 ITEMS, ROUNDS = 20_000, 30
 USERS, LONGEST, MAX_EVENTS = (1, 64, 256), 200, 32_768
@@ -65,12 +63,10 @@ def measure(preset: str) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=results.FOLDER)
-    args = parser.parse_args()
+    args = arguments(__doc__)
     torch.manual_seed(0)
     rows = [each for preset in ("tiny", "10m") for each in measure(preset)]
-    times = {(each["workload"], each["implementation"]): float(str(each["median_ms"])) for each in rows}
+    times = {(each["workload"], each["implementation"]): median_ms(each) for each in rows}
     metrics = {}
     for (work, how), ms in times.items():
         if how == "kernels: graph":

@@ -1,12 +1,15 @@
-"""What the kernels' benchmarks have in common: a row of their results, the file that a card's results go to, and what
-the card can do."""
+"""What the kernels' benchmarks have in common: their command line, a row of their results, the file that a card's
+results go to, and what the card can do."""
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from tests.benchmarks import results
 
@@ -25,6 +28,15 @@ class Peak:
 PEAKS = {"H100": Peak(3350, 989, 67), "H200": Peak(4800, 989, 67)}
 
 
+def arguments(doc: str | None, **switches: str) -> argparse.Namespace:
+    """--out, and switches, by their help."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=results.FOLDER)
+    for name, meaning in switches.items():
+        parser.add_argument(f"--{name}", action="store_true", help=meaning)
+    return parser.parse_args()
+
+
 def row(workload: str, implementation: str, ms: float, users: int, needed: tuple[float, float] | None,
         max_error: float | None, **more: results.Cell) -> Row:  # fmt: skip
     """Printed as it is measured. needed: operations and bytes; None where they are not counted."""
@@ -40,6 +52,22 @@ def row(workload: str, implementation: str, ms: float, users: int, needed: tuple
     }
     print(made, flush=True)
     return made
+
+
+def median_ms(row: Row) -> float:
+    ms = row["median_ms"]
+    assert isinstance(ms, float), row
+    return ms
+
+
+def ratio(slow: Row, fast: Row) -> float:
+    return median_ms(slow) / median_ms(fast)
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """||found - wanted|| / ||wanted||, to three digits."""
+    found, wanted = found.float(), wanted.float()
+    return float(f"{float((found - wanted).norm() / wanted.norm()):.2e}")
 
 
 def graphed(call: Callable[[], object]) -> Callable[[], None]:

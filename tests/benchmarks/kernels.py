@@ -12,9 +12,7 @@ encoder's states against the bfloat16 one's.
 usage: python -m tests.benchmarks.kernels [--out FOLDER] [--quick] [--tune]
 """
 
-import argparse
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +31,7 @@ from pipeline.backends.fused import encoder_of
 from pipeline.features import TIME_THRESHOLDS
 from pipeline.hstu import Hstu
 from tests.benchmarks import results
-from tests.benchmarks.kernel_rows import Row, graphed, named
+from tests.benchmarks.kernel_rows import Row, arguments, graphed, median_ms, named, relative_error
 from tests.benchmarks.kernel_work import CONFIG, HEADS, WIDTH, WORKLOADS, D, Work
 
 SCALES = Scales(*[WIDTH**0.5 / LARGEST] * 3)  # as of weights of norm one, which `operator_inputs` look like
@@ -149,8 +147,7 @@ def measure_fp8(hstu: Hstu, work: Work, thresholds: Tensor, exact: Tensor) -> Ro
     encode = encoder_of(hstu, torch.bfloat16, fp8=True)
     plan = Plan.of(work.seconds, work.offsets, thresholds, work.cap, FP8)
     error = error_of(hstu, work, plan, SCALES)
-    apart = float((encode(work.x, plan).float() - exact.float()).norm() / exact.float().norm())
-    more = {"states_error": float(f"{apart:.2e}")}
+    more = {"states_error": relative_error(encode(work.x, plan), exact)}
     graph, newest = (bucketed(encode, work, thresholds, last) for last in (False, True))
     attention = attention_alone(tables_of(encode), plan, narrowed(operator_inputs(work)[:3]), SCALES)
     flop, moved = work.attention  # one byte a value of Q, K and V
@@ -210,11 +207,11 @@ def tune(work: Work, thresholds: Tensor) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=results.FOLDER)
-    parser.add_argument("--quick", action="store_true", help="run all once, to fill the compilers' caches; no file")
-    parser.add_argument("--tune", action="store_true", help="time the launches to choose from; no file")
-    args = parser.parse_args()
+    args = arguments(
+        __doc__,
+        quick="run all once, to fill the compilers' caches; no file",
+        tune="time the launches to choose from; no file",
+    )
     torch.manual_seed(0)
     thresholds = torch.tensor(TIME_THRESHOLDS, dtype=torch.int32, device="cuda")
     hstu = Hstu(CONFIG).to("cuda").requires_grad_(False).eval()
@@ -227,7 +224,7 @@ def main() -> None:
             tune(work, thresholds)
         return
     rows = [each for work in works for each in measure(hstu, work, thresholds)]
-    found = {(each["workload"], each["implementation"]): float(each["median_ms"]) for each in rows}
+    found = {(each["workload"], each["implementation"]): median_ms(each) for each in rows}
     metrics = {}
     for short, work in zip(("large", "middle", "single"), works, strict=True):
         graph = found[work.name, "kernels: graph"]

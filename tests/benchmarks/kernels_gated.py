@@ -7,10 +7,9 @@ reference|| / ||reference|| against float32 on the same rounded inputs.
 usage: python -m tests.benchmarks.kernels_gated [--out FOLDER] [--tune]      (on a GPU)
 """
 
-import argparse
 from collections.abc import Callable
-from dataclasses import astuple, dataclass, fields
-from pathlib import Path
+from dataclasses import astuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +17,11 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 from triton.testing import do_bench
 
-from kernels.fused_attention_layernorm.gated import LARGE, MIDDLE, MOST, project_gated
+from kernels.fused_attention_layernorm.gated import LARGE, MIDDLE, project_gated, tiles_of
 from kernels.fused_attention_layernorm.launch import normalise_and_gate
 from kernels.fused_attention_layernorm.projection import Tiles, project_out
 from tests.benchmarks import results
-from tests.benchmarks.kernel_rows import Row, graphed, named, row
+from tests.benchmarks.kernel_rows import Row, arguments, graphed, median_ms, named, ratio, relative_error, row
 
 LAYERS, WIDTH, HEADS, EPS = 8, 512, 4, 1e-6
 WORKLOADS = ((256, 74_108), (128, 20_000), (64, 5_601), (32, 2_300))  # users and their rows
@@ -34,8 +33,7 @@ TILES = (
 Answer = tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True, slots=True)
-class Inputs:
+class Inputs(NamedTuple):
     """What `project_gated` takes, in its order."""
 
     attended: Tensor
@@ -58,10 +56,6 @@ class Inputs:
         return cls(attended, moments, u, gain, shift, weight, bias, x)
 
     @property
-    def all(self) -> list[Tensor]:
-        return [getattr(self, field.name) for field in fields(self)]
-
-    @property
     def needed(self) -> tuple[float, float]:
         """Operations and bytes of all layers."""
         rows, width, columns = len(self.x), self.attended.shape[1], len(self.weight)
@@ -69,7 +63,7 @@ class Inputs:
 
     def in_one(self, tiles: Tiles | None = None) -> Answer:
         """Without tiles: as the encoder chooses."""
-        return project_gated(*self.all, EPS, tiles)  # type: ignore[arg-type]  # fields, in order
+        return project_gated(*self, EPS, tiles)
 
     def in_two(self) -> Answer:
         y = normalise_and_gate(self.attended, self.attended_moments, self.u, self.gain, self.shift, EPS)
@@ -93,11 +87,14 @@ def ms_of(call: Callable[[], object]) -> float:
 
 def measured(users: int, rows: int) -> dict[str, Row]:
     inputs = Inputs.of(rows, WIDTH, HEADS, WIDTH, torch.bfloat16, torch.device("cuda"))
-    one = LARGE if rows > MOST else MIDDLE
-    calls = {"two launches": inputs.in_two, "one launch": lambda: inputs.in_one(one), "chosen": inputs.in_one}
+    calls = {
+        "two launches": inputs.in_two,
+        "one launch": lambda: inputs.in_one(tiles_of(rows)),
+        "chosen": inputs.in_one,
+    }
     found, wanted = {}, inputs.specified()
     for name, call in calls.items():
-        error = float(f"{float((call()[0] - wanted).norm() / wanted.norm()):.2e}")
+        error = relative_error(call()[0], wanted)
         found[name] = row(f"{rows:,} rows, {LAYERS} layers", name, ms_of(call), users, inputs.needed, error)
     return found
 
@@ -115,21 +112,18 @@ def tune(rows: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=results.FOLDER)
-    parser.add_argument("--tune", action="store_true", help="time the tiles to choose from; no file")
-    args = parser.parse_args()
+    args = arguments(__doc__, tune="time the tiles to choose from; no file")
     torch.manual_seed(0)
     if args.tune:
         for _, rows in WORKLOADS:
             tune(rows)
         return
     found = [measured(*numbers) for numbers in WORKLOADS]
-    large = {name: float(each["median_ms"] or 0) for name, each in found[0].items()}
+    one, two = found[0]["one launch"], found[0]["two launches"]
     metrics = {
-        "large_one_launch_ms": large["one launch"],
-        "large_two_launches_ms": large["two launches"],
-        "large_speedup": round(large["two launches"] / large["one launch"], 3),
+        "large_one_launch_ms": median_ms(one),
+        "large_two_launches_ms": median_ms(two),
+        "large_speedup": round(ratio(two, one), 3),
     }
     rows = [each for of_rows in found for each in of_rows.values()]
     print(results.write(named("kernels_gated"), metrics, rows, args.out))

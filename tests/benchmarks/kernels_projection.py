@@ -10,11 +10,9 @@ GELU, not this one: a compiled kernel follows it.
 usage: python -m tests.benchmarks.kernels_projection [--out FOLDER]      (a Hopper GPU with CuTe DSL)
 """
 
-import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +22,7 @@ from triton.testing import do_bench
 from kernels.fused_attention_layernorm import cute
 from kernels.fused_attention_layernorm.projection import LARGE_IN, project_in, row_moments
 from tests.benchmarks import results
-from tests.benchmarks.kernel_rows import Row, graphed, named, row
+from tests.benchmarks.kernel_rows import Row, arguments, graphed, median_ms, named, ratio, relative_error, row
 
 LAYERS, WIDTH, COLUMNS, EPS = 8, 512, 2048, 1e-5
 WORKLOADS = ((256, 74_108), (64, 5_632))  # users and their rows, as in the encoder's benchmark
@@ -58,14 +56,11 @@ class Work:
 
     def measured(self, implementation: str, call: Call, whole: bool = True) -> Row:
         """whole: LayerNorm and SiLU are in it."""
-        error = float(f"{self.error_of(call):.2e}") if whole else None
+        given = (self.x, self.moments, *self.layers[0])
+        error = relative_error(call(*given), specification(*given)) if whole else None
         ms = float(do_bench(self.graphed(call), warmup=30, rep=300, return_mode="median"))
         name = f"{len(self.x):,} rows, {LAYERS} layers"
         return row(name, implementation, ms, self.users, self.needed, error, host_us=round(self.host_us(call), 1))
-
-    def error_of(self, call: Call) -> float:
-        found, wanted = (each(self.x, self.moments, *self.layers[0]).float() for each in (call, specification))
-        return float((found - wanted).norm() / wanted.norm())
 
     def graphed(self, call: Call) -> Callable[[], None]:
         def whole() -> None:
@@ -127,16 +122,14 @@ def measure(users: int, rows: int) -> dict[str, Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=results.FOLDER)
-    args = parser.parse_args()
+    args = arguments(__doc__)
     torch.manual_seed(0)
     large, middle = (measure(*numbers) for numbers in WORKLOADS)
     cute_row, triton_row = large["kernels: CuTe DSL"], large["kernels: Triton"]
     metrics = {
-        "large_cute_ms": float(cute_row["median_ms"] or 0),
-        "large_triton_ms": float(triton_row["median_ms"] or 0),
-        "large_speedup_over_triton": round(float(triton_row["median_ms"] or 0) / float(cute_row["median_ms"] or 1), 3),
+        "large_cute_ms": median_ms(cute_row),
+        "large_triton_ms": median_ms(triton_row),
+        "large_speedup_over_triton": round(ratio(triton_row, cute_row), 3),
     }
     rows = [*large.values(), *middle.values()]
     print(results.write(named("kernels_projection"), metrics, rows, args.out))

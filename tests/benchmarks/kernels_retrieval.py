@@ -9,11 +9,9 @@ float32 sums of the same rounded inputs.
 usage: python -m tests.benchmarks.kernels_retrieval [--out FOLDER] [--tune]
 """
 
-import argparse
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +24,7 @@ from kernels.sequence_recommendation_interaction import launch
 from kernels.sequence_recommendation_interaction.op import candidate_interaction, sequence_recommendation_interaction
 from kernels.sequence_recommendation_interaction.tiles import MANY, Card, Tiles
 from tests.benchmarks import results
-from tests.benchmarks.kernel_rows import PEAKS, named, row
+from tests.benchmarks.kernel_rows import PEAKS, arguments, named, ratio, row
 
 USERS, WIDTH, K = 256, 256, 100
 EVENTS, RECENT, SESSIONS, GAP_S, EVENTS_A_SESSION = 4096, 256, 256, 1800, 16
@@ -216,15 +214,8 @@ def copying() -> dict[str, Any]:
     return Work("copy of 1 GiB", 0, 0.0, 2.0 * (1 << 30)).measured("torch: copy", lambda: target.copy_(source))
 
 
-def ratio(slow: dict[str, Any], fast: dict[str, Any]) -> float:
-    return slow["median_ms"] / fast["median_ms"]
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=results.FOLDER)
-    parser.add_argument("--tune", action="store_true", help="time the tiles to choose from; no file")
-    args = parser.parse_args()
+    args = arguments(__doc__, tune="time the tiles to choose from; no file")
     torch.manual_seed(0)
     if args.tune:
         tune(USERS)

@@ -4,9 +4,6 @@ torch, in float32, and by the operator. Times are the host's; width 256, 20 item
     python -m tests.benchmarks.retrieval       writes results/retrieval_h100.json, or _h200
 """
 
-import argparse
-from pathlib import Path
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -15,7 +12,7 @@ from torch import Tensor
 from pipeline import retrieval
 from pipeline.retrieval import FusedRetrieval, Retrieval
 from tests.benchmarks import results
-from tests.benchmarks.kernel_rows import Row, host_ms, named, row
+from tests.benchmarks.kernel_rows import Row, arguments, host_ms, named, ratio, row
 
 USERS, ITEMS = (1, 4, 16, 64, 256), (30_000, 100_000, 300_000, 1_000_000)
 WIDTH, K, EXCLUDED, ROUNDS = 256, 20, 100, 60
@@ -37,29 +34,19 @@ def measure(table: Tensor, users: int) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=results.FOLDER)
-    args = parser.parse_args()
+    args = arguments(__doc__)
     torch.manual_seed(0)
     retrieval.FUSED_SCORES = 0  # the operator, whatever the size
-    rows = [
-        each for items in ITEMS for table in [unit_rows(items)] for users in USERS for each in measure(table, users)
-    ]
-    by_torch, by_operator = (
-        {str(each["workload"]): float(str(each["median_ms"])) for each in rows if each["implementation"] == name}
-        for name in ("torch", "operator")
-    )
-    most = f"{USERS[-1]} users, {ITEMS[-1]:,} items"
-    metrics = {
-        "fewest_scores_won_by_operator": min(
-            users * items
-            for users in USERS
-            for items in ITEMS
-            for work in [f"{users} users, {items:,} items"]
-            if by_operator[work] < by_torch[work]
-        ),
-        "largest_speedup": round(by_torch[most] / by_operator[most], 2),
-    }
+    rows, won, speedup = [], [], 0.0
+    for items in ITEMS:
+        table = unit_rows(items)
+        for users in USERS:
+            pair = measure(table, users)
+            rows += pair
+            speedup = ratio(*pair)  # in the end of the largest
+            if speedup > 1:
+                won.append(users * items)
+    metrics = {"fewest_scores_won_by_operator": min(won), "largest_speedup": round(speedup, 2)}
     print(results.write(named("retrieval"), metrics, rows, args.out))
 
 

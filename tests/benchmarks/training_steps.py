@@ -4,9 +4,7 @@ project's kernels.
     python -m tests.benchmarks.training_steps       writes results/training_steps_h100.json, or _h200
 """
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +17,7 @@ from pipeline.hstu import Hstu, plan_of
 from pipeline.hstu_config import PRESETS
 from pipeline.jagged import Layout
 from tests.benchmarks import results
-from tests.benchmarks.kernel_rows import Row, host_ms, named, row
+from tests.benchmarks.kernel_rows import Row, arguments, host_ms, named, row
 
 LONGEST, ROUNDS = 200, 9
 RANDOM = np.random.default_rng(0)
@@ -58,9 +56,7 @@ def measure(hstu: Hstu, name: str, lengths: np.ndarray, dtype: torch.dtype) -> l
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=results.FOLDER)
-    args = parser.parse_args()
+    args = arguments(__doc__)
     rows = []
     for preset in ("tiny", "10m"):
         config = replace(PRESETS[preset], items=1, max_events=LONGEST, content_rows=0)
