@@ -6,8 +6,8 @@ import msgspec
 import numpy as np
 
 from pipeline.backends import Encoder
-from pipeline.features import FEATURE_ROWS, FEATURES, Inputs
-from pipeline.retrieval import Retrieval
+from pipeline.features.event_features import FEATURE_ROWS, FEATURES, Inputs
+from pipeline.serving.retrieval import Retrieval
 
 NOTHING = np.empty(0, np.int64)
 STEPS_S = (0, 0, 1, 20, 400, 90_000)  # between events: within a second, a session, days

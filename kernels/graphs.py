@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kernels.launching import ceil_div, next_power_of_2
+from kernels.launch import ceil_div, next_power_of_2
 
 WARM_UPS = 2  # calls before a capture: kernels are compiled and loaded
 STEPS = 16  # sizes of a bucket between one power of two and the next: a sixteenth of the rows at most is padding

@@ -22,12 +22,12 @@ import safetensors.numpy
 import safetensors.torch
 from torch import Tensor
 
-from pipeline.catalogue import Catalogue
-from pipeline.cut import Taught
+from pipeline.data.split import Taught
 from pipeline.errors import ArtifactError
-from pipeline.features import LAYOUT
-from pipeline.hstu_config import HstuConfig
-from pipeline.known_items import KnownItems
+from pipeline.features.event_features import LAYOUT
+from pipeline.items.catalogue import Catalogue
+from pipeline.items.metadata import KnownItems
+from pipeline.model.config import HstuConfig
 from pipeline.records import EventSchema
 
 FORMAT = 3

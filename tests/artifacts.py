@@ -10,12 +10,12 @@ from msgspec.structs import replace
 
 from pipeline import artifact as artifacts
 from pipeline.artifact import WEIGHTS, Artifact
-from pipeline.catalogue import Catalogue
-from pipeline.hstu_config import HstuConfig
-from pipeline.known_items import KnownItems
+from pipeline.items.catalogue import Catalogue
+from pipeline.items.metadata import KnownItems
+from pipeline.items.vocabulary import Vocabulary
+from pipeline.model.config import HstuConfig
 from pipeline.records import EventSchema, Item, item_hash
-from pipeline.trainer import Model
-from pipeline.vocabulary import Vocabulary
+from pipeline.training.trainer import Model
 
 CREATED = "2026-01-01T00:00:00+00:00"
 TABLE = "hstu.items.embedding.weight"  # [1 + items, width]

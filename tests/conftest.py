@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from worker.cli import main
-from worker.local import LocalKafka, LocalValkey, available
+from worker.replay.local_servers import LocalKafka, LocalValkey, available
 
 T = TypeVar("T")
 

@@ -13,8 +13,8 @@ import msgspec
 from msgspec import Meta, Struct, field
 
 from pipeline.records import EventSchema
-from pipeline.rerank import Rerank
-from pipeline.strategy import LADDER
+from pipeline.serving.rerank import Rerank
+from pipeline.serving.strategy import LADDER
 from worker.errors import ConfigError
 
 Positive = Annotated[int, Meta(gt=0)]

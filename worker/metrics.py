@@ -34,4 +34,8 @@ LAG_SECONDS = Gauge("millrace_lag_seconds", "Age of the oldest unsettled event s
 MODEL = Gauge("millrace_model_info", "The serving artifact", ["version"])
 SWAPS = Counter("millrace_model_swaps_total", "New artifacts that were adopted or refused while serving", ["outcome"])
 VALUED_SLATES = Counter("millrace_valued_slates_total", "Slates whose model told what they are worth")
-WORTH = Counter("millrace_slate_worth_total", "What those slates are worth, see pipeline/worth.py", ["measure"])
+WORTH = Counter(
+    "millrace_slate_worth_total",
+    "What those slates are worth, see pipeline/evaluation/business_metrics.py",
+    ["measure"],
+)

@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING
 from worker import logging
 from worker.clock import WallClock
 from worker.config import Config
-from worker.counterstore import CounterStore
-from worker.health import Health, Pulse
-from worker.itemfeed import ItemFeed
-from worker.itemstate import ItemState
-from worker.loop import Worker
-from worker.ranker import Ranker, load_pipeline
-from worker.redis_client import connect
-from worker.seams import Clock, Ranking, Sink, Source
-from worker.sequences import Sequences
-from worker.sink import KafkaSink
-from worker.slatestore import SlateStore
-from worker.source import KafkaSource
+from worker.inference.ranker import Ranker, load_pipeline
+from worker.interfaces import Clock, Ranking, Sink, Source
+from worker.items.feed import ItemFeed
+from worker.items.state import ItemState
+from worker.kafka.sink import KafkaSink
+from worker.kafka.source import KafkaSource
+from worker.redis.client import connect
+from worker.redis.counters import CounterStore
+from worker.redis.sequences import Sequences
+from worker.redis.slates import SlateStore
+from worker.stream.health import Health, Pulse
+from worker.stream.loop import Worker
 
 if TYPE_CHECKING:
-    from worker.hotswap import HotSwap
+    from worker.inference.hot_swap import HotSwap
 
 log = logging.get("process")
 
@@ -127,7 +127,7 @@ def first_error(group: BaseExceptionGroup) -> BaseException:
 def _hot_swap(config: Config, ranker: Ranker, clock: Clock) -> "HotSwap | None":
     if config.pipeline.artifact is None or not config.pipeline.follow_s:
         return None
-    from worker.hotswap import HotSwap  # torch, which only who has a model pays
+    from worker.inference.hot_swap import HotSwap  # torch, which only who has a model pays
 
     return HotSwap(config, ranker, clock)
 

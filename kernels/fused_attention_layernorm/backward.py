@@ -13,8 +13,8 @@ from torch import Tensor
 from kernels.fused_attention_layernorm.dropout import kept_of
 from kernels.fused_attention_layernorm.kernel import WHOLE, is_kept, is_visible, rows_of
 from kernels.fused_attention_layernorm.launch import given, precision
-from kernels.fused_attention_layernorm.plan import tile_order
-from kernels.launching import ceil_div, launch, next_power_of_2
+from kernels.fused_attention_layernorm.plan_kernels import tile_order
+from kernels.launch import ceil_div, launch, next_power_of_2
 
 # Programs that share the tiles of one diagonal; with 8 of them many short users take twice as long (21.3 ms against
 # 9.4, `tests.benchmarks.training_steps`, tiny in bfloat16 on an H100).

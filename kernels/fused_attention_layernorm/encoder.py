@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.fused_attention_layernorm.batch import Plan
-from kernels.fused_attention_layernorm.checks import check_encoder, check_length
 from kernels.fused_attention_layernorm.fp8 import DTYPE as FP8
 from kernels.fused_attention_layernorm.fp8 import Narrow, Scales
-from kernels.fused_attention_layernorm.gated import project_gated
+from kernels.fused_attention_layernorm.gate_projection import project_gated
 from kernels.fused_attention_layernorm.launch import attend, attend_last
+from kernels.fused_attention_layernorm.plan import Plan
 from kernels.fused_attention_layernorm.projection import folded, project_in, project_in_fp8, row_moments
+from kernels.fused_attention_layernorm.validation import check_encoder, check_length
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from kernels.fused_attention_layernorm import dropout
-from kernels.fused_attention_layernorm.plan import bucket_of, tile_order
+from kernels.fused_attention_layernorm.plan_kernels import bucket_of, tile_order
 
 ROUNDS, WHOLE = tl.constexpr(dropout.ROUNDS), tl.constexpr(dropout.WHOLE)
 HIDDEN = tl.constexpr(-1e4)  # SiLU of it is 0, in the fast form too; of -inf it is NaN

@@ -11,10 +11,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.fused_attention_layernorm.dropout import kept_of, weight_of
 from kernels.fused_attention_layernorm.fp8 import DTYPE as FP8
+from kernels.fused_attention_layernorm.gate_norm import gate_backward_kernel, gate_kernel
 from kernels.fused_attention_layernorm.kernel import attention_kernel, last_attention_kernel
-from kernels.fused_attention_layernorm.norm import gate_backward_kernel, gate_kernel
-from kernels.launching import ceil_div, next_power_of_2, shared_bytes_of
-from kernels.launching import launch as run
+from kernels.launch import ceil_div, next_power_of_2, shared_bytes_of
+from kernels.launch import launch as run
 
 HOPPER, AMPERE = 9, 8
 SHORT = 256  # up to this many events a user the small tiles win: more programs for the multiprocessors

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.fused_attention_layernorm import checks
+from kernels.fused_attention_layernorm import validation
 from kernels.fused_attention_layernorm.backward import attention_backward
-from kernels.fused_attention_layernorm.batch import Plan
 from kernels.fused_attention_layernorm.dropout import weight_of
 from kernels.fused_attention_layernorm.fp8 import DTYPE as FP8
 from kernels.fused_attention_layernorm.fp8 import Scales
@@ -23,6 +22,7 @@ from kernels.fused_attention_layernorm.launch import (
     gate_backward,
     normalise_and_gate,
 )
+from kernels.fused_attention_layernorm.plan import Plan
 from kernels.fused_attention_layernorm.reference import fused_attention_layernorm as reference
 
 
@@ -64,23 +64,23 @@ def fused_attention_layernorm(
     """
     total, device = len(plan.seconds), plan.seconds.device
     weights = (position_bias, time_bias, norm_weight, norm_bias)
-    checks.check_rows(q, k, v, u, total, len(plan.offsets) - 1 if last else total, device)
-    checks.check_tables(q.shape[1], v.shape[2], max_events, len(plan.thresholds) + 1, *weights, device)
-    checks.check_length(plan.max_length, max_events)
-    checks.check_numbers(eps, alpha)
-    checks.check_fp8(q, scales, k, v, u, *weights)
+    validation.check_rows(q, k, v, u, total, len(plan.offsets) - 1 if last else total, device)
+    validation.check_tables(q.shape[1], v.shape[2], max_events, len(plan.thresholds) + 1, *weights, device)
+    validation.check_length(plan.max_length, max_events)
+    validation.check_numbers(eps, alpha)
+    validation.check_fp8(q, scales, k, v, u, *weights)
     scales = scales or Scales()
-    seed = checks.seed_of(dropout, seed, device)
+    seed = validation.seed_of(dropout, seed, device)
     weights = (position_bias.contiguous(), time_bias.contiguous(), norm_weight.contiguous(), norm_bias.contiguous())
     if debug:
         tables = {"position_bias": position_bias, "time_bias": time_bias}
-        checks.check_finite(q=q, k=k, v=v, u=u, **tables, norm_weight=norm_weight, norm_bias=norm_bias)
+        validation.check_finite(q=q, k=k, v=v, u=u, **tables, norm_weight=norm_weight, norm_bias=norm_bias)
     kernels = plan.kernels and known(q) and known(v)
     kernels = kernels and fits(plan.launch, max(q.shape[2], v.shape[2]), q.element_size(), device)
     batch = (plan.seconds, plan.offsets, plan.thresholds)
     numbers = (eps, max_events, alpha * scales.q * scales.k, scales.v)
     if last:
-        checks.check_last(plan.targets, plan.contextual, dropout)
+        validation.check_last(plan.targets, plan.contextual, dropout)
         return attention_last(q, k, v, u, *weights, *batch, *numbers, kernels)
     if not kernels and torch.is_grad_enabled() and any(part.requires_grad for part in (q, k, v, u, *weights)):
         return packed_reference(q, k, v, u, *weights, *batch, plan.targets, seed, *numbers, dropout, plan.contextual)
@@ -185,7 +185,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, u: Tensor, *rest: Any) -> Tensor:
 
 def known(x: Tensor) -> bool:
     """Whether the kernels do with heads of x's width; a product of FP8 goes over 32 values at least."""
-    return x.shape[2] in checks.WIDTHS and (x.dtype != FP8 or x.shape[2] >= 32)
+    return x.shape[2] in validation.WIDTHS and (x.dtype != FP8 or x.shape[2] >= 32)
 
 
 def ready(x: Tensor) -> Tensor:

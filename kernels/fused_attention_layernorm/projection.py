@@ -18,10 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.fused_attention_layernorm.fp8 import DTYPE as FP8
+from kernels.fused_attention_layernorm.gate_norm import normalisation
 from kernels.fused_attention_layernorm.kernel import silu
 from kernels.fused_attention_layernorm.launch import HOPPER, given, padded, precision, tiled
-from kernels.fused_attention_layernorm.norm import normalisation
-from kernels.launching import SHARED_BYTES, ceil_div, launch, shared_bytes_of
+from kernels.launch import SHARED_BYTES, ceil_div, launch, shared_bytes_of
 
 
 def folded(
@@ -170,7 +170,8 @@ SMALL = Tiles(64, 64, 128, 4, 3)  # 256 rows: 0.039 ms, the large ones 0.083
 # there is less, the following, not measured either: at most 68 KiB of 99 (compiled for 8.6, 9.0 and 12.0).
 NARROW = Tiles(64, 64, 64, 4, 2)
 ROOMY_BYTES = SHARED_BYTES[8, 0]
-HOPPER_ROWS = 512  # above, cute.py's kernel wins: 600 rows 0.061 ms (with two groups), SMALL 0.074; 256: 0.059, 0.039
+# Above, projection_hopper.py's kernel wins: 600 rows 0.061 ms (with two groups), SMALL 0.074; 256: 0.059, 0.039.
+HOPPER_ROWS = 512
 SMALL_ROWS = 2048  # below, large tiles would leave multiprocessors without work
 
 
@@ -199,10 +200,10 @@ def hopper_kernels(device: torch.device) -> ModuleType | None:
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != HOPPER:
         return None
     try:
-        from kernels.fused_attention_layernorm import cute
+        from kernels.fused_attention_layernorm import projection_hopper
     except ImportError:
         return None
-    return cute
+    return projection_hopper
 
 
 def project_in(x: Tensor, moments: Tensor, weight: Tensor, sums: Tensor, bias: Tensor, eps: float,

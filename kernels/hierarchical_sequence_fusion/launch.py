@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels.hierarchical_sequence_fusion import kernel
 from kernels.hierarchical_sequence_fusion.reference import row_bound
-from kernels.launching import ceil_div, launch, next_power_of_2
+from kernels.launch import ceil_div, launch, next_power_of_2
 
 LANES, LANE_BYTES = 32, 16  # a program is a warp, and a load the widest there is, on every card: no table of launches
 

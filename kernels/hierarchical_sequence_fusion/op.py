@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.arguments import FLOATS, INTEGERS, MAX_ROWS, offset_faults, require, require_values
 from kernels.hierarchical_sequence_fusion import reference
+from kernels.validation import FLOATS, INTEGERS, MAX_ROWS, offset_faults, require, require_values
 
 MAX_FEATURES = 32
 MAX_TOKENS = 1 << 16  # of a user

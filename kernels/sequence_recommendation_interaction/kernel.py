@@ -7,7 +7,7 @@ and, among equals, the lowest row; all keys differ. So the order of arrival leav
 import triton
 import triton.language as tl
 
-from kernels.sequence_recommendation_interaction.append import APPEND, APPEND_OPERANDS, BEGIN, END, THREAD_OPERANDS
+from kernels.sequence_recommendation_interaction.compaction import APPEND, APPEND_OPERANDS, BEGIN, END, THREAD_OPERANDS
 from kernels.sequence_recommendation_interaction.tiles import PACK as PACKED
 
 PACK = tl.constexpr(PACKED)

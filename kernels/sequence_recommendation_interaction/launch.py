@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.launching import ceil_div, launch, next_power_of_2
+from kernels.launch import ceil_div, launch, next_power_of_2
 from kernels.sequence_recommendation_interaction import kernel
 from kernels.sequence_recommendation_interaction.tiles import Card, Tiles, tiles_for
 

@@ -5,9 +5,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kernels.arguments import FLOATS, INTEGERS, offset_faults, require, require_values
 from kernels.sequence_recommendation_interaction import reference
 from kernels.sequence_recommendation_interaction.tiles import Card
+from kernels.validation import FLOATS, INTEGERS, offset_faults, require, require_values
 
 MAX_K = 512
 MAX_ROW_BYTES = 2048  # of a state: 16 of them and 16 items fill two thirds of the smallest shared memory

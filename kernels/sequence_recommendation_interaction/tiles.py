@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kernels.launching import next_power_of_2, shared_bytes_of
+from kernels.launch import next_power_of_2, shared_bytes_of
 
 PACK = 8  # scores of a thread that the inline code (append.py) takes at a time
 SPARE_BYTES = 3072  # of shared memory, for what the compiler adds

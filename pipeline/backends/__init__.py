@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from pipeline.features import Inputs
+from pipeline.features.event_features import Inputs
 
 if TYPE_CHECKING:
     from torch import Tensor

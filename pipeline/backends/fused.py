@@ -13,16 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import LayerNorm
 
-from kernels.fused_attention_layernorm.batch import Plan
 from kernels.fused_attention_layernorm.encoder import Encoder, LayerWeights
 from kernels.fused_attention_layernorm.launch import SHORT
+from kernels.fused_attention_layernorm.plan import Plan
 from kernels.graphs import BatchGraphs
 from kernels.hierarchical_sequence_fusion.op import hierarchical_sequence_fusion
-from kernels.launching import device_of
+from kernels.launch import device_of
 from pipeline.backends import GraphOptions
 from pipeline.backends.staging import Staging
-from pipeline.features import SESSION_GAP_MS, TIME_THRESHOLDS, Inputs
-from pipeline.hstu import Hstu, HstuLayer
+from pipeline.features.event_features import SESSION_GAP_MS, TIME_THRESHOLDS, Inputs
+from pipeline.model.hstu import Hstu, HstuLayer
 
 ROOM = 1.25  # rows of the table for later items, by those it has: a table that moves takes all graphs with it
 

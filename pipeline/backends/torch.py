@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from pipeline.artifact import Artifact
 from pipeline.backends import GraphOptions
-from pipeline.calibration import check
-from pipeline.contents import Contents
 from pipeline.errors import ArtifactError, DeviceError
-from pipeline.features import FEATURES, Inputs
-from pipeline.heads import RECENT, Context, Heads, Newest
-from pipeline.hstu import Hstu, fusible
-from pipeline.jagged import Layout
-from pipeline.vocabulary import UNKNOWN
+from pipeline.features.event_features import FEATURES, Inputs
+from pipeline.items.content import Contents
+from pipeline.items.vocabulary import UNKNOWN
+from pipeline.model.calibration import check
+from pipeline.model.heads import RECENT, Context, Heads, Newest
+from pipeline.model.hstu import Hstu, fusible
+from pipeline.model.padding import Layout
 
 if TYPE_CHECKING:
     from pipeline.backends.fused import FusedEncoder

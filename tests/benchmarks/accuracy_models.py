@@ -12,18 +12,18 @@ import msgspec
 import numpy as np
 
 from pipeline.backends.torch import device_of
-from pipeline.catalogue_ranker import CatalogueRanker, Scorer
-from pipeline.itemfile import read_items
-from pipeline.itemknn import ItemKnn, ItemKnnOptions
-from pipeline.logcolumns import Log
-from pipeline.logfile import read_columns
-from pipeline.popular import Popularity, RecentPopularity
-from pipeline.ranking import Ranker
-from pipeline.sasrec import SasRec, SasRecConfig, SasRecScorer
-from pipeline.simple_rung import SimpleRung
-from pipeline.task import Task, TrainingOptions, prepare
-from pipeline.trainer import Trainer
-from pipeline.unified import PipelineOptions, new_counters
+from pipeline.data.event_log import Log
+from pipeline.data.item_file import read_items
+from pipeline.data.log_io import read_columns
+from pipeline.evaluation.full_ranking import CatalogueRanker, Scorer
+from pipeline.evaluation.item_knn import ItemKnn, ItemKnnOptions
+from pipeline.evaluation.popularity import Popularity, RecentPopularity
+from pipeline.evaluation.ranking import Ranker
+from pipeline.serving.pipeline import PipelineOptions, new_counters
+from pipeline.serving.simple_strategy import SimpleRung
+from pipeline.training.preparation import Task, TrainingOptions, prepare
+from pipeline.training.trainer import Trainer
+from tests.benchmarks.sasrec import SasRec, SasRecConfig, SasRecScorer
 
 Value = bool | str | int | float
 Options = dict[str, Value]

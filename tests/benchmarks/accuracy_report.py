@@ -6,8 +6,8 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from pipeline.bootstrap import interval, resampled_means
-from pipeline.measures import gains
+from pipeline.evaluation.bootstrap import interval, resampled_means
+from pipeline.evaluation.metrics import gains
 from tests.benchmarks import results
 from tests.benchmarks.accuracy_models import CONTENDERS
 from tests.benchmarks.accuracy_runs import Outcome, Trial

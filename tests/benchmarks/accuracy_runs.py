@@ -6,12 +6,12 @@ from functools import cache
 import msgspec
 import numpy as np
 
-from pipeline.corpus import Corpus
-from pipeline.logcolumns import Log
-from pipeline.measures import RankingMeasures, ranks_of
-from pipeline.negatives import Negatives, sample_negatives
-from pipeline.ranking import Scored, measure, ranks_among, slates_of
-from pipeline.task import Task
+from pipeline.data.event_log import Log
+from pipeline.data.sequences import Corpus
+from pipeline.evaluation.metrics import RankingMeasures, ranks_of
+from pipeline.evaluation.negatives import Negatives, sample_negatives
+from pipeline.evaluation.ranking import Scored, measure, ranks_among, slates_of
+from pipeline.training.preparation import Task
 from tests.benchmarks import results
 from tests.benchmarks.accuracy_models import CONTENDERS, Options, Setting
 

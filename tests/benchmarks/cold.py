@@ -19,23 +19,23 @@ import numpy as np
 from rich.console import Console
 
 from pipeline import artifact as artifacts
-from pipeline.catalogue import Catalogue
-from pipeline.catalogue_ranker import CatalogueRanker
-from pipeline.closed_loop import warm_up
-from pipeline.cut import Cut
-from pipeline.evaluation import COLD, Split
-from pipeline.hstu_config import HstuConfig
-from pipeline.hstu_rung import HstuRung
-from pipeline.itemknn import ItemKnn, ItemKnnOptions
-from pipeline.measures import ranks_of
-from pipeline.ranking import Ranker, Scored, slates_of
-from pipeline.simulator import Simulator
-from pipeline.simulator_world import SimulatorConfig
-from pipeline.task import TrainingOptions
-from pipeline.trainer import TrainerOptions
-from pipeline.training import train
-from pipeline.unified import PipelineOptions
-from pipeline.vocabulary import Vocabulary
+from pipeline.data.split import Cut
+from pipeline.evaluation.evaluate import COLD, Split
+from pipeline.evaluation.full_ranking import CatalogueRanker
+from pipeline.evaluation.item_knn import ItemKnn, ItemKnnOptions
+from pipeline.evaluation.metrics import ranks_of
+from pipeline.evaluation.ranking import Ranker, Scored, slates_of
+from pipeline.items.catalogue import Catalogue
+from pipeline.items.vocabulary import Vocabulary
+from pipeline.model.config import HstuConfig
+from pipeline.serving.hstu_strategy import HstuRung
+from pipeline.serving.pipeline import PipelineOptions
+from pipeline.simulation.closed_loop import warm_up
+from pipeline.simulation.simulator import Simulator
+from pipeline.simulation.world import SimulatorConfig
+from pipeline.training.preparation import TrainingOptions
+from pipeline.training.train import train
+from pipeline.training.trainer import TrainerOptions
 from tests.benchmarks import results
 from tests.benchmarks.heads import Silent
 from tests.benchmarks.results import Cell

@@ -13,10 +13,10 @@ from msgspec.structs import replace
 from pipeline import artifact as artifacts
 from pipeline.backends import GraphOptions
 from pipeline.backends.torch import TorchEncoder
-from pipeline.features import FEATURE_ROWS, FEATURES, Inputs
-from pipeline.hstu_config import PRESETS
+from pipeline.features.event_features import FEATURE_ROWS, FEATURES, Inputs
+from pipeline.model.config import PRESETS
 from pipeline.records import EventSchema
-from pipeline.trainer import Model
+from pipeline.training.trainer import Model
 from tests.benchmarks import results
 from tests.benchmarks.kernel_rows import Row, arguments, host_ms, median_ms, named, row
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pipeline.bootstrap import interval
+from pipeline.evaluation.bootstrap import interval
 
 RESAMPLES = 400
 

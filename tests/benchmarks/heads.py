@@ -33,26 +33,26 @@ from rich.console import Console
 
 from pipeline import artifact as artifacts
 from pipeline.artifact import Artifact
-from pipeline.calibration import IDENTITY
-from pipeline.catalogue import Catalogue
-from pipeline.closed_loop import TRUTHS, Reaction, Showcase, run, warm_up
-from pipeline.corpus import Corpus
-from pipeline.cut import Cut
-from pipeline.head_odds import odds_of
-from pipeline.hstu_config import HstuConfig
-from pipeline.hstu_rung import HstuRung
-from pipeline.labels import TASKS, labels_of
-from pipeline.measures import head_measures
-from pipeline.ranking import Scored, measure
+from pipeline.data.sequences import Corpus
+from pipeline.data.split import Cut
+from pipeline.evaluation.head_predictions import odds_of
+from pipeline.evaluation.metrics import head_measures
+from pipeline.evaluation.ranking import Scored, measure
+from pipeline.features.labels import TASKS, labels_of
+from pipeline.items.catalogue import Catalogue
+from pipeline.items.vocabulary import Vocabulary
+from pipeline.model.calibration import IDENTITY
+from pipeline.model.config import HstuConfig
 from pipeline.records import EventSchema
-from pipeline.rerank import Rerank
-from pipeline.simulator import Simulator
-from pipeline.simulator_world import SimulatorConfig
-from pipeline.task import TrainingOptions
-from pipeline.trainer import TrainerOptions
-from pipeline.training import EpochReport, train
-from pipeline.unified import PipelineOptions
-from pipeline.vocabulary import Vocabulary
+from pipeline.serving.hstu_strategy import HstuRung
+from pipeline.serving.pipeline import PipelineOptions
+from pipeline.serving.rerank import Rerank
+from pipeline.simulation.closed_loop import TRUTHS, Reaction, Showcase, run, warm_up
+from pipeline.simulation.simulator import Simulator
+from pipeline.simulation.world import SimulatorConfig
+from pipeline.training.preparation import TrainingOptions
+from pipeline.training.train import EpochReport, train
+from pipeline.training.trainer import TrainerOptions
 from tests.benchmarks import results
 from tests.benchmarks.head_aucs import mean_auc_gain
 from tests.benchmarks.results import Cell

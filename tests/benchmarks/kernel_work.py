@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from triton.testing import do_bench
 
-from pipeline.hstu_config import HstuConfig
+from pipeline.model.config import HstuConfig
 from tests.benchmarks import results
 from tests.benchmarks.kernel_rows import Row, row
 

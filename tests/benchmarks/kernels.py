@@ -20,16 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from triton.testing import do_bench
 
-from kernels.fused_attention_layernorm.batch import Plan
 from kernels.fused_attention_layernorm.encoder import Encoder
 from kernels.fused_attention_layernorm.fp8 import DTYPE as FP8
 from kernels.fused_attention_layernorm.fp8 import LARGEST, Scales
 from kernels.fused_attention_layernorm.launch import SHORT, Launch, attend, fits
 from kernels.fused_attention_layernorm.op import fused_attention_layernorm, packed_reference
+from kernels.fused_attention_layernorm.plan import Plan
 from kernels.graphs import BatchGraphs, Bucket
 from pipeline.backends.fused import encoder_of
-from pipeline.features import TIME_THRESHOLDS
-from pipeline.hstu import Hstu
+from pipeline.features.event_features import TIME_THRESHOLDS
+from pipeline.model.hstu import Hstu
 from tests.benchmarks import results
 from tests.benchmarks.kernel_rows import Row, arguments, graphed, median_ms, named, relative_error
 from tests.benchmarks.kernel_work import CONFIG, HEADS, WIDTH, WORKLOADS, D, Work

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 from triton.testing import do_bench
 
-from kernels.fused_attention_layernorm.gated import LARGE, MIDDLE, project_gated, tiles_of
+from kernels.fused_attention_layernorm.gate_projection import LARGE, MIDDLE, project_gated, tiles_of
 from kernels.fused_attention_layernorm.launch import normalise_and_gate
 from kernels.fused_attention_layernorm.projection import Tiles, project_out
 from tests.benchmarks import results

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from triton.testing import do_bench
 
-from kernels.fused_attention_layernorm import cute
+from kernels.fused_attention_layernorm import projection_hopper
 from kernels.fused_attention_layernorm.projection import LARGE_IN, project_in, row_moments
 from tests.benchmarks import results
 from tests.benchmarks.kernel_rows import Row, arguments, graphed, median_ms, named, ratio, relative_error, row
@@ -105,7 +105,7 @@ def implementations() -> dict[str, Call]:
         return epilogue(F.linear(x, weight), moments, sums, bias)
 
     return {
-        "kernels: CuTe DSL": lambda *inputs: cute.project_in(*inputs, EPS),
+        "kernels: CuTe DSL": lambda *inputs: projection_hopper.project_in(*inputs, EPS),
         "kernels: Triton": lambda *inputs: project_in(*inputs, EPS, tiles=LARGE_IN),
         "torch: compiled, max-autotune": compiled,
         "cuBLASLt, then a compiled epilogue": in_two,

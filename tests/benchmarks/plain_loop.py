@@ -16,10 +16,10 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 
 from worker import config
 from worker.clock import WallClock
-from worker.codec import Codec
 from worker.config import Config
+from worker.interfaces import Batch, Entry, Fetched, Partition
 from worker.process import Parts, parts
-from worker.seams import Batch, Entry, Fetched, Partition
+from worker.stream.codec import Codec
 
 
 async def loop(settings: Config) -> None:

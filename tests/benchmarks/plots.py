@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from pipeline.labels import TASKS
+from pipeline.features.labels import TASKS
 from tests.benchmarks import results, roofline
 from tests.benchmarks.results import Result
 

@@ -26,8 +26,8 @@ from rich.console import Console
 from tests.benchmarks import results
 from tests.oracle import Oracle
 from worker import config
-from worker.local import LocalKafka, LocalValkey
-from worker.replay import Replay, Report, replay
+from worker.replay.local_servers import LocalKafka, LocalValkey
+from worker.replay.replay import Replay, Report, replay
 
 CAP_EVENTS = 1024  # longer than any sequence of the log
 # The shop's transitions are sparse and sharp, so width is what it takes. Hit rate@10 on the whole validation slice of

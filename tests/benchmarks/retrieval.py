@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline import retrieval
-from pipeline.retrieval import FusedRetrieval, Retrieval
+from pipeline.serving import retrieval
+from pipeline.serving.retrieval import FusedRetrieval, Retrieval
 from tests.benchmarks import results
 from tests.benchmarks.kernel_rows import Row, arguments, host_ms, named, ratio, row
 

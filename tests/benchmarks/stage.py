@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
-from worker.local import LocalKafka, LocalValkey
+from worker.replay.local_servers import LocalKafka, LocalValkey
 
 PARTITIONS = 4
 SAMPLE_S = 0.25

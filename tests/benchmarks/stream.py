@@ -28,9 +28,9 @@ from tests.benchmarks.load import Shoppers
 from tests.benchmarks.stage import PLAIN, WORKER, Stage, slate_counts, stage, steady_rate
 from worker import config
 from worker.clock import WallClock
+from worker.interfaces import Arrival, Partition, Ticket
 from worker.process import parts
-from worker.producing import Wait, at_once, at_rate, produce
-from worker.seams import Arrival, Partition, Ticket
+from worker.replay.feed import Wait, at_once, at_rate, produce
 
 HISTORY_EVENTS = 5  # of every user, before the first run
 PLAIN_EVENTS, SIMPLE_EVENTS = 2_000, 120_000

@@ -41,7 +41,7 @@ from tests.benchmarks.stream import (
 )
 from tests.oracle import Oracle
 from worker import config
-from worker.producing import at_rate, produce
+from worker.replay.feed import at_rate, produce
 
 FOLLOW_S, BEFORE_S, AFTER_S = 1.0, 40.0, 2.0
 NAME = "swap"

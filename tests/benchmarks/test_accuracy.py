@@ -8,8 +8,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from pipeline.logfile import write_log
-from pipeline.measures import RankingMeasures
+from pipeline.data.log_io import write_log
+from pipeline.evaluation.metrics import RankingMeasures
 from pipeline.records import Event, Item
 from tests.benchmarks import results
 from tests.benchmarks.accuracy_models import CONTENDERS, VARIANTS, Setting

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pipeline.measures import auc
+from pipeline.evaluation.metrics import auc
 from tests.benchmarks.head_aucs import mean_auc_gain, weighted_aucs
 
 

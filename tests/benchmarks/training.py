@@ -19,12 +19,12 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from rich.console import Console
 
-from pipeline.logfile import read_columns
+from pipeline.data.log_io import read_columns
 from pipeline.records import EventSchema
-from pipeline.task import TrainingOptions
-from pipeline.trainer import TrainerOptions
-from pipeline.training import EpochReport, train
-from pipeline.unified import PipelineOptions
+from pipeline.serving.pipeline import PipelineOptions
+from pipeline.training.preparation import TrainingOptions
+from pipeline.training.train import EpochReport, train
+from pipeline.training.trainer import TrainerOptions
 from tests.benchmarks import results
 from tests.benchmarks.results import Cell
 

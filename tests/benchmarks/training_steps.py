@@ -11,11 +11,11 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from kernels.fused_attention_layernorm.batch import Plan
-from pipeline.features import Inputs
-from pipeline.hstu import Hstu, plan_of
-from pipeline.hstu_config import PRESETS
-from pipeline.jagged import Layout
+from kernels.fused_attention_layernorm.plan import Plan
+from pipeline.features.event_features import Inputs
+from pipeline.model.config import PRESETS
+from pipeline.model.hstu import Hstu, plan_of
+from pipeline.model.padding import Layout
 from tests.benchmarks import results
 from tests.benchmarks.kernel_rows import Row, arguments, host_ms, named, row
 

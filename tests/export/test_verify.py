@@ -5,9 +5,9 @@ from export.verify import compare, random_inputs
 from pipeline import artifact as artifacts
 from pipeline.artifact import Artifact
 from pipeline.backends.torch import TorchEncoder
-from pipeline.hstu_config import HstuConfig
+from pipeline.model.config import HstuConfig
 from pipeline.records import EventSchema
-from pipeline.trainer import Model
+from pipeline.training.trainer import Model
 
 CONFIG = HstuConfig(items=300, width=16, heads=2, d_qk=8, d_v=8, max_events=64)
 

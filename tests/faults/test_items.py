@@ -8,7 +8,7 @@ from aiokafka import AIOKafkaProducer
 
 from tests.faults.test_run import launched
 from tests.kafka.broker import Broker
-from worker.local import LocalValkey
+from worker.replay.local_servers import LocalValkey
 
 RECORDS = 60
 

@@ -12,17 +12,17 @@ import pytest
 from oracle import Oracle
 from redis.asyncio import Redis
 
-from pipeline.logfile import BadRecord
+from pipeline.data.log_io import BadRecord
 from pipeline.records import Event
 from worker import config
 from worker.clock import VirtualClock
 from worker.errors import DeadLetterLimit, StoreUnavailable
-from worker.health import Pulse
-from worker.local import LocalValkey
-from worker.logsource import LogSource
-from worker.loop import Worker
+from worker.kafka.sink import FileSink
 from worker.process import first_error, parts
-from worker.sink import FileSink
+from worker.replay.local_servers import LocalValkey
+from worker.replay.log_source import LogSource
+from worker.stream.health import Pulse
+from worker.stream.loop import Worker
 
 EVENTS, USERS, CAP = 3000, 60, 16
 

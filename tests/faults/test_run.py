@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from aiokafka import AIOKafkaProducer
 
-from worker.local import LocalValkey
+from worker.replay.local_servers import LocalValkey
 
 COMMAND = [sys.executable, "-m", "worker.cli"]
 

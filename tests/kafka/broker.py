@@ -7,7 +7,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from worker.config import Kafka
-from worker.seams import Partition
+from worker.interfaces import Partition
 
 
 class Owner:

@@ -5,14 +5,14 @@ import pytest
 from aiokafka.errors import GroupLoadInProgressError
 
 from tests.kafka.broker import Owner
-from worker import kafka as connecting
 from worker.cli import main
 from worker.clock import WallClock
 from worker.config import Kafka
 from worker.errors import ConfigError, SourceError
-from worker.kafka import client_options, one_shot
-from worker.local import LocalKafka
-from worker.source import KafkaSource
+from worker.kafka import client as connecting
+from worker.kafka.client import client_options, one_shot
+from worker.kafka.source import KafkaSource
+from worker.replay.local_servers import LocalKafka
 
 LOGIN = 'org.apache.kafka.common.security.plain.PlainLoginModule required username="node" password="n" user_node="n"'
 WITH_PASSWORDS = {

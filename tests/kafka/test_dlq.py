@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 from tests.kafka.broker import Broker
 from worker.cli import main
 from worker.config import Config, Kafka
-from worker.deadtopic import DeadTopic, Done, Letter
 from worker.errors import SinkError
-from worker.seams import DeadLetter, Partition, Ticket
-from worker.sink import KafkaSink
+from worker.interfaces import DeadLetter, Partition, Ticket
+from worker.kafka.sink import KafkaSink
+from worker.operations.dead_letter_topic import DeadTopic, Done, Letter
 
 
 class NoShelf:

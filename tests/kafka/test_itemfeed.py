@@ -7,17 +7,17 @@ import msgspec
 import pytest
 from aiokafka import AIOKafkaProducer, ConsumerRecord
 
-from pipeline.catalogue import Catalogue
+from pipeline.items.catalogue import Catalogue
+from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import Item
-from pipeline.unified import Pipeline
-from pipeline.vocabulary import Vocabulary
+from pipeline.serving.pipeline import Pipeline
 from tests.kafka.broker import Broker
 from worker import metrics
 from worker.clock import WallClock
 from worker.config import Kafka
-from worker.itemfeed import ItemFeed
-from worker.itemstate import ItemState
-from worker.ranker import Ranker
+from worker.inference.ranker import Ranker
+from worker.items.feed import ItemFeed
+from worker.items.state import ItemState
 
 MSGPACK = [("content-type", b"application/msgpack")]
 

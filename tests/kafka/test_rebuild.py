@@ -11,8 +11,8 @@ from worker.cli import main
 from worker.clock import WallClock
 from worker.config import Config, Kafka, Redis, Sequences
 from worker.errors import SourceError
-from worker.rebuild import Plan, Rebuild, Report
-from worker.redis_client import RedisClient, connect
+from worker.operations.rebuild import Plan, Rebuild, Report
+from worker.redis.client import RedisClient, connect
 
 NOW_MS = WallClock().now_ms()
 

@@ -13,9 +13,9 @@ from pipeline.records import Covers, Latency, Slate, SlateItem
 from tests.kafka.broker import Broker
 from worker.config import Config
 from worker.errors import SinkError, SinkUnavailable, SourceError, StoreUnavailable
-from worker.local import LocalKafka
-from worker.seams import DeadLetter, Partition, Ticket
-from worker.sink import FileSink, KafkaSink
+from worker.interfaces import DeadLetter, Partition, Ticket
+from worker.kafka.sink import FileSink, KafkaSink
+from worker.replay.local_servers import LocalKafka
 
 
 class Shelf:

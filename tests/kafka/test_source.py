@@ -14,10 +14,10 @@ from tests.kafka.broker import Broker, Owner
 from worker.clock import WallClock
 from worker.config import Kafka
 from worker.errors import SourceError, SourceUnavailable
-from worker.local import LocalKafka
-from worker.localserver import free_ports
-from worker.seams import Fetched, Partition, Rebalance
-from worker.source import KafkaSource
+from worker.interfaces import Fetched, Partition, Rebalance
+from worker.kafka.source import KafkaSource
+from worker.replay.child_process import free_ports
+from worker.replay.local_servers import LocalKafka
 
 CRC_AT = 17  # in a batch: of what follows it
 

@@ -4,8 +4,8 @@ of the user alone. Needs a GPU with 40 GB; `test_far_rows.py` is the counterpart
 import pytest
 import torch
 
-from kernels.fused_attention_layernorm.batch import Plan
 from kernels.fused_attention_layernorm.op import fused_attention_layernorm
+from kernels.fused_attention_layernorm.plan import Plan
 from kernels.hierarchical_sequence_fusion.op import hierarchical_sequence_fusion
 from kernels.sequence_recommendation_interaction.op import candidate_interaction
 

@@ -14,7 +14,7 @@ from kernels.hierarchical_sequence_fusion.launch import Embeddings, Events
 from kernels.sequence_recommendation_interaction import launch as retrieval
 from kernels.sequence_recommendation_interaction.launch import Catalogue, Plan
 from kernels.sequence_recommendation_interaction.tiles import Tiles
-from tests.kernels.test_fused_attention_layernorm_op import DEVICE, Case, case_of
+from tests.kernels.fused_attention_layernorm.test_op import DEVICE, Case, case_of
 
 REACH = 2**31 + 2**20
 TILES = Tiles(items=16, users=16, warps=4, stages=1)

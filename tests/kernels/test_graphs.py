@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import graphs as graphs_module
-from kernels.fused_attention_layernorm.batch import Plan
+from kernels.fused_attention_layernorm.plan import Plan
 from kernels.graphs import PATIENCE, BatchGraphs, Bucket, Captured, buckets, stepped
 from pipeline.backends.fused import encoder_of
-from pipeline.features import TIME_THRESHOLDS
-from tests.kernels.test_fused_attention_layernorm import inputs_of_lengths, model
-from tests.kernels.test_fused_attention_layernorm_encoder import DEVICE, WIDE
+from pipeline.features.event_features import TIME_THRESHOLDS
+from tests.kernels.fused_attention_layernorm.test_encoder import DEVICE, WIDE
+from tests.kernels.fused_attention_layernorm.test_op_reference import inputs_of_lengths, model
 
 CLASSES = (64, 300)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.fused_attention_layernorm.batch import Plan
+from kernels.fused_attention_layernorm.plan import Plan
 from kernels.hierarchical_sequence_fusion.op import hierarchical_sequence_fusion
 from kernels.sequence_recommendation_interaction.op import candidate_interaction, sequence_recommendation_interaction
 

@@ -9,9 +9,9 @@ from pipeline import artifact as artifacts
 from pipeline.artifact import COUNTERS, MANIFEST, VOCABULARY, WEIGHTS, Artifact
 from pipeline.backends.torch import TorchEncoder
 from pipeline.errors import ArtifactError
-from pipeline.hstu_config import HstuConfig
+from pipeline.model.config import HstuConfig
 from pipeline.records import EventSchema
-from pipeline.trainer import Model
+from pipeline.training.trainer import Model
 
 ITEMS = ["a", "b", "ü"]
 CONFIG = HstuConfig(items=len(ITEMS) + 1, width=8, heads=1, d_qk=4, d_v=4, max_events=16)

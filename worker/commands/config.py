@@ -22,7 +22,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     from worker import config
-    from worker.terminal import show, table
+    from worker.commands.tables import show, table
 
     rows = table("key", "value", "source")
     for row in config.show(config.load(args.config), args.config):

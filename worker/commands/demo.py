@@ -22,6 +22,6 @@ def configure(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    from worker.demo import demo
+    from worker.commands.demo_steps import demo
 
     return demo(args.out, args.events, args.rate, args.seed)

@@ -16,7 +16,7 @@ from worker.commands.arguments import positive
 from worker.commands.config import add_config
 
 if TYPE_CHECKING:
-    from worker.deadtopic import Letter
+    from worker.operations.dead_letter_topic import Letter
 
 SHOWN_CHARACTERS = 60
 
@@ -48,8 +48,8 @@ def run(args: Namespace) -> int:
     import asyncio
 
     from worker import config, logging
-    from worker.deadtopic import DeadTopic, chosen
-    from worker.kafka import one_shot
+    from worker.kafka.client import one_shot
+    from worker.operations.dead_letter_topic import DeadTopic, chosen
 
     loaded = config.load(args.config)
     logging.configure(loaded.log)
@@ -73,7 +73,7 @@ def _show(letters: "list[Letter]", as_json: bool) -> None:
 
     import msgspec
 
-    from worker.terminal import show, table
+    from worker.commands.tables import show, table
 
     if as_json:
         sys.stdout.write("".join(msgspec.json.encode(letter).decode() + "\n" for letter in letters))

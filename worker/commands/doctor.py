@@ -19,8 +19,8 @@ def run(args: Namespace) -> int:
     import asyncio
 
     from worker import config
-    from worker.doctor import examine
-    from worker.terminal import show, table
+    from worker.commands.tables import show, table
+    from worker.operations.doctor import examine
 
     findings = asyncio.run(examine(config.load(args.config)))
     rows = table("", "part", "finding")

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 
 from worker.commands.arguments import cutoffs, positive, seed, share
 from worker.commands.config import add_config
-from worker.commands.layout import add_items, add_layout, read_events, read_records
-from worker.commands.outputs import check_file
+from worker.commands.log_arguments import add_items, add_layout, read_events, read_records
+from worker.commands.output_paths import check_file
 
 if TYPE_CHECKING:
-    from pipeline.evaluation import EvaluationOptions
+    from pipeline.evaluation.evaluate import EvaluationOptions
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -48,10 +48,10 @@ def run(args: Namespace) -> int:
     import msgspec
 
     from pipeline.artifact import load
-    from pipeline.evaluation import evaluate
+    from pipeline.evaluation.evaluate import evaluate
     from worker import config
-    from worker.evaluation_display import print_report
-    from worker.ranker import pipeline_options
+    from worker.commands.evaluation_display import print_report
+    from worker.inference.ranker import pipeline_options
 
     loaded = config.load(args.config)
     asked = options_of(args, loaded.sequences.cap_events)
@@ -71,10 +71,10 @@ def run(args: Namespace) -> int:
 
 def options_of(args: Namespace, cap_events: int) -> "EvaluationOptions":
     """EvaluationError when an option belongs to the other protocol."""
-    from pipeline.cut import Cut
+    from pipeline.data.split import Cut
     from pipeline.errors import EvaluationError
-    from pipeline.evaluation import EvaluationOptions
-    from pipeline.negatives import Negatives
+    from pipeline.evaluation.evaluate import EvaluationOptions
+    from pipeline.evaluation.negatives import Negatives
 
     strange = "score_from" if args.protocol == "last" else "last"
     if getattr(args, strange) is not None:

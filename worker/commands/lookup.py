@@ -23,7 +23,7 @@ def run(args: Namespace) -> int:
     import msgspec
 
     from worker import config
-    from worker.lookup import Lookup
+    from worker.lookup.lookup import Lookup
 
     async def find():
         async with Lookup(config.load(args.config).redis) as lookup:
@@ -40,7 +40,7 @@ def run(args: Namespace) -> int:
 def _print_table(slate) -> None:
     from datetime import UTC, datetime
 
-    from worker.terminal import show, table
+    from worker.commands.tables import show, table
 
     created = datetime.fromtimestamp(slate.created_ms / 1000, UTC).isoformat(" ", "seconds")
     title = f"{slate.user_id}: {slate.strategy}, model {slate.model_version}, {created}"

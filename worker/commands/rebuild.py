@@ -26,9 +26,9 @@ def run(args: Namespace) -> int:
 
     from worker import config, logging
     from worker.clock import WallClock
-    from worker.kafka import one_shot
-    from worker.rebuild import Plan, Rebuild, Report
-    from worker.redis_client import connect
+    from worker.kafka.client import one_shot
+    from worker.operations.rebuild import Plan, Rebuild, Report
+    from worker.redis.client import connect
 
     async def rebuild(bar: Progress) -> tuple[Plan, Report]:
         client = await connect(loaded.redis)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from worker.commands.arguments import positive, rate, share, speed
 from worker.commands.config import add_config
-from worker.commands.layout import add_layout, layout_of
-from worker.commands.outputs import check_file
+from worker.commands.log_arguments import add_layout, layout_of
+from worker.commands.output_paths import check_file
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -41,9 +41,9 @@ def run(args: Namespace) -> int:
     from rich.console import Console
 
     from worker import config, logging
-    from worker.kafka import one_shot
-    from worker.live import print_summary
-    from worker.replay import Replay, replay, summary
+    from worker.kafka.client import one_shot
+    from worker.replay.display import print_summary
+    from worker.replay.replay import Replay, replay, summary
 
     _check(args)
     loaded = config.load(args.config)

@@ -19,11 +19,11 @@ def configure(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     import asyncio
 
-    from worker import config, logging, memory
+    from worker import config, logging, malloc_tuning
     from worker.process import consume
 
     loaded = config.load(args.config)
     logging.configure(loaded.log)
-    memory.return_large_blocks()
+    malloc_tuning.return_large_blocks()
     asyncio.run(consume(loaded))
     return 0

@@ -32,7 +32,7 @@ def run(args: Namespace) -> int:
     try:
         import uvicorn
 
-        from worker.http import application
+        from worker.lookup.http import application
     except ModuleNotFoundError as error:
         raise ConfigError(f"{error.name} is not installed; run pip install 'millrace[serve]'") from error
 

@@ -11,7 +11,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from worker.commands.arguments import positive, seed
-from worker.commands.outputs import check_folder
+from worker.commands.output_paths import check_folder
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -30,8 +30,8 @@ def run(args: Namespace) -> int:
     from rich.progress import Progress
 
     from pipeline.errors import LogFileError
-    from pipeline.simulator_truth import simulate
-    from pipeline.simulator_world import SimulatorConfig
+    from pipeline.simulation.ground_truth import simulate
+    from pipeline.simulation.world import SimulatorConfig
 
     config = SimulatorConfig(args.events, args.users, args.items, args.seed)
     if config.items < config.topics:

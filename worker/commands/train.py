@@ -27,15 +27,15 @@ from typing import TYPE_CHECKING
 
 from worker.commands.arguments import positive, rate, seed
 from worker.commands.config import add_config
-from worker.commands.layout import add_items, add_layout, read_events, read_records
-from worker.commands.outputs import check_folder
+from worker.commands.log_arguments import add_items, add_layout, read_events, read_records
+from worker.commands.output_paths import check_folder
 
 if TYPE_CHECKING:
     from pipeline.artifact import Manifest
-    from pipeline.processes import Processes
-    from pipeline.refresh import Base
-    from pipeline.task import TrainingOptions
-    from pipeline.unified import PipelineOptions
+    from pipeline.serving.pipeline import PipelineOptions
+    from pipeline.training.distributed import Processes
+    from pipeline.training.preparation import TrainingOptions
+    from pipeline.training.warm_start import Base
 
 # Option: (the struct's field, metavar, help). What is not given stays the struct's default.
 TRAINER = {
@@ -97,10 +97,10 @@ def run(args: Namespace) -> int:
 
     from pipeline.artifact import load, refuse_other_files
     from pipeline.backends.torch import device_of
-    from pipeline.processes import joined
-    from pipeline.refresh import Base
+    from pipeline.training.distributed import joined
+    from pipeline.training.warm_start import Base
     from worker import config
-    from worker.ranker import pipeline_options
+    from worker.inference.ranker import pipeline_options
 
     pipeline = pipeline_options(config.load(args.config))
     base = Base(load(args.base)) if args.base else None
@@ -127,9 +127,9 @@ def _train(args: Namespace, options: "TrainingOptions", pipeline: "PipelineOptio
 
     from rich.console import Console
 
-    from pipeline.training import train
-    from worker.curves import Curves
-    from worker.training_display import TrainingDisplay
+    from pipeline.training.train import train
+    from worker.commands.learning_curves import Curves
+    from worker.commands.training_display import TrainingDisplay
 
     created = datetime.now(UTC).isoformat(timespec="seconds")
     with ExitStack() as stack:
@@ -146,7 +146,7 @@ def options_of(args: Namespace, base: "Base | None" = None) -> "TrainingOptions"
     import msgspec
 
     from pipeline.errors import TrainingError
-    from pipeline.task import TrainingOptions
+    from pipeline.training.preparation import TrainingOptions
 
     trainer, model = _given(args, TRAINER), _preset(args.preset) | _given(args, MODEL)
     if base:
@@ -163,7 +163,7 @@ def _preset(name: str | None) -> dict[str, object]:
     import msgspec
 
     from pipeline.errors import TrainingError
-    from pipeline.hstu_config import PRESETS
+    from pipeline.model.config import PRESETS
 
     if name is None:
         return {}

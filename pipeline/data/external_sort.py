@@ -1,0 +1,137 @@
+"""Event-time order of a log of any size: sorted runs in a temporary file, merged as they are read back."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from heapq import merge
+from tempfile import TemporaryFile, gettempdir
+from typing import IO
+
+import msgspec
+
+from pipeline.data.layout import BadRecord, Entry
+from pipeline.errors import LogFileError
+from pipeline.records import Event
+
+RUN_ENTRIES = 200_000
+BLOCK_ENTRIES = 128  # of each run in memory while they are merged: of 200 M events as much as one run
+NO_KEY = (0, "", "")
+
+Key = tuple[int, str, str]  # ts_ms, user_id, item_id
+
+
+class Placed(msgspec.Struct, frozen=True, array_like=True):
+    """An entry on disk. key: of the event that a bad record stands behind."""
+
+    event: Event | None
+    bad: BadRecord | None = None
+    key: Key = NO_KEY
+
+    def keyed(self) -> tuple[Key, Entry]:
+        if self.event is not None:
+            return _key(self.event), self.event
+        assert self.bad is not None
+        return self.key, self.bad
+
+
+_pack = msgspec.msgpack.Encoder().encode
+_unpack = msgspec.msgpack.Decoder(list[Placed]).decode
+
+
+@dataclass(slots=True)
+class Run:
+    """Entries in the log's order, each with its key, as many as fit in memory."""
+
+    last: Key | None = None  # of the newest event, also of an earlier run
+    keys: list[Key] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
+    early: list[BadRecord] = field(default_factory=list)  # before the log's first event
+
+    def __len__(self) -> int:
+        return len(self.entries) + len(self.early)
+
+    def add(self, entry: Entry) -> None:
+        if isinstance(entry, Event):
+            self.last = key = _key(entry)
+        elif self.last is None:
+            self.early.append(entry)
+            return
+        else:
+            key = self.last
+        self.keys.append(key)
+        self.entries.append(entry)
+        if self.early:
+            self._place_early(key)
+
+    def in_order(self) -> Iterator[tuple[Key, Entry]]:
+        if self.early:  # no event at all so far
+            self._place_early(NO_KEY)
+        keys, entries = self.keys, self.entries
+        return ((keys[i], entries[i]) for i in sorted(range(len(keys)), key=keys.__getitem__))
+
+    def _place_early(self, key: Key) -> None:
+        self.keys += [key] * len(self.early)
+        self.entries += self.early
+        self.early.clear()
+
+
+def sorted_by_time(entries: Iterable[Entry], run_entries: int = RUN_ENTRIES) -> Iterator[Entry]:
+    """By (ts_ms, user_id, item_id), equals in the log's order; a bad record behind the event that it follows there.
+
+    Bad records before the log's first event stand behind that one. At most `run_entries` are sorted in memory alone.
+    A million events of 150 bytes: 11 s of a busy core and 163 MiB at most. LogFileError when the disk is full.
+    """
+    run, spans = Run(), []
+    with TemporaryFile(prefix="millrace-sort-") as file:  # without a name: gone with the process, however it ends
+        for entry in entries:
+            run.add(entry)
+            if len(run) >= run_entries:
+                spans.append(_spill(run, file))
+                run = Run(last=run.last)
+        runs = [_read_back(file, *span) for span in spans]
+        for _, entry in merge(*runs, run.in_order(), key=_first) if runs else run.in_order():
+            yield entry
+
+
+def _spill(run: Run, file: IO[bytes]) -> tuple[int, int]:
+    try:
+        return _write_run(run, file)
+    except OSError as error:
+        raise LogFileError(
+            f"sorting the log by time: {gettempdir()} cannot be written: {error.strerror or error}; "
+            "free some space there, or let TMPDIR name another folder"
+        ) from error
+
+
+def _write_run(run: Run, file: IO[bytes]) -> tuple[int, int]:
+    start, block = file.tell(), []
+    for key, entry in run.in_order():
+        block.append(Placed(entry) if isinstance(entry, Event) else Placed(None, entry, key))
+        if len(block) == BLOCK_ENTRIES:
+            _write_block(block, file)
+            block.clear()
+    _write_block(block, file)
+    file.flush()
+    return start, file.tell()
+
+
+def _write_block(block: list[Placed], file: IO[bytes]) -> None:
+    packed = _pack(block)
+    file.write(len(packed).to_bytes(8))
+    file.write(packed)
+
+
+def _read_back(file: IO[bytes], start: int, end: int) -> Iterator[tuple[Key, Entry]]:
+    while start < end:
+        file.seek(start)  # the runs share the file: each keeps its own place
+        size = int.from_bytes(file.read(8))
+        block = _unpack(file.read(size))
+        start += 8 + size
+        yield from (placed.keyed() for placed in block)
+
+
+def _key(event: Event) -> Key:
+    return event.ts_ms, event.user_id, event.item_id
+
+
+def _first(pair: tuple[Key, Entry]) -> Key:
+    return pair[0]

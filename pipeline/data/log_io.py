@@ -1,0 +1,136 @@
+"""Recorded logs of events: JSON lines, MessagePack or delimited text, gzipped or not; read, put in time order, written.
+
+A record that cannot be read comes as a `BadRecord` in its place, never as an exception and never silently left out.
+A file that cannot be read at all is a LogFileError with one sentence.
+"""
+
+import gzip
+from collections.abc import Callable, Iterable, Iterator
+from io import BufferedReader
+from itertools import chain, islice
+from pathlib import Path
+from typing import IO
+
+import msgspec
+
+from pipeline.data.event_log import Log, columns
+from pipeline.data.external_sort import RUN_ENTRIES, sorted_by_time
+from pipeline.data.layout import BadRecord, Entry, Layout, format_of
+from pipeline.data.parser import READ_ERRORS, Stream, json_blocks, msgpack_blocks, text_blocks
+from pipeline.errors import LogFileError
+from pipeline.records import Event, EventSchema
+
+__all__ = ["BadRecord", "Entry", "Layout", "Log", "in_event_time", "read_columns", "read_log", "write_log"]
+
+GZIP_MAGIC = b"\x1f\x8b"
+WRITE_EVENTS = 1000
+DEFAULT_SCHEMA = EventSchema()
+TEXT_FIELDS = tuple(field.name for field in msgspec.structs.fields(Event))
+
+_to_json = msgspec.json.Encoder()
+_to_msgpack = msgspec.msgpack.Encoder()
+
+
+def read_log(path: str | Path, layout: Layout | None = None) -> Iterator[Entry]:
+    """Every record as it stands in the file. LogFileError, at once, when the file cannot be read at all."""
+    return chain.from_iterable(_blocks(Path(path), layout))
+
+
+def in_event_time(
+    path: str | Path, layout: Layout | None = None, run_entries: int = RUN_ENTRIES
+) -> Iterator[Event | BadRecord]:
+    """Ordered by (ts_ms, user_id, item_id), equals as they stand; a bad record behind the event that it follows.
+
+    Memory is bounded by `run_entries`: a longer log is sorted through a temporary file. LogFileError as `read_log`.
+    """
+    return sorted_by_time(read_log(path, layout), run_entries)
+
+
+def read_columns(path: str | Path, layout: Layout | None = None, schema: EventSchema = DEFAULT_SCHEMA) -> Log:
+    """The whole log as columns, in the order of `in_event_time`. LogFileError as `read_log`."""
+    return columns(_blocks(Path(path), layout), schema)
+
+
+def write_log(path: str | Path, events: Iterable[Event]) -> int:
+    """Write as .jsonl, .msgpack or .tsv (.gz at the end: gzipped), as the events come; returns their number.
+
+    LogFileError for another suffix, a folder that is not there, or text with a tab or line break inside a .tsv.
+    """
+    path = Path(path)
+    encode, head = _encoder(path)
+    count, source = 0, iter(events)
+    try:
+        with path.open("wb") as raw, _compressed(path, raw) as file:
+            file.write(head)
+            while batch := list(islice(source, WRITE_EVENTS)):
+                file.write(encode(batch))
+                count += len(batch)
+    except OSError as error:
+        raise LogFileError(f"{path}: cannot be written: {error.strerror or error}") from error
+    return count
+
+
+def _blocks(path: Path, layout: Layout | None) -> Iterator[list[Entry]]:
+    """Opens and looks at the start now, reads on as it is asked to."""
+    layout = layout or Layout()
+    try:
+        file = _open(path)
+        start = file.peek(4096)
+        kind = layout.format or format_of(path.name, start)
+    except READ_ERRORS as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise LogFileError(f"{path}: cannot be read: {reason or error}") from error
+    if kind != "text" and layout.columns is not None:
+        raise LogFileError(f"{path}: holds {kind}, whose fields have names; --columns is for delimited text")
+    stream = Stream(file)
+    if kind == "msgpack":
+        return msgpack_blocks(stream)
+    return json_blocks(stream) if kind == "json" else text_blocks(stream, layout, path.name)
+
+
+def _open(path: Path) -> BufferedReader | gzip.GzipFile:
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start == GZIP_MAGIC:
+        return gzip.GzipFile(path)
+    if path.suffix == ".gz" and start:
+        raise LogFileError(f"{path}: is named .gz but is not gzipped; rename it, or fetch it again")
+    return path.open("rb")
+
+
+def _compressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
+    if path.suffix != ".gz":
+        return raw
+    # No name and no time inside: the same events give the same bytes. Level 6: half of level 9's time, 1 % larger.
+    return gzip.GzipFile("", "wb", 6, raw, mtime=0)  # pyright: ignore[reportReturnType]
+
+
+def _encoder(path: Path) -> tuple[Callable[[list[Event]], bytes], bytes]:
+    """How to write a batch, and what stands before the first one."""
+    suffix = path.name.removesuffix(".gz").rpartition(".")[2]
+    if suffix in ("jsonl", "json", "ndjson"):
+        return _to_json.encode_lines, b""
+    if suffix in ("msgpack", "mpk"):
+        return lambda batch: b"".join(map(_to_msgpack.encode, batch)), b""
+    if suffix == "tsv":
+        return lambda batch: b"".join(map(_text_line, batch)), _joined(TEXT_FIELDS)
+    raise LogFileError(f"{path}: want a name that ends in .jsonl, .msgpack or .tsv, with .gz behind it to compress")
+
+
+def _text_line(event: Event) -> bytes:
+    return _joined([_cell(value) for value in msgspec.structs.astuple(event)])
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, dict):
+        return _to_json.encode(value).decode()
+    text = str(value)
+    if not {"\t", "\n", "\r"}.isdisjoint(text):
+        raise LogFileError(f"'{text[:60]}' has a tab or a line break inside, which a .tsv cannot hold; write .jsonl")
+    return text
+
+
+def _joined(cells: Iterable[str]) -> bytes:
+    return ("\t".join(cells) + "\n").encode()

@@ -1,0 +1,81 @@
+"""What slates are like beyond their hits: how much of the catalogue they show, how unusual and how varied it is."""
+
+from collections.abc import Iterable
+
+import msgspec
+import numpy as np
+
+from pipeline.data.sequences import Corpus
+from pipeline.items.vocabulary import UNKNOWN, Vocabulary
+from pipeline.records import Item
+
+SKETCH = 64  # numbers that stand for an item's set; the cosine of two is off by 1/8, of a thousand slates by nothing
+
+
+class SlateMeasures(msgspec.Struct, frozen=True):
+    """Of the slates of all scored events.
+
+    coverage:  share of the catalogue's items that are on any slate
+    novelty:   mean -log2 of an item's share of the training events, each item counted once more than it occurs
+    diversity: mean over slates of 1 - the mean cosine of two of their items; None where no slate has two
+    """
+
+    coverage: float
+    novelty: float
+    diversity: float | None
+
+
+def slate_measures(slates: np.ndarray, counts: np.ndarray, vectors: np.ndarray) -> SlateMeasures:
+    """slates: int [n, k] tokens, 0 = none; counts: int [items], training events by token; vectors: float [items, d],
+    unit length, or zero for an item of which nothing is known: it is like none."""
+    shown = slates[slates > UNKNOWN]
+    coverage = len(np.unique(shown)) / max(1, len(counts) - 1)
+    bits = -np.log2((counts + 1) / (counts.sum() + len(counts)))
+    novelty = float(bits[shown].mean()) if len(shown) else 0.0
+    return SlateMeasures(coverage, novelty, _diversity(slates, vectors))
+
+
+def _diversity(slates: np.ndarray, vectors: np.ndarray) -> float | None:
+    """With unit vectors v, sum over pairs i != j of v_i v_j is |sum v|^2 - sum |v|^2."""
+    sizes = (slates > UNKNOWN).sum(1)
+    slates, sizes = slates[sizes > 1], sizes[sizes > 1]
+    if not len(slates):
+        return None
+    own = (vectors**2).sum(1)
+    totals = np.zeros((len(slates), vectors.shape[1]))
+    for column in slates.T:  # a pass a place of the slate: [n, d] at a time
+        totals += vectors[column]
+    likeness = ((totals**2).sum(1) - own[slates].sum(1)) / (sizes * (sizes - 1))
+    return float(1 - likeness.mean())
+
+
+def category_vectors(items: Iterable[Item], vocabulary: Vocabulary) -> np.ndarray:
+    """float32 [items, SKETCH]: items are like each other as far as they share categories."""
+    numbers: dict[str, int] = {}
+    pairs = [
+        (vocabulary.token(item.item_id), numbers.setdefault(name, len(numbers)))
+        for item in items
+        for name in set(item.category)
+    ]
+    columns = np.array(pairs, np.int64).reshape(-1, 2)
+    return _sketched(columns[:, 0], columns[:, 1], len(vocabulary))
+
+
+def cooccurrence_vectors(known: Corpus, items: int) -> np.ndarray:
+    """float32 [items, SKETCH]: items are like each other as far as the same users touched them."""
+    users = np.repeat(np.arange(len(known.offsets) - 1), np.diff(known.offsets))
+    return _sketched(known.tokens[known.is_new], users[known.is_new], items)
+
+
+def _sketched(tokens: np.ndarray, members: np.ndarray, items: int) -> np.ndarray:
+    """Unit vectors whose dot products estimate the cosines of the items' sets, zeros for an empty set.
+
+    tokens, members: int [pairs], distinct. A random sign projection (Achlioptas 2003) of the 0/1 set vectors.
+    """
+    random = np.random.default_rng(0)
+    signs = random.choice(np.array([-1, 1], np.float32), (int(members.max(initial=-1)) + 1, SKETCH))
+    vectors = np.zeros((items, SKETCH), np.float32)
+    np.add.at(vectors, tokens, signs[members])
+    vectors[UNKNOWN] = 0
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.where(norms > 0, norms, 1)

@@ -1,0 +1,45 @@
+"""The heads asked about events of a log, each just before it: what measures them, and what calibrates them."""
+
+import numpy as np
+
+from pipeline.data.sequences import Corpus
+from pipeline.evaluation.ranking import Scored
+from pipeline.features.labels import TASKS, labels_of
+from pipeline.model.calibration import fitted
+from pipeline.records import EventSchema
+from pipeline.serving.hstu_strategy import HstuRung
+
+CALIBRATED_EVENTS = 8000  # at most: two numbers a head are fitted to them
+
+
+def odds_of(hstu: HstuRung, asked: Scored) -> np.ndarray:
+    """float32 [n, 3] by labels.TASKS: of each event's item, from the events before it; none is its user's first."""
+    odds = np.empty((len(asked), len(TASKS)), np.float32)
+    for chosen, histories in asked.batches():
+        odds[chosen] = hstu.odds(histories, asked.wanted[chosen, None])[:, 0]
+    return odds
+
+
+def calibrated(hstu: HstuRung, known: Corpus, labels: np.ndarray, seed: int) -> list[tuple[float, float]]:
+    """Scale and shift of each head. hstu: not calibrated; labels: float [total, 3], those it has not learnt from."""
+    positions = np.random.default_rng(seed).permutation(np.flatnonzero(np.isfinite(labels).any(axis=1)))
+    positions = np.sort(positions[:CALIBRATED_EVENTS])
+    odds = odds_of(hstu, Scored(known, positions + 1, hstu.max_events)).astype(np.float64)
+    logits = np.log(np.clip(odds, 1e-6, 1 - 1e-6)) - np.log1p(-np.clip(odds, 1e-6, 1 - 1e-6))
+    return [fitted(logits[:, task], labels[positions, task]) for task in range(len(TASKS))]
+
+
+def unlearnt_labels(known: Corpus, fit: Corpus, validation: np.ndarray, schema: EventSchema) -> np.ndarray:
+    """float32 [total, 3] labels of `known`, NaN where `fit`, its part outside of `validation`, tells them already.
+
+    validation: bool [total]. These are the labels of what happens in the validation slice; of returns, a horizon's
+    earlier ones, which the slice's end is the first to tell.
+    """
+    labels = _labels(known, schema)
+    learnt = np.zeros(labels.shape, bool)
+    learnt[~validation] = np.isfinite(_labels(fit, schema))  # both run user after user
+    return np.where(learnt, np.nan, labels)
+
+
+def _labels(corpus: Corpus, schema: EventSchema) -> np.ndarray:
+    return labels_of(corpus.histories, schema, int(corpus.histories.ts_ms.max(initial=0)))

@@ -1,0 +1,66 @@
+"""What the heads predict: labels of engagement, retention and monetization, from what came next.
+
+A position of a user's sequence is labelled by its successor. With e the user's next event:
+    engagement    e is a like, cart, purchase or share, a rating of 4 or more, or dwelt on for 30 s or more
+    retention     a new session (an event 30 minutes or more after its predecessor) begins within 7 days after e
+    monetization  e is a cart or purchase
+Logs hold no items that were shown and ignored: the heads tell good outcomes from poor among items that were touched.
+"""
+
+import numpy as np
+
+from pipeline.features.event_features import SESSION_GAP_MS
+from pipeline.records import EventSchema, Histories, encode_value
+
+TASKS = ("engagement", "retention", "monetization")
+ENGAGING = ("like", "cart", "purchase", "share")
+MONETIZING = ("cart", "purchase")
+LIKED_STARS = 4.0
+LONG_DWELL_MS = 30_000
+HORIZON_MS = 7 * 86_400_000
+_DWELL_STEP_MS = 100  # of EVENT_DTYPE's dwell code
+
+
+def labels_of(histories: Histories, schema: EventSchema, end_ms: int) -> np.ndarray:
+    """float32 [total, 3] labels by TASKS of each event's successor; NaN: a user's last event, or (retention) the log
+    ends, at `end_ms`, within the horizon: counting the returns that it still shows would favour late events."""
+    labels = np.full((len(histories.events), len(TASKS)), np.nan, np.float32)
+    for place, part in histories.parts():
+        _label(labels[place], part, schema, end_ms)
+    return labels
+
+
+def _label(labels: np.ndarray, histories: Histories, schema: EventSchema, end_ms: int) -> None:
+    users = histories.users
+    succeeded = np.flatnonzero(users[1:] == users[:-1])
+    following = succeeded + 1
+    labels[succeeded, 0] = engaged(histories, schema)[following]
+    labels[succeeded, 1] = _returned(histories, end_ms)[following]
+    labels[succeeded, 2] = np.isin(histories.actions, codes_of(MONETIZING, schema))[following]
+
+
+def codes_of(actions: tuple[str, ...], schema: EventSchema) -> list[int]:
+    """The ring's codes of those of the actions that the schema has."""
+    codes = schema.action_codes()
+    return [codes[name] for name in actions if name in codes]
+
+
+def engaged(histories: Histories, schema: EventSchema) -> np.ndarray:
+    """bool [total]: the event itself is an engaged one."""
+    liked = np.isin(histories.actions, codes_of(("rate",), schema))
+    liked &= histories.events["value"] >= encode_value(LIKED_STARS)
+    dwelt = histories.events["dwell"] > LONG_DWELL_MS // _DWELL_STEP_MS  # code = 1 + steps
+    return liked | dwelt | np.isin(histories.actions, codes_of(ENGAGING, schema))
+
+
+def _returned(histories: Histories, end_ms: int) -> np.ndarray:
+    """float32 [total]: whether the user's next session begins within the horizon after this event; NaN: unknown yet."""
+    ts_ms, users = histories.ts_ms, histories.users
+    session_starts = np.flatnonzero((users[1:] == users[:-1]) & (np.diff(ts_ms) >= SESSION_GAP_MS)) + 1
+    after = np.searchsorted(session_starts, np.arange(len(ts_ms)), side="right")
+    has_next = after < len(session_starts)
+    next_start = (
+        session_starts[np.minimum(after, len(session_starts) - 1)] if len(session_starts) else np.zeros_like(users)
+    )
+    returned = has_next & (users[next_start] == users) & (ts_ms[next_start] - ts_ms <= HORIZON_MS)
+    return np.where(ts_ms + HORIZON_MS <= end_ms, returned, np.nan).astype(np.float32)

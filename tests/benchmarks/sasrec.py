@@ -1,0 +1,148 @@
+"""SASRec, the baseline of sequence models: Kang and McAuley, ICDM 2018 (arxiv.org/abs/1808.09781).
+
+As in the paper's code: learned positions counted from the newest event, item vectors times sqrt(width), causal softmax
+attention whose queries alone are normalised, residuals from what is normalised, one item table in and out. Losses: the
+paper's binary cross entropy with one uniform negative a row, or the full softmax, which ranks better (Klenitskiy and
+Vasilev, RecSys 2023).
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+import numpy as np
+import torch
+import torch.nn.functional as F
+from msgspec import Meta
+from torch import Tensor, nn
+
+from pipeline.evaluation.popularity import Popularity
+from pipeline.features.event_features import Inputs
+from pipeline.model.padding import Block, Layout
+from pipeline.records import Histories
+from pipeline.training.batches import TrainingBatch
+from pipeline.training.losses import next_item_loss, sample_candidates
+from pipeline.training.trainer import Trainable
+
+Positive = Annotated[int, Meta(gt=0)]
+
+
+class SasRecConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The model's shape and loss. `max_events`: the newest events that a state reads."""
+
+    items: Positive = 1  # rows of the item table, the unknown one included
+    layers: Positive = 2
+    width: Positive = 64
+    heads: Positive = 1
+    max_events: Positive = 200
+    dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.2
+    loss: Literal["bce", "softmax"] = "bce"
+    eps: float = 1e-8
+
+
+class SasRecLayer(nn.Module):
+    """Attention and a two-layer network on packed rows."""
+
+    def __init__(self, config: SasRecConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.norm_attention, self.norm_forward = nn.LayerNorm(width, config.eps), nn.LayerNorm(width, config.eps)
+        self.query, self.key, self.value = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+        self.inner, self.outer = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        # x: [total, width] -> [total, width]
+        asked = self.norm_attention(x)
+        q, k, v = self.query(asked), self.key(x), self.value(x)
+        attended = layout.pack([self._attend(q, k, v, block) for block in layout.blocks], last=False)
+        x = self.norm_forward(asked + self.out(attended))
+        hidden = self._dropped(F.relu(self.inner(x)))
+        return x + self._dropped(self.outer(hidden))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
+        q, k, v = (block.pad(x).unflatten(2, (self.config.heads, -1)).transpose(1, 2) for x in (q, k, v))
+        dropout = self.config.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        return attended.transpose(1, 2).flatten(2)  # [users, length, width]
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.config.dropout, self.training)
+
+
+class SasRec(Trainable):
+    """From packed tokens to states; a state's dot product with a row of the item table scores the item."""
+
+    def __init__(self, config: SasRecConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.item_embedding = nn.Embedding(config.items, config.width)
+        self.position_embedding = nn.Embedding(config.max_events, config.width)
+        self.layers = nn.ModuleList(SasRecLayer(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width, config.eps)
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_normal_(parameter)
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        """Of users who all have events, at most max_events each -> states [total, width]."""
+        device = self.item_embedding.weight.device
+        back = np.repeat(inputs.offsets[1:], np.diff(inputs.offsets)) - 1 - np.arange(len(inputs.tokens))
+        tokens, places = (torch.from_numpy(column).to(device) for column in (inputs.tokens, back))
+        x = self.item_embedding(tokens) * self.config.width**0.5 + self.position_embedding(places)
+        x = F.dropout(x, self.config.dropout, self.training)
+        layout = Layout.of(inputs, device)
+        for layer in self.layers:
+            x = layer(x, layout)
+        return self.norm(x)
+
+    def losses(self, batch: TrainingBatch, shares: np.ndarray, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """See Trainable; there are no side tasks."""
+        states = self(batch.inputs)
+        states, targets = states[torch.from_numpy(batch.asked).to(states.device)], batch.targets
+        table = self.item_embedding.weight
+        if self.config.loss == "bce":
+            loss = _binary_loss(states, table, targets, batch.seen, random)
+        else:
+            candidates = sample_candidates((batch.whole or batch).targets, shares, random)
+            table = table if candidates.tokens is None else table[candidates.tokens.to(table.device)]
+            loss = next_item_loss(states, table, targets, batch.seen, candidates)
+        return loss, loss.new_zeros(0)
+
+
+def _binary_loss(
+    states: Tensor, table: Tensor, targets: np.ndarray, seen: tuple[np.ndarray, np.ndarray], random: np.random.Generator
+) -> Tensor:
+    """Mean over rows of -log s(target) - log(1 - s(negative)), the negative uniform over items; one that the row has
+    seen, or its target, does not count."""
+    negatives = random.integers(1, len(table), len(targets))
+    counted = negatives != targets
+    counted[seen[0][negatives[seen[0]] == seen[1]]] = False
+    wanted, drawn, counts = (torch.from_numpy(column).to(states.device) for column in (targets, negatives, counted))
+    of_wanted = F.logsigmoid((states * table[wanted]).sum(1))
+    of_drawn = F.logsigmoid(-(states * table[drawn]).sum(1)) * counts
+    return -(of_wanted + of_drawn).mean()
+
+
+class SasRecScorer:
+    """A pipeline.evaluation.full_ranking.Scorer. A user without events is answered by popularity."""
+
+    name = "sasrec"
+
+    def __init__(self, model: SasRec, popularity: Popularity) -> None:
+        self._model, self._popularity = model.eval(), popularity
+
+    @torch.inference_mode()
+    def score(self, histories: Histories, tokens: np.ndarray) -> np.ndarray:
+        """See Scorer. Items beyond the model's table are never known: -inf."""
+        scores = self._popularity.score(histories, tokens)
+        table = self._model.item_embedding.weight
+        shown = np.where(tokens < len(table), tokens, 0).astype(np.int32)
+        nothing = np.zeros(len(shown), np.int32)
+        inputs = Inputs(shown, nothing[:, None], nothing, histories.offsets).tail(self._model.config.max_events)
+        ordered, users = inputs.by_length()
+        if len(users):
+            states = self._model(ordered)[torch.from_numpy(ordered.offsets[1:] - 1).to(table.device)]
+            scores[users] = -np.inf
+            scores[users, : len(table)] = (states @ table.T).cpu().numpy()
+        return scores

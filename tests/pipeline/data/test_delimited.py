@@ -1,0 +1,170 @@
+"""Delimited text: columns are found by header or by place, and what does not fit them is said in one sentence."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pipeline.data.layout import Entry
+from pipeline.data.log_io import BadRecord, Layout, in_event_time, read_columns, read_log
+from pipeline.errors import LogFileError
+from pipeline.records import Event
+
+DATA = Path(os.environ.get("MILLRACE_DATA", "../shared/data"))
+RATED = Event("196", "242", "rate", 881_250_949_000, value=3.0)
+
+
+def _read(folder: Path, text: str, layout: Layout | None = None) -> list[Entry]:
+    path = folder / "log.txt"
+    path.write_text(text, encoding="utf-8")
+    return list(read_log(path, layout))
+
+
+@pytest.mark.parametrize(
+    ("text", "columns"),
+    [
+        ("user_id:token\titem_id:token\trating:float\ttimestamp:float\n196\t242\t3\t881250949\n", None),
+        ("196::242::3::881250949\n", "user,item,value,ts"),
+        ("userId,movieId,rating,timestamp\r\n196,242,3.0,881250949\r\n", None),
+        ("userId,movieId,rating,timestamp\n196,242,3.0,881250949", "user,item,value,ts"),
+        ("when,x,who,what,stars\n881250949000,-,196,242,3\n", "ts=when,user=who,item=what,value=stars"),
+        ("\ufeffuser,item,value,ts\n\n196,242,3,881250949.0\n", None),
+        ("noise,196,242,3,881250949000,more\n", "-,user,item,rating,ts"),
+        ("Timestamp,PRICE,rating,user,item,action\n881250949,9,3,196,242,rate\n", None),
+    ],
+)
+def test_columns_are_found_by_header_or_by_place(text: str, columns: str | None, tmp_path: Path) -> None:
+    assert _read(tmp_path, text, Layout.parse(columns)) == [RATED]
+
+
+def test_an_action_column_overrules_the_action_that_is_given(tmp_path: Path) -> None:
+    text = "u1;i1;buy;5\nu1;i2;;6\n"
+    layout = Layout.parse("user,item,action,ts", action="view", separator=";", unit="ms")
+    assert _read(tmp_path, text, layout) == [Event("u1", "i1", "buy", 5), Event("u1", "i2", "view", 6)]
+
+
+def test_a_unit_that_is_given_or_named_is_not_guessed(tmp_path: Path) -> None:
+    for columns, unit, ts_ms in [("user,item,ts", "ms", 7), ("user,item,ts_ms", None, 7), ("user,item,ts", "s", 7000)]:
+        assert _read(tmp_path, "u1,i1,7\n", Layout.parse(columns, unit=unit)) == [Event("u1", "i1", "rate", ts_ms)]
+
+
+@pytest.mark.parametrize(
+    ("text", "columns"),
+    [
+        ("u2,i1\nu1,i9\nu1,i1\n", "user,item"),
+        ("user_id,item_id\nu2,i1\nu1,i9\nu1,i1\n", "user,item"),
+        ("what:token\twho:token\ni1\tu2\n\ni9\tu1\ni1\tu1", "user=who,item=what"),
+    ],
+)
+def test_without_times_the_place_in_the_log_is_the_time(text: str, columns: str, tmp_path: Path) -> None:
+    wanted = [Event("u2", "i1", "rate", 0), Event("u1", "i9", "rate", 1), Event("u1", "i1", "rate", 2)]
+    assert _read(tmp_path, text, Layout.parse(columns)) == wanted
+    assert list(in_event_time(tmp_path / "log.txt", Layout.parse(columns))) == wanted
+
+
+def test_a_bad_line_of_a_log_without_times_takes_its_place(tmp_path: Path) -> None:
+    first, bad, last = _read(tmp_path, "u1,i1\nu1\nu1,i2\n", Layout.parse("user,item"))
+    assert isinstance(bad, BadRecord)
+    assert (first, last) == (Event("u1", "i1", "rate", 0), Event("u1", "i2", "rate", 2))
+
+
+def test_lines_out_of_order_make_the_same_log(tmp_path: Path) -> None:
+    lines = [f"u{n % 5},i{n % 7},{1000 + 60 * n}" for n in range(40)]
+    logs = []
+    for order in (lines, lines[::-1], lines[20:] + lines[:20]):
+        (tmp_path / "log.csv").write_text("\n".join(order))
+        logs.append(read_columns(tmp_path / "log.csv", Layout.parse("user,item,ts")))
+    assert all((log.events == logs[0].events).all() and (log.users == logs[0].users).all() for log in logs)
+
+
+def test_what_is_left_out_of_the_columns_is_counted_and_the_first_says_why(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("user,item,action,ts,value\nu,i,view,5,1\nu,i,view,6,nan\nu,i,buy,7,1\n")
+    log = read_columns(tmp_path / "log.csv")
+    assert (len(log), log.unreadable) == (1, 2)
+    assert log.why.startswith("line 3: ")
+    (tmp_path / "log.csv").write_text("user,item,action,ts,value\nu,i,buy,7,1\n")
+    assert read_columns(tmp_path / "log.csv").why == "the action 'buy' is not among events.actions"
+
+
+def test_a_header_that_looks_like_data_is_believed_when_told(tmp_path: Path) -> None:
+    text = "1,2,3\n4,5,6\n"
+    assert len(_read(tmp_path, text, Layout.parse("user,item,ts"))) == 2
+    assert len(_read(tmp_path, text, Layout.parse("user,item,ts", header=True))) == 1
+
+
+def test_quotes_of_comma_separated_text_are_understood(tmp_path: Path) -> None:
+    assert _read(tmp_path, 'user,item,ts\n"a ""b"", c",i1,1e12\n') == [Event('a "b", c', "i1", "rate", 10**12)]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("u1,i1,view", "3 columns; the first line has 5"),
+        (",i1,view,5,1", "user_id"),
+        ("u1,i1,view,yesterday,1", "timestamp 'yesterday' is no number"),
+        ("u1,i1,view,nan,1", "timestamp 'nan' is no number"),
+        ("u1,i1,view,inf,1", "timestamp 'inf' is no number"),
+        ("u1,i1,view,,1", "timestamp '' is no number"),
+        ("u1,i1,view,-5,1", "ts_ms`, got '-5000'"),
+        ("u1,i1,view,1e300,1", "ts_ms"),
+        ("u1,i1,view,5,good", "value`, got 'good'"),
+        ("u1,i1,view,5,-1", "value"),
+        ("u1,i1,view,5,inf", "value is inf"),
+        ("u1,i1,view,5,nan", "value`, got 'nan'"),
+        ("u1," + "i" * 10_000 + ",view,5,1", "item_id"),
+    ],
+)
+def test_a_line_that_is_no_event_says_why(line: str, reason: str, tmp_path: Path) -> None:
+    good, bad = _read(tmp_path, f"user,item,action,ts,value\nu1,i1,view,5,1\n{line}\n")
+    assert good == Event("u1", "i1", "view", 5000, value=1.0)
+    assert isinstance(bad, BadRecord)
+    assert (bad.line, bad.raw) == (3, line.encode())
+    assert reason in bad.reason
+
+
+@pytest.mark.parametrize(
+    ("text", "columns", "said"),
+    [
+        ("one two three\n", None, "no tab, '::' or comma"),
+        ("user,item,rating\n", None, "no header that names ts_ms"),
+        ("196,242,3,881250949\n", None, "--columns user,item,ts"),
+        ("user,item,ts\n", "user=user,item=thing,ts=ts", "has no column thing; its header names user, item, ts"),
+        ("u1,i1,5\n", "user,item,value,ts", "names 4 columns; the first line has 3"),
+    ],
+)
+def test_a_log_without_the_columns_is_one_sentence_at_once(
+    text: str, columns: str | None, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "log.csv").write_text(text)
+    with pytest.raises(LogFileError, match=said):
+        read_log(tmp_path / "log.csv", Layout.parse(columns))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"columns": "user,ts"}, "has no item_id"),
+        ({"columns": "user,item,ts,user_id"}, "names user_id twice"),
+        ({"columns": "user,item,ts,colour"}, "no field is called 'colour'"),
+        ({"columns": "user=a,item,ts"}, "all by place"),
+        ({"columns": "user=a,item=b,ts=c", "header": False}, "no header"),
+        ({"columns": ""}, "has no user_id, item_id"),
+        ({"unit": "min"}, "want one of s, ms"),
+        ({"format": "parquet"}, "want one of json, msgpack, text"),
+        ({"separator": ""}, "separator is empty"),
+    ],
+)
+def test_a_layout_that_means_nothing_is_refused_in_one_sentence(words: dict, said: str) -> None:
+    with pytest.raises(LogFileError, match=said):
+        Layout.parse(**words)
+
+
+@pytest.mark.skipif(not (DATA / "ml-100k").is_dir(), reason="no ml-100k log; set MILLRACE_DATA to the folder with it")
+def test_the_movielens_log_is_read_whole() -> None:
+    path = DATA / "ml-100k" / "ml-100k.inter"
+    log = read_columns(path)
+    assert (len(log), log.unreadable, len(log.user_ids), len(log.item_ids)) == (100_000, 0, 943, 1682)
+    assert (log.ts_ms[0], log.ts_ms[-1]) == (874_724_710_000, 893_286_638_000)
+    events = list(in_event_time(path, run_entries=7000))
+    assert [event.user_id for event in events if isinstance(event, Event)] == [log.user_ids[u] for u in log.users]
+    assert [event.item_id for event in events if isinstance(event, Event)] == [log.item_ids[i] for i in log.items]

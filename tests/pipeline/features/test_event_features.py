@@ -1,0 +1,121 @@
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.features.event_features import (
+    SECONDS_CAP,
+    TIME_BUCKETS,
+    TIME_THRESHOLDS,
+    Inputs,
+    bucket_seconds,
+    inputs_of,
+)
+from pipeline.items.vocabulary import Vocabulary
+from pipeline.model.config import HstuConfig
+from pipeline.records import EVENT_DTYPE, Event, EventSchema, Histories
+
+SCHEMA = EventSchema()
+ITEMS = [f"i{number}" for number in range(20)]
+
+VOCABULARY = Vocabulary(ITEMS)
+
+
+def inputs(*users: list[Event], table_rows: int = 21) -> Inputs:
+    histories = Histories.from_events(users, SCHEMA)
+    return inputs_of(histories, VOCABULARY.tokens(histories.items), table_rows)
+
+
+events = st.builds(
+    Event,
+    user_id=st.just("u"),
+    item_id=st.sampled_from(ITEMS),
+    action=st.sampled_from(SCHEMA.actions),
+    ts_ms=st.integers(0, 1 << 47),
+    value=st.none() | st.floats(0, 1e9),
+    dwell_ms=st.none() | st.integers(0, 10**8),
+)
+
+
+@given(st.integers(0, 2**31 - 1))
+def test_a_time_falls_into_the_bucket_that_its_thresholds_say(seconds: int) -> None:
+    reached = sum(threshold <= seconds for threshold in TIME_THRESHOLDS)
+    assert bucket_seconds(np.array([seconds]))[0] == reached
+
+
+def test_thresholds_themselves_begin_their_buckets() -> None:
+    for threshold in TIME_THRESHOLDS:
+        below, at = bucket_seconds(np.array([threshold - 1, threshold]))
+        assert below < at
+    assert bucket_seconds(np.array([SECONDS_CAP, 2**31 - 1])).tolist() == [TIME_BUCKETS - 1] * 2
+
+
+@settings(deadline=None)
+@given(st.lists(events, min_size=1, max_size=12), st.integers(1, 12))
+def test_a_row_never_changes_when_later_events_arrive(history: list[Event], kept: int) -> None:
+    history = sorted(history, key=lambda event: event.ts_ms)
+    whole, part = inputs(history), inputs(history[:kept])
+    rows = len(part.tokens)
+    assert (whole.tokens[:rows] == part.tokens).all()
+    assert (whole.codes[:rows] == part.codes).all()
+    assert (whole.seconds[:rows] == part.seconds).all()
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(events, max_size=6), min_size=1, max_size=6))
+def test_rows_do_not_depend_on_the_batch_mates(users: list[list[Event]]) -> None:
+    together = inputs(*users)
+    for user, history in enumerate(users):
+        alone = inputs(history)
+        part = slice(int(together.offsets[user]), int(together.offsets[user + 1]))
+        assert (together.codes[part] == alone.codes).all()
+        assert (together.seconds[part] == alone.seconds).all()
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(1, 9))
+def test_the_tail_and_the_order_of_lengths_keep_each_users_rows(lengths: list[int], cap: int) -> None:
+    whole = inputs(*([Event("u", ITEMS[user], "view", 1000 * n) for n in range(k)] for user, k in enumerate(lengths)))
+    cut, order = whole.tail(cap).by_length()
+    kept = np.minimum(lengths, cap)
+    assert np.diff(cut.offsets).tolist() == sorted(k for k in kept if k)
+    for place, user in enumerate(order):
+        rows, wanted = slice(*cut.offsets[place : place + 2]), slice(None, whole.offsets[user + 1])
+        assert (cut.tokens[rows] == whole.tokens[wanted][-kept[user] :]).all()
+        assert (cut.codes[rows] == whole.codes[wanted][-kept[user] :]).all()
+
+
+def test_a_ring_within_the_models_reach_changes_what_it_reads_a_longer_one_does_not() -> None:
+    reach = HstuConfig(max_events=50).reach_events
+    history = [Event("u", ITEMS[n % 20], "view", 40_000 * n) for n in range(reach + 60)]
+    whole, enough, short = (inputs(history[-kept:]).tail(50) for kept in (len(history), reach, reach - 1))
+    assert (whole.codes == enough.codes).all()
+    assert (np.diff(whole.seconds) == np.diff(enough.seconds)).all()
+    assert (whole.codes != short.codes).any()
+
+
+def test_items_that_came_after_training_are_unknown_to_the_model() -> None:
+    history = [Event("u", item, "view", 1000 + place) for place, item in enumerate(["i4", "i9", "elsewhere"])]
+    assert inputs(history, table_rows=6).tokens.tolist() == [5, 0, 0]
+
+
+def test_hour_and_weekday_are_those_of_the_event_in_utc() -> None:
+    thursday_noon = Event("u", "i1", "view", 12 * 3_600_000)
+    sunday_night = Event("u", "i1", "view", (3 * 24 + 23) * 3_600_000)
+    codes = inputs([thursday_noon, sunday_night]).codes
+    assert codes[1, 2] - codes[0, 2] == 23 - 12
+    assert codes[1, 3] - codes[0, 3] == 6 - 3
+
+
+def test_a_session_is_counted_anew_after_half_an_hour_a_history_never() -> None:
+    minutes = [0, 1, 2, 31, 61, 61]
+    codes = inputs([Event("u", "i1", "view", 60_000 * minute) for minute in minutes]).codes
+    before, in_session = codes[:, 6] - codes[0, 6], codes[:, 7] - codes[0, 7]
+    assert before.tolist() == bucket_seconds(np.arange(6)).tolist()
+    assert in_session.tolist() == bucket_seconds(np.array([0, 1, 2, 3, 0, 1])).tolist()
+
+
+def test_an_empty_batch_has_no_rows() -> None:
+    nobody = Histories(np.empty(0, EVENT_DTYPE), np.zeros(3, np.int64))
+    empty = inputs_of(nobody, np.empty(0, np.int32), 21)
+    assert len(empty) == 2
+    assert len(empty.tokens) == 0
+    assert len(empty.by_length()[1]) == 0

@@ -1,0 +1,75 @@
+from dataclasses import asdict
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.items.catalogue import FIELDS, Catalogue
+from pipeline.items.vocabulary import Vocabulary
+from pipeline.records import Item, encode_value
+
+names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8)
+items = st.builds(
+    Item,
+    item_id=st.sampled_from(["a", "b", "c", "d"]),
+    title=st.none() | names,
+    category=st.lists(names, max_size=3),
+    brand=st.none() | names,
+    price=st.none() | st.floats(0, 1e6),
+    created_ms=st.none() | st.integers(0, 1 << 47),
+)
+
+
+def facts(catalogue: Catalogue, item_ids: str) -> dict[str, list[int]]:
+    tokens = np.array([catalogue.vocabulary.token(item_id) for item_id in item_ids])
+    return {name: column.tolist() for name, column in asdict(catalogue.facts(tokens)).items()}
+
+
+@settings(deadline=None)
+@given(st.lists(items, max_size=8))
+def test_what_is_saved_is_recalled_by_another_vocabulary(records: list[Item]) -> None:
+    first, second = Catalogue(Vocabulary(["a", "b", "c", "d"])), Catalogue(Vocabulary(["z", "d", "c", "b", "a"]))
+    first.put(records)
+    second.recall(np.array([5, 4, 3, 2]), first.state(np.array([1, 2, 3, 4])))
+    assert facts(first, "abcd") == facts(second, "abcd")
+
+
+def test_what_is_recalled_never_replaces_a_record() -> None:
+    old, new = Catalogue(Vocabulary(["a", "b"])), Catalogue(Vocabulary(["a", "b"]))
+    old.put([Item("a", price=1.0, category=["x"]), Item("b", price=2.0)])
+    new.put([Item("a", price=9.0)])
+    new.recall(np.array([1, 2]), old.state(np.array([1, 2])))
+    assert facts(new, "ab")["price_codes"] == [encode_value(9.0), encode_value(2.0)]
+    assert facts(new, "a")["categories"] == [0]
+
+
+def test_the_later_record_of_an_item_counts_and_new_items_get_tokens() -> None:
+    catalogue = Catalogue(Vocabulary(["old"]))
+    tokens = catalogue.put([Item("new", price=3.0), Item("old", brand="x"), Item("new", price=4.0, created_ms=9)])
+    assert tokens.tolist() == [1, 2]
+    known = catalogue.facts(np.array([0, 1, 2, 77]))
+    assert known.price_codes.tolist() == [0, 0, encode_value(4.0), 0]
+    assert known.created_ms.tolist() == [0, 0, 9, 0]
+    assert (catalogue.changed[[0, 1, 2]] > 0).tolist() == [False, True, True]
+
+
+def test_a_text_is_known_by_its_words_and_their_letters() -> None:
+    catalogue = Catalogue(Vocabulary())
+    catalogue.put([Item("a", title="Red shoes"), Item("b", title="red SHOE"), Item("c", text="red shoes!"), Item("d")])
+    a, b, c, d = (set(catalogue.words_of(token)[0].tolist()) for token in (1, 2, 3, 4))
+    assert a == c
+    assert len(a & b) > len(a) / 2
+    assert a != b
+    assert not d
+
+
+def test_equal_names_of_different_fields_differ() -> None:
+    catalogue = Catalogue(Vocabulary())
+    catalogue.put([Item("a", title="x", category=["x"], brand="x", tags=["x"])])
+    assert len({hash_ for field in catalogue.words_of(1) for hash_ in field.tolist()}) > len(FIELDS) - 1
+
+
+def test_a_full_vocabulary_leaves_records_of_new_items_out() -> None:
+    catalogue = Catalogue(Vocabulary(["a"], max_items=1))
+    assert catalogue.put([Item("b", price=1.0), Item("a", price=2.0)]).tolist() == [1]
+    assert facts(catalogue, "a")["price_codes"] == [encode_value(2.0)]

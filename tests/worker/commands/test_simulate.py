@@ -1,0 +1,28 @@
+"""`millrace simulate` from the command line."""
+
+import msgspec
+
+from pipeline.data.log_io import read_log
+from pipeline.records import Event, Item
+from pipeline.simulation.ground_truth import Truth
+from worker.cli import main
+
+
+def test_the_command_writes_a_zipped_log_its_items_and_the_truth(tmp_path, capsys):
+    size = ["--events", "1500", "--users", "60", "--items", "120", "--seed", "3"]
+    assert main(["simulate", "--out", str(tmp_path), "--gzip", *size]) == 0
+    log = list(read_log(tmp_path / "events.jsonl.gz"))
+    items = [msgspec.json.decode(line, type=Item) for line in (tmp_path / "items.jsonl").read_bytes().splitlines()]
+    truth = msgspec.json.decode((tmp_path / "truth.json").read_bytes(), type=Truth)
+    assert len(log) == truth.events == 1500
+    assert truth.config.seed == 3
+    assert len(items) == 120
+    assert all(isinstance(event, Event) for event in log)
+    assert {event.item_id for event in log if isinstance(event, Event)} <= {item.item_id for item in items}
+    assert f"{truth.hit_rate:.4f}" in capsys.readouterr().out
+
+
+def test_fewer_items_than_topics_are_refused_in_one_sentence(tmp_path, capsys):
+    assert main(["simulate", "--out", str(tmp_path / "shop"), "--items", "20"]) == 2
+    assert "--items 20" in capsys.readouterr().err
+    assert not (tmp_path / "shop").exists()

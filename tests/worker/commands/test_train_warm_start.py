@@ -1,0 +1,45 @@
+"""`millrace train --from` and `--curves`, as a user runs them."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from pipeline import artifact as artifacts
+from worker.cli import main
+from worker.commands.learning_curves import Point
+
+
+def words(*line: object) -> list[str]:
+    return [str(word) for word in line]
+
+
+def test_a_refresh_keeps_the_shape_and_the_items_and_draws_its_curves(shop, tmp_path: Path, capsys) -> None:
+    more = ["--until-share", 1, "--epochs", 2, "--curves", tmp_path / "curves.png"]
+    assert main(words("train", shop.log, "--from", shop.artifact, "--out", tmp_path / "new", *more)) == 0
+    old, new = artifacts.load(shop.artifact), artifacts.load(tmp_path / "new")
+    assert new.config.width == old.config.width == 16
+    assert new.item_ids[: len(old.item_ids)] == old.item_ids
+    assert new.manifest.metrics["training_events"] > old.manifest.metrics["training_events"]
+    points = msgspec.json.decode((tmp_path / "curves.json").read_bytes(), type=list[Point])
+    assert [point.epoch for point in points] == [1, 2]
+    assert max(point.ndcg for point in points) == new.manifest.metrics["validation_ndcg"]
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--from", "ARTIFACT", "--layers", "5"], "has layers 2, asked for is layers 5"),
+        (["--from", "ARTIFACT"], "cut later (--until-share 1)"),
+        (["--curves", "curves.gif"], "want a name that ends in .png, .svg, .pdf or .json"),
+        (["--precision", "fp8"], "fp8"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence(more: list[str], said: str, shop, tmp_path: Path, capsys) -> None:
+    asked = [word.replace("ARTIFACT", str(shop.artifact)) for word in more]
+    assert main(words("train", shop.log, "--out", tmp_path / "new", *asked)) == 2
+    err = capsys.readouterr().err.strip()
+    assert said in err
+    assert "\n" not in err
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,159 @@
+"""The batcher's invariants: one unfinished batch a user, earliest deadline first, budgets, nothing left behind."""
+
+import asyncio
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.records import EVENT_BYTES, Event
+from worker.config import Batcher as Config
+from worker.interfaces import Arrival, Batch, Partition, Ticket
+from worker.stream.batcher import Batcher
+
+PARTITION = Partition("events", 0)
+
+
+class StillClock:
+    def now_ms(self) -> int:
+        return 1_000_000
+
+    def monotonic(self) -> float:
+        return 1000.0
+
+
+def arrival(user: str, offset: int, *, events: int = 1, ts_ms: int = 1_000_000, partition: int = 0, **asks) -> Arrival:
+    event = Event(user, "item", "view", ts_ms)
+    ticket = Ticket(Partition("events", partition), 1, offset)
+    ring = b"\1" * (EVENT_BYTES * events)
+    return Arrival(event, b"", ticket, offset + 1, polled_ms=1_000_000, polled_s=1000.0, ring=ring, **asks)
+
+
+def take(batcher: Batcher) -> Batch:
+    batch = asyncio.run(asyncio.wait_for(batcher.next(), 1))
+    assert batch is not None
+    return batch
+
+
+def users(batch: Batch) -> list[str]:
+    return [entry.user_id for entry in batch.entries]
+
+
+def test_events_of_one_user_coalesce_into_one_entry_with_the_newest_ring():
+    batcher = Batcher(Config(), StillClock())
+    batcher.add([arrival("a", 1, events=1), arrival("b", 2), arrival("a", 3, events=2)])
+    batch = take(batcher)
+    assert users(batch) == ["a", "b"]
+    assert [len(batch.entries[0].arrivals), len(batch.entries[0].ring)] == [2, 2 * EVENT_BYTES]
+    assert {ticket.offset for ticket in batch.tickets} == {1, 2, 3}
+
+
+def test_a_user_in_an_unfinished_batch_waits_for_its_end():
+    batcher = Batcher(Config(), StillClock())
+    batcher.add([arrival("a", 1)])
+    first = take(batcher)
+    batcher.add([arrival("a", 2), arrival("a", 3)])
+    with pytest.raises(asyncio.TimeoutError):
+        asyncio.run(asyncio.wait_for(batcher.next(), 0.01))
+    batcher.finish(first)
+    assert [len(entry.arrivals) for entry in take(batcher).entries] == [2]
+
+
+def test_without_coalescing_each_event_gets_its_own_batch_entry_in_order():
+    batcher = Batcher(Config(coalesce=False), StillClock())
+    batcher.add([arrival("a", offset) for offset in range(3)])
+    seen = []
+    while batcher.pending:
+        batch = take(batcher)
+        seen += [ticket.offset for ticket in batch.tickets]
+        batcher.finish(batch)
+    assert seen == [0, 1, 2]
+
+
+@pytest.mark.parametrize("other", [{"strategy": "simple"}, {"k": 3}, {"partition": 1}])
+def test_events_that_ask_for_different_answers_never_share_a_slate(other: dict):
+    batcher = Batcher(Config(), StillClock())
+    batcher.add([arrival("a", 1), arrival("a", 2, **other)])
+    first = take(batcher)
+    assert len(first.tickets) == 1
+    batcher.finish(first)
+    assert len(take(batcher).tickets) == 1
+
+
+def test_the_earliest_deadline_goes_first_and_a_client_clock_cannot_jump_the_queue_by_more_than_half_the_slo():
+    batcher = Batcher(Config(max_users=1, slo_ms=100), StillClock())
+    batcher.add([arrival("late", 1), arrival("future", 2, ts_ms=9_999_999), arrival("early", 3, ts_ms=999_970)])
+    batcher.add([arrival("ancient", 4, ts_ms=5)])
+    order = [take(batcher).entries[0] for _ in range(4)]
+    assert [entry.user_id for entry in order] == ["ancient", "early", "late", "future"]
+    assert [entry.deadline_ms for entry in order] == [1_000_050, 1_000_070, 1_000_100, 1_000_100]
+
+
+def test_a_batch_keeps_to_its_bucket_and_shorter_rings_fill_it():
+    batcher = Batcher(Config(buckets=(4, 16)), StillClock())
+    batcher.add([arrival("short", 1, events=4), arrival("long", 2, events=5), arrival("short2", 3, events=1)])
+    first = take(batcher)
+    assert (first.bucket, users(first)) == (4, ["short", "short2"])
+    assert (second := take(batcher)).bucket == 16
+    assert users(second) == ["long"]
+
+
+def test_an_entry_that_grows_out_of_its_bucket_moves_to_the_next():
+    batcher = Batcher(Config(buckets=(4, 16)), StillClock())
+    batcher.add([arrival("grows", 1, events=4), arrival("grows", 2, events=5), arrival("short", 3)])
+    batch = take(batcher)
+    assert batch.bucket == 16
+    assert users(batch) == ["grows", "short"]
+
+
+def test_the_token_budget_closes_a_batch_but_one_ring_always_fits():
+    batcher = Batcher(Config(max_tokens=10), StillClock())
+    batcher.add([arrival("huge", 1, events=30), arrival("a", 2, events=6), arrival("b", 3, events=6)])
+    assert [users(take(batcher)) for _ in range(3)] == [["huge"], ["a"], ["b"]]
+
+
+def test_a_closed_batcher_hands_out_what_waits_and_then_none():
+    batcher = Batcher(Config(), StillClock())
+    batcher.add([arrival("a", 1)])
+    batch = take(batcher)
+    batcher.add([arrival("a", 2)])
+    batcher.close()
+    batcher.finish(batch)
+    batcher.finish(take(batcher))
+    assert asyncio.run(asyncio.wait_for(batcher.next(), 1)) is None
+
+
+moves = st.lists(st.tuples(st.sampled_from("abcde"), st.integers(1, 40), st.booleans()), max_size=60)
+
+
+@given(moves, st.integers(1, 3), st.integers(1, 64), st.booleans())
+def test_every_event_is_batched_once_in_order_and_no_user_is_in_two_unfinished_batches(
+    plan: list, max_users: int, max_tokens: int, coalesce: bool
+):
+    batcher = Batcher(Config(max_users, max_tokens, buckets=(8, 32), coalesce=coalesce), StillClock())
+    unfinished: list[Batch] = []
+    answered: dict[str, list[int]] = {}
+
+    def step_out() -> None:
+        if batcher._lanes:
+            batch = take(batcher)
+            busy = {user for other in unfinished for user in users(other)}
+            assert not busy & set(users(batch))
+            assert len(batch.entries) <= max_users
+            assert all(len(entry.ring) <= 32 * EVENT_BYTES or batch.bucket == 32 for entry in batch.entries)
+            unfinished.append(batch)
+        elif unfinished:
+            batch = unfinished.pop(0)
+            for entry in batch.entries:
+                answered.setdefault(entry.user_id, []).extend(ticket.offset for ticket in entry.tickets)
+            batcher.finish(batch)
+
+    expected: dict[str, list[int]] = {}
+    for offset, (user, events, step) in enumerate(plan):
+        batcher.add([arrival(user, offset, events=events)])
+        expected.setdefault(user, []).append(offset)
+        if step:
+            step_out()
+    while batcher.pending:
+        step_out()
+    assert answered == expected

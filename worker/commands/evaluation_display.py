@@ -1,0 +1,59 @@
+"""An evaluation's report in the terminal: rankings by cutoff, what their slates are like, and the heads."""
+
+from rich.table import Table
+
+from pipeline.evaluation.comparison import Estimate
+from pipeline.evaluation.evaluate import MODEL, Report
+from worker.commands.tables import show, table
+
+
+def print_report(report: Report) -> None:
+    show(_rankings(report), _slates(report), _heads(report), *([_worth(report)] if report.worth else []))
+
+
+def _rankings(report: Report) -> Table:
+    scored = f"{report.events:,} events of {report.users:,} users ({report.cut})"
+    title = f"{scored}; among {report.candidates}; 95 % intervals over users"
+    rows = table("ranking", "at", "hit rate", "NDCG", "MRR", title=title)
+    for name, ranking in report.rankings.items():
+        for cutoff, row in ranking.at.items():
+            rows.add_row(name, str(cutoff), *map(_interval, (row.hit_rate, row.ndcg, row.mrr)))
+    return rows
+
+
+def _slates(report: Report) -> Table:
+    """And how each ranking fares where little is known, and how far it is behind the model."""
+    k = report.k
+    rows = table(
+        "ranking", f"{MODEL}'s gain in NDCG@{k}", f"cold items' hit rate@{k}", f"cold users' hit rate@{k}",
+        "coverage", "novelty, bits", "diversity", title="",
+    )  # fmt: skip
+    for name, ranking in report.rankings.items():
+        gain = _interval(ranking.behind[k].ndcg) if ranking.behind else "–"
+        cold = [f"{part.hit_rate:.4f} of {part.events:,}" for part in ranking.slices.values()]
+        slates = ranking.slates
+        like = (slates.coverage, slates.novelty, slates.diversity) if slates else (None, None, None)
+        rows.add_row(name, gain, *cold, *map(_number, like))
+    return rows
+
+
+def _heads(report: Report) -> Table:
+    rows = table("head", "labels", "positive", "AUC", "log loss", "ECE", title="")
+    for name, head in report.heads.items():
+        measures = (head.positive_share, head.auc, head.log_loss, head.ece)
+        rows.add_row(name, f"{head.labels:,}", *map(_number, measures))
+    return rows
+
+
+def _worth(report: Report) -> Table:
+    rows = table(*(f"expected {name}" for name in report.worth), title=f"of a slate of {report.k} by {MODEL}")
+    rows.add_row(*map(_number, report.worth.values()))
+    return rows
+
+
+def _interval(estimate: Estimate) -> str:
+    return f"{estimate.value:.4f} [{estimate.low:.4f}, {estimate.high:.4f}]"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"

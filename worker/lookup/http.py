@@ -1,0 +1,60 @@
+"""Lookup over HTTP: GET /v1/slates/{user_id}, /livez, /readyz.
+
+404 {"error": ...} when there is neither a slate nor a popular one, 503 while Redis is away; ids are percent-decoded.
+"""
+
+import contextlib
+from collections.abc import AsyncIterator
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from worker import logging
+from worker.config import Redis as Config
+from worker.errors import StoreError, UnknownUser
+from worker.lookup.lookup import Lookup
+
+log = logging.get("http")
+_encode = msgspec.json.Encoder().encode
+
+
+class Answer(Response):
+    media_type = "application/json"
+
+    def render(self, content: object) -> bytes:
+        return _encode(content)
+
+
+def application(config: Config) -> Starlette:
+    """The ASGI application; it holds its connections from its start-up to its shutdown."""
+    lookup = Lookup(config)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        async with lookup:
+            yield
+
+    async def slate(request: Request) -> Response:
+        return Answer(await lookup.slate(request.path_params["user_id"]))
+
+    async def livez(_: Request) -> Response:
+        return Answer({"status": "alive"})
+
+    async def readyz(_: Request) -> Response:
+        await lookup.check()
+        return Answer({"status": "ready"})
+
+    routes = [Route("/v1/slates/{user_id:path}", slate), Route("/livez", livez), Route("/readyz", readyz)]
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={UnknownUser: _unknown, StoreError: _away})
+
+
+async def _unknown(_: Request, error: Exception) -> Response:
+    return Answer({"error": str(error)}, 404)
+
+
+async def _away(_: Request, error: Exception) -> Response:
+    log.warning("a lookup failed", error=str(error))
+    return Answer({"error": str(error)}, 503, {"Retry-After": "1"})

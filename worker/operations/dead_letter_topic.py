@@ -1,0 +1,204 @@
+"""The dead-letter topic read back: what lies in it, and its records sent home, each once.
+
+What was sent home is remembered by the consumer group `<kafka.group>.requeue`, on the broker: its committed offset, and
+in the commit's metadata the runs of offsets beyond it (a requeue by reason leaves holes). Offset, runs and records are
+written in one transaction. Kafka forgets them `offsets.retention.minutes` (7 days) after the last requeue: keep dead
+letters no longer than that.
+"""
+
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+
+import msgspec
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition, errors
+from aiokafka.structs import OffsetAndMetadata
+
+from worker.clock import WallClock
+from worker.config import Kafka
+from worker.errors import SinkError, SinkUnavailable, SourceUnavailable
+from worker.interfaces import Clock
+from worker.kafka.client import ask, at_start, client_options, ensure_coordinator, ensure_topics
+from worker.kafka.sink import ORIGIN
+
+CHUNK = 2000  # letters a transaction
+METADATA_BYTES = 4000  # brokers take 4,096 (offset.metadata.max.bytes)
+
+
+class Letter(msgspec.Struct, frozen=True):
+    """A dead letter as it lies in its topic. `origin` says where the record came from."""
+
+    partition: int
+    offset: int
+    ts_ms: int
+    reason: str
+    origin: tuple[str, int, int]  # topic, partition, offset
+    key: bytes | None
+    value: bytes | None
+    headers: list[tuple[str, bytes]]  # the record's own
+    stuck: bool  # cannot be sent home: cut off because of its size, or without an origin
+    requeued: bool
+
+
+class DeadTopic:
+    """Reads and requeues. SourceUnavailable, SourceError when Kafka is away or refuses; SinkError, SinkUnavailable."""
+
+    def __init__(self, config: Kafka, clock: Clock | None = None) -> None:
+        self._config, self._clock = config, clock or WallClock()
+        self.group = f"{config.group}.requeue"
+
+    async def letters(self, newest: int | None = None) -> list[Letter]:
+        """All letters, or of each partition the newest ones; in order of time."""
+        await ensure_topics(self._config, self._clock, [self._config.dead_letter_topic])
+        done = await self._done()
+        records = await at_start(self._config, self._clock, lambda: self._read(newest))
+        letters = [_letter(record, done.get(record.partition, Done(0))) for record in records]
+        return sorted(letters, key=lambda letter: (letter.ts_ms, letter.partition, letter.offset))
+
+    async def requeue(self, reason: str = "", limit: int | None = None) -> list[Letter]:
+        """Send home those whose reason contains `reason`, oldest first; returns what was sent."""
+        producer = AIOKafkaProducer(**client_options(self._config), transactional_id=self.group)
+        try:
+            # Before the position is read: it ends another requeue's open transaction, and fences that one.
+            await at_start(self._config, self._clock, producer.start)
+            letters = await self.letters()
+            wanted = chosen(letters, reason, limit)
+            await ensure_topics(self._config, self._clock, sorted({letter.origin[0] for letter in wanted}))
+            done = await self._done()
+            for start in range(0, len(wanted), CHUNK):
+                await self._send_home(producer, letters, wanted[start : start + CHUNK], done)
+        finally:
+            await producer.stop()
+        return wanted
+
+    async def _send_home(
+        self, producer: AIOKafkaProducer, letters: Sequence[Letter], chunk: Sequence[Letter], done: dict[int, "Done"]
+    ) -> None:
+        topic, offsets = self._config.dead_letter_topic, {}
+        for partition in {letter.partition for letter in chunk}:
+            before = done.get(partition, Done(0))
+            lying = [each for each in letters if each.partition == partition and each.offset >= before.offset]
+            sent = {letter.offset for letter in chunk if letter.partition == partition}
+            done[partition] = before.with_(sent, sorted(lying, key=lambda each: each.offset))
+            offsets[TopicPartition(topic, partition)] = done[partition].committed(self.group)
+        try:
+            async with asyncio.timeout(self._config.request_timeout_ms / 1000), producer.transaction():
+                await asyncio.gather(*await _produced(producer, chunk))
+                await producer.send_offsets_to_transaction(offsets, self.group)
+        except (errors.KafkaError, TimeoutError) as error:
+            raise SinkUnavailable(f"requeue to kafka {self._config.bootstrap}: {error!r}; run it again") from error
+
+    async def _done(self) -> dict[int, "Done"]:
+        await ensure_coordinator(self._config, self._clock, self.group)
+        offsets = await ask(self._config, self._clock, lambda admin: admin.list_consumer_group_offsets(self.group))
+        topic = self._config.dead_letter_topic
+        return {tp.partition: Done.parsed(at) for tp, at in offsets.items() if tp.topic == topic and at.offset >= 0}
+
+    async def _read(self, newest: int | None) -> list[ConsumerRecord]:
+        # Without a group it is assigned every partition.
+        consumer = AIOKafkaConsumer(
+            self._config.dead_letter_topic,
+            **client_options(self._config),
+            isolation_level="read_committed",
+            auto_offset_reset="earliest",
+        )
+        try:
+            await consumer.start()
+            return await self._read_to_end(consumer, newest)
+        finally:
+            await consumer.stop()
+
+    async def _read_to_end(self, consumer: AIOKafkaConsumer, newest: int | None) -> list[ConsumerRecord]:
+        tps = sorted(consumer.assignment())
+        first, end = await consumer.beginning_offsets(tps), await consumer.end_offsets(tps)
+        for tp in tps:
+            consumer.seek(tp, first[tp] if newest is None else max(first[tp], end[tp] - newest))
+        records: list[ConsumerRecord] = []
+        while [tp for tp in tps if await consumer.position(tp) < end[tp]]:
+            found = await consumer.getmany(timeout_ms=self._config.request_timeout_ms)
+            if not found:
+                raise SourceUnavailable(f"kafka {self._config.bootstrap} stopped answering; run it again")
+            records += [record for share in found.values() for record in share]
+        return records
+
+
+class Done(msgspec.Struct, frozen=True):
+    """What of a partition was sent home: everything before `offset`, and these runs (first, last) beyond it."""
+
+    offset: int
+    runs: tuple[tuple[int, int], ...] = ()
+
+    def __contains__(self, offset: int) -> bool:
+        return offset < self.offset or any(first <= offset <= last for first, last in self.runs)
+
+    def with_(self, sent: set[int], lying: Sequence[Letter]) -> "Done":
+        """And these. `lying`: the partition's letters by offset; one that cannot be sent holds nothing up."""
+        position, runs = self.offset, []
+        for handled, group in groupby(lying, lambda each: each.offset in sent or each.offset in self or each.stuck):
+            offsets = [letter.offset for letter in group]
+            if handled and offsets[0] == lying[0].offset:
+                position = offsets[-1] + 1
+            elif handled:
+                runs.append((offsets[0], offsets[-1]))
+        return Done(position, tuple(runs))
+
+    def committed(self, group: str) -> OffsetAndMetadata:
+        """SinkError when the runs do not fit."""
+        text = ",".join(f"{first}-{last}" for first, last in self.runs)
+        if len(text) > METADATA_BYTES:
+            raise SinkError(
+                f"group {group} cannot remember {len(self.runs)} separate runs of requeued letters; requeue without "
+                f"--reason, or fewer with --limit"
+            )
+        return OffsetAndMetadata(self.offset, text)
+
+    @classmethod
+    def parsed(cls, at: OffsetAndMetadata) -> "Done":
+        runs = [tuple(map(int, run.split("-"))) for run in (at.metadata or "").split(",") if run]
+        return cls(at.offset, tuple((first, last) for first, last in runs))
+
+
+def chosen(letters: Iterable[Letter], reason: str = "", limit: int | None = None) -> list[Letter]:
+    """Those that a requeue would send, oldest first."""
+    matching = [each for each in letters if not each.requeued and not each.stuck and reason in each.reason]
+    return matching[:limit]
+
+
+def _letter(record: ConsumerRecord, done: Done) -> Letter:
+    ours = {name[len(ORIGIN) :]: text for name, text in record.headers if name.startswith(ORIGIN)}
+    origin = _said(ours, "topic"), _number(ours, "partition"), _number(ours, "offset")
+    return Letter(
+        record.partition,
+        record.offset,
+        record.timestamp,
+        _said(ours, "reason") or "(no reason: not buried by millrace)",
+        origin,
+        record.key,
+        record.value,
+        [(name, text) for name, text in record.headers if not name.startswith(ORIGIN)],
+        "truncated" in ours or not origin[0],
+        record.offset in done,
+    )
+
+
+def _said(headers: Mapping[str, bytes], name: str) -> str:
+    return (headers.get(name) or b"").decode("utf-8", "replace")
+
+
+def _number(headers: Mapping[str, bytes], name: str) -> int:
+    text = _said(headers, name)
+    return int(text) if text.isascii() and text.isdigit() else -1
+
+
+async def _produced(producer: AIOKafkaProducer, chunk: Sequence[Letter]) -> list[asyncio.Future]:
+    """To the partition that each came from (its user's other events are there), or by key where that is gone."""
+    known: Mapping[str, set[int]] = {
+        topic: await producer.partitions_for(topic) for topic in {letter.origin[0] for letter in chunk}
+    }
+    acks = []
+    for letter in chunk:
+        topic, partition, _ = letter.origin
+        target = partition if partition in known[topic] else None
+        value = letter.value if letter.key is not None else letter.value or b""  # a record has a key or a value
+        acks.append(await producer.send(topic, value, letter.key, partition=target, headers=letter.headers))
+    return acks

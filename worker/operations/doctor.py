@@ -1,0 +1,113 @@
+"""The checks behind `millrace doctor`: each part is tried for real, and a gap comes with its next step."""
+
+from collections.abc import Awaitable, Callable
+from importlib.util import find_spec
+from typing import Any
+
+import msgspec
+
+from worker import logging
+from worker.config import Config
+from worker.errors import MillraceError, SourceError, StoreError
+
+OK, GAP, OPTIONAL = "✓", "✗", "–"
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """`exit_code` is 0 unless a required part is missing."""
+
+    part: str
+    mark: str
+    text: str
+    exit_code: int = 0
+
+
+async def examine(config: Config) -> list[Finding]:
+    """Kafka, Redis and the artifact (required), then GPU and the optional stages."""
+    required: dict[str, Callable[[Config], Awaitable[str]]] = {"kafka": _kafka, "redis": _redis, "artifact": _artifact}
+    findings = [await _try(part, check, config) for part, check in required.items()]
+    return [*findings, _gpu(), *map(_optional, STAGES)]
+
+
+async def _try(part: str, check: Callable[[Config], Awaitable[str]], config: Config) -> Finding:
+    try:
+        return Finding(part, OK, await check(config))
+    except MillraceError as error:
+        return Finding(part, GAP, str(error), error.exit_code)
+
+
+async def _kafka(config: Config) -> str:
+    import asyncio
+
+    from aiokafka import AIOKafkaConsumer
+    from aiokafka.errors import KafkaError
+
+    from worker.kafka.client import client_options
+
+    kafka = config.kafka
+    options: dict[str, Any] = client_options(kafka) | {"request_timeout_ms": 5000}
+    consumer = AIOKafkaConsumer(**options)
+    try:
+        with logging.quiet("aiokafka"):  # the finding says it
+            await asyncio.wait_for(consumer.start(), 8)
+        topics = await asyncio.wait_for(consumer.topics(), 8)
+    except (TimeoutError, KafkaError, OSError) as error:
+        raise SourceError(
+            f"no broker answers at {kafka.bootstrap} ({error!r}); start one or set kafka.bootstrap"
+        ) from error
+    finally:
+        await consumer.stop()
+    missing = ", ".join(sorted({kafka.events_topic, kafka.slates_topic, kafka.dead_letter_topic} - topics))
+    if missing and not kafka.create_topics:
+        raise SourceError(f"{kafka.bootstrap} has no topic {missing}; create it, or set kafka.create_topics = true")
+    ours = f"to be created: {missing}" if missing else "ours among them"
+    return f"{kafka.bootstrap}: {len(topics)} topics, {ours}"
+
+
+async def _redis(config: Config) -> str:
+    from worker.redis.client import connect
+
+    client = await connect(config.redis)
+    try:
+        server = await client.info("server")
+        memory = await client.info("memory")
+    finally:
+        await client.aclose()
+    version = server.get("valkey_version") or server.get("redis_version")
+    if memory.get("maxmemory_policy") != "noeviction" and memory.get("maxmemory"):
+        raise StoreError(f"maxmemory-policy is {memory['maxmemory_policy']}: rings would vanish; set noeviction")
+    return f"version {version}, {memory['used_memory_human']} used, functions loaded"
+
+
+async def _artifact(config: Config) -> str:
+    if config.pipeline.artifact is None:
+        return "none configured: the simple rung answers alone; `millrace train LOG --out DIR` makes one"
+    from worker.inference.ranker import load_pipeline
+
+    pipeline = load_pipeline(config)
+    return f"{config.pipeline.artifact}: version {pipeline.version}, {len(pipeline.vocabulary) - 1} items"
+
+
+def _gpu() -> Finding:
+    import torch
+
+    if torch.cuda.is_available():
+        return Finding("gpu", OK, f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
+    return Finding("gpu", OPTIONAL, "none seen by torch: the encoder runs on the CPU; see `nvidia-smi` for the driver")
+
+
+STAGES = {  # module: (stage, what to do)
+    "starlette": ("lookup over HTTP", "pip install 'millrace[serve]'"),
+    "uvicorn": ("lookup over HTTP", "pip install 'millrace[serve]'"),
+    "matplotlib": ("benchmark pictures", "pip install 'millrace[plots]'"),
+    "vllm": ("generation (no rung of this version uses it)", "pip install 'millrace[vllm]'"),
+    "onnxruntime": ("ONNX Runtime (no rung of this version uses it)", "pip install 'millrace[gpu]'"),
+    "tensorrt": ("TensorRT (no rung of this version uses it)", "pip install 'millrace[gpu]'"),
+}
+
+
+def _optional(module: str) -> Finding:
+    stage, remedy = STAGES[module]
+    if find_spec(module):
+        return Finding(module, OK, f"{stage}: installed")
+    return Finding(module, OPTIONAL, f"{stage}: not installed; {remedy}")

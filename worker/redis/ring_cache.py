@@ -1,0 +1,37 @@
+"""Rings of owned partitions, the most recently pushed ones, bounded in bytes."""
+
+from collections import OrderedDict
+
+from worker.interfaces import Partition
+from worker.redis.ring import Ring
+
+# A Ring with its ints and 8-byte sources, the dictionary's entry and the user's id, beside the events (sys.getsizeof).
+ENTRY_BYTES = 600
+
+
+class RingCache:
+    def __init__(self, limit_bytes: int) -> None:
+        self.bytes = 0
+        self._limit_bytes = limit_bytes
+        self._rings: OrderedDict[str, tuple[Ring, Partition, int]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._rings)
+
+    def get(self, user_id: str) -> Ring | None:
+        found = self._rings.get(user_id)
+        return found and found[0]
+
+    def put(self, user_id: str, ring: Ring, partition: Partition) -> None:
+        """Keep it, as pushed to last from this partition; the least recently pushed ones make room."""
+        size = ENTRY_BYTES + len(ring.events)
+        old = self._rings.get(user_id)
+        self.bytes += size - (old[2] if old else 0)
+        self._rings[user_id] = ring, partition, size
+        self._rings.move_to_end(user_id)
+        while self.bytes > self._limit_bytes:
+            self.bytes -= self._rings.popitem(last=False)[1][2]
+
+    def forget(self, partition: Partition) -> None:
+        for user_id in [user_id for user_id, (_, owner, _) in self._rings.items() if owner == partition]:
+            self.bytes -= self._rings.pop(user_id)[2]

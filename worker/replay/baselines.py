@@ -1,0 +1,28 @@
+"""The rankings that a replay compares the slates with: counters as they were when the model was trained, frozen."""
+
+from pathlib import Path
+
+from pipeline.artifact import load
+from pipeline.counters.counters import Counters, without_neighbours
+from pipeline.serving.pipeline import Pipeline, frozen_counters
+from pipeline.serving.simple_strategy import SimpleRung
+from worker.inference.ranker import Ranker
+from worker.replay.scoreboard import TOP, Scoreboard, Shadow
+
+
+def scoreboard(ranker: Ranker, artifact: str | None, from_ts_ms: int) -> Scoreboard:
+    """With shadows where there is an artifact; else the slates are judged alone."""
+    if artifact is None:
+        return Scoreboard(ranker, {}, [], from_ts_ms)
+    pipeline, state = ranker.pipeline, load(Path(artifact)).counters
+    cooccurrence, popularity = (
+        frozen_counters(pipeline.options, pipeline.vocabulary, counts) for counts in (state, without_neighbours(state))
+    )
+    shadows = {"cooccurrence": _shadow(pipeline, cooccurrence), "popularity": _shadow(pipeline, popularity)}
+    popular = [pipeline.vocabulary.item_ids[token] for token in popularity.popular(TOP)[0]]
+    return Scoreboard(ranker, shadows, popular, from_ts_ms)
+
+
+def _shadow(pipeline: Pipeline, counters: Counters) -> Shadow:
+    rung = SimpleRung(counters, pipeline.options.exclusion)
+    return lambda histories, k: rung.rank(histories, k).tokens
