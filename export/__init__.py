@@ -1,1 +1,4 @@
-"""What an exported encoder is measured by. Nothing is exported yet: the artifact itself is deployed."""
+"""An encoder in another runtime's form, compared with the one it came from.
+
+May import: pipeline.
+"""

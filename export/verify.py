@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 
 from pipeline.backends import Encoder
-from pipeline.features.event_features import FEATURE_ROWS, FEATURES, Inputs
+from pipeline.features.event_features import N_FEATURE_IDS, N_FEATURES, EncoderInputs
 from pipeline.serving.retrieval import Retrieval
 
 NOTHING = np.empty(0, np.int64)
@@ -22,7 +22,7 @@ class Agreement(msgspec.Struct, frozen=True):
     top_overlap: float
 
 
-def compare(candidate: Encoder, reference: Encoder, batches: Iterable[Inputs], k: int = 10) -> Agreement:
+def compare(candidate: Encoder, reference: Encoder, batches: Iterable[EncoderInputs], k: int = 10) -> Agreement:
     """Encode the same batches by both and compare the states and what they retrieve, each from its own table."""
     users, error, overlap = 0, 0.0, 0.0
     tables = Retrieval(candidate.table), Retrieval(reference.table)
@@ -36,11 +36,11 @@ def compare(candidate: Encoder, reference: Encoder, batches: Iterable[Inputs], k
     return Agreement(users, error, float(overlap / max(1, users)))
 
 
-def random_inputs(items: int, lengths: Iterable[int], random: np.random.Generator) -> Inputs:
+def random_inputs(items: int, lengths: Iterable[int], random: np.random.Generator) -> EncoderInputs:
     """Users of these lengths with any items, features and times: harder than any log, and always at hand."""
     offsets = np.concatenate([[0], np.cumsum(np.fromiter(lengths, np.int64))])
     total = int(offsets[-1])
     clock = np.concatenate([[0], np.cumsum(random.choice(STEPS_S, total))])
     seconds = clock[:-1] - np.repeat(clock[offsets[:-1]], np.diff(offsets))
-    tokens, codes = random.integers(0, items, total), random.integers(0, FEATURE_ROWS, (total, FEATURES))
-    return Inputs(tokens.astype(np.int32), codes.astype(np.int32), seconds.astype(np.int32), offsets)
+    tokens, codes = random.integers(0, items, total), random.integers(0, N_FEATURE_IDS, (total, N_FEATURES))
+    return EncoderInputs(tokens.astype(np.int32), codes.astype(np.int32), seconds.astype(np.int32), offsets)

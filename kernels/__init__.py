@@ -1,1 +1,4 @@
-"""Fused operators, one folder each: the naive fp32 reference is the specification."""
+"""Three fused operators in Triton (and CuTe DSL on Hopper), one folder each; the fp32 reference is the specification.
+
+May import: nothing of ours.
+"""

@@ -21,10 +21,10 @@ from kernels.launch import ceil_div, next_power_of_2
 
 WARM_UPS = 2  # calls before a capture: kernels are compiled and loaded
 STEPS = 16  # sizes of a bucket between one power of two and the next: a sixteenth of the rows at most is padding
-SMALLEST = 256  # rows; a batch of fewer takes as long
-MOST_BYTES = 16 << 20  # that a graph's own nodes are taken to hold
-MEMORY = 10_000  # calls, after which those before count half
-PATIENCE = 3  # calls of a bucket without a graph before it gets one: a capture takes longer than a call
+MIN_ROWS = 256  # rows; a batch of fewer takes as long
+MAX_NODE_BYTES = 16 << 20  # that a graph's own nodes are taken to hold
+HALF_LIFE_CALLS = 10_000  # calls, after which those before count half
+MIN_CALLS = 3  # calls of a bucket without a graph before it gets one: a capture takes longer than a call
 
 # One capture at a time in the process; its other threads go on launching, but must not synchronise the whole device.
 CAPTURING = threading.Lock()
@@ -43,15 +43,15 @@ class Bucket:
     @classmethod
     def of(cls, users: int, rows: int, longest: int) -> "Bucket":
         """The smallest that takes them."""
-        return cls(next_power_of_2(users), stepped(rows), longest)
+        return cls(next_power_of_2(users), bucket_rows(rows), longest)
 
 
 def buckets(max_users: int, max_rows: int, classes: Sequence[int]) -> Iterator[Bucket]:
     """Of all batches up to these sizes whose users all have rows, the largest first. classes: the most rows of a user,
     ascending."""
-    sizes = [0, stepped(1)]
+    sizes = [0, bucket_rows(1)]
     while sizes[-1] < max_rows:
-        sizes.append(stepped(sizes[-1] + 1))
+        sizes.append(bucket_rows(sizes[-1] + 1))
     powers = [1 << exponent for exponent in range(next_power_of_2(max_users).bit_length())]
     for below, size in reversed(list(pairwise(sizes))):
         for users in reversed(powers):
@@ -62,7 +62,7 @@ def buckets(max_users: int, max_rows: int, classes: Sequence[int]) -> Iterator[B
 
 
 @dataclass(slots=True)
-class Captured:
+class CapturedGraph:
     """A graph, called, and the memory that it holds beside the pool's."""
 
     replay: Callable[[], Tensor]
@@ -84,7 +84,7 @@ class BatchGraphs:
         self, run: Run, like: Sequence[Tensor], max_users: int, max_rows: int, budget_bytes: int = 8 << 30
     ) -> None:
         self._run, self._budget_bytes = run, budget_bytes
-        self._max_users, self._max_rows = next_power_of_2(max_users), stepped(max_rows)
+        self._max_users, self._max_rows = next_power_of_2(max_users), bucket_rows(max_rows)
         self._columns = [column.new_zeros((self._max_rows, *column.shape[1:])) for column in like]
         self._offsets = like[0].new_zeros(self._max_users + 1, dtype=torch.int32)
         self.clear()
@@ -94,7 +94,7 @@ class BatchGraphs:
         users, rows = len(offsets) - 1, len(columns[0])
         bucket = Bucket.of(users, rows, longest)
         self._count(bucket)
-        held = self._held.get(bucket) or self._due(bucket)
+        held = self._graphs.get(bucket) or self._maybe_capture(bucket)
         if held is None:
             return self._run(columns, offsets, longest)
         for static, column in zip(self._columns, columns, strict=True):
@@ -107,53 +107,53 @@ class BatchGraphs:
         """Makes graphs for what batches can need, the largest first, until the budget is full; returns how many there
         are. classes: see `buckets`."""
         for bucket in buckets(self._max_users, self._max_rows, classes):
-            wanted = self._takes(bucket) and bucket not in self._held
-            if wanted and self._fitted(bucket) is None and self._held:
+            wanted = self._takes(bucket) and bucket not in self._graphs
+            if wanted and self._capture_within_budget(bucket) is None and self._graphs:
                 break
-        return len(self._held)
+        return len(self._graphs)
 
-    def capture(self, bucket: Bucket) -> Captured:
+    def capture(self, bucket: Bucket) -> CapturedGraph:
         """Makes its graph, whatever the budget."""
         columns = [column[: bucket.rows] for column in self._columns]
         offsets = self._offsets[: bucket.users + 1]
         offsets.copy_(torch.arange(bucket.users + 1).clamp(max=bucket.rows))  # any batch does
-        held = self._held[bucket] = self._captured(partial(self._run, columns, offsets, bucket.longest))
+        held = self._graphs[bucket] = self._captured(partial(self._run, columns, offsets, bucket.longest))
         return held
 
     def clear(self) -> None:
         """Forgets all graphs: for when a tensor that `run` reads has moved."""
-        self._held: dict[Bucket, Captured] = {}
-        self._asked: Counter[Bucket] = Counter()
+        self._graphs: dict[Bucket, CapturedGraph] = {}
+        self._hits: Counter[Bucket] = Counter()
         self._pool = torch.cuda.graph_pool_handle() if self._offsets.is_cuda else None
         self._pool_bytes, self._full = 0, False
 
     @property
     def nbytes(self) -> int:
-        return self._pool_bytes + sum(held.nbytes for held in self._held.values())
+        return self._pool_bytes + sum(held.nbytes for held in self._graphs.values())
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._graphs)
 
     def _takes(self, bucket: Bucket) -> bool:
         return bucket.rows <= self._max_rows and bucket.users <= self._max_users
 
     def _count(self, bucket: Bucket) -> None:
-        self._asked[bucket] += 1
-        if self._asked.total() > MEMORY:  # what was asked for long ago counts less and less
-            self._asked = Counter({each: asked // 2 for each, asked in self._asked.items() if asked > 1})
+        self._hits[bucket] += 1
+        if self._hits.total() > HALF_LIFE_CALLS:  # what was asked for long ago counts less and less
+            self._hits = Counter({each: asked // 2 for each, asked in self._hits.items() if asked > 1})
 
-    def _due(self, bucket: Bucket) -> Captured | None:
+    def _maybe_capture(self, bucket: Bucket) -> CapturedGraph | None:
         """A graph for what is asked for again and again, if there is room, or another is asked for less."""
         if not self._takes(bucket):
             return None
-        least = min(self._held, key=self._asked.__getitem__, default=None) if self._full else None
-        if self._asked[bucket] <= PATIENCE + (0 if least is None else 2 * self._asked[least]):
+        least = min(self._graphs, key=self._hits.__getitem__, default=None) if self._full else None
+        if self._hits[bucket] <= MIN_CALLS + (0 if least is None else 2 * self._hits[least]):
             return None
         if least is not None:
             self._drop(least)
-        return self._fitted(bucket)
+        return self._capture_within_budget(bucket)
 
-    def _fitted(self, bucket: Bucket) -> Captured | None:
+    def _capture_within_budget(self, bucket: Bucket) -> CapturedGraph | None:
         """Its graph, within the budget; None where there is no room for it."""
         try:
             held = self.capture(bucket)
@@ -171,20 +171,20 @@ class BatchGraphs:
         return None
 
     def _drop(self, bucket: Bucket) -> None:
-        del self._held[bucket]
-        if not self._held:  # the last graph takes the pool with it
+        del self._graphs[bucket]
+        if not self._graphs:  # the last graph takes the pool with it
             self.clear()
 
-    def _captured(self, call: Callable[[], Tensor]) -> Captured:
+    def _captured(self, call: Callable[[], Tensor]) -> CapturedGraph:
         device = self._offsets.device
         if device.type != "cuda":
-            return Captured(call, 0)
+            return CapturedGraph(call, 0)
         for _ in range(WARM_UPS):
             call()
-        with CAPTURING, _uncollected():
+        with CAPTURING, _gc_disabled():
             return self._recorded(call, device)
 
-    def _recorded(self, call: Callable[[], Tensor], device: torch.device) -> Captured:
+    def _recorded(self, call: Callable[[], Tensor], device: torch.device) -> CapturedGraph:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
@@ -202,11 +202,11 @@ class BatchGraphs:
 
         # Other processes of the card are in this difference, too.
         own = free - torch.cuda.mem_get_info(device)[0] - grown
-        return Captured(replay, min(max(0, own), MOST_BYTES))
+        return CapturedGraph(replay, min(max(0, own), MAX_NODE_BYTES))
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
+def _gc_disabled() -> Iterator[None]:
     """A collection that happens to free another graph ends the capture that is under way."""
     enabled = gc.isenabled()
     gc.disable()
@@ -217,7 +217,7 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def stepped(size: int) -> int:
+def bucket_rows(size: int) -> int:
     """Rounded up to a step of a STEPS-th of the power of two below, of SMALLEST at least."""
-    step = max(SMALLEST, next_power_of_2(size + 1) // 2 // STEPS)
+    step = max(MIN_ROWS, next_power_of_2(size + 1) // 2 // STEPS)
     return ceil_div(size, step) * step

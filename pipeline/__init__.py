@@ -1,1 +1,4 @@
-"""From sequences to slates: everything that knows the model, nothing that knows Kafka or Redis."""
+"""From sequences to slates: everything that knows the model, nothing that knows Kafka or Redis.
+
+May import: kernels.
+"""

@@ -22,21 +22,21 @@ import safetensors.numpy
 import safetensors.torch
 from torch import Tensor
 
-from pipeline.data.split import Taught
+from pipeline.data.split import TrainingProvenance
 from pipeline.errors import ArtifactError
-from pipeline.features.event_features import LAYOUT
+from pipeline.features.event_features import FEATURE_LAYOUT
 from pipeline.items.catalogue import Catalogue
-from pipeline.items.metadata import KnownItems
+from pipeline.items.metadata import ItemMetadata
 from pipeline.model.config import HstuConfig
 from pipeline.records import EventSchema
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "manifest.json"
 WEIGHTS, VOCABULARY, COUNTERS = "hstu.safetensors", "vocabulary.msgpack", "counters.safetensors"
 ITEMS = "items.safetensors"
 FILES = (WEIGHTS, VOCABULARY, ITEMS, COUNTERS)
 TOOLS = ("torch", "numpy", "safetensors", "msgspec")
-_AGAIN = "copy the whole folder again, or make one with `millrace train LOG --out DIR`"
+_COPY_AGAIN = "copy the whole folder again, or make one with `millrace train LOG --out DIR`"
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -51,8 +51,14 @@ class Manifest(msgspec.Struct, frozen=True):
     metrics: dict[str, float]
     files: dict[str, str]
     tools: dict[str, str]
-    features: str = ""  # features.LAYOUT of the code that trained it
-    taught: Taught | None = None  # None: made by an earlier millrace, or not by training
+    features: str  # FEATURE_LAYOUT of the code that trained it
+    trained_on: TrainingProvenance | None = None  # None: not made by training
+
+
+class _Format(msgspec.Struct):
+    """The first thing to read of a manifest: another format's fields may mean anything."""
+
+    format: int
 
 
 @dataclass(slots=True)
@@ -63,7 +69,7 @@ class Artifact:
     weights: dict[str, Tensor]
     item_ids: list[str]
     counters: dict[str, np.ndarray]
-    items: KnownItems
+    metadata: ItemMetadata
 
     @property
     def version(self) -> str:
@@ -78,10 +84,12 @@ class Artifact:
         start = len(name) + 1
         return {key[start:]: value for key, value in self.weights.items() if key.startswith(f"{name}.")}
 
-    def inform(self, catalogue: Catalogue) -> None:
+    def load_into(self, catalogue: Catalogue) -> None:
         """Tell what is known of the items; the catalogue's vocabulary has them."""
         tokens = np.array([catalogue.vocabulary.token(item_id) for item_id in self.item_ids], np.int64)
-        catalogue.recall(tokens[tokens > 0], {name: column[tokens > 0] for name, column in self.items.facts.items()})
+        catalogue.restore_facts(
+            tokens[tokens > 0], {name: column[tokens > 0] for name, column in self.metadata.facts.items()}
+        )
 
     def check_schema(self, schema: EventSchema) -> None:
         """ArtifactError unless the codes that the model was trained with mean the same in `schema`."""
@@ -96,11 +104,11 @@ class Artifact:
 
 
 def draft(config: HstuConfig, schema: EventSchema, weights: dict[str, Tensor], item_ids: list[str],
-          counters: dict[str, np.ndarray], items: KnownItems | None = None,
-          taught: Taught | None = None) -> Artifact:  # fmt: skip
+          counters: dict[str, np.ndarray], metadata: ItemMetadata | None = None,
+          trained_on: TrainingProvenance | None = None) -> Artifact:  # fmt: skip
     """A model that is not saved yet."""
-    manifest = Manifest(FORMAT, "draft", "unsigned", "", config, schema, {}, {}, {}, LAYOUT, taught)
-    return Artifact(manifest, weights, item_ids, counters, items or KnownItems.nothing(len(item_ids)))
+    manifest = Manifest(FORMAT, "draft", "unsigned", "", config, schema, {}, {}, {}, FEATURE_LAYOUT, trained_on)
+    return Artifact(manifest, weights, item_ids, counters, metadata or ItemMetadata.unknown(len(item_ids)))
 
 
 def save(folder: Path, artifact: Artifact, metrics: Mapping[str, float], created: str) -> Manifest:
@@ -112,7 +120,7 @@ def save(folder: Path, artifact: Artifact, metrics: Mapping[str, float], created
         weights = {name: weight.detach().contiguous() for name, weight in artifact.weights.items()}
         safetensors.torch.save_file(weights, draft / WEIGHTS)
         (draft / VOCABULARY).write_bytes(msgspec.msgpack.encode(artifact.item_ids))
-        for name, arrays in ((COUNTERS, artifact.counters), (ITEMS, artifact.items.arrays())):
+        for name, arrays in ((COUNTERS, artifact.counters), (ITEMS, artifact.metadata.arrays())):
             arrays = {key: np.ascontiguousarray(array) for key, array in arrays.items()}
             safetensors.numpy.save_file(arrays, draft / name)
         manifest = _sign(draft, folder.name, artifact, metrics, created)
@@ -124,7 +132,7 @@ def save(folder: Path, artifact: Artifact, metrics: Mapping[str, float], created
     return manifest
 
 
-def refuse_other_files(folder: Path) -> None:
+def check_target(folder: Path) -> None:
     """ArtifactError unless an artifact may be written there: a new folder, an empty one, or an artifact's."""
     if folder.is_file():
         raise ArtifactError(f"artifact {folder}: a file; give an empty or a new folder")
@@ -143,7 +151,7 @@ def load(folder: Path) -> Artifact:
         _check(folder / name, wanted)
     item_ids = _item_ids(folder / VOCABULARY)
     counters, items = (safetensors.numpy.load_file(folder / name) for name in (COUNTERS, ITEMS))
-    return Artifact(manifest, _weights(folder / WEIGHTS), item_ids, counters, KnownItems.read(items))
+    return Artifact(manifest, _weights(folder / WEIGHTS), item_ids, counters, ItemMetadata.from_arrays(items))
 
 
 def _sign(draft: Path, name: str, artifact: Artifact, metrics: Mapping[str, float], created: str) -> Manifest:
@@ -151,33 +159,37 @@ def _sign(draft: Path, name: str, artifact: Artifact, metrics: Mapping[str, floa
     files = {name: _sha256(draft / name) for name in FILES}
     tools = {"python": platform.python_version(), **{tool: installed(tool) for tool in TOOLS}}
     version = _content_hash(config, schema, files)
-    taught = artifact.manifest.taught
-    return Manifest(FORMAT, name, version, created, config, schema, dict(metrics), files, tools, LAYOUT, taught)
+    taught = artifact.manifest.trained_on
+    return Manifest(FORMAT, name, version, created, config, schema, dict(metrics), files, tools, FEATURE_LAYOUT, taught)
 
 
 def read_manifest(folder: Path) -> Manifest:
     """Raises ArtifactError unless it is one, of this format, that signs itself and all that a model needs."""
     path = folder / MANIFEST
     try:
-        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+        content = path.read_bytes()
+        found = msgspec.json.decode(content, type=_Format).format
+        if found != FORMAT:
+            raise ArtifactError(f"artifact {path}: format {found}, this millrace reads {FORMAT}; train again")
+        manifest = msgspec.json.decode(content, type=Manifest)
     except OSError as error:
         raise ArtifactError(
             f"artifact {path}: {error.strerror}; make one with `millrace train LOG --out DIR`"
         ) from error
     except msgspec.DecodeError as error:
-        raise ArtifactError(f"artifact {path}: not a manifest ({error}); {_AGAIN}") from error
-    if manifest.format != FORMAT:
-        raise ArtifactError(f"artifact {path}: format {manifest.format}, this millrace reads {FORMAT}; train again")
-    if manifest.features != LAYOUT:
+        raise ArtifactError(f"artifact {path}: not a manifest ({error}); {_COPY_AGAIN}") from error
+    if manifest.features != FEATURE_LAYOUT:
         raise ArtifactError(
-            f"artifact {path}: trained on features {manifest.features or 'of another millrace'}, this millrace makes"
-            f" {LAYOUT}; train again"
+            f"artifact {path}: trained on features {manifest.features}, this millrace makes {FEATURE_LAYOUT};"
+            " train again"
         )
     if missing := set(FILES) - manifest.files.keys():
-        raise ArtifactError(f"artifact {path}: no hash of {', '.join(sorted(missing))}; {_AGAIN}")
-    content = _content_hash(manifest.config, manifest.schema, manifest.files)
-    if content != manifest.version:
-        raise ArtifactError(f"artifact {path}: content hash {content}, the manifest says {manifest.version}; {_AGAIN}")
+        raise ArtifactError(f"artifact {path}: no hash of {', '.join(sorted(missing))}; {_COPY_AGAIN}")
+    version = _content_hash(manifest.config, manifest.schema, manifest.files)
+    if version != manifest.version:
+        raise ArtifactError(
+            f"artifact {path}: content hash {version}, the manifest says {manifest.version}; {_COPY_AGAIN}"
+        )
     return manifest
 
 
@@ -186,7 +198,9 @@ def _item_ids(path: Path) -> list[str]:
     places: dict[str, int] = {}
     for place, item_id in enumerate(item_ids, 1):
         if (first := places.setdefault(item_id, place)) != place:
-            raise ArtifactError(f"artifact {path}: item '{item_id}' is there twice, at {first} and {place}; {_AGAIN}")
+            raise ArtifactError(
+                f"artifact {path}: item '{item_id}' is there twice, at {first} and {place}; {_COPY_AGAIN}"
+            )
     return item_ids
 
 
@@ -203,13 +217,13 @@ def _check(path: Path, wanted: str) -> None:
     try:
         got = _sha256(path)
     except OSError as error:
-        raise ArtifactError(f"artifact {path}: {error.strerror}; {_AGAIN}") from error
+        raise ArtifactError(f"artifact {path}: {error.strerror}; {_COPY_AGAIN}") from error
     if got != wanted:
-        raise ArtifactError(f"artifact {path}: SHA-256 is {got[:16]}…, the manifest says {wanted[:16]}…; {_AGAIN}")
+        raise ArtifactError(f"artifact {path}: SHA-256 is {got[:16]}…, the manifest says {wanted[:16]}…; {_COPY_AGAIN}")
 
 
 def _content_hash(config: HstuConfig, schema: EventSchema, files: Mapping[str, str]) -> str:
-    content = msgspec.json.encode((config.signed(), schema, dict(files)), order="sorted")
+    content = msgspec.json.encode((config, schema, dict(files)), order="sorted")
     return hashlib.sha256(content).hexdigest()[:16]
 
 
@@ -219,7 +233,7 @@ def _sha256(path: Path) -> str:
 
 
 def _replace(draft: Path, folder: Path) -> None:
-    refuse_other_files(folder)
+    check_target(folder)
     old = draft.with_name(f"{draft.name}.old")
     if folder.exists():
         folder.rename(old)

@@ -15,8 +15,12 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from pipeline.jagged import ranges
+
 Id = Annotated[str, Meta(min_length=1, max_length=256)]
 MAX_TS_MS = (1 << 48) - 1  # the ring keeps 48 bits: the year 10889
+DAY_MS = 86_400_000
+DAY_S = 86_400
 
 EVENT_BYTES = 24
 # `ts_action_device` holds ts_ms in its low 48 bits, then the action's and the device's byte.
@@ -32,7 +36,7 @@ EVENT_DTYPE = np.dtype(
     ]
 )
 _PACK = struct.Struct("<QQHHBBH")
-PART_EVENTS = 1 << 18  # columns made from so many events at a time are some 50 MiB, and no slower than at once
+CHUNK_EVENTS = 1 << 18  # columns made from so many events at a time are some 50 MiB, and no slower than at once
 VALUE_STEPS = 3000.0  # log1p(value) in steps of 1/3000: 0.03 % apart, up to 3.0e9
 
 
@@ -231,12 +235,10 @@ class Histories:
         if len(self) == 0 or int(self.lengths.max()) <= cap:
             return self
         kept = np.minimum(self.lengths, cap)
-        offsets = np.concatenate([[0], np.cumsum(kept)])
-        starts = self.offsets[1:] - kept
-        index = np.repeat(starts - offsets[:-1], kept) + np.arange(offsets[-1])
+        index, offsets = ranges(self.offsets[1:] - kept, kept)
         return Histories(self.events[index], offsets)
 
-    def parts(self, events: int = PART_EVENTS) -> "Iterator[tuple[slice, Histories]]":
+    def chunks(self, events: int = CHUNK_EVENTS) -> "Iterator[tuple[slice, Histories]]":
         """Whole users, one after the other, at most so many events at a time if no single user has more: where they
         lie in this one's columns, and a view of them."""
         first = 0
@@ -249,9 +251,7 @@ class Histories:
 
     def select(self, rows: np.ndarray) -> "Histories":
         """The histories of these user rows, in this order."""
-        kept = self.lengths[rows]
-        offsets = np.concatenate([[0], np.cumsum(kept)])
-        index = np.repeat(self.offsets[rows] - offsets[:-1], kept) + np.arange(offsets[-1])
+        index, offsets = ranges(self.offsets[rows], self.lengths[rows])
         return Histories(self.events[index], offsets)
 
 

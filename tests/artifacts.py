@@ -11,15 +11,15 @@ from msgspec.structs import replace
 from pipeline import artifact as artifacts
 from pipeline.artifact import WEIGHTS, Artifact
 from pipeline.items.catalogue import Catalogue
-from pipeline.items.metadata import KnownItems
+from pipeline.items.metadata import ItemMetadata
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.model.config import HstuConfig
 from pipeline.records import EventSchema, Item, item_hash
-from pipeline.training.trainer import Model
+from pipeline.training.trainer import MultiTaskModel
 
 CREATED = "2026-01-01T00:00:00+00:00"
 TABLE = "hstu.items.embedding.weight"  # [1 + items, width]
-BIAS = "heads.taste.item_bias.weight"  # [1 + items, 2]
+BIAS = "heads.interaction.item_bias.weight"  # [1 + items, 2]
 
 
 def untrained(item_ids: Sequence[str]) -> Artifact:
@@ -27,10 +27,10 @@ def untrained(item_ids: Sequence[str]) -> Artifact:
     torch.manual_seed(3)
     config = HstuConfig(items=1 + len(item_ids), width=16, heads=2, d_qk=8, d_v=8, max_events=20, content_rows=256)
     catalogue = Catalogue(Vocabulary(item_ids))
-    catalogue.put(Item(item_id, title=f"thing {item_id}", price=10.0) for item_id in item_ids)
-    known = KnownItems.of(catalogue, np.arange(1, config.items), np.full(len(item_ids), 5))
-    weights = Model(config, known.contents()).state_dict()
-    weights["heads.taste.item_bias.weight"] = torch.randn(config.items, 2)
+    catalogue.upsert(Item(item_id, title=f"thing {item_id}", price=10.0) for item_id in item_ids)
+    known = ItemMetadata.from_catalogue(catalogue, np.arange(1, config.items), np.full(len(item_ids), 5))
+    weights = MultiTaskModel(config, known.content()).state_dict()
+    weights["heads.interaction.item_bias.weight"] = torch.randn(config.items, 2)
     zeros = np.zeros(0)
     counters = {
         "items": np.array([item_hash(item_id) for item_id in item_ids], np.uint64),
@@ -49,31 +49,31 @@ def renumbered(artifact: Artifact) -> Artifact:
     tables = {name: artifact.weights[name] for name in (TABLE, BIAS)}
     turned = {name: torch.cat([rows[:1], rows[1:].flip(0)]) for name, rows in tables.items()}
     weights = artifact.weights | turned
-    return Artifact(artifact.manifest, weights, artifact.item_ids[::-1], artifact.counters, artifact.items)
+    return Artifact(artifact.manifest, weights, artifact.item_ids[::-1], artifact.counters, artifact.metadata)
 
 
 def mixed_up(artifact: Artifact) -> Artifact:
     """Items have each other's ids, as after a wrong join: it loads, answers, and is wrong."""
-    return Artifact(artifact.manifest, artifact.weights, artifact.item_ids[::-1], artifact.counters, artifact.items)
+    return Artifact(artifact.manifest, artifact.weights, artifact.item_ids[::-1], artifact.counters, artifact.metadata)
 
 
 def nudged(artifact: Artifact, seed: int) -> Artifact:
     """Every weight a little off: another version, about the same slates."""
     torch.manual_seed(seed)
     weights = {name: weight + 1e-3 * torch.randn_like(weight) for name, weight in artifact.weights.items()}
-    return Artifact(artifact.manifest, weights, artifact.item_ids, artifact.counters, artifact.items)
+    return Artifact(artifact.manifest, weights, artifact.item_ids, artifact.counters, artifact.metadata)
 
 
 def with_new_items(artifact: Artifact, item_ids: Sequence[str]) -> Artifact:
     """Its last items are others."""
     ids = [*artifact.item_ids[: -len(item_ids)], *item_ids]
-    return Artifact(artifact.manifest, artifact.weights, ids, artifact.counters, artifact.items)
+    return Artifact(artifact.manifest, artifact.weights, ids, artifact.counters, artifact.metadata)
 
 
 def not_a_number(artifact: Artifact) -> Artifact:
     """Training diverged."""
     return Artifact(artifact.manifest, artifact.weights | {TABLE: artifact.weights[TABLE] * float("nan")},
-                    artifact.item_ids, artifact.counters, artifact.items)  # fmt: skip
+                    artifact.item_ids, artifact.counters, artifact.metadata)  # fmt: skip
 
 
 def of_another_schema(artifact: Artifact) -> Artifact:
@@ -84,7 +84,7 @@ def of_another_schema(artifact: Artifact) -> Artifact:
         artifact.weights,
         artifact.item_ids,
         artifact.counters,
-        artifact.items,
+        artifact.metadata,
     )
 
 

@@ -1,6 +1,7 @@
-"""What tests share: one real broker, one real Valkey and one trained model a session; names of their own; deadlines.
+"""Fixtures of the whole suite: one real broker, one real Valkey and one trained model per session.
 
-Without a GPU the kernels run in Triton's interpreter, which must be chosen before Triton is imported.
+Coroutine tests run under asyncio (anyio's plugin, auto mode); `timeout` in pyproject.toml bounds every test. Without a
+GPU the kernels run in Triton's interpreter, which must be chosen before Triton is imported.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from worker.cli import main
-from worker.replay.local_servers import LocalKafka, LocalValkey, available
+from worker.replay.local_servers import LocalKafka, LocalValkey, missing_requirement
 
 T = TypeVar("T")
 
@@ -25,9 +26,14 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
 def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The bootstrap address of a broker that the whole session shares; who wants to kill one starts their own."""
-    if reason := available():
+    """Bootstrap address of a broker shared by the session; a test that kills a broker starts its own."""
+    if reason := missing_requirement():
         pytest.skip(f"no Kafka broker can be started here: {reason}")
     with LocalKafka(tmp_path_factory.mktemp("kafka")) as broker:
         yield broker.bootstrap
@@ -35,14 +41,14 @@ def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a Valkey that the whole session shares: keep to keys of your own, never flush it."""
+    """URL of a Valkey shared by the session: use keys of your own, never flush it."""
     with LocalValkey(tmp_path_factory.mktemp("valkey")) as server:
         yield server.url
 
 
 @dataclass(frozen=True)
 class Shop:
-    """A simulated log and a small model that was trained on its first 80 %."""
+    """A simulated log and a small model trained on its first 80 %."""
 
     log: Path
     artifact: Path
@@ -50,7 +56,7 @@ class Shop:
 
 @pytest.fixture(scope="session")
 def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    """Made once, in seconds: what its model answers is arbitrary, but it is a real answer."""
+    """Simulate and train once, in seconds; the model's answers are arbitrary but real."""
     folder = tmp_path_factory.mktemp("shop")
     simulate = ["simulate", "--out", folder, "--events", 6000, "--users", 300, "--items", 120]
     train = ["train", folder / "events.jsonl", "--out", folder / "artifact", "--epochs", 2, "--width", 16]
@@ -61,14 +67,14 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
 
 @pytest.fixture
 def topics(request: pytest.FixtureRequest) -> Callable[[str], str]:
-    """`topics("events")` is a topic (or group) name that no other test has, and another one at every call."""
+    """Return a function that makes topic (or group) names no other test has, a new one per call."""
     test, number = re.sub(r"[^A-Za-z0-9_-]", "-", request.node.name)[:160], count()
     return lambda name: f"{name}.{test}.{next(number)}"
 
 
 @pytest.fixture
 def run() -> Callable[..., Any]:
-    """`run(coroutine)` in a loop of its own; it fails the test after `timeout_s` instead of hanging."""
+    """Return `run(coroutine)`: runs it in a new loop and fails after `timeout_s`. For tests that are not coroutines."""
 
     def within(coroutine: Coroutine[Any, Any, T], timeout_s: float = 60.0) -> T:
         return asyncio.run(asyncio.wait_for(coroutine, timeout_s))
@@ -78,7 +84,7 @@ def run() -> Callable[..., Any]:
 
 @pytest.fixture
 def eventually() -> Callable[..., Awaitable[Any]]:
-    """`await eventually(condition)`: the first true value of a (possibly awaitable) condition, within `timeout_s`."""
+    """Return `eventually(condition)`: waits for the first true value of a (possibly awaitable) condition."""
 
     async def until(condition: Callable[[], Any], timeout_s: float = 30.0) -> Any:
         async with asyncio.timeout(timeout_s):

@@ -1,1 +1,4 @@
-"""The process: everything that knows Kafka, Redis, asyncio and time."""
+"""The process: everything that knows Kafka, Redis, asyncio and time.
+
+May import: export, pipeline, kernels.
+"""

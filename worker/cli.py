@@ -3,9 +3,9 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib import import_module
+from importlib.metadata import version
 
-from pipeline.errors import MillraceError
+from worker.commands.dispatch import run_command
 
 COMMANDS = {
     "run": "consume events from Kafka and answer them with slates",
@@ -31,7 +31,7 @@ exit codes:
   0 done (run: drained and committed)    5 Redis refused or away
   1 a defect of millrace                 6 dead-letter limit reached
   2 bad usage, configuration or log      7 stalled: lag stood still, tasks dumped
-  3 artifact missing or not as signed    8 events topic re-created: set sequences.epoch
+  3 artifact missing or not as signed    8 events topic re-created: set sequences.topic_generation
   4 Kafka refused or away               44 no slate for this user
   130/143 a second signal cut the drain short
 """
@@ -43,18 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] not in COMMANDS:
         parser.parse_args(argv or ["--help"])
         return 2
-    command = import_module(f"worker.commands.{argv[0]}")
-    sub = argparse.ArgumentParser(
-        f"millrace {argv[0]}", description=command.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    command.configure(sub)
-    try:
-        return command.run(sub.parse_args(argv[1:]))
-    except MillraceError as error:
-        print(f"millrace {argv[0]}: {error}", file=sys.stderr)
-        return error.exit_code
-    except (KeyboardInterrupt, BrokenPipeError):
-        return 130
+    return run_command(argv[0], argv[1:])
 
 
 def _top_level() -> argparse.ArgumentParser:
@@ -66,7 +55,7 @@ def _top_level() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version="millrace 0.1.0")
+    parser.add_argument("--version", action="version", version=f"millrace {version('millrace')}")
     parser.add_argument("command", choices=list(COMMANDS), help=argparse.SUPPRESS)
     return parser
 

@@ -1,6 +1,6 @@
 """The configuration: one tree of frozen structs, read from TOML, overridden by `MILLRACE__SECTION__FIELD`.
 
-An unknown key is an error with its path. Each default carries its reason. `show` prints the tree with each value's
+An unknown key is an error that names its path. Each default carries its reason. `show` returns every value with its
 source, secrets masked.
 """
 
@@ -13,33 +13,31 @@ import msgspec
 from msgspec import Meta, Struct, field
 
 from pipeline.records import EventSchema
-from pipeline.serving.rerank import Rerank
-from pipeline.serving.strategy import LADDER
+from pipeline.serving.rerank import RerankWeights
+from pipeline.serving.strategy import FALLBACK_ORDER
+from pipeline.types import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from worker.errors import ConfigError
 
-Positive = Annotated[int, Meta(gt=0)]
-Share = Annotated[float, Meta(ge=0, le=1)]
-Seconds = Annotated[float, Meta(gt=0)]
 SECRETS = ("password", "secret")
 
 
-class Kafka(Struct, frozen=True, forbid_unknown_fields=True):
-    bootstrap: str = "localhost:9092"
-    group: str = "millrace"
+class KafkaConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    bootstrap_servers: str = "localhost:9092"
+    group_id: str = "millrace"
     events_topic: str = "events"
-    slates_topic: str = "recommendations"
+    recommendations_topic: str = "recommendations"
     dead_letter_topic: str = "events.dead"
-    items_topic: str = "items"  # compacted, key = item id; a cluster without it is served by ids alone
-    create_topics: bool = False  # a typo must not make a topic; the demo and the tests turn it on
-    partitions: Positive = 8  # of topics that millrace creates
-    replication: Positive = 1
+    items_topic: str = "items"  # compacted, key = item id; without it items are known by their events alone
+    create_topics: bool = False  # a typo must not create a topic; the demo and the tests turn it on
+    partitions: PositiveInt = 8  # of topics that millrace creates
+    replication_factor: PositiveInt = 1
     group_instance_id: str | None = None  # the pod's ordinal: a restart within the session keeps its partitions
-    max_poll_records: Positive = 2000  # 8 k events/s need 4 polls a second; larger ones delay the first event
-    start_timeout_s: Seconds = 60.0  # aiokafka's start() can hang: always bounded; dlq, rebuild, replay: 8 s unless set
-    session_timeout_ms: Positive = 30000
-    rebalance_timeout_ms: Positive = 60000  # time to drain on revoke; aiokafka's default is the session timeout
-    request_timeout_ms: Positive = 30000
-    linger_ms: Annotated[int, Meta(ge=0)] = 0  # batches are built by us, so nothing is gained by waiting
+    max_poll_records: PositiveInt = 2000  # 8 k events/s need 4 polls per second; more delays a poll's first event
+    start_timeout_s: PositiveFloat = 60.0  # aiokafka's start() can hang; dlq, rebuild and replay use 8 s unless set
+    session_timeout_ms: PositiveInt = 30000
+    rebalance_timeout_ms: PositiveInt = 60000  # time to drain on revoke; aiokafka's default is the session timeout
+    request_timeout_ms: PositiveInt = 30000
+    linger_ms: NonNegativeInt = 0  # slates are batched before they are sent, so lingering gains nothing
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
     sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "GSSAPI"] = "PLAIN"
     sasl_username: str | None = None
@@ -49,108 +47,112 @@ class Kafka(Struct, frozen=True, forbid_unknown_fields=True):
     ssl_keyfile: str | None = None
 
 
-class Redis(Struct, frozen=True, forbid_unknown_fields=True):
+class RedisConfig(Struct, frozen=True, forbid_unknown_fields=True):
     url: str = "redis://localhost:6379/0"  # rediss:// for TLS; user and password in the URL are masked when printed
     cluster: bool = False
-    timeout_s: Seconds = 2.0  # redis-py's own default is 5 s and 10 retries: half a minute of silence
-    retry_s: Seconds = 0.2  # first back-off, doubled up to 5 s, without end: nothing is dropped while Redis is away
+    timeout_s: PositiveFloat = 2.0  # per round trip; redis-py's own default is 5 s and 10 retries
+    retry_backoff_s: PositiveFloat = 0.2  # first delay, doubled up to 5 s; retries never end, so nothing is dropped
 
 
-class Events(Struct, frozen=True, forbid_unknown_fields=True):
-    actions: tuple[str, ...] = EventSchema().actions  # may only grow at its end: rings keep the code
-    devices: tuple[str, ...] = EventSchema().devices
-    trigger_actions: tuple[str, ...] | None = None  # None: every action asks for a fresh slate
-    max_ahead_s: Seconds = 86400.0  # a phone's clock may be a day off; beyond that it is broken
-    max_age_days: Annotated[float, Meta(ge=0)] = 3650.0  # 0: no limit (recorded logs of any age)
+class EventsConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    actions: tuple[str, ...] = EventSchema().actions  # append only: rings store an action's position in this list
+    devices: tuple[str, ...] = EventSchema().devices  # append only, like actions
+    trigger_actions: tuple[str, ...] | None = None  # actions that request a fresh slate; unset: all of them
+    max_clock_skew_s: PositiveFloat = 86400.0  # a phone's clock may be a day off; an event beyond that is dead-lettered
+    max_age_days: NonNegativeFloat = 3650.0  # 0: no limit (recorded logs of any age)
 
 
-class Sequences(Struct, frozen=True, forbid_unknown_fields=True):
-    cap_events: Annotated[int, Meta(ge=1, le=65535)] = 512  # 12 KiB a user; wanted: what the model reads + 255
-    ttl_days: Annotated[float, Meta(gt=0)] = 90.0
-    epoch: str = "1"  # change it after re-creating the events topic: offsets begin anew
-    cache_mib: Positive = 64  # rings of owned partitions kept in the process
+class SequencesConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    max_events: Annotated[int, Meta(ge=1, le=65535)] = 512  # per user, 12 KiB; at least the model's receptive field
+    ttl_days: PositiveFloat = 90.0
+    topic_generation: str = "1"  # change it after re-creating the events topic: offsets start again from 0
+    cache_mib: PositiveInt = 64  # rings of owned partitions kept in the process
 
 
-class Batcher(Struct, frozen=True, forbid_unknown_fields=True):
-    max_users: Positive = 256
-    max_tokens: Positive = 32768
-    buckets: tuple[Positive, ...] = (32, 64, 128, 256, 512, 1024)  # lengths
-    slo_ms: Positive = 100
-    max_pending: Positive = 4096  # events admitted and unanswered; beyond it partitions are paused
-    coalesce: bool = True  # off: one slate per event, as evaluation wants it
-    in_flight: Positive = 4  # batches whose slates are not yet acknowledged
+class BatcherConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    max_users: PositiveInt = 256
+    max_tokens: PositiveInt = 32768
+    length_buckets: tuple[PositiveInt, ...] = (32, 64, 128, 256, 512, 1024)  # events per user
+    slo_ms: PositiveInt = 100
+    max_pending_events: PositiveInt = 4096  # admitted and unanswered; above it partitions are paused
+    coalesce: bool = True  # false: one slate per event, for evaluation
+    max_in_flight_batches: PositiveInt = 4  # batches whose slates are not yet acknowledged
 
 
-class Pipeline(Struct, frozen=True, forbid_unknown_fields=True):
-    artifact: str | None = None  # a folder made by `millrace train`; None: the simple rung alone
-    strategy: str | None = None  # None: the best rung that is healthy
-    slate_items: Annotated[int, Meta(ge=1, le=512)] = 10
-    exclude_actions: tuple[str, ...] | None = None  # what the user did with an item excludes it; None: any action
-    exclude_window_days: Annotated[float, Meta(ge=0)] = 0.0  # 0: as far as the ring reaches
-    threads: Annotated[int, Meta(ge=0)] = 0  # of torch; 0: its default
+class PipelineConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    artifact: str | None = None  # folder written by `millrace train`; unset: the simple strategy alone
+    strategy: str | None = None  # where the fallback order starts; unset: with the best healthy strategy
+    slate_size: Annotated[int, Meta(ge=1, le=512)] = 10
+    exclude_actions: tuple[str, ...] | None = None  # actions that keep an item off its user's slates; unset: any action
+    exclude_window_days: NonNegativeFloat = 0.0  # 0: as far back as the ring reaches
+    threads: NonNegativeInt = 0  # torch threads; 0: torch's default
     device: str = "auto"
-    kernels: bool = True  # on a GPU this project's, in half precision; off: torch's own, in float32
-    graphs_mib: Annotated[int, Meta(ge=0)] = 4096  # of a GPU's memory, for CUDA graphs of batches; 0: no graphs
-    follow_s: Annotated[float, Meta(ge=0)] = 5.0  # a new artifact serves after two looks, a few stats each; 0: never
-    min_overlap: Share = 0.02  # with the slates just served: another seed after one epoch 0.13, mixed-up ids 0.002
-    max_hit_rate_drop: Share = 0.2  # of the serving model's, as training judged both: a failed training loses more
-    state_dir: str | None = None  # of this worker alone: what it knows of items; None: a start reads their whole topic
+    custom_kernels: bool = True  # on a GPU: this project's kernels in half precision; false: torch in float32
+    cuda_graph_mib: NonNegativeInt = 4096  # GPU memory for CUDA graphs of batches; 0: no graphs
+    artifact_poll_interval_s: NonNegativeFloat = 5.0  # a new artifact must look the same at two checks; 0: never check
+    min_overlap: Fraction = 0.02  # with the slates just served: another seed after one epoch 0.13, mixed-up ids 0.002
+    max_hit_rate_drop: Fraction = (
+        0.2  # relative to the serving model's validation hit rate; a failed training loses more
+    )
+    state_dir: str | None = (
+        None  # journal of items, for this worker alone; unset: each start reads the whole items topic
+    )
 
     def __post_init__(self) -> None:
-        if self.strategy is not None and self.strategy not in LADDER:
-            raise ValueError(f"strategy {self.strategy!r} is no rung; wanted one of {', '.join(LADDER)}")
+        if self.strategy is not None and self.strategy not in FALLBACK_ORDER:
+            raise ValueError(f"strategy {self.strategy!r} is unknown; want one of {', '.join(FALLBACK_ORDER)}")
 
 
-class Counters(Struct, frozen=True, forbid_unknown_fields=True):
-    half_life_days: Annotated[float, Meta(gt=0)] = 30.0
-    neighbours: Positive = 64  # co-occurring items kept per item
-    window_events: Positive = 10  # an event counts with this many of its user's events before it
-    merge_s: Seconds = 15.0  # deltas go to Redis and rec:popular is rewritten this often
-    max_items: Positive = 1_000_000  # with a token; when they are all given the deadest items give theirs to new ones
+class CountersConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    half_life_days: PositiveFloat = 30.0
+    neighbours: PositiveInt = 64  # co-occurring items kept per item
+    window_events: PositiveInt = 10  # an event is paired with this many preceding events of its user
+    merge_interval_s: PositiveFloat = 15.0  # between merges through Redis, which also rewrite rec:popular
+    max_items: PositiveInt = 1_000_000  # items with a token; when full, the least recently seen items are evicted
 
 
-class Slates(Struct, frozen=True, forbid_unknown_fields=True):
-    ttl_days: Annotated[float, Meta(gt=0)] = 30.0
+class SlatesConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    ttl_days: PositiveFloat = 30.0
 
 
-class DeadLetters(Struct, frozen=True, forbid_unknown_fields=True):
-    max_ratio: Share = 0.05  # of the last `window` records; above it something upstream is broken: halt
-    max_consecutive: Positive = 1000
-    window: Positive = 10000
+class DeadLettersConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    max_ratio: Fraction = 0.05  # of the last `window_records`; above it something upstream is broken: halt
+    max_consecutive: PositiveInt = 1000
+    window_records: PositiveInt = 10000
 
 
-class Health(Struct, frozen=True, forbid_unknown_fields=True):
+class HealthConfig(Struct, frozen=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 9108  # /livez /readyz /metrics; 0: a free port
-    stall_s: Seconds = 300.0  # lag without progress for so long: dump tasks and exit
-    commit_s: Seconds = 1.0
-    drain_s: Seconds = 20.0  # on SIGTERM and on revoke; below rebalance_timeout_ms
+    stall_timeout_s: PositiveFloat = 300.0  # lag without progress: dump the tasks and exit
+    commit_interval_s: PositiveFloat = 1.0
+    drain_timeout_s: PositiveFloat = 20.0  # on SIGTERM and on revoke; keep it below rebalance_timeout_ms
 
 
-class Log(Struct, frozen=True, forbid_unknown_fields=True):
+class LogConfig(Struct, frozen=True, forbid_unknown_fields=True):
     format: Literal["json", "console"] = "json"
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
-class Serve(Struct, frozen=True, forbid_unknown_fields=True):
+class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 8080
 
 
 class Config(Struct, frozen=True, forbid_unknown_fields=True):
-    kafka: Kafka = field(default_factory=Kafka)
-    redis: Redis = field(default_factory=Redis)
-    events: Events = field(default_factory=Events)
-    sequences: Sequences = field(default_factory=Sequences)
-    batcher: Batcher = field(default_factory=Batcher)
-    pipeline: Pipeline = field(default_factory=Pipeline)
-    counters: Counters = field(default_factory=Counters)
-    slates: Slates = field(default_factory=Slates)
-    dead_letters: DeadLetters = field(default_factory=DeadLetters)
-    health: Health = field(default_factory=Health)
-    log: Log = field(default_factory=Log)
-    rerank: Rerank = field(default_factory=Rerank)
-    serve: Serve = field(default_factory=Serve)
+    kafka: KafkaConfig = field(default_factory=KafkaConfig)
+    redis: RedisConfig = field(default_factory=RedisConfig)
+    events: EventsConfig = field(default_factory=EventsConfig)
+    sequences: SequencesConfig = field(default_factory=SequencesConfig)
+    batcher: BatcherConfig = field(default_factory=BatcherConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    counters: CountersConfig = field(default_factory=CountersConfig)
+    slates: SlatesConfig = field(default_factory=SlatesConfig)
+    dead_letters: DeadLettersConfig = field(default_factory=DeadLettersConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    rerank: RerankWeights = field(default_factory=RerankWeights)
+    serve: ServeConfig = field(default_factory=ServeConfig)
 
     @property
     def schema(self) -> EventSchema:
@@ -158,13 +160,13 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def load(path: str | Path | None = None, env: dict[str, str] | None = None) -> Config:
-    """The tree from a TOML file (or none) and the environment. ConfigError names the key's path and source."""
+    """Read the tree from a TOML file (or none) and the environment. ConfigError names the key's path and source."""
     tree = _read(path)
     config = _convert(tree, f"config {path}")
     for name, text in sorted((os.environ if env is None else env).items()):
         if name.startswith("MILLRACE__"):
             _put(tree, name, text)
-            config = _convert(tree, f"environment {name}")  # it was good before this variable
+            config = _convert(tree, f"environment {name}")  # valid before this variable, so the error is its own
     if unknown := set(config.events.trigger_actions or ()) - set(config.events.actions):
         actions = ", ".join(config.events.actions)
         where = "environment" if path is None else f"config {path}"
@@ -175,7 +177,7 @@ def load(path: str | Path | None = None, env: dict[str, str] | None = None) -> C
 
 
 def show(config: Config, path: str | Path | None, env: dict[str, str] | None = None) -> list[tuple[str, str, str]]:
-    """Rows (key, value, source) of the whole tree; source is 'default', the file or the variable; secrets masked."""
+    """Return (key, value, source) of every value; the source is 'default', the file or the variable."""
     env = dict(os.environ) if env is None else env
     in_file = _read(path)
     rows = []
@@ -206,14 +208,14 @@ def _put(tree: dict[str, Any], name: str, text: str) -> None:
 
 
 def _is_text(section: str, key: str) -> bool:
-    """Is the field a string, whatever its text looks like: an ordinal, a password of digits?"""
+    """Whether the field is a string, whatever its text looks like: an ordinal, a password of digits."""
     sections = {each.name: each.type for each in msgspec.structs.fields(Config)}
     fields = msgspec.structs.fields(sections[section]) if section in sections else ()
     return any(each.name == key and each.type in (str, str | None) for each in fields)
 
 
 def _value(text: str) -> Any:
-    """TOML's reading of the text where it has one (numbers, booleans, lists), else the text itself."""
+    """Parse the text as a TOML value (number, boolean, list), else return the text itself."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

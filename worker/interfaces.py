@@ -1,12 +1,12 @@
-"""The seams between the rooms of the worker: the data that crosses them and the contracts of those who pass it.
+"""The data that crosses the worker's folders, and the contracts of those who pass it on.
 
 One event's way through these types:
-    Record ─ codec ─► Arrival (event + ticket) ─ Store.push ─► Arrival with its ring ─ batcher ─► Entry, Batch
-    ─ Ranker ─► Slate ─ Sink.send ─ ledger.done(tickets)
+    Record ─ codec ─► ConsumedEvent (event + offset) ─ Store.push ─► the same with its ring ─ batcher ─► Entry, Batch
+    ─ Ranker ─► Slate ─ Sink.send ─ tracker.complete(record offsets)
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from pipeline.records import Event, Slate
@@ -17,16 +17,16 @@ class Partition(NamedTuple):
     partition: int
 
 
-class Ticket(NamedTuple):
-    """One record's claim in the ledger. `epoch` counts assignments: a ticket of an older one settles nothing."""
+class RecordOffset(NamedTuple):
+    """Where a record was read. `assignment` numbers the partition's assignments: an offset of an older one is void."""
 
     partition: Partition
-    epoch: int
+    assignment: int
     offset: int
 
 
 class Record(Protocol):
-    """What a source yields (aiokafka's ConsumerRecord, which is frozen, fits)."""
+    """What a source yields; aiokafka's ConsumerRecord, which is frozen, fits."""
 
     @property
     def offset(self) -> int: ...
@@ -45,39 +45,39 @@ class Record(Protocol):
 
 
 @dataclass(slots=True)
-class Fetched:
-    """One partition's share of a poll, in offset order."""
+class PolledRecords:
+    """One partition's records of a poll, in offset order."""
 
     partition: Partition
-    epoch: int
-    end_offset: int  # the partition's high watermark at the poll: one beyond the last record in it
+    assignment: int
+    end_offset: int  # the partition's high watermark at the poll: one past its last record
     polled_ms: int  # Clock.now_ms() when the poll returned
     polled_s: float  # Clock.monotonic() then, for latencies
     records: Sequence[Record]
 
 
 @dataclass(slots=True)
-class Arrival:
-    """One decoded event on its way. `ring` is set by Store.push: the user's events, oldest first, 24 bytes each."""
+class ConsumedEvent:
+    """One decoded event on its way. It copies three values of its poll, whose raw records can then be freed."""
 
     event: Event
     packed: bytes  # the event's 24 ring bytes
-    ticket: Ticket
+    record_offset: RecordOffset
     end_offset: int
     polled_ms: int
     polled_s: float
-    trigger: bool = True  # asks for a slate
-    strategy: str | None = None  # the rung asked for by the record's header
-    k: int | None = None  # the slate length asked for
-    fresh: bool = True  # False: the ring had it already (a replay)
-    ring: bytes = b""
+    trigger: bool = True  # requests a slate
+    strategy: str | None = None  # requested by the record's header
+    k: int | None = None  # slate length requested by the record's header
+    is_new: bool = True  # set by Store.push; False: the ring had it already (a replay)
+    ring: bytes = b""  # set by Store.push: the user's events, oldest first, 24 bytes each
 
 
 @dataclass(slots=True)
 class DeadLetter:
-    """A record that cannot become an event. It keeps everything needed to requeue it."""
+    """A record that cannot become an event, with everything needed to requeue it."""
 
-    ticket: Ticket
+    record_offset: RecordOffset
     key: bytes | None
     value: bytes | None
     headers: Sequence[tuple[str, bytes]]
@@ -87,21 +87,17 @@ class DeadLetter:
 
 @dataclass(slots=True)
 class Entry:
-    """A user's place in the batcher: all of its triggering events that the next slate answers."""
+    """A user's place in the batcher: all of the user's triggering events that the next slate answers."""
 
     user_id: str
-    arrivals: list[Arrival]
+    events: list[ConsumedEvent]
     deadline_ms: int
     order: int  # of admission: breaks ties of the deadline
-    taken: bool = False  # in a batch: later events of the user make a new entry
+    is_taken: bool = False  # in a batch: later events of the user make a new entry
 
     @property
     def ring(self) -> bytes:
-        return self.arrivals[-1].ring
-
-    @property
-    def tickets(self) -> Iterable[Ticket]:
-        return (arrival.ticket for arrival in self.arrivals)
+        return self.events[-1].ring
 
 
 @dataclass(slots=True)
@@ -112,7 +108,13 @@ class Batch:
     bucket: int  # no ring in the batch is longer (events)
     strategy: str | None = None
     opened_s: float = 0.0
-    tickets: list[Ticket] = field(default_factory=list)
+
+    @property
+    def record_offsets(self) -> Iterable[RecordOffset]:
+        return (event.record_offset for entry in self.entries for event in entry.events)
+
+
+OnDelivered = Callable[[Batch, Sequence[Slate]], None]
 
 
 class Clock(Protocol):
@@ -123,44 +125,44 @@ class Clock(Protocol):
     def monotonic(self) -> float: ...
 
 
-class Rebalance(Protocol):
-    """Told by the source, in the source's task, before it goes on. `revoked` may await the drain."""
+class RebalanceListener(Protocol):
+    """Called by the source, in the source's task, which waits for it. `revoked` may await the drain."""
 
     async def assigned(self, partitions: Mapping[Partition, int]) -> None:
-        """The partitions now owned, with their epochs; polling of them starts after this returns."""
+        """Take over the partitions, given with their assignments; polling of them starts after this returns."""
         ...
 
     async def revoked(self, partitions: Iterable[Partition]) -> None:
-        """These partitions go away: settle what can be settled within `drain_s`, commit, then forget them."""
+        """Complete what can be completed within `drain_timeout_s`, commit, then forget these partitions."""
         ...
 
 
 class Source(Protocol):
     """Where records come from. One task calls poll; commit, pause and resume may come from others."""
 
-    async def start(self, rebalance: Rebalance) -> None:
-        """Join the group or open the log. SourceError / SourceUnavailable after `start_timeout_s`."""
+    async def start(self, rebalance: RebalanceListener) -> None:
+        """Join the group or open the log. SourceError; SourceUnavailable after `start_timeout_s`."""
         ...
 
-    async def poll(self, timeout_s: float) -> list[Fetched]:
-        """What has come, at most `max_poll_records`, after at most `timeout_s`. Must be called while paused, too."""
+    async def poll(self, timeout_s: float) -> list[PolledRecords]:
+        """Return new records, at most `max_poll_records`, after at most `timeout_s`. Call it while paused, too."""
         ...
 
     def pause(self) -> None: ...
 
     def resume(self) -> None: ...
 
-    async def commit(self, frontiers: Mapping[Partition, int], epochs: Mapping[Partition, int]) -> None:
-        """Commit next offsets, but none of a partition whose epoch has passed. A rebalance is no error."""
+    async def commit(self, offsets: Mapping[Partition, int], assignments: Mapping[Partition, int]) -> None:
+        """Commit the next offsets, skipping partitions from an older assignment. A rebalance is not an error."""
         ...
 
     def lag(self) -> Mapping[Partition, int]:
-        """Records beyond the last polled one, by owned partition."""
+        """Return the number of records after the last polled one, by owned partition."""
         ...
 
     @property
     def exhausted(self) -> bool:
-        """A recorded log at its end; a topic never is."""
+        """Whether a recorded log is at its end; a topic never is."""
         ...
 
     async def stop(self) -> None: ...
@@ -169,30 +171,30 @@ class Source(Protocol):
 class Store(Protocol):
     """The users' rings."""
 
-    async def push(self, arrivals: Sequence[Arrival]) -> None:
-        """Append the events to their users' rings (one round trip), and set `ring` and `fresh` of every arrival.
+    async def push(self, events: Sequence[ConsumedEvent]) -> None:
+        """Append the events to their users' rings (one round trip), and set `ring` and `is_new` of each.
 
         Each event is guarded by its source's last offset, so pushing again changes nothing. `ring` holds the user's
-        events up to and including the arrival, not those pushed after it in the same call; of an arrival that is not
-        `fresh` it holds at least those.
+        events up to and including this one, not those pushed after it in the same call; of an event that is not new
+        it holds at least those.
         Raises StoreUnavailable (retry with the same arguments), TopicRecreated, StoreError.
         """
         ...
 
     def forget(self, partition: Partition) -> None:
-        """The partition is no longer owned: what is cached of it may be outdated from now on."""
+        """Drop what is cached of a partition that is no longer owned."""
         ...
 
 
-class Ranking(Protocol):
+class Ranker(Protocol):
     """From batches to slates; the pipeline behind it runs in a thread of its own."""
 
     async def rank(self, batch: Batch) -> list[Slate]:
-        """One slate an entry, in the batch's order, by the best rung that can answer."""
+        """Return one slate per entry, in the batch's order, by the best strategy that can answer."""
         ...
 
-    async def observe(self, arrivals: Sequence[Arrival]) -> None:
-        """Count the events that are new to their rings; batches that are ranked later see them."""
+    async def observe(self, events: Sequence[ConsumedEvent]) -> None:
+        """Count the events that are new to their rings, before any later batch is ranked."""
         ...
 
 
@@ -200,12 +202,20 @@ class Sink(Protocol):
     """Where slates and dead letters go."""
 
     async def send(self, slates: Sequence[Slate]) -> None:
-        """Returns when Kafka has acknowledged all of them and Redis holds them as `rec:{u:<user>}`.
+        """Return when Kafka has acknowledged all of them and Redis holds them as `rec:{u:<user>}`.
 
         Raises SinkUnavailable (send all again: `covers` lets a reader drop the repetition), SinkError.
         """
         ...
 
-    async def bury(self, letters: Sequence[DeadLetter]) -> None:
-        """Returns when the dead-letter topic has acknowledged all of them. Same errors."""
+    async def send_dead_letters(self, dead_letters: Sequence[DeadLetter]) -> None:
+        """Return when the dead-letter topic has acknowledged all of them. Same errors."""
+        ...
+
+
+class SlateWriter(Protocol):
+    """The users' last slates, for lookup."""
+
+    async def put(self, slates: Sequence[Slate]) -> None:
+        """Write the slates. Idempotent; an older slate never replaces a newer one. StoreUnavailable, StoreError."""
         ...

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 import structlog
 
-from worker.config import Log
+from worker.config import LogConfig
 
 
-def configure(config: Log) -> None:
+def configure(config: LogConfig) -> None:
     """Route structlog and the standard library (aiokafka, redis) through one renderer."""
     shared = [
         structlog.contextvars.merge_contextvars,
@@ -46,7 +46,7 @@ def get(name: str) -> structlog.stdlib.BoundLogger:
 
 
 @contextmanager
-def quiet(name: str) -> Iterator[None]:
+def silenced(name: str) -> Iterator[None]:
     """Meanwhile this logger of the standard library says nothing; those below it do."""
     logger = logging.getLogger(name)
 

@@ -9,7 +9,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 LARGE_BYTES = 4 << 20
 
 
-def return_large_blocks() -> None:
+def trim_large_blocks() -> None:
     """From here on a freed block of LARGE_BYTES leaves the process. Nothing happens where there is no glibc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -1,4 +1,4 @@
-"""Puts a worker together from its configuration, runs it under signals, takes it apart again."""
+"""Builds a worker from its configuration, runs it under signals, and takes it apart again."""
 
 import asyncio
 import os
@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING
 from worker import logging
 from worker.clock import WallClock
 from worker.config import Config
-from worker.inference.ranker import Ranker, load_pipeline
-from worker.interfaces import Clock, Ranking, Sink, Source
+from worker.inference.load import load_pipeline
+from worker.inference.ranker import PipelineRanker
+from worker.interfaces import Clock, OnDelivered, Ranker, Sink, Source
 from worker.items.feed import ItemFeed
-from worker.items.state import ItemState
+from worker.items.journal import ItemJournal
 from worker.kafka.sink import KafkaSink
 from worker.kafka.source import KafkaSource
 from worker.redis.client import connect
 from worker.redis.counters import CounterStore
-from worker.redis.sequences import Sequences
+from worker.redis.sequences import SequenceStore
 from worker.redis.slates import SlateStore
-from worker.stream.health import Health, Pulse
+from worker.stream.health import HealthServer, HealthState
 from worker.stream.loop import Worker
 
 if TYPE_CHECKING:
@@ -31,64 +32,79 @@ if TYPE_CHECKING:
 log = logging.get("process")
 
 
+def _ignore(*_: object) -> None:
+    """A deployment has nobody to tell of a delivery."""
+
+
 @dataclass(slots=True)
-class Parts:
-    """What a worker runs on, whatever its source and sink are."""
+class Components:
+    """What a worker is built from, whatever its source and sink."""
 
     config: Config
     clock: Clock
-    ranker: Ranker
-    sequences: Sequences
+    ranker: PipelineRanker
+    sequences: SequenceStore
     slates: SlateStore
     counters: CounterStore
     hot_swap: "HotSwap | None"
 
-    def worker(self, source: Source, sink: Sink, pulse: Pulse, ranker: Ranking | None = None, **options) -> Worker:
-        return Worker(self.config, self.clock, source, self.sequences, ranker or self.ranker, sink, pulse, **options)
+    def worker(
+        self,
+        source: Source,
+        sink: Sink,
+        health: HealthState,
+        ranker: Ranker | None = None,
+        on_delivered: OnDelivered = _ignore,
+    ) -> Worker:
+        """Build the worker. ranker: instead of the pipeline's own."""
+        return Worker(
+            self.config, self.clock, source, self.sequences, ranker or self.ranker, sink, health, on_delivered
+        )
 
 
 @asynccontextmanager
-async def parts(config: Config, clock: Clock) -> AsyncIterator[Parts]:
-    """Redis connected, its functions loaded, the artifact checked, the counters restored."""
+async def build_components(config: Config, clock: Clock) -> AsyncIterator[Components]:
+    """Load the artifact, connect to Redis and load its functions; close both at the end."""
     pipeline = load_pipeline(config)
-    ranker = Ranker(pipeline, config.pipeline.slate_items, clock, config.pipeline.strategy)
+    ranker = PipelineRanker(pipeline, config.pipeline.slate_size, clock, config.pipeline.strategy)
     client = await connect(config.redis)
     try:
-        slates = SlateStore(client, config.slates, config.sequences.epoch)
+        slates = SlateStore(client, config.slates, config.sequences.topic_generation)
         counters = CounterStore(
-            client, config, pipeline.counters, ranker.within, ranker.holding, lambda: pipeline.version
+            client, config, pipeline.counters, ranker.run_in_thread, ranker.pin_items, lambda: pipeline.version
         )
-        sequences = Sequences(client, config.sequences)
-        yield Parts(config, clock, ranker, sequences, slates, counters, _hot_swap(config, ranker, clock))
+        sequences = SequenceStore(client, config.sequences)
+        yield Components(config, clock, ranker, sequences, slates, counters, _hot_swap(config, ranker, clock))
     finally:
         ranker.close()
         await client.aclose()
 
 
 async def consume(config: Config) -> None:
-    """`millrace run`: until a signal. Raises the error that ended it."""
+    """Run `millrace run` until a signal. Raises the error that ended it."""
     clock = WallClock()
-    pulse = Pulse(clock, clock.monotonic())
-    health = Health(config.health, pulse)
-    log.info("starting", health_port=health.port, artifact=config.pipeline.artifact)
+    health = HealthState(clock, clock.monotonic())
+    server = HealthServer(config.health, health)
+    log.info("starting", health_port=server.port, artifact=config.pipeline.artifact)
     try:
-        async with parts(config, clock) as made, KafkaSink(config, made.slates) as sink:
-            worker = made.worker(KafkaSource(config.kafka, clock), sink, pulse)
-            _on_signals(worker)
-            async with items_known(config, made):
-                await supervise(worker, made)
+        async with build_components(config, clock) as components, KafkaSink(config, components.slates) as sink:
+            worker = components.worker(KafkaSource(config.kafka, clock), sink, health)
+            _handle_signals(worker)
+            async with follow_items(config, components):
+                await supervise(worker, components)
     finally:
-        health.close()
+        server.close()
     log.info("drained and committed")
 
 
 @asynccontextmanager
-async def items_known(config: Config, made: Parts) -> AsyncIterator[None]:
-    """All records of items are known inside, and new ones as they come."""
+async def follow_items(config: Config, components: Components) -> AsyncIterator[None]:
+    """Read the whole items topic before the body runs, and follow it meanwhile."""
+    ranker, clock = components.ranker, components.clock
     folder = config.pipeline.state_dir
     following: asyncio.Task | None = None
-    state = ItemState(Path(folder), config.kafka.items_topic, made.ranker, made.clock) if folder else None
-    feed = ItemFeed(config.kafka, made.ranker.learn, made.clock, state)
+    journal = ItemJournal(Path(folder), config.kafka.items_topic, ranker, clock) if folder else None
+    feed = ItemFeed(config.kafka, ranker.update_items, clock, journal)
     try:
         await feed.start()
         following = asyncio.create_task(feed.run(), name="items")
@@ -98,23 +114,23 @@ async def items_known(config: Config, made: Parts) -> AsyncIterator[None]:
             following.cancel()
             await asyncio.gather(following, return_exceptions=True)
         await feed.stop()
-        if state is not None:
-            state.close()
+        if journal is not None:
+            journal.close()
 
 
-async def supervise(worker: Worker, made: Parts) -> None:
-    """Runs it and what goes on beside it; what ends the worker is raised as it was, not in a group of groups."""
-    beside = [asyncio.create_task(made.counters.run(), name="counters")]
-    if made.hot_swap is not None:
-        beside.append(asyncio.create_task(made.hot_swap.run(), name="hotswap"))
+async def supervise(worker: Worker, components: Components) -> None:
+    """Run the worker and its background tasks; raise what ended it as it was, not inside exception groups."""
+    background = [asyncio.create_task(components.counters.run(), name="counters")]
+    if components.hot_swap is not None:
+        background.append(asyncio.create_task(components.hot_swap.run(), name="hotswap"))
     try:
         await worker.run()
     except BaseExceptionGroup as group:
         raise first_error(group) from group
     finally:
-        for task in beside:
+        for task in background:
             task.cancel()
-        await asyncio.gather(*beside, return_exceptions=True)
+        await asyncio.gather(*background, return_exceptions=True)
 
 
 def first_error(group: BaseExceptionGroup) -> BaseException:
@@ -124,26 +140,26 @@ def first_error(group: BaseExceptionGroup) -> BaseException:
     return error
 
 
-def _hot_swap(config: Config, ranker: Ranker, clock: Clock) -> "HotSwap | None":
-    if config.pipeline.artifact is None or not config.pipeline.follow_s:
+def _hot_swap(config: Config, ranker: PipelineRanker, clock: Clock) -> "HotSwap | None":
+    if config.pipeline.artifact is None or not config.pipeline.artifact_poll_interval_s:
         return None
-    from worker.inference.hot_swap import HotSwap  # torch, which only who has a model pays
+    from worker.inference.hot_swap import HotSwap  # imports torch, so only when a model is configured
 
     return HotSwap(config, ranker, clock)
 
 
-def _on_signals(worker: Worker) -> None:
-    """The first signal drains, the second ends the process where it stands."""
+def _handle_signals(worker: Worker) -> None:
+    """Let the first signal drain the worker and the second exit at once."""
 
-    def again(number: int) -> Callable[[], None]:
+    def exit_now(number: int) -> Callable[[], None]:
         return lambda: os._exit(128 + number)
 
-    def first(number: int) -> None:
+    def drain(number: int) -> None:
         log.info("draining", signal=signal.Signals(number).name)
         worker.stop()
         for each in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(each, again(each))
+            loop.add_signal_handler(each, exit_now(each))
 
     loop = asyncio.get_running_loop()
     for each in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(each, first, each)
+        loop.add_signal_handler(each, drain, each)

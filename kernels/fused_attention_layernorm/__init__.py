@@ -1,1 +1,4 @@
-"""HSTU's pointwise SiLU attention with relative bias, gated layer norm included."""
+"""HSTU's attention with its biases, the norm and the gate in one operator, and the encoder built from it.
+
+May import: launch, validation.
+"""

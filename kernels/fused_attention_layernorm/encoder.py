@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from kernels.fused_attention_layernorm.fp8 import DTYPE as FP8
-from kernels.fused_attention_layernorm.fp8 import Narrow, Scales
+from kernels.fused_attention_layernorm.fp8 import Fp8Scales, Fp8Weights
 from kernels.fused_attention_layernorm.gate_projection import project_gated
 from kernels.fused_attention_layernorm.launch import attend, attend_last
-from kernels.fused_attention_layernorm.plan import Plan
+from kernels.fused_attention_layernorm.plan import AttentionPlan
 from kernels.fused_attention_layernorm.projection import folded, project_in, project_in_fp8, row_moments
 from kernels.fused_attention_layernorm.validation import check_encoder, check_length
 
@@ -33,7 +33,7 @@ class LayerWeights:
     out_bias: Tensor
     position_bias: Tensor
     time_bias: Tensor
-    fp8: Narrow | None = None
+    fp8: Fp8Weights | None = None
 
     @classmethod
     def of(cls, norm_in: torch.nn.LayerNorm, project_in: torch.nn.Linear, norm_out: torch.nn.LayerNorm,
@@ -46,12 +46,12 @@ class LayerWeights:
         rest = (norm_out.weight, norm_out.bias, project_out.bias, position_bias, time_bias)
         gain, shift, out_bias, position, time = (part.detach().float().contiguous() for part in rest)
         out_weight = project_out.weight.detach().to(dtype).contiguous()
-        narrow = Narrow.of(in_weight, in_bias, len(gain)) if fp8 else None
+        narrow = Fp8Weights.of(in_weight, in_bias, len(gain)) if fp8 else None
         return cls(in_weight, in_sums, in_bias, gain, shift, out_weight, out_bias, position, time, narrow)
 
 
 @dataclass(frozen=True, slots=True)
-class Encoder:
+class KernelEncoder:
     """Layers of one shape, all with FP8 or none. `max_events`: the constant N."""
 
     layers: list[LayerWeights]
@@ -61,7 +61,7 @@ class Encoder:
     max_events: int
     eps: float
 
-    def __call__(self, x: Tensor, plan: Plan, last: bool = False) -> Tensor:
+    def __call__(self, x: Tensor, plan: AttentionPlan, last: bool = False) -> Tensor:
         """x: [total, width] -> states [total, width]; with `last` those of each user's newest row, [users, width].
 
         Raises ValueError that names the argument, its shape, and what was expected."""
@@ -75,7 +75,7 @@ class Encoder:
             x, moments = self._layer(layer, x, moments, plan)
         return self._last_layer(self.layers[-1], x, moments, plan) if last else x
 
-    def _layer(self, layer: LayerWeights, x: Tensor, moments: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    def _layer(self, layer: LayerWeights, x: Tensor, moments: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
         u, (q, v, k) = self._project(layer, x, moments, slice(None), self._sizes)
         attended, moments = attend(
             self._by_head(q), self._by_head(k), self._by_head(v), plan.offsets, plan.targets, plan.items, plan.buckets,
@@ -83,7 +83,7 @@ class Encoder:
         )  # fmt: skip
         return self._project_out(layer, attended, moments, u, x)
 
-    def _last_layer(self, layer: LayerWeights, x: Tensor, moments: Tensor, plan: Plan) -> Tensor:
+    def _last_layer(self, layer: LayerWeights, x: Tensor, moments: Tensor, plan: AttentionPlan) -> Tensor:
         """Keys and values of all rows, all else of the newest."""
         cut = self.heads * (self.d_qk + self.d_v)
         newest = (plan.offsets[1:] - 1).clamp(min=0).long()
@@ -114,7 +114,7 @@ class Encoder:
 
     def _factors(self, layer: LayerWeights) -> tuple[float, float]:
         """Of the scores, and of the result."""
-        scales = layer.fp8.scales if layer.fp8 else Scales()
+        scales = layer.fp8.scales if layer.fp8 else Fp8Scales()
         return scales.q * scales.k, scales.v / self.max_events
 
     def narrowed(self, dtype: torch.dtype) -> torch.dtype:

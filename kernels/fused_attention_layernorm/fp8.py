@@ -18,7 +18,7 @@ LEAST_SILU = 0.2785  # SiLU's minimum is -0.27846
 
 
 @dataclass(frozen=True, slots=True)
-class Scales:
+class Fp8Scales:
     """What Q, K and V are, over what their FP8 values hold."""
 
     q: float = 1.0
@@ -33,18 +33,18 @@ def scale_of(weight: Tensor, bias: Tensor) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Narrow:
+class Fp8Weights:
     """Of a layer. factors: float32, of its weight's rows, what their results are multiplied by to become FP8."""
 
-    scales: Scales
+    scales: Fp8Scales
     factors: Tensor
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor, gates: int) -> "Narrow":
+    def of(cls, weight: Tensor, bias: Tensor, gates: int) -> "Fp8Weights":
         """weight, bias: of u, q, v and k, the norm folded in; gates: how many rows are u's, and v's."""
         rest = len(weight) // 2 - gates
         sizes = [gates, rest, gates, rest]
         parts = list(zip(weight.split(sizes), bias.split(sizes), strict=True))
         q, v, k = (scale_of(*part) for part in parts[1:])
         factors = torch.tensor([1.0, 1 / q, 1 / v, 1 / k]).repeat_interleave(torch.tensor(sizes))
-        return cls(Scales(q, k, v), factors.to(weight.device))
+        return cls(Fp8Scales(q, k, v), factors.to(weight.device))

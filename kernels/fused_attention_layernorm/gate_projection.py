@@ -13,13 +13,13 @@ from torch import Tensor
 
 from kernels.fused_attention_layernorm.gate_norm import normalisation
 from kernels.fused_attention_layernorm.launch import HOPPER, normalise_and_gate, precision, tiled
-from kernels.fused_attention_layernorm.projection import Tiles, project_out, store_sum
+from kernels.fused_attention_layernorm.projection import ProjectionTiles, project_out, store_sum
 from kernels.launch import ceil_div, launch
 
 # By `python -m tests.benchmarks.kernels_gated`, on an H100: of 74,108 rows and 8 layers 1.28 ms, in two launches 1.53;
 # of 5,601 rows 0.138 and 0.146; of 2,300 in one launch 0.125, in two 0.120.
 MANY, MOST = 4096, 12_288  # from more rows on, one launch; deeper stages
-LARGE, MIDDLE = Tiles(64, 512, 32, 8, 4), Tiles(64, 512, 64, 8, 2)
+LARGE, MIDDLE = ProjectionTiles(64, 512, 32, 8, 4), ProjectionTiles(64, 512, 64, 8, 2)
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def project_gated_kernel(
 
 def project_gated(
     attended: Tensor, attended_moments: Tensor, u: Tensor, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor,
-    x: Tensor, eps: float, tiles: Tiles | None = None,
+    x: Tensor, eps: float, tiles: ProjectionTiles | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """attended [rows, k] and its moments [rows, heads, 2] as `attend` leaves them, u [rows, k], rows at multiples of 16
     bytes, gain and shift [k] of the norm, weight [n, k], bias [n], x [rows, n] -> the new x [rows, n], and its moments.
@@ -87,7 +87,7 @@ def project_gated(
     return out, moments
 
 
-def tiles_for(attended: Tensor, x: Tensor) -> Tiles | None:
+def tiles_for(attended: Tensor, x: Tensor) -> ProjectionTiles | None:
     """Of one launch; None where two are faster, or it has not been measured."""
     measured = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == HOPPER and x.shape[1] == LARGE.columns
     if not measured or not attended.dtype == x.dtype == torch.bfloat16 or len(x) <= MANY:
@@ -95,5 +95,5 @@ def tiles_for(attended: Tensor, x: Tensor) -> Tiles | None:
     return tiles_of(len(x))
 
 
-def tiles_of(rows: int) -> Tiles:
+def tiles_of(rows: int) -> ProjectionTiles:
     return LARGE if rows > MOST else MIDDLE

@@ -22,7 +22,7 @@ LAST_COLUMNS = 128  # rows of K and V that a program of the newest row reads at 
 
 
 @dataclass(frozen=True, slots=True)
-class Launch:
+class KernelConfig:
     """A row block is `rows` x `columns`; `registers`: the most a thread may take, 0: the compiler's choice."""
 
     rows: int
@@ -36,20 +36,20 @@ class Launch:
         return options | ({"maxnreg": self.registers} if self.registers else {})
 
 
-SAFE = Launch(32, 32, 1)  # 72 KiB of shared memory in float32 at 128 columns a head: runs everywhere
+SAFE = KernelConfig(32, 32, 1)  # 72 KiB of shared memory in float32 at 128 columns a head: runs everywhere
 LAUNCHES = {  # (device's major capability, bytes of an element, short); measured: Hopper's of 1 and 2 bytes
-    (HOPPER, 2, False): Launch(64, 32, 3),
-    (HOPPER, 2, True): Launch(64, 64, 2),
-    (HOPPER, 1, False): Launch(64, 32, 3),
-    (HOPPER, 1, True): Launch(64, 64, 3),
-    (HOPPER, 4, False): Launch(64, 32, 2),
-    (HOPPER, 4, True): Launch(64, 32, 2),
-    (AMPERE, 2, False): Launch(64, 64, 2),
-    (AMPERE, 2, True): Launch(64, 32, 2),
+    (HOPPER, 2, False): KernelConfig(64, 32, 3),
+    (HOPPER, 2, True): KernelConfig(64, 64, 2),
+    (HOPPER, 1, False): KernelConfig(64, 32, 3),
+    (HOPPER, 1, True): KernelConfig(64, 64, 3),
+    (HOPPER, 4, False): KernelConfig(64, 32, 2),
+    (HOPPER, 4, True): KernelConfig(64, 32, 2),
+    (AMPERE, 2, False): KernelConfig(64, 64, 2),
+    (AMPERE, 2, True): KernelConfig(64, 32, 2),
 }
 
 
-def launch_for(device: torch.device, dtype: torch.dtype, max_length: int) -> Launch:
+def kernel_config_for(device: torch.device, dtype: torch.dtype, max_length: int) -> KernelConfig:
     """The table's choice, or one that runs on every device."""
     if device.type != "cuda":
         return SAFE
@@ -57,7 +57,7 @@ def launch_for(device: torch.device, dtype: torch.dtype, max_length: int) -> Lau
     return LAUNCHES.get((major, dtype.itemsize, max_length <= SHORT), SAFE)
 
 
-def shared_bytes(launch: Launch, d: int, element_bytes: int) -> int:
+def shared_bytes(launch: KernelConfig, d: int, element_bytes: int) -> int:
     """No program takes more, forward or backward, with heads of `d` columns: tiles of q, k, v and the gradient, and
     scores on their way between layouts.
 
@@ -68,7 +68,7 @@ def shared_bytes(launch: Launch, d: int, element_bytes: int) -> int:
     return max(forward, 2 * element_bytes * d * (launch.rows + launch.columns) + 2 * scores)
 
 
-def fits(launch: Launch, d: int, element_bytes: int, device: torch.device) -> bool:
+def fits(launch: KernelConfig, d: int, element_bytes: int, device: torch.device) -> bool:
     """Whether a program's tiles fit the device's shared memory; where they do not, the reference answers."""
     return shared_bytes(launch, d, element_bytes) <= shared_bytes_of(device)
 
@@ -100,7 +100,7 @@ def given(argument: Tensor | None, other: Tensor) -> Tensor:
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, targets: Tensor | None, items: Tensor, buckets: Tensor,
-    position_bias: Tensor, time_bias: Tensor, alpha: float, scale: float, contextual: int, launch: Launch,
+    position_bias: Tensor, time_bias: Tensor, alpha: float, scale: float, contextual: int, launch: KernelConfig,
     seed: Tensor | None = None, dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q, k, v: [total, heads, d], rows of any stride that divides by 16 bytes, d a power of two of at least 16.

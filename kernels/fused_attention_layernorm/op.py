@@ -12,9 +12,9 @@ from kernels.fused_attention_layernorm import validation
 from kernels.fused_attention_layernorm.backward import attention_backward
 from kernels.fused_attention_layernorm.dropout import weight_of
 from kernels.fused_attention_layernorm.fp8 import DTYPE as FP8
-from kernels.fused_attention_layernorm.fp8 import Scales
+from kernels.fused_attention_layernorm.fp8 import Fp8Scales
 from kernels.fused_attention_layernorm.launch import (
-    Launch,
+    KernelConfig,
     attend,
     attend_last,
     between,
@@ -22,7 +22,7 @@ from kernels.fused_attention_layernorm.launch import (
     gate_backward,
     normalise_and_gate,
 )
-from kernels.fused_attention_layernorm.plan import Plan
+from kernels.fused_attention_layernorm.plan import AttentionPlan
 from kernels.fused_attention_layernorm.reference import fused_attention_layernorm as reference
 
 
@@ -35,12 +35,12 @@ def fused_attention_layernorm(
     time_bias: Tensor,
     norm_weight: Tensor,
     norm_bias: Tensor,
-    plan: Plan,
+    plan: AttentionPlan,
     eps: float,
     max_events: int,
     alpha: float = 1.0,
     *,
-    scales: Scales | None = None,
+    scales: Fp8Scales | None = None,
     dropout: float = 0.0,
     seed: Tensor | int | None = None,
     last: bool = False,
@@ -69,7 +69,7 @@ def fused_attention_layernorm(
     validation.check_length(plan.max_length, max_events)
     validation.check_numbers(eps, alpha)
     validation.check_fp8(q, scales, k, v, u, *weights)
-    scales = scales or Scales()
+    scales = scales or Fp8Scales()
     seed = validation.seed_of(dropout, seed, device)
     weights = (position_bias.contiguous(), time_bias.contiguous(), norm_weight.contiguous(), norm_bias.contiguous())
     if debug:
@@ -105,7 +105,7 @@ def attention(
         return packed_reference(q, k, v, u, *weights, *batch, *numbers), u.new_empty(0), u.new_empty(0)
     attended, moments = attend(
         ready(q), ready(k), ready(v), offsets, targets, items, buckets, position_bias, time_bias, alpha,
-        scale / max_events, contextual, Launch(*launch), seed, dropout,
+        scale / max_events, contextual, KernelConfig(*launch), seed, dropout,
     )  # fmt: skip
     return normalise_and_gate(attended, moments, ready(u).flatten(1), norm_weight, norm_bias, eps), attended, moments
 

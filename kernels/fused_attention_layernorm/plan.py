@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from kernels.fused_attention_layernorm import validation
-from kernels.fused_attention_layernorm.launch import Launch, launch_for
+from kernels.fused_attention_layernorm.launch import KernelConfig, kernel_config_for
 from kernels.fused_attention_layernorm.plan_kernels import block_bound, fill_buckets, plan_items, tile_bound
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class AttentionPlan:
     """offsets: int32 [users + 1]; seconds: int32 [total]; thresholds: int32 [times - 1]; targets: int32 [users] or None
     items: int32 [blocks, 4], see plan_kernel; buckets: uint8 [tiles * rows * columns] of `launch`; both empty without
     `kernels`: then the reference runs.
@@ -25,11 +25,11 @@ class Plan:
     buckets: Tensor
     contextual: int
     max_length: int
-    launch: Launch
+    launch: KernelConfig
     kernels: bool
 
     @classmethod
-    def of(
+    def from_batch(
         cls,
         seconds: Tensor,
         offsets: Tensor,
@@ -39,10 +39,10 @@ class Plan:
         targets: Tensor | None = None,
         contextual: int = 0,
         *,
-        launch: Launch | None = None,
+        launch: KernelConfig | None = None,
         kernels: bool | None = None,
         trusted: bool = False,
-    ) -> "Plan":
+    ) -> "AttentionPlan":
         """The plan of users whose rows follow each other.
 
         seconds: int32 [total], times of the events, ascending within a user, less than 2^31 s apart; offsets: int32 or
@@ -60,7 +60,7 @@ class Plan:
         validation.check_batch(seconds, offsets, thresholds, targets)
         if not trusted:
             validation.check_values(seconds, offsets, thresholds, targets, max_length)
-        launch = launch or launch_for(seconds.device, dtype, max_length)
+        launch = launch or kernel_config_for(seconds.device, dtype, max_length)
         kernels = seconds.is_cuda if kernels is None else kernels
         seconds, offsets, thresholds = seconds.contiguous(), offsets.int().contiguous(), thresholds.contiguous()
         targets, tile = None if targets is None else targets.contiguous(), (launch.rows, launch.columns)

@@ -130,7 +130,7 @@ SPARE_BYTES = 2048  # of shared memory, for what the compiler adds
 
 
 @dataclass(frozen=True, slots=True)
-class Tiles:
+class ProjectionTiles:
     """A product's tile: rows x columns of the result, `depth` of the inner side at a time."""
 
     rows: int
@@ -146,7 +146,7 @@ class Tiles:
             return (tiles,)
         return (min(tiles, self.programs * torch.cuda.get_device_properties(device).multi_processor_count),)
 
-    def within(self, width: int, columns: int, split: int = 0) -> "Tiles":
+    def within(self, width: int, columns: int, split: int = 0) -> "ProjectionTiles":
         """No deeper than the inner side, no wider than the result, and none across column `split` of it."""
         columns = min(self.columns, padded(columns), split & -split if split else self.columns)
         return replace(self, depth=min(self.depth, padded(width)), columns=columns)
@@ -164,18 +164,18 @@ class Tiles:
 
 
 # Of 76,727 rows, 8 layers, on an H100: in 2.73 ms, with 128 x 128 tiles 3.0 to 3.9; out 0.95 ms, 1.1 to 1.2.
-LARGE_IN, LARGE_OUT = Tiles(128, 256, 64, 8, 3, programs=1), Tiles(128, 256, 64, 8, 3)
-SMALL = Tiles(64, 64, 128, 4, 3)  # 256 rows: 0.039 ms, the large ones 0.083
+LARGE_IN, LARGE_OUT = ProjectionTiles(128, 256, 64, 8, 3, programs=1), ProjectionTiles(128, 256, 64, 8, 3)
+SMALL = ProjectionTiles(64, 64, 128, 4, 3)  # 256 rows: 0.039 ms, the large ones 0.083
 # These take up to 209 KiB on 9.0 and 64 on 8.0, in half precision; float32 has the small ones, not measured. Where
 # there is less, the following, not measured either: at most 68 KiB of 99 (compiled for 8.6, 9.0 and 12.0).
-NARROW = Tiles(64, 64, 64, 4, 2)
+NARROW = ProjectionTiles(64, 64, 64, 4, 2)
 ROOMY_BYTES = SHARED_BYTES[8, 0]
 # Above, projection_hopper.py's kernel wins: 600 rows 0.061 ms (with two groups), SMALL 0.074; 256: 0.059, 0.039.
 HOPPER_ROWS = 512
 SMALL_ROWS = 2048  # below, large tiles would leave multiprocessors without work
 
 
-def tiles_for(rows: int, large: Tiles, element_bytes: int, available_bytes: int) -> Tiles:
+def tiles_for(rows: int, large: ProjectionTiles, element_bytes: int, available_bytes: int) -> ProjectionTiles:
     """available_bytes: of shared memory, for a program."""
     if element_bytes > 2:
         return SMALL if SMALL.shared_bytes(element_bytes) <= available_bytes else NARROW
@@ -207,7 +207,7 @@ def hopper_kernels(device: torch.device) -> ModuleType | None:
 
 
 def project_in(x: Tensor, moments: Tensor, weight: Tensor, sums: Tensor, bias: Tensor, eps: float,
-               tiles: Tiles | None = None) -> Tensor:  # fmt: skip
+               tiles: ProjectionTiles | None = None) -> Tensor:  # fmt: skip
     """x [rows, k], its moments, and `folded`'s weight [n, k], sums [n] and bias [n] -> SiLU(...) [rows, n].
 
     tiles: of the Triton kernel; without them the faster kernel for this device and shape is chosen.
@@ -221,7 +221,7 @@ def project_in(x: Tensor, moments: Tensor, weight: Tensor, sums: Tensor, bias: T
 
 
 def project_in_fp8(x: Tensor, moments: Tensor, weight: Tensor, sums: Tensor, bias: Tensor, factors: Tensor, split: int,
-                   eps: float, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+                   eps: float, tiles: ProjectionTiles | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `project_in` -> the first `split` columns [rows, split], a multiple of 16, and the others in FP8, times
     `factors` [n]."""
     if split and len(x) > SMALL_ROWS and tiles is None:  # both results of a large tile take too much shared memory
@@ -235,7 +235,7 @@ def project_in_fp8(x: Tensor, moments: Tensor, weight: Tensor, sums: Tensor, bia
 
 
 def fill_in(out: Tensor, out8: Tensor | None, factors: Tensor | None, x: Tensor, moments: Tensor, weight: Tensor,
-            sums: Tensor, bias: Tensor, eps: float, tiles: Tiles | None) -> None:  # fmt: skip
+            sums: Tensor, bias: Tensor, eps: float, tiles: ProjectionTiles | None) -> None:  # fmt: skip
     (rows, width), columns, split = x.shape, len(weight), out.shape[1]
     tiles = tiles or tiles_for(rows, LARGE_IN, x.element_size(), shared_bytes_of(x.device))
     tiles = tiles.within(width, columns, 0 if out8 is None else split)
@@ -252,7 +252,7 @@ def fill_in(out: Tensor, out8: Tensor | None, factors: Tensor | None, x: Tensor,
 
 
 def project_out(y: Tensor, weight: Tensor, bias: Tensor, x: Tensor,
-                tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+                tiles: ProjectionTiles | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y [rows, k], weight [n, k], bias [n], x [rows, n] -> x + y W^T + b [rows, n], and its moments."""
     (rows, width), columns = y.shape, len(weight)
     tiles = tiles or tiles_for(rows, LARGE_OUT, x.element_size(), shared_bytes_of(x.device))

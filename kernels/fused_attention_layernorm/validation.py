@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.fused_attention_layernorm.fp8 import DTYPE as FP8
-from kernels.fused_attention_layernorm.fp8 import Scales
+from kernels.fused_attention_layernorm.fp8 import Fp8Scales
 from kernels.validation import FLOATS, INTEGERS, MAX_ROWS, offset_faults, require, require_values
 
 MAX_THRESHOLDS = 255  # a bucket is a byte
@@ -111,7 +111,7 @@ def seed_of(dropout: float, seed: Tensor | int | None, device: torch.device) -> 
     return seed
 
 
-def check_fp8(q: Tensor, scales: Scales | None, *others: Tensor) -> None:
+def check_fp8(q: Tensor, scales: Fp8Scales | None, *others: Tensor) -> None:
     if q.dtype != FP8 and scales is not None:
         raise ValueError(f"scales are for q, k and v of {FP8}, wanted none with {q.dtype}")
     if q.dtype == FP8 and torch.is_grad_enabled() and any(part.requires_grad for part in (q, *others)):

@@ -1,1 +1,4 @@
-"""From packed events to fewer packed vectors: embeddings summed, old sessions pooled to one token each."""
+"""Event embeddings summed from their features, old sessions pooled into one row each.
+
+May import: launch, validation.
+"""

@@ -13,7 +13,7 @@ LANES, LANE_BYTES = 32, 16  # a program is a warp, and a load the widest there i
 
 
 @dataclass(frozen=True, slots=True)
-class Events:
+class EventColumns:
     """tokens: int [events]; codes: int [events, features]; seconds: int32 [events]; offsets: int [users + 1]."""
 
     tokens: Tensor
@@ -43,7 +43,7 @@ def as_words(rows: Tensor) -> Tensor:
 
 
 def fuse(
-    embeddings: Embeddings, events: Events, recent: int, sessions: int, gap_s: int
+    embeddings: Embeddings, events: EventColumns, recent: int, sessions: int, gap_s: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launches on checked input of at least one user and one event."""
     table, device, width = embeddings.table, embeddings.table.device, embeddings.table.shape[1]

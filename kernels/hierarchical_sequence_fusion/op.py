@@ -106,7 +106,7 @@ def _fuse(
 
     features = features if features.stride(1) == 1 else features.contiguous()
     embeddings = launch.Embeddings(table, features, strength.contiguous())
-    events = launch.Events(tokens.contiguous(), codes.contiguous(), seconds.contiguous(), offsets.contiguous())
+    events = launch.EventColumns(tokens.contiguous(), codes.contiguous(), seconds.contiguous(), offsets.contiguous())
     return launch.fuse(embeddings, events, recent, sessions, gap_s)
 
 

@@ -1,1 +1,4 @@
-"""The k best items of a large catalogue for every user state, without a users x items matrix."""
+"""Exact top-k of a catalogue for each user, without the scores of the whole catalogue in memory.
+
+May import: launch, validation.
+"""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels.launch import ceil_div, launch, next_power_of_2
 from kernels.sequence_recommendation_interaction import kernel
-from kernels.sequence_recommendation_interaction.tiles import Card, Tiles, tiles_for
+from kernels.sequence_recommendation_interaction.tiles import Card, TopKTiles, tiles_for
 
 CAPACITY = 8192  # candidates a user: 64 KiB, and what one program selects from in its registers
 USERS_AT_ONCE = 256  # 16 MiB of candidates
@@ -16,23 +16,23 @@ FAST = torch.version.cuda is not None  # the inline code is NVIDIA's
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class TopKPlan:
     """stride: one row of so many is sampled, 0 = none; group: sampled rows a maximum stands for; tiles: of the pass;
     sample: of the sample, if others."""
 
     stride: int
     group: int
-    tiles: Tiles
+    tiles: TopKTiles
     capacity: int = CAPACITY
-    sample: Tiles | None = None
+    sample: TopKTiles | None = None
 
 
-def plan(items: int, users: int, width: int, k: int, element_bytes: int, card: Card) -> Plan:
+def plan(items: int, users: int, width: int, k: int, element_bytes: int, card: Card) -> TopKPlan:
     """Sample so that an eighth of the capacity is filled: half as many rows in the sample cost 0.018 ms less there
     and 0.045 ms more in the pass (1 M items, 256 users, H100). And so that k maxima come from many more groups."""
     tiles = tiles_for(users, width, element_bytes, card)
     if items <= CAPACITY:
-        return Plan(0, 0, tiles)
+        return TopKPlan(0, 0, tiles)
     stride = 1
     while 2 * stride * k <= CAPACITY // 8 and items // (2 * stride * 8) >= 4 * k:
         stride *= 2
@@ -42,11 +42,11 @@ def plan(items: int, users: int, width: int, k: int, element_bytes: int, card: C
     while items // (stride * group) > MAX_GROUPS and 2 * stride * k <= CAPACITY // 2:
         stride *= 2
     sample = tiles.of_sample(group, next_power_of_2(width) * element_bytes, card.shared_bytes)
-    return Plan(stride, group, tiles, sample=sample)
+    return TopKPlan(stride, group, tiles, sample=sample)
 
 
 @dataclass(frozen=True, slots=True)
-class Catalogue:
+class ItemRows:
     """table: [items, width]; scales: float32 [items] of an int8 table; eligible: bool [items]."""
 
     table: Tensor
@@ -73,7 +73,7 @@ class Seen:
 
 
 def top_k(
-    states: Tensor, catalogue: Catalogue, k: int, seen: Seen | None, plan: Plan, processors: int
+    states: Tensor, catalogue: ItemRows, k: int, seen: Seen | None, plan: TopKPlan, processors: int
 ) -> tuple[Tensor, Tensor]:
     """Launches on checked input of at least one user, one item and k = 1."""
     best = torch.empty(len(states), k, dtype=torch.float32, device=states.device)
@@ -86,7 +86,7 @@ def top_k(
 
 
 def _top_k(
-    states: Tensor, catalogue: Catalogue, k: int, seen: Seen | None, plan: Plan, processors: int, best: Tensor,
+    states: Tensor, catalogue: ItemRows, k: int, seen: Seen | None, plan: TopKPlan, processors: int, best: Tensor,
     rows: Tensor,
 ) -> None:  # fmt: skip
     users, device = len(states), states.device
@@ -117,7 +117,7 @@ def _top_k(
     launch(kernel.select_kernel, (users,), *selected, RESCUED=True, **chosen)
 
 
-def _bounds(states: Tensor, catalogue: Catalogue, k: int, seen: Seen | None, plan: Plan, processors: int) -> Tensor:
+def _bounds(states: Tensor, catalogue: ItemRows, k: int, seen: Seen | None, plan: TopKPlan, processors: int) -> Tensor:
     users, (items, width) = len(states), catalogue.table.shape
     if plan.stride == 0:
         return torch.full((users,), kernel.NO_BOUND.value, dtype=torch.float32, device=states.device)
@@ -141,13 +141,13 @@ def _bounds(states: Tensor, catalogue: Catalogue, k: int, seen: Seen | None, pla
     return bounds
 
 
-def _grid(tiles: Tiles, users: int, items: int, processors: int) -> tuple[int, int]:
+def _grid(tiles: TopKTiles, users: int, items: int, processors: int) -> tuple[int, int]:
     """Tiles of users are neighbours, so that they meet the same items in the cache."""
     user_tiles = ceil_div(users, tiles.users)
     return user_tiles, min(ceil_div(items, tiles.items), max(1, processors * tiles.programs // user_tiles))
 
 
-def _blocks(tiles: Tiles, width: int) -> dict[str, int]:
+def _blocks(tiles: TopKTiles, width: int) -> dict[str, int]:
     return {
         "BLOCK_WIDTH": max(16, next_power_of_2(width)),
         "BLOCK_ITEMS": tiles.items,
@@ -157,7 +157,7 @@ def _blocks(tiles: Tiles, width: int) -> dict[str, int]:
     }
 
 
-def candidate_scores(states: Tensor, catalogue: Catalogue, rows: Tensor) -> Tensor:
+def candidate_scores(states: Tensor, catalogue: ItemRows, rows: Tensor) -> Tensor:
     """float32 [users, candidates]; checked input, at least one of each."""
     users, candidates = rows.shape
     scores = torch.empty(users, candidates, dtype=torch.float32, device=states.device)

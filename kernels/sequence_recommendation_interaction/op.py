@@ -124,7 +124,7 @@ def _top_k(
 
     processors, card = _device(states.device)
     states = states if states.stride(1) == 1 else states.contiguous()
-    catalogue = launch.Catalogue(table, _dense(scales), _dense(eligible))
+    catalogue = launch.ItemRows(table, _dense(scales), _dense(eligible))
     listed = None
     if seen is not None and seen_offsets is not None:
         listed = launch.Seen(seen.contiguous(), seen_offsets.contiguous())
@@ -155,7 +155,7 @@ def _candidates(states: Tensor, table: Tensor, rows: Tensor, scales: Tensor | No
     from kernels.sequence_recommendation_interaction import launch
 
     states = states if states.stride(1) == 1 else states.contiguous()
-    return launch.candidate_scores(states, launch.Catalogue(table, _dense(scales), None), rows.contiguous())
+    return launch.candidate_scores(states, launch.ItemRows(table, _dense(scales), None), rows.contiguous())
 
 
 @_candidates.register_fake

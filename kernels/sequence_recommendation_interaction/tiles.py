@@ -11,7 +11,7 @@ SPARE_BYTES = 3072  # of shared memory, for what the compiler adds
 
 
 @dataclass(frozen=True, slots=True)
-class Tiles:
+class TopKTiles:
     """Items x users of a step, its warps, its load stages, programs an SM."""
 
     items: int
@@ -31,7 +31,7 @@ class Tiles:
         maxima = 4 * self.users * self.items // group if group else 0
         return (self.users + self.stages * self.items) * row_bytes + max(SPARE_BYTES, maxima)
 
-    def of_sample(self, group: int, row_bytes: int, shared_bytes: int) -> "Tiles":
+    def of_sample(self, group: int, row_bytes: int, shared_bytes: int) -> "TopKTiles":
         """With stages, then items, fewer by what the maxima take."""
         tiles = self
         while tiles.shared_bytes(row_bytes, group) > shared_bytes and tiles.items > group:
@@ -57,14 +57,14 @@ class Card:
 # for them (128 and 64 KiB of shared memory) and not run.
 MANY = 129
 TILES = {
-    ((9, 0), 2, 256, True): Tiles(64, 256, 16, 3),  # a million items in 0.27 ms (H100); others: docs/kernels.md
-    ((8, 0), 2, 256, True): Tiles(64, 128, 8, 3),
-    ((8, 6), 2, 256, True): Tiles(64, 64, 4, 2),
-    ((8, 9), 2, 256, True): Tiles(64, 64, 4, 2),
+    ((9, 0), 2, 256, True): TopKTiles(64, 256, 16, 3),  # a million items in 0.27 ms (H100); others: docs/kernels.md
+    ((8, 0), 2, 256, True): TopKTiles(64, 128, 8, 3),
+    ((8, 6), 2, 256, True): TopKTiles(64, 64, 4, 2),
+    ((8, 9), 2, 256, True): TopKTiles(64, 64, 4, 2),
 }
 
 
-def tiles_for(users: int, width: int, element_bytes: int, card: Card) -> Tiles:
+def tiles_for(users: int, width: int, element_bytes: int, card: Card) -> TopKTiles:
     columns = next_power_of_2(width)
     tabled = TILES.get((card.capability, element_bytes, columns, users >= MANY))
     if tabled and tabled.shared_bytes(columns * element_bytes) <= card.shared_bytes:
@@ -72,7 +72,7 @@ def tiles_for(users: int, width: int, element_bytes: int, card: Card) -> Tiles:
     return fitting_tiles(users, columns * element_bytes, card.shared_bytes)
 
 
-def fitting_tiles(users: int, row_bytes: int, shared_bytes: int) -> Tiles:
+def fitting_tiles(users: int, row_bytes: int, shared_bytes: int) -> TopKTiles:
     """States stay in shared memory for the whole pass, in four sevenths of it; items stream through the rest."""
     block_users = min(256, max(16, next_power_of_2(users)))
     while block_users > 16 and block_users * row_bytes > shared_bytes * 4 // 7:
@@ -82,4 +82,4 @@ def fitting_tiles(users: int, row_bytes: int, shared_bytes: int) -> Tiles:
         block_items //= 2
     stages = max(1, min(3, ((shared_bytes - SPARE_BYTES) // row_bytes - block_users) // block_items))
     programs = max(1, min(4, shared_bytes // ((block_users + stages * block_items) * row_bytes + SPARE_BYTES)))
-    return Tiles(block_items, block_users, max(4, block_users // 16), stages, programs)
+    return TopKTiles(block_items, block_users, max(4, block_users // 16), stages, programs)

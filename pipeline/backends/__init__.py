@@ -1,10 +1,13 @@
-"""What turns packed histories into user states: one Protocol, a module each for torch, ONNX Runtime, TensorRT."""
+"""Runtimes that turn packed histories into user states: the Encoder protocol, and one module per runtime.
+
+May import: errors, items, features, model, artifact, kernels.
+"""
 
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from pipeline.features.event_features import Inputs
+from pipeline.features.event_features import EncoderInputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +22,7 @@ class GraphOptions(msgspec.Struct, frozen=True):
     max_users: int = 256
     max_events: int = 32768
     budget_mib: int = 4096
-    slate_items: int = 10
+    slate_size: int = 10
 
 
 class Encoder(Protocol):
@@ -28,6 +31,6 @@ class Encoder(Protocol):
     max_events: int  # the newest events it reads: histories must be cut by `tail(max_events)`
     table: "Tensor"  # float32 [items, width] on the device: a state's dot products with its rows score the items
 
-    def encode(self, inputs: Inputs) -> "Tensor":
+    def encode(self, inputs: EncoderInputs) -> "Tensor":
         """States float32 [n, width] after each user's newest event; zeros for a user without events."""
         ...

@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import LayerNorm
 
-from kernels.fused_attention_layernorm.encoder import Encoder, LayerWeights
+from kernels.fused_attention_layernorm.encoder import KernelEncoder, LayerWeights
 from kernels.fused_attention_layernorm.launch import SHORT
-from kernels.fused_attention_layernorm.plan import Plan
+from kernels.fused_attention_layernorm.plan import AttentionPlan
 from kernels.graphs import BatchGraphs
 from kernels.hierarchical_sequence_fusion.op import hierarchical_sequence_fusion
 from kernels.launch import device_of
 from pipeline.backends import GraphOptions
 from pipeline.backends.staging import Staging
-from pipeline.features.event_features import SESSION_GAP_MS, TIME_THRESHOLDS, Inputs
+from pipeline.features.event_features import SESSION_GAP_MS, TIME_THRESHOLDS, EncoderInputs
 from pipeline.model.hstu import Hstu, HstuLayer
 
 ROOM = 1.25  # rows of the table for later items, by those it has: a table that moves takes all graphs with it
@@ -38,18 +38,20 @@ class Encoding:
         self._strength = strength.contiguous() if hstu.config.strength else torch.zeros_like(strength)
         self._thresholds = torch.tensor(TIME_THRESHOLDS, dtype=torch.int32, device=device)
         # Items' vectors as events have them.
-        self.turned = torch.empty(0, hstu.config.width, dtype=dtype, device=device)
+        self.rotated = torch.empty(0, hstu.config.width, dtype=dtype, device=device)
 
     def __call__(self, columns: Sequence[Tensor], offsets: Tensor, longest: int) -> Tensor:
         """The unit states float32 [users, width] of users who all have events."""
         tokens, codes, seconds = columns
         rows, seconds, offsets = hierarchical_sequence_fusion(
-            self.turned, self._features, self._strength, tokens, codes, seconds, offsets,
-            recent=self.config.whole_events, sessions=self.config.max_events - self.config.whole_events,
+            self.rotated, self._features, self._strength, tokens, codes, seconds, offsets,
+            recent=self.config.recent_length, sessions=self.config.max_events - self.config.recent_length,
             gap_s=SESSION_GAP_MS // 1000, check_values=False,
         )  # fmt: skip
         longest = min(longest, self.config.max_events)
-        plan = Plan.of(seconds, offsets, self._thresholds, longest, self.dtype, trusted=True, kernels=True)
+        plan = AttentionPlan.from_batch(
+            seconds, offsets, self._thresholds, longest, self.dtype, trusted=True, kernels=True
+        )
         return F.normalize(self._encoder(rows, plan, last=True).float(), dim=-1, eps=self.config.eps)
 
 
@@ -64,26 +66,26 @@ class FusedEncoder:
         most = graphs.max_events if graphs.budget_mib else 0
         # NOTE: the graphs know the encoding, not this object: no cycle keeps a replaced model's memory.
         self._graphs = BatchGraphs(self._encoding, like, graphs.max_users, most, graphs.budget_mib << 20)
-        longest = self._config.read_events
+        longest = self._config.history_length
         self._classes = [longest] if self._config.max_events <= SHORT else [SHORT, longest]
         self.place(np.arange(len(vectors)), vectors)
 
     def place(self, rows: np.ndarray, vectors: Tensor) -> None:
         """The vectors of these rows, int64 [n], are new, of [items, width] in all."""
-        turned = self._encoding.turned
+        turned = self._encoding.rotated
         if len(vectors) > len(turned):
-            self._encoding.turned = turned.new_zeros((int(len(vectors) * ROOM), self._config.width))
-            self._encoding.turned[: len(turned)] = turned
+            self._encoding.rotated = turned.new_zeros((int(len(vectors) * ROOM), self._config.width))
+            self._encoding.rotated[: len(turned)] = turned
             self._graphs.clear()
         index = torch.from_numpy(rows).to(self._device)
-        self._encoding.turned[index] = self._hstu.rotation(vectors[index]).to(turned.dtype)
+        self._encoding.rotated[index] = self._hstu.rotation(vectors[index]).to(turned.dtype)
 
     def warm(self) -> int:
         """Makes the graphs of all batches to come, before they come; returns their number."""
-        with device_of(self._encoding.turned):
+        with device_of(self._encoding.rotated):
             return self._graphs.warm(self._classes)
 
-    def encode(self, inputs: Inputs) -> Tensor:
+    def encode(self, inputs: EncoderInputs) -> Tensor:
         """States float32 [n, width], as Encoder.encode."""
         lengths = np.diff(inputs.offsets)
         users = np.flatnonzero(lengths)
@@ -91,22 +93,22 @@ class FusedEncoder:
             return self._of_users_with_events(inputs).clone()
         states = torch.zeros(len(inputs), self._config.width, device=self._device)
         if len(users):
-            inputs = inputs.taken(inputs.offsets[users], lengths[users])
+            inputs = inputs.gather_runs(inputs.offsets[users], lengths[users])
             states[torch.from_numpy(users).to(self._device)] = self._of_users_with_events(inputs)
         return states
 
-    def _of_users_with_events(self, inputs: Inputs) -> Tensor:
+    def _of_users_with_events(self, inputs: EncoderInputs) -> Tensor:
         """[users, width], valid until the next call."""
-        codes = inputs.codes[:, self._hstu.columns] if self._config.without else inputs.codes
+        codes = inputs.feature_ids[:, self._hstu.columns] if self._config.excluded_features else inputs.feature_ids
         longest = int(np.diff(inputs.offsets).max())
         assert longest <= self._classes[-1], "histories are cut by `tail(max_events)`"
-        with device_of(self._encoding.turned):  # streams and graphs are of the current GPU
+        with device_of(self._encoding.rotated):  # streams and graphs are of the current GPU
             *columns, offsets = self._stage(inputs.tokens, codes, inputs.seconds, inputs.offsets.astype(np.int32))
             longest = next(events for events in self._classes if longest <= events)
             return self._graphs(columns, offsets, longest)[: len(inputs)]
 
 
-def encoder_of(hstu: Hstu, dtype: torch.dtype, fp8: bool = False) -> Encoder:
+def encoder_of(hstu: Hstu, dtype: torch.dtype, fp8: bool = False) -> KernelEncoder:
     """The model's layers as the kernels want them; its options are `fusible`."""
     layers = []
     for layer in hstu.layers:
@@ -117,4 +119,4 @@ def encoder_of(hstu: Hstu, dtype: torch.dtype, fp8: bool = False) -> Encoder:
         modules = norms[0], layer.project_in, norms[1], layer.project_out
         layers.append(LayerWeights.of(*modules, *layer.tables(), dtype, fp8))
     config = hstu.config
-    return Encoder(layers, config.heads, config.d_qk, config.d_v, config.max_events, config.eps)
+    return KernelEncoder(layers, config.heads, config.d_qk, config.d_v, config.max_events, config.eps)

@@ -14,7 +14,7 @@ ALIGNED = 256  # bytes: where a column begins
 
 
 @dataclass(slots=True)
-class Place:
+class StagingBuffer:
     """Pinned memory and the device's: `copied` when what was in the first is in the second, `read` when the second may
     be written again."""
 
@@ -30,7 +30,7 @@ class Staging:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         if device.type == "cuda":
-            self._stream, self._places = torch.cuda.Stream(device), [Place(), Place()]
+            self._stream, self._places = torch.cuda.Stream(device), [StagingBuffer(), StagingBuffer()]
 
     def __call__(self, *columns: np.ndarray) -> list[Tensor]:
         """The same on the device, each of its own dtype and shape; work on the current stream comes after the copy."""
@@ -52,7 +52,7 @@ class Staging:
         place.copied.wait(now)
         return [_seen_as(place.there[start:], column) for column, start in zip(columns, starts, strict=False)]
 
-    def _reserve(self, place: Place, nbytes: int) -> None:
+    def _reserve(self, place: StagingBuffer, nbytes: int) -> None:
         if nbytes > len(place.there):
             # Not the whole device: another thread may be capturing a graph.
             self._stream.synchronize()

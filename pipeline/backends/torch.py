@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from pipeline.artifact import Artifact
 from pipeline.backends import GraphOptions
 from pipeline.errors import ArtifactError, DeviceError
-from pipeline.features.event_features import FEATURES, Inputs
-from pipeline.items.content import Contents
+from pipeline.features.event_features import N_FEATURES, EncoderInputs
+from pipeline.items.content import ItemContent
 from pipeline.items.vocabulary import UNKNOWN
-from pipeline.model.calibration import check
-from pipeline.model.heads import RECENT, Context, Heads, Newest
-from pipeline.model.hstu import Hstu, fusible
-from pipeline.model.padding import Layout
+from pipeline.model.calibration import check_calibration
+from pipeline.model.heads import N_RECENT, HeadContext, RecentEvents, TaskHeads
+from pipeline.model.hstu import Hstu, supports_kernels
+from pipeline.model.padding import PaddedBlocks
 
 if TYPE_CHECKING:
     from pipeline.backends.fused import FusedEncoder
@@ -35,38 +35,40 @@ class TorchEncoder:
     ) -> None:
         if threads:
             torch.set_num_threads(threads)
-        self.device = device_of(device)
+        self.device = resolve_device(device)
         with torch.device("meta"):  # no weights are drawn at random only to be replaced
-            self._hstu, self._heads = Hstu(artifact.config), Heads(artifact.config.items, artifact.config.width)
+            self._hstu, self._heads = Hstu(artifact.config), TaskHeads(artifact.config.items, artifact.config.width)
         for module, name in ((self._hstu, "hstu"), (self._heads, "heads")):
             _load(module, artifact, name)
-        check(self._heads.calibration.numpy(), artifact.version)
+        check_calibration(self._heads.calibration.numpy(), artifact.version)
         for module in (self._hstu, self._heads):
             module.eval().requires_grad_(False).to(self.device)
-        self._hstu.items.contents = artifact.items.contents()
-        self.max_events = artifact.config.read_events
+        self._hstu.items.item_content = artifact.metadata.content()
+        self.max_events = artifact.config.history_length
         self.reads_contents = artifact.config.content_rows > 0
         self._vectors = self._hstu.items()
         self.table = self._hstu.scorer(self._vectors)
         self._fused = self._fused_encoder(graphs) if graphs and self.device.type == "cuda" else None
 
     @torch.inference_mode()
-    def encode(self, inputs: Inputs) -> Tensor:
+    def encode(self, inputs: EncoderInputs) -> Tensor:
         """States float32 [n, width]; see Encoder."""
         if self._fused is not None:
             return self._fused.encode(inputs)
         states = torch.zeros(len(inputs), self.table.shape[1], device=self.device)
         ordered, users = inputs.by_length()
         if len(users):
-            tokens, codes = (torch.from_numpy(column).to(self.device) for column in (ordered.tokens, ordered.codes))
+            tokens, codes = (
+                torch.from_numpy(column).to(self.device) for column in (ordered.tokens, ordered.feature_ids)
+            )
             rows, sequences = self._hstu.sequences(F.embedding(tokens, self._vectors), codes, ordered)
-            encoded = self._hstu(rows, Layout.of(sequences, self.device), last=True)
+            encoded = self._hstu(rows, PaddedBlocks.from_inputs(sequences, self.device), last=True)
             states[torch.from_numpy(users).to(self.device)] = encoded
         return states
 
     @torch.inference_mode()
     def heads(
-        self, states: Tensor, inputs: Inputs, rhythm: np.ndarray, affinity: np.ndarray, tokens: np.ndarray
+        self, states: Tensor, inputs: EncoderInputs, rhythm: np.ndarray, affinity: np.ndarray, tokens: np.ndarray
     ) -> np.ndarray:
         """Probabilities by labels.TASKS, float32 [n, k, 3], of items int32 [n, k] being next.
 
@@ -74,17 +76,17 @@ class TorchEncoder:
         user's newest event
         """
         asked = torch.from_numpy(tokens).to(self.device)
-        context = self._context(inputs.tail(RECENT), rhythm, affinity)
+        context = self._context(inputs.tail(N_RECENT), rhythm, affinity)
         logits = self._heads(states, asked, F.embedding(asked, self._vectors), context)
-        return self._heads.odds(logits).cpu().numpy()
+        return self._heads.probabilities(logits).cpu().numpy()
 
     @torch.inference_mode()
-    def learn(self, rows: np.ndarray, contents: Contents) -> None:
+    def set_item_vectors(self, rows: np.ndarray, contents: ItemContent) -> None:
         """These rows of the table, int64 [n], some of them perhaps beyond its end without a gap, are of items that came
         after training, by what is known of them."""
         further = int(rows.max(initial=0)) + 1 - len(self._vectors)
         self._vectors = F.pad(self._vectors, (0, 0, 0, max(0, further)))
-        self._vectors[torch.from_numpy(rows).to(self.device)] = self._hstu.items.new(contents.to(self.device))
+        self._vectors[torch.from_numpy(rows).to(self.device)] = self._hstu.items.from_content(contents.to(self.device))
         self.table = self._hstu.scorer(self._vectors)
         if self._fused is not None:
             self._fused.place(rows, self._vectors)
@@ -99,16 +101,18 @@ class TorchEncoder:
         from pipeline.backends.fused import FusedEncoder  # Triton, which a CPU does not need
 
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-        return FusedEncoder(self._hstu, self._vectors, dtype, graphs) if fusible(self._hstu.config) else None
+        return FusedEncoder(self._hstu, self._vectors, dtype, graphs) if supports_kernels(self._hstu.config) else None
 
-    def _context(self, inputs: Inputs, rhythm: np.ndarray, affinity: np.ndarray) -> Context:
+    def _context(self, inputs: EncoderInputs, rhythm: np.ndarray, affinity: np.ndarray) -> HeadContext:
         # One row more: a place to look where a batch has no events at all.
         tokens = torch.from_numpy(np.append(inputs.tokens, UNKNOWN)).to(self.device)
-        codes = torch.from_numpy(np.concatenate([inputs.codes, np.zeros_like(inputs.codes, shape=(1, FEATURES))]))
+        codes = torch.from_numpy(
+            np.concatenate([inputs.feature_ids, np.zeros_like(inputs.feature_ids, shape=(1, N_FEATURES))])
+        )
         items = F.embedding(tokens, self._vectors)
         rows = self._hstu.event_rows(items, codes.to(self.device))
         beside = (torch.from_numpy(column).to(self.device) for column in (rhythm, affinity))
-        return Context(rows, items, Newest.of(inputs.offsets, self.device), *beside)
+        return HeadContext(rows, items, RecentEvents.from_offsets(inputs.offsets, self.device), *beside)
 
 
 def _load(module: nn.Module, artifact: Artifact, name: str) -> None:
@@ -119,7 +123,7 @@ def _load(module: nn.Module, artifact: Artifact, name: str) -> None:
         raise ArtifactError(f"artifact {artifact.version}: its weights are not of its config: {reasons}") from error
 
 
-def device_of(name: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
     """Torch's device of that name; 'auto': CUDA when there is one. DeviceError when it cannot be used here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

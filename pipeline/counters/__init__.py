@@ -1,0 +1,4 @@
+"""The recommender without a model: decayed popularity and item-item co-occurrence.
+
+May import: jagged, records, items.
+"""

@@ -6,23 +6,23 @@
 
 import numpy as np
 
-Pairs = tuple[np.ndarray, np.ndarray]  # rows int [n], tokens int [n]
+RowTokenPairs = tuple[np.ndarray, np.ndarray]  # rows int [n], tokens int [n]
 
 SCRATCH_CELLS = 1 << 22  # 32 MiB, kept: 256 rows at a time over 16 k items, 4 rows over a million
-BANNED = np.float32(-1e30)  # no sum of votes makes up for it, and unlike -inf it survives a product with 0
+EXCLUDED_SCORE = np.float32(-1e30)  # no sum of votes makes up for it, and unlike -inf it survives a product with 0
 
 
-class Tally:
+class SparseAccumulator:
     """A dense scratch of rows x items that is all zero between calls, so a call costs only what it touches."""
 
     def __init__(self) -> None:
         self._sums = np.zeros(0, np.float32)
         self._places = np.zeros(0, np.int32)
 
-    def rows_at_once(self, items: int) -> int:
+    def max_rows(self, items: int) -> int:
         return max(1, SCRATCH_CELLS // items)
 
-    def sums(self, votes: np.ndarray, weights: np.ndarray, banned: Pairs, items: int) -> np.ndarray:
+    def sums(self, votes: np.ndarray, weights: np.ndarray, banned: RowTokenPairs, items: int) -> np.ndarray:
         """float32 [n, m]: at one vote for each item of a row the sum of the row's votes for it; elsewhere 0.
 
         votes: int32 [n, m] tokens < items; weights: float32 [n, m]; banned ones count as BANNED.
@@ -30,7 +30,7 @@ class Tally:
         self._reserve(len(votes) * items)
         keys = (votes + np.arange(len(votes))[:, None] * items).ravel()  # int64 [n * m]
         bans = banned[0] * items + banned[1]
-        self._sums[bans] = BANNED
+        self._sums[bans] = EXCLUDED_SCORE
         np.add.at(self._sums, keys, weights.ravel())
         self._places[keys] = places = np.arange(len(keys), dtype=np.int32)  # of equal keys one stays
         sums = self._sums.take(keys)
@@ -54,7 +54,7 @@ class Tally:
             self._sums, self._places = np.zeros(cells, np.float32), np.zeros(cells, np.int32)
 
 
-def best_of_rows(tokens: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def row_top_k(tokens: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k best positive scores of each row, ties by token: tokens int32 [n, k], scores float32 [n, k], 0 = none.
 
     tokens: int32 [n, m], distinct in a row where the score is positive; scores: float32 [n, m].

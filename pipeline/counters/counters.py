@@ -13,26 +13,26 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.counters.accumulator import Pairs, Tally, best_of_rows
-from pipeline.counters.deltas import DeltaLog, Deltas, RawDeltas
-from pipeline.counters.neighbours import NeighbourTable, padded
+from pipeline.counters.accumulator import RowTokenPairs, SparseAccumulator, row_top_k
+from pipeline.counters.deltas import CountDeltas, DeltaLog, RawDeltas
+from pipeline.counters.neighbours import NeighbourTable, pad_rows
 from pipeline.counters.popularity import PopularityOrder, fill_rows
 from pipeline.items.vocabulary import Vocabulary
-from pipeline.records import Histories, item_hash
+from pipeline.jagged import ranges
+from pipeline.records import DAY_MS, Histories, item_hash
 
 # Tuned on MovieLens within its first 80 %: counted on the first 60 %, hit rate@10 over the next 20 %. Recency 0.8 to
 # 0.85 and 10 to 20 recent events are within noise, recency 0.95 loses 1 point; flat distances lose 0.6.
 RECENT_EVENTS = 10
 RECENCIES = (0.85 ** np.arange(RECENT_EVENTS)).astype(np.float32)
 DISTANCE_EXPONENT = 0.25
-DAY_MS = 86_400_000
 REBASE_HALF_LIVES = 60  # float32 ends at 2^127
 CHUNK_USERS = 32  # temporaries below malloc's mmap threshold: 9 ms for 256 users, 11 ms in one piece
 CHUNK_EVENTS = 4096
 
 
 @dataclass(slots=True)
-class Rows:
+class ItemCounts:
     """Items' counts, each as of its own time."""
 
     tokens: np.ndarray  # int32 [n]
@@ -60,8 +60,8 @@ class Counters:
         self.log: DeltaLog | None = None
         self.newest_ms = 0  # the virtual clock: the newest event time seen
         self.popularity = np.zeros(1024)  # float64 [>= tokens], an event of the reference time weighs 1
-        self.table = NeighbourTable(neighbours)
-        self._order, self._tally = PopularityOrder(), Tally()
+        self.neighbours = NeighbourTable(neighbours)
+        self._order, self._accumulator = PopularityOrder(), SparseAccumulator()
         self._version = vocabulary.version
         self._half_life_ms = half_life_days * DAY_MS
         self._distances = np.arange(1, window_events + 1)
@@ -73,9 +73,9 @@ class Counters:
         fresh = np.minimum(fresh, histories.lengths)
         if self.frozen or not fresh.any():
             return
-        self._follow()
+        self._sync()
         tokens = self.vocabulary.tokens(histories.items)
-        new = np.repeat(histories.offsets[1:] - np.cumsum(fresh), fresh) + np.arange(int(fresh.sum()))  # [new]
+        new, _ = ranges(histories.offsets[1:] - fresh, fresh)  # [new] positions
         first = np.repeat(histories.offsets[:-1], fresh)  # [new] where the event's history begins
         ts_ms = histories.ts_ms[new]
         self._advance(int(ts_ms.max()))
@@ -84,75 +84,75 @@ class Counters:
             part = slice(start, start + CHUNK_EVENTS)
             self._count(tokens, new[part], first[part], weights[part])
 
-    def score(self, histories: Histories, excluded: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def top_k(self, histories: Histories, excluded: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The k best items of each user, best first; excluded items never appear; popular ones fill what is left.
 
         excluded: bool [total events], this event's item is kept off its user's row. Returns tokens int32 [n, k]
         (0 only where the catalogue is exhausted), scores float32 [n, k] (falling within a row),
         from_cooccurrence bool [n, k].
         """
-        order = self._ordered()
+        order = self._popularity_order()
         found = np.zeros((len(histories), k), np.int32)
         scores = np.zeros((len(histories), k), np.float32)
         cooccurring = np.zeros((len(histories), k), bool)
-        step = min(CHUNK_USERS, self._tally.rows_at_once(len(order.ranks)))
+        step = min(CHUNK_USERS, self._accumulator.max_rows(len(order.ranks)))
         for start in range(0, len(histories), step):
             part = slice(start, start + step)
             offsets = histories.offsets[start : start + step + 1]
             tokens = self.vocabulary.tokens(histories.items[offsets[0] : offsets[-1]])
-            banned = _banned(tokens, offsets, excluded[offsets[0] : offsets[-1]])
+            banned = _excluded_pairs(tokens, offsets, excluded[offsets[0] : offsets[-1]])
             found[part], scores[part] = self._cooccurring(tokens, offsets - offsets[0], banned, order, k)
             cooccurring[part] = found[part] > 0
             fill_rows(order, banned, found[part], scores[part])
         return found, scores, cooccurring
 
-    def scores_of(self, histories: Histories, wanted: np.ndarray) -> np.ndarray:
+    def score_items(self, histories: Histories, candidates: np.ndarray) -> np.ndarray:
         """float32 [n, c] of chosen items, int32 [n, c], in the order of `score`: co-occurring ones above 0, the others
         below, by popularity; -inf for token 0."""
-        order = self._ordered()
-        scores = np.where(wanted > 0, -1.0 - order.ranks[wanted], -np.inf).astype(np.float32)
-        step = min(CHUNK_USERS, self._tally.rows_at_once(len(order.ranks)))
+        order = self._popularity_order()
+        scores = np.where(candidates > 0, -1.0 - order.ranks[candidates], -np.inf).astype(np.float32)
+        step = min(CHUNK_USERS, self._accumulator.max_rows(len(order.ranks)))
         for start in range(0, len(histories), step):
             part = slice(start, start + step)
             offsets = histories.offsets[start : start + step + 1]
             tokens = self.vocabulary.tokens(histories.items[offsets[0] : offsets[-1]])
             votes, weights = self._votes(tokens, offsets - offsets[0], order)
-            sums = self._tally.sums_at(votes, weights, wanted[part], len(order.ranks))
-            sums *= order.item_norms[wanted[part]]
+            sums = self._accumulator.sums_at(votes, weights, candidates[part], len(order.ranks))
+            sums *= order.item_norms[candidates[part]]
             scores[part] = np.where(sums > 0, sums, scores[part])
         return scores
 
     def popular(self, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k most popular items: tokens int32 [<= k], shares of the most popular one float32 [<= k]."""
-        order = self._ordered()
+        order = self._popularity_order()
         return order.tokens[:k].astype(np.int32), order.shares[:k]
 
-    def rows(self, tokens: np.ndarray) -> Rows:
+    def rows(self, tokens: np.ndarray) -> ItemCounts:
         """These items' counts as of `newest_ms`."""
-        self._follow()
+        self._sync()
         unit = self._unit()
-        weights = self.table.weights[tokens] * np.float32(unit)
+        weights = self.neighbours.weights[tokens] * np.float32(unit)
         as_of_ms = np.full(len(tokens), self.newest_ms)
-        return Rows(tokens, self.popularity[tokens] * unit, as_of_ms, self.table.tokens[tokens], weights)
+        return ItemCounts(tokens, self.popularity[tokens] * unit, as_of_ms, self.neighbours.tokens[tokens], weights)
 
     def counts(self, tokens: np.ndarray) -> np.ndarray:
         """float64 [n]: these items' decayed events, by an unknown unit: only to compare."""
-        self._follow()
+        self._sync()
         return self.popularity[tokens]
 
     def counted(self) -> np.ndarray:
         """int32: every item that was ever counted."""
-        self._follow()
+        self._sync()
         return np.flatnonzero(self.popularity[: len(self.vocabulary)]).astype(np.int32)
 
-    def replace_rows(self, rows: Rows) -> None:
+    def replace_rows(self, rows: ItemCounts) -> None:
         """Set items' counts to merged ones; what was counted here and is not yet taken by a merge is added again."""
-        self._follow()
+        self._sync()
         self._advance(int(rows.as_of_ms.max(initial=0)))
         units = np.exp2((rows.as_of_ms - self._reference_ms) / self._half_life_ms)  # float64 [n]
         self.popularity[rows.tokens] = rows.popularity * units
-        self.table.tokens[rows.tokens] = rows.columns
-        self.table.weights[rows.tokens] = rows.weights * units[:, None]
+        self.neighbours.tokens[rows.tokens] = rows.columns
+        self.neighbours.weights[rows.tokens] = rows.weights * units[:, None]
         self._order.age += len(rows.tokens)
         if self.log is not None:
             self._count_again(rows.tokens, self.log)
@@ -160,10 +160,10 @@ class Counters:
     def take_deltas(self) -> RawDeltas:
         """What was counted since the last call; needs a `log`."""
         assert self.log is not None, "set Counters.log before it observes"
-        self._follow()
+        self._sync()
         return RawDeltas(self.newest_ms, self._unit(), self.log.take())
 
-    def put_back(self, deltas: Deltas) -> None:
+    def put_back(self, deltas: CountDeltas) -> None:
         """Deltas that could not be merged go with the next merge."""
         assert self.log is not None, "deltas came from a log"
         unit = self._weight_at(deltas.as_of_ms)
@@ -192,20 +192,22 @@ class Counters:
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Take over a saved state; items that the vocabulary does not know are left out."""
         tokens = self.vocabulary.tokens(state["items"])
-        slots = self.table.tokens.shape[1]
-        columns, weights = padded(state["offsets"], tokens[state["neighbours"]], state["weights"], slots)
+        slots = self.neighbours.tokens.shape[1]
+        columns, weights = pad_rows(state["offsets"], tokens[state["neighbours"]], state["weights"], slots)
         known = tokens > 0
         as_of_ms = np.full(int(known.sum()), state["as_of_ms"][0])
-        self.replace_rows(Rows(tokens[known], state["popularity"][known], as_of_ms, columns[known], weights[known]))
+        self.replace_rows(
+            ItemCounts(tokens[known], state["popularity"][known], as_of_ms, columns[known], weights[known])
+        )
         self._order = PopularityOrder()
 
     def _count_again(self, tokens: np.ndarray, log: DeltaLog) -> None:
         here = np.zeros(len(self.popularity), bool)
         here[tokens] = True
-        for rows, columns, weights in log.parts:
+        for rows, columns, weights in log.chunks:
             own, pair = here[rows] & (columns == 0), here[rows] & (columns > 0)
             np.add.at(self.popularity, rows[own], weights[own])
-            self.table.add(rows[pair], columns[pair], weights[pair])
+            self.neighbours.add(rows[pair], columns[pair], weights[pair])
 
     def _count(self, tokens: np.ndarray, new: np.ndarray, first: np.ndarray, weights: np.ndarray) -> None:
         before = new[:, None] - self._distances  # [new, window] positions
@@ -220,19 +222,19 @@ class Counters:
         both = np.concatenate([weight_of_pair, weight_of_pair])
         known = one > 0
         np.add.at(self.popularity, one[known], weights[known])
-        self.table.add(rows, columns, both)
+        self.neighbours.add(rows, columns, both)
         self._order.age += int(known.sum())
         if self.log is not None:
             self.log.add(one[known], np.zeros(int(known.sum()), np.int32), weights[known].astype(np.float32))
             self.log.add(rows, columns, both)
 
     def _cooccurring(
-        self, tokens: np.ndarray, offsets: np.ndarray, banned: Pairs, order: PopularityOrder, k: int
+        self, tokens: np.ndarray, offsets: np.ndarray, banned: RowTokenPairs, order: PopularityOrder, k: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """The best items by co-occurrence alone: tokens int32 [n, k], scores float32 [n, k], 0 where none."""
         votes, weights = self._votes(tokens, offsets, order)
-        sums = self._tally.sums(votes, weights, banned, len(order.ranks))
-        return best_of_rows(votes, sums * order.item_norms.take(votes), k)
+        sums = self._accumulator.sums(votes, weights, banned, len(order.ranks))
+        return row_top_k(votes, sums * order.item_norms.take(votes), k)
 
     def _votes(self, tokens: np.ndarray, offsets: np.ndarray, order: PopularityOrder) -> tuple[np.ndarray, np.ndarray]:
         """The neighbours of each user's newest events, int32 and float32 [n, RECENT_EVENTS * slots]."""
@@ -240,8 +242,8 @@ class Counters:
         inside = positions >= offsets[:-1, None]
         recent = np.where(inside, np.append(tokens, 0)[np.maximum(positions, 0)], 0)
         coefficients = order.event_norms[recent] * RECENCIES  # [n, RECENT_EVENTS]
-        votes = self.table.tokens[recent].reshape(len(recent), -1)  # [n, RECENT_EVENTS * slots]
-        return votes, (self.table.weights[recent] * coefficients[:, :, None]).reshape(votes.shape)
+        votes = self.neighbours.tokens[recent].reshape(len(recent), -1)  # [n, RECENT_EVENTS * slots]
+        return votes, (self.neighbours.weights[recent] * coefficients[:, :, None]).reshape(votes.shape)
 
     def _weight_at(self, ts_ms: int) -> float:
         """What one event of that time weighs in the stored units."""
@@ -257,35 +259,35 @@ class Counters:
         if behind > REBASE_HALF_LIVES:
             factor = 2.0**-behind
             self.popularity *= factor
-            self.table.scale(factor)
+            self.neighbours.scale(factor)
             if self.log is not None:
                 self.log.scale(factor)
             self._reference_ms = self.newest_ms
 
-    def _ordered(self) -> PopularityOrder:
-        self._follow()
+    def _popularity_order(self) -> PopularityOrder:
+        self._sync()
         items = len(self.vocabulary)
-        return self._order.of(self.popularity[:items], self.vocabulary.barred[:items])
+        return self._order.updated(self.popularity[:items], self.vocabulary.blocked[:items])
 
-    def _follow(self) -> None:
+    def _sync(self) -> None:
         """Have a row for every token, and none of what was counted of items that are retired."""
         self._reserve()
         if self._version == self.vocabulary.version:
             return
-        retired, self._version = self.vocabulary.retired_since(self._version), self.vocabulary.version
+        retired, self._version = self.vocabulary.evicted_since(self._version), self.vocabulary.version
         self._order = PopularityOrder()
         if not retired.size:
             return
-        gone = np.zeros(len(self.table.tokens), bool)
+        gone = np.zeros(len(self.neighbours.tokens), bool)
         gone[retired] = True
         self.popularity[retired] = 0
-        self.table.forget(gone)
+        self.neighbours.forget(gone)
         if self.log is not None:
             self.log.forget(gone)
 
     def _reserve(self) -> None:
         rows = len(self.vocabulary)
-        self.table.reserve(rows)
+        self.neighbours.reserve(rows)
         if rows > len(self.popularity):
             grown = np.zeros(max(rows, 2 * len(self.popularity)))
             grown[: len(self.popularity)] = self.popularity
@@ -298,7 +300,7 @@ def without_neighbours(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
     return alone | {"offsets": np.zeros_like(state["offsets"])}
 
 
-def _banned(tokens: np.ndarray, offsets: np.ndarray, excluded: np.ndarray) -> Pairs:
+def _excluded_pairs(tokens: np.ndarray, offsets: np.ndarray, excluded: np.ndarray) -> RowTokenPairs:
     """(row, token) of every excluded event whose item is known."""
     users = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
     barred = excluded & (tokens > 0)

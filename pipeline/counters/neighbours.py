@@ -8,6 +8,8 @@ inherits the slot's weight, costs 11: rows are flat there, and the inherited wei
 
 import numpy as np
 
+from pipeline.jagged import rank_in_run, run_starts
+
 # 8 k pairs gather 2 MiB of slots: 1.6 M pairs take 1.0 s, in one piece 2.3 s (python -m timeit, one core of an EPYC).
 CHUNK_PAIRS = 8192
 
@@ -36,11 +38,11 @@ class NeighbourTable:
     def scale(self, factor: float) -> None:
         self.weights *= np.float32(factor)
 
-    def forget(self, gone: np.ndarray) -> None:
+    def forget(self, evicted: np.ndarray) -> None:
         """Empty these items' rows and their slots in all others. gone: bool [rows]"""
-        self.tokens[gone], self.weights[gone] = 0, 0
-        for start in range(0, len(gone), CHUNK_PAIRS):
-            rows, slots = np.nonzero(gone[self.tokens[start : start + CHUNK_PAIRS]])
+        self.tokens[evicted], self.weights[evicted] = 0, 0
+        for start in range(0, len(evicted), CHUNK_PAIRS):
+            rows, slots = np.nonzero(evicted[self.tokens[start : start + CHUNK_PAIRS]])
             self.tokens[start + rows, slots], self.weights[start + rows, slots] = 0, 0
 
     def _add(self, rows: np.ndarray, columns: np.ndarray, weights: np.ndarray) -> None:
@@ -74,24 +76,15 @@ def summed_pairs(
     return (keys >> 32).astype(np.int32), keys.astype(np.int32), sums.astype(np.float32)
 
 
-def run_starts(keys: np.ndarray) -> np.ndarray:
-    """Where each run of equal values begins: int64 [runs]."""
-    return np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]])[: len(keys)])
-
-
-def rank_in_run(keys: np.ndarray) -> np.ndarray:
-    """Each value's place within its run of equal values: int64 [n]."""
-    starts = run_starts(keys)
-    return np.arange(len(keys)) - np.repeat(starts, np.diff(np.append(starts, len(keys))))
-
-
 def _grown(array: np.ndarray, rows: int) -> np.ndarray:
     grown = np.zeros((rows, *array.shape[1:]), array.dtype)
     grown[: len(array)] = array
     return grown
 
 
-def padded(offsets: np.ndarray, columns: np.ndarray, weights: np.ndarray, slots: int) -> tuple[np.ndarray, np.ndarray]:
+def pad_rows(
+    offsets: np.ndarray, columns: np.ndarray, weights: np.ndarray, slots: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Jagged rows as a table's: columns int32 [n, slots], weights float32 [n, slots]; of a longer row the heaviest.
 
     offsets: int64 [n + 1] into columns and weights; column 0 (unknown) is left out.

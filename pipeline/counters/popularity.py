@@ -4,13 +4,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeline.counters.accumulator import Pairs
+from pipeline.counters.accumulator import RowTokenPairs
 
 # c(a, b) / (p(a)^0.5 p(b)^0.35): an exponent of 0 lets popular items swamp the rest, 0.5 (the cosine) is 0.5 points of
 # hit rate@10 worse on MovieLens, where popular items are a little likelier than their co-occurrence says.
 EVENT_EXPONENT = 0.5
 ITEM_EXPONENT = 0.35
-NOWHERE = 1 << 40  # the rank of a token that is barred
+UNRANKED = 1 << 40  # the rank of a token that is barred
 
 
 @dataclass(slots=True)
@@ -24,7 +24,7 @@ class PopularityOrder:
     event_norms: np.ndarray = field(default_factory=lambda: np.zeros(1, np.float32))  # [items + 1], 0 = never seen
     item_norms: np.ndarray = field(default_factory=lambda: np.zeros(1, np.float32))  # 0 = never seen, or barred
 
-    def of(self, popularity: np.ndarray, barred: np.ndarray) -> "PopularityOrder":
+    def updated(self, popularity: np.ndarray, barred: np.ndarray) -> "PopularityOrder":
         """Brought up to date with popularity float64 [items + 1]; barred: bool [items + 1], token 0 is."""
         # The update costs 0.13 us an item (10 k items, one core of an EPYC): at one in eight events 1 us an event.
         if 8 * self.age >= len(self.tokens):
@@ -36,7 +36,7 @@ class PopularityOrder:
     def _update(self, popularity: np.ndarray, barred: np.ndarray) -> None:
         order = np.argsort(-popularity, kind="stable")
         self.tokens = order[~barred[order]]
-        self.ranks = np.full(len(popularity), NOWHERE)
+        self.ranks = np.full(len(popularity), UNRANKED)
         self.ranks[self.tokens] = np.arange(len(self.tokens))
         ordered = popularity[self.tokens]
         self.shares = (ordered / max(ordered.max(initial=0), np.finfo(float).tiny)).astype(np.float32)
@@ -47,7 +47,7 @@ class PopularityOrder:
 
     def _append(self, new: np.ndarray, items: int) -> None:
         """New items, tokens int64 [n], have no popularity yet: they go last."""
-        self.ranks = np.append(self.ranks, np.full(items - len(self.ranks), NOWHERE))
+        self.ranks = np.append(self.ranks, np.full(items - len(self.ranks), UNRANKED))
         self.ranks[new] = len(self.tokens) + np.arange(len(new))
         self.tokens = np.append(self.tokens, new)
         self.shares = np.append(self.shares, np.zeros(len(new), np.float32))
@@ -55,7 +55,7 @@ class PopularityOrder:
         self.event_norms, self.item_norms = np.append(self.event_norms, zeros), np.append(self.item_norms, zeros)
 
 
-def fill_rows(order: PopularityOrder, banned: Pairs, found: np.ndarray, scores: np.ndarray) -> None:
+def fill_rows(order: PopularityOrder, banned: RowTokenPairs, found: np.ndarray, scores: np.ndarray) -> None:
     """Fill each row of found int32 [n, k] behind its last item with popular ones, never a banned (row, token) pair.
 
     Their scores fall below the row's last score (or 1), by their share of the greatest popularity.
@@ -79,7 +79,7 @@ def fill_rows(order: PopularityOrder, banned: Pairs, found: np.ndarray, scores: 
     scores[short[row], column] = floor[short[row]] * order.shares[rank]
 
 
-def _taken(banned: Pairs, found: np.ndarray, place: np.ndarray) -> Pairs:
+def _taken(banned: RowTokenPairs, found: np.ndarray, place: np.ndarray) -> RowTokenPairs:
     """(place of the row, token) of every pair that may not fill: banned ones and those found already."""
     cells = np.nonzero(found)
     rows = np.concatenate([place[banned[0]], place[cells[0]]])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from pipeline.data.layout import ALIASES, FIELDS, REQUIRED, SKIPPED, UNITS_MS, Layout, Unreadable
+from pipeline.data.layout import ALIASES, FIELDS, REQUIRED, SKIPPED, UNITS_MS, InvalidLine, LogLayout
 from pipeline.errors import LogFileError
 from pipeline.records import Event
 
@@ -16,7 +16,7 @@ MILLISECOND_NAMES = ("ts_ms", "timestamp_ms")
 
 
 @dataclass(slots=True, frozen=True)
-class Table:
+class DelimitedReader:
     """One log's columns. places: field -> column, without `ts_ms`; ts_place: None if the log has no times, every event
     then has time 0; scale: milliseconds a timestamp unit, None: detect.
 
@@ -26,13 +26,13 @@ class Table:
     separator: str
     width: int
     has_header: bool
-    places: tuple[tuple[str, int], ...]
-    ts_place: int | None
+    columns: tuple[tuple[str, int], ...]
+    ts_column: int | None
     scale: int | None
     action: str
 
     @classmethod
-    def of(cls, layout: Layout, first: str, name: str) -> "Table":
+    def from_first_line(cls, layout: LogLayout, first: str, name: str) -> "DelimitedReader":
         """From the log's first line. LogFileError when it does not have the columns."""
         separator = layout.separator or _separator(first, name)
         cells = _cells(first, separator)
@@ -56,18 +56,18 @@ class Table:
         try:
             cells = _cells(line.rstrip(b"\r\n").decode(), self.separator)
             if len(cells) != self.width:
-                raise Unreadable(f"{len(cells)} columns; the first line has {self.width}")
-            row["ts_ms"] = 0 if self.ts_place is None else self._ts_ms(cells[self.ts_place])
-            for field, place in self.places:
+                raise InvalidLine(f"{len(cells)} columns; the first line has {self.width}")
+            row["ts_ms"] = 0 if self.ts_column is None else self._ts_ms(cells[self.ts_column])
+            for field, place in self.columns:
                 if text := cells[place]:
                     row[field] = text
             if "context" in row:
                 row["context"] = msgspec.json.decode(row["context"])
             event = msgspec.convert(row, Event, strict=False)
         except (msgspec.DecodeError, UnicodeDecodeError, csv.Error) as error:
-            raise Unreadable(f"not an event: {error}{_got(row, str(error))}") from error
+            raise InvalidLine(f"not an event: {error}{_got(row, str(error))}") from error
         if event.value is not None and not math.isfinite(event.value):
-            raise Unreadable(f"value is {event.value}; wanted a finite number of at least 0")
+            raise InvalidLine(f"value is {event.value}; wanted a finite number of at least 0")
         return event
 
     def _ts_ms(self, text: str) -> int:
@@ -76,7 +76,7 @@ class Table:
             scale = self.scale or (1000 if number < SECONDS_BELOW else 1)
             return round(number * scale)
         except (ValueError, OverflowError) as error:  # inf and nan, too
-            raise Unreadable(f"timestamp '{text[:40]}' is no number of seconds or milliseconds") from error
+            raise InvalidLine(f"timestamp '{text[:40]}' is no number of seconds or milliseconds") from error
 
 
 def _got(row: dict, reason: str) -> str:
@@ -98,7 +98,7 @@ def _separator(first: str, name: str) -> str:
     raise LogFileError(f"{name}: no tab, '::' or comma in its first line '{first[:60]}'; give the separator")
 
 
-def _columns(layout: Layout, cells: list[str], name: str) -> tuple[bool, list[tuple[str, int, str]]]:
+def _columns(layout: LogLayout, cells: list[str], name: str) -> tuple[bool, list[tuple[str, int, str]]]:
     """Whether the first line is a header, and (field, place, the column's name) of each that is read."""
     if layout.columns is None or layout.by_name:
         return True, _by_header(layout, cells, name)
@@ -120,7 +120,7 @@ def _title(cell: str) -> str:
     return cell.strip().partition(":")[0]  # RecBole: name:type
 
 
-def _by_header(layout: Layout, cells: list[str], name: str) -> list[tuple[str, int, str]]:
+def _by_header(layout: LogLayout, cells: list[str], name: str) -> list[tuple[str, int, str]]:
     titles = [_title(cell) for cell in cells]
     if layout.columns is not None:
         pairs = [pair.partition("=")[::2] for pair in layout.columns]

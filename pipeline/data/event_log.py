@@ -7,14 +7,14 @@ from itertools import count
 
 import numpy as np
 
-from pipeline.data.layout import Entry
+from pipeline.data.layout import LogEntry
 from pipeline.records import EVENT_DTYPE, MAX_TS_MS, Event, EventSchema, context_code, encode_value, item_hash
 
 DWELL_STEP_MS = 100  # as EventPacker's
 
 
 @dataclass(slots=True)
-class Log:
+class EventLog:
     """A log in event-time order, equals by (user_id, item_id) as strings, then as they stand in the log.
 
     user_ids, item_ids: sorted
@@ -30,7 +30,7 @@ class Log:
     items: np.ndarray
     events: np.ndarray
     unreadable: int = 0
-    why: str = ""
+    first_error: str = ""
 
     def __len__(self) -> int:
         return len(self.events)
@@ -39,16 +39,16 @@ class Log:
     def ts_ms(self) -> np.ndarray:  # int64 [n]
         return (self.events["ts_action_device"] & np.uint64(MAX_TS_MS)).astype(np.int64)
 
-    def part(self, kept: np.ndarray) -> "Log":
+    def select(self, kept: np.ndarray) -> "EventLog":
         """The log of these events alone (bool [n], or int [m], their places), with the ids of its own items alone."""
         items = self.items[kept]
         present = np.bincount(items, minlength=len(self.item_ids)) > 0
         item_ids = [self.item_ids[item] for item in np.flatnonzero(present)]
         numbers = np.cumsum(present, dtype=np.int32) - np.int32(1)
-        return Log(self.user_ids, self.users[kept], item_ids, numbers[items], self.events[kept])
+        return EventLog(self.user_ids, self.users[kept], item_ids, numbers[items], self.events[kept])
 
 
-def columns(blocks: Iterable[list[Entry]], schema: EventSchema) -> Log:
+def event_log_from_blocks(blocks: Iterable[list[LogEntry]], schema: EventSchema) -> EventLog:
     """Packs block by block: 32 bytes an event stay in memory, and the ids."""
     packer = _BlockPacker(schema)
     users, items, packed = _Index(), _Index(), [np.empty(0, EVENT_DTYPE)]
@@ -57,11 +57,11 @@ def columns(blocks: Iterable[list[Entry]], schema: EventSchema) -> Log:
         events = [entry for entry in block if isinstance(entry, Event) and entry.action in packer.actions]
         if len(events) < len(block):
             unreadable += len(block) - len(events)
-            why = why or next(reason for entry in block if (reason := _why_unreadable(entry, packer.actions)))
+            why = why or next(reason for entry in block if (reason := _unreadable_reason(entry, packer.actions)))
         users.extend([event.user_id for event in events])
         items.extend([event.item_id for event in events])
         packed.append(packer.pack(events))
-    log = Log(*users.sorted(), *items.sorted(), np.concatenate(packed), unreadable, why)
+    log = EventLog(*users.sorted(), *items.sorted(), np.concatenate(packed), unreadable, why)
     packed.clear()
     hashes = np.fromiter(map(item_hash, log.item_ids), np.uint64, len(log.item_ids))
     log.events["item"] = hashes[log.items]
@@ -70,7 +70,7 @@ def columns(blocks: Iterable[list[Entry]], schema: EventSchema) -> Log:
     return log
 
 
-def _why_unreadable(entry: Entry, actions: dict[str, int]) -> str:
+def _unreadable_reason(entry: LogEntry, actions: dict[str, int]) -> str:
     """One sentence, or nothing for an event that can be packed."""
     if not isinstance(entry, Event):
         return f"line {entry.line}: {entry.reason}"

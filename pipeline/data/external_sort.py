@@ -8,7 +8,7 @@ from typing import IO
 
 import msgspec
 
-from pipeline.data.layout import BadRecord, Entry
+from pipeline.data.layout import BadRecord, LogEntry
 from pipeline.errors import LogFileError
 from pipeline.records import Event
 
@@ -19,14 +19,14 @@ NO_KEY = (0, "", "")
 Key = tuple[int, str, str]  # ts_ms, user_id, item_id
 
 
-class Placed(msgspec.Struct, frozen=True, array_like=True):
+class SortEntry(msgspec.Struct, frozen=True, array_like=True):
     """An entry on disk. key: of the event that a bad record stands behind."""
 
     event: Event | None
     bad: BadRecord | None = None
     key: Key = NO_KEY
 
-    def keyed(self) -> tuple[Key, Entry]:
+    def keyed(self) -> tuple[Key, LogEntry]:
         if self.event is not None:
             return _key(self.event), self.event
         assert self.bad is not None
@@ -34,22 +34,22 @@ class Placed(msgspec.Struct, frozen=True, array_like=True):
 
 
 _pack = msgspec.msgpack.Encoder().encode
-_unpack = msgspec.msgpack.Decoder(list[Placed]).decode
+_unpack = msgspec.msgpack.Decoder(list[SortEntry]).decode
 
 
 @dataclass(slots=True)
-class Run:
+class SortedRun:
     """Entries in the log's order, each with its key, as many as fit in memory."""
 
     last: Key | None = None  # of the newest event, also of an earlier run
     keys: list[Key] = field(default_factory=list)
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[LogEntry] = field(default_factory=list)
     early: list[BadRecord] = field(default_factory=list)  # before the log's first event
 
     def __len__(self) -> int:
         return len(self.entries) + len(self.early)
 
-    def add(self, entry: Entry) -> None:
+    def add(self, entry: LogEntry) -> None:
         if isinstance(entry, Event):
             self.last = key = _key(entry)
         elif self.last is None:
@@ -62,7 +62,7 @@ class Run:
         if self.early:
             self._place_early(key)
 
-    def in_order(self) -> Iterator[tuple[Key, Entry]]:
+    def in_order(self) -> Iterator[tuple[Key, LogEntry]]:
         if self.early:  # no event at all so far
             self._place_early(NO_KEY)
         keys, entries = self.keys, self.entries
@@ -74,25 +74,25 @@ class Run:
         self.early.clear()
 
 
-def sorted_by_time(entries: Iterable[Entry], run_entries: int = RUN_ENTRIES) -> Iterator[Entry]:
+def sorted_by_time(entries: Iterable[LogEntry], run_entries: int = RUN_ENTRIES) -> Iterator[LogEntry]:
     """By (ts_ms, user_id, item_id), equals in the log's order; a bad record behind the event that it follows there.
 
     Bad records before the log's first event stand behind that one. At most `run_entries` are sorted in memory alone.
     A million events of 150 bytes: 11 s of a busy core and 163 MiB at most. LogFileError when the disk is full.
     """
-    run, spans = Run(), []
+    run, spans = SortedRun(), []
     with TemporaryFile(prefix="millrace-sort-") as file:  # without a name: gone with the process, however it ends
         for entry in entries:
             run.add(entry)
             if len(run) >= run_entries:
                 spans.append(_spill(run, file))
-                run = Run(last=run.last)
+                run = SortedRun(last=run.last)
         runs = [_read_back(file, *span) for span in spans]
         for _, entry in merge(*runs, run.in_order(), key=_first) if runs else run.in_order():
             yield entry
 
 
-def _spill(run: Run, file: IO[bytes]) -> tuple[int, int]:
+def _spill(run: SortedRun, file: IO[bytes]) -> tuple[int, int]:
     try:
         return _write_run(run, file)
     except OSError as error:
@@ -102,10 +102,10 @@ def _spill(run: Run, file: IO[bytes]) -> tuple[int, int]:
         ) from error
 
 
-def _write_run(run: Run, file: IO[bytes]) -> tuple[int, int]:
+def _write_run(run: SortedRun, file: IO[bytes]) -> tuple[int, int]:
     start, block = file.tell(), []
     for key, entry in run.in_order():
-        block.append(Placed(entry) if isinstance(entry, Event) else Placed(None, entry, key))
+        block.append(SortEntry(entry) if isinstance(entry, Event) else SortEntry(None, entry, key))
         if len(block) == BLOCK_ENTRIES:
             _write_block(block, file)
             block.clear()
@@ -114,13 +114,13 @@ def _write_run(run: Run, file: IO[bytes]) -> tuple[int, int]:
     return start, file.tell()
 
 
-def _write_block(block: list[Placed], file: IO[bytes]) -> None:
+def _write_block(block: list[SortEntry], file: IO[bytes]) -> None:
     packed = _pack(block)
     file.write(len(packed).to_bytes(8))
     file.write(packed)
 
 
-def _read_back(file: IO[bytes], start: int, end: int) -> Iterator[tuple[Key, Entry]]:
+def _read_back(file: IO[bytes], start: int, end: int) -> Iterator[tuple[Key, LogEntry]]:
     while start < end:
         file.seek(start)  # the runs share the file: each keeps its own place
         size = int.from_bytes(file.read(8))
@@ -133,5 +133,5 @@ def _key(event: Event) -> Key:
     return event.ts_ms, event.user_id, event.item_id
 
 
-def _first(pair: tuple[Key, Entry]) -> Key:
+def _first(pair: tuple[Key, LogEntry]) -> Key:
     return pair[0]

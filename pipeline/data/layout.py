@@ -39,14 +39,14 @@ class BadRecord(msgspec.Struct, frozen=True):
     reason: str
 
 
-Entry = Event | BadRecord
+LogEntry = Event | BadRecord
 
 
-class Unreadable(ValueError):
+class InvalidLine(ValueError):
     """Its text is the bad record's reason."""
 
 
-class Layout(msgspec.Struct, frozen=True):
+class LogLayout(msgspec.Struct, frozen=True):
     """How to read a log; what is None is detected. All but `format` says how to read delimited text.
 
     columns:   field names by place (`user`, `item`, `ts`, ...; `-` skips one), or `field=header` pairs; without `ts`
@@ -75,7 +75,7 @@ class Layout(msgspec.Struct, frozen=True):
         unit: str | None = None,
         header: bool | None = None,
         format: str | None = None,
-    ) -> "Layout":
+    ) -> "LogLayout":
         """From the command line's words."""
         names = None if columns is None else tuple(name.strip() for name in columns.split(","))
         return cls(format, names, separator, header, unit, action or "rate")
@@ -92,7 +92,7 @@ class Layout(msgspec.Struct, frozen=True):
         return self.columns is not None and "=" in self.columns[0]  # all are alike
 
 
-def format_of(name: str, start: bytes) -> str:
+def detect_format(name: str, start: bytes) -> str:
     """By the file's suffix (gzip's put aside), or by its first bytes. LogFileError when neither tells."""
     suffix = name.lower().removesuffix(".gz").rpartition(".")[2]
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()

@@ -13,14 +13,23 @@ from typing import IO
 
 import msgspec
 
-from pipeline.data.event_log import Log, columns
+from pipeline.data.event_log import EventLog, event_log_from_blocks
 from pipeline.data.external_sort import RUN_ENTRIES, sorted_by_time
-from pipeline.data.layout import BadRecord, Entry, Layout, format_of
+from pipeline.data.layout import BadRecord, LogEntry, LogLayout, detect_format
 from pipeline.data.parser import READ_ERRORS, Stream, json_blocks, msgpack_blocks, text_blocks
 from pipeline.errors import LogFileError
 from pipeline.records import Event, EventSchema
 
-__all__ = ["BadRecord", "Entry", "Layout", "Log", "in_event_time", "read_columns", "read_log", "write_log"]
+__all__ = [
+    "BadRecord",
+    "EventLog",
+    "LogEntry",
+    "LogLayout",
+    "read_event_log",
+    "read_log",
+    "read_log_by_time",
+    "write_log",
+]
 
 GZIP_MAGIC = b"\x1f\x8b"
 WRITE_EVENTS = 1000
@@ -31,13 +40,13 @@ _to_json = msgspec.json.Encoder()
 _to_msgpack = msgspec.msgpack.Encoder()
 
 
-def read_log(path: str | Path, layout: Layout | None = None) -> Iterator[Entry]:
+def read_log(path: str | Path, layout: LogLayout | None = None) -> Iterator[LogEntry]:
     """Every record as it stands in the file. LogFileError, at once, when the file cannot be read at all."""
     return chain.from_iterable(_blocks(Path(path), layout))
 
 
-def in_event_time(
-    path: str | Path, layout: Layout | None = None, run_entries: int = RUN_ENTRIES
+def read_log_by_time(
+    path: str | Path, layout: LogLayout | None = None, run_entries: int = RUN_ENTRIES
 ) -> Iterator[Event | BadRecord]:
     """Ordered by (ts_ms, user_id, item_id), equals as they stand; a bad record behind the event that it follows.
 
@@ -46,9 +55,9 @@ def in_event_time(
     return sorted_by_time(read_log(path, layout), run_entries)
 
 
-def read_columns(path: str | Path, layout: Layout | None = None, schema: EventSchema = DEFAULT_SCHEMA) -> Log:
+def read_event_log(path: str | Path, layout: LogLayout | None = None, schema: EventSchema = DEFAULT_SCHEMA) -> EventLog:
     """The whole log as columns, in the order of `in_event_time`. LogFileError as `read_log`."""
-    return columns(_blocks(Path(path), layout), schema)
+    return event_log_from_blocks(_blocks(Path(path), layout), schema)
 
 
 def write_log(path: str | Path, events: Iterable[Event]) -> int:
@@ -70,13 +79,13 @@ def write_log(path: str | Path, events: Iterable[Event]) -> int:
     return count
 
 
-def _blocks(path: Path, layout: Layout | None) -> Iterator[list[Entry]]:
+def _blocks(path: Path, layout: LogLayout | None) -> Iterator[list[LogEntry]]:
     """Opens and looks at the start now, reads on as it is asked to."""
-    layout = layout or Layout()
+    layout = layout or LogLayout()
     try:
         file = _open(path)
         start = file.peek(4096)
-        kind = layout.format or format_of(path.name, start)
+        kind = layout.format or detect_format(path.name, start)
     except READ_ERRORS as error:
         reason = error.strerror if isinstance(error, OSError) else None
         raise LogFileError(f"{path}: cannot be read: {reason or error}") from error

@@ -15,8 +15,8 @@ from itertools import chain
 
 import msgspec
 
-from pipeline.data.delimited import Table
-from pipeline.data.layout import BadRecord, Entry, Layout, Unreadable
+from pipeline.data.delimited import DelimitedReader
+from pipeline.data.layout import BadRecord, InvalidLine, LogEntry, LogLayout
 from pipeline.records import Event
 
 CHUNK_BYTES = 1 << 18
@@ -58,11 +58,11 @@ class Stream:
             yield [tail]
 
 
-def json_blocks(stream: Stream) -> Iterator[list[Entry]]:
+def json_blocks(stream: Stream) -> Iterator[list[LogEntry]]:
     return _line_blocks(stream.lines(), _from_json)
 
 
-def text_blocks(stream: Stream, layout: Layout, name: str) -> Iterator[list[Entry]]:
+def text_blocks(stream: Stream, layout: LogLayout, name: str) -> Iterator[list[LogEntry]]:
     """LogFileError when the first line does not have the columns."""
     blocks = stream.lines()
     head: list[list[bytes] | BadRecord] = []
@@ -70,15 +70,17 @@ def text_blocks(stream: Stream, layout: Layout, name: str) -> Iterator[list[Entr
         head.append(block)
         first = next((line for line in block if line.strip()), None) if isinstance(block, list) else None
         if first is not None:
-            table = Table.of(layout, first.removeprefix(BOM).rstrip(b"\r").decode("utf-8", "replace"), name)
+            table = DelimitedReader.from_first_line(
+                layout, first.removeprefix(BOM).rstrip(b"\r").decode("utf-8", "replace"), name
+            )
             entries = _line_blocks(chain(head, blocks), table.event, table.has_header)
-            return entries if table.ts_place is not None else _numbered(entries)
+            return entries if table.ts_column is not None else _numbered(entries)
     return _line_blocks(head, _from_json)  # blank lines, or a break
 
 
 def _line_blocks(
     blocks: Iterable[list[bytes] | BadRecord], event: Callable[[bytes], Event], header: bool = False
-) -> Iterator[list[Entry]]:
+) -> Iterator[list[LogEntry]]:
     number, skip = 1, header
     for block in blocks:
         if isinstance(block, BadRecord):
@@ -91,7 +93,7 @@ def _line_blocks(
         yield entries
 
 
-def _numbered(blocks: Iterable[list[Entry]]) -> Iterator[list[Entry]]:
+def _numbered(blocks: Iterable[list[LogEntry]]) -> Iterator[list[LogEntry]]:
     """The place in the log becomes the time, in milliseconds from 0."""
     now_ms = 0
     for block in blocks:
@@ -105,14 +107,14 @@ def _numbered(blocks: Iterable[list[Entry]]) -> Iterator[list[Entry]]:
 
 def _line_entries(
     lines: list[bytes], number: int, event: Callable[[bytes], Event], skip: bool
-) -> tuple[list[Entry], bool]:
+) -> tuple[list[LogEntry], bool]:
     """Whole blocks of good lines at once; line by line where one is bad, blank, or the header (`skip`)."""
     try:
         if not skip:
             return list(map(event, lines)), False
-    except (*DECODE_ERRORS, Unreadable):
+    except (*DECODE_ERRORS, InvalidLine):
         pass
-    entries: list[Entry] = []
+    entries: list[LogEntry] = []
     for place, line in enumerate(lines, number):
         if not line.strip():
             continue
@@ -121,7 +123,7 @@ def _line_entries(
             continue
         try:
             entries.append(event(line))
-        except Unreadable as error:
+        except InvalidLine as error:
             entries.append(BadRecord(place, line, str(error)))
         except DECODE_ERRORS as error:
             entries.append(BadRecord(place, line, _why_no_event(line, error)))
@@ -135,7 +137,7 @@ def _why_no_event(line: bytes, error: Exception) -> str:
     return f"not an event: {error}" + (f", at '{there}'" if there else "")
 
 
-def msgpack_blocks(stream: Stream) -> Iterator[list[Entry]]:
+def msgpack_blocks(stream: Stream) -> Iterator[list[LogEntry]]:
     """A stream of maps. After a byte that no MessagePack has there is no telling where the next record starts."""
     number, tail = 1, b""
     for chunk in stream.chunks():
@@ -150,14 +152,14 @@ def msgpack_blocks(stream: Stream) -> Iterator[list[Entry]]:
         yield [BadRecord(number, tail, stream.broken or "the file ends within this record")]
 
 
-def _msgpack_entries(data: bytes, number: int) -> tuple[list[Entry], int, bool]:
+def _msgpack_entries(data: bytes, number: int) -> tuple[list[LogEntry], int, bool]:
     """The whole records in `data`, where they end, and whether no record can follow."""
-    entries: list[Entry] = []
+    entries: list[LogEntry] = []
     start, torn = 0, False
     while start < len(data):
         try:
             end = record_end(data, start)
-        except Unreadable:
+        except InvalidLine:
             torn = True
             break
         if end is None:
@@ -167,7 +169,7 @@ def _msgpack_entries(data: bytes, number: int) -> tuple[list[Entry], int, bool]:
     return entries, start, torn
 
 
-def _msgpack_entry(raw: bytes, number: int) -> Entry:
+def _msgpack_entry(raw: bytes, number: int) -> LogEntry:
     try:
         event = _from_msgpack(raw)
     except DECODE_ERRORS as error:
@@ -214,5 +216,5 @@ def record_end(data: bytes, at: int) -> int | None:
                 at += length + (0xC7 <= first <= 0xC9)  # an extension has a type byte
                 pending -= 1
         else:
-            raise Unreadable(f"byte {at} is no MessagePack")
+            raise InvalidLine(f"byte {at} is no MessagePack")
     return at if at <= limit else None

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.data.event_log import Log
-from pipeline.features.event_features import ranges, runs_of
+from pipeline.data.event_log import EventLog
 from pipeline.items.vocabulary import Vocabulary
+from pipeline.jagged import ranges, row_of
 from pipeline.records import Histories
 
 
 @dataclass(slots=True)
-class Corpus:
+class UserSequences:
     """All users' events, user after user, each in the log's order.
 
     events:  EVENT_DTYPE [total]
@@ -24,10 +24,10 @@ class Corpus:
     events: np.ndarray
     tokens: np.ndarray
     offsets: np.ndarray
-    places: np.ndarray
+    log_positions: np.ndarray
 
     @classmethod
-    def of(cls, events: np.ndarray, tokens: np.ndarray, users: np.ndarray) -> "Corpus":
+    def from_columns(cls, events: np.ndarray, tokens: np.ndarray, users: np.ndarray) -> "UserSequences":
         """From a log in event-time order. users: int [total], each event's user."""
         places = np.argsort(users, kind="stable")
         starts = np.flatnonzero(np.diff(users[places], prepend=-1))
@@ -35,8 +35,8 @@ class Corpus:
         return cls(events[places], tokens[places], offsets, places)
 
     @classmethod
-    def of_log(cls, log: Log, vocabulary: Vocabulary) -> "Corpus":
-        return cls.of(log.events, vocabulary.tokens(log.events["item"]), log.users)
+    def from_log(cls, log: EventLog, vocabulary: Vocabulary) -> "UserSequences":
+        return cls.from_columns(log.events, vocabulary.tokens(log.events["item"]), log.users)
 
     def __len__(self) -> int:
         return len(self.events)
@@ -50,17 +50,17 @@ class Corpus:
         """int64 [total]: where the run of each event's user begins."""
         return np.repeat(self.offsets[:-1], np.diff(self.offsets))
 
-    def starts_of(self, positions: np.ndarray) -> np.ndarray:
+    def user_starts(self, positions: np.ndarray) -> np.ndarray:
         """int64 [n]: where the runs of these events' users begin."""
-        return self.offsets[runs_of(self.offsets, positions)]
+        return self.offsets[row_of(self.offsets, positions)]
 
-    def parts(self) -> Iterator[tuple[slice, "Corpus"]]:
+    def chunks(self) -> Iterator[tuple[slice, "UserSequences"]]:
         """As Histories.parts: a part of the users' columns, and views of them."""
-        for place, part in self.histories.parts():
-            yield place, Corpus(part.events, self.tokens[place], part.offsets, self.places[place])
+        for place, part in self.histories.chunks():
+            yield place, UserSequences(part.events, self.tokens[place], part.offsets, self.log_positions[place])
 
     @property
-    def is_new(self) -> np.ndarray:
+    def is_first_touch(self) -> np.ndarray:
         """bool [total]: the user touches this item for the first time."""
         users = np.repeat(np.arange(len(self.offsets) - 1, dtype=np.uint64), np.diff(self.offsets))
         order = np.lexsort((self.events["item"], users))
@@ -71,17 +71,17 @@ class Corpus:
         new[order] = first  # lexsort is stable: the first of equal ones is the earliest
         return new
 
-    def before(self, positions: np.ndarray, cap_events: int) -> Histories:
+    def histories_before(self, positions: np.ndarray, max_events: int) -> Histories:
         """Their users' histories just before these events, at most the newest `cap_events`, as a ring keeps them.
 
         A history may be empty: a user's first event.
         """
-        starts = np.maximum(self.starts_of(positions), positions - cap_events)
+        starts = np.maximum(self.user_starts(positions), positions - max_events)
         index, offsets = ranges(starts, positions - starts)
         return Histories(self.events[index], offsets)
 
 
-def place_of_share(ts_ms: np.ndarray, share: float) -> int:
+def split_index(ts_ms: np.ndarray, share: float) -> int:
     """Where the part behind this share of a log begins; ts_ms: int64 [n], ascending.
 
     It begins with a new millisecond, all events of one time on one side: so a worker scores from a time on.

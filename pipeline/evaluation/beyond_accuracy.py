@@ -5,14 +5,14 @@ from collections.abc import Iterable
 import msgspec
 import numpy as np
 
-from pipeline.data.sequences import Corpus
+from pipeline.data.sequences import UserSequences
 from pipeline.items.vocabulary import UNKNOWN, Vocabulary
 from pipeline.records import Item
 
 SKETCH = 64  # numbers that stand for an item's set; the cosine of two is off by 1/8, of a thousand slates by nothing
 
 
-class SlateMeasures(msgspec.Struct, frozen=True):
+class BeyondAccuracyMetrics(msgspec.Struct, frozen=True):
     """Of the slates of all scored events.
 
     coverage:  share of the catalogue's items that are on any slate
@@ -25,14 +25,14 @@ class SlateMeasures(msgspec.Struct, frozen=True):
     diversity: float | None
 
 
-def slate_measures(slates: np.ndarray, counts: np.ndarray, vectors: np.ndarray) -> SlateMeasures:
+def beyond_accuracy(slates: np.ndarray, counts: np.ndarray, vectors: np.ndarray) -> BeyondAccuracyMetrics:
     """slates: int [n, k] tokens, 0 = none; counts: int [items], training events by token; vectors: float [items, d],
     unit length, or zero for an item of which nothing is known: it is like none."""
     shown = slates[slates > UNKNOWN]
     coverage = len(np.unique(shown)) / max(1, len(counts) - 1)
     bits = -np.log2((counts + 1) / (counts.sum() + len(counts)))
     novelty = float(bits[shown].mean()) if len(shown) else 0.0
-    return SlateMeasures(coverage, novelty, _diversity(slates, vectors))
+    return BeyondAccuracyMetrics(coverage, novelty, _diversity(slates, vectors))
 
 
 def _diversity(slates: np.ndarray, vectors: np.ndarray) -> float | None:
@@ -61,10 +61,10 @@ def category_vectors(items: Iterable[Item], vocabulary: Vocabulary) -> np.ndarra
     return _sketched(columns[:, 0], columns[:, 1], len(vocabulary))
 
 
-def cooccurrence_vectors(known: Corpus, items: int) -> np.ndarray:
+def cooccurrence_vectors(train: UserSequences, items: int) -> np.ndarray:
     """float32 [items, SKETCH]: items are like each other as far as the same users touched them."""
-    users = np.repeat(np.arange(len(known.offsets) - 1), np.diff(known.offsets))
-    return _sketched(known.tokens[known.is_new], users[known.is_new], items)
+    users = np.repeat(np.arange(len(train.offsets) - 1), np.diff(train.offsets))
+    return _sketched(train.tokens[train.is_first_touch], users[train.is_first_touch], items)
 
 
 def _sketched(tokens: np.ndarray, members: np.ndarray, items: int) -> np.ndarray:

@@ -8,16 +8,16 @@ An item's value is the mean of the values of the carts and purchases of it in th
 
 import numpy as np
 
-from pipeline.evaluation.ranking import Ranker
-from pipeline.features.labels import MONETIZING, TASKS, codes_of
+from pipeline.evaluation.ranking import Recommender
+from pipeline.features.labels import MONETIZING, TASKS, action_codes
 from pipeline.items.vocabulary import UNKNOWN
 from pipeline.records import EventSchema, Histories, decode_values
-from pipeline.serving.strategy import Ranked
+from pipeline.serving.strategy import RankedItems
 
-MEASURES = (*TASKS, "value")
+BUSINESS_METRICS = (*TASKS, "value")
 
 
-def worth(ranked: Ranked, k: int) -> np.ndarray | None:
+def business_metrics(ranked: RankedItems, k: int) -> np.ndarray | None:
     """float64 [n, 4] by MEASURES, of the first k ranks; zeros for an empty slate. None of a rung that has no heads."""
     if ranked.heads is None or ranked.values is None:
         return None
@@ -28,16 +28,16 @@ def worth(ranked: Ranked, k: int) -> np.ndarray | None:
     return np.einsum("nk,nkm->nm", taken, gains.astype(np.float64))
 
 
-class Weighed:
+class BusinessMetricsRecorder:
     """A ranker that adds up what its slates' first k ranks are worth."""
 
-    def __init__(self, ranker: Ranker, k: int) -> None:
+    def __init__(self, ranker: Recommender, k: int) -> None:
         self._ranker, self._k = ranker, k
-        self._total, self._slates = np.zeros(len(MEASURES)), 0
+        self._total, self._slates = np.zeros(len(BUSINESS_METRICS)), 0
 
-    def rank(self, histories: Histories, k: int) -> Ranked:
+    def rank(self, histories: Histories, k: int) -> RankedItems:
         ranked = self._ranker.rank(histories, k)
-        if (measures := worth(ranked, self._k)) is not None:
+        if (measures := business_metrics(ranked, self._k)) is not None:
             self._total += measures.sum(axis=0)
             self._slates += len(measures)
         return ranked
@@ -47,12 +47,12 @@ class Weighed:
 
     def means(self) -> dict[str, float]:
         """By MEASURES; empty when nothing was ranked."""
-        return dict(zip(MEASURES, (self._total / self._slates).tolist(), strict=True)) if self._slates else {}
+        return dict(zip(BUSINESS_METRICS, (self._total / self._slates).tolist(), strict=True)) if self._slates else {}
 
 
 def item_values(histories: Histories, tokens: np.ndarray, schema: EventSchema, items: int) -> np.ndarray:
     """float32 [items]: mean value of each token's carts and purchases; 0 where none told one. tokens: int [total]"""
-    paid = np.isin(histories.actions, codes_of(MONETIZING, schema)) & (histories.events["value"] > 0)
+    paid = np.isin(histories.actions, action_codes(MONETIZING, schema)) & (histories.events["value"] > 0)
     sums = np.bincount(tokens[paid], decode_values(histories.events["value"][paid]), minlength=items)
     counts = np.bincount(tokens[paid], minlength=items)
     values = (sums / np.maximum(counts, 1)).astype(np.float32)

@@ -35,7 +35,7 @@ class Comparison:
     samples: dict[str, np.ndarray]
 
     @classmethod
-    def of(cls, ranks: Mapping[str, np.ndarray], users: np.ndarray, cutoffs: tuple[int, ...], resamples: int,
+    def from_ranks(cls, ranks: Mapping[str, np.ndarray], users: np.ndarray, cutoffs: tuple[int, ...], resamples: int,
            seed: int) -> "Comparison":  # fmt: skip
         """ranks: int [n] of each ranker, 0 = none; users: int [n], each event's user."""
         made = cls(cutoffs, {}, {})

@@ -8,10 +8,10 @@ import numpy as np
 from pipeline.items.vocabulary import UNKNOWN, Vocabulary
 from pipeline.records import Histories
 from pipeline.serving.exclusion import Exclusion
-from pipeline.serving.strategy import Ranked
+from pipeline.serving.strategy import RankedItems
 
 
-class Scorer(Protocol):
+class CatalogueScorer(Protocol):
     """Knows how good each item of the catalogue is as a user's next, also for a user without events."""
 
     name: str
@@ -21,20 +21,20 @@ class Scorer(Protocol):
         ...
 
 
-class CatalogueRanker:
+class FullRanking:
     """A pipeline.evaluation.ranking.Ranker."""
 
-    def __init__(self, scorer: Scorer, vocabulary: Vocabulary, exclusion: Exclusion) -> None:
+    def __init__(self, scorer: CatalogueScorer, vocabulary: Vocabulary, exclusion: Exclusion) -> None:
         self._scorer, self._vocabulary, self._exclusion = scorer, vocabulary, exclusion
 
-    def rank(self, histories: Histories, k: int) -> Ranked:
+    def rank(self, histories: Histories, k: int) -> RankedItems:
         start = time.perf_counter()
         tokens, excluded = self._vocabulary.tokens(histories.items), self._exclusion.mask(histories)
         scores = self._scorer.score(histories, tokens)  # [n, items]
         scores[histories.users[excluded], tokens[excluded]] = -np.inf
         scores[:, UNKNOWN] = -np.inf
-        found, best = best_columns(scores, k)
-        return Ranked(found, best, None, self._scorer.name, rank_ms=1e3 * (time.perf_counter() - start))
+        found, best = column_top_k(scores, k)
+        return RankedItems(found, best, None, self._scorer.name, rank_ms=1e3 * (time.perf_counter() - start))
 
     def scores(self, histories: Histories, tokens: np.ndarray) -> np.ndarray:
         """float32 [n, c] of chosen items, int32 [n, c]; -inf for token 0."""
@@ -43,7 +43,7 @@ class CatalogueRanker:
         return np.take_along_axis(scores, tokens, axis=1)
 
 
-def best_columns(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def column_top_k(scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k best finite columns of each row: int32 [n, k], best first, 0 where there is none; and their scores."""
     kept = min(k, scores.shape[1])
     found, best = np.zeros((len(scores), k), np.int32), np.full((len(scores), k), -np.inf, np.float32)

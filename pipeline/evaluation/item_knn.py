@@ -18,10 +18,11 @@ import torch
 from msgspec import Meta
 from torch import Tensor
 
-from pipeline.data.sequences import Corpus
+from pipeline.data.sequences import UserSequences
 from pipeline.evaluation.full_ranking import popularity_scores
 from pipeline.items.catalogue import FIELDS, Catalogue
 from pipeline.records import Histories
+from pipeline.types import NonNegativeFloat, PositiveInt
 
 CHUNK_CELLS = 1 << 24  # 64 MiB of float32 similarities at a time
 CHUNK_USERS = 32  # of 512 events, each with 200 neighbours: 50 MiB of votes
@@ -30,26 +31,26 @@ CHUNK_USERS = 32  # of 512 events, each with 200 neighbours: 50 MiB of votes
 class ItemKnnOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`recency` 1: all events of a history count alike. Defaults: among the best of a search on a film-rating log."""
 
-    neighbours: Annotated[int, Meta(gt=0)] = 200
-    shrinkage: Annotated[float, Meta(ge=0)] = 5.0
+    neighbours: PositiveInt = 200
+    shrinkage: NonNegativeFloat = 5.0
     recency: Annotated[float, Meta(gt=0, le=1)] = 0.8
 
 
 class ItemKnn:
     """A pipeline.evaluation.full_ranking.Scorer."""
 
-    def __init__(self, name: str, weights: Tensor, known: Corpus, options: ItemKnnOptions) -> None:
+    def __init__(self, name: str, weights: Tensor, known: UserSequences, options: ItemKnnOptions) -> None:
         """weights: sparse float32 [items, features]; known: tells popularity."""
         self.name, self._recency, self._items = name, options.recency, len(weights)
         self._tokens, self._similarities = _neighbours(weights, options)  # int64 and float32 [items, neighbours]
         self._popularity = popularity_scores(np.bincount(known.tokens, minlength=len(weights))[None])
 
     @classmethod
-    def of_users(cls, known: Corpus, items: int, options: ItemKnnOptions) -> "ItemKnn":
+    def from_users(cls, known: UserSequences, items: int, options: ItemKnnOptions) -> "ItemKnn":
         return cls("itemknn", _touched(known, items), known, options)
 
     @classmethod
-    def of_contents(cls, catalogue: Catalogue, known: Corpus, options: ItemKnnOptions) -> "ItemKnn":
+    def from_content(cls, catalogue: Catalogue, known: UserSequences, options: ItemKnnOptions) -> "ItemKnn":
         return cls("contentknn", _described(catalogue), known, options)
 
     def score(self, histories: Histories, tokens: np.ndarray) -> np.ndarray:
@@ -88,9 +89,9 @@ def _neighbours(weights: Tensor, options: ItemKnnOptions) -> tuple[np.ndarray, n
     return tokens, similarities
 
 
-def _touched(known: Corpus, items: int) -> Tensor:
+def _touched(known: UserSequences, items: int) -> Tensor:
     """[items, users] of 0 and 1; the unknown item's row is empty."""
-    users, kept = known.histories.users, known.is_new & (known.tokens > 0)
+    users, kept = known.histories.users, known.is_first_touch & (known.tokens > 0)
     tokens = known.tokens[kept].astype(np.int64)
     return _sparse(tokens, users[kept], np.ones(len(tokens)), (items, max(1, len(known.offsets) - 1)))
 

@@ -7,7 +7,7 @@ PROBABILITY_FLOOR = 1e-6  # keeps the log loss of a float32 sigmoid finite
 CALIBRATION_BINS = 15  # of equal mass (Guo et al., ICML 2017, take 15 of equal width: most would lie empty here)
 
 
-class RankingMeasures(msgspec.Struct, frozen=True):
+class RankingMetrics(msgspec.Struct, frozen=True):
     """Over `events` events, those without a hit counting 0. One relevant item each, so NDCG is 1 / log2(1 + rank)."""
 
     events: int
@@ -20,34 +20,34 @@ class CalibrationPoint(msgspec.Struct, frozen=True):
     """A bin of a reliability curve: of `labels` known labels, what was promised and what came true."""
 
     labels: int
-    odds: float
-    positive_share: float
+    probability: float
+    positive_rate: float
 
 
-class HeadMeasures(msgspec.Struct, frozen=True):
+class HeadMetrics(msgspec.Struct, frozen=True):
     """Of a head's probability for the item that came next. `auc` is None where the labels are all alike.
 
     ece: the expected calibration error; reliability: its bins.
     """
 
     labels: int
-    positive_share: float | None
+    positive_rate: float | None
     auc: float | None
     log_loss: float | None
     ece: float | None = None
     reliability: list[CalibrationPoint] = []
 
 
-def ranks_of(slates: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+def target_ranks(slates: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """slates: int [n, k]; wanted: int [n], 0 = an item in no slate -> place in the slate from 1, 0 = not there."""
-    hits = (slates == wanted[:, None]) & (wanted[:, None] > 0)
+    hits = (slates == targets[:, None]) & (targets[:, None] > 0)
     return np.where(hits.any(1), hits.argmax(1) + 1, 0)
 
 
-def ranking_measures(ranks: np.ndarray, cutoff: int) -> RankingMeasures:
+def ranking_metrics(ranks: np.ndarray, cutoff: int) -> RankingMetrics:
     """From ranks_of's ranks, int [n]; those beyond the cutoff are no hits."""
     means = gains(ranks, cutoff).sum(0) / max(1, len(ranks))
-    return RankingMeasures(len(ranks), *means.tolist())
+    return RankingMetrics(len(ranks), *means.tolist())
 
 
 def gains(ranks: np.ndarray, cutoff: int) -> np.ndarray:
@@ -57,39 +57,47 @@ def gains(ranks: np.ndarray, cutoff: int) -> np.ndarray:
     return np.column_stack([np.ones(len(ranks)), 1 / np.log2(1 + places), 1 / places]) * within[:, None]
 
 
-def head_measures(odds: np.ndarray, labels: np.ndarray) -> HeadMeasures:
+def head_metrics(probabilities: np.ndarray, labels: np.ndarray) -> HeadMetrics:
     """odds: float [n] in (0, 1); labels: float [n], NaN = unknown, does not count."""
     known = np.isfinite(labels)
-    odds, positive = odds[known].astype(np.float64), labels[known] > 0.5
+    probabilities, positive = probabilities[known].astype(np.float64), labels[known] > 0.5
     if not known.any():
-        return HeadMeasures(0, None, None, None)
-    bounded = np.clip(odds, PROBABILITY_FLOOR, 1 - PROBABILITY_FLOOR)
+        return HeadMetrics(0, None, None, None)
+    bounded = np.clip(probabilities, PROBABILITY_FLOOR, 1 - PROBABILITY_FLOOR)
     log_loss = -np.where(positive, np.log(bounded), np.log1p(-bounded)).mean()
-    return HeadMeasures(
-        len(odds), float(positive.mean()), auc(odds, positive), float(log_loss),
-        expected_calibration_error(odds, positive), calibration_curve(odds, positive),
+    return HeadMetrics(
+        len(probabilities), float(positive.mean()), auc(probabilities, positive), float(log_loss),
+        expected_calibration_error(probabilities, positive), calibration_curve(probabilities, positive),
     )  # fmt: skip
 
 
-def calibration_curve(odds: np.ndarray, labels: np.ndarray, bins: int = CALIBRATION_BINS) -> list[CalibrationPoint]:
+def calibration_curve(
+    probabilities: np.ndarray, labels: np.ndarray, bins: int = CALIBRATION_BINS
+) -> list[CalibrationPoint]:
     """The reliability curve, in bins of equal mass by odds, lowest first; fewer than `bins` where labels are fewer.
 
     odds: float [n] in [0, 1]; labels: float [n], NaN = unknown, does not count. Equal odds may meet in two bins.
     """
     known = np.flatnonzero(np.isfinite(labels))
-    order = known[np.argsort(odds[known], kind="stable")]
+    order = known[np.argsort(probabilities[known], kind="stable")]
     parts = np.array_split(order, min(bins, len(order))) if len(order) else []
     return [
-        CalibrationPoint(len(part), float(odds[part].mean(dtype=np.float64)), float((labels[part] > 0.5).mean()))
+        CalibrationPoint(
+            len(part), float(probabilities[part].mean(dtype=np.float64)), float((labels[part] > 0.5).mean())
+        )
         for part in parts
     ]
 
 
-def expected_calibration_error(odds: np.ndarray, labels: np.ndarray, bins: int = CALIBRATION_BINS) -> float | None:
+def expected_calibration_error(
+    probabilities: np.ndarray, labels: np.ndarray, bins: int = CALIBRATION_BINS
+) -> float | None:
     """Mean distance of what was promised from what came true over calibration_curve's bins; None without labels."""
-    curve = calibration_curve(odds, labels, bins)
+    curve = calibration_curve(probabilities, labels, bins)
     total = sum(point.labels for point in curve)
-    return sum(point.labels * abs(point.odds - point.positive_share) for point in curve) / total if total else None
+    return (
+        sum(point.labels * abs(point.probability - point.positive_rate) for point in curve) / total if total else None
+    )
 
 
 def auc(scores: np.ndarray, positive: np.ndarray) -> float | None:

@@ -4,47 +4,47 @@ Measures over a sample flatter weak rankers and can reverse the order of two (Kr
 for comparison with published tables, the full ranking is for decisions.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import msgspec
 import numpy as np
-from msgspec import Meta
 
 from pipeline.errors import EvaluationError
-from pipeline.evaluation.ranking import Scored
-from pipeline.features.event_features import ranges
+from pipeline.evaluation.ranking import HeldOutEvents
+from pipeline.jagged import ranges
+from pipeline.types import PositiveInt
 
 CHUNK_KEYS = 1 << 22  # 32 MiB of float64 at a time
 
 
-class Negatives(msgspec.Struct, frozen=True):
+class NegativeSampling(msgspec.Struct, frozen=True):
     """`count` items an event, drawn without repetition: all alike, or by their training events (and one more)."""
 
-    count: Annotated[int, Meta(gt=0)] = 100
+    count: PositiveInt = 100
     seed: int = 0
-    by: Literal["uniform", "popularity"] = "uniform"
+    distribution: Literal["uniform", "popularity"] = "uniform"
 
     def __str__(self) -> str:
-        return f"{self.count} {self.by} negatives, seed {self.seed}"
+        return f"{self.count} {self.distribution} negatives, seed {self.seed}"
 
 
-def sample_negatives(asked: Negatives, scored: Scored, counts: np.ndarray) -> np.ndarray:
+def sample_negatives(sampling: NegativeSampling, test: HeldOutEvents, counts: np.ndarray) -> np.ndarray:
     """int32 [n, count]: of each scored event, tokens that its user touches nowhere in the corpus.
 
     counts: int [items], training events by token. EvaluationError when a user leaves too few items untouched. By
     exponential races (Efraimidis and Spirakis 2006): the keys -log(u) / weight of all items, the lowest win.
     """
-    corpus, users, random = scored.corpus, scored.users, np.random.default_rng(asked.seed)
-    weights = np.ones(len(counts)) if asked.by == "uniform" else counts + 1.0
-    drawn = np.empty((len(scored), asked.count), np.int32)
+    corpus, users, random = test.sequences, test.users, np.random.default_rng(sampling.seed)
+    weights = np.ones(len(counts)) if sampling.distribution == "uniform" else counts + 1.0
+    drawn = np.empty((len(test), sampling.count), np.int32)
     step = max(1, CHUNK_KEYS // len(counts))
-    for start in range(0, len(scored), step):
+    for start in range(0, len(test), step):
         rows = users[start : start + step]
         keys = random.exponential(size=(len(rows), len(counts))) / weights
         keys[_touched(corpus.offsets, corpus.tokens, rows)] = np.inf
         keys[:, 0] = np.inf
-        _check(asked, np.isfinite(keys).sum(1))
-        drawn[start : start + step] = np.argpartition(keys, asked.count - 1, axis=1)[:, : asked.count]
+        _check(sampling, np.isfinite(keys).sum(1))
+        drawn[start : start + step] = np.argpartition(keys, sampling.count - 1, axis=1)[:, : sampling.count]
     return drawn
 
 
@@ -55,7 +55,7 @@ def _touched(offsets: np.ndarray, tokens: np.ndarray, users: np.ndarray) -> tupl
     return np.repeat(np.arange(len(users)), lengths), tokens[index]
 
 
-def _check(asked: Negatives, untouched: np.ndarray) -> None:
+def _check(asked: NegativeSampling, untouched: np.ndarray) -> None:
     if (fewest := int(untouched.min())) < asked.count:
         raise EvaluationError(
             f"negatives: {asked.count} are asked for, but a user leaves only {fewest} of the log's items untouched;"

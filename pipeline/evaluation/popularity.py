@@ -2,11 +2,9 @@
 
 import numpy as np
 
-from pipeline.data.sequences import Corpus
+from pipeline.data.sequences import UserSequences
 from pipeline.evaluation.full_ranking import popularity_scores
-from pipeline.records import Histories
-
-DAY_MS = 86_400_000
+from pipeline.records import DAY_MS, Histories
 
 
 class Popularity:
@@ -14,7 +12,7 @@ class Popularity:
 
     name = "popularity"
 
-    def __init__(self, known: Corpus, items: int) -> None:
+    def __init__(self, known: UserSequences, items: int) -> None:
         counts = np.bincount(known.tokens, minlength=items)
         self._scores = popularity_scores(counts[None])
 
@@ -32,7 +30,7 @@ class RecentPopularity:
 
     name = "recent_popularity"
 
-    def __init__(self, known: Corpus, items: int, half_life_days: float) -> None:
+    def __init__(self, known: UserSequences, items: int, half_life_days: float) -> None:
         ts_ms = known.histories.ts_ms
         order = np.argsort(ts_ms, kind="stable")
         self._ts_ms, self._tokens, self._items = ts_ms[order], known.tokens[order], items

@@ -10,20 +10,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.features.event_features import COUNT_CAP, runs_of
-from pipeline.items.catalogue import Facts
+from pipeline.features.event_features import COUNT_CAP
+from pipeline.items.catalogue import ItemFacts
+from pipeline.jagged import row_of
 from pipeline.records import VALUE_STEPS, Histories
 
 WINDOWS = (32, COUNT_CAP)  # newest events counted; a ring shows as many, see HstuConfig.reach_events
 # Shares of the windows in the item's category, the root of the longer one, its share that was engaged with; the newest
 # event is of the category; 1 / root of the events; the newest event is of this very item; above and below the usual
 # price, and that it is not known.
-AFFINITIES = len(WINDOWS) + 8
+N_AFFINITY_FEATURES = len(WINDOWS) + 8
 SAME_ITEM = len(WINDOWS) + 4
 
 
 @dataclass(slots=True)
-class Affinities:
+class AffinityIndex:
     """What was done in which category, made ready to be asked.
 
     items: int [total], the events' tokens; categories: int32 [total]
@@ -42,11 +43,13 @@ class Affinities:
     priced: np.ndarray
 
     @classmethod
-    def of(cls, histories: Histories, items: np.ndarray, facts: Facts, engaged: np.ndarray) -> "Affinities":
+    def from_histories(
+        cls, histories: Histories, items: np.ndarray, facts: ItemFacts, engaged: np.ndarray
+    ) -> "AffinityIndex":
         """facts: of the events' items; engaged: bool [total], see labels.engaged."""
         names, users = np.unique(facts.categories), 0
         keys, liked = np.empty(len(items), np.int64), np.empty(len(items), bool)
-        for place, part in histories.parts():
+        for place, part in histories.chunks():
             ranks = np.searchsorted(names, facts.categories[place])
             own = _keys(users + part.users, ranks, np.arange(place.start, place.stop), (len(names), len(items)))
             order = np.argsort(own)
@@ -55,9 +58,9 @@ class Affinities:
         sums = _running(liked), _running(facts.price_codes), _running(facts.price_codes > 0)
         return cls(histories.offsets, items, facts.categories, names, keys, *sums)
 
-    def at(self, ends: np.ndarray, items: np.ndarray, facts: Facts) -> np.ndarray:
+    def at(self, ends: np.ndarray, items: np.ndarray, facts: ItemFacts) -> np.ndarray:
         """float32 [q, AFFINITIES] of these items after these events, int [q]: places in the histories. facts: theirs"""
-        users = runs_of(self.offsets, ends)
+        users = row_of(self.offsets, ends)
         begins = [np.maximum(self.offsets[users], ends - events + 1) for events in WINDOWS]
         columns = [
             *self._of_category(users, begins, ends, facts.categories),
@@ -66,14 +69,14 @@ class Affinities:
         ]
         return np.stack(columns, axis=1).astype(np.float32)
 
-    def of_newest(self, items: np.ndarray, facts: Facts) -> np.ndarray:
+    def latest(self, items: np.ndarray, facts: ItemFacts) -> np.ndarray:
         """float32 [users, k, AFFINITIES] of each user's items [users, k] after their newest event, zeros where there is
         none. facts: of the items, in one row"""
-        columns = np.zeros((*items.shape, AFFINITIES), np.float32)
+        columns = np.zeros((*items.shape, N_AFFINITY_FEATURES), np.float32)
         present = np.diff(self.offsets) > 0
         ends = np.repeat(self.offsets[1:][present] - 1, items.shape[1])
         asked = np.flatnonzero(np.repeat(present, items.shape[1]))
-        columns[present] = self.at(ends, items[present].ravel(), facts.of(asked)).reshape(-1, *columns.shape[1:])
+        columns[present] = self.at(ends, items[present].ravel(), facts.select(asked)).reshape(-1, *columns.shape[1:])
         return columns
 
     def _of_category(

@@ -20,10 +20,11 @@ from zlib import crc32
 
 import numpy as np
 
-from pipeline.features.rolling import WINDOW_EVENTS, Windows
-from pipeline.items.catalogue import Facts
+from pipeline.features.rolling import WINDOW_EVENTS, RollingWindows
+from pipeline.items.catalogue import ItemFacts
 from pipeline.items.vocabulary import UNKNOWN
-from pipeline.records import Histories
+from pipeline.jagged import ranges
+from pipeline.records import DAY_MS, Histories
 
 SECONDS_CAP = (1 << 24) - 1  # 194 days: the largest time that float32 holds to the second
 # A time's bucket is the number of these thresholds that it has reached: 2^j - 1 and 1.5 * 2^j - 1 seconds, rounded up.
@@ -33,7 +34,7 @@ SESSION_GAP_MS = 30 * 60_000  # a longer pause begins a new session
 COUNT_CAP = 2 * WINDOW_EVENTS + 1  # events counted back: a ring's trimming shows no further (HstuConfig.reach_events)
 _COUNT_BUCKETS = 17  # of 0 to COUNT_CAP
 _LEVELS = 16  # of a share or of a difference; 0 is kept for what is not known
-_HOUR_MS, _DAY_MS = 3_600_000, 86_400_000
+_HOUR_MS = 3_600_000
 _EPOCH_WEEKDAY = 3  # 1 January 1970 was a Thursday, Monday being 0
 _VALUE_SHIFT = 9  # value codes in steps of 0.17 in log1p(value): 1 to 5 stars fall into five buckets
 _VALUE_LEVEL = 750.0  # value codes a level of a difference: a factor of 1.28 in 1 + value
@@ -63,18 +64,18 @@ _SIZES = {
     "novelty": _LEVELS + 1,
     "affinity": _LEVELS + 1,
 }
-COLUMNS = tuple(_SIZES)
+FEATURE_COLUMNS = tuple(_SIZES)
 _STARTS = dict(zip(_SIZES, np.cumsum([0, *_SIZES.values()])[:-1].tolist(), strict=True))
-FEATURE_ROWS = sum(_SIZES.values())
-FEATURES = len(_SIZES)
-assert FEATURE_ROWS < 1 << 15, "training keeps rows as int16"
+N_FEATURE_IDS = sum(_SIZES.values())
+N_FEATURES = len(_SIZES)
+assert N_FEATURE_IDS < 1 << 15, "training keeps rows as int16"
 # What a model was trained on: raise REVISION when a column comes to mean something else at the same size.
 REVISION = 1
-LAYOUT = f"{REVISION}:{crc32(repr((_SIZES, TIME_THRESHOLDS, WINDOW_EVENTS)).encode()):08x}"
+FEATURE_LAYOUT = f"{REVISION}:{crc32(repr((_SIZES, TIME_THRESHOLDS, WINDOW_EVENTS)).encode()):08x}"
 
 
 @dataclass(slots=True)
-class Inputs:
+class EncoderInputs:
     """Packed model inputs of n users with `total` events.
 
     tokens:  int32 [total], 0 = an item without a row in the model's table
@@ -84,43 +85,32 @@ class Inputs:
     """
 
     tokens: np.ndarray
-    codes: np.ndarray
+    feature_ids: np.ndarray
     seconds: np.ndarray
     offsets: np.ndarray
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    def tail(self, cap: int) -> "Inputs":
+    def tail(self, cap: int) -> "EncoderInputs":
         """Each user's newest `cap` rows."""
         lengths = np.diff(self.offsets)
         if len(self) == 0 or int(lengths.max()) <= cap:
             return self
         kept = np.minimum(lengths, cap)
-        return self.taken(self.offsets[1:] - kept, kept)
+        return self.gather_runs(self.offsets[1:] - kept, kept)
 
-    def by_length(self) -> tuple["Inputs", np.ndarray]:
+    def by_length(self) -> tuple["EncoderInputs", np.ndarray]:
         """The users who have events, shortest first, and their rows: attention then needs no gathers."""
         lengths = np.diff(self.offsets)
         users = np.argsort(lengths, kind="stable")
         users = users[np.searchsorted(lengths[users], 1) :]
-        return self.taken(self.offsets[users], lengths[users]), users
+        return self.gather_runs(self.offsets[users], lengths[users]), users
 
-    def taken(self, starts: np.ndarray, lengths: np.ndarray) -> "Inputs":
+    def gather_runs(self, starts: np.ndarray, lengths: np.ndarray) -> "EncoderInputs":
         """A copy of these runs of rows, one after the other."""
         index, offsets = ranges(starts, lengths)
-        return Inputs(self.tokens[index], self.codes[index], self.seconds[index], offsets)
-
-
-def ranges(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers starts[i] .. starts[i] + lengths[i] - 1, one range after the other, and the ranges' offsets."""
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1]), offsets
-
-
-def runs_of(offsets: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """int64 [n]: which of the packed runs each of these places, int [n], lies in. offsets: int64 [runs + 1]"""
-    return np.searchsorted(offsets, places, side="right") - 1
+        return EncoderInputs(self.tokens[index], self.feature_ids[index], self.seconds[index], offsets)
 
 
 def bucket_seconds(seconds: np.ndarray) -> np.ndarray:
@@ -133,7 +123,9 @@ def bucket_seconds(seconds: np.ndarray) -> np.ndarray:
     return (capped.astype(np.float32).view(np.int32) >> 22) - 254
 
 
-def inputs_of(histories: Histories, tokens: np.ndarray, table_rows: int, facts: Facts | None = None) -> Inputs:
+def encoder_inputs(
+    histories: Histories, tokens: np.ndarray, table_rows: int, facts: ItemFacts | None = None
+) -> EncoderInputs:
     """Inputs of whole histories; cut them by `tail` afterwards, so that rows know what came before the cut.
 
     tokens: int32 [total], of the vocabulary; those from `table_rows` on came after training, the model does not know
@@ -145,22 +137,22 @@ def inputs_of(histories: Histories, tokens: np.ndarray, table_rows: int, facts: 
     columns = (
         _temporal(ts_ms, since_ms, starts)
         | _strength(histories)
-        | _profile(histories, since_ms, starts, facts or Facts.nothing(len(tokens)))
+        | _profile(histories, since_ms, starts, facts or ItemFacts.unknown(len(tokens)))
     )
-    codes = np.empty((len(tokens), FEATURES), np.int32)
-    for number, name in enumerate(COLUMNS):
+    codes = np.empty((len(tokens), N_FEATURES), np.int32)
+    for number, name in enumerate(FEATURE_COLUMNS):
         codes[:, number] = columns[name]
         codes[:, number] += _STARTS[name]
     elapsed = (ts_ms - ts_ms[starts]) // 1000
     seconds = np.minimum(elapsed, np.iinfo(np.int32).max).astype(np.int32)
-    return Inputs(np.where(tokens < table_rows, tokens, UNKNOWN).astype(np.int32), codes, seconds, offsets)
+    return EncoderInputs(np.where(tokens < table_rows, tokens, UNKNOWN).astype(np.int32), codes, seconds, offsets)
 
 
 def _temporal(ts_ms: np.ndarray, since_ms: np.ndarray, starts: np.ndarray) -> dict[str, np.ndarray]:
     return {
         "gap": _gaps(since_ms, starts),
         "hour": ts_ms // _HOUR_MS % 24,
-        "weekday": (ts_ms // _DAY_MS + _EPOCH_WEEKDAY) % 7,
+        "weekday": (ts_ms // DAY_MS + _EPOCH_WEEKDAY) % 7,
         "events_before": _counted_from(starts),
         "events_in_session": _counted_from(_session_starts(since_ms, starts)),
     }
@@ -179,9 +171,9 @@ def _strength(histories: Histories) -> dict[str, np.ndarray]:
     }
 
 
-def _profile(histories: Histories, since_ms: np.ndarray, starts: np.ndarray, facts: Facts) -> dict[str, np.ndarray]:
+def _profile(histories: Histories, since_ms: np.ndarray, starts: np.ndarray, facts: ItemFacts) -> dict[str, np.ndarray]:
     """What the user usually does, and how this event differs from it."""
-    window, value = Windows(histories.offsets), histories.events["value"].astype(np.float64)
+    window, value = RollingWindows(histories.offsets), histories.events["value"].astype(np.float64)
     price, category = facts.price_codes.astype(np.float64), facts.categories
     created_ms, repeats = facts.created_ms, window.repeats(histories.items)
     age_ms = histories.ts_ms - created_ms
@@ -193,13 +185,13 @@ def _profile(histories: Histories, since_ms: np.ndarray, starts: np.ndarray, fac
         "value_fit": _level(value - usual_value, value > 0),
         "action_share": _share((window.repeats(histories.actions) + 1) / window.lengths),
         "usual_value": _share(usual_value / 65535),
-        "usual_gap": _usual_gap(window, since_ms, np.arange(len(starts)) > starts),
+        "usual_gap": _mean_gap(window, since_ms, np.arange(len(starts)) > starts),
         "novelty": _share(window.sums(repeats == 0) / window.lengths),
         "affinity": _affinity(window, category),
     }
 
 
-def _affinity(window: Windows, category: np.ndarray) -> np.ndarray:
+def _affinity(window: RollingWindows, category: np.ndarray) -> np.ndarray:
     """Level of the share of the window's events in the event's category; 0 where that is not known."""
     known = category > 0
     if not known.any():
@@ -207,7 +199,7 @@ def _affinity(window: Windows, category: np.ndarray) -> np.ndarray:
     return np.where(known, _share((window.repeats(category) + 1) / window.lengths), 0)
 
 
-def _usual_gap(window: Windows, since_ms: np.ndarray, known: np.ndarray) -> np.ndarray:
+def _mean_gap(window: RollingWindows, since_ms: np.ndarray, known: np.ndarray) -> np.ndarray:
     """1 + the bucket of the geometric mean of the gaps in the window; 0 where there is none."""
     logs = np.rint(_LOG_STEPS * np.log1p(np.maximum(since_ms, 0) / 1000))
     mean = window.means(logs, known) / _LOG_STEPS

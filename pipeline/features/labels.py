@@ -10,14 +10,14 @@ Logs hold no items that were shown and ignored: the heads tell good outcomes fro
 import numpy as np
 
 from pipeline.features.event_features import SESSION_GAP_MS
-from pipeline.records import EventSchema, Histories, encode_value
+from pipeline.records import DAY_MS, EventSchema, Histories, encode_value
 
 TASKS = ("engagement", "retention", "monetization")
 ENGAGING = ("like", "cart", "purchase", "share")
 MONETIZING = ("cart", "purchase")
 LIKED_STARS = 4.0
 LONG_DWELL_MS = 30_000
-HORIZON_MS = 7 * 86_400_000
+HORIZON_MS = 7 * DAY_MS
 _DWELL_STEP_MS = 100  # of EVENT_DTYPE's dwell code
 
 
@@ -25,7 +25,7 @@ def labels_of(histories: Histories, schema: EventSchema, end_ms: int) -> np.ndar
     """float32 [total, 3] labels by TASKS of each event's successor; NaN: a user's last event, or (retention) the log
     ends, at `end_ms`, within the horizon: counting the returns that it still shows would favour late events."""
     labels = np.full((len(histories.events), len(TASKS)), np.nan, np.float32)
-    for place, part in histories.parts():
+    for place, part in histories.chunks():
         _label(labels[place], part, schema, end_ms)
     return labels
 
@@ -36,10 +36,10 @@ def _label(labels: np.ndarray, histories: Histories, schema: EventSchema, end_ms
     following = succeeded + 1
     labels[succeeded, 0] = engaged(histories, schema)[following]
     labels[succeeded, 1] = _returned(histories, end_ms)[following]
-    labels[succeeded, 2] = np.isin(histories.actions, codes_of(MONETIZING, schema))[following]
+    labels[succeeded, 2] = np.isin(histories.actions, action_codes(MONETIZING, schema))[following]
 
 
-def codes_of(actions: tuple[str, ...], schema: EventSchema) -> list[int]:
+def action_codes(actions: tuple[str, ...], schema: EventSchema) -> list[int]:
     """The ring's codes of those of the actions that the schema has."""
     codes = schema.action_codes()
     return [codes[name] for name in actions if name in codes]
@@ -47,10 +47,10 @@ def codes_of(actions: tuple[str, ...], schema: EventSchema) -> list[int]:
 
 def engaged(histories: Histories, schema: EventSchema) -> np.ndarray:
     """bool [total]: the event itself is an engaged one."""
-    liked = np.isin(histories.actions, codes_of(("rate",), schema))
+    liked = np.isin(histories.actions, action_codes(("rate",), schema))
     liked &= histories.events["value"] >= encode_value(LIKED_STARS)
     dwelt = histories.events["dwell"] > LONG_DWELL_MS // _DWELL_STEP_MS  # code = 1 + steps
-    return liked | dwelt | np.isin(histories.actions, codes_of(ENGAGING, schema))
+    return liked | dwelt | np.isin(histories.actions, action_codes(ENGAGING, schema))
 
 
 def _returned(histories: Histories, end_ms: int) -> np.ndarray:

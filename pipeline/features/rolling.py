@@ -16,7 +16,7 @@ USER_BITS, PLACE_BITS = 10, 17
 NAME_BITS = 64 - USER_BITS - PLACE_BITS
 
 
-class Windows:
+class RollingWindows:
     """Of every event of some packed histories, its user's newest `size` events up to it. offsets: int64 [users + 1]"""
 
     def __init__(self, offsets: np.ndarray, size: int = WINDOW_EVENTS) -> None:

@@ -6,15 +6,14 @@ HSTU's states describe what a user likes; the chance to return is mostly how oft
 import numpy as np
 
 from pipeline.features.event_features import SESSION_GAP_MS
-from pipeline.records import Histories
+from pipeline.records import DAY_S, Histories
 
 WINDOWS_DAYS = (7, 30, 90)
-RHYTHMS = len(WINDOWS_DAYS) + 1
-_DAY_S = 86_400
+N_VISIT_FEATURES = len(WINDOWS_DAYS) + 1
 _SECONDS_BITS = 33  # of a user's own clock: 272 years
 
 
-def rhythm(histories: Histories, at: np.ndarray) -> np.ndarray:
+def visit_frequency(histories: Histories, at: np.ndarray) -> np.ndarray:
     """float32 [n, RHYTHMS] at these events, int64 [n] positions, from each one and its user's earlier events alone.
 
     log(1 + x) of: the sessions begun within each of WINDOWS_DAYS up to the event, the running one included; the days,
@@ -26,18 +25,18 @@ def rhythm(histories: Histories, at: np.ndarray) -> np.ndarray:
     sessions = np.cumsum(begins)  # [total] begun in all, up to and with each event
     elapsed_s = (ts_ms - ts_ms[starts]) // 1000
     keys = (histories.users << _SECONDS_BITS) + elapsed_s  # ascending
-    columns = np.empty((len(at), RHYTHMS), np.float32)
+    columns = np.empty((len(at), N_VISIT_FEATURES), np.float32)
     for number, days in enumerate(WINDOWS_DAYS):
-        earliest = keys[at] - np.minimum(elapsed_s[at], days * _DAY_S)
+        earliest = keys[at] - np.minimum(elapsed_s[at], days * DAY_S)
         first = np.searchsorted(keys, earliest)
         columns[:, number] = sessions[at] - sessions[first] + begins[first]
-    columns[:, -1] = np.minimum(elapsed_s[at] / _DAY_S, WINDOWS_DAYS[-1])
+    columns[:, -1] = np.minimum(elapsed_s[at] / DAY_S, WINDOWS_DAYS[-1])
     return np.log1p(columns, out=columns)
 
 
-def newest_rhythm(histories: Histories) -> np.ndarray:
+def latest_visit_frequency(histories: Histories) -> np.ndarray:
     """float32 [n, RHYTHMS] at each user's newest event; zeros for a user without events."""
-    columns = np.zeros((len(histories), RHYTHMS), np.float32)
+    columns = np.zeros((len(histories), N_VISIT_FEATURES), np.float32)
     present = histories.lengths > 0
-    columns[present] = rhythm(histories, histories.offsets[1:][present] - 1)
+    columns[present] = visit_frequency(histories, histories.offsets[1:][present] - 1)
     return columns

@@ -24,7 +24,7 @@ _WORD = re.compile(r"\w+")
 
 
 @dataclass(slots=True)
-class Facts:
+class ItemFacts:
     """Of n items, 0 = unknown: prices by records.encode_value's codes uint16 [n], a number of the last, most
     specific category int32 [n], when it came int64 [n] ms."""
 
@@ -33,12 +33,12 @@ class Facts:
     created_ms: np.ndarray
 
     @classmethod
-    def nothing(cls, n: int) -> "Facts":
+    def unknown(cls, n: int) -> "ItemFacts":
         return cls(*(np.zeros(n, COLUMNS[field.name]) for field in fields(cls)))
 
-    def of(self, index: np.ndarray | slice) -> "Facts":
+    def select(self, index: np.ndarray | slice) -> "ItemFacts":
         """int [m], or a part -> of these."""
-        return Facts(*(getattr(self, field.name)[index] for field in fields(self)))
+        return ItemFacts(*(getattr(self, field.name)[index] for field in fields(self)))
 
 
 class Catalogue:
@@ -53,11 +53,11 @@ class Catalogue:
         self._words: list[tuple[np.ndarray, ...]] = []  # by token and field: uint32 hashes
         self._columns = {name: np.zeros(0, kind) for name, kind in COLUMNS.items()}
 
-    def put(self, items: Iterable[Item]) -> np.ndarray:
+    def upsert(self, items: Iterable[Item]) -> np.ndarray:
         """Take over records, the later of one item counts; new items get tokens. Returns the tokens, int64 [n]."""
         items = list(items)
         tokens = self.vocabulary.admit(item.item_id for item in items)
-        self.vocabulary.restore(item.item_id for item in items)
+        self.vocabulary.relist(item.item_id for item in items)
         self._reserve(len(self.vocabulary))
         for token, item in zip(tokens.tolist(), items, strict=True):
             if token:  # a full vocabulary knows no token for it
@@ -65,42 +65,42 @@ class Catalogue:
         self.version += 1  # at the end: a reader in another thread that has seen it has seen all that it counts
         return np.unique(tokens[tokens > 0]).astype(np.int64)
 
-    def withdraw(self, item_ids: Iterable[str]) -> None:
+    def delist(self, item_ids: Iterable[str]) -> None:
         """Nothing is known of these items any more, and they are barred until a record of theirs comes."""
         item_ids = list(item_ids)
         if not item_ids:
             return
         self._clear(np.array([self.vocabulary.token(item_id) for item_id in item_ids], np.int64))
-        self.vocabulary.withdraw(item_ids)
+        self.vocabulary.delist(item_ids)
 
-    def retire(self, tokens: np.ndarray) -> None:
+    def evict(self, tokens: np.ndarray) -> None:
         """Give up these tokens, int [n], see Vocabulary."""
         self._clear(tokens)
-        self.vocabulary.retire(tokens)
+        self.vocabulary.evict(tokens)
 
-    def facts(self, tokens: np.ndarray) -> Facts:
+    def facts(self, tokens: np.ndarray) -> ItemFacts:
         """tokens: int [n]; of one that came later than all records nothing is known."""
-        return Facts(*(_taken(self._columns[field.name], tokens) for field in fields(Facts)))
+        return ItemFacts(*(_lookup(self._columns[field.name], tokens) for field in fields(ItemFacts)))
 
     def state(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
         """What is known of these items as arrays: hashes uint32 [m], offsets int64 [n * FIELDS + 1] of each item's each
         field, and price_codes, categories, created_ms [n]."""
-        words = [field for token in tokens.tolist() for field in self.words_of(token)]
+        words = [field for token in tokens.tolist() for field in self.content_hashes(token)]
         return {
             "hashes": np.concatenate([np.empty(0, np.uint32), *words]),
             "offsets": np.concatenate([[0], np.cumsum([len(field) for field in words], dtype=np.int64)]),
             **asdict(self.facts(tokens)),
         }
 
-    def recall(self, tokens: np.ndarray, state: Mapping[str, np.ndarray]) -> None:
+    def restore_facts(self, tokens: np.ndarray, state: Mapping[str, np.ndarray]) -> None:
         """Take over the facts of these items, int [n], from `state`, in the same order, where no record has come
         meanwhile. Their words are not needed: who kept the state has vectors of them."""
         self._reserve(int(tokens.max(initial=0)) + 1)
         new = self.changed[tokens] == 0
-        for field in fields(Facts):
+        for field in fields(ItemFacts):
             self._columns[field.name][tokens[new]] = state[field.name][new]
 
-    def remember(self, tokens: np.ndarray, state: Mapping[str, np.ndarray], recorded: np.ndarray) -> None:
+    def restore(self, tokens: np.ndarray, state: Mapping[str, np.ndarray], recorded: np.ndarray) -> None:
         """Take over the facts and the words of these items, int [n], 0 = left out, from `state`, in the same order, as
         if their records had come now. recorded: bool [n], false: it never had one."""
         self._reserve(len(self.vocabulary))
@@ -108,17 +108,17 @@ class Catalogue:
         words, tokens = np.split(state["hashes"], state["offsets"][1:-1]), tokens[places]
         for place, token in zip(places.tolist(), tokens.tolist(), strict=True):
             self._words[token] = tuple(words[place * len(FIELDS) : (place + 1) * len(FIELDS)])
-        for field in fields(Facts):
+        for field in fields(ItemFacts):
             self._columns[field.name][tokens] = state[field.name][places]
         self.changed[tokens] = self.version + 1
-        self.vocabulary.restore(self.vocabulary.item_ids[token] for token in tokens.tolist())
+        self.vocabulary.relist(self.vocabulary.item_ids[token] for token in tokens.tolist())
         self.version += 1
 
     def has_records(self, tokens: np.ndarray) -> np.ndarray:
         """bool [n]"""
-        return _taken(self.changed, tokens) > 0
+        return _lookup(self.changed, tokens) > 0
 
-    def words_of(self, token: int) -> tuple[np.ndarray, ...]:
+    def content_hashes(self, token: int) -> tuple[np.ndarray, ...]:
         """The hashes of each field, uint32 [m] each."""
         return self._words[token] if token < len(self._words) else NOTHING
 
@@ -149,7 +149,7 @@ class Catalogue:
                 self._columns[name] = grown
 
 
-def _taken(column: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+def _lookup(column: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     found = np.zeros(len(tokens), column.dtype)
     inside = tokens < len(column)
     found[inside] = column[tokens[inside]]
@@ -159,13 +159,13 @@ def _taken(column: np.ndarray, tokens: np.ndarray) -> np.ndarray:
 def _hashes(item: Item) -> Iterator[list[int]]:
     """Of each field."""
     text = " ".join(part for part in (item.title, item.text) if part)
-    yield [_hash(TEXT, piece) for piece in _pieces(text)]
+    yield [_hash(TEXT, piece) for piece in _text_pieces(text)]
     yield [_hash(CATEGORY, name) for name in item.category]
     yield [_hash(BRAND, item.brand)] if item.brand else []
     yield [_hash(TAGS, name) for name in item.tags]
 
 
-def _pieces(text: str) -> Iterator[str]:
+def _text_pieces(text: str) -> Iterator[str]:
     for word in _WORD.findall(text.lower())[:MAX_WORDS]:
         yield word
         marked = f"<{word}>"

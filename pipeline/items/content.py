@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.features.event_features import ranges
 from pipeline.items.catalogue import FIELDS
+from pipeline.jagged import ranges
 from pipeline.records import VALUE_STEPS
 
 COUNT_BUCKETS = 20  # of log2(1 + training events)
@@ -22,14 +22,14 @@ class PriceScale(msgspec.Struct, frozen=True):
     deviation: float = 1.0
 
     @classmethod
-    def of(cls, price_codes: np.ndarray) -> "PriceScale":
+    def fit(cls, price_codes: np.ndarray) -> "PriceScale":
         """price_codes: records.encode_value's, int [n], 0 = no price."""
         logs = price_codes[price_codes > 0] / VALUE_STEPS
         return cls(float(logs.mean()), max(float(logs.std()), 1e-3)) if len(logs) else cls()
 
 
 @dataclass(slots=True)
-class Contents:
+class ItemContent:
     """Of n items.
 
     ids:     int64 [m], hashes of all their fields' pieces; lengths: int64 [n, FIELDS], how many of each field
@@ -43,7 +43,7 @@ class Contents:
     counts: Tensor
 
     @classmethod
-    def of(cls, state: Mapping[str, np.ndarray], events: np.ndarray, scale: PriceScale) -> "Contents":
+    def from_state(cls, state: Mapping[str, np.ndarray], events: np.ndarray, scale: PriceScale) -> "ItemContent":
         """state: Catalogue.state's; events: int [n], of each item in training."""
         codes = state["price_codes"].astype(np.float32)
         priced = codes > 0
@@ -70,14 +70,14 @@ class Contents:
         lengths = self.lengths.flatten()
         return lengths.cumsum(0) - lengths
 
-    def select(self, rows: np.ndarray) -> "Contents":
+    def select(self, rows: np.ndarray) -> "ItemContent":
         """Of these items, int64 [k]."""
         device, totals = self.ids.device, self.lengths.sum(1).cpu().numpy()
         starts = np.cumsum(totals) - totals
         places, _ = ranges(starts[rows], totals[rows])
         index = torch.from_numpy(rows).to(device)
         ids = self.ids[torch.from_numpy(places).to(device)]
-        return Contents(ids, self.lengths[index], self.numbers[index], self.counts[index])
+        return ItemContent(ids, self.lengths[index], self.numbers[index], self.counts[index])
 
-    def to(self, device: torch.device) -> "Contents":
-        return Contents(*(getattr(self, field.name).to(device) for field in fields(self)))
+    def to(self, device: torch.device) -> "ItemContent":
+        return ItemContent(*(getattr(self, field.name).to(device) for field in fields(self)))

@@ -9,7 +9,7 @@ FIRST_SLOTS = 1 << 12
 Slots = tuple[np.ndarray, np.ndarray]  # keys uint64, 0 = empty; values int32
 
 
-class TokenTable:
+class HashIndex:
     """At most half full, so that three rounds of linear probing settle nearly all of a column."""
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class TokenTable:
             slots[open_rows] = (slots[open_rows] + np.uint64(1)) & np.uint64(len(keys) - 1)
         return found
 
-    def put(self, key: int, token: int) -> None:
+    def insert(self, key: int, token: int) -> None:
         keys, values = self._slots
         self._used += 1
         if 2 * self._used > len(keys):

@@ -14,7 +14,7 @@ from pipeline.items.vocabulary import UNKNOWN, Vocabulary
 NONE = np.empty(0, np.int64)
 
 
-class TableRows:
+class RowIndex:
     """Row r of a table is item_ids[r - 1], row 0 the unknown item. So that models come and go while tokens stay."""
 
     def __init__(self, vocabulary: Vocabulary, item_ids: Sequence[str]) -> None:
@@ -28,16 +28,16 @@ class TableRows:
         self._vocabulary, self._trained = vocabulary, len(self._tokens)
         self._hashes = vocabulary.hashes[self._tokens]  # uint64 [rows]
         self._rows = np.zeros(1, np.int32)  # [tokens + 1], the last one for all later tokens
-        self._homeless, self._state = False, (vocabulary.version, 0)
+        self._has_unassigned, self._state = False, (vocabulary.version, 0)
         self._attach(np.arange(self._trained), self._tokens)
 
     def __len__(self) -> int:
         """Number of rows."""
         return len(self._tokens)
 
-    def follow(self) -> np.ndarray:
+    def sync(self) -> np.ndarray:
         """Cut off the rows of retired items, attach those of items that are back. Returns all of them, int64 [n]."""
-        state = self._vocabulary.version, self._vocabulary.admitted if self._homeless else 0
+        state = self._vocabulary.version, self._vocabulary.admitted_count if self._has_unassigned else 0
         if state == self._state:
             return NONE
         lost = np.flatnonzero(self._vocabulary.hashes[self._tokens] != self._hashes)
@@ -45,11 +45,11 @@ class TableRows:
         self._hashes[lost[lost >= self._trained]] = 0  # what its record said was forgotten with the item
         self._tokens[lost] = self._vocabulary.tokens(self._hashes[lost])
         self._attach(lost, self._tokens[lost])
-        self._homeless = bool((self._tokens[1 : self._trained] == UNKNOWN).any())
-        self._state = self._vocabulary.version, self._vocabulary.admitted if self._homeless else 0
+        self._has_unassigned = bool((self._tokens[1 : self._trained] == UNKNOWN).any())
+        self._state = self._vocabulary.version, self._vocabulary.admitted_count if self._has_unassigned else 0
         return lost
 
-    def place(self, tokens: np.ndarray) -> np.ndarray:
+    def allocate(self, tokens: np.ndarray) -> np.ndarray:
         """int64 [n]: rows for tokens, int [n], that have none: of retired items that came after training, then further
         ones at the end."""
         free = self._trained + np.flatnonzero(self._tokens[self._trained :] == UNKNOWN)
@@ -62,9 +62,9 @@ class TableRows:
         return rows
 
     @property
-    def barred(self) -> np.ndarray:
+    def blocked_rows(self) -> np.ndarray:
         """int64: rows that must not be recommended: row 0, those of withdrawn items, and those that are cut off."""
-        return np.flatnonzero(self._vocabulary.barred[self._tokens])
+        return np.flatnonzero(self._vocabulary.blocked[self._tokens])
 
     def rows(self, tokens: np.ndarray) -> np.ndarray:
         """int32, of the tokens' shape: 0 for an item that the model does not know."""

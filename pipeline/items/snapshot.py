@@ -15,56 +15,56 @@ from pipeline.items.catalogue import COLUMNS, Catalogue
 KINDS = {"hashes": np.uint32, "offsets": np.int64, "recorded": bool} | COLUMNS
 
 
-class Piece(msgspec.Struct, frozen=True):
+class SnapshotChunk(msgspec.Struct, frozen=True):
     """Some items, in the order in which they got their tokens. columns: arrays of KINDS as bytes, little endian."""
 
     item_ids: list[str]
     columns: dict[str, bytes]
-    withdrawn: list[str]
+    delisted: list[str]
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class CatalogueVersion:
     """How far a catalogue had come: counts of admissions, of records, of withdrawals."""
 
     admitted: int = 0
     records: int = 0
-    withdrawals: int = 0
+    delistings: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class News:
+class CatalogueChanges:
     """What has come since a mark: tokens int64 [n] in the order in which they were given, and withdrawn items."""
 
     tokens: np.ndarray
-    withdrawn: list[str]
-    mark: Mark
+    delisted: list[str]
+    version: CatalogueVersion
 
     def __len__(self) -> int:
-        return len(self.tokens) + len(self.withdrawn)
+        return len(self.tokens) + len(self.delisted)
 
 
-def news_since(catalogue: Catalogue, mark: Mark) -> News:
+def changes_since(catalogue: Catalogue, since: CatalogueVersion) -> CatalogueChanges:
     vocabulary = catalogue.vocabulary
-    new = vocabulary.born[: len(vocabulary)] > mark.admitted
-    new[np.flatnonzero(catalogue.changed[: len(vocabulary)] > mark.records)] = True
+    new = vocabulary.admitted_at[: len(vocabulary)] > since.admitted
+    new[np.flatnonzero(catalogue.changed[: len(vocabulary)] > since.records)] = True
     tokens = np.flatnonzero(new)
-    tokens = tokens[np.argsort(vocabulary.born[tokens])]
-    now = Mark(vocabulary.admitted, catalogue.version, vocabulary.version)
-    return News(tokens, vocabulary.withdrawn_since(mark.withdrawals), now)
+    tokens = tokens[np.argsort(vocabulary.admitted_at[tokens])]
+    now = CatalogueVersion(vocabulary.admitted_count, catalogue.version, vocabulary.version)
+    return CatalogueChanges(tokens, vocabulary.delisted_since(since.delistings), now)
 
 
-def piece_of(catalogue: Catalogue, tokens: np.ndarray, withdrawn: list[str]) -> Piece:
+def snapshot_chunk(catalogue: Catalogue, tokens: np.ndarray, withdrawn: list[str]) -> SnapshotChunk:
     """tokens: int64 [n]; one that means nothing any more is left out."""
     tokens = tokens[catalogue.vocabulary.hashes[tokens] != 0]
     state = catalogue.state(tokens) | {"recorded": catalogue.has_records(tokens)}
     columns = {name: column.astype(KINDS[name]).tobytes() for name, column in state.items()}
-    return Piece([catalogue.vocabulary.item_ids[token] for token in tokens.tolist()], columns, withdrawn)
+    return SnapshotChunk([catalogue.vocabulary.item_ids[token] for token in tokens.tolist()], columns, withdrawn)
 
 
-def take(catalogue: Catalogue, piece: Piece) -> None:
+def apply_chunk(catalogue: Catalogue, chunk: SnapshotChunk) -> None:
     """Know what the piece knows, and nothing less; items that find no room are left out."""
-    state = {name: np.frombuffer(column, KINDS[name]) for name, column in piece.columns.items()}
-    tokens = catalogue.vocabulary.admit(piece.item_ids)
-    catalogue.remember(tokens, state, state["recorded"])
-    catalogue.withdraw(piece.withdrawn)
+    state = {name: np.frombuffer(column, KINDS[name]) for name, column in chunk.columns.items()}
+    tokens = catalogue.vocabulary.admit(chunk.item_ids)
+    catalogue.restore(tokens, state, state["recorded"])
+    catalogue.delist(chunk.delisted)

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from pipeline.items.hash_index import TokenTable
+from pipeline.items.hash_index import HashIndex
 from pipeline.records import item_hash
 
 UNKNOWN = 0
@@ -35,15 +35,15 @@ class Vocabulary:
     def __init__(self, item_ids: Iterable[str] = (), max_items: int = 1_000_000) -> None:
         self.max_items = max_items
         self.item_ids: list[str] = [""]
-        self.admitted = self.retired = self.refused = self.version = 0
-        self.held = False
+        self.admitted_count = self.evicted_count = self.rejected_count = self.version = 0
+        self.pinned = False
         self._tokens: dict[str, int] = {}
-        self._table = TokenTable()
+        self._index = HashIndex()
         self._free: list[int] = []
-        self._withdrawn: dict[str, int] = {}  # and at which version, in this order
-        self._turn = 0
+        self._delisted: dict[str, int] = {}  # and at which version, in this order
+        self._tick = 0
         self._columns = {name: np.zeros(1024, kind) for name, kind in COLUMNS.items()}
-        self.barred[UNKNOWN] = True
+        self.blocked[UNKNOWN] = True
         self.admit(item_ids)
 
     def __len__(self) -> int:
@@ -51,15 +51,15 @@ class Vocabulary:
         return len(self.item_ids)
 
     @property
-    def room(self) -> int:
+    def free_slots(self) -> int:
         """For so many items more."""
         return self.max_items - len(self._tokens)
 
     @property
-    def overflow(self) -> str:
+    def overflow_message(self) -> str:
         """A sentence for whom some items' being unknown is an error."""
         return (
-            f"{self.refused} items have no place beside {len(self._tokens)} others; counters.max_items is"
+            f"{self.rejected_count} items have no place beside {len(self._tokens)} others; counters.max_items is"
             f" {self.max_items}: set it higher"
         )
 
@@ -69,17 +69,17 @@ class Vocabulary:
         return self._columns["hash"]
 
     @property
-    def barred(self) -> np.ndarray:
+    def blocked(self) -> np.ndarray:
         """bool [>= tokens]: tokens that must not be recommended: withdrawn items, and those that mean nothing."""
         return self._columns["barred"]
 
     @property
-    def born(self) -> np.ndarray:
+    def admitted_at(self) -> np.ndarray:
         """int64 [>= tokens]: which admission gave the token its meaning; 0 = none."""
         return self._columns["born"]
 
     @property
-    def seen(self) -> np.ndarray:
+    def last_seen(self) -> np.ndarray:
         """int64 [>= tokens]: the turn of the latest `touch`; 0 = none."""
         return self._columns["seen"]
 
@@ -92,65 +92,65 @@ class Vocabulary:
 
     def tokens(self, hashes: np.ndarray) -> np.ndarray:
         """uint64 [n] item hashes -> int32 [n] tokens, UNKNOWN where there is none."""
-        return self._table.tokens(hashes)
+        return self._index.tokens(hashes)
 
     def touch(self, tokens: np.ndarray) -> None:
         """These items, int [n], were just seen in an event or a record."""
-        self._turn += 1
-        self.seen[tokens] = self._turn
+        self._tick += 1
+        self.last_seen[tokens] = self._tick
 
-    def withdraw(self, item_ids: Iterable[str]) -> None:
+    def delist(self, item_ids: Iterable[str]) -> None:
         """Bar these items, whether they have tokens or get them later. At most `max_items` are remembered."""
         for item_id in item_ids:
-            self._withdrawn.pop(item_id, None)
-            self._withdrawn[item_id] = self.version + 1
-            self.barred[self.token(item_id)] = True
-        while len(self._withdrawn) > self.max_items:
-            del self._withdrawn[next(iter(self._withdrawn))]
+            self._delisted.pop(item_id, None)
+            self._delisted[item_id] = self.version + 1
+            self.blocked[self.token(item_id)] = True
+        while len(self._delisted) > self.max_items:
+            del self._delisted[next(iter(self._delisted))]
         self.version += 1  # at the end: who has seen it has seen all that it counts
 
-    def restore(self, item_ids: Iterable[str]) -> None:
+    def relist(self, item_ids: Iterable[str]) -> None:
         """Those that were withdrawn may be recommended again."""
-        back = [item_id for item_id in item_ids if self._withdrawn.pop(item_id, None)]
+        back = [item_id for item_id in item_ids if self._delisted.pop(item_id, None)]
         if back:
-            self.barred[[token for token in map(self.token, back) if token]] = False
+            self.blocked[[token for token in map(self.token, back) if token]] = False
             self.version += 1
 
-    def withdrawn_since(self, version: int) -> list[str]:
+    def delisted_since(self, version: int) -> list[str]:
         """The items that have been withdrawn since then and still are."""
-        return [item_id for item_id, at in self._withdrawn.items() if at > version]
+        return [item_id for item_id, at in self._delisted.items() if at > version]
 
-    def retire(self, tokens: np.ndarray) -> None:
+    def evict(self, tokens: np.ndarray) -> None:
         """Give up these tokens, int [n], each of an item. Nobody holds them outside of the calling thread."""
-        assert not self.held, "somebody else has tokens"
+        assert not self.pinned, "somebody else has tokens"
         self.version += 1
-        self.retired += len(tokens)
+        self.evicted_count += len(tokens)
         for token in tokens.tolist():
             del self._tokens[self.item_ids[token]]
             self.item_ids[token] = ""
         self._free += tokens.tolist()
-        self._table.remove(tokens)
+        self._index.remove(tokens)
         for name, value in {"hash": 0, "born": 0, "seen": 0, "retired": self.version, "barred": True}.items():
             self._columns[name][tokens] = value
 
-    def retired_since(self, version: int) -> np.ndarray:
+    def evicted_since(self, version: int) -> np.ndarray:
         """int64: the tokens that have lost their item since then; they may mean another one by now."""
         return np.flatnonzero(self._columns["retired"][: len(self)] > version)
 
     def _admit(self, item_id: str) -> int:
-        if self.room <= 0:
-            self.refused += 1
+        if self.free_slots <= 0:
+            self.rejected_count += 1
             return UNKNOWN
-        token = self._free.pop() if self._free else self._further()
+        token = self._free.pop() if self._free else self._new_token()
         self.item_ids[token] = item_id
-        self.admitted += 1
-        self.hashes[token], self.born[token] = key, _ = item_hash(item_id), self.admitted
-        self.barred[token] = item_id in self._withdrawn
+        self.admitted_count += 1
+        self.hashes[token], self.admitted_at[token] = key, _ = item_hash(item_id), self.admitted_count
+        self.blocked[token] = item_id in self._delisted
         self._tokens[item_id] = token
-        self._table.put(key, token)
+        self._index.insert(key, token)
         return token
 
-    def _further(self) -> int:
+    def _new_token(self) -> int:
         token = len(self.item_ids)
         if token == len(self.hashes):
             self._columns = {name: np.append(column, np.zeros_like(column)) for name, column in self._columns.items()}

@@ -14,7 +14,7 @@ PRIOR_LABELS = 20.0
 NEWTON_STEPS = 25  # from IDENTITY it takes 4 to 6
 
 
-def fitted(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+def fit_platt(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     """Scale and shift of least log loss. logits: float [n]; labels: float [n], NaN = unknown, does not count.
 
     IDENTITY where the labels are all alike, or where the best scale would turn the order around.
@@ -34,7 +34,7 @@ def fitted(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     return (scale, shift) if scale > 0 else IDENTITY
 
 
-def check(calibration: np.ndarray, name: str) -> None:
+def check_calibration(calibration: np.ndarray, name: str) -> None:
     """float [tasks, 2] of scales and shifts as an artifact holds them. ArtifactError unless they keep every order."""
     if not np.isfinite(calibration).all() or (calibration[:, 0] <= 0).any():
         raise ArtifactError(

@@ -1,15 +1,12 @@
 """The shape of an HSTU: what it may be told, and a few shapes by name."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import msgspec
-from msgspec import Meta
 
-from pipeline.features.event_features import COLUMNS, COUNT_CAP
+from pipeline.features.event_features import COUNT_CAP, FEATURE_COLUMNS
+from pipeline.types import NonNegativeInt, PositiveFloat, PositiveInt, Rate
 
-Positive = Annotated[int, Meta(gt=0)]
-NotNegative = Annotated[int, Meta(ge=0)]
-Share = Annotated[float, Meta(ge=0, lt=1)]
 Norm = Literal["layer", "rms", "none"]
 
 
@@ -20,32 +17,34 @@ class HstuConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     of the newest `history_events` in all: see session_pooling.py.
     """
 
-    items: Positive = 1  # rows of the item table, the unknown one included
-    layers: Positive = 2
-    width: Positive = 64
-    heads: Positive = 2
-    d_qk: Positive = 32
-    d_v: Positive = 32
-    max_events: Positive = 200
-    dropout: Share = 0.2
-    attention_dropout: Share = 0.5  # of single (event, earlier event) weights
-    temperature: Annotated[float, Meta(gt=0)] = 0.1
-    content_rows: NotNegative = 16_384  # hashed pieces of items' texts; 0: items by their ids alone
+    items: PositiveInt = 1  # rows of the item table, the unknown one included
+    layers: PositiveInt = 2
+    width: PositiveInt = 64
+    heads: PositiveInt = 2
+    d_qk: PositiveInt = 32
+    d_v: PositiveInt = 32
+    max_events: PositiveInt = 200
+    dropout: Rate = 0.2
+    attention_dropout: Rate = 0.5  # of single (event, earlier event) weights
+    temperature: PositiveFloat = 0.1
+    content_rows: NonNegativeInt = 16_384  # hashed pieces of items' texts; 0: items by their ids alone
     strength: bool = True  # an event's item counts by the learned strength of what was done with it
-    column_dropout: Share = 0.0  # of single features of an event
+    feature_dropout: Rate = 0.0  # of single features of an event
     time_bias: bool = True
     position_bias: bool = True
-    without: tuple[str, ...] = ()  # columns of features.COLUMNS that are not read
+    excluded_features: tuple[str, ...] = ()  # columns of features.COLUMNS that are not read
     eps: float = 1e-6
     norm_in: Norm = "layer"  # of a layer's rows before they are projected
     norm_out: Norm = "layer"  # of what attention has gathered, before the gate
     attention_scale: Literal["max_events", "length"] = "max_events"  # what attention's sums are divided by
-    recent_events: NotNegative = 0  # 0: all that are read
-    history_events: Positive = 1000  # read with recent_events; an older event costs its features and a sum
+    recent_events: NonNegativeInt = 0  # 0: all that are read
+    history_events: PositiveInt = 1000  # read with recent_events; an older event costs its features and a sum
 
     def __post_init__(self) -> None:
-        if unknown := set(self.without) - set(COLUMNS):
-            raise ValueError(f"without {', '.join(sorted(unknown))}: no such column; want of {', '.join(COLUMNS)}")
+        if unknown := set(self.excluded_features) - set(FEATURE_COLUMNS):
+            raise ValueError(
+                f"without {', '.join(sorted(unknown))}: no such column; want of {', '.join(FEATURE_COLUMNS)}"
+            )
         if self.recent_events and not self.recent_events < self.max_events <= self.history_events:
             raise ValueError(
                 f"recent_events = {self.recent_events}, max_events = {self.max_events}, history_events ="
@@ -54,32 +53,23 @@ class HstuConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             )
 
     @property
-    def read_events(self) -> int:
+    def history_length(self) -> int:
         """A state reads so many of the newest events, each as it is or in its session."""
         return self.history_events if self.recent_events else self.max_events
 
     @property
-    def whole_events(self) -> int:
+    def recent_length(self) -> int:
         """The newest events that are a row of their own."""
         return self.recent_events or self.max_events
 
     @property
-    def reach_events(self) -> int:
+    def receptive_field(self) -> int:
         """A state depends on so many: those it reads, and those before them that the oldest one's features count.
 
         NOTE: visit_frequency.py, which the retention head reads, goes back 90 days, however many events those are.
         """
-        return self.read_events + COUNT_CAP
+        return self.history_length + COUNT_CAP
 
-    def signed(self) -> dict[str, object]:
-        """What an artifact's version is the hash of: later options count where they are set, so that artifacts that
-        were made before there were any keep their versions."""
-        usual = HstuConfig()
-        unset = {name for name in LATER if getattr(self, name) == getattr(usual, name)}
-        return {name: value for name, value in msgspec.to_builtins(self).items() if name not in unset}
-
-
-LATER = ("norm_in", "norm_out", "attention_scale", "recent_events", "history_events")
 
 # By the parameters of the layers, about; the tables' depend on the log and are left out. `tiny` has 43 thousand.
 PRESETS = {

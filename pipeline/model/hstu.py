@@ -18,16 +18,22 @@ from torch import Tensor, nn
 
 from kernels.fused_attention_layernorm.validation import WIDTHS
 from kernels.hierarchical_sequence_fusion.reference import STRENGTH_CAP
-from pipeline.features.event_features import COLUMNS, FEATURE_ROWS, TIME_BUCKETS, TIME_THRESHOLDS, Inputs
+from pipeline.features.event_features import (
+    FEATURE_COLUMNS,
+    N_FEATURE_IDS,
+    TIME_BUCKETS,
+    TIME_THRESHOLDS,
+    EncoderInputs,
+)
 from pipeline.model.config import HstuConfig, Norm
-from pipeline.model.item_embedding import ItemVectors
-from pipeline.model.padding import Block, Layout
-from pipeline.model.session_pooling import Condensed
+from pipeline.model.item_embedding import ItemEmbedding
+from pipeline.model.padding import Block, PaddedBlocks
+from pipeline.model.session_pooling import SessionPooling
 
 if TYPE_CHECKING:
-    from kernels.fused_attention_layernorm.plan import Plan
+    from kernels.fused_attention_layernorm.plan import AttentionPlan
 
-NARROW = 32  # of a head: the kernels' products in float32 do without the matrix units
+NARROW_HEAD = 32  # of a head: the kernels' products in float32 do without the matrix units
 
 
 class HstuLayer(nn.Module):
@@ -37,16 +43,16 @@ class HstuLayer(nn.Module):
         super().__init__()
         self.config = config
         self.sizes = [config.heads * d for d in (config.d_v, config.d_qk, config.d_v, config.d_qk)]  # of u, q, v, k
-        self.norm_in = norm_of(config.norm_in, config.width, config.eps)
+        self.norm_in = make_norm(config.norm_in, config.width, config.eps)
         self.project_in = nn.Linear(config.width, sum(self.sizes))
-        self.norm_out = norm_of(config.norm_out, config.heads * config.d_v, config.eps)
+        self.norm_out = make_norm(config.norm_out, config.heads * config.d_v, config.eps)
         self.project_out = nn.Linear(config.heads * config.d_v, config.width)
         self.position_bias = nn.Parameter(torch.zeros(config.heads, config.max_events))
         self.time_bias = nn.Parameter(torch.zeros(config.heads, TIME_BUCKETS))
 
-    def forward(self, x: Tensor, layout: "Layout | Plan", last: bool = False) -> Tensor:
+    def forward(self, x: Tensor, layout: "PaddedBlocks | AttentionPlan", last: bool = False) -> Tensor:
         # x: [total, width] -> [total, width], or [users, width] if last
-        if not isinstance(layout, Layout):
+        if not isinstance(layout, PaddedBlocks):
             return x + self.project_out(F.dropout(self._fused(x, layout), self.config.dropout, self.training))
         rows = layout.last if last else None
         if rows is None:
@@ -58,7 +64,7 @@ class HstuLayer(nn.Module):
         gated = self.norm_out(attended) * u
         return x + self.project_out(F.dropout(gated, self.config.dropout, self.training))
 
-    def _fused(self, x: Tensor, plan: "Plan") -> Tensor:
+    def _fused(self, x: Tensor, plan: "AttentionPlan") -> Tensor:
         """norm(A V) * U of all rows, [total, heads * d_v]."""
         from kernels.fused_attention_layernorm.op import fused_attention_layernorm  # Triton
 
@@ -85,7 +91,7 @@ class HstuLayer(nn.Module):
         v, k = F.silu(F.linear(x, weight[cut:], bias[cut:])).split(self.sizes[2:], dim=1)
         return u, q, v, k
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, last: bool) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, layout: PaddedBlocks, last: bool) -> Tensor:
         blocks = [self._attend_block(q, k, v, block, last) for block in layout.blocks]
         return layout.pack(blocks, last)
 
@@ -96,9 +102,9 @@ class HstuLayer(nn.Module):
         distances, buckets, mask = block.last_relations if last else block.relations
         scores = q @ k.transpose(2, 3)  # [heads, users, queries, length]
         if self.config.position_bias:
-            scores = scores + _looked_up(self.position_bias, distances)
+            scores = scores + _gather_bias(self.position_bias, distances)
         if self.config.time_bias:
-            scores = scores + _looked_up(self.time_bias, buckets)
+            scores = scores + _gather_bias(self.time_bias, buckets)
         scores = F.dropout(F.silu(scores), self.config.attention_dropout, self.training)
         weights = scores * self._shares(mask)  # SiLU(-inf) is NaN: a mask multiplies
         return (weights @ v).permute(1, 2, 0, 3).flatten(2)  # [users, queries, heads * d_v]
@@ -115,12 +121,12 @@ class Hstu(nn.Module):
     def __init__(self, config: HstuConfig) -> None:
         super().__init__()
         self.config = config
-        self.items = ItemVectors(config.items, config.width, config.content_rows, config.eps)
+        self.items = ItemEmbedding(config.items, config.width, config.content_rows, config.eps)
         self.rotation = nn.Linear(config.width, config.width, bias=False)
-        self.feature_embedding = nn.EmbeddingBag(FEATURE_ROWS, config.width, mode="sum")
-        self.log_strength = nn.EmbeddingBag(FEATURE_ROWS, 1, mode="sum")
+        self.feature_embedding = nn.EmbeddingBag(N_FEATURE_IDS, config.width, mode="sum")
+        self.log_strength = nn.EmbeddingBag(N_FEATURE_IDS, 1, mode="sum")
         self.layers = nn.ModuleList(HstuLayer(config) for _ in range(config.layers))
-        self.columns = [number for number, name in enumerate(COLUMNS) if name not in config.without]
+        self.columns = [number for number, name in enumerate(FEATURE_COLUMNS) if name not in config.excluded_features]
         nn.init.normal_(self.feature_embedding.weight, std=0.02)
         nn.init.zeros_(self.log_strength.weight)
         # One vector an item, tied, but an event's is turned on the way in: else the residual path would score what is
@@ -128,7 +134,7 @@ class Hstu(nn.Module):
         # identity 0.467, two tables 0.473 (width 128).
         nn.init.orthogonal_(self.rotation.weight)
 
-    def forward(self, rows: Tensor, layout: "Layout | Plan", last: bool = False) -> Tensor:
+    def forward(self, rows: Tensor, layout: "PaddedBlocks | AttentionPlan", last: bool = False) -> Tensor:
         """rows: of `sequences`, [total, width] -> unit states [total, width]; `last`, by a Layout: [users, width]."""
         x = F.dropout(rows, self.config.dropout, self.training)
         top = len(self.layers) - 1
@@ -136,19 +142,19 @@ class Hstu(nn.Module):
             x = layer(x, layout, last and number == top)
         return F.normalize(x, dim=-1, eps=self.config.eps)
 
-    def layout(self, inputs: Inputs) -> "Layout | Plan":
+    def attention_layout(self, inputs: EncoderInputs) -> "PaddedBlocks | AttentionPlan":
         """Of rows to train on, on the model's device: on a GPU for the kernels, if they know the model's options and
         are faster, which they are not with wide heads in float32 (tests.benchmarks.training_steps)."""
         device = self.rotation.weight.device
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else torch.float32
-        narrow = max(self.config.d_qk, self.config.d_v) <= NARROW
-        if device.type != "cuda" or not fusible(self.config) or not (narrow or dtype.itemsize == 2):
-            return Layout.of(inputs, device)
-        return plan_of(inputs, self.config.max_events, dtype, device)
+        narrow = max(self.config.d_qk, self.config.d_v) <= NARROW_HEAD
+        if device.type != "cuda" or not supports_kernels(self.config) or not (narrow or dtype.itemsize == 2):
+            return PaddedBlocks.from_inputs(inputs, device)
+        return attention_plan(inputs, self.config.max_events, dtype, device)
 
     def sequences(
-        self, items: Tensor, codes: Tensor, inputs: Inputs, recent: np.ndarray | None = None
-    ) -> tuple[Tensor, Inputs]:
+        self, items: Tensor, codes: Tensor, inputs: EncoderInputs, recent: np.ndarray | None = None
+    ) -> tuple[Tensor, EncoderInputs]:
         """The rows that attention reads, [m, width], and their offsets and seconds: one row an event, and with
         `config.recent_events` one row a session of the older ones.
 
@@ -159,7 +165,7 @@ class Hstu(nn.Module):
         if not config.recent_events:
             return self.event_rows(items, codes), inputs
         sessions = config.max_events - config.recent_events
-        condensed = Condensed.of(inputs, config.recent_events if recent is None else recent, sessions)
+        condensed = SessionPooling.from_inputs(inputs, config.recent_events if recent is None else recent, sessions)
         return self._condensed_rows(items, codes, condensed), condensed.inputs()
 
     def event_rows(self, items: Tensor, codes: Tensor) -> Tensor:
@@ -167,22 +173,22 @@ class Hstu(nn.Module):
 
         items: unit vectors [total, width]; codes: int [total, FEATURES]
         """
-        turned, strength, features = self._parts(items, codes)
+        turned, strength, features = self._event_parts(items, codes)
         return turned * strength + features
 
-    def _condensed_rows(self, items: Tensor, codes: Tensor, condensed: Condensed) -> Tensor:
+    def _condensed_rows(self, items: Tensor, codes: Tensor, condensed: SessionPooling) -> Tensor:
         """[m, width]: the newest events as `event_rows`, sessions by kernels.hierarchical_sequence_fusion: there an
         event's strength is its weight among the others'."""
-        turned, strength, features = self._parts(items, codes)
-        whole = torch.from_numpy(condensed.whole).to(items.device)[:, None]
+        turned, strength, features = self._event_parts(items, codes)
+        whole = torch.from_numpy(condensed.is_recent).to(items.device)[:, None]
         events = torch.where(whole, turned * strength, turned) + features
         return condensed.pooled(events, strength.masked_fill(whole, 1.0))
 
-    def _parts(self, items: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _event_parts(self, items: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of events their turned items [total, width], their strengths [total, 1] and their features [total, width]."""
-        if self.config.without:
+        if self.config.excluded_features:
             codes = codes[:, self.columns]
-        turned, kept = self.rotation(items), self._kept(codes)
+        turned, kept = self.rotation(items), self._feature_mask(codes)
         strength = turned.new_ones(len(turned), 1)
         if self.config.strength:
             strength = self.log_strength(codes, per_sample_weights=kept).clamp(-STRENGTH_CAP, STRENGTH_CAP).exp()
@@ -192,31 +198,31 @@ class Hstu(nn.Module):
         """Items' unit vectors [n, width] over the temperature: dot products are logits within +-1/temperature."""
         return vectors / self.config.temperature
 
-    def _kept(self, codes: Tensor) -> Tensor | None:
+    def _feature_mask(self, codes: Tensor) -> Tensor | None:
         """float [total, columns]: in training some columns of some events are left out, the others count for them."""
-        if not (self.training and self.config.column_dropout):
+        if not (self.training and self.config.feature_dropout):
             return None
-        return F.dropout(torch.ones(codes.shape, device=codes.device), self.config.column_dropout)
+        return F.dropout(torch.ones(codes.shape, device=codes.device), self.config.feature_dropout)
 
 
-def plan_of(
-    inputs: Inputs, max_events: int, dtype: torch.dtype, device: torch.device, kernels: bool | None = None
-) -> "Plan":
+def attention_plan(
+    inputs: EncoderInputs, max_events: int, dtype: torch.dtype, device: torch.device, kernels: bool | None = None
+) -> "AttentionPlan":
     """These rows as attention's kernels want them. dtype: of q, k and v; kernels: see Plan.of."""
-    from kernels.fused_attention_layernorm.plan import Plan  # Triton, which a CPU does not need
+    from kernels.fused_attention_layernorm.plan import AttentionPlan  # Triton, which a CPU does not need
 
     columns = (inputs.seconds, inputs.offsets, np.array(TIME_THRESHOLDS, np.int32))
     seconds, offsets, thresholds = (torch.from_numpy(column).to(device) for column in columns)
-    return Plan.of(seconds, offsets, thresholds, max_events, dtype, kernels=kernels, trusted=True)
+    return AttentionPlan.from_batch(seconds, offsets, thresholds, max_events, dtype, kernels=kernels, trusted=True)
 
 
-def fusible(config: HstuConfig) -> bool:
+def supports_kernels(config: HstuConfig) -> bool:
     """Whether the kernels know this model's options."""
     plain = config.norm_in == config.norm_out == "layer" and config.attention_scale == "max_events"
     return plain and {config.d_qk, config.d_v} <= set(WIDTHS) and config.width % 8 == 0
 
 
-def norm_of(kind: Norm, width: int, eps: float) -> nn.Module:
+def make_norm(kind: Norm, width: int, eps: float) -> nn.Module:
     match kind:
         case "layer":
             return nn.LayerNorm(width, eps)
@@ -231,7 +237,7 @@ def _by_head(x: Tensor, heads: int) -> Tensor:
     return x.unflatten(2, (heads, -1)).permute(2, 0, 1, 3)
 
 
-def _looked_up(table: Tensor, index: Tensor) -> Tensor:
+def _gather_bias(table: Tensor, index: Tensor) -> Tensor:
     """table [heads, n] at index [users, queries, length] -> [heads, users, queries, length].
 
     `index_select`: 1.7 ms for a million cells and 1.5 ms backward; advanced indexing 5.3 and 6.5 ms (one core).

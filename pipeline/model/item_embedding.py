@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.items.catalogue import FIELDS
-from pipeline.items.content import COUNT_BUCKETS, Contents
+from pipeline.items.content import COUNT_BUCKETS, ItemContent
 
 EVEN_EVENTS = 1.0  # before training: an item of so many training events is half itself, half its content
 
@@ -27,31 +27,31 @@ class ContentEncoder(nn.Module):
         self.rows = rows
         self.words = nn.EmbeddingBag(rows, width, mode="mean")
         self.of_price = nn.Linear(2, width)
-        self.missing = nn.Parameter(torch.zeros(len(FIELDS) + 1, width))
+        self.missing_embedding = nn.Parameter(torch.zeros(len(FIELDS) + 1, width))
         self.gate = nn.Parameter(torch.zeros(len(FIELDS) + 1, width))
         self.gate_bias = nn.Parameter(torch.zeros(len(FIELDS) + 1))
         nn.init.normal_(self.words.weight, std=0.02)
 
-    def forward(self, contents: Contents) -> Tensor:
+    def forward(self, contents: ItemContent) -> Tensor:
         fields = self.words(contents.ids % self.rows, contents.offsets).unflatten(0, (-1, len(FIELDS)))
         fields = torch.cat([fields, self.of_price(contents.numbers)[:, None]], dim=1)  # [items, fields, width]
-        fields = torch.where(contents.missing[:, :, None], self.missing, fields)
+        fields = torch.where(contents.missing[:, :, None], self.missing_embedding, fields)
         gates = ((fields * self.gate).sum(-1) + self.gate_bias).sigmoid()
         return (fields * gates[:, :, None]).sum(1)
 
 
-class ItemVectors(nn.Module):
+class ItemEmbedding(nn.Module):
     """Unit vectors of items by their rows; row 0, the unknown item's, is learnt as any other. A model without
     `content_rows` reads no contents."""
 
     def __init__(self, items: int, width: int, content_rows: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        self.contents: Contents | None = None  # of all rows; None: items are known by their ids alone
+        self.item_content: ItemContent | None = None  # of all rows; None: items are known by their ids alone
         self.embedding = nn.Embedding(items, width)
         nn.init.normal_(self.embedding.weight, std=0.02)
         if content_rows:
-            self.content = ContentEncoder(content_rows, width)
+            self.content_encoder = ContentEncoder(content_rows, width)
             events = torch.arange(COUNT_BUCKETS).exp2() - 1
             self.blend = nn.Parameter((events.clamp(min=0.01) / EVEN_EVENTS).log())
 
@@ -59,19 +59,19 @@ class ItemVectors(nn.Module):
         """[n, width] of these rows, int64 [n], None: of all. cold: bool [n], taken as new: their contents alone."""
         index = slice(None) if rows is None else torch.from_numpy(rows).to(self.embedding.weight.device)
         own = self._unit(self.embedding.weight[index])
-        if self.contents is None or not hasattr(self, "content"):
+        if self.item_content is None or not hasattr(self, "content_encoder"):
             return own
-        self.contents = self.contents.to(own.device)
-        contents = self.contents if rows is None else self.contents.select(rows)
-        share = self.blend[contents.counts].sigmoid()
+        self.item_content = self.item_content.to(own.device)
+        content = self.item_content if rows is None else self.item_content.select(rows)
+        share = self.blend[content.counts].sigmoid()
         if cold is not None:
             share = share.masked_fill(torch.from_numpy(cold).to(share.device), 0.0)
-        share = share.masked_fill(contents.missing.all(1), 1.0)[:, None]  # nothing is known of it but itself
-        return self._unit(share * own + (1 - share) * self.new(contents))
+        share = share.masked_fill(content.missing.all(1), 1.0)[:, None]  # nothing is known of it but itself
+        return self._unit(share * own + (1 - share) * self.from_content(content))
 
-    def new(self, contents: Contents) -> Tensor:
+    def from_content(self, content: ItemContent) -> Tensor:
         """[n, width] of items that came after training: a pure function of their records."""
-        return self._unit(self.content(contents))
+        return self._unit(self.content_encoder(content))
 
     def _unit(self, x: Tensor) -> Tensor:
         return F.normalize(x, dim=-1, eps=self.eps)

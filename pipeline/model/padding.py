@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.features.event_features import SECONDS_CAP, Inputs
+from pipeline.features.event_features import SECONDS_CAP, EncoderInputs
 
 
-class Tiling(NamedTuple):
+class BlockPolicy(NamedTuple):
     """scores: a block of length L holds scores / L^2 users; dense_rows: a length with as many rows gets its own block,
     without padding; growth: other lengths of one block differ by at most this factor (or 4 rows)."""
 
@@ -22,9 +22,9 @@ class Tiling(NamedTuple):
     growth: float
 
 
-CORE = Tiling(1 << 17, 256, 1.25)  # 128 k scores of two heads are 1 MiB: a core's cache
+CORE = BlockPolicy(1 << 17, 256, 1.25)  # 128 k scores of two heads are 1 MiB: a core's cache
 # A kernel's launch costs more than padding: a training step of 2,048 events 21 ms, with CORE 30 ms (an H100).
-GPU = Tiling(1 << 24, 1 << 62, 4.0)
+GPU = BlockPolicy(1 << 24, 1 << 62, 4.0)
 
 Relations = tuple[Tensor, Tensor, Tensor]
 
@@ -79,7 +79,7 @@ class Block:
 
 
 @dataclass(slots=True)
-class Layout:
+class PaddedBlocks:
     """The blocks of one packed batch.
 
     slots: int64 [total], each packed row's place in the blocks' concatenated slots; None: its own (all blocks dense)
@@ -93,7 +93,9 @@ class Layout:
     last_slots: Tensor | None
 
     @classmethod
-    def of(cls, inputs: Inputs, device: torch.device | str = "cpu", tiling: Tiling | None = None) -> "Layout":
+    def from_inputs(
+        cls, inputs: EncoderInputs, device: torch.device | str = "cpu", tiling: BlockPolicy | None = None
+    ) -> "PaddedBlocks":
         """Of users who all have at least one event. It is fastest for users in ascending order of length.
 
         tiling: None takes the device's
@@ -145,7 +147,7 @@ def _unless_identity(places: np.ndarray, device: torch.device | str) -> Tensor |
     return torch.from_numpy(places).to(device)
 
 
-def _cuts(lengths: np.ndarray, tiling: Tiling) -> list[tuple[int, int]]:
+def _cuts(lengths: np.ndarray, tiling: BlockPolicy) -> list[tuple[int, int]]:
     """Ranges of ascending lengths that make a block each."""
     cuts, start = [], 0
     while start < len(lengths):

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.features.event_features import SESSION_GAP_MS, Inputs, ranges
+from pipeline.features.event_features import SESSION_GAP_MS, EncoderInputs
+from pipeline.jagged import ranges
 
 
 @dataclass(slots=True)
-class Condensed:
+class SessionPooling:
     """Which events make each row of the short sequences. total events, n users, m rows.
 
     rows:    int64 [total], the row that each event is part of; m: of none, its session was too old
@@ -24,12 +25,12 @@ class Condensed:
     """
 
     rows: np.ndarray
-    whole: np.ndarray
+    is_recent: np.ndarray
     seconds: np.ndarray
     offsets: np.ndarray
 
     @classmethod
-    def of(cls, inputs: Inputs, recent: int | np.ndarray, sessions: int) -> "Condensed":
+    def from_inputs(cls, inputs: EncoderInputs, recent: int | np.ndarray, sessions: int) -> "SessionPooling":
         """Each user's newest `recent` events, or int64 [n], and the newest `sessions` of the sessions before them."""
         lengths, places = np.diff(inputs.offsets), np.arange(len(inputs.seconds))
         whole = places >= np.repeat(inputs.offsets[1:] - recent, lengths)
@@ -54,6 +55,6 @@ class Condensed:
         sums = events.new_zeros(len(self.seconds) + 1, events.shape[1]).index_add(0, rows, events * weights)
         return (sums / weights.new_zeros(len(sums), 1).index_add(0, rows, weights).clamp(min=1e-30))[:-1]
 
-    def inputs(self) -> Inputs:
+    def inputs(self) -> EncoderInputs:
         """Offsets and seconds of the rows, as a Layout wants them; they have no tokens or codes of their own."""
-        return Inputs(np.empty(0, np.int32), np.empty((0, 0), np.int32), self.seconds, self.offsets)
+        return EncoderInputs(np.empty(0, np.int32), np.empty((0, 0), np.int32), self.seconds, self.offsets)

@@ -14,27 +14,29 @@ from pipeline.counters.counters import Counters
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import UNKNOWN
 
-SHARE = 16
+EVICTED_FRACTION = 16
 
 
-def make_room(item_ids: Collection[str], catalogue: Catalogue, counters: Counters) -> None:
+def evict_for(item_ids: Collection[str], catalogue: Catalogue, counters: Counters) -> None:
     """Retire as many items as these need to have tokens, but none of these, and nothing while somebody holds tokens
     outside of the calling thread: then, as where all places are theirs, some of them stay unknown."""
     vocabulary = catalogue.vocabulary
-    if vocabulary.room >= len(item_ids) or vocabulary.held:
+    if vocabulary.free_slots >= len(item_ids) or vocabulary.pinned:
         return
     tokens = np.array([vocabulary.token(item_id) for item_id in set(item_ids)], np.int64)
-    missing = int((tokens == UNKNOWN).sum()) - vocabulary.room
+    missing = int((tokens == UNKNOWN).sum()) - vocabulary.free_slots
     if missing > 0:
         kept = tokens[tokens != UNKNOWN]
-        catalogue.retire(deadest(catalogue, counters, kept)[: max(missing, vocabulary.max_items // SHARE)])
+        catalogue.evict(
+            eviction_order(catalogue, counters, kept)[: max(missing, vocabulary.max_items // EVICTED_FRACTION)]
+        )
 
 
-def deadest(catalogue: Catalogue, counters: Counters, kept: np.ndarray) -> np.ndarray:
+def eviction_order(catalogue: Catalogue, counters: Counters, kept: np.ndarray) -> np.ndarray:
     """int64 [n]: the tokens of all items but those kept, int64 [k], in the order in which they go."""
     vocabulary = catalogue.vocabulary
     goes = vocabulary.hashes[: len(vocabulary)] != 0
     goes[kept] = False
     tokens = np.flatnonzero(goes)
-    order = np.lexsort((counters.counts(tokens), vocabulary.seen[tokens], ~vocabulary.barred[tokens]))
+    order = np.lexsort((counters.counts(tokens), vocabulary.last_seen[tokens], ~vocabulary.blocked[tokens]))
     return tokens[order]

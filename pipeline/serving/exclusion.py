@@ -3,7 +3,7 @@
 import msgspec
 import numpy as np
 
-from pipeline.records import EventSchema, Histories
+from pipeline.records import DAY_MS, EventSchema, Histories
 
 
 class Exclusion(msgspec.Struct, frozen=True):
@@ -14,10 +14,10 @@ class Exclusion(msgspec.Struct, frozen=True):
     window_ms: int = 0
 
     @classmethod
-    def of(cls, actions: tuple[str, ...] | None, window_days: float, schema: EventSchema) -> "Exclusion":
+    def from_names(cls, actions: tuple[str, ...] | None, window_days: float, schema: EventSchema) -> "Exclusion":
         """From names; KeyError names an action that the schema does not have."""
         codes = schema.action_codes()
-        return cls(None if actions is None else tuple(codes[name] for name in actions), int(window_days * 86_400_000))
+        return cls(None if actions is None else tuple(codes[name] for name in actions), int(window_days * DAY_MS))
 
     def mask(self, histories: Histories) -> np.ndarray:
         """bool [total]: the events whose item must not be recommended to their user."""

@@ -13,22 +13,22 @@ import numpy as np
 from pipeline.artifact import Manifest
 from pipeline.errors import ArtifactError
 from pipeline.records import EVENT_DTYPE, Histories, SlateItem, item_hash
-from pipeline.serving.strategy import Ranked, Rung
+from pipeline.serving.strategy import RankedItems, Strategy
 
 HIT_RATE = "validation_hit_rate"  # of a manifest's metrics
 _MINUTE_MS, _FIRST_ACTION = 60_000, 1 << 48  # see EVENT_DTYPE
 
 
-class Bar(msgspec.Struct, frozen=True):
+class Thresholds(msgspec.Struct, frozen=True):
     """`min_overlap`: mean share of a served slate's items; `max_hit_rate_drop`: of the serving model's hit rate."""
 
     min_overlap: float = 0.0
     max_hit_rate_drop: float = 1.0
 
 
-def answer(rung: Rung, histories: Histories, k: int, items: int) -> Ranked:
+def check_output(strategy: Strategy, histories: Histories, k: int, items: int) -> RankedItems:
     """The model's slates; ArtifactError unless they are whole. items: the size of its catalogue."""
-    ranked = rung.rank(histories, k)
+    ranked = strategy.rank(histories, k)
     given = ranked.tokens > 0  # bool [n, k]
     numbers = [ranked.scores[given]] if ranked.heads is None else [ranked.scores[given], ranked.heads[given]]
     if not all(np.isfinite(column).all() for column in numbers):
@@ -39,7 +39,7 @@ def answer(rung: Rung, histories: Histories, k: int, items: int) -> Ranked:
     return ranked
 
 
-def walks(item_ids: Sequence[str], lengths: Sequence[int]) -> Histories:
+def synthetic_histories(item_ids: Sequence[str], lengths: Sequence[int]) -> Histories:
     """Users of these lengths who went through the items in their order, one a minute: all shapes, no traffic needed."""
     places = np.concatenate([np.arange(length) for length in lengths])
     hashes = np.array([item_hash(item_id) for item_id in item_ids[: max(lengths)]], np.uint64)
@@ -49,7 +49,7 @@ def walks(item_ids: Sequence[str], lengths: Sequence[int]) -> Histories:
     return Histories(events, np.concatenate([[0], np.cumsum(lengths)]))
 
 
-def overlap(ranked: Ranked, slates: Sequence[Sequence[SlateItem]], item_ids: Sequence[str]) -> float | None:
+def slate_overlap(ranked: RankedItems, slates: Sequence[Sequence[SlateItem]], item_ids: Sequence[str]) -> float | None:
     """The mean share of a served slate's items that the model serves to that user, too; None without slates.
 
     item_ids: by token.
@@ -62,21 +62,21 @@ def overlap(ranked: Ranked, slates: Sequence[Sequence[SlateItem]], item_ids: Seq
     return float(np.mean(shares)) if shares else None
 
 
-def check_overlap(share: float | None, bar: Bar) -> None:
+def check_overlap(share: float | None, thresholds: Thresholds) -> None:
     """ArtifactError below the bar; None (nothing was served yet) is not."""
-    if share is not None and share < bar.min_overlap:
+    if share is not None and share < thresholds.min_overlap:
         raise ArtifactError(
             f"its slates share {share:.1%} of their items with those just served, pipeline.min_overlap is"
-            f" {bar.min_overlap:.1%}; look at its log and its item ids, or restart, which does not compare"
+            f" {thresholds.min_overlap:.1%}; look at its log and its item ids, or restart, which does not compare"
         )
 
 
-def check_hit_rate(new: Manifest, old: Manifest | None, bar: Bar) -> None:
+def check_hit_rate(new: Manifest, old: Manifest | None, thresholds: Thresholds) -> None:
     """ArtifactError when training judged the new model so much worse; what a manifest does not have is not compared."""
     before, now = (manifest.metrics.get(HIT_RATE) if manifest else None for manifest in (old, new))
-    if before is not None and now is not None and now < before * (1 - bar.max_hit_rate_drop):
+    if before is not None and now is not None and now < before * (1 - thresholds.max_hit_rate_drop):
         raise ArtifactError(
             f"its validation hit rate is {now:.4f}, the serving model's {before:.4f}: more than"
-            f" pipeline.max_hit_rate_drop ({bar.max_hit_rate_drop:.0%}) below; look at its log, or restart, which does"
-            " not compare"
+            f" pipeline.max_hit_rate_drop ({thresholds.max_hit_rate_drop:.0%}) below; look at its log, or restart,"
+            " which does not compare"
         )

@@ -21,11 +21,11 @@ from pipeline.counters.counters import Counters
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import Event, EventSchema, Histories, Item, SlateItem
-from pipeline.serving.eviction import make_room
+from pipeline.serving.eviction import evict_for
 from pipeline.serving.exclusion import Exclusion
-from pipeline.serving.rerank import Rerank
-from pipeline.serving.simple_strategy import SimpleRung
-from pipeline.serving.strategy import LADDER, Ladder, Ranked, Rung
+from pipeline.serving.rerank import RerankWeights
+from pipeline.serving.simple_strategy import SimpleStrategy
+from pipeline.serving.strategy import FALLBACK_ORDER, FallbackChain, RankedItems, Strategy
 
 if TYPE_CHECKING:
     from pipeline.artifact import Artifact
@@ -36,7 +36,7 @@ class PipelineOptions(msgspec.Struct, frozen=True):
 
     schema: EventSchema = EventSchema()
     exclusion: Exclusion = Exclusion()
-    rerank: Rerank = Rerank()
+    rerank: RerankWeights = RerankWeights()
     half_life_days: float = 30.0
     neighbours: int = 64
     window_events: int = 10
@@ -54,7 +54,7 @@ class Recommendation(msgspec.Struct, frozen=True):
 
 
 @dataclass(slots=True)
-class Answer:
+class BatchResult:
     """A batch's recommendations, in the order of its users, with the milliseconds the batch took by stage.
 
     ranked: the same as columns
@@ -62,7 +62,7 @@ class Answer:
 
     rows: list[list[SlateItem]]
     strategy: str
-    ranked: Ranked
+    ranked: RankedItems
     features_ms: float
     encode_ms: float
     rank_ms: float
@@ -80,14 +80,14 @@ class Pipeline:
         options: PipelineOptions,
         catalogue: Catalogue,
         counters: Counters,
-        model: Rung | None = None,
+        model: Strategy | None = None,
         version: str = "none",
         on_fallback: Callable[[str, Exception], None] = _ignore,
     ) -> None:
         self.options, self.counters, self.version = options, counters, version
         self.catalogue, self.vocabulary = catalogue, catalogue.vocabulary
-        self._simple, self._on_fallback = SimpleRung(counters, options.exclusion), on_fallback
-        self.ladder = self._ladder_of(model)
+        self._simple, self._on_fallback = SimpleStrategy(counters, options.exclusion), on_fallback
+        self.strategies = self._fallback_chain(model)
 
     @classmethod
     def load(
@@ -109,8 +109,8 @@ class Pipeline:
         counters = new_counters(options, vocabulary)
         counters.restore(artifact.counters)
         catalogue = Catalogue(vocabulary)
-        artifact.inform(catalogue)
-        model = rung_of(artifact, catalogue, options)
+        artifact.load_into(catalogue)
+        model = load_strategy(artifact, catalogue, options)
         return cls(options, catalogue, counters, model, artifact.version, on_fallback)
 
     def recommend(
@@ -127,45 +127,45 @@ class Pipeline:
         answer = self.rank(Histories.from_events(histories, self.options.schema), k, strategy)
         return [Recommendation(items, answer.strategy) for items in answer.rows]
 
-    def rank(self, histories: Histories, k: int, strategy: str | None = None) -> Answer:
+    def rank(self, histories: Histories, k: int, strategy: str | None = None) -> BatchResult:
         """The batch's rows of at most k items. What a rung raises is reported to `on_fallback`, the next one answers;
         only the last rung's error is raised."""
         failure: Exception | None = None
-        for rung in self.ladder.candidates(strategy):
+        for rung in self.strategies.candidates(strategy):
             try:
                 ranked = rung.rank(histories, k)
             except Exception as error:  # any failure of a stage: the ladder's promise is an answer
                 failure = error
-                self.ladder.failed(rung)
+                self.strategies.failed(rung)
                 self._on_fallback(rung.name, error)
                 continue
-            self.ladder.succeeded(rung)
-            return self._answer(rung, ranked)
+            self.strategies.succeeded(rung)
+            return self._batch_result(rung, ranked)
         raise failure or ValueError(f"no rung at or below '{strategy}' in this process")
 
-    def adopt(self, model: Rung, version: str) -> None:
+    def swap_model(self, model: Strategy, version: str) -> None:
         """From the next batch on this model ranks, its breaker closed; vocabulary and counters stay as they are.
 
         model: made on this pipeline's catalogue (see `rung_of`).
         """
-        self.ladder, self.version = self._ladder_of(model), version
+        self.strategies, self.version = self._fallback_chain(model), version
 
     def admit(self, item_ids: Collection[str]) -> None:
         """The items of new events have tokens from now on; what finds no room, nor whom to retire, stays unknown."""
-        make_room(item_ids, self.catalogue, self.counters)
+        evict_for(item_ids, self.catalogue, self.counters)
         self.vocabulary.touch(self.vocabulary.admit(item_ids))
 
-    def read(self, items: Iterable[Item], withdrawn: Iterable[str] = ()) -> np.ndarray:
+    def load_items(self, items: Iterable[Item], withdrawn: Iterable[str] = ()) -> np.ndarray:
         """Records of items, and items that nobody may be shown any more, as a process finds them at its start or in a
         file: what features and the model know from now on. An item is in one of both. Returns the tokens, int64 [n]."""
-        tokens = self.catalogue.put(items)
-        self.catalogue.withdraw(withdrawn)
+        tokens = self.catalogue.upsert(items)
+        self.catalogue.delist(withdrawn)
         return tokens
 
-    def learn(self, items: Collection[Item], withdrawn: Iterable[str] = ()) -> None:
+    def update_items(self, items: Collection[Item], withdrawn: Iterable[str] = ()) -> None:
         """The same as news: an item that has just got a record is alive, and room is made for it."""
-        make_room([item.item_id for item in items], self.catalogue, self.counters)
-        self.vocabulary.touch(self.read(items, withdrawn))
+        evict_for([item.item_id for item in items], self.catalogue, self.counters)
+        self.vocabulary.touch(self.load_items(items, withdrawn))
 
     def observe(self, histories: Histories, fresh: np.ndarray) -> None:
         """Count new events: the last fresh[i] of user i's history (int64 [n])."""
@@ -177,32 +177,32 @@ class Pipeline:
         shares = zip(*(column.tolist() for column in self.counters.popular(k)), strict=True)
         return [SlateItem(ids[token], share, None, None, None, "popular") for token, share in shares]
 
-    def _ladder_of(self, model: Rung | None) -> Ladder:
+    def _fallback_chain(self, model: Strategy | None) -> FallbackChain:
         rungs = [self._simple] if model is None else [model, self._simple]
-        return Ladder({rung.name: rung for rung in rungs}, time.monotonic)
+        return FallbackChain({rung.name: rung for rung in rungs}, time.monotonic)
 
-    def _answer(self, rung: Rung, ranked: Ranked) -> Answer:
+    def _batch_result(self, rung: Strategy, ranked: RankedItems) -> BatchResult:
         start = time.perf_counter()
         rows = _slate_items(ranked, self.vocabulary.item_ids)
         rank_ms = ranked.rank_ms + 1e3 * (time.perf_counter() - start)
-        return Answer(rows, rung.name, ranked, ranked.features_ms, ranked.encode_ms, rank_ms)
+        return BatchResult(rows, rung.name, ranked, ranked.features_ms, ranked.encode_ms, rank_ms)
 
     def _check(self, histories: list[list[Event]], k: int, strategy: str | None) -> None:
         if k < 1:
             raise ValueError(f"recommend: k = {k}, want at least 1")
-        if strategy is not None and strategy not in LADDER:
-            raise ValueError(f"recommend: no rung '{strategy}', want one of {', '.join(LADDER)}")
+        if strategy is not None and strategy not in FALLBACK_ORDER:
+            raise ValueError(f"recommend: no rung '{strategy}', want one of {', '.join(FALLBACK_ORDER)}")
         unknown = {event.action for history in histories for event in history} - set(self.options.schema.actions)
         if unknown:
             raise ValueError(f"recommend: unknown actions {sorted(unknown)}, want of {self.options.schema.actions}")
 
 
-def rung_of(artifact: "Artifact", catalogue: Catalogue, options: PipelineOptions) -> Rung:
+def load_strategy(artifact: "Artifact", catalogue: Catalogue, options: PipelineOptions) -> Strategy:
     """The artifact's model on a catalogue whose vocabulary has its items; ArtifactError where it had no room."""
-    from pipeline.serving.hstu_strategy import HstuRung
+    from pipeline.serving.hstu_strategy import HstuStrategy
 
     basics = (options.exclusion, options.device, options.threads, options.rerank)
-    rung = HstuRung(artifact, catalogue, *basics, options.graphs)
+    rung = HstuStrategy(artifact, catalogue, *basics, options.graphs)
     rung.warm(artifact.item_ids)
     return rung
 
@@ -219,7 +219,7 @@ def frozen_counters(options: PipelineOptions, vocabulary: Vocabulary, state: Map
     return counters
 
 
-def _slate_items(ranked: Ranked, item_ids: list[str]) -> list[list[SlateItem]]:
+def _slate_items(ranked: RankedItems, item_ids: list[str]) -> list[list[SlateItem]]:
     """Python objects at the very end: one `tolist` a column, one struct an item."""
     n, k = ranked.tokens.shape
     tokens = ranked.tokens.tolist()

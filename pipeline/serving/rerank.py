@@ -12,39 +12,44 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-Weight = Annotated[float, Meta(ge=0)]
-ODDS_FLOOR = 1e-6
+from pipeline.types import NonNegativeFloat
+
+PROBABILITY_FLOOR = 1e-6
 
 
-class Rerank(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class RerankWeights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Weights of the heads' odds, and of the item's value, in the order of a slate."""
 
-    engagement: Weight = 0.0
-    retention: Weight = 0.0
-    monetization: Weight = 0.0
-    value: Weight = 0.0  # of the item, see worth.item_values; an item without one counts as the median of the others
+    engagement: NonNegativeFloat = 0.0
+    retention: NonNegativeFloat = 0.0
+    monetization: NonNegativeFloat = 0.0
+    value: NonNegativeFloat = (
+        0.0  # of the item, see worth.item_values; an item without one counts as the median of the others
+    )
     candidates: Annotated[int, Meta(ge=1, le=10_000)] = 100  # that a slate is chosen from, when a weight is not 0
 
     @property
-    def is_on(self) -> bool:
+    def enabled(self) -> bool:
         return any((self.engagement, self.retention, self.monetization, self.value))
 
-    def fetched(self, k: int) -> int:
+    def n_candidates(self, k: int) -> int:
         """How many candidates a slate of k items is chosen from."""
-        return max(k, self.candidates) if self.is_on else k
+        return max(k, self.candidates) if self.enabled else k
 
 
-def blended(scores: np.ndarray, odds: np.ndarray, log_values: np.ndarray, weights: Rerank) -> np.ndarray:
+def blend_scores(
+    scores: np.ndarray, probabilities: np.ndarray, log_values: np.ndarray, weights: RerankWeights
+) -> np.ndarray:
     """float32 [n, c]: what orders the candidates, higher first.
 
     scores: float [n, c], -inf = no item; odds: float [n, c, 3] by labels.TASKS; log_values: float [n, c], of `logs_of`
     """
     of_tasks = np.array([weights.engagement, weights.retention, weights.monetization], np.float32)
-    of_odds = np.log(np.maximum(odds, ODDS_FLOOR)) @ of_tasks
+    of_odds = np.log(np.maximum(probabilities, PROBABILITY_FLOOR)) @ of_tasks
     return (scores + of_odds + np.float32(weights.value) * log_values).astype(np.float32)
 
 
-def logs_of(values: np.ndarray) -> np.ndarray:
+def log_item_values(values: np.ndarray) -> np.ndarray:
     """float32 [items]: logarithms of all items' values, the median's where a value is 0, unknown."""
     known = values[values > 0]
     usual = np.median(known) if known.size else 1.0

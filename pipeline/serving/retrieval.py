@@ -15,14 +15,14 @@ from kernels.sequence_recommendation_interaction.op import (
 from pipeline.items.vocabulary import UNKNOWN
 
 CHUNK_SCORES = 1 << 24  # 64 MiB of float32 scores at a time
-SPARE = 64  # candidates beyond k that are scored anew
-FEWEST = 128  # candidates: kernels are compiled for powers of two, and most slates need no more
+RESCORE_EXTRA = 64  # candidates beyond k that are scored anew
+MIN_CANDIDATES = 128  # candidates: kernels are compiled for powers of two, and most slates need no more
 # Fewer scores than this are faster all in memory: the operator's launches take longer than the product
 # (`tests.benchmarks.retrieval`).
-FUSED_SCORES = 16_000_000
+FUSED_MIN_SCORES = 16_000_000
 
 
-def retrieval_of(table: Tensor, fused: bool) -> "Retrieval | FusedRetrieval":
+def make_retrieval(table: Tensor, fused: bool) -> "Retrieval | FusedRetrieval":
     """table: float32 [items, width]; row 0 is no item. fused: by the operator, where it can."""
     known = table.is_cuda and table.shape[1] * 4 <= MAX_ROW_BYTES
     return FusedRetrieval(table) if fused and known else Retrieval(table)
@@ -39,18 +39,18 @@ class FusedRetrieval:
         self._table, self._plain = table, Retrieval(table)
         # The kernels are compiled for a number of rows that 16 divides, and not anew when an item comes.
         self._half = F.pad(table.to(dtype), (0, 0, 0, -len(table) % 16))
-        self.bar(np.array([UNKNOWN]))
+        self.block(np.array([UNKNOWN]))
 
-    def bar(self, rows: np.ndarray) -> None:
+    def block(self, rows: np.ndarray) -> None:
         """See Retrieval."""
-        self._plain.bar(rows)
+        self._plain.block(rows)
         self._eligible = torch.arange(len(self._half), device=self._table.device) < len(self._table)
         self._eligible[torch.from_numpy(rows).to(self._table.device)] = False
 
     def top_k(self, states: Tensor, rows: np.ndarray, tokens: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """See Retrieval."""
-        wanted = max(FEWEST, next_power_of_2(k + SPARE))
-        if wanted > MAX_K or len(states) * len(self._table) < FUSED_SCORES:
+        wanted = max(MIN_CANDIDATES, next_power_of_2(k + RESCORE_EXTRA))
+        if wanted > MAX_K or len(states) * len(self._table) < FUSED_MIN_SCORES:
             return self._plain.top_k(states, rows, tokens, k)
         seen, offsets = self._seen(len(states), rows, tokens)
         _, candidates = sequence_recommendation_interaction(
@@ -76,11 +76,11 @@ class Retrieval:
     def __init__(self, table: Tensor) -> None:
         """table: float32 [items, width]; row 0 is no item."""
         self._columns = table.T if table.is_cuda else table.T.contiguous()
-        self.bar(np.array([UNKNOWN]))
+        self.block(np.array([UNKNOWN]))
 
-    def bar(self, rows: np.ndarray) -> None:
+    def block(self, rows: np.ndarray) -> None:
         """From now on these rows of the table, int64 [n], are nobody's; row 0 is one of them."""
-        self._barred = torch.from_numpy(rows).to(self._columns.device)
+        self._blocked = torch.from_numpy(rows).to(self._columns.device)
 
     def top_k(self, states: Tensor, rows: np.ndarray, tokens: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """states: [n, width]; rows, tokens: int [m], pairs that must not appear (tokens beyond the table are ignored).
@@ -103,7 +103,7 @@ class Retrieval:
 
     def _top(self, states: Tensor, excluded: tuple[Tensor, Tensor], k: int) -> tuple[np.ndarray, np.ndarray]:
         logits = states @ self._columns  # [n, items]
-        logits[:, self._barred] = -torch.inf
+        logits[:, self._blocked] = -torch.inf
         device = logits.device
         logits[excluded[0].to(device), excluded[1].to(device)] = -torch.inf
         best, index = logits.topk(k, dim=1)

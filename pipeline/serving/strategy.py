@@ -11,12 +11,12 @@ import numpy as np
 
 from pipeline.records import Histories
 
-LADDER = ("unified", "tensorrt", "vllm", "hstu", "simple")  # best first
+FALLBACK_ORDER = ("unified", "tensorrt", "vllm", "hstu", "simple")  # best first
 COOLDOWN_S = 30.0  # a failed rung's pause before the next probe
 
 
 @dataclass(slots=True)
-class Ranked:
+class RankedItems:
     """A rung's answer to a packed batch of n users; rows are padded with token 0 where a catalogue has no k items left.
 
     tokens: int32 [n, k]; scores: float32 [n, k]; heads: float32 [n, k, 3] engagement, retention, monetization, or None
@@ -35,7 +35,7 @@ class Ranked:
     rank_ms: float = 0.0
     values: np.ndarray | None = None
 
-    def first(self, k: int) -> "Ranked":
+    def first(self, k: int) -> "RankedItems":
         """The first k ranks."""
         if self.tokens.shape[1] <= k:
             return self
@@ -43,35 +43,35 @@ class Ranked:
         return replace(self, **cut)
 
 
-class Rung(Protocol):
+class Strategy(Protocol):
     """One strategy of the ladder. Raises anything when it cannot answer; the next rung is asked then."""
 
     name: str
 
-    def rank(self, histories: Histories, k: int) -> Ranked: ...
+    def rank(self, histories: Histories, k: int) -> RankedItems: ...
 
 
-class Ladder:
+class FallbackChain:
     """The rungs that this process has, best first, each behind a breaker."""
 
-    def __init__(self, rungs: Mapping[str, Rung], monotonic: Callable[[], float]) -> None:
-        self._rungs = {name: rungs[name] for name in LADDER if name in rungs}
+    def __init__(self, strategies: Mapping[str, Strategy], monotonic: Callable[[], float]) -> None:
+        self._strategies = {name: strategies[name] for name in FALLBACK_ORDER if name in strategies}
         self._monotonic = monotonic
-        self._open_until_s = dict.fromkeys(self._rungs, 0.0)
+        self._open_until_s = dict.fromkeys(self._strategies, 0.0)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._rungs
+        return name in self._strategies
 
-    def candidates(self, asked: str | None) -> Iterator[Rung]:
+    def candidates(self, requested: str | None) -> Iterator[Strategy]:
         """From the asked rung (None: the best) downward; those whose breaker is open are skipped, but for the last."""
-        start = LADDER.index(asked) if asked else 0
-        names = [name for name in self._rungs if LADDER.index(name) >= start]
+        start = FALLBACK_ORDER.index(requested) if requested else 0
+        names = [name for name in self._strategies if FALLBACK_ORDER.index(name) >= start]
         for name in names:
             if name == names[-1] or self._monotonic() >= self._open_until_s[name]:
-                yield self._rungs[name]
+                yield self._strategies[name]
 
-    def failed(self, rung: Rung) -> None:
+    def failed(self, rung: Strategy) -> None:
         self._open_until_s[rung.name] = self._monotonic() + COOLDOWN_S
 
-    def succeeded(self, rung: Rung) -> None:
+    def succeeded(self, rung: Strategy) -> None:
         self._open_until_s[rung.name] = 0.0

@@ -1,0 +1,4 @@
+"""The simulated shop, its users and its ground truth.
+
+May import: jagged, types, records, items, data, features, serving, evaluation.
+"""

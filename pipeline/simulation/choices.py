@@ -36,7 +36,7 @@ class States:
     def select(self, rows: np.ndarray) -> "States":
         return States(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
 
-    def over(self, ended: np.ndarray | bool = True) -> "States":
+    def after_session(self, ended: np.ndarray | bool = True) -> "States":
         """Before another session, where this one has ended: no intent yet."""
         return replace(self, topic=np.where(ended, -1, self.topic), action=np.where(ended, -1, self.action))
 
@@ -48,7 +48,7 @@ class Choices:
         """trend: float [items], log of what popularity has drifted by."""
         config, age = world.config, day - world.born_day
         self._world = world
-        self._sequels, self._complements = np.array(config.sequels), np.array(config.complements)
+        self._sequels, self._complements = np.array(config.sequel_rates), np.array(config.complement_rates)
         self.alive = age >= 0
         boost = 1 + config.launch_boost * np.exp(-np.maximum(age, 0) / config.launch_days) * (world.born_day > 0)
         weights = world.base * np.exp(trend) * boost * self.alive
@@ -83,7 +83,9 @@ class Choices:
         over: the chance that the session has ended and the next event begins another one.
         """
         world, rows = self._world, np.arange(len(states.level))
-        sequel, complement, same, taste = (1 - over) * self._mixture(states) + over * self._mixture(states.over())
+        sequel, complement, same, taste = (1 - over) * self._mixture(states) + over * self._mixture(
+            states.after_session()
+        )
         topics = np.zeros((len(rows), world.config.topics))  # the probability that the topic is drawn, and which
         np.add.at(topics, (rows[:, None], states.interests), taste[:, None] * states.taste)
         begun = states.topic >= 0
@@ -105,10 +107,10 @@ class Choices:
         """float [4, n]: weights of a sequel, a complement, the intent's topic, a topic drawn anew from the taste."""
         config, started = self._world.config, states.action >= 0
         action = np.maximum(states.action, 0)
-        resumes = np.where(states.last >= 0, config.resume, 0.0)
+        resumes = np.where(states.last >= 0, config.resume_rate, 0.0)
         sequel = np.where(started, self._sequels[action], resumes)
         complement = np.where(started, self._complements[action], 0.0)
-        change = np.where(states.action == SKIP, AFTER_SKIP * config.switch, config.switch)
+        change = np.where(states.action == SKIP, AFTER_SKIP * config.topic_switch_rate, config.topic_switch_rate)
         rest = 1 - sequel - complement
         taste = np.where(started, rest * change, rest)
         return np.stack([sequel, complement, rest - taste, taste])
@@ -158,7 +160,7 @@ def appeal(world: World, states: States, items: np.ndarray) -> np.ndarray:
     return -0.9 + 2.0 * liking + 0.8 * world.quality[items] + 0.9 * (fit - 0.5)
 
 
-def taken(dice: np.random.Generator, world: World, states: States, slates: np.ndarray) -> np.ndarray:
+def choose_from_slates(dice: np.random.Generator, world: World, states: States, slates: np.ndarray) -> np.ndarray:
     """What users take from the slates they are shown: int [n, k] items, -1 = none -> int [n], -1 from an empty slate.
 
     An item is seen with probability 1 / rank (position bias), and of those seen one is taken by exp(appeal).

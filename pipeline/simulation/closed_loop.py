@@ -12,12 +12,12 @@ way; what is taken is written to their history and changes the next slate. Good 
 import msgspec
 import numpy as np
 
-from pipeline.data.event_log import DWELL_STEP_MS, Log
-from pipeline.features.event_features import ranges
+from pipeline.data.event_log import DWELL_STEP_MS, EventLog
 from pipeline.features.labels import LONG_DWELL_MS
 from pipeline.items.vocabulary import UNKNOWN, Vocabulary
+from pipeline.jagged import ranges
 from pipeline.records import EVENT_DTYPE, EventSchema, Histories, encode_value, item_hash
-from pipeline.serving.strategy import Rung
+from pipeline.serving.strategy import Strategy
 from pipeline.simulation.choices import ACTIONS, CART, LIKE, PURCHASE
 from pipeline.simulation.simulator import EXCLUDED_EVENTS, Columns, Simulator, user_id
 from pipeline.simulation.users import DEVICES
@@ -27,7 +27,7 @@ RETURN_DAYS = 7
 TRUTHS = ("engaged", "returned", "monetized")  # by labels.TASKS
 
 
-class Reaction(msgspec.Struct, frozen=True):
+class ClosedLoopMetrics(msgspec.Struct, frozen=True):
     """What came of some days. `money`: paid for all purchases; `returned_share`: of a user's days with a session those
     that another one followed within RETURN_DAYS, counted where the days show so many; None: they never do."""
 
@@ -39,7 +39,7 @@ class Reaction(msgspec.Struct, frozen=True):
     returned_share: float | None
 
 
-class Packer:
+class ColumnPacker:
     """A simulator's columns as EVENT_DTYPE, what rings and logs hold."""
 
     def __init__(self, simulator: Simulator, schema: EventSchema) -> None:
@@ -63,13 +63,15 @@ class Packer:
         return events
 
 
-class Showcase:
+class PolicyUnderTest:
     """A rung as the simulator's shelf: it sees every user's history and nothing else."""
 
-    def __init__(self, simulator: Simulator, rung: Rung, vocabulary: Vocabulary, log: Log, k: int = 10) -> None:
+    def __init__(
+        self, simulator: Simulator, strategy: Strategy, vocabulary: Vocabulary, log: EventLog, k: int = 10
+    ) -> None:
         """log: what happened before, as `warm_up` left it."""
-        self._rung, self._k = rung, k
-        self._packer = Packer(simulator, EventSchema())
+        self._rung, self._k = strategy, k
+        self._packer = ColumnPacker(simulator, EventSchema())
         self._numbers = np.full(len(vocabulary), -1)  # of the items, by token
         self._numbers[vocabulary.tokens(self._packer.hashes)] = np.arange(simulator.config.items)
         self._numbers[UNKNOWN] = -1
@@ -99,7 +101,7 @@ class Showcase:
         self._counts += np.bincount(users, minlength=len(self._counts))
 
 
-def warm_up(simulator: Simulator, days: int) -> tuple[Log, Columns]:
+def warm_up(simulator: Simulator, days: int) -> tuple[EventLog, Columns]:
     """The log of the shop's first days, without slates, and its truth (see Simulator), aligned."""
     columns = _joined([simulator.day(day) for day in range(days)])
     user_ids = sorted(user_id(number) for number in range(simulator.config.users))
@@ -107,21 +109,21 @@ def warm_up(simulator: Simulator, days: int) -> tuple[Log, Columns]:
     users, items = np.argsort(_numbers_of(user_ids)), np.argsort(_numbers_of(item_ids))  # an id's place, by number
     users, items = users[columns["user"]].astype(np.int32), items[columns["item"]].astype(np.int32)
     order = np.lexsort((items, users, columns["ts_ms"]))
-    events = Packer(simulator, EventSchema()).pack(columns)
-    log = Log(user_ids, users[order], item_ids, items[order], events[order])
+    events = ColumnPacker(simulator, EventSchema()).pack(columns)
+    log = EventLog(user_ids, users[order], item_ids, items[order], events[order])
     return log, {name: columns[name][order] for name in TRUTHS}
 
 
-def run(simulator: Simulator, first_day: int, days: int, showcase: Showcase | None) -> Reaction:
+def run(simulator: Simulator, first_day: int, days: int, policy: PolicyUnderTest | None) -> ClosedLoopMetrics:
     """These days with slates; None: without. The simulator and the showcase go on from where they are."""
-    parts = [simulator.day(first_day + day, shelf=showcase) for day in range(days)]
+    parts = [simulator.day(first_day + day, policy=policy) for day in range(days)]
     came = np.zeros((simulator.config.users, days), bool)
     for day, part in enumerate(parts):
         came[part["user"], day] = True
     columns = _joined(parts)
     bought = columns["action"] == PURCHASE
     engaged = np.isin(columns["action"], (LIKE, CART, PURCHASE)) | (columns["dwell_ms"] >= LONG_DWELL_MS)
-    return Reaction(
+    return ClosedLoopMetrics(
         events=len(bought),
         sessions=int(came.sum()),
         engaged_share=float(engaged.mean()),

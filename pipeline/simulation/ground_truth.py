@@ -6,19 +6,19 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from pipeline.data.log_io import read_columns, write_log
-from pipeline.data.sequences import Corpus, place_of_share
-from pipeline.evaluation.metrics import HeadMeasures, head_measures
+from pipeline.data.log_io import read_event_log, write_log
+from pipeline.data.sequences import UserSequences, split_index
+from pipeline.evaluation.metrics import HeadMetrics, head_metrics
 from pipeline.features.labels import TASKS, labels_of
 from pipeline.records import EventSchema
 from pipeline.simulation.simulator import Columns, Simulator
 from pipeline.simulation.world import SimulatorConfig
 
 SCORED_FROM = 0.8
-TRUE_ODDS = dict(zip(TASKS, ("engaged", "returned", "monetized"), strict=True))
+TRUE_PROBABILITIES = dict(zip(TASKS, ("engaged", "returned", "monetized"), strict=True))
 
 
-class Truth(msgspec.Struct, frozen=True):
+class GroundTruth(msgspec.Struct, frozen=True):
     """truth.json. hit_rate: share of the scored events whose item was among the ten likeliest given the hidden state
     after the user's preceding event, what serving excludes left out; all scored events in the denominator.
     heads: of the true probabilities."""
@@ -27,12 +27,12 @@ class Truth(msgspec.Struct, frozen=True):
     events: int
     scored: int
     hit_rate: float
-    heads: dict[str, HeadMeasures]
+    heads: dict[str, HeadMetrics]
 
 
 def simulate(
     config: SimulatorConfig, folder: Path, suffix: str = ".jsonl", on_events: Callable[[int], None] = lambda count: None
-) -> Truth:
+) -> GroundTruth:
     """Write events, items.jsonl and truth.json into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     # A little earlier than needed: the cut falls on a day's middle.
@@ -53,16 +53,16 @@ def simulate(
     return truth
 
 
-def _measured(config: SimulatorConfig, path: Path, truth: Columns) -> Truth:
-    schema, log = EventSchema(), read_columns(path)
-    corpus = Corpus.of(log.events, np.ones(len(log), np.int32), log.users)
-    start, histories = place_of_share(log.ts_ms, SCORED_FROM), corpus.histories
+def _measured(config: SimulatorConfig, path: Path, truth: Columns) -> GroundTruth:
+    schema, log = EventSchema(), read_event_log(path)
+    corpus = UserSequences.from_columns(log.events, np.ones(len(log), np.int32), log.users)
+    start, histories = split_index(log.ts_ms, SCORED_FROM), corpus.histories
     labels = labels_of(histories, schema, int(log.ts_ms[-1]))
     # Labels stand at an event's predecessor, as the heads predict them.
-    before = np.flatnonzero((corpus.places[1:] >= start) & (corpus.starts[1:] == corpus.starts[:-1]))
-    following = corpus.places[before + 1]
+    before = np.flatnonzero((corpus.log_positions[1:] >= start) & (corpus.starts[1:] == corpus.starts[:-1]))
+    following = corpus.log_positions[before + 1]
     heads = {
-        task: head_measures(truth[TRUE_ODDS[task]][following], labels[before, number])
+        task: head_metrics(truth[TRUE_PROBABILITIES[task]][following], labels[before, number])
         for number, task in enumerate(TASKS)
     }
-    return Truth(config, len(log), len(log) - start, float(truth["hit"][start:].mean()), heads)
+    return GroundTruth(config, len(log), len(log) - start, float(truth["hit"][start:].mean()), heads)

@@ -18,13 +18,23 @@ from typing import Protocol
 
 import numpy as np
 
-from pipeline.records import Event, Item
-from pipeline.simulation.choices import ACTIONS, CART, DWELL_SIGMA, PURCHASE, SKIP, Choices, States, outcomes, taken
-from pipeline.simulation.users import DEVICES, Recent, Users, distinct_topics
-from pipeline.simulation.world import DAY_MS, SimulatorConfig, World, item_id
+from pipeline.records import DAY_MS, Event, Item
+from pipeline.simulation.choices import (
+    ACTIONS,
+    CART,
+    DWELL_SIGMA,
+    PURCHASE,
+    SKIP,
+    Choices,
+    States,
+    choose_from_slates,
+    outcomes,
+)
+from pipeline.simulation.users import DEVICES, RecentItems, SimulatedUsers, distinct_topics
+from pipeline.simulation.world import SimulatorConfig, World, item_id
 
 WEEK = np.array([0.9, 0.9, 0.95, 1.0, 1.15, 1.2, 0.9])  # activity by day of the week
-EXCLUDED_EVENTS = 512  # what serving excludes: the default of sequences.cap_events
+EXCLUDED_EVENTS = 512  # what serving excludes: the default of sequences.max_events
 HOUR_MS = 3_600_000
 TOP = 10
 MAX_SESSION_EVENTS = 40
@@ -33,7 +43,7 @@ COLUMNS = ("ts_ms", "user", "item", "action", "dwell_ms", "position", "hit", "en
 Columns = dict[str, np.ndarray]
 
 
-class Shelf(Protocol):
+class SlatePolicy(Protocol):
     """Where the shop shows slates, and learns what became of them (closed_loop.py)."""
 
     def slates(self, users: np.ndarray) -> np.ndarray:
@@ -54,9 +64,9 @@ class Simulator:
     def __init__(self, config: SimulatorConfig, truth_from: float = 1.0) -> None:
         """truth_from: the share of the events behind which hits are worked out (a dense row of items an event)."""
         self.config, self.world, self._truth_from = config, World.of(config), truth_from
-        self._dice = np.random.default_rng([config.seed, 3])
-        self._users = Users.of(config, self._dice)
-        self._touched = Recent.of(config.users, EXCLUDED_EVENTS) if truth_from < 1 else None
+        self._rng = np.random.default_rng([config.seed, 3])
+        self._users = SimulatedUsers.of(config, self._rng)
+        self._touched = RecentItems.empty(config.users, EXCLUDED_EVENTS) if truth_from < 1 else None
         self._trend = np.zeros(config.items)  # log popularity
         self._user_ids = [user_id(number) for number in range(config.users)]
         self._item_ids = [item_id(number) for number in range(config.items)]
@@ -68,7 +78,7 @@ class Simulator:
     def fork(self, seed: int) -> "Simulator":
         """The same shop and the same users at the same day, with a future of its own."""
         other = deepcopy(self)
-        other._dice = np.random.default_rng([self.config.seed, 4, seed])
+        other._rng = np.random.default_rng([self.config.seed, 4, seed])
         return other
 
     @property
@@ -88,12 +98,12 @@ class Simulator:
             chunk = {name: column[order] for name, column in columns.items()}
             yield self._events(chunk), {name: chunk[name] for name in COLUMNS[-4:]}
 
-    def day(self, day: int, with_hits: bool = False, shelf: Shelf | None = None) -> Columns:
+    def day(self, day: int, with_hits: bool = False, policy: SlatePolicy | None = None) -> Columns:
         """All sessions that begin this day, in no order. With a shelf, users take from its slates by config.follow."""
         config, users = self.config, self._users
         self._drift()
-        active = np.flatnonzero(self._dice.random(config.users) < -np.expm1(-users.activity * WEEK[day % 7]))
-        walk = _Walk(self, active, Choices(self.world, self._trend, day), day, shelf)
+        active = np.flatnonzero(self._rng.random(config.users) < -np.expm1(-users.activity * WEEK[day % 7]))
+        walk = _DaySessions(self, active, Choices(self.world, self._trend, day), day, policy)
         steps = list(walk.steps(with_hits)) or [_no_events()]
         columns = {name: np.concatenate([step[name] for step in steps]) for name in COLUMNS[:-1]}
         users.last[active], users.action[active], users.topic[active] = walk.last, walk.action, walk.topic
@@ -107,9 +117,9 @@ class Simulator:
         return columns
 
     def _drift(self) -> None:
-        config, dice, users = self.config, self._dice, self._users
+        config, dice, users = self.config, self._rng, self._users
         self._trend = 0.98 * self._trend + dice.normal(0, config.drift / np.sqrt(7), config.items)
-        who = np.flatnonzero(dice.random(config.users) < config.taste_change)
+        who = np.flatnonzero(dice.random(config.users) < config.interest_change_rate)
         place = dice.integers(config.interests, size=len(who))
         old = users.interests[who, place]
         near = (old + config.categories * dice.integers(1, 5, size=len(who))) % config.topics  # of the same category
@@ -141,18 +151,18 @@ class Simulator:
         ]
 
 
-class _Walk:
+class _DaySessions:
     """A day's sessions, all at the same step."""
 
     def __init__(
-        self, simulator: Simulator, active: np.ndarray, choices: Choices, day: int, shelf: Shelf | None
+        self, simulator: Simulator, active: np.ndarray, choices: Choices, day: int, shelf: SlatePolicy | None
     ) -> None:
-        self._sim, self._dice, self._users = simulator, simulator._dice, simulator._users
-        self._active, self._choices, self._shelf = active, choices, shelf
+        self._sim, self._rng, self._users = simulator, simulator._rng, simulator._users
+        self._active, self._choices, self._policy = active, choices, shelf
         n, config = len(active), simulator.config
-        hour = np.clip(self._dice.normal(self._users.hour[active], 2.0), 0, 23.99)
+        hour = np.clip(self._rng.normal(self._users.hour[active], 2.0), 0, 23.99)
         self._ts_ms = config.start_ms + day * DAY_MS + (hour * HOUR_MS).astype(np.int64)
-        self._lengths = np.minimum(self._dice.geometric(1 / config.session_events, n), MAX_SESSION_EVENTS)
+        self._lengths = np.minimum(self._rng.geometric(1 / config.session_events, n), MAX_SESSION_EVENTS)
         users = self._users
         self.last, self.action, self.topic = users.last[active], users.action[active], users.topic[active]
         self.events, self.engaged_events = np.zeros(n), np.zeros(n)
@@ -162,17 +172,17 @@ class _Walk:
         while rows.size:
             likely = self._likeliest(rows) if with_hits else None
             states = self._states(rows, self._users.seen)
-            step = self._step(rows, states.over(self.events[rows] == 0), likely)
-            if self._shelf is not None:
-                self._shelf.record(step)
+            step = self._step(rows, states.after_session(self.events[rows] == 0), likely)
+            if self._policy is not None:
+                self._policy.record(step)
             yield step
             rows = rows[self.events[rows] < self._lengths[rows]]
 
-    def _states(self, rows: np.ndarray, passed: Recent) -> States:
+    def _states(self, rows: np.ndarray, passed: RecentItems) -> States:
         """After the last event, be it of this session or of the one before."""
         users, who = self._users, self._active[rows]
         return States(
-            users.level[who], users.interests[who], users.taste[who],
+            users.level[who], users.interests[who], users.interest_weights[who],
             self.topic[rows], self.last[rows], self.action[rows], passed.items[who],
         )  # fmt: skip
 
@@ -186,9 +196,9 @@ class _Walk:
         return np.where(np.take_along_axis(likelihood, best, axis=1) > 0, best, -1)
 
     def _step(self, rows: np.ndarray, states: States, likely: np.ndarray | None) -> Columns:
-        dice, config, world, who = self._dice, self._sim.config, self._sim.world, self._active[rows]
+        dice, config, world, who = self._rng, self._sim.config, self._sim.world, self._active[rows]
         item, topic = self._next(rows, states)
-        bought = (states.action == CART) & (dice.random(len(rows)) < config.checkout)
+        bought = (states.action == CART) & (dice.random(len(rows)) < config.checkout_rate)
         item, topic = np.where(bought, states.last, item), np.where(bought, states.topic, topic)
         odds = outcomes(world, states, item)
         action = (dice.random(len(rows))[:, None] > np.cumsum(odds.actions, axis=1)[:, :-1]).sum(axis=1)
@@ -217,12 +227,12 @@ class _Walk:
 
     def _next(self, rows: np.ndarray, states: States) -> tuple[np.ndarray, np.ndarray]:
         """Items and intents: the user's own way, or from the slate, whose item's topic is the intent then."""
-        item, topic = self._choices.draw(self._dice, states)
-        if self._shelf is None:
+        item, topic = self._choices.draw(self._rng, states)
+        if self._policy is None:
             return item, topic
         world, config = self._sim.world, self._sim.config
-        offered = taken(self._dice, world, states, self._shelf.slates(self._active[rows]))
-        follows = (self._dice.random(len(rows)) < config.follow) & (offered >= 0)
+        offered = choose_from_slates(self._rng, world, states, self._policy.slates(self._active[rows]))
+        follows = (self._rng.random(len(rows)) < config.slate_take_rate) & (offered >= 0)
         return np.where(follows, offered, item), np.where(follows, world.topic[offered], topic)
 
 

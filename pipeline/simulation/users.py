@@ -11,14 +11,14 @@ DEVICES = ("mobile", "desktop", "tablet")
 
 
 @dataclass(slots=True)
-class Recent:
+class RecentItems:
     """The users' last items. items: int32 [users, size], -1 = none; counts: int64 [users]."""
 
     items: np.ndarray
     counts: np.ndarray
 
     @classmethod
-    def of(cls, users: int, size: int) -> "Recent":
+    def empty(cls, users: int, size: int) -> "RecentItems":
         return cls(np.full((users, size), -1, np.int32), np.zeros(users, np.int64))
 
     def remember(self, who: np.ndarray, items: np.ndarray) -> None:
@@ -27,12 +27,12 @@ class Recent:
 
 
 @dataclass(slots=True)
-class Users:
+class SimulatedUsers:
     """interests: int [users, k] topics; taste: float [users, k], their weights; hour: float, of the day;
     last, action, topic: of the last event the item, what was done with it and the intent, -1 = none."""
 
     interests: np.ndarray
-    taste: np.ndarray
+    interest_weights: np.ndarray
     level: np.ndarray
     hour: np.ndarray
     activity: np.ndarray
@@ -41,16 +41,16 @@ class Users:
     last: np.ndarray
     action: np.ndarray
     topic: np.ndarray
-    seen: Recent
+    seen: RecentItems
 
     @classmethod
-    def of(cls, config: SimulatorConfig, dice: np.random.Generator) -> "Users":
+    def of(cls, config: SimulatorConfig, dice: np.random.Generator) -> "SimulatedUsers":
         n = config.users
         activity = dice.lognormal(0, config.activity_sigma, n)
         activity *= _scale(activity, config.events / (n * config.days * config.session_events))
         return cls(
             interests=distinct_topics(config, dice, n),
-            taste=dice.dirichlet(np.full(config.interests, 1.5), n),
+            interest_weights=dice.dirichlet(np.full(config.interests, 1.5), n),
             level=dice.integers(PRICE_LEVELS, size=n),
             hour=dice.normal(17, 3, n),
             activity=activity,
@@ -59,7 +59,7 @@ class Users:
             last=np.full(n, -1),
             action=np.full(n, -1),
             topic=np.full(n, -1),
-            seen=Recent.of(n, MEMORY),
+            seen=RecentItems.empty(n, MEMORY),
         )
 
 

@@ -1,17 +1,13 @@
 """The simulated shop: its configuration, its items, and who tends to follow whom. Everything here stands still."""
 
 from dataclasses import dataclass
-from typing import Annotated
 
 import msgspec
 import numpy as np
-from msgspec import Meta
 
-from pipeline.records import Item
+from pipeline.records import DAY_MS, Item
+from pipeline.types import Fraction, PositiveInt
 
-Positive = Annotated[int, Meta(gt=0)]
-Share = Annotated[float, Meta(ge=0, le=1)]
-DAY_MS = 86_400_000
 PRICE_LEVELS = 3
 SUCCESSORS = np.array([0.5, 0.25, 0.15, 0.1])  # how an item's four sequels share what goes to sequels
 COMPLEMENTS = np.array([0.6, 0.4])
@@ -25,31 +21,33 @@ WORDS = _TEXT.split()
 class SimulatorConfig(msgspec.Struct, frozen=True):
     """Committed before any model was trained on what it makes."""
 
-    events: Positive = 200_000
-    users: Positive = 5_000
-    items: Positive = 2_000
+    events: PositiveInt = 200_000
+    users: PositiveInt = 5_000
+    items: PositiveInt = 2_000
     seed: int = 7
-    days: Positive = 90  # the period over which the events are spread, about
+    days: PositiveInt = 90  # the period over which the events are spread, about
     start_ms: int = 1_735_689_600_000  # 1 January 2025, UTC
-    topics: Positive = 40
-    categories: Positive = 8  # of topics
+    topics: PositiveInt = 40
+    categories: PositiveInt = 8  # of topics
     zipf: float = 0.8  # exponent of popularity within a topic
     topic_zipf: float = 0.9  # of the topics' own popularity
     drift: float = 0.1  # of log popularity: standard deviation a week
-    late_items: Share = 0.1  # that arrive during the period
+    late_items: Fraction = 0.1  # that arrive during the period
     launch_boost: float = 3.0  # of a new item's popularity, fading with `launch_days`
     launch_days: float = 5.0
-    interests: Positive = 3  # topics of a user
-    taste_change: Share = 0.01  # a day: one interest is replaced by another, half of the time within its category
+    interests: PositiveInt = 3  # topics of a user
+    interest_change_rate: Fraction = (
+        0.01  # a day: one interest is replaced by another, half of the time within its category
+    )
     activity_sigma: float = 1.0  # of the log-normal activity of users
     session_events: float = 8.0  # mean length of a session
     gap_s: float = 60.0  # median time between two events of a session
-    resume: Share = 0.3  # sessions that go on from the last item of the session before
-    switch: Share = 0.05  # change of topic at any step; after a skip ten times that
-    sequels: tuple[float, ...] = (0.35, 0.45, 0.5, 0.05, 0.05, 0.05)  # by last action (ACTIONS): goes to a sequel
-    complements: tuple[float, ...] = (0.0, 0.0, 0.05, 0.5, 0.6, 0.0)  # by last action: goes to a complement
-    checkout: Share = 0.4  # carts that are bought at once
-    follow: Share = 0.5  # where slates are shown: a user's next event is taken from the slate
+    resume_rate: Fraction = 0.3  # sessions that go on from the last item of the session before
+    topic_switch_rate: Fraction = 0.05  # change of topic at any step; after a skip ten times that
+    sequel_rates: tuple[float, ...] = (0.35, 0.45, 0.5, 0.05, 0.05, 0.05)  # by last action (ACTIONS): goes to a sequel
+    complement_rates: tuple[float, ...] = (0.0, 0.0, 0.05, 0.5, 0.6, 0.0)  # by last action: goes to a complement
+    checkout_rate: Fraction = 0.4  # carts that are bought at once
+    slate_take_rate: Fraction = 0.5  # where slates are shown: a user's next event is taken from the slate
 
 
 @dataclass(slots=True)

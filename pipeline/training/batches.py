@@ -8,18 +8,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipeline.data.sequences import Corpus
-from pipeline.features.affinity import Affinities
-from pipeline.features.event_features import FEATURES, Inputs, inputs_of, ranges, runs_of
+from pipeline.data.sequences import UserSequences
+from pipeline.features.affinity import AffinityIndex
+from pipeline.features.event_features import N_FEATURES, EncoderInputs, encoder_inputs
 from pipeline.features.labels import engaged, labels_of
-from pipeline.features.visit_frequency import RHYTHMS, rhythm
-from pipeline.items.catalogue import EMPTY, Catalogue, Facts
+from pipeline.features.visit_frequency import N_VISIT_FEATURES, visit_frequency
+from pipeline.items.catalogue import EMPTY, Catalogue, ItemFacts
 from pipeline.items.vocabulary import UNKNOWN
+from pipeline.jagged import ranges, row_of
 from pipeline.records import EventSchema
 
 
 @dataclass(slots=True)
-class Examples:
+class TrainingColumns:
     """What the corpus shows and asks: columns [total] over its events, 123 bytes an event beside the corpus' own.
 
     They are made once, users by users: a crop's features need all that came before it, so making them with each batch
@@ -35,53 +36,55 @@ class Examples:
     older_events: the model is shown so many of a user's events before a crop, too, in sessions
     """
 
-    inputs: Inputs
+    inputs: EncoderInputs
     successors: np.ndarray
-    asked: np.ndarray
+    target_mask: np.ndarray
     labels: np.ndarray
-    rhythm: np.ndarray
-    affinities: Affinities
-    facts: Facts
+    visit_frequency: np.ndarray
+    affinities: AffinityIndex
+    facts: ItemFacts
     older_events: int = 0
 
     @classmethod
-    def of(cls, corpus: Corpus, schema: EventSchema, repeats: bool, catalogue: Catalogue = EMPTY) -> "Examples":
+    def from_sequences(
+        cls, corpus: UserSequences, schema: EventSchema, repeats: bool, catalogue: Catalogue = EMPTY
+    ) -> "TrainingColumns":
         total, histories, facts = len(corpus), corpus.histories, catalogue.facts(corpus.tokens)
-        codes, seconds = np.empty((total, FEATURES), np.int16), np.empty(total, np.int32)
+        codes, seconds = np.empty((total, N_FEATURES), np.int16), np.empty(total, np.int32)
         examples = cls(
-            Inputs(corpus.tokens, codes, seconds, corpus.offsets),
+            EncoderInputs(corpus.tokens, codes, seconds, corpus.offsets),
             _successors(corpus),
             np.zeros(total, bool),
             labels_of(histories, schema, int(histories.ts_ms.max(initial=0))),
-            np.empty((total, RHYTHMS), np.float32),
-            Affinities.of(histories, corpus.tokens, facts, engaged(histories, schema)),
+            np.empty((total, N_VISIT_FEATURES), np.float32),
+            AffinityIndex.from_histories(histories, corpus.tokens, facts, engaged(histories, schema)),
             facts,
         )
-        for place, part in corpus.parts():
+        for place, part in corpus.chunks():
             examples._fill(place, part)
-            examples.asked[place][:-1] = True if repeats else part.is_new[1:]
-        examples.asked &= examples.successors != UNKNOWN
+            examples.target_mask[place][:-1] = True if repeats else part.is_first_touch[1:]
+        examples.target_mask &= examples.successors != UNKNOWN
         return examples
 
-    def _fill(self, place: slice, part: Corpus) -> None:
-        inputs = inputs_of(part.histories, part.tokens, np.iinfo(np.int32).max, self.facts.of(place))
-        self.inputs.codes[place], self.inputs.seconds[place] = inputs.codes, inputs.seconds
-        self.rhythm[place] = rhythm(part.histories, np.arange(len(part)))
+    def _fill(self, place: slice, part: UserSequences) -> None:
+        inputs = encoder_inputs(part.histories, part.tokens, np.iinfo(np.int32).max, self.facts.select(place))
+        self.inputs.feature_ids[place], self.inputs.seconds[place] = inputs.feature_ids, inputs.seconds
+        self.visit_frequency[place] = visit_frequency(part.histories, np.arange(len(part)))
 
-    def shown(self, starts: np.ndarray, lengths: np.ndarray) -> Inputs:
+    def with_context(self, starts: np.ndarray, lengths: np.ndarray) -> EncoderInputs:
         """Of these crops, each behind the older events of its user."""
-        begins = self.inputs.offsets[runs_of(self.inputs.offsets, starts)]
+        begins = self.inputs.offsets[row_of(self.inputs.offsets, starts)]
         older = np.minimum(starts - begins, self.older_events)
-        inputs = self.inputs.taken(starts - older, older + lengths)
-        return replace(inputs, codes=inputs.codes.astype(np.int32))
+        inputs = self.inputs.gather_runs(starts - older, older + lengths)
+        return replace(inputs, feature_ids=inputs.feature_ids.astype(np.int32))
 
-    def shares(self, items: int) -> np.ndarray:
+    def target_frequency(self, items: int) -> np.ndarray:
         """float64 [items]: each token's share of the targets."""
-        counts = np.bincount(self.successors[self.asked], minlength=items)
+        counts = np.bincount(self.successors[self.target_mask], minlength=items)
         return counts / max(1, counts.sum())
 
 
-def _successors(corpus: Corpus) -> np.ndarray:
+def _successors(corpus: UserSequences) -> np.ndarray:
     successors = np.append(corpus.tokens[1:], UNKNOWN).astype(np.int32)
     successors[corpus.offsets[1:] - 1] = UNKNOWN
     return successors
@@ -99,20 +102,20 @@ class TrainingBatch:
     whole: the batch that this is one process' part of; None: it is the whole one
     """
 
-    inputs: Inputs
+    inputs: EncoderInputs
     offsets: np.ndarray
     successors: np.ndarray
     labels: np.ndarray
-    rhythm: np.ndarray
+    visit_frequency: np.ndarray
     affinity: np.ndarray
-    asked: np.ndarray
+    target_mask: np.ndarray
     seen: tuple[np.ndarray, np.ndarray]
     whole: "TrainingBatch | None" = None
 
     @property
     def targets(self) -> np.ndarray:
         """int32 [m]: the successors of the asked rows."""
-        return self.successors[self.asked]
+        return self.successors[self.target_mask]
 
     @property
     def share(self) -> np.ndarray:
@@ -121,26 +124,26 @@ class TrainingBatch:
 
     @property
     def _rows(self) -> np.ndarray:
-        return np.array([len(self.asked), *np.isfinite(self.labels).sum(axis=0)])
+        return np.array([len(self.target_mask), *np.isfinite(self.labels).sum(axis=0)])
 
     def part(self, rank: int, count: int) -> "TrainingBatch":
         """Each count-th crop, from number `rank` on. Where there is none: the first crop, asked nothing."""
         crops, whole = len(self.inputs), self.inputs
         if rank >= crops:
             idle, nothing = self.part(0, crops), np.empty(0, np.int64)
-            return replace(idle, labels=np.full_like(idle.labels, np.nan), asked=nothing, seen=(nothing, nothing))
+            return replace(idle, labels=np.full_like(idle.labels, np.nan), target_mask=nothing, seen=(nothing, nothing))
         rows, offsets = ranges(self.offsets[:-1][rank::count], np.diff(self.offsets)[rank::count])
         places = np.full(len(self.successors), -1)
         places[rows] = np.arange(len(rows))
-        asked = places[self.asked]
+        asked = places[self.target_mask]
         own = asked >= 0
         numbers, shown = (column[own[self.seen[0]]] for column in self.seen)
         return TrainingBatch(
-            whole.taken(whole.offsets[:-1][rank::count], np.diff(whole.offsets)[rank::count]),
+            whole.gather_runs(whole.offsets[:-1][rank::count], np.diff(whole.offsets)[rank::count]),
             offsets,
             self.successors[rows],
             self.labels[rows],
-            self.rhythm[rows],
+            self.visit_frequency[rows],
             self.affinity[rows],
             asked[own],
             ((np.cumsum(own) - 1)[numbers], shown),
@@ -148,7 +151,7 @@ class TrainingBatch:
         )
 
 
-def crops(offsets: np.ndarray, length: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def random_crops(offsets: np.ndarray, length: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Every user's run cut into crops of `length` at a random offset: starts int64 [n], lengths int64 [n]."""
     lengths = np.diff(offsets)
     shifts = np.where(lengths > length, random.integers(0, length, len(lengths)), 0)
@@ -160,30 +163,30 @@ def crops(offsets: np.ndarray, length: int, random: np.random.Generator) -> tupl
     return np.repeat(offsets[:-1], counts) + begins, ends - begins
 
 
-def batches(starts: np.ndarray, lengths: np.ndarray, batch_events: int,
+def batches(starts: np.ndarray, lengths: np.ndarray, events_per_batch: int,
             random: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
     """Crops of like lengths together, about `batch_events` events a batch, in random order."""
     order = np.lexsort((random.random(len(starts)), lengths // 8))
     starts, lengths = starts[order], lengths[order]
-    number = (np.cumsum(lengths) - 1) // batch_events
+    number = (np.cumsum(lengths) - 1) // events_per_batch
     cuts = np.flatnonzero(np.diff(number)) + 1
     parts = list(zip(np.split(starts, cuts), np.split(lengths, cuts), strict=True))
     random.shuffle(parts)
     return parts
 
 
-def batch_of(examples: Examples, starts: np.ndarray, lengths: np.ndarray, unknown_share: float,
+def make_batch(examples: TrainingColumns, starts: np.ndarray, lengths: np.ndarray, unknown_item_rate: float,
              random: np.random.Generator) -> TrainingBatch:  # fmt: skip
     """The crops as model inputs; a share of the input items is made unknown, as new items will be in service."""
     order = np.argsort(lengths, kind="stable")
     index, offsets = ranges(starts[order], lengths[order])
-    asked = np.flatnonzero(examples.asked[index])
+    asked = np.flatnonzero(examples.target_mask[index])
     seen = _seen(examples.inputs.tokens[index], offsets, asked)
-    inputs = examples.shown(starts[order], lengths[order])
-    inputs.tokens[random.random(len(inputs.tokens)) < unknown_share] = UNKNOWN
-    successors, labels, rhythms = examples.successors[index], examples.labels[index], examples.rhythm[index]
+    inputs = examples.with_context(starts[order], lengths[order])
+    inputs.tokens[random.random(len(inputs.tokens)) < unknown_item_rate] = UNKNOWN
+    successors, labels, rhythms = examples.successors[index], examples.labels[index], examples.visit_frequency[index]
     following = np.minimum(index + 1, len(examples.successors) - 1)
-    affinity = examples.affinities.at(index, successors, examples.facts.of(following))
+    affinity = examples.affinities.at(index, successors, examples.facts.select(following))
     return TrainingBatch(inputs, offsets, successors, labels, rhythms, affinity, asked, seen)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 @dataclass(slots=True, frozen=True)
-class Processes:
+class ProcessGroup:
     """This process among `count`, its number `rank` from 0; device: torch's name of where travelling tensors lie."""
 
     rank: int = 0
@@ -25,7 +25,7 @@ class Processes:
     device: str = "cpu"
 
     @property
-    def is_first(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
     def average(self, parameters: Iterable[nn.Parameter], losses: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class Processes:
             parameter.grad = mean.view_as(parameter)
         return means[0]
 
-    def told(self, numbers: Sequence[float]) -> list[float]:
+    def broadcast(self, numbers: Sequence[float]) -> list[float]:
         """The first process' numbers, in all of them; what the others give says how many."""
         if self.count == 1:
             return list(numbers)
@@ -50,19 +50,19 @@ class Processes:
         return message.tolist()
 
 
-ALONE = Processes()
+SINGLE_PROCESS = ProcessGroup()
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[Processes]:
+def process_group(device: torch.device) -> Iterator[ProcessGroup]:
     """Those that torchrun started (by its variables), over NCCL on CUDA, else gloo; without torchrun one alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size(), device.type)
+        yield ProcessGroup(dist.get_rank(), dist.get_world_size(), device.type)
     finally:
         dist.destroy_process_group()

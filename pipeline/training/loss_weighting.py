@@ -10,11 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-Name = Literal["fixed", "uncertainty", "dwa"]
+WeightingName = Literal["fixed", "uncertainty", "dwa"]
 DWA_TEMPERATURE = 2.0  # of the softmax over the losses' rates, as in the paper
 
 
-class Fixed(nn.Module):
+class FixedWeights(nn.Module):
     """The weighted sum of the losses."""
 
     weights: Tensor
@@ -31,7 +31,7 @@ class Fixed(nn.Module):
         """losses: float [tasks], means over the epoch that has just ended."""
 
 
-class Uncertainty(Fixed):
+class UncertaintyWeights(FixedWeights):
     """Homoscedastic uncertainty (Kendall, Gal & Cipolla, CVPR 2018, section 3.2), of classification: a task's loss L
     becomes L / sigma^2 + log sigma, with s = log sigma^2 learnt; at rest exp(-s) is 1 / (2 L)."""
 
@@ -43,7 +43,7 @@ class Uncertainty(Fixed):
         return super().forward(torch.exp(-self.log_variances) * losses + self.log_variances / 2)
 
 
-class Dwa(Fixed):
+class DynamicWeightAverage(FixedWeights):
     """Dynamic weight average (Liu, Johns & Davison, CVPR 2019, equation 7): with r the ratio of a task's last two
     epoch losses, its weight is multiplied by tasks * softmax(r / temperature); by 1 in the first two epochs."""
 
@@ -66,9 +66,13 @@ class Dwa(Fixed):
         self.history = torch.stack([self.history[1], losses.to(self.history)])
 
 
-KINDS: dict[Name, type[Fixed]] = {"fixed": Fixed, "uncertainty": Uncertainty, "dwa": Dwa}
+KINDS: dict[WeightingName, type[FixedWeights]] = {
+    "fixed": FixedWeights,
+    "uncertainty": UncertaintyWeights,
+    "dwa": DynamicWeightAverage,
+}
 
 
-def weighting_of(name: Name, weights: tuple[float, ...]) -> Fixed:
+def make_weighting(name: WeightingName, weights: tuple[float, ...]) -> FixedWeights:
     """Of that name, from these weights, one a task. Its state_dict is what an exact resume needs."""
     return KINDS[name](weights)

@@ -23,7 +23,7 @@ class Candidates:
     tokens: Tensor | None
     correction: Tensor | None
 
-    def columns(self, tokens: np.ndarray) -> np.ndarray:
+    def index_of(self, tokens: np.ndarray) -> np.ndarray:
         """The tokens' columns among the candidates, -1 where a token is none of them."""
         if self.tokens is None:
             return tokens
@@ -32,18 +32,18 @@ class Candidates:
         return np.where(known[place] == tokens, place, -1)
 
 
-def sample_candidates(targets: np.ndarray, shares: np.ndarray, random: np.random.Generator) -> Candidates:
+def sample_candidates(targets: np.ndarray, frequency: np.ndarray, random: np.random.Generator) -> Candidates:
     """The batch's own targets and uniform negatives, or every item where there are few.
 
     targets: int [rows]; shares: float [items], each item's share of all targets. An item is in the sample with
     probability 1 - (1 - share)^rows (1 - 1 / (items - 1))^negatives: the logQ correction of Yi et al. (RecSys 2019),
     exact for a sample without repetitions.
     """
-    items = len(shares)
+    items = len(frequency)
     if items <= FULL_SOFTMAX_ITEMS:
         return Candidates(None, None)
     tokens = np.union1d(targets, random.integers(1, items, UNIFORM_NEGATIVES))
-    absent = len(targets) * np.log1p(-shares[tokens]) + UNIFORM_NEGATIVES * np.log1p(-1.0 / (items - 1))
+    absent = len(targets) * np.log1p(-frequency[tokens]) + UNIFORM_NEGATIVES * np.log1p(-1.0 / (items - 1))
     correction = np.log(-np.expm1(absent)).astype(np.float32)
     return Candidates(torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(correction))
 
@@ -57,10 +57,10 @@ def next_item_loss(states: Tensor, table: Tensor, targets: np.ndarray, seen: tup
     states: [rows, width]; table: the candidates' [c, width]; targets: int [rows], none of them seen by its row;
     seen: (row, token) pairs, int [m] each, left out of the row's candidates, as serving excludes them.
     """
-    columns = candidates.columns(seen[1])
+    columns = candidates.index_of(seen[1])
     known = columns >= 0
     barred = torch.from_numpy(seen[0][known] * len(table) + columns[known]).to(states.device)
-    target_columns = torch.from_numpy(candidates.columns(targets).astype(np.int64)).to(states.device)
+    target_columns = torch.from_numpy(candidates.index_of(targets).astype(np.int64)).to(states.device)
     correction = None if candidates.correction is None else candidates.correction.to(states.device)
     with torch.autocast(states.device.type, enabled=False):
         return _SoftmaxLoss.apply(states.float(), table.float(), target_columns, barred, correction)

@@ -12,25 +12,26 @@ from torch import Tensor
 
 from pipeline import artifact as artifacts
 from pipeline.artifact import Artifact
-from pipeline.backends.torch import device_of
+from pipeline.backends.torch import resolve_device
 from pipeline.counters.counters import Counters
-from pipeline.data.event_log import Log
-from pipeline.data.sequences import Corpus
-from pipeline.data.split import DEFAULT_SHARE, Cut, Taught
+from pipeline.data.event_log import EventLog
+from pipeline.data.sequences import UserSequences
+from pipeline.data.split import DEFAULT_TRAIN_FRACTION, Split, TrainingProvenance
 from pipeline.errors import TrainingError
 from pipeline.evaluation.business_metrics import item_values
-from pipeline.evaluation.ranking import Scored
+from pipeline.evaluation.ranking import HeldOutEvents
 from pipeline.items.catalogue import Catalogue
-from pipeline.items.metadata import KnownItems
+from pipeline.items.metadata import ItemMetadata
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.model.config import HstuConfig
 from pipeline.records import Item
-from pipeline.serving.hstu_strategy import HstuRung
+from pipeline.serving.hstu_strategy import HstuStrategy
 from pipeline.serving.pipeline import PipelineOptions, new_counters
-from pipeline.training.batches import Examples
-from pipeline.training.distributed import ALONE, Processes
-from pipeline.training.trainer import Model, Positive, Share, Trainer, TrainerOptions
-from pipeline.training.warm_start import Base
+from pipeline.training.batches import TrainingColumns
+from pipeline.training.distributed import SINGLE_PROCESS, ProcessGroup
+from pipeline.training.trainer import MultiTaskModel, Trainer, TrainerOptions
+from pipeline.training.warm_start import WarmStart
+from pipeline.types import Fraction, NonNegativeInt, PositiveInt
 
 
 class TrainingOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -38,40 +39,44 @@ class TrainingOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     trainer: TrainerOptions = TrainerOptions()
     model: HstuConfig = HstuConfig()
-    until_share: Annotated[float, Meta(gt=0, le=1)] = DEFAULT_SHARE
-    validation_share: Share = 0.05  # of the events before the cut; of the new ones when going on from an artifact
-    leave_out: Annotated[int, Meta(ge=0)] = 0  # of each user's events, the newest
-    validation_last: Positive = 2  # of each user's events before such a cut
-    judged_events: Positive = 4000  # at most, of the validation slice: 2,000 cost about a second of one core
-    patience: Positive = 10  # epochs without a better NDCG@10 before training stops
+    train_fraction: Annotated[float, Meta(gt=0, le=1)] = DEFAULT_TRAIN_FRACTION
+    validation_fraction: Fraction = 0.05  # of the events before the cut; of the new ones when going on from an artifact
+    leave_last_out: NonNegativeInt = 0  # of each user's events, the newest
+    validation_last_out: PositiveInt = 2  # of each user's events before such a cut
+    max_validation_events: PositiveInt = 4000  # at most, of the validation slice: 2,000 cost about a second of one core
+    patience: PositiveInt = 10  # epochs without a better NDCG@10 before training stops
     refit: bool = True  # off: the judged weights themselves are the artifact
 
     @property
-    def cut(self) -> Cut:
-        return Cut(self.until_share, self.leave_out)
+    def split(self) -> Split:
+        return Split(self.train_fraction, self.leave_last_out)
 
     @property
-    def validation_cut(self) -> Cut:
+    def validation_split(self) -> Split:
         """Of the events before the cut."""
-        return Cut(last=self.validation_last) if self.leave_out else Cut(1 - self.validation_share)
+        return (
+            Split(leave_last_out=self.validation_last_out)
+            if self.leave_last_out
+            else Split(1 - self.validation_fraction)
+        )
 
 
 @dataclass(slots=True)
-class Task:
+class TrainingSetup:
     """A log made ready. `known`: all events before the cut; `fit`: those before the validation slice, `judged`."""
 
     options: TrainingOptions
     pipeline: PipelineOptions
     catalogue: Catalogue
-    known: Corpus
-    fit: Corpus
-    validation: np.ndarray  # bool [total] of `known`
-    judged: Scored  # of the validation slice
+    train: UserSequences
+    fit: UserSequences
+    validation_mask: np.ndarray  # bool [total] of `known`
+    validation_events: HeldOutEvents  # of the validation slice
     counters: dict[str, np.ndarray]
-    taught: Taught
+    provenance: TrainingProvenance
     fingerprint: str
-    base: Base | None  # what training goes on from
-    processes: Processes
+    warm_start: WarmStart | None  # what training goes on from
+    group: ProcessGroup
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -81,137 +86,147 @@ class Task:
     def config(self) -> HstuConfig:
         """Of the model; a new one reads no contents where there is no record at all."""
         model = self.options.model
-        content_rows = model.content_rows if self.base or self.catalogue.version else 0
+        content_rows = model.content_rows if self.warm_start or self.catalogue.version else 0
         return msgspec.structs.replace(model, items=len(self.vocabulary), content_rows=content_rows)
 
-    def trainer(self, corpus: Corpus, epochs: int) -> Trainer[Model]:
+    def trainer(self, corpus: UserSequences, epochs: int) -> Trainer[MultiTaskModel]:
         """One whose learning rate falls over so many epochs. TrainingError: the corpus has nothing to learn from."""
         config, options = self.config, self.options.trainer
-        crop_events = min(options.crop_events, config.whole_events)
-        options = msgspec.structs.replace(options, epochs=epochs, crop_events=crop_events)
-        contents = self.items(corpus).contents() if config.content_rows else None
+        crop_events = min(options.crop_length, config.recent_length)
+        options = msgspec.structs.replace(options, epochs=epochs, crop_length=crop_events)
+        contents = self.metadata(corpus).content() if config.content_rows else None
 
-        def build() -> Model:
-            model = Model(config, contents, options.cold_share)
-            return self.base.begin(model) if self.base else model
+        def build() -> MultiTaskModel:
+            model = MultiTaskModel(config, contents, options.item_dropout)
+            return self.warm_start.init_model(model) if self.warm_start else model
 
-        examples, device = self.examples(corpus), device_of(self.pipeline.device)
-        return Trainer(build, config.items, options, examples, device, self.processes)
+        examples, device = self.columns(corpus), resolve_device(self.pipeline.device)
+        return Trainer(build, config.items, options, examples, device, self.group)
 
-    def examples(self, corpus: Corpus) -> Examples:
+    def columns(self, corpus: UserSequences) -> TrainingColumns:
         """TrainingError when there are none."""
-        examples = Examples.of(corpus, self.pipeline.schema, self.options.trainer.repeats, self.catalogue)
-        examples.older_events = self.config.read_events - self.config.whole_events
-        if not examples.asked.any():
+        examples = TrainingColumns.from_sequences(
+            corpus, self.pipeline.schema, self.options.trainer.train_on_repeats, self.catalogue
+        )
+        examples.older_events = self.config.history_length - self.config.recent_length
+        if not examples.target_mask.any():
             raise TrainingError(
                 f"training: in the {len(corpus)} events of {len(corpus.offsets) - 1} users that are left to train on,"
-                " no user goes from one item to another; give a longer log, cut later (--until-share) or cut by user"
-                " (--leave-out)"
+                " no user goes from one item to another; give a longer log, cut later (--train-fraction) or cut by user"
+                " (--leave-last-out)"
             )
         return examples
 
-    def items(self, corpus: Corpus) -> KnownItems:
+    def metadata(self, corpus: UserSequences) -> ItemMetadata:
         """What is known of the vocabulary's items when this corpus has taught."""
         tokens = np.arange(1, len(self.vocabulary))
-        if self.base is None:
-            return KnownItems.of(self.catalogue, tokens, np.bincount(corpus.tokens, minlength=len(tokens) + 1)[1:])
-        events = self.base.events(corpus, len(self.vocabulary))[1:]
-        return KnownItems(self.catalogue.state(tokens), events, self.base.artifact.items.scale)
+        if self.warm_start is None:
+            return ItemMetadata.from_catalogue(
+                self.catalogue, tokens, np.bincount(corpus.tokens, minlength=len(tokens) + 1)[1:]
+            )
+        events = self.warm_start.item_events(corpus, len(self.vocabulary))[1:]
+        return ItemMetadata(self.catalogue.state(tokens), events, self.warm_start.artifact.metadata.scale)
 
-    def artifact(self, weights: dict[str, Tensor], corpus: Corpus) -> Artifact:
+    def artifact(self, weights: dict[str, Tensor], corpus: UserSequences) -> Artifact:
         """corpus: what the weights were trained on."""
-        item_ids, items = self.vocabulary.item_ids[1:], self.items(corpus)
-        return artifacts.draft(self.config, self.pipeline.schema, weights, item_ids, self.counters, items, self.taught)
+        item_ids, items = self.vocabulary.item_ids[1:], self.metadata(corpus)
+        return artifacts.draft(
+            self.config, self.pipeline.schema, weights, item_ids, self.counters, items, self.provenance
+        )
 
-    def ranker(self, weights: dict[str, Tensor]) -> HstuRung:
+    def ranker(self, weights: dict[str, Tensor]) -> HstuStrategy:
         """The model with these weights, as it will serve."""
         artifact, options = self.artifact(weights, self.fit), self.pipeline
-        return HstuRung(artifact, self.catalogue, options.exclusion, options.device, options.threads)
+        return HstuStrategy(artifact, self.catalogue, options.exclusion, options.device, options.threads)
 
 
-def prepare(log: Log, options: TrainingOptions, pipeline: PipelineOptions, items: Iterable[Item] = (),
-            base: Base | None = None, processes: Processes = ALONE) -> Task:  # fmt: skip
+def prepare(log: EventLog, options: TrainingOptions, pipeline: PipelineOptions, items: Iterable[Item] = (),
+            warm_start: WarmStart | None = None, group: ProcessGroup = SINGLE_PROCESS) -> TrainingSetup:  # fmt: skip
     """Cut, number and label the log. base: what training goes on from. Raises TrainingError."""
-    if base:
-        base.check(options.model, pipeline.schema)
-    known_log = _before_cut(log, options.cut)
-    validation = _validation(known_log, options, base)
-    old_ids = base.artifact.item_ids if base else []
+    if warm_start:
+        warm_start.check(options.model, pipeline.schema)
+    known_log = _before_cut(log, options.split)
+    validation = _validation(known_log, options, warm_start)
+    old_ids = warm_start.artifact.item_ids if warm_start else []
     vocabulary = Vocabulary(dict.fromkeys([*old_ids, *known_log.item_ids]), pipeline.max_items)
-    if vocabulary.refused:
-        raise TrainingError(f"training: {vocabulary.overflow}")
-    known, fit = (Corpus.of_log(part, vocabulary) for part in (known_log, known_log.part(~validation)))
-    catalogue = _catalogue(vocabulary, items, base)
-    return Task(
+    if vocabulary.rejected_count:
+        raise TrainingError(f"training: {vocabulary.overflow_message}")
+    known, fit = (UserSequences.from_log(part, vocabulary) for part in (known_log, known_log.select(~validation)))
+    catalogue = _catalogue(vocabulary, items, warm_start)
+    return TrainingSetup(
         options=options,
         pipeline=pipeline,
         catalogue=catalogue,
-        known=known,
+        train=known,
         fit=fit,
-        validation=validation[known.places],
-        judged=_judged(known, validation[known.places], options),
-        counters=_counted(known, vocabulary, pipeline, base),
-        taught=Taught.of(options.cut, known_log),
-        fingerprint=_fingerprint(known, catalogue, options, pipeline, base),
-        base=base,
-        processes=processes,
+        validation_mask=validation[known.log_positions],
+        validation_events=_judged(known, validation[known.log_positions], options),
+        counters=_counted(known, vocabulary, pipeline, warm_start),
+        provenance=TrainingProvenance.from_log(options.split, known_log),
+        fingerprint=_fingerprint(known, catalogue, options, pipeline, warm_start),
+        warm_start=warm_start,
+        group=group,
     )
 
 
-def _before_cut(log: Log, cut: Cut) -> Log:
-    known_log = log.part(~cut.left_out(log))
+def _before_cut(log: EventLog, cut: Split) -> EventLog:
+    known_log = log.select(~cut.test_mask(log))
     if not len(known_log):
         raise TrainingError(
             f"training: none of the {len(log)} events is left to train on: {cut} is left out, and a cut by time never"
-            " parts events of one time; give a longer log, cut later (--until-share) or cut by user (--leave-out)"
+            " parts events of one time; give a longer log, split later (--train-fraction) or by user (--leave-last-out)"
         )
     return known_log
 
 
-def _validation(known_log: Log, options: TrainingOptions, base: Base | None) -> np.ndarray:
+def _validation(known_log: EventLog, options: TrainingOptions, base: WarmStart | None) -> np.ndarray:
     """bool [n]: the validation slice, of new events alone where the others taught the base."""
     if base is None:
-        return options.validation_cut.left_out(known_log)
+        return options.validation_split.test_mask(known_log)
     new = base.new_events(known_log)
     validation = np.zeros(len(known_log), bool)
-    validation[new] = options.validation_cut.left_out(known_log.part(new))
+    validation[new] = options.validation_split.test_mask(known_log.select(new))
     return validation
 
 
-def _catalogue(vocabulary: Vocabulary, items: Iterable[Item], base: Base | None) -> Catalogue:
+def _catalogue(vocabulary: Vocabulary, items: Iterable[Item], base: WarmStart | None) -> Catalogue:
     catalogue = Catalogue(vocabulary)
     records = [item for item in items if vocabulary.token(item.item_id)]
     if base:
         base.check_records(records)
-        base.inform(catalogue)
+        base.load_into(catalogue)
     if records:
-        catalogue.put(records)
+        catalogue.upsert(records)
     return catalogue
 
 
 def _counted(
-    known: Corpus, vocabulary: Vocabulary, pipeline: PipelineOptions, base: Base | None
+    known: UserSequences, vocabulary: Vocabulary, pipeline: PipelineOptions, base: WarmStart | None
 ) -> dict[str, np.ndarray]:
     """The counters' state, and the value of each of their items."""
     counters: Counters = new_counters(pipeline, vocabulary)
     values = item_values(known.histories, known.tokens, pipeline.schema, len(vocabulary))
     if base:
         base.count(counters, known)
-        values = np.where(values > 0, values, base.values(vocabulary))
+        values = np.where(values > 0, values, base.item_values(vocabulary))
     else:
         counters.observe(known.histories, known.histories.lengths)
     state = counters.state()
     return state | {"values": values[vocabulary.tokens(state["items"])]}
 
 
-def _judged(known: Corpus, validation: np.ndarray, options: TrainingOptions) -> Scored:
+def _judged(known: UserSequences, validation: np.ndarray, options: TrainingOptions) -> HeldOutEvents:
     """A random part of the validation slice, bool [total] of `known`."""
     positions = np.random.default_rng(options.trainer.seed).permutation(np.flatnonzero(validation))
-    return Scored(known, np.sort(positions[: options.judged_events]), options.model.read_events)
+    return HeldOutEvents(known, np.sort(positions[: options.max_validation_events]), options.model.history_length)
 
 
 def _fingerprint(
-    known: Corpus, catalogue: Catalogue, options: TrainingOptions, pipeline: PipelineOptions, base: Base | None
+    known: UserSequences,
+    catalogue: Catalogue,
+    options: TrainingOptions,
+    pipeline: PipelineOptions,
+    base: WarmStart | None,
 ) -> str:
     version = base.artifact.version if base else ""
     digest = hashlib.sha256(msgspec.json.encode((options, pipeline, version), order="sorted"))

@@ -9,53 +9,58 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import msgspec
 import numpy as np
 import torch
 import torch.nn.functional as F
-from msgspec import Meta
 from torch import Tensor, nn
 
-from pipeline.features.event_features import ranges
 from pipeline.features.labels import TASKS
-from pipeline.items.content import Contents
+from pipeline.items.content import ItemContent
 from pipeline.items.vocabulary import UNKNOWN
+from pipeline.jagged import ranges
 from pipeline.model.config import HstuConfig
-from pipeline.model.heads import Context, Heads, Newest, head_losses
+from pipeline.model.heads import HeadContext, RecentEvents, TaskHeads, head_losses
 from pipeline.model.hstu import Hstu
-from pipeline.training.batches import Examples, TrainingBatch, batch_of, batches, crops
-from pipeline.training.distributed import ALONE, Processes
-from pipeline.training.loss_weighting import Name, weighting_of
+from pipeline.training.batches import TrainingBatch, TrainingColumns, batches, make_batch, random_crops
+from pipeline.training.distributed import SINGLE_PROCESS, ProcessGroup
+from pipeline.training.loss_weighting import WeightingName, make_weighting
 from pipeline.training.losses import Candidates, next_item_loss, sample_candidates
+from pipeline.types import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-Positive = Annotated[int, Meta(gt=0)]
-Share = Annotated[float, Meta(ge=0, le=1)]
-Weight = Annotated[float, Meta(ge=0)]
 Precision = Literal["fp32", "bf16"]
-TASTE_RATE = 4.0  # its learning rate by the encoder's: a few hundred steps must do
-FLOOR = 0.05  # of the learning rate: where the cosine ends
+INTERACTION_LR_SCALE = 4.0  # its learning rate by the encoder's: a few hundred steps must do
+MIN_LR_RATIO = 0.05  # of the learning rate: where the cosine ends
 
 
 class TrainerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How to optimise. Defaults were chosen on the first 80 % of a film-rating log of 100 k events."""
 
-    epochs: Positive = 40
+    epochs: PositiveInt = 40
     seed: int = 0
-    crop_events: Positive = 200  # of the pieces that sequences are cut into, if the model reads as many
-    batch_events: Positive = 2048
-    learning_rate: Annotated[float, Meta(gt=0)] = 2e-3
-    weight_decay: Annotated[float, Meta(ge=0)] = 0.01
-    warmup_share: Share = 0.05  # of all steps
-    clip_norm: Annotated[float, Meta(gt=0)] = 1.0
-    cold_share: Share = 0.1  # items taken as new in a batch: their contents learn to stand in for them
-    unknown_share: Share = 0.05  # input items made unknown: the model learns what to do with items new in service
-    head_weights: tuple[Weight, Weight, Weight] = (1.0, 1.0, 1.0)  # of their losses, by labels.TASKS; retrieval: 1
-    weighting: Name = "fixed"  # how the weights change while training, see loss_weighting.py
-    epoch_events: Annotated[int, Meta(ge=0)] = 0  # of one epoch, other ones in each; 0: all
+    crop_length: PositiveInt = 200  # of the pieces that sequences are cut into, if the model reads as many
+    events_per_batch: PositiveInt = 2048
+    learning_rate: PositiveFloat = 2e-3
+    weight_decay: NonNegativeFloat = 0.01
+    warmup_fraction: Fraction = 0.05  # of all steps
+    clip_norm: PositiveFloat = 1.0
+    item_dropout: Fraction = 0.1  # items taken as new in a batch: their contents learn to stand in for them
+    unknown_item_rate: Fraction = (
+        0.05  # input items made unknown: the model learns what to do with items new in service
+    )
+    head_weights: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = (
+        1.0,
+        1.0,
+        1.0,
+    )  # of their losses, by labels.TASKS; retrieval: 1
+    weighting: WeightingName = "fixed"  # how the weights change while training, see loss_weighting.py
+    events_per_epoch: NonNegativeInt = 0  # of one epoch, other ones in each; 0: all
     precision: Precision = "fp32"  # bf16: of the matrix products; weights, sums and the retrieval's loss stay float32
-    repeats: bool = False  # train to retrieve items the user has touched before: only if serving does not exclude them
+    train_on_repeats: bool = (
+        False  # train to retrieve items the user has touched before: only if serving does not exclude them
+    )
 
 
 class Trainable(nn.Module, ABC):
@@ -70,45 +75,45 @@ class Trainable(nn.Module, ABC):
         shares: float64 [items], see Examples.shares; random: draws the candidates.
         """
 
-    def rates(self) -> list[tuple[nn.Module, float]]:
+    def lr_scales(self) -> list[tuple[nn.Module, float]]:
         """Its parts, each with its learning rate as a multiple of the options'."""
         return [(self, 1.0)]
 
 
-class Model(Trainable):
+class MultiTaskModel(Trainable):
     """What is trained together and saved together."""
 
     tasks = len(TASKS)
 
-    def __init__(self, config: HstuConfig, contents: Contents | None = None, cold_share: float = 0.0) -> None:
+    def __init__(self, config: HstuConfig, contents: ItemContent | None = None, item_dropout: float = 0.0) -> None:
         """contents: of the item table's rows; cold_share: of the items of a batch, taken as new where there are any."""
         super().__init__()
-        self.hstu, self.heads = Hstu(config), Heads(config.items, config.width)
-        self.hstu.items.contents = contents
-        self._cold_share = cold_share if contents is not None else 0.0
+        self.hstu, self.heads = Hstu(config), TaskHeads(config.items, config.width)
+        self.hstu.items.item_content = contents
+        self._item_dropout = item_dropout if contents is not None else 0.0
 
     def losses(self, batch: TrainingBatch, shares: np.ndarray, random: np.random.Generator) -> tuple[Tensor, Tensor]:
         """See Trainable."""
         hstu, inputs, targets = self.hstu, batch.inputs, batch.targets
         device = hstu.rotation.weight.device
         candidates = sample_candidates((batch.whole or batch).targets, shares, random)
-        cold = random.random(len(shares)) < self._cold_share
+        cold = random.random(len(shares)) < self._item_dropout
         items = _Items.of(hstu, batch, candidates, cold)
         known = np.where(cold[batch.successors], UNKNOWN, batch.successors)  # to the heads, too, they are new
-        columns = inputs.codes, batch.asked, known, batch.labels, batch.rhythm, batch.affinity
+        columns = inputs.feature_ids, batch.target_mask, known, batch.labels, batch.visit_frequency, batch.affinity
         codes, asked, known, labels, rhythm, affinity = (torch.from_numpy(each).to(device) for each in columns)
         rows, sequences = hstu.sequences(items.of_events, codes, inputs, np.diff(batch.offsets))
-        states = hstu(rows, hstu.layout(sequences))
+        states = hstu(rows, hstu.attention_layout(sequences))
         states, rows = (_newest(x, sequences.offsets, batch.offsets) for x in (states, rows))  # [total, width]
         of_events = _newest(items.of_events, inputs.offsets, batch.offsets)
         loss = next_item_loss(states[asked], hstu.scorer(items.of_candidates), targets, batch.seen, candidates)
-        newest = Newest.of_every_row(batch.offsets, device)
-        context = Context(rows, of_events, newest, rhythm, affinity[:, None])
+        newest = RecentEvents.from_each_event(batch.offsets, device)
+        context = HeadContext(rows, of_events, newest, rhythm, affinity[:, None])
         logits = self.heads(states, known[:, None], items.of_successors[:, None], context)
         return loss, head_losses(logits[:, 0], labels)
 
-    def rates(self) -> list[tuple[nn.Module, float]]:
-        return [(self.hstu, 1.0), (self.heads.taste, TASTE_RATE), (self.heads.visits, 1.0)]
+    def lr_scales(self) -> list[tuple[nn.Module, float]]:
+        return [(self.hstu, 1.0), (self.heads.interaction, INTERACTION_LR_SCALE), (self.heads.retention, 1.0)]
 
 
 @dataclass(slots=True)
@@ -142,23 +147,23 @@ M = TypeVar("M", bound=Trainable)
 class Trainer(Generic[M]):
     """The model, its optimizer and how many epochs are behind them."""
 
-    def __init__(self, build: Callable[[], M], items: int, options: TrainerOptions, examples: Examples,
-                 device: torch.device, processes: Processes = ALONE) -> None:  # fmt: skip
+    def __init__(self, build: Callable[[], M], items: int, options: TrainerOptions, examples: TrainingColumns,
+                 device: torch.device, group: ProcessGroup = SINGLE_PROCESS) -> None:  # fmt: skip
         """build: makes the model, from torch's randomness; items: rows of its item table."""
         self.options, self.examples, self.epochs_done = options, examples, 0
-        self._processes, self._device = processes, device
+        self._group, self._device = group, device
         with _seeded(device, options.seed, 0):
             self.model = build().to(device)
-        self._weighting = weighting_of(options.weighting, options.head_weights[: self.model.tasks]).to(device)
-        groups = [{"params": list(part.parameters()), "rate": rate} for part, rate in self.model.rates()]
+        self._weighting = make_weighting(options.weighting, options.head_weights[: self.model.tasks]).to(device)
+        groups = [{"params": list(part.parameters()), "rate": rate} for part, rate in self.model.lr_scales()]
         groups.append({"params": list(self._weighting.parameters()), "rate": 1.0, "weight_decay": 0.0})
         self._optimizer = torch.optim.AdamW(
             groups, options.learning_rate, betas=(0.9, 0.98), weight_decay=options.weight_decay,
             fused=device.type == "cuda",  # one launch instead of a dozen for every parameter
         )  # fmt: skip
-        self._shares = examples.shares(items)
+        self._shares = examples.target_frequency(items)
 
-    def epoch(self, on_batch: Callable[[float, int, int], None] = lambda loss, done, total: None) -> float:
+    def train_epoch(self, on_batch: Callable[[float, int, int], None] = lambda loss, done, total: None) -> float:
         """Train through every sequence once, or through `epoch_events`; mean retrieval loss (nats).
 
         on_batch gets (loss, batches done, of).
@@ -166,11 +171,11 @@ class Trainer(Generic[M]):
         random = np.random.default_rng([self.options.seed, self.epochs_done])
         parts, losses = self._parts(random), []
         self.model.train()
-        with _seeded(self._device, self.options.seed, self.epochs_done + 1, self._processes.rank):
+        with _seeded(self._device, self.options.seed, self.epochs_done + 1, self._group.rank):
             for done, part in enumerate(parts):
-                batch = batch_of(self.examples, *part, self.options.unknown_share, random)
+                batch = make_batch(self.examples, *part, self.options.unknown_item_rate, random)
                 self._schedule(self.epochs_done + done / len(parts))
-                losses.append(self._step(self._dealt(batch), random))
+                losses.append(self._step(self._local_part(batch), random))
                 on_batch(losses[-1][0].item(), done + 1, len(parts))
         means = torch.stack(losses).mean(dim=0)
         self._weighting.epoch_ended(means[1:])
@@ -203,11 +208,11 @@ class Trainer(Generic[M]):
     def _parts(self, random: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray]]:
         """Crops of the epoch's batches."""
         options, offsets = self.options, self.examples.inputs.offsets
-        parts = batches(*crops(offsets, options.crop_events, random), options.batch_events, random)
-        return parts[: -(-options.epoch_events // options.batch_events)] if options.epoch_events else parts
+        parts = batches(*random_crops(offsets, options.crop_length, random), options.events_per_batch, random)
+        return parts[: -(-options.events_per_epoch // options.events_per_batch)] if options.events_per_epoch else parts
 
-    def _dealt(self, batch: TrainingBatch) -> TrainingBatch:
-        processes = self._processes
+    def _local_part(self, batch: TrainingBatch) -> TrainingBatch:
+        processes = self._group
         return batch if processes.count == 1 else batch.part(processes.rank, processes.count)
 
     def _step(self, batch: TrainingBatch, random: np.random.Generator) -> Tensor:
@@ -217,7 +222,7 @@ class Trainer(Generic[M]):
         self._optimizer.zero_grad(set_to_none=True)
         total.backward()
         parameters = [*self.model.parameters(), *self._weighting.parameters()]
-        losses = self._processes.average(parameters, losses.detach())
+        losses = self._group.average(parameters, losses.detach())
         nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm)
         self._optimizer.step()
         return losses
@@ -230,12 +235,12 @@ class Trainer(Generic[M]):
         if batch.whole is None:
             return losses
         share = torch.from_numpy(batch.share[: len(losses)]).to(losses.device)
-        return losses * share * self._processes.count
+        return losses * share * self._group.count
 
     def _schedule(self, epochs: float) -> None:
         done = epochs / self.options.epochs
-        warm = min(1.0, (done + 1e-3) / max(self.options.warmup_share, 1e-3))
-        cosine = FLOOR + (1 - FLOOR) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        warm = min(1.0, (done + 1e-3) / max(self.options.warmup_fraction, 1e-3))
+        cosine = MIN_LR_RATIO + (1 - MIN_LR_RATIO) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
         for group in self._optimizer.param_groups:
             group["lr"] = group["rate"] * self.options.learning_rate * warm * cosine
 

@@ -6,12 +6,12 @@ from functools import cache
 import msgspec
 import numpy as np
 
-from pipeline.data.event_log import Log
-from pipeline.data.sequences import Corpus
-from pipeline.evaluation.metrics import RankingMeasures, ranks_of
-from pipeline.evaluation.negatives import Negatives, sample_negatives
-from pipeline.evaluation.ranking import Scored, measure, ranks_among, slates_of
-from pipeline.training.preparation import Task
+from pipeline.data.event_log import EventLog
+from pipeline.data.sequences import UserSequences
+from pipeline.evaluation.metrics import RankingMetrics, target_ranks
+from pipeline.evaluation.negatives import NegativeSampling, sample_negatives
+from pipeline.evaluation.ranking import HeldOutEvents, evaluate_ranking, ranks_among, slates_of
+from pipeline.training.preparation import TrainingSetup
 from tests.benchmarks import results
 from tests.benchmarks.accuracy_models import CONTENDERS, Options, Setting
 
@@ -19,7 +19,7 @@ CAP_EVENTS = 512
 SLATE = 50
 JUDGEMENTS = 12  # of a trial, at even distances
 PATIENCE = 4  # judgements without a better NDCG before a trial ends
-NEGATIVES = Negatives(100, 0)
+NEGATIVES = NegativeSampling(100, 0)
 
 
 class Trial(msgspec.Struct, frozen=True):
@@ -29,7 +29,7 @@ class Trial(msgspec.Struct, frozen=True):
     number: int
     options: Options
     epoch: int
-    measures: RankingMeasures
+    measures: RankingMetrics
     seconds: float
     hardware: str
 
@@ -52,12 +52,12 @@ def trial_of(setting: Setting, model: str, number: int) -> Trial:
     start_s = time.monotonic()
     options = CONTENDERS[model].drawn(number)
     task, fits = CONTENDERS[model].fit(setting, log_of(setting), False, options, number)
-    scored = Scored(task.known, task.judged.positions, CAP_EVENTS)
+    scored = HeldOutEvents(task.train, task.validation_events.positions, CAP_EVENTS)
     every = max(1, task.options.trainer.epochs // JUDGEMENTS)
-    judged: list[tuple[int, RankingMeasures]] = []
+    judged: list[tuple[int, RankingMetrics]] = []
     for epoch, ranker in fits:
         if epoch % every == 0:
-            judged.append((epoch, measure(ranker(), scored, 10)))
+            judged.append((epoch, evaluate_ranking(ranker(), scored, 10)))
         if len(judged) - _best(judged) > PATIENCE:
             break
     epoch, measures = judged[_best(judged)]
@@ -71,29 +71,29 @@ def outcome_of(setting: Setting, model: str, seed: int, options: Options, epoch:
     task, fits = CONTENDERS[model].fit(setting, log, True, options, seed)
     ranker = next(ranker for done, ranker in fits if done == epoch)()
     scored = left_out(task, log)
-    counts = np.bincount(task.known.tokens, minlength=len(task.vocabulary))
+    counts = np.bincount(task.train.tokens, minlength=len(task.vocabulary))
     negatives = sample_negatives(NEGATIVES, scored, counts)
     ranks = {
-        "all items": ranks_of(slates_of(ranker, scored, SLATE), scored.wanted).tolist(),
+        "all items": target_ranks(slates_of(ranker, scored, SLATE), scored.targets).tolist(),
         str(NEGATIVES): ranks_among(ranker, scored, negatives).tolist(),
     }
     seconds = time.monotonic() - start_s
     return Outcome(name, seed, options, epoch, ranks, scored.users.tolist(), seconds, hardware())
 
 
-def left_out(task: Task, log: Log) -> Scored:
+def left_out(task: TrainingSetup, log: EventLog) -> HeldOutEvents:
     """The events behind the cut, in the whole log."""
-    corpus = Corpus.of_log(log, task.vocabulary)
-    positions = np.flatnonzero(task.options.cut.left_out(log)[corpus.places])
-    return Scored(corpus, positions, CAP_EVENTS)
+    corpus = UserSequences.from_log(log, task.vocabulary)
+    positions = np.flatnonzero(task.options.split.test_mask(log)[corpus.log_positions])
+    return HeldOutEvents(corpus, positions, CAP_EVENTS)
 
 
-def _best(judged: list[tuple[int, RankingMeasures]]) -> int:
+def _best(judged: list[tuple[int, RankingMetrics]]) -> int:
     return max(range(len(judged)), key=lambda place: judged[place][1].ndcg, default=0)
 
 
 @cache
-def log_of(setting: Setting) -> Log:
+def log_of(setting: Setting) -> EventLog:
     """Read once a process."""
     return setting.read()
 

@@ -19,16 +19,16 @@ import numpy as np
 from rich.console import Console
 
 from pipeline import artifact as artifacts
-from pipeline.data.split import Cut
-from pipeline.evaluation.evaluate import COLD, Split
-from pipeline.evaluation.full_ranking import CatalogueRanker
+from pipeline.data.split import Split
+from pipeline.evaluation.evaluate import COLD, TrainTest
+from pipeline.evaluation.full_ranking import FullRanking
 from pipeline.evaluation.item_knn import ItemKnn, ItemKnnOptions
-from pipeline.evaluation.metrics import ranks_of
-from pipeline.evaluation.ranking import Ranker, Scored, slates_of
+from pipeline.evaluation.metrics import target_ranks
+from pipeline.evaluation.ranking import HeldOutEvents, Recommender, slates_of
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.model.config import HstuConfig
-from pipeline.serving.hstu_strategy import HstuRung
+from pipeline.serving.hstu_strategy import HstuStrategy
 from pipeline.serving.pipeline import PipelineOptions
 from pipeline.simulation.closed_loop import warm_up
 from pipeline.simulation.simulator import Simulator
@@ -67,15 +67,17 @@ class Bench:
         self.items = simulator.items()
         self.log, _ = warm_up(simulator, setting.shop.days)
         self.vocabulary = Vocabulary(self.log.item_ids)
-        self.split = Split.of(self.log, Cut().left_out(self.log), self.vocabulary, CAP_EVENTS)
+        self.split = TrainTest.from_log(self.log, Split().test_mask(self.log), self.vocabulary, CAP_EVENTS)
         self.catalogue = Catalogue(self.vocabulary)
-        self.catalogue.put(self.items)
-        scored = self.split.scored
-        self.cold = Scored(scored.corpus, scored.positions[self.split.counts[scored.wanted] < COLD], scored.cap_events)
+        self.catalogue.upsert(self.items)
+        scored = self.split.test
+        self.cold = HeldOutEvents(
+            scored.sequences, scored.positions[self.split.counts[scored.targets] < COLD], scored.max_events
+        )
         assert len(self.cold), "the shop is too small: no scored item is cold"
 
-    def recall(self, ranker: Ranker) -> float:
-        ranks = ranks_of(slates_of(ranker, self.cold, RECALL), self.cold.wanted)
+    def recall(self, ranker: Recommender) -> float:
+        ranks = target_ranks(slates_of(ranker, self.cold, RECALL), self.cold.targets)
         return float(np.mean(ranks > 0))
 
 
@@ -87,8 +89,8 @@ def bench_of(setting: Setting) -> Bench:
 
 def content_knn(setting: Setting, options: ItemKnnOptions) -> dict[str, Cell]:
     bench = bench_of(setting)
-    scorer = ItemKnn.of_contents(bench.catalogue, bench.split.known, options)
-    ranker = CatalogueRanker(scorer, bench.vocabulary, bench.pipeline.exclusion)
+    scorer = ItemKnn.from_content(bench.catalogue, bench.split.train, options)
+    ranker = FullRanking(scorer, bench.vocabulary, bench.pipeline.exclusion)
     return {
         "model": scorer.name, "neighbours": options.neighbours, "recency": options.recency,
         "recall50": bench.recall(ranker), "events": len(bench.cold),
@@ -101,7 +103,7 @@ def hstu(setting: Setting, seed: int) -> dict[str, Cell]:
     with TemporaryDirectory(prefix="millrace-cold-") as folder:
         train(bench.log, Path(folder) / "artifact", options, bench.pipeline, Silent(), "", items=bench.items)
         artifact = artifacts.load(Path(folder) / "artifact")
-    rung = HstuRung(artifact, bench.catalogue, bench.pipeline.exclusion, setting.device)
+    rung = HstuStrategy(artifact, bench.catalogue, bench.pipeline.exclusion, setting.device)
     return {"model": "hstu", "seed": seed, "recall50": bench.recall(rung), "events": len(bench.cold)}
 
 

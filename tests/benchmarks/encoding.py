@@ -13,34 +13,34 @@ from msgspec.structs import replace
 from pipeline import artifact as artifacts
 from pipeline.backends import GraphOptions
 from pipeline.backends.torch import TorchEncoder
-from pipeline.features.event_features import FEATURE_ROWS, FEATURES, Inputs
+from pipeline.features.event_features import N_FEATURE_IDS, N_FEATURES, EncoderInputs
 from pipeline.model.config import PRESETS
 from pipeline.records import EventSchema
-from pipeline.training.trainer import Model
+from pipeline.training.trainer import MultiTaskModel
 from tests.benchmarks import results
 from tests.benchmarks.kernel_rows import Row, arguments, host_ms, median_ms, named, row
 
 ITEMS, ROUNDS = 20_000, 30
 USERS, LONGEST, MAX_EVENTS = (1, 64, 256), 200, 32_768
-COUNTERS = {"items": np.zeros(0, np.uint64), "popularity": np.zeros(0)}
+COUNTERS = {"items": np.zeros(0, np.uint64), "popularity": np.zeros(0), "values": np.zeros(0, np.float32)}
 
 
 def artifact_of(preset: str) -> artifacts.Artifact:
     """An untrained model's."""
     config = replace(PRESETS[preset], items=ITEMS, max_events=LONGEST, content_rows=0)
     ids = [f"i{number}" for number in range(1, ITEMS)]
-    return artifacts.draft(config, EventSchema(), Model(config).state_dict(), ids, COUNTERS)
+    return artifacts.draft(config, EventSchema(), MultiTaskModel(config).state_dict(), ids, COUNTERS)
 
 
-def inputs_of(users: int) -> Inputs:
+def inputs_of(users: int) -> EncoderInputs:
     """Lengths as real histories have them: log-normal, few of them long."""
     random = np.random.default_rng(users)
     lengths = np.clip(random.lognormal(4.0, 1.0, users), 1, LONGEST).astype(np.int64) if users > 1 else [LONGEST]
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     total = int(offsets[-1])
     seconds = np.concatenate([np.cumsum(random.integers(0, 5000, length)) for length in lengths])
-    codes = random.integers(0, FEATURE_ROWS, (total, FEATURES)).astype(np.int32)
-    return Inputs(random.integers(1, ITEMS, total).astype(np.int32), codes, seconds.astype(np.int32), offsets)
+    codes = random.integers(0, N_FEATURE_IDS, (total, N_FEATURES)).astype(np.int32)
+    return EncoderInputs(random.integers(1, ITEMS, total).astype(np.int32), codes, seconds.astype(np.int32), offsets)
 
 
 def measure(preset: str) -> list[Row]:

@@ -33,21 +33,21 @@ from rich.console import Console
 
 from pipeline import artifact as artifacts
 from pipeline.artifact import Artifact
-from pipeline.data.sequences import Corpus
-from pipeline.data.split import Cut
-from pipeline.evaluation.head_predictions import odds_of
-from pipeline.evaluation.metrics import head_measures
-from pipeline.evaluation.ranking import Scored, measure
+from pipeline.data.sequences import UserSequences
+from pipeline.data.split import Split
+from pipeline.evaluation.head_predictions import predict_heads
+from pipeline.evaluation.metrics import head_metrics
+from pipeline.evaluation.ranking import HeldOutEvents, evaluate_ranking
 from pipeline.features.labels import TASKS, labels_of
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.model.calibration import IDENTITY
 from pipeline.model.config import HstuConfig
 from pipeline.records import EventSchema
-from pipeline.serving.hstu_strategy import HstuRung
+from pipeline.serving.hstu_strategy import HstuStrategy
 from pipeline.serving.pipeline import PipelineOptions
-from pipeline.serving.rerank import Rerank
-from pipeline.simulation.closed_loop import TRUTHS, Reaction, Showcase, run, warm_up
+from pipeline.serving.rerank import RerankWeights
+from pipeline.simulation.closed_loop import TRUTHS, ClosedLoopMetrics, PolicyUnderTest, run, warm_up
 from pipeline.simulation.simulator import Simulator
 from pipeline.simulation.world import SimulatorConfig
 from pipeline.training.preparation import TrainingOptions
@@ -75,13 +75,13 @@ WEIGHTINGS: dict[str, TrainerOptions] = {
 }
 DYNAMIC = ("uncertainty", "dwa")
 DEFAULT, NOTHING = "fixed 1 1 1", "nothing shown"
-RERANKS: dict[str, Rerank] = {
-    "off": Rerank(),
-    "engagement": Rerank(engagement=1.0),
-    "retention": Rerank(retention=1.0),
-    "monetization": Rerank(monetization=1.0),
-    "money": Rerank(monetization=1.0, value=1.0),
-    "all": Rerank(engagement=0.5, retention=0.5, monetization=0.5, value=0.5),
+RERANKS: dict[str, RerankWeights] = {
+    "off": RerankWeights(),
+    "engagement": RerankWeights(engagement=1.0),
+    "retention": RerankWeights(retention=1.0),
+    "monetization": RerankWeights(monetization=1.0),
+    "money": RerankWeights(monetization=1.0, value=1.0),
+    "all": RerankWeights(engagement=0.5, retention=0.5, monetization=0.5, value=0.5),
 }
 # Nothing shown; the default model by every rerank; the learnt weightings as they rank and by money.
 LOOPS = [(NOTHING, "off"), *((DEFAULT, name) for name in RERANKS), *product(DYNAMIC, ("off", "money"))]
@@ -90,7 +90,7 @@ LOOPS = [(NOTHING, "off"), *((DEFAULT, name) for name in RERANKS), *product(DYNA
 class Silent:
     """An observer of trainings."""
 
-    def stage(self, name: str, epochs: int) -> None: ...
+    def phase(self, name: str, epochs: int) -> None: ...
 
     def batch(self, epoch: int, loss: float, done: int, total: int) -> None: ...
 
@@ -118,7 +118,7 @@ class Bench:
         self.log, self.truth = warm_up(self.simulator, self.days)
         self.vocabulary = Vocabulary(self.log.item_ids)
         self.catalogue = Catalogue(self.vocabulary)
-        self.catalogue.put(self.simulator.items())
+        self.catalogue.upsert(self.simulator.items())
 
     def path(self, weighting: str) -> Path:
         return self.setting.folder / weighting.replace(" ", "_")
@@ -131,20 +131,20 @@ class Bench:
     def model(self, weighting: str) -> Artifact:
         return artifacts.load(self.path(weighting))
 
-    def rung(self, artifact: Artifact, rerank: Rerank = RERANKS["off"]) -> HstuRung:
+    def rung(self, artifact: Artifact, rerank: RerankWeights = RERANKS["off"]) -> HstuStrategy:
         options = self.pipeline
-        return HstuRung(artifact, self.catalogue, options.exclusion, options.device, options.threads, rerank)
+        return HstuStrategy(artifact, self.catalogue, options.exclusion, options.device, options.threads, rerank)
 
     @cached_property
-    def scored(self) -> Scored:
+    def scored(self) -> HeldOutEvents:
         """The last 20 %, but for users' first events."""
-        corpus = Corpus.of_log(self.log, self.vocabulary)
-        left_out = Cut().left_out(self.log)[corpus.places]
-        return Scored(corpus, np.flatnonzero(left_out & (corpus.starts < np.arange(len(corpus)))), 512)
+        corpus = UserSequences.from_log(self.log, self.vocabulary)
+        left_out = Split().test_mask(self.log)[corpus.log_positions]
+        return HeldOutEvents(corpus, np.flatnonzero(left_out & (corpus.starts < np.arange(len(corpus)))), 512)
 
     @cached_property
     def labels(self) -> np.ndarray:  # float32 [n, 3], of the scored events
-        histories = self.scored.corpus.histories
+        histories = self.scored.sequences.histories
         return labels_of(histories, EventSchema(), int(histories.ts_ms.max()))[self.scored.positions - 1]
 
 
@@ -161,11 +161,11 @@ def train_model(setting: Setting, weighting: str) -> None:
 def weighting_row(setting: Setting, weighting: str) -> dict[str, Cell]:
     bench = bench_of(setting)
     scored, artifact = bench.scored, bench.model(weighting)
-    truth = np.stack([bench.truth[name] for name in TRUTHS], axis=1)[scored.corpus.places[scored.positions]]
+    truth = np.stack([bench.truth[name] for name in TRUTHS], axis=1)[scored.sequences.log_positions[scored.positions]]
     some = np.sort(np.random.default_rng(0).permutation(scored.positions)[:HITS_OF])
     rung = bench.rung(artifact)
-    odds, raw = odds_of(rung, scored), odds_of(bench.rung(uncalibrated(artifact)), scored)
-    hit_rate = measure(rung, Scored(scored.corpus, some, scored.cap_events), 10).hit_rate
+    odds, raw = predict_heads(rung, scored), predict_heads(bench.rung(uncalibrated(artifact)), scored)
+    hit_rate = evaluate_ranking(rung, HeldOutEvents(scored.sequences, some, scored.max_events), 10).hit_rate
     np.save(bench.path(weighting) / ODDS, odds)
     row: dict[str, Cell] = {"part": "weightings", "weighting": weighting, "hit_rate": hit_rate}
     for task, head in enumerate(TASKS):
@@ -174,7 +174,7 @@ def weighting_row(setting: Setting, weighting: str) -> dict[str, Cell]:
 
 
 def head_row(head: str, odds: np.ndarray, raw: np.ndarray, truth: np.ndarray, labels: np.ndarray) -> dict[str, Cell]:
-    calibrated, plain, best = (head_measures(each, labels) for each in (odds, raw, truth))
+    calibrated, plain, best = (head_metrics(each, labels) for each in (odds, raw, truth))
     assert calibrated.auc is not None, f"the shop is too small: {head} has labels of one kind"
     assert best.auc is not None
     return {
@@ -199,7 +199,7 @@ def learnt_over_fixed(setting: Setting, rows: list[dict[str, Cell]]) -> dict[str
 
 def uncalibrated(artifact: Artifact) -> Artifact:
     weights = artifact.weights | {"heads.calibration": torch.tensor([IDENTITY] * len(TASKS))}
-    return Artifact(artifact.manifest, weights, artifact.item_ids, artifact.counters, artifact.items)
+    return Artifact(artifact.manifest, weights, artifact.item_ids, artifact.counters, artifact.metadata)
 
 
 def loop_row(setting: Setting, weighting: str, rerank: str, forks: int) -> dict[str, Cell]:
@@ -207,15 +207,15 @@ def loop_row(setting: Setting, weighting: str, rerank: str, forks: int) -> dict[
     rung = bench.rung(bench.model(weighting), RERANKS[rerank]) if weighting != NOTHING else None
     for seed in range(forks):
         future = bench.simulator.fork(seed)
-        showcase = Showcase(future, rung, bench.vocabulary, bench.log) if rung else None
+        showcase = PolicyUnderTest(future, rung, bench.vocabulary, bench.log) if rung else None
         reactions.append(run(future, bench.days, LOOP_DAYS, showcase))
     row: dict[str, Cell] = {"part": "loop", "weighting": weighting, "rerank": rerank}
     return row | _summary(reactions)
 
 
-def _summary(reactions: list[Reaction]) -> dict[str, Cell]:
+def _summary(reactions: list[ClosedLoopMetrics]) -> dict[str, Cell]:
     """Means and standard errors over forks."""
-    columns = {name: [float(asdict(each)[name]) for each in reactions] for name in Reaction.__struct_fields__}
+    columns = {name: [float(asdict(each)[name]) for each in reactions] for name in ClosedLoopMetrics.__struct_fields__}
     columns["money_per_event"] = [each.money / each.events for each in reactions]
     row: dict[str, Cell] = {}
     for name, column in columns.items():

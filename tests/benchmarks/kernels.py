@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from triton.testing import do_bench
 
-from kernels.fused_attention_layernorm.encoder import Encoder
+from kernels.fused_attention_layernorm.encoder import KernelEncoder
 from kernels.fused_attention_layernorm.fp8 import DTYPE as FP8
-from kernels.fused_attention_layernorm.fp8 import LARGEST, Scales
-from kernels.fused_attention_layernorm.launch import SHORT, Launch, attend, fits
+from kernels.fused_attention_layernorm.fp8 import LARGEST, Fp8Scales
+from kernels.fused_attention_layernorm.launch import SHORT, KernelConfig, attend, fits
 from kernels.fused_attention_layernorm.op import fused_attention_layernorm, packed_reference
-from kernels.fused_attention_layernorm.plan import Plan
+from kernels.fused_attention_layernorm.plan import AttentionPlan
 from kernels.graphs import BatchGraphs, Bucket
 from pipeline.backends.fused import encoder_of
 from pipeline.features.event_features import TIME_THRESHOLDS
@@ -34,9 +34,9 @@ from tests.benchmarks import results
 from tests.benchmarks.kernel_rows import Row, arguments, graphed, median_ms, named, relative_error
 from tests.benchmarks.kernel_work import CONFIG, HEADS, WIDTH, WORKLOADS, D, Work
 
-SCALES = Scales(*[WIDTH**0.5 / LARGEST] * 3)  # as of weights of norm one, which `operator_inputs` look like
+SCALES = Fp8Scales(*[WIDTH**0.5 / LARGEST] * 3)  # as of weights of norm one, which `operator_inputs` look like
 LAUNCHES = tuple(
-    Launch(*numbers)
+    KernelConfig(*numbers)
     for numbers in (
         (64, 32, 2), (64, 32, 3), (64, 32, 2, 168), (64, 32, 3, 168), (64, 64, 2), (64, 64, 3), (64, 64, 2, 168),
         (128, 64, 2, 128), (128, 32, 3, 128),
@@ -103,7 +103,7 @@ def narrowed(rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple((part.float() / SCALES.q).to(FP8) for part in rows)
 
 
-def error_of(hstu: Hstu, work: Work, plan: Plan, scales: Scales | None = None) -> float:
+def error_of(hstu: Hstu, work: Work, plan: AttentionPlan, scales: Fp8Scales | None = None) -> float:
     """scales: in FP8."""
     layer: Any = hstu.layers[0]
     rows, eps, n = operator_inputs(work), CONFIG.eps, CONFIG.max_events
@@ -122,22 +122,26 @@ def error_of(hstu: Hstu, work: Work, plan: Plan, scales: Scales | None = None) -
 
 def measure(hstu: Hstu, work: Work, thresholds: Tensor) -> Rows:
     encode, whole = encoder_of(hstu, torch.bfloat16), (work.seconds, work.offsets, thresholds, work.cap, torch.bfloat16)
-    plan = Plan.of(*whole)
+    plan = AttentionPlan.from_batch(*whole)
     error = error_of(hstu, work, plan)
     graph, newest = (bucketed(encode, work, thresholds, last) for last in (False, True))
-    fixed = graphed(lambda: encode(work.x, Plan.of(*whole, trusted=True)))
-    attention = attention_alone(tables_of(encode), plan, operator_inputs(work)[:3], Scales())
+    fixed = graphed(lambda: encode(work.x, AttentionPlan.from_batch(*whole, trusted=True)))
+    attention = attention_alone(tables_of(encode), plan, operator_inputs(work)[:3], Fp8Scales())
     encoder = (work.whole, error)
     return [
         work.measured("torch: eager, padded", padded(hstu, work, thresholds, False), work.whole),
         work.measured("torch: compiled, padded", padded(hstu, work, thresholds, True), work.whole),
         work.measured("cuBLAS: products alone", products_alone(work), work.products),
-        work.measured("kernels: eager", lambda: encode(work.x, Plan.of(*whole, trusted=True)), *encoder),
+        work.measured(
+            "kernels: eager", lambda: encode(work.x, AttentionPlan.from_batch(*whole, trusted=True)), *encoder
+        ),
         work.measured("kernels: graph", graph, *encoder),
         work.measured("kernels: graph of this very size", fixed, *encoder),
         work.measured("kernels: graph, newest rows", newest),
         work.measured("kernels: attention alone", attention, work.attention, error),
-        work.measured("kernels: plan and time buckets alone", graphed(lambda: Plan.of(*whole, trusted=True))),
+        work.measured(
+            "kernels: plan and time buckets alone", graphed(lambda: AttentionPlan.from_batch(*whole, trusted=True))
+        ),
         *measure_fp8(hstu, work, thresholds, encode(work.x, plan)),
     ]
 
@@ -145,7 +149,7 @@ def measure(hstu: Hstu, work: Work, thresholds: Tensor) -> Rows:
 def measure_fp8(hstu: Hstu, work: Work, thresholds: Tensor, exact: Tensor) -> Rows:
     """exact: the states with Q, K and V in bfloat16. An encoder's states_error: how far FP8's are from those."""
     encode = encoder_of(hstu, torch.bfloat16, fp8=True)
-    plan = Plan.of(work.seconds, work.offsets, thresholds, work.cap, FP8)
+    plan = AttentionPlan.from_batch(work.seconds, work.offsets, thresholds, work.cap, FP8)
     error = error_of(hstu, work, plan, SCALES)
     more = {"states_error": relative_error(encode(work.x, plan), exact)}
     graph, newest = (bucketed(encode, work, thresholds, last) for last in (False, True))
@@ -158,12 +162,12 @@ def measure_fp8(hstu: Hstu, work: Work, thresholds: Tensor, exact: Tensor) -> Ro
     ]
 
 
-def tables_of(encode: Encoder) -> tuple[Tensor, Tensor]:
+def tables_of(encode: KernelEncoder) -> tuple[Tensor, Tensor]:
     return encode.layers[0].position_bias, encode.layers[0].time_bias
 
 
 def attention_alone(
-    tables: tuple[Tensor, Tensor], plan: Plan, rows: tuple[Tensor, ...], scales: Scales
+    tables: tuple[Tensor, Tensor], plan: AttentionPlan, rows: tuple[Tensor, ...], scales: Fp8Scales
 ) -> Callable[[], None]:
     """Of all layers. tables: of the biases; rows: q, k and v."""
     factors = (scales.q * scales.k, scales.v / CONFIG.max_events)
@@ -175,13 +179,13 @@ def attention_alone(
     return graphed(call)
 
 
-def bucketed(encode: Encoder, work: Work, thresholds: Tensor, last: bool) -> Callable[[], Tensor]:
+def bucketed(encode: KernelEncoder, work: Work, thresholds: Tensor, last: bool) -> Callable[[], Tensor]:
     """The graph of the work's bucket, and the copies into it."""
 
     def run(columns: Sequence[Tensor], offsets: Tensor, longest: int) -> Tensor:
         x, seconds = columns
         dtype = encode.narrowed(x.dtype)
-        return encode(x, Plan.of(seconds, offsets, thresholds, longest, dtype, trusted=True), last)
+        return encode(x, AttentionPlan.from_batch(seconds, offsets, thresholds, longest, dtype, trusted=True), last)
 
     columns = (work.x, work.seconds)
     graphs = BatchGraphs(run, columns, work.users, len(work.x))
@@ -198,8 +202,12 @@ def tune(work: Work, thresholds: Tensor) -> None:
         for launch in LAUNCHES:
             if not fits(launch, D, size, work.x.device):
                 continue
-            plan = Plan.of(work.seconds, work.offsets, thresholds, work.cap, rows[0].dtype, launch=launch)
-            timed.append((float(do_bench(attention_alone(tables, plan, rows, Scales()), return_mode="median")), launch))
+            plan = AttentionPlan.from_batch(
+                work.seconds, work.offsets, thresholds, work.cap, rows[0].dtype, launch=launch
+            )
+            timed.append(
+                (float(do_bench(attention_alone(tables, plan, rows, Fp8Scales()), return_mode="median")), launch)
+            )
         for ms, launch in sorted(timed, key=lambda pair: pair[0]):
             print(f"{work.name}: {ms / CONFIG.layers:.4f} ms a layer of {rows[0].dtype}, {launch}", flush=True)
         key = (torch.cuda.get_device_capability()[0], size, work.cap <= SHORT)

@@ -19,17 +19,26 @@ from triton.testing import do_bench
 
 from kernels.fused_attention_layernorm.gate_projection import LARGE, MIDDLE, project_gated, tiles_of
 from kernels.fused_attention_layernorm.launch import normalise_and_gate
-from kernels.fused_attention_layernorm.projection import Tiles, project_out
+from kernels.fused_attention_layernorm.projection import ProjectionTiles, project_out
 from tests.benchmarks import results
 from tests.benchmarks.kernel_rows import Row, arguments, graphed, median_ms, named, ratio, relative_error, row
 
 LAYERS, WIDTH, HEADS, EPS = 8, 512, 4, 1e-6
 WORKLOADS = ((256, 74_108), (128, 20_000), (64, 5_601), (32, 2_300))  # users and their rows
 TILES = (
-    LARGE, MIDDLE, Tiles(64, 512, 32, 8, 3), Tiles(128, 256, 64, 8, 2), Tiles(128, 256, 32, 8, 3),
-    Tiles(128, 256, 32, 8, 4), Tiles(128, 256, 64, 8, 2, programs=1), Tiles(64, 256, 64, 4, 3),
-    Tiles(64, 256, 128, 4, 2), Tiles(64, 256, 64, 8, 3), Tiles(128, 128, 64, 8, 3), Tiles(64, 128, 128, 4, 3),
-)  # fmt: skip
+    LARGE,
+    MIDDLE,
+    ProjectionTiles(64, 512, 32, 8, 3),
+    ProjectionTiles(128, 256, 64, 8, 2),
+    ProjectionTiles(128, 256, 32, 8, 3),
+    ProjectionTiles(128, 256, 32, 8, 4),
+    ProjectionTiles(128, 256, 64, 8, 2, programs=1),
+    ProjectionTiles(64, 256, 64, 4, 3),
+    ProjectionTiles(64, 256, 128, 4, 2),
+    ProjectionTiles(64, 256, 64, 8, 3),
+    ProjectionTiles(128, 128, 64, 8, 3),
+    ProjectionTiles(64, 128, 128, 4, 3),
+)
 Answer = tuple[Tensor, Tensor]
 
 
@@ -61,7 +70,7 @@ class Inputs(NamedTuple):
         rows, width, columns = len(self.x), self.attended.shape[1], len(self.weight)
         return LAYERS * 2.0 * rows * width * columns, LAYERS * 2.0 * rows * (2 * width + 2 * columns)
 
-    def in_one(self, tiles: Tiles | None = None) -> Answer:
+    def in_one(self, tiles: ProjectionTiles | None = None) -> Answer:
         """Without tiles: as the encoder chooses."""
         return project_gated(*self, EPS, tiles)
 

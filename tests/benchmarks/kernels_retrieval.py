@@ -22,7 +22,7 @@ from triton.testing import do_bench, do_bench_cudagraph
 from kernels.hierarchical_sequence_fusion.op import hierarchical_sequence_fusion
 from kernels.sequence_recommendation_interaction import launch
 from kernels.sequence_recommendation_interaction.op import candidate_interaction, sequence_recommendation_interaction
-from kernels.sequence_recommendation_interaction.tiles import MANY, Card, Tiles
+from kernels.sequence_recommendation_interaction.tiles import MANY, Card, TopKTiles
 from tests.benchmarks import results
 from tests.benchmarks.kernel_rows import PEAKS, arguments, named, ratio, row
 
@@ -115,7 +115,7 @@ def tune(users: int) -> None:
     """Prints the whole call's time with every choice of tiles, and the best one as the line of tiles.TILES."""
     states, table, card = unit_rows(users), unit_rows(1_000_000), Card.of(torch.device("cuda", 0))
     processors = torch.cuda.get_device_properties(0).multi_processor_count
-    plan, catalogue = launch.plan(len(table), users, WIDTH, K, 2, card), launch.Catalogue(table, None, None)
+    plan, catalogue = launch.plan(len(table), users, WIDTH, K, 2, card), launch.ItemRows(table, None, None)
     timed = []
     for tiles in tiles_to_try(users, card):
         tried = replace(plan, tiles=tiles, group=min(plan.group, tiles.items))
@@ -130,10 +130,10 @@ def tune(users: int) -> None:
     print(f"    ({card.capability}, 2, {WIDTH}, {users >= MANY}): {best},", flush=True)
 
 
-def tiles_to_try(users: int, card: Card) -> list[Tiles]:
+def tiles_to_try(users: int, card: Card) -> list[TopKTiles]:
     """All that fit the card and fill the inline code's packs."""
     sizes = itertools.product((32, 64, 128), (16, 64, 128, 256), (4, 8, 16), (2, 3), (1, 2))
-    tiles = [Tiles(*numbers) for numbers in sizes if min(64, max(16, users)) <= numbers[1] <= max(16, users)]
+    tiles = [TopKTiles(*numbers) for numbers in sizes if min(64, max(16, users)) <= numbers[1] <= max(16, users)]
     return [each for each in tiles if each.whole_packs and each.programs * each.shared_bytes(2 * WIDTH) <=
             card.shared_bytes and each.warps == max(4, each.users // 16)]  # fmt: skip
 

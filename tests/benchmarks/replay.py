@@ -27,7 +27,7 @@ from tests.benchmarks import results
 from tests.oracle import Oracle
 from worker import config
 from worker.replay.local_servers import LocalKafka, LocalValkey
-from worker.replay.replay import Replay, Report, replay
+from worker.replay.replay import ReplayOptions, ReplayReport, replay
 
 CAP_EVENTS = 1024  # longer than any sequence of the log
 # The shop's transitions are sparse and sharp, so width is what it takes. Hit rate@10 on the whole validation slice of
@@ -46,12 +46,12 @@ def millrace(*arguments: object) -> None:
     subprocess.run([sys.executable, "-m", "worker.cli", *map(str, arguments)], check=True)
 
 
-async def through_kafka(artifact: Path, folder: Path, console: Console) -> tuple[Report, int]:
+async def through_kafka(artifact: Path, folder: Path, console: Console) -> tuple[ReplayReport, int]:
     """What the replay reports, and how many rings are the oracle's."""
-    settings = config.load(None, {"MILLRACE__SEQUENCES__CAP_EVENTS": str(CAP_EVENTS)})
+    settings = config.load(None, {"MILLRACE__SEQUENCES__MAX_EVENTS": str(CAP_EVENTS)})
     settings = replaced(settings, pipeline=replaced(settings.pipeline, artifact=str(artifact)))
     with LocalKafka(folder / "kafka") as kafka, LocalValkey(folder / "valkey") as valkey:
-        task = Replay(LOG, folder / "slates.jsonl", kafka=kafka.bootstrap, redis=valkey.url)
+        task = ReplayOptions(LOG, folder / "slates.jsonl", kafka=kafka.bootstrap, redis=valkey.url)
         report = await replay(settings, task, console)
         return report, await check(kafka.bootstrap, task.name, valkey.url)
 
@@ -112,7 +112,7 @@ def main() -> None:
         millrace("train", LOG, "--out", folder / "artifact", *FILM_MODEL, *training)
         real, rings = asyncio.run(through_kafka(folder / "artifact", folder, Console()))
         shop = simulated(args.simulated_events, folder, [*SHOP_MODEL, *training])
-    assert real.rungs == {"hstu": real.slates}, f"other rungs answered, too: {real.rungs}"
+    assert real.strategies == {"hstu": real.slates}, f"other rungs answered, too: {real.strategies}"
     metrics = {
         "hit_rate_hstu": real.hit_rates["slate"],
         "hit_rate_cooccurrence": real.hit_rates["cooccurrence"],

@@ -6,35 +6,33 @@ paper's binary cross entropy with one uniform negative a row, or the full softma
 Vasilev, RecSys 2023).
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import msgspec
 import numpy as np
 import torch
 import torch.nn.functional as F
-from msgspec import Meta
 from torch import Tensor, nn
 
 from pipeline.evaluation.popularity import Popularity
-from pipeline.features.event_features import Inputs
-from pipeline.model.padding import Block, Layout
+from pipeline.features.event_features import EncoderInputs
+from pipeline.model.padding import Block, PaddedBlocks
 from pipeline.records import Histories
 from pipeline.training.batches import TrainingBatch
 from pipeline.training.losses import next_item_loss, sample_candidates
 from pipeline.training.trainer import Trainable
-
-Positive = Annotated[int, Meta(gt=0)]
+from pipeline.types import PositiveInt, Rate
 
 
 class SasRecConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The model's shape and loss. `max_events`: the newest events that a state reads."""
 
-    items: Positive = 1  # rows of the item table, the unknown one included
-    layers: Positive = 2
-    width: Positive = 64
-    heads: Positive = 1
-    max_events: Positive = 200
-    dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.2
+    items: PositiveInt = 1  # rows of the item table, the unknown one included
+    layers: PositiveInt = 2
+    width: PositiveInt = 64
+    heads: PositiveInt = 1
+    max_events: PositiveInt = 200
+    dropout: Rate = 0.2
     loss: Literal["bce", "softmax"] = "bce"
     eps: float = 1e-8
 
@@ -51,7 +49,7 @@ class SasRecLayer(nn.Module):
         self.out = nn.Linear(width, width)
         self.inner, self.outer = nn.Linear(width, width), nn.Linear(width, width)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+    def forward(self, x: Tensor, layout: PaddedBlocks) -> Tensor:
         # x: [total, width] -> [total, width]
         asked = self.norm_attention(x)
         q, k, v = self.query(asked), self.key(x), self.value(x)
@@ -84,14 +82,14 @@ class SasRec(Trainable):
             if parameter.dim() > 1:
                 nn.init.xavier_normal_(parameter)
 
-    def forward(self, inputs: Inputs) -> Tensor:
+    def forward(self, inputs: EncoderInputs) -> Tensor:
         """Of users who all have events, at most max_events each -> states [total, width]."""
         device = self.item_embedding.weight.device
         back = np.repeat(inputs.offsets[1:], np.diff(inputs.offsets)) - 1 - np.arange(len(inputs.tokens))
         tokens, places = (torch.from_numpy(column).to(device) for column in (inputs.tokens, back))
         x = self.item_embedding(tokens) * self.config.width**0.5 + self.position_embedding(places)
         x = F.dropout(x, self.config.dropout, self.training)
-        layout = Layout.of(inputs, device)
+        layout = PaddedBlocks.from_inputs(inputs, device)
         for layer in self.layers:
             x = layer(x, layout)
         return self.norm(x)
@@ -99,7 +97,7 @@ class SasRec(Trainable):
     def losses(self, batch: TrainingBatch, shares: np.ndarray, random: np.random.Generator) -> tuple[Tensor, Tensor]:
         """See Trainable; there are no side tasks."""
         states = self(batch.inputs)
-        states, targets = states[torch.from_numpy(batch.asked).to(states.device)], batch.targets
+        states, targets = states[torch.from_numpy(batch.target_mask).to(states.device)], batch.targets
         table = self.item_embedding.weight
         if self.config.loss == "bce":
             loss = _binary_loss(states, table, targets, batch.seen, random)
@@ -139,7 +137,7 @@ class SasRecScorer:
         table = self._model.item_embedding.weight
         shown = np.where(tokens < len(table), tokens, 0).astype(np.int32)
         nothing = np.zeros(len(shown), np.int32)
-        inputs = Inputs(shown, nothing[:, None], nothing, histories.offsets).tail(self._model.config.max_events)
+        inputs = EncoderInputs(shown, nothing[:, None], nothing, histories.offsets).tail(self._model.config.max_events)
         ordered, users = inputs.by_length()
         if len(users):
             states = self._model(ordered)[torch.from_numpy(ordered.offsets[1:] - 1).to(table.device)]

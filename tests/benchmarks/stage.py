@@ -32,13 +32,13 @@ class Stage:
     def environment(self, name: str, settings: dict[str, object]) -> dict[str, str]:
         """A run's own topics and group on the shared broker."""
         values: dict[str, object] = {
-            "KAFKA__BOOTSTRAP": self.bootstrap,
+            "KAFKA__BOOTSTRAP_SERVERS": self.bootstrap,
             "KAFKA__EVENTS_TOPIC": f"{name}.events",
-            "KAFKA__SLATES_TOPIC": f"{name}.slates",
+            "KAFKA__RECOMMENDATIONS_TOPIC": f"{name}.slates",
             "KAFKA__DEAD_LETTER_TOPIC": f"{name}.dead",
-            "KAFKA__GROUP": name,
+            "KAFKA__GROUP_ID": name,
             "REDIS__URL": self.redis_url,
-            "SEQUENCES__EPOCH": name,
+            "SEQUENCES__TOPIC_GENERATION": name,
             "HEALTH__PORT": 0,
             "LOG__LEVEL": "warning",
         }

@@ -28,8 +28,8 @@ from tests.benchmarks.load import Shoppers
 from tests.benchmarks.stage import PLAIN, WORKER, Stage, slate_counts, stage, steady_rate
 from worker import config
 from worker.clock import WallClock
-from worker.interfaces import Arrival, Partition, Ticket
-from worker.process import parts
+from worker.interfaces import ConsumedEvent, Partition, RecordOffset
+from worker.process import build_components
 from worker.replay.feed import Wait, at_once, at_rate, produce
 
 HISTORY_EVENTS = 5  # of every user, before the first run
@@ -52,14 +52,14 @@ async def fill_rings(stage: Stage, shoppers: Shoppers, settings: dict[str, objec
     """HISTORY_EVENTS of every user, pushed as the worker pushes."""
     loaded = config.load(None, stage.environment("history", settings))
     pack, source, offset = EventPacker(loaded.schema).pack, Partition("history", 0), 0
-    async with parts(loaded, WallClock()) as made:
+    async with build_components(loaded, WallClock()) as made:
         users = iter(shoppers.user_ids())
         while chunk := list(islice(users, 400)):
             arrivals = []
             for user in chunk:
                 for back in range(HISTORY_EVENTS, 0, -1):
                     event = shoppers.event(user, time.time_ns() // 1_000_000 - back * 60_000)
-                    arrivals.append(Arrival(event, pack(event), Ticket(source, 1, offset), 1 << 60, 0, 0.0))
+                    arrivals.append(ConsumedEvent(event, pack(event), RecordOffset(source, 1, offset), 1 << 60, 0, 0.0))
                     offset += 1
             await made.sequences.push(arrivals)
 

@@ -174,7 +174,7 @@ async def measure(swaps: int, users: int) -> None:
         items = msgspec.msgpack.decode((first / "vocabulary.msgpack").read_bytes(), type=list[str])
         shoppers = Shoppers(users, items)
         settings: dict[str, object] = {
-            "PIPELINE__ARTIFACT": link, "PIPELINE__THREADS": 1, "PIPELINE__FOLLOW_S": FOLLOW_S
+            "PIPELINE__ARTIFACT": link, "PIPELINE__THREADS": 1, "PIPELINE__ARTIFACT_POLL_INTERVAL_S": FOLLOW_S
         }  # fmt: skip
         await fill_rings(set_up, shoppers, settings)
         most, _ = await throughput(set_up, "most", WORKER, settings, shoppers.events(), users)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.data.log_io import write_log
-from pipeline.evaluation.metrics import RankingMeasures
+from pipeline.evaluation.metrics import RankingMetrics
 from pipeline.records import Event, Item
 from tests.benchmarks import results
 from tests.benchmarks.accuracy_models import CONTENDERS, VARIANTS, Setting
@@ -51,7 +51,7 @@ def test_trials_draw_from_the_stated_space_and_differ(model):
 
 def test_both_sequence_models_are_offered_the_same_training():
     shared = CONTENDERS["hstu"].space.keys() & CONTENDERS["sasrec"].space.keys()
-    assert {"trainer.learning_rate", "trainer.epochs", "trainer.crop_events", "model.width", "model.layers"} <= shared
+    assert {"trainer.learning_rate", "trainer.epochs", "trainer.crop_length", "model.width", "model.layers"} <= shared
     assert all(
         CONTENDERS["hstu"].space[name] == CONTENDERS["sasrec"].space[name] for name in shared - {"model.dropout"}
     )
@@ -67,7 +67,7 @@ def test_events_of_one_time_go_in_an_order_of_their_own_for_each_user(setting):
 
 @pytest.mark.parametrize("model", CONTENDERS)
 def test_a_contender_is_tuned_before_the_cut_and_tested_behind_it(model, setting):
-    small = {"model.width": 8, "model.heads": 1, "model.layers": 1, "trainer.crop_events": 32}
+    small = {"model.width": 8, "model.heads": 1, "model.layers": 1, "trainer.crop_length": 32}
     options = {name: small.get(name, value) for name, value in CONTENDERS[model].drawn(0).items()}
     made = outcome_of(setting, model, 0, options, 0 if "trainer.epochs" not in options else 1, model)
     assert len(made.users) == 120, "ten events of each of twelve users"
@@ -94,7 +94,7 @@ def test_the_gain_is_of_means_over_seeds_and_its_interval_is_paired_by_users(tmp
         for seed in range(2 if model in ("hstu", "sasrec") else 1):
             ranks = random.integers(1, 12 if model == "hstu" else 16, 500).tolist()
             tests.append(Outcome(model, seed, {}, 1, {"all items": ranks}, users, 1.0, "a card"))
-    trials = [Trial("hstu", 0, {"model.width": 64}, 3, RankingMeasures(60, 0.2, 0.1, 0.05), 1.0, "a card")]
+    trials = [Trial("hstu", 0, {"model.width": 64}, 3, RankingMetrics(60, 0.2, 0.1, 0.05), 1.0, "a card")]
     metrics = report(trials, tests, tmp_path)
     hits = {
         model: np.mean([np.array(test.ranks["all items"]) <= 10 for test in tests if test.model == model])

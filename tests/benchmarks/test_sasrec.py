@@ -3,26 +3,26 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline.data.event_log import columns
-from pipeline.data.sequences import Corpus
-from pipeline.evaluation.full_ranking import CatalogueRanker
+from pipeline.data.event_log import event_log_from_blocks
+from pipeline.data.sequences import UserSequences
+from pipeline.evaluation.full_ranking import FullRanking
 from pipeline.evaluation.popularity import Popularity
-from pipeline.evaluation.ranking import Scored, measure
-from pipeline.features.event_features import Inputs
+from pipeline.evaluation.ranking import HeldOutEvents, evaluate_ranking
+from pipeline.features.event_features import EncoderInputs
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import Event, EventSchema
 from pipeline.serving.exclusion import Exclusion
-from pipeline.training.batches import Examples, TrainingBatch
+from pipeline.training.batches import TrainingBatch, TrainingColumns
 from pipeline.training.trainer import Trainer, TrainerOptions
 from tests.benchmarks.sasrec import SasRec, SasRecConfig, SasRecScorer
 
 ITEMS = 60
 
 
-def inputs_of(*rows: list[int]) -> Inputs:
+def inputs_of(*rows: list[int]) -> EncoderInputs:
     tokens = np.array([token for row in rows for token in row], np.int32)
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
-    return Inputs(tokens, np.zeros((len(tokens), 1), np.int32), np.zeros(len(tokens), np.int32), offsets)
+    return EncoderInputs(tokens, np.zeros((len(tokens), 1), np.int32), np.zeros(len(tokens), np.int32), offsets)
 
 
 def model_of(**more: object) -> SasRec:
@@ -84,15 +84,15 @@ def test_a_rule_of_succession_is_learnt(loss: str) -> None:
     for user in range(60):
         start = int(random.integers(ITEMS - 1))
         events += [Event(f"u{user}", f"i{(start + 7 * n) % (ITEMS - 1):02}", "view", n) for n in range(12)]
-    log = columns([events], EventSchema())
+    log = event_log_from_blocks([events], EventSchema())
     vocabulary = Vocabulary(log.item_ids)
-    corpus = Corpus.of_log(log, vocabulary)
+    corpus = UserSequences.from_log(log, vocabulary)
     config = SasRecConfig(items=len(vocabulary), width=32, layers=1, max_events=12, dropout=0.0, loss=loss)  # pyright: ignore[reportArgumentType]
-    options = TrainerOptions(epochs=30, crop_events=12, batch_events=128, learning_rate=1e-2)
-    examples = Examples.of(corpus, EventSchema(), repeats=False)
+    options = TrainerOptions(epochs=30, crop_length=12, events_per_batch=128, learning_rate=1e-2)
+    examples = TrainingColumns.from_sequences(corpus, EventSchema(), repeats=False)
     trainer = Trainer(lambda: SasRec(config), config.items, options, examples, torch.device("cpu"))
     for _ in range(options.epochs):
-        trainer.epoch()
-    ranker = CatalogueRanker(SasRecScorer(trainer.model, Popularity(corpus, config.items)), vocabulary, Exclusion())
-    latest = Scored(corpus, corpus.offsets[1:] - 1, 20)
-    assert measure(ranker, latest, 3).hit_rate > 0.8, "chance is 0.06"
+        trainer.train_epoch()
+    ranker = FullRanking(SasRecScorer(trainer.model, Popularity(corpus, config.items)), vocabulary, Exclusion())
+    latest = HeldOutEvents(corpus, corpus.offsets[1:] - 1, 20)
+    assert evaluate_ranking(ranker, latest, 3).hit_rate > 0.8, "chance is 0.06"

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from rich.console import Console
 
-from pipeline.data.log_io import read_columns
+from pipeline.data.log_io import read_event_log
 from pipeline.records import EventSchema
 from pipeline.serving.pipeline import PipelineOptions
 from pipeline.training.preparation import TrainingOptions
@@ -78,7 +78,7 @@ class Phases:
         Path("/proc/self/clear_refs").write_text(CLEAR_PEAK)
         self._since = time.perf_counter()
 
-    def stage(self, name: str, epochs: int) -> None:
+    def phase(self, name: str, epochs: int) -> None:
         self._anew = name != "epoch"
         self.ended("calibrate, examples of all" if self._anew else "cut, count, examples")
 
@@ -98,11 +98,11 @@ def _peak_gib() -> float:
 
 
 def measure(folder: Path, events: int, trainer: TrainerOptions, device: str) -> list[dict[str, Cell]]:
-    options = TrainingOptions(trainer, until_share=1.0)
-    phases = Phases(device, options.trainer.batch_events)
+    options = TrainingOptions(trainer, train_fraction=1.0)
+    phases = Phases(device, options.trainer.events_per_batch)
     write_log(folder / "log.tsv", events)
     phases.ended("generate")
-    log = read_columns(folder / "log.tsv", schema=EventSchema())
+    log = read_event_log(folder / "log.tsv", schema=EventSchema())
     assert len(log) == events
     phases.ended("read")
     train(log, folder / "artifact", options, PipelineOptions(device=device), phases, "")
@@ -127,11 +127,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--events", type=int, default=10_000_000)
     parser.add_argument("--trained", type=int, default=200_000, help="events of an epoch; one is judged, one is anew")
-    parser.add_argument("--batch-events", type=int, default=TrainerOptions().batch_events)
+    parser.add_argument("--batch-events", type=int, default=TrainerOptions().events_per_batch)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder of training.json")
     args = parser.parse_args()
-    trainer = TrainerOptions(epochs=1, epoch_events=args.trained, batch_events=args.batch_events)
+    trainer = TrainerOptions(epochs=1, events_per_epoch=args.trained, events_per_batch=args.batch_events)
     with TemporaryDirectory(prefix="millrace-training-") as folder:
         rows = measure(Path(folder), args.events, trainer, args.device)
     metrics, name = metrics_of(rows, args.events), "training_gpu" if _on_gpu(args.device) else "training"

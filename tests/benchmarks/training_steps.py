@@ -11,11 +11,11 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
-from kernels.fused_attention_layernorm.plan import Plan
-from pipeline.features.event_features import Inputs
+from kernels.fused_attention_layernorm.plan import AttentionPlan
+from pipeline.features.event_features import EncoderInputs
 from pipeline.model.config import PRESETS
-from pipeline.model.hstu import Hstu, plan_of
-from pipeline.model.padding import Layout
+from pipeline.model.hstu import Hstu, attention_plan
+from pipeline.model.padding import PaddedBlocks
 from tests.benchmarks import results
 from tests.benchmarks.kernel_rows import Row, arguments, host_ms, named, row
 
@@ -28,10 +28,10 @@ USERS = {  # lengths, as crops of real histories have them
 }
 
 
-def inputs_of(lengths: np.ndarray) -> Inputs:
+def inputs_of(lengths: np.ndarray) -> EncoderInputs:
     seconds = np.concatenate([np.cumsum(RANDOM.integers(0, 9000, length)) for length in lengths])
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return Inputs(np.zeros(0, np.int32), np.zeros((0, 0), np.int32), seconds.astype(np.int32), offsets)
+    return EncoderInputs(np.zeros(0, np.int32), np.zeros((0, 0), np.int32), seconds.astype(np.int32), offsets)
 
 
 def measure(hstu: Hstu, name: str, lengths: np.ndarray, dtype: torch.dtype) -> list[Row]:
@@ -39,14 +39,14 @@ def measure(hstu: Hstu, name: str, lengths: np.ndarray, dtype: torch.dtype) -> l
     rows = torch.randn(int(lengths.sum()), hstu.config.width, device="cuda", requires_grad=True)
     half = dtype == torch.bfloat16
 
-    def step(layout_of: Callable[[], Layout | Plan]) -> None:
+    def step(layout_of: Callable[[], PaddedBlocks | AttentionPlan]) -> None:
         with torch.autocast("cuda", torch.bfloat16, enabled=half):
             states: Tensor = hstu(rows, layout_of())
         states.square().sum().backward()
 
-    ways: dict[str, Callable[[], Layout | Plan]] = {
-        "torch": lambda: Layout.of(inputs, "cuda"),
-        "kernels": lambda: plan_of(inputs, LONGEST, dtype, rows.device),
+    ways: dict[str, Callable[[], PaddedBlocks | AttentionPlan]] = {
+        "torch": lambda: PaddedBlocks.from_inputs(inputs, "cuda"),
+        "kernels": lambda: attention_plan(inputs, LONGEST, dtype, rows.device),
     }
     work = f"{name}, {'bfloat16' if half else 'float32'}: {len(lengths):,} users, {len(rows):,} events"
     return [

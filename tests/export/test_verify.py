@@ -7,14 +7,14 @@ from pipeline.artifact import Artifact
 from pipeline.backends.torch import TorchEncoder
 from pipeline.model.config import HstuConfig
 from pipeline.records import EventSchema
-from pipeline.training.trainer import Model
+from pipeline.training.trainer import MultiTaskModel
 
 CONFIG = HstuConfig(items=300, width=16, heads=2, d_qk=8, d_v=8, max_events=64)
 
 
 def draft(noise: float = 0.0) -> Artifact:
     torch.manual_seed(2)
-    weights = Model(CONFIG).state_dict()
+    weights = MultiTaskModel(CONFIG).state_dict()
     weights = {name: weight + noise * torch.randn_like(weight) for name, weight in weights.items()}
     return artifacts.draft(CONFIG, EventSchema(), weights, [f"i{n}" for n in range(299)], {})
 

@@ -27,10 +27,10 @@ async def send(kafka: str, topic: str, *records: tuple[str, bytes | None]) -> No
 def test_a_killed_worker_is_ready_again_after_the_tail_of_the_items_topic(
     kafka: str, topics: Callable[[str], str], run, eventually, tmp_path: Path
 ) -> None:
-    names = {f"KAFKA__{kind}_TOPIC": topics(kind.lower()) for kind in ("EVENTS", "SLATES", "DEAD_LETTER")}
+    names = {f"KAFKA__{kind}_TOPIC": topics(kind.lower()) for kind in ("EVENTS", "RECOMMENDATIONS", "DEAD_LETTER")}
     values: dict[str, object] = names | {
-        "KAFKA__BOOTSTRAP": kafka,
-        "KAFKA__GROUP": topics("group"),
+        "KAFKA__BOOTSTRAP_SERVERS": kafka,
+        "KAFKA__GROUP_ID": topics("group"),
         "KAFKA__CREATE_TOPICS": "true",
         "PIPELINE__STATE_DIR": tmp_path / "state",
     }

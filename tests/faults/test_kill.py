@@ -28,14 +28,14 @@ class Members:
     def __init__(self, kafka: str, valkey: str, names: dict[str, str], logs: Path) -> None:
         settings = {f"MILLRACE__KAFKA__{key}": value for key, value in names.items()}
         settings |= {
-            "MILLRACE__KAFKA__BOOTSTRAP": kafka,
+            "MILLRACE__KAFKA__BOOTSTRAP_SERVERS": kafka,
             "MILLRACE__KAFKA__SESSION_TIMEOUT_MS": "6000",  # the broker's smallest: a killed member is noticed
             "MILLRACE__KAFKA__MAX_POLL_RECORDS": "200",  # several polls under way when the kill comes
             "MILLRACE__REDIS__URL": valkey,
-            "MILLRACE__SEQUENCES__CAP_EVENTS": str(CAP),
+            "MILLRACE__SEQUENCES__MAX_EVENTS": str(CAP),
             "MILLRACE__EVENTS__MAX_AGE_DAYS": "0",
             "MILLRACE__DEAD_LETTERS__MAX_RATIO": "0.5",
-            "MILLRACE__HEALTH__COMMIT_S": "0.2",
+            "MILLRACE__HEALTH__COMMIT_INTERVAL_S": "0.2",
             "MILLRACE__HEALTH__PORT": "0",
         }
         self._env, self._logs, self._started = os.environ | settings, logs, 0
@@ -53,7 +53,7 @@ class Members:
     def assigned(self) -> bool:
         """Has the newest of them got partitions?"""
         log = self._logs / f"member-{self._started}.log"
-        return bool(re.search(r'"partitions": \["[^}]*"event": "assigned"', log.read_text()))
+        return bool(re.search(r'"partitions": \["[^}]*"event": "partitions assigned"', log.read_text()))
 
     def kill(self, member: subprocess.Popen) -> None:
         member.kill()
@@ -77,7 +77,12 @@ class Members:
 
 @pytest.fixture
 def names(topics: Callable[[str], str]) -> dict[str, str]:
-    parts = {"EVENTS_TOPIC": "events", "SLATES_TOPIC": "slates", "DEAD_LETTER_TOPIC": "dead", "GROUP": "group"}
+    parts = {
+        "EVENTS_TOPIC": "events",
+        "RECOMMENDATIONS_TOPIC": "slates",
+        "DEAD_LETTER_TOPIC": "dead",
+        "GROUP_ID": "group",
+    }
     return {key: topics(name) for key, name in parts.items()}
 
 
@@ -103,7 +108,7 @@ def some_event(random: random.Random, prefix: str, number: int) -> dict:
 async def create(kafka: str, names: dict[str, str]) -> None:
     admin = AIOKafkaAdminClient(bootstrap_servers=kafka)
     await admin.start()
-    wanted = [names[key] for key in ("EVENTS_TOPIC", "SLATES_TOPIC", "DEAD_LETTER_TOPIC")]
+    wanted = [names[key] for key in ("EVENTS_TOPIC", "RECOMMENDATIONS_TOPIC", "DEAD_LETTER_TOPIC")]
     await admin.create_topics([NewTopic(name, PARTITIONS, 1) for name in wanted])
     await admin.close()
 
@@ -147,7 +152,7 @@ async def settled(kafka: str, names: dict[str, str]) -> AsyncIterator[Callable[[
 
         async def condition() -> bool:
             ends = await consumer.end_offsets(parts)
-            committed = await admin.list_consumer_group_offsets(names["GROUP"])
+            committed = await admin.list_consumer_group_offsets(names["GROUP_ID"])
             return all(part in committed and committed[part].offset >= ends[part] for part in parts)
 
         await admin.start()
@@ -169,10 +174,10 @@ def decoded(value: bytes) -> dict | None:
 def test_nothing_is_lost_when_workers_are_killed_and_members_come_and_go(
     run, kafka: str, valkey: str, names: dict[str, str], members: Members, eventually, tmp_path: Path
 ):
-    prefix = f"{names['GROUP']}-"
+    prefix = f"{names['GROUP_ID']}-"
 
     async def slates() -> int:
-        return len(await read_all(kafka, names["SLATES_TOPIC"]))
+        return len(await read_all(kafka, names["RECOMMENDATIONS_TOPIC"]))
 
     async def answered(more: int) -> None:
         enough = await slates() + more
@@ -211,10 +216,10 @@ def test_nothing_is_lost_when_workers_are_killed_and_members_come_and_go(
 def test_events_that_ask_for_no_slate_reach_their_rings_and_are_committed(
     run, kafka: str, valkey: str, names: dict[str, str], members: Members, eventually
 ):
-    prefix = f"{names['GROUP']}-"
+    prefix = f"{names['GROUP_ID']}-"
 
     async def answered() -> bool:
-        return bool(await read_all(kafka, names["SLATES_TOPIC"]))
+        return bool(await read_all(kafka, names["RECOMMENDATIONS_TOPIC"]))
 
     async def story() -> None:
         await create(kafka, names)
@@ -245,7 +250,9 @@ async def compare(
         keys = [key async for key in redis.scan_iter(f"seq:{{u:{prefix}*", count=1000)]
         stored = dict(zip([key.decode() for key in keys], await redis.mget(keys), strict=True))
     assert stored == oracle.rings()
-    oracle.check_slates([msgspec.json.decode(record.value) for record in await read_all(kafka, names["SLATES_TOPIC"])])
+    oracle.check_slates(
+        [msgspec.json.decode(record.value) for record in await read_all(kafka, names["RECOMMENDATIONS_TOPIC"])]
+    )
     buried = {_origin(record) for record in await read_all(kafka, names["DEAD_LETTER_TOPIC"])}
     assert buried == poison
 

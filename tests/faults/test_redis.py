@@ -17,11 +17,11 @@ from pipeline.records import Event
 from worker import config
 from worker.clock import VirtualClock
 from worker.errors import DeadLetterLimit, StoreUnavailable
-from worker.kafka.sink import FileSink
-from worker.process import first_error, parts
+from worker.process import build_components, first_error
+from worker.replay.file_sink import FileSink
 from worker.replay.local_servers import LocalValkey
 from worker.replay.log_source import LogSource
-from worker.stream.health import Pulse
+from worker.stream.health import HealthState
 from worker.stream.loop import Worker
 
 EVENTS, USERS, CAP = 3000, 60, 16
@@ -46,7 +46,7 @@ def settings(url: str, **more: str) -> config.Config:
     values = {
         "REDIS__URL": url,
         "REDIS__TIMEOUT_S": "0.3",
-        "SEQUENCES__CAP_EVENTS": str(CAP),
+        "SEQUENCES__MAX_EVENTS": str(CAP),
         "KAFKA__MAX_POLL_RECORDS": "50",
         "EVENTS__MAX_AGE_DAYS": "0",
         "HEALTH__PORT": "0",
@@ -58,12 +58,12 @@ async def stream(
     loaded: config.Config,
     entries: list[Event | BadRecord],
     slates: Path,
-    trouble: Callable[[Worker, Pulse], Awaitable[None]] | None = None,
+    trouble: Callable[[Worker, HealthState], Awaitable[None]] | None = None,
 ) -> Worker:
     """The whole worker over a log that is its own source; `trouble` goes on beside it."""
     clock = VirtualClock(speed=30.0)  # 150 s of log in 5 s
-    async with parts(loaded, clock) as made, FileSink(slates, made.slates) as sink:
-        pulse = Pulse(clock, clock.monotonic())
+    async with build_components(loaded, clock) as made, FileSink(slates, made.slates) as sink:
+        pulse = HealthState(clock, clock.monotonic())
         worker = made.worker(LogSource(iter(entries), clock, "log", 50), sink, pulse)
         beside = asyncio.create_task(trouble(worker, pulse)) if trouble else None
         try:
@@ -96,8 +96,8 @@ async def rings(url: str) -> dict[str, bytes]:
 def test_a_redis_that_hangs_delays_the_stream_and_changes_nothing(server: LocalValkey, tmp_path: Path, run, eventually):
     seen: list[str] = []
 
-    async def hang(worker: Worker, pulse: Pulse) -> None:
-        await eventually(lambda: worker.ledger.settled_count > EVENTS // 4)
+    async def hang(worker: Worker, pulse: HealthState) -> None:
+        await eventually(lambda: worker.tracker.completed_count > EVENTS // 4)
         os.kill(server.pid, signal.SIGSTOP)
         problem = await eventually(lambda: pulse.serving()[1] if pulse.problems else "")
         seen.append(problem)
@@ -105,7 +105,7 @@ def test_a_redis_that_hangs_delays_the_stream_and_changes_nothing(server: LocalV
 
     events = log()
     worker = run(stream(settings(server.url), list(events), tmp_path / "slates.jsonl", hang))
-    assert worker.ledger.open_count == 0
+    assert worker.tracker.open_count == 0
     assert "did not answer within 0.3 s" in seen[0]
     compare(events, tmp_path / "slates.jsonl", run(rings(server.url)))
 
@@ -113,9 +113,9 @@ def test_a_redis_that_hangs_delays_the_stream_and_changes_nothing(server: LocalV
 def test_a_full_redis_is_waited_out_and_nothing_is_lost(server: LocalValkey, tmp_path: Path, run, eventually):
     seen: list[str] = []
 
-    async def fill(worker: Worker, pulse: Pulse) -> None:
+    async def fill(worker: Worker, pulse: HealthState) -> None:
         async with Redis.from_url(server.url) as redis:
-            await eventually(lambda: worker.ledger.settled_count > EVENTS // 4)
+            await eventually(lambda: worker.tracker.completed_count > EVENTS // 4)
             await redis.config_set("maxmemory", "1mb")
             seen.append(await eventually(lambda: pulse.serving()[1] if pulse.problems else ""))
             await redis.config_set("maxmemory", "0")
@@ -129,8 +129,8 @@ def test_a_full_redis_is_waited_out_and_nothing_is_lost(server: LocalValkey, tmp
 def test_a_redis_that_restarts_empty_costs_rings_but_no_answer(server: LocalValkey, tmp_path: Path, run, eventually):
     lost: list[int] = []
 
-    async def restart(worker: Worker, pulse: Pulse) -> None:
-        await eventually(lambda: worker.ledger.settled_count > EVENTS // 4)
+    async def restart(worker: Worker, pulse: HealthState) -> None:
+        await eventually(lambda: worker.tracker.completed_count > EVENTS // 4)
         server.kill()
         await eventually(lambda: bool(pulse.problems))
         server.start()

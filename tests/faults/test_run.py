@@ -49,20 +49,20 @@ def test_an_unknown_key_of_the_configuration(tmp_path: Path):
 
 
 def test_redis_is_down(kafka: str):
-    done = start(KAFKA__BOOTSTRAP=kafka, REDIS__URL="redis://127.0.0.1:1")
+    done = start(KAFKA__BOOTSTRAP_SERVERS=kafka, REDIS__URL="redis://127.0.0.1:1")
     assert done.returncode == 5
     assert "Redis at 127.0.0.1:1 is away" in sentence(done)
 
 
 def test_no_broker_answers(valkey: str):
-    done = start(KAFKA__BOOTSTRAP="127.0.0.1:1", KAFKA__START_TIMEOUT_S=1, REDIS__URL=valkey)
+    done = start(KAFKA__BOOTSTRAP_SERVERS="127.0.0.1:1", KAFKA__START_TIMEOUT_S=1, REDIS__URL=valkey)
     assert done.returncode == 4
     assert "127.0.0.1:1" in sentence(done)
 
 
 def test_a_topic_does_not_exist(kafka: str, valkey: str, topics: Callable[[str], str]):
     name = topics("nowhere")
-    done = start(KAFKA__BOOTSTRAP=kafka, REDIS__URL=valkey, KAFKA__SLATES_TOPIC=name)
+    done = start(KAFKA__BOOTSTRAP_SERVERS=kafka, REDIS__URL=valkey, KAFKA__RECOMMENDATIONS_TOPIC=name)
     assert done.returncode == 4
     assert name in sentence(done)
     assert "create" in sentence(done)
@@ -89,19 +89,23 @@ def test_a_byte_of_an_artifacts_file_was_flipped(shop, tmp_path: Path):
 def test_a_second_signal_ends_a_drain_that_cannot_end(
     number: signal.Signals, kafka: str, topics: Callable[[str], str], run, eventually, tmp_path: Path
 ):
-    names = {f"KAFKA__{kind}_TOPIC": topics(kind.lower()) for kind in ("EVENTS", "SLATES", "DEAD_LETTER")}
-    values = names | {"KAFKA__BOOTSTRAP": kafka, "KAFKA__GROUP": topics("group"), "KAFKA__CREATE_TOPICS": "true"}
+    names = {f"KAFKA__{kind}_TOPIC": topics(kind.lower()) for kind in ("EVENTS", "RECOMMENDATIONS", "DEAD_LETTER")}
+    values = names | {
+        "KAFKA__BOOTSTRAP_SERVERS": kafka,
+        "KAFKA__GROUP_ID": topics("group"),
+        "KAFKA__CREATE_TOPICS": "true",
+    }
     event = b'{"user_id": "u", "item_id": "i", "action": "view", "ts_ms": 1}'
 
     async def story(server: LocalValkey) -> int:
         log = tmp_path / "log"
         redis: dict[str, object] = {"REDIS__URL": server.url, "REDIS__TIMEOUT_S": 0.2, "EVENTS__MAX_AGE_DAYS": 0}
         worker = launched(values | redis, log)
-        await eventually(lambda: '"assigned"' in log.read_text())
+        await eventually(lambda: '"partitions assigned"' in log.read_text())
         os.kill(server.pid, signal.SIGSTOP)  # what is admitted now cannot be answered
         async with AIOKafkaProducer(bootstrap_servers=kafka) as producer:
             await producer.send_and_wait(names["KAFKA__EVENTS_TOPIC"], event, key=b"u")
-        await eventually(lambda: '"retrying"' in log.read_text())
+        await eventually(lambda: '"write failed, retrying"' in log.read_text())
         worker.send_signal(number)
         await eventually(lambda: '"draining"' in log.read_text())
         assert worker.poll() is None

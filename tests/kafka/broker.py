@@ -6,7 +6,7 @@ from typing import Any
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
-from worker.config import Kafka
+from worker.config import KafkaConfig
 from worker.interfaces import Partition
 
 
@@ -14,19 +14,19 @@ class Owner:
     """A Rebalance that remembers what it was told."""
 
     def __init__(self, on_revoked: Callable[[list[Partition]], Awaitable[None]] | None = None) -> None:
-        self.epochs: dict[Partition, int] = {}
+        self.assignments: dict[Partition, int] = {}
         self.history: list[str] = []
         self.on_revoked = on_revoked
 
     async def assigned(self, partitions: Mapping[Partition, int]) -> None:
-        self.epochs = dict(partitions)
+        self.assignments = dict(partitions)
         self.history.append("assigned")
 
     async def revoked(self, partitions: Iterable[Partition]) -> None:
         self.history.append("revoked")
         if self.on_revoked:
             await self.on_revoked(list(partitions))
-        self.epochs = {}
+        self.assignments = {}
 
 
 class Broker:
@@ -35,9 +35,9 @@ class Broker:
     def __init__(self, bootstrap: str, name: Callable[[str], str]) -> None:
         self.bootstrap, self.name = bootstrap, name
 
-    def config(self, **changes: Any) -> Kafka:
-        own = {"bootstrap": self.bootstrap, "group": self.name("group"), "session_timeout_ms": 6000}
-        return Kafka(**(own | changes))
+    def config(self, **changes: Any) -> KafkaConfig:
+        own = {"bootstrap_servers": self.bootstrap, "group_id": self.name("group"), "session_timeout_ms": 6000}
+        return KafkaConfig(**(own | changes))
 
     async def topic(self, partitions: int = 1, kind: str = "events") -> str:
         topic = self.name(kind)
@@ -55,7 +55,7 @@ class Broker:
             await producer.flush()
 
     async def read(self, topic: str, count: int) -> list:
-        """All records, once there are `count`, in the order of their arrival; more than that are returned, too."""
+        """All records, once there are `count`, in the order of their consumed; more than that are returned, too."""
         records: list = []
         async with AIOKafkaConsumer(topic, bootstrap_servers=self.bootstrap, auto_offset_reset="earliest") as consumer:
             while len(records) < count or await self._behind(consumer):

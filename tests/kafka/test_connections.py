@@ -7,10 +7,10 @@ from aiokafka.errors import GroupLoadInProgressError
 from tests.kafka.broker import Owner
 from worker.cli import main
 from worker.clock import WallClock
-from worker.config import Kafka
+from worker.config import KafkaConfig
 from worker.errors import ConfigError, SourceError
 from worker.kafka import client as connecting
-from worker.kafka.client import client_options, one_shot
+from worker.kafka.client import cli_timeouts, client_options
 from worker.kafka.source import KafkaSource
 from worker.replay.local_servers import LocalKafka
 
@@ -24,7 +24,7 @@ WITH_PASSWORDS = {
 
 
 def test_a_password_opens_the_broker_and_a_wrong_one_is_refused_at_once(run, tmp_path):
-    async def joining(config: Kafka) -> None:
+    async def joining(config: KafkaConfig) -> None:
         source, owner = KafkaSource(config, WallClock()), Owner()
         await source.start(owner)
         await source.stop()
@@ -32,47 +32,49 @@ def test_a_password_opens_the_broker_and_a_wrong_one_is_refused_at_once(run, tmp
 
     with LocalKafka(tmp_path, settings=WITH_PASSWORDS) as server:
         right = {
-            "bootstrap": server.bootstrap,
+            "bootstrap_servers": server.bootstrap,
             "create_topics": True,
             "security_protocol": "SASL_PLAINTEXT",
             "sasl_username": "shop",
             "sasl_password": "right",
         }
-        run(joining(Kafka(**right)))
+        run(joining(KafkaConfig(**right)))
         with pytest.raises(SourceError, match=r"refuses this client: .*Authentication failed.*kafka.sasl_") as caught:
-            run(joining(Kafka(**right | {"sasl_password": "wrong"})), timeout_s=20)
+            run(joining(KafkaConfig(**right | {"sasl_password": "wrong"})), timeout_s=20)
         assert not caught.value.retriable
 
 
 def test_tls_files_that_are_not_there_are_named(tmp_path):
-    config = Kafka(security_protocol="SSL", ssl_cafile=str(tmp_path / "ca.pem"))
+    config = KafkaConfig(security_protocol="SSL", ssl_cafile=str(tmp_path / "ca.pem"))
     with pytest.raises(ConfigError, match=re.escape(str(tmp_path / "ca.pem"))):
         client_options(config)
 
 
 @pytest.mark.parametrize("bootstrap", ["broker:one", "good:9092,bad:port"])
 def test_an_address_that_is_none_is_a_configuration_error(bootstrap: str):
-    with pytest.raises(ConfigError, match=rf"^kafka\.bootstrap '{bootstrap}': want HOST:PORT"):
-        client_options(Kafka(bootstrap=bootstrap))
+    with pytest.raises(ConfigError, match=rf"^kafka\.bootstrap_servers '{bootstrap}': want HOST:PORT"):
+        client_options(KafkaConfig(bootstrap_servers=bootstrap))
 
 
 def test_sasl_without_a_user_is_a_configuration_error():
     with pytest.raises(ConfigError, match="wants sasl_username and sasl_password"):
-        client_options(Kafka(security_protocol="SASL_SSL"))
+        client_options(KafkaConfig(security_protocol="SASL_SSL"))
 
 
 def test_tls_and_sasl_reach_the_client():
-    config = Kafka(security_protocol="SASL_SSL", sasl_mechanism="SCRAM-SHA-512", sasl_username="u", sasl_password="p")
+    config = KafkaConfig(
+        security_protocol="SASL_SSL", sasl_mechanism="SCRAM-SHA-512", sasl_username="u", sasl_password="p"
+    )
     options = client_options(config)
     assert options["ssl_context"].check_hostname
     assert (options["sasl_mechanism"], options["sasl_plain_username"]) == ("SCRAM-SHA-512", "u")
-    assert client_options(Kafka())["ssl_context"] is None
+    assert client_options(KafkaConfig())["ssl_context"] is None
 
 
 @pytest.mark.parametrize("command", ["dlq ls", "dlq requeue", "rebuild"])
 def test_without_a_broker_a_command_says_so_soon_and_in_one_sentence(command: str, valkey: str, monkeypatch, capsys):
-    monkeypatch.setattr(connecting, "ONE_SHOT_S", 1.2)  # a warning, two more attempts, the end
-    monkeypatch.setenv("MILLRACE__KAFKA__BOOTSTRAP", "127.0.0.1:1")
+    monkeypatch.setattr(connecting, "CLI_START_TIMEOUT_S", 1.2)  # a warning, two more attempts, the end
+    monkeypatch.setenv("MILLRACE__KAFKA__BOOTSTRAP_SERVERS", "127.0.0.1:1")
     monkeypatch.setenv("MILLRACE__REDIS__URL", valkey)
     assert main(command.split()) == 4
     said = capsys.readouterr().err
@@ -82,8 +84,8 @@ def test_without_a_broker_a_command_says_so_soon_and_in_one_sentence(command: st
 
 
 def test_a_command_waits_seconds_a_deployment_a_minute_and_a_timeout_that_was_set_is_kept():
-    assert one_shot(Kafka()).start_timeout_s == connecting.ONE_SHOT_S <= 10
-    assert one_shot(Kafka(start_timeout_s=90)).start_timeout_s == 90
+    assert cli_timeouts(KafkaConfig()).start_timeout_s == connecting.CLI_START_TIMEOUT_S <= 10
+    assert cli_timeouts(KafkaConfig(start_timeout_s=90)).start_timeout_s == 90
 
 
 def test_a_coordinator_that_is_loading_is_not_taken_for_one_that_knows_nothing(run):

@@ -18,14 +18,14 @@ from tests import artifacts as relatives
 from tests.kafka.broker import Broker
 from tests.oracle import Oracle
 from worker.clock import WallClock
-from worker.config import Config, Counters, Events, Pipeline, Redis
+from worker.config import Config, CountersConfig, EventsConfig, PipelineConfig, RedisConfig
 from worker.kafka.sink import KafkaSink
 from worker.kafka.source import KafkaSource
 from worker.lookup.lookup import Lookup
-from worker.process import Parts, parts, supervise
+from worker.process import Components, build_components, supervise
 from worker.replay.feed import at_rate, produce
 from worker.replay.local_servers import LocalValkey
-from worker.stream.health import Pulse
+from worker.stream.health import HealthState
 from worker.stream.loop import Worker
 
 PARTITIONS = 2
@@ -67,15 +67,15 @@ def valkey(tmp_path: Path) -> Iterator[str]:
 async def settings(broker: Broker, valkey: str, link: Path) -> Config:
     topics = {
         "events_topic": await broker.topic(PARTITIONS),
-        "slates_topic": await broker.topic(PARTITIONS, "slates"),
+        "recommendations_topic": await broker.topic(PARTITIONS, "slates"),
         "dead_letter_topic": await broker.topic(1, "dead"),
     }
     return Config(
         kafka=broker.config(**topics),
-        redis=Redis(url=valkey),
-        events=Events(max_age_days=0),
-        pipeline=Pipeline(str(link), follow_s=0.02, min_overlap=0.5, threads=1, device="cpu"),
-        counters=Counters(merge_s=0.1, half_life_days=36_500),
+        redis=RedisConfig(url=valkey),
+        events=EventsConfig(max_age_days=0),
+        pipeline=PipelineConfig(str(link), artifact_poll_interval_s=0.02, min_overlap=0.5, threads=1, device="cpu"),
+        counters=CountersConfig(merge_interval_s=0.1, half_life_days=36_500),
     )
 
 
@@ -83,8 +83,8 @@ async def settings(broker: Broker, valkey: str, link: Path) -> Config:
 async def serving(config: Config):
     """A whole worker, and what goes on beside it, as `millrace run` has them; drained at the end."""
     clock = WallClock()
-    async with parts(config, clock) as made, KafkaSink(config, made.slates) as sink:
-        worker = made.worker(KafkaSource(config.kafka, clock), sink, Pulse(clock, clock.monotonic()))
+    async with build_components(config, clock) as made, KafkaSink(config, made.slates) as sink:
+        worker = made.worker(KafkaSource(config.kafka, clock), sink, HealthState(clock, clock.monotonic()))
         running = asyncio.create_task(supervise(worker, made))
         try:
             yield made, worker
@@ -96,7 +96,7 @@ async def serving(config: Config):
 class Published:
     """The folder that the worker follows, and what came of it."""
 
-    def __init__(self, folder: Path, made: Parts, worker: Worker, eventually: Callable) -> None:
+    def __init__(self, folder: Path, made: Components, worker: Worker, eventually: Callable) -> None:
         self._folder, self._made, self._worker, self._eventually = folder, made, worker, eventually
 
     async def adopted(self, name: str, artifact: Artifact) -> str:
@@ -116,15 +116,15 @@ class Published:
 
     async def served(self) -> None:
         """Some hundred events more are settled: with slates of the model that serves now."""
-        until = self._worker.ledger.settled_count + 300
-        await self._eventually(lambda: self._worker.ledger.settled_count >= until)
+        until = self._worker.tracker.completed_count + 300
+        await self._eventually(lambda: self._worker.tracker.completed_count >= until)
 
 
 def refusals() -> float:
-    return REGISTRY.get_sample_value("millrace_model_swaps_total", {"outcome": "refused"}) or 0
+    return REGISTRY.get_sample_value("millrace_model_swaps_total", {"outcome": "rejected"}) or 0
 
 
-def popularity(made: Parts) -> dict[str, float]:
+def popularity(made: Components) -> dict[str, float]:
     counters, ids = made.ranker.pipeline.counters, made.ranker.pipeline.vocabulary.item_ids
     rows = counters.rows(counters.counted())
     return dict(zip([ids[token] for token in rows.tokens], rows.popularity.tolist(), strict=True))
@@ -132,12 +132,12 @@ def popularity(made: Parts) -> dict[str, float]:
 
 async def read(broker: Broker, config: Config) -> tuple[Oracle, Counter[str], list[dict]]:
     """What the stream was: for the oracle and by item; and all slates, each user's in their order."""
-    oracle, items = Oracle(config.kafka.events_topic, config.sequences.cap_events), Counter()
+    oracle, items = Oracle(config.kafka.events_topic, config.sequences.max_events), Counter()
     for record in sorted(await broker.read(config.kafka.events_topic, 1), key=lambda r: (r.partition, r.offset)):
         event = msgspec.json.decode(record.value)
         oracle.feed(record.partition, record.offset, event)
         items[event["item_id"]] += 1
-    records = await broker.read(config.kafka.slates_topic, 1)
+    records = await broker.read(config.kafka.recommendations_topic, 1)
     records.sort(key=lambda record: (record.partition, record.offset))
     return oracle, items, [msgspec.json.decode(record.value) for record in records]
 
@@ -161,7 +161,7 @@ def test_models_come_and_go_under_a_stream_and_neither_an_event_nor_a_count_is_l
             third = await publish.adopted("third", relatives.nudged(original, 2))
             stream.enough = True
             events = await producing
-            await eventually(lambda: worker.ledger.settled_count == events)
+            await eventually(lambda: worker.tracker.completed_count == events)
         oracle, items, slates = await read(broker, config)
         oracle.check_slates(slates)
         for user in oracle.events:
@@ -177,7 +177,7 @@ def test_models_come_and_go_under_a_stream_and_neither_an_event_nor_a_count_is_l
             assert counted[item] == pytest.approx(known + number, rel=1e-3)
         async with Lookup(config.redis) as lookup:
             assert (await lookup.slate("nobody")).model_version == third
-        async with parts(config, WallClock()) as again:
+        async with build_components(config, WallClock()) as again:
             assert await again.counters.merge()
             assert popularity(again) == pytest.approx(counted, rel=1e-3)
 

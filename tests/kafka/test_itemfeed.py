@@ -14,10 +14,10 @@ from pipeline.serving.pipeline import Pipeline
 from tests.kafka.broker import Broker
 from worker import metrics
 from worker.clock import WallClock
-from worker.config import Kafka
-from worker.inference.ranker import Ranker
+from worker.config import KafkaConfig
+from worker.inference.ranker import PipelineRanker
 from worker.items.feed import ItemFeed
-from worker.items.state import ItemState
+from worker.items.journal import ItemJournal
 
 MSGPACK = [("content-type", b"application/msgpack")]
 
@@ -30,18 +30,18 @@ class Known:
         self.news: list[str] = []  # what came after the start
 
     async def learn(self, items: list[Item], withdrawn: list[str], news: bool) -> None:
-        self.catalogue.put(items)
-        self.catalogue.withdraw(withdrawn)
+        self.catalogue.upsert(items)
+        self.catalogue.delist(withdrawn)
         self.news += [item.item_id for item in items if news]
         self.learnt.set()
 
     def words(self, item_id: str) -> int:
         """How many hashes its record left."""
-        return sum(map(len, self.catalogue.words_of(self.catalogue.vocabulary.token(item_id))))
+        return sum(map(len, self.catalogue.content_hashes(self.catalogue.vocabulary.token(item_id))))
 
 
-async def send(kafka: Kafka, *records: tuple[str, bytes | None, list]) -> None:
-    async with AIOKafkaProducer(bootstrap_servers=kafka.bootstrap) as producer:
+async def send(kafka: KafkaConfig, *records: tuple[str, bytes | None, list]) -> None:
+    async with AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers) as producer:
         for key, value, headers in records:
             await producer.send_and_wait(kafka.items_topic, value, key=key.encode(), headers=headers)
 
@@ -54,7 +54,7 @@ def test_the_whole_topic_is_known_at_the_start_and_what_comes_later_soon_after(r
     async def scenario() -> None:
         kafka, known = broker.config(items_topic=await broker.topic(3)), Known()
         packed = msgspec.msgpack.encode(Item("b", brand="x", category=["y"]))
-        before = metrics.STRANGE_ITEMS._value.get()
+        before = metrics.INVALID_ITEMS._value.get()
         await send(
             kafka, json_of("a", title="first"), ("b", packed, MSGPACK), ("c", b"no item", []),
             json_of("d", tags=["t"]), ("d", None, []), json_of("e", price=-1), json_of("a", title="the second one"),
@@ -65,7 +65,7 @@ def test_the_whole_topic_is_known_at_the_start_and_what_comes_later_soon_after(r
         try:
             assert [known.words(item_id) > 0 for item_id in "abcde"] == [True, True, False, False, False]
             assert known.words("a") > known.words("b") == 2
-            assert metrics.STRANGE_ITEMS._value.get() - before == 2
+            assert metrics.INVALID_ITEMS._value.get() - before == 2
             known.learnt.clear()
             await send(kafka, json_of("new", title="later"))
             await asyncio.wait_for(known.learnt.wait(), 10)
@@ -86,18 +86,18 @@ def test_a_tombstone_withdraws_an_item_until_a_record_brings_it_back(run, eventu
         vocabulary.admit(["old"])
         await send(kafka, ("old", None, []), ("unseen", None, []), json_of("back", title="x"), ("back", None, []),
                    json_of("back", title="y"), ("", None, []))  # fmt: skip
-        before = metrics.STRANGE_ITEMS._value.get()
+        before = metrics.INVALID_ITEMS._value.get()
         feed = ItemFeed(kafka, known.learn, WallClock())
         await feed.start()
         following = asyncio.create_task(feed.run())
         try:
             vocabulary.admit(["unseen"])  # by an event that comes late
-            barred = vocabulary.barred[[vocabulary.token(item_id) for item_id in ("old", "unseen", "back")]]
+            barred = vocabulary.blocked[[vocabulary.token(item_id) for item_id in ("old", "unseen", "back")]]
             assert barred.tolist() == [True, True, False]
-            assert metrics.STRANGE_ITEMS._value.get() - before == 1
+            assert metrics.INVALID_ITEMS._value.get() - before == 1
             await send(kafka, json_of("unseen", title="again"), ("back", None, []))
-            await eventually(lambda: vocabulary.barred[vocabulary.token("back")])
-            assert not vocabulary.barred[vocabulary.token("unseen")]
+            await eventually(lambda: vocabulary.blocked[vocabulary.token("back")])
+            assert not vocabulary.blocked[vocabulary.token("unseen")]
         finally:
             following.cancel()
             await asyncio.gather(following, return_exceptions=True)
@@ -113,13 +113,13 @@ def test_a_restart_reads_what_has_come_since_the_last_save_alone(run, broker: Br
 
         async def start() -> tuple[Vocabulary, list[str]]:
             """Of a worker that has just become ready, and the items that it has read from the topic."""
-            ranker, read = Ranker(Pipeline.load(None), 10, clock), []
+            ranker, read = PipelineRanker(Pipeline.load(None), 10, clock), []
 
             async def learn(items: list[Item], withdrawn: list[str], news: bool) -> None:
                 read.extend([*(item.item_id for item in items), *withdrawn])
-                await ranker.learn(items, withdrawn, news)
+                await ranker.update_items(items, withdrawn, news)
 
-            state = ItemState(tmp_path, kafka.items_topic, ranker, clock)
+            state = ItemJournal(tmp_path, kafka.items_topic, ranker, clock)
             feed = ItemFeed(kafka, learn, clock, state)
             await feed.start()
             await feed.stop()
@@ -133,7 +133,7 @@ def test_a_restart_reads_what_has_come_since_the_last_save_alone(run, broker: Br
         again, tail = await start()
         assert sorted(tail) == ["i4", "new"]
         assert again.item_ids == [*first.item_ids, "new"]
-        assert sorted(again.withdrawn_since(0)) == ["i3", "i4"]
+        assert sorted(again.delisted_since(0)) == ["i3", "i4"]
         _, nothing = await start()
         assert nothing == []
 
@@ -156,8 +156,8 @@ def test_a_header_without_a_value_is_a_strange_item_and_no_error() -> None:
     async def learn(*_: object) -> None:
         pytest.fail("nothing is known of it")
 
-    feed = ItemFeed(Kafka(), learn, WallClock())
+    feed = ItemFeed(KafkaConfig(), learn, WallClock())
     record = ConsumerRecord("items", 0, 7, 0, 0, b"a", b'{"item_id": "a"}', 0, 1, 16, [("content-type", None)])
-    before = metrics.STRANGE_ITEMS._value.get()
+    before = metrics.INVALID_ITEMS._value.get()
     assert list(feed._changes([record])) == []
-    assert metrics.STRANGE_ITEMS._value.get() - before == 1
+    assert metrics.INVALID_ITEMS._value.get() - before == 1

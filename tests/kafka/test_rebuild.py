@@ -9,9 +9,9 @@ from tests.kafka.broker import Broker
 from tests.oracle import Oracle
 from worker.cli import main
 from worker.clock import WallClock
-from worker.config import Config, Kafka, Redis, Sequences
+from worker.config import Config, KafkaConfig, RedisConfig, SequencesConfig
 from worker.errors import SourceError
-from worker.operations.rebuild import Plan, Rebuild, Report
+from worker.operations.rebuild import Rebuild, RebuildPlan, RebuildReport
 from worker.redis.client import RedisClient, connect
 
 NOW_MS = WallClock().now_ms()
@@ -30,7 +30,7 @@ async def events_topic(broker: Broker, count: int, transactional: bool = False) 
             if transactional:
                 await producer.commit_transaction()
     await commit(kafka, {0: await end(kafka, 0), 1: await end(kafka, 1) - (0 if transactional else 5)})
-    return Config(kafka=kafka, redis=Redis(), sequences=Sequences(cap_events=8))
+    return Config(kafka=kafka, redis=RedisConfig(), sequences=SequencesConfig(max_events=8))
 
 
 def record(topic: str, number: int) -> bytes:
@@ -39,22 +39,22 @@ def record(topic: str, number: int) -> bytes:
     return msgspec.json.encode(Event(f"{topic}.u{number % 4}", f"i{number}", "view", NOW_MS - 1000 + number))
 
 
-async def end(kafka: Kafka, partition: int) -> int:
-    async with AIOKafkaConsumer(bootstrap_servers=kafka.bootstrap) as consumer:
+async def end(kafka: KafkaConfig, partition: int) -> int:
+    async with AIOKafkaConsumer(bootstrap_servers=kafka.bootstrap_servers) as consumer:
         tp = TopicPartition(kafka.events_topic, partition)
         return (await consumer.end_offsets([tp]))[tp]
 
 
-async def commit(kafka: Kafka, offsets: dict[int, int]) -> None:
+async def commit(kafka: KafkaConfig, offsets: dict[int, int]) -> None:
     async with AIOKafkaConsumer(
-        bootstrap_servers=kafka.bootstrap, group_id=kafka.group, enable_auto_commit=False
+        bootstrap_servers=kafka.bootstrap_servers, group_id=kafka.group_id, enable_auto_commit=False
     ) as consumer:
         tps = {TopicPartition(kafka.events_topic, partition): offset for partition, offset in offsets.items()}
         consumer.assign(list(tps))
         await consumer.commit(tps)
 
 
-async def rebuilt(config: Config, client: RedisClient, force: bool = False) -> tuple[Plan, Report]:
+async def rebuilt(config: Config, client: RedisClient, force: bool = False) -> tuple[RebuildPlan, RebuildReport]:
     return await Rebuild(config, client, WallClock()).run(force, lambda report, total: None)
 
 
@@ -73,7 +73,7 @@ def test_rings_equal_the_oracles_after_redis_lost_them_and_what_is_not_committed
         for number in range(100):
             if number % 10 != 9 and (number % 2 == 0 or number // 2 < 45):
                 oracle.feed(number % 2, number // 2, msgspec.json.decode(record(topic, number)))
-        client = await connect(Redis(url=valkey))
+        client = await connect(RedisConfig(url=valkey))
         await client.call("SET", f"seq:{{u:{topic}.u1}}", b"\x01\x18" + bytes(38) + b"stale" * 24)
         plan, report = await rebuilt(config, client)
         assert await rings(client, topic) == oracle.rings()
@@ -89,7 +89,7 @@ def test_rings_equal_the_oracles_after_redis_lost_them_and_what_is_not_committed
 def test_transaction_markers_are_no_events_and_do_not_hold_it_up(run, broker, valkey):
     async def scenario() -> None:
         config = await events_topic(broker, 6, transactional=True)
-        client = await connect(Redis(url=valkey))
+        client = await connect(RedisConfig(url=valkey))
         plan, report = await rebuilt(config, client)
         assert (report.events, report.offsets, plan.offsets) == (6, 12, 12)
         await client.aclose()
@@ -100,9 +100,11 @@ def test_transaction_markers_are_no_events_and_do_not_hold_it_up(run, broker, va
 def test_a_group_with_members_is_not_rebuilt_under_unless_forced(run, broker, valkey):
     async def scenario() -> None:
         config = await events_topic(broker, 10)
-        client = await connect(Redis(url=valkey))
+        client = await connect(RedisConfig(url=valkey))
         kafka = config.kafka
-        member = AIOKafkaConsumer(kafka.events_topic, bootstrap_servers=kafka.bootstrap, group_id=kafka.group)
+        member = AIOKafkaConsumer(
+            kafka.events_topic, bootstrap_servers=kafka.bootstrap_servers, group_id=kafka.group_id
+        )
         async with member:
             with pytest.raises(SourceError, match=r"has members .*\(1\); stop them first"):
                 await rebuilt(config, client)
@@ -116,7 +118,7 @@ def test_a_group_with_members_is_not_rebuilt_under_unless_forced(run, broker, va
 
 def test_a_topic_that_is_not_there_is_said_so(run, broker, valkey):
     async def scenario() -> None:
-        client = await connect(Redis(url=valkey))
+        client = await connect(RedisConfig(url=valkey))
         with pytest.raises(SourceError, match="nothing to rebuild from"):
             await rebuilt(Config(kafka=broker.config(events_topic="no.such.topic")), client)
         await client.aclose()
@@ -128,9 +130,9 @@ def test_the_command_rebuilds_and_says_what_it_did(run, broker, valkey, monkeypa
     config = run(events_topic(broker, 20))
     for name, value in {
         "REDIS__URL": valkey,
-        "KAFKA__BOOTSTRAP": broker.bootstrap,
+        "KAFKA__BOOTSTRAP_SERVERS": broker.bootstrap,
         "KAFKA__EVENTS_TOPIC": config.kafka.events_topic,
-        "KAFKA__GROUP": config.kafka.group,
+        "KAFKA__GROUP_ID": config.kafka.group_id,
     }.items():
         monkeypatch.setenv(f"MILLRACE__{name}", value)
     assert main(["rebuild"]) == 0

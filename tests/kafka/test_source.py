@@ -12,9 +12,9 @@ from aiokafka.record.util import calc_crc32c
 
 from tests.kafka.broker import Broker, Owner
 from worker.clock import WallClock
-from worker.config import Kafka
+from worker.config import KafkaConfig
 from worker.errors import SourceError, SourceUnavailable
-from worker.interfaces import Fetched, Partition, Rebalance
+from worker.interfaces import Partition, PolledRecords, RebalanceListener
 from worker.kafka.source import KafkaSource
 from worker.replay.child_process import free_ports
 from worker.replay.local_servers import LocalKafka
@@ -23,7 +23,7 @@ CRC_AT = 17  # in a batch: of what follows it
 
 
 @asynccontextmanager
-async def joined(config: Kafka, owner: Rebalance) -> AsyncIterator[KafkaSource]:
+async def joined(config: KafkaConfig, owner: RebalanceListener) -> AsyncIterator[KafkaSource]:
     source = KafkaSource(config, WallClock())
     await source.start(owner)
     try:
@@ -32,15 +32,15 @@ async def joined(config: Kafka, owner: Rebalance) -> AsyncIterator[KafkaSource]:
         await source.stop()
 
 
-async def polled(source: KafkaSource, count: int) -> list[Fetched]:
+async def polled(source: KafkaSource, count: int) -> list[PolledRecords]:
     """Polls until `count` records have come; the test's deadline ends it otherwise."""
-    shares: list[Fetched] = []
+    shares: list[PolledRecords] = []
     while sum(len(share.records) for share in shares) < count:
         shares += await source.poll(0.2)
     return shares
 
 
-def values(shares: list[Fetched]) -> list[bytes]:
+def values(shares: list[PolledRecords]) -> list[bytes]:
     return [record.value or b"" for share in shares for record in share.records]
 
 
@@ -56,7 +56,7 @@ def test_records_come_in_order_with_their_epoch_and_the_partitions_end(run, brok
             shares = await polled(source, 300)
             assert values(shares) == numbers(0, 300)
             assert max(len(share.records) for share in shares) <= 100
-            assert {share.epoch for share in shares} == set(owner.epochs.values())
+            assert {share.assignment for share in shares} == set(owner.assignments.values())
             assert {share.end_offset for share in shares} == {300}
             assert source.lag() == {Partition(topic, 0): 0}
 
@@ -70,7 +70,7 @@ def test_a_restart_goes_on_behind_the_commit(run, broker, owner):
         await broker.produce(topic, numbers(0, 10))
         async with joined(config, owner) as source:
             await polled(source, 10)
-            await source.commit({Partition(topic, 0): 7}, owner.epochs)
+            await source.commit({Partition(topic, 0): 7}, owner.assignments)
         async with joined(config, owner) as source:
             assert values(await polled(source, 3)) == numbers(7, 10)
 
@@ -83,9 +83,9 @@ def test_a_commit_of_another_epoch_is_not_sent(run, broker, owner):
         config = broker.config(events_topic=topic)
         await broker.produce(topic, numbers(0, 10))
         async with joined(config, owner) as source:
-            await source.commit({Partition(topic, 0): 5}, owner.epochs)
+            await source.commit({Partition(topic, 0): 5}, owner.assignments)
             await source.commit({Partition(topic, 0): 3}, {Partition(topic, 0): -1})
-        assert await broker.committed(topic, config.group) == 5
+        assert await broker.committed(topic, config.group_id) == 5
 
     run(scenario())
 
@@ -101,11 +101,11 @@ def test_a_member_that_the_group_forgot_cannot_move_offsets_back(run, broker):
 
         owner = Owner(slowly)
         async with joined(config, owner) as source:
-            await source.commit({Partition(topic, 0): 5}, owner.epochs)
+            await source.commit({Partition(topic, 0): 5}, owner.assignments)
             # The group is empty now, as after a missed session: the broker takes commits without a generation.
-            await source._group._coordinator._maybe_leave_group()
-            await source.commit({Partition(topic, 0): 3}, owner.epochs)
-            assert await broker.committed(topic, config.group) == 5
+            await source._member._coordinator._maybe_leave_group()
+            await source.commit({Partition(topic, 0): 3}, owner.assignments)
+            assert await broker.committed(topic, config.group_id) == 5
             release.set()
 
     run(scenario())
@@ -122,18 +122,18 @@ def test_members_share_the_partitions_and_hand_over_what_is_settled(run, broker,
         async with joined(config, first_owner) as first:
 
             async def settle(partitions: list[Partition]) -> None:
-                await first.commit(dict.fromkeys(partitions, 10), first_owner.epochs)
+                await first.commit(dict.fromkeys(partitions, 10), first_owner.assignments)
 
             first_owner.on_revoked = settle
             assert sorted(values(await polled(first, 40))) == sorted(numbers(0, 40))
-            before = dict(first_owner.epochs)
+            before = dict(first_owner.assignments)
             polling = asyncio.create_task(polled(first, 1))
             async with joined(config, second_owner) as second:
-                await eventually(lambda: len(first_owner.epochs) == 2)
-                assert len(second_owner.epochs) == 2
-                assert not set(first_owner.epochs) & set(second_owner.epochs)
-                assert all(epoch > before[partition] for partition, epoch in first_owner.epochs.items())
-                theirs = next(iter(second_owner.epochs))
+                await eventually(lambda: len(first_owner.assignments) == 2)
+                assert len(second_owner.assignments) == 2
+                assert not set(first_owner.assignments) & set(second_owner.assignments)
+                assert all(epoch > before[partition] for partition, epoch in first_owner.assignments.items())
+                theirs = next(iter(second_owner.assignments))
                 await broker.produce(topic, [b"new"], theirs.partition)
                 assert values(await polled(second, 1)) == [b"new"]
             polling.cancel()
@@ -224,7 +224,7 @@ def test_offsets_that_are_gone_are_read_from_the_beginning_and_said_aloud(run, b
         config = broker.config(events_topic=topic)
         await broker.produce(topic, numbers(0, 10))
         async with joined(config, owner) as source:
-            await source.commit({Partition(topic, 0): 2}, owner.epochs)
+            await source.commit({Partition(topic, 0): 2}, owner.assignments)
         admin = AIOKafkaAdminClient(bootstrap_servers=broker.bootstrap)
         await admin.start()
         await admin.delete_records({TopicPartition(topic, 0): RecordsToDelete(6)})
@@ -264,16 +264,16 @@ def test_a_record_that_cannot_be_decoded_ends_the_source_behind_what_lies_before
         await broker.produce(topic, [b"after"])
         source = KafkaSource(config, WallClock())
         await source.start(owner)
-        shares: list[Fetched] = []
+        shares: list[PolledRecords] = []
         while not source.exhausted:
             shares += await source.poll(0.2)
         assert values(shares) == numbers(0, 5)
-        await source.commit({Partition(topic, 0): 5}, owner.epochs)
+        await source.commit({Partition(topic, 0): 5}, owner.assignments)
         where = rf"topic {topic}, partition 0, offset 5: .* offsets 5 to 7, .*--topic {topic}:0 .*--to-offset 8 "
         with pytest.raises(SourceError, match=where) as caught:
             await source.stop()
         assert caught.value.exit_code == 4
-        assert await broker.committed(topic, config.group) == 5
+        assert await broker.committed(topic, config.group_id) == 5
 
     run(scenario())
 
@@ -291,14 +291,14 @@ def test_a_missing_topic_is_created_when_asked_for(run, broker, owner, topics):
     async def scenario() -> None:
         config = broker.config(events_topic=topics("new"), create_topics=True, partitions=3)
         async with joined(config, owner):
-            assert len(owner.epochs) == 3
+            assert len(owner.assignments) == 3
 
     run(scenario())
 
 
 def test_a_broker_that_is_down_is_one_clear_sentence_after_the_start_timeout(run, owner):
     bootstrap = f"127.0.0.1:{free_ports(1)[0]}"
-    source = KafkaSource(Kafka(bootstrap=bootstrap, start_timeout_s=1.2), WallClock())
+    source = KafkaSource(KafkaConfig(bootstrap_servers=bootstrap, start_timeout_s=1.2), WallClock())
     with pytest.raises(SourceUnavailable, match=rf"no answer from Kafka at {bootstrap} within 1.2 s"):
         run(source.start(owner), timeout_s=10)
 
@@ -312,13 +312,13 @@ def test_a_broker_that_dies_and_comes_back_is_waited_out(run, kafka, topics, own
         async with joined(config, owner) as source:
             await polled(source, 10)
             await asyncio.to_thread(server.kill)
-            committing = asyncio.create_task(source.commit({Partition(topic, 0): 10}, owner.epochs))
+            committing = asyncio.create_task(source.commit({Partition(topic, 0): 10}, owner.assignments))
             assert await source.poll(0.2) == []
             await asyncio.to_thread(server.start)
             await committing
             await broker.produce(topic, [b"after"])
             assert values(await polled(source, 1)) == [b"after"]
-        assert await broker.committed(topic, config.group) == 10
+        assert await broker.committed(topic, config.group_id) == 10
 
     with LocalKafka(tmp_path) as server:
         run(scenario(server), timeout_s=90)
@@ -331,10 +331,10 @@ def test_a_static_member_that_restarts_disturbs_nobody(run, broker, eventually):
         here, there = Owner(), Owner()
         async with joined(msgspec.structs.replace(config, group_instance_id="pod-0"), here):
             async with joined(msgspec.structs.replace(config, group_instance_id="pod-1"), there):
-                await eventually(lambda: len(here.epochs) == len(there.epochs) == 2)
-                before, history = dict(there.epochs), list(here.history)
+                await eventually(lambda: len(here.assignments) == len(there.assignments) == 2)
+                before, history = dict(there.assignments), list(here.history)
             async with joined(msgspec.structs.replace(config, group_instance_id="pod-1"), there):
-                assert set(there.epochs) == set(before)
+                assert set(there.assignments) == set(before)
                 assert here.history == history
 
     run(scenario())

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kernels.fused_attention_layernorm.op import fused_attention_layernorm
-from kernels.fused_attention_layernorm.plan import Plan
+from kernels.fused_attention_layernorm.plan import AttentionPlan
 from kernels.hierarchical_sequence_fusion.op import hierarchical_sequence_fusion
 from kernels.sequence_recommendation_interaction.op import candidate_interaction
 
@@ -51,7 +51,7 @@ def test_attention_of_many_users_and_its_gradients():
 
     def attended(rows: list[torch.Tensor], seconds: torch.Tensor, last: bool = False) -> torch.Tensor:
         offsets = torch.arange(len(seconds) // length + 1, device="cuda") * length
-        plan = Plan.of(seconds, offsets, thresholds, length, torch.bfloat16)
+        plan = AttentionPlan.from_batch(seconds, offsets, thresholds, length, torch.bfloat16)
         return fused_attention_layernorm(*rows, *tables, plan, 1e-6, 64, last=last)
 
     y = attended(rows, seconds)

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from kernels.hierarchical_sequence_fusion import launch as fusion
-from kernels.hierarchical_sequence_fusion.launch import Embeddings, Events
+from kernels.hierarchical_sequence_fusion.launch import Embeddings, EventColumns
 from kernels.sequence_recommendation_interaction import launch as retrieval
-from kernels.sequence_recommendation_interaction.launch import Catalogue, Plan
-from kernels.sequence_recommendation_interaction.tiles import Tiles
+from kernels.sequence_recommendation_interaction.launch import ItemRows, TopKPlan
+from kernels.sequence_recommendation_interaction.tiles import TopKTiles
 from tests.kernels.fused_attention_layernorm.test_op import DEVICE, Case, case_of
 
 REACH = 2**31 + 2**20
-TILES = Tiles(items=16, users=16, warps=4, stages=1)
+TILES = TopKTiles(items=16, users=16, warps=4, stages=1)
 
 
 def far_apart(dense: Tensor, reach: int = REACH) -> Tensor:
@@ -32,13 +32,13 @@ def whole_numbers(seed: int, *shape: int) -> Tensor:
     return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed)).half().to(DEVICE)
 
 
-@pytest.mark.parametrize("plan", [Plan(0, 0, TILES, 512), Plan(2, 4, TILES, 512), Plan(2, 4, TILES, 16)])
+@pytest.mark.parametrize("plan", [TopKPlan(0, 0, TILES, 512), TopKPlan(2, 4, TILES, 512), TopKPlan(2, 4, TILES, 16)])
 @pytest.mark.parametrize("far", ["states", "table"])
-def test_far_states_and_a_far_table_have_the_same_best_items(plan: Plan, far: str):
+def test_far_states_and_a_far_table_have_the_same_best_items(plan: TopKPlan, far: str):
     states, table = whole_numbers(1, 3, 24), whole_numbers(2, 90, 24)
-    wanted = retrieval.top_k(states, Catalogue(table, None, None), 5, None, plan, processors=1)
+    wanted = retrieval.top_k(states, ItemRows(table, None, None), 5, None, plan, processors=1)
     states, table = (far_apart(states), table) if far == "states" else (states, far_apart(table))
-    found = retrieval.top_k(states, Catalogue(table, None, None), 5, None, plan, processors=1)
+    found = retrieval.top_k(states, ItemRows(table, None, None), 5, None, plan, processors=1)
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
 
 
@@ -46,8 +46,8 @@ def test_far_rows_of_an_int8_table_have_the_same_best_items_and_candidates():
     states, table = whole_numbers(3, 3, 24), whole_numbers(4, 90, 24).to(torch.int8)
     scales = 2.0 ** whole_numbers(5, 90).float()
     rows = torch.arange(90, device=DEVICE).repeat(3, 1)
-    near, far = (Catalogue(each, scales, None) for each in (table, far_apart(table)))
-    plan = Plan(0, 0, TILES, 512)
+    near, far = (ItemRows(each, scales, None) for each in (table, far_apart(table)))
+    plan = TopKPlan(0, 0, TILES, 512)
     found, wanted = (retrieval.top_k(states, each, 5, None, plan, processors=1) for each in (far, near))
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
     found = retrieval.candidate_scores(far_apart(states), far, rows)
@@ -85,16 +85,18 @@ def test_the_newest_rows_read_far_rows_as_they_lie(part: int):
     assert torch.equal(far.kernel(far.plan(), last=True), near.kernel(near.plan(), last=True))
 
 
-def fusion_inputs() -> tuple[Embeddings, Events]:
+def fusion_inputs() -> tuple[Embeddings, EventColumns]:
     random = torch.Generator().manual_seed(6)
     table, features = (torch.randn(rows, 24, generator=random).half().to(DEVICE) for rows in (40, 9))
     events, codes = torch.arange(30, device=DEVICE), torch.randint(0, 9, (30, 32), generator=random).int()
     strength = torch.randn(9, generator=random).to(DEVICE)
-    packed = Events(events.int(), codes.to(DEVICE), events.int() // 4 * 5, torch.tensor([0, 11, 30], device=DEVICE))
+    packed = EventColumns(
+        events.int(), codes.to(DEVICE), events.int() // 4 * 5, torch.tensor([0, 11, 30], device=DEVICE)
+    )
     return Embeddings(table, features, strength), packed
 
 
-def fused(embeddings: Embeddings, events: Events) -> list[Tensor]:
+def fused(embeddings: Embeddings, events: EventColumns) -> list[Tensor]:
     return list(fusion.fuse(embeddings, events, recent=3, sessions=2, gap_s=5))
 
 
@@ -114,7 +116,7 @@ def test_fusion_reads_the_codes_of_events_behind_many_others():
     for column in (near.tokens, near.codes, near.seconds):
         columns.append(torch.empty((before + 30, *column.shape[1:]), dtype=column.dtype, device=DEVICE))
         columns[-1][before:] = column
-    far = Events(*columns, near.offsets + before)
+    far = EventColumns(*columns, near.offsets + before)
     wanted = fused(embeddings, near)
     rows = int(wanted[2][-1])
     for one, other in zip(fused(embeddings, far)[:2], wanted[:2], strict=True):

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import graphs as graphs_module
-from kernels.fused_attention_layernorm.plan import Plan
-from kernels.graphs import PATIENCE, BatchGraphs, Bucket, Captured, buckets, stepped
+from kernels.fused_attention_layernorm.plan import AttentionPlan
+from kernels.graphs import MIN_CALLS, BatchGraphs, Bucket, CapturedGraph, bucket_rows, buckets
 from pipeline.backends.fused import encoder_of
 from pipeline.features.event_features import TIME_THRESHOLDS
 from tests.kernels.fused_attention_layernorm.test_encoder import DEVICE, WIDE
@@ -59,7 +59,7 @@ def test_a_batch_is_padded_to_its_bucket_and_gives_the_same() -> None:
         columns, offsets = batch_of(lengths)
         longest = CLASSES[max(lengths) > CLASSES[0]]
         assert graphs(columns, offsets, longest)[: len(lengths)].tolist() == run(columns, offsets, longest).tolist()
-        assert run.calls[-2][:2] == (stepped(sum(lengths)), 1 << (len(lengths) - 1).bit_length())
+        assert run.calls[-2][:2] == (bucket_rows(sum(lengths)), 1 << (len(lengths) - 1).bit_length())
 
 
 def test_users_that_fill_up_a_bucket_have_no_rows_whatever_batch_came_before() -> None:
@@ -76,9 +76,9 @@ class Counted(BatchGraphs):
 
     made = 0
 
-    def _captured(self, call: Callable[[], Tensor]) -> Captured:
+    def _captured(self, call: Callable[[], Tensor]) -> CapturedGraph:
         self.made += 1
-        return Captured(call, 10)
+        return CapturedGraph(call, 10)
 
 
 def test_the_largest_buckets_are_warmed_until_the_budget_is_full() -> None:
@@ -98,31 +98,31 @@ def test_more_buckets_than_room_do_not_make_graphs_over_and_over_but_the_often_c
         for rows in (300, 600, 900, 1200, 1500, 1900):
             graphs(*batch_of([rows // 16] * 16), 256)
     assert graphs.made == 4  # of 600 batches; the last one had no room
-    for _ in range(200 + PATIENCE):
+    for _ in range(200 + MIN_CALLS):
         graphs(*batch_of([16] * 16), 256)
         assert graphs.made == 4
     graphs(*batch_of([16] * 16), 256)  # twice as often as those that have graphs
     assert graphs.made == 5
-    assert Bucket.of(16, 256, 256) in graphs._held
+    assert Bucket.of(16, 256, 256) in graphs._graphs
 
 
 def test_what_was_asked_for_long_ago_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs_module, "MEMORY", 50)
+    monkeypatch.setattr(graphs_module, "HALF_LIFE_CALLS", 50)
     graphs = Counted(Summed(), [torch.zeros(1)], 16, 2000, budget_bytes=15)
     for rows in (300, 600):
         for _ in range(200):
             graphs(*batch_of([rows // 16] * 16), 256)
-    assert set(graphs._held) == {Bucket.of(16, 600, 256)}
+    assert set(graphs._graphs) == {Bucket.of(16, 600, 256)}
 
 
 def test_where_the_device_has_no_room_the_batch_is_called_as_it_is() -> None:
     class Full(BatchGraphs):
-        def _captured(self, call: Callable[[], Tensor]) -> Captured:
+        def _captured(self, call: Callable[[], Tensor]) -> CapturedGraph:
             raise torch.OutOfMemoryError("none left")
 
     run = Summed()
     graphs = Full(run, [torch.zeros(1)], 4, 600)
-    for _ in range(2 * PATIENCE):
+    for _ in range(2 * MIN_CALLS):
         assert graphs(*batch_of([5, 6]), 64).tolist() == [10.0, 45.0]
     assert len(graphs) == graphs.warm([64]) == 0
 
@@ -131,7 +131,7 @@ def test_a_batch_that_is_too_large_is_called_as_it_is() -> None:
     run = Summed()
     graphs = BatchGraphs(run, [torch.zeros(1)], 4, 256)
     for lengths in ([257], [1] * 5):
-        for _ in range(PATIENCE + 2):
+        for _ in range(MIN_CALLS + 2):
             graphs(*batch_of(lengths), 300)
         assert set(run.calls) == {(sum(lengths), len(lengths), 300)}
         run.calls.clear()
@@ -140,9 +140,9 @@ def test_a_batch_that_is_too_large_is_called_as_it_is() -> None:
 
 def test_a_bucket_that_comes_again_and_again_gets_a_graph() -> None:
     graphs = BatchGraphs(Summed(), [torch.zeros(1)], 4, 256)
-    for calls in range(1, PATIENCE + 2):
+    for calls in range(1, MIN_CALLS + 2):
         graphs(*batch_of([5, 6]), 64)
-        assert len(graphs) == (calls > PATIENCE)
+        assert len(graphs) == (calls > MIN_CALLS)
     graphs.clear()
     assert len(graphs) == 0
 
@@ -155,7 +155,7 @@ def test_on_a_gpu_graphs_give_the_encoders_states_and_keep_to_their_budget() -> 
 
     def run(columns: Sequence[Tensor], offsets: Tensor, longest: int) -> Tensor:
         x, seconds = columns
-        return encode(x, Plan.of(seconds, offsets, thresholds, longest, torch.float16, trusted=True))
+        return encode(x, AttentionPlan.from_batch(seconds, offsets, thresholds, longest, torch.float16, trusted=True))
 
     like = [torch.zeros(1, WIDE.width, device=DEVICE).half(), torch.zeros(1, device=DEVICE).int()]
     graphs, none = BatchGraphs(run, like, 16, 600), BatchGraphs(run, like, 16, 600, budget_bytes=1)

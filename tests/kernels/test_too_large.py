@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.fused_attention_layernorm.plan import Plan
+from kernels.fused_attention_layernorm.plan import AttentionPlan
 from kernels.hierarchical_sequence_fusion.op import hierarchical_sequence_fusion
 from kernels.sequence_recommendation_interaction.op import candidate_interaction, sequence_recommendation_interaction
 
@@ -16,8 +16,8 @@ def repeated(value: int, *shape: int, dtype: torch.dtype = torch.int32) -> Tenso
     return torch.tensor(value, dtype=dtype).expand(shape)
 
 
-def attention_of(rows: int, thresholds: Tensor) -> Plan:
-    return Plan.of(repeated(0, rows), torch.tensor([0, rows]), thresholds, rows, torch.float32)
+def attention_of(rows: int, thresholds: Tensor) -> AttentionPlan:
+    return AttentionPlan.from_batch(repeated(0, rows), torch.tensor([0, rows]), thresholds, rows, torch.float32)
 
 
 def test_attention_refuses_a_row_more_than_it_can_number():

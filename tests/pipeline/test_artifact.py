@@ -1,9 +1,11 @@
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 
 from pipeline import artifact as artifacts
 from pipeline.artifact import COUNTERS, MANIFEST, VOCABULARY, WEIGHTS, Artifact
@@ -11,7 +13,7 @@ from pipeline.backends.torch import TorchEncoder
 from pipeline.errors import ArtifactError
 from pipeline.model.config import HstuConfig
 from pipeline.records import EventSchema
-from pipeline.training.trainer import Model
+from pipeline.training.trainer import MultiTaskModel
 
 ITEMS = ["a", "b", "ü"]
 CONFIG = HstuConfig(items=len(ITEMS) + 1, width=8, heads=1, d_qk=4, d_v=4, max_events=16)
@@ -20,7 +22,7 @@ CONFIG = HstuConfig(items=len(ITEMS) + 1, width=8, heads=1, d_qk=4, d_v=4, max_e
 def draft(seed: int = 0, item_ids: list[str] = ITEMS) -> Artifact:
     torch.manual_seed(seed)
     counters = {"items": np.arange(3, dtype=np.uint64), "popularity": np.array([3.0, 2.0, 1.0])}
-    return artifacts.draft(CONFIG, EventSchema(), Model(CONFIG).state_dict(), item_ids, counters)
+    return artifacts.draft(CONFIG, EventSchema(), MultiTaskModel(CONFIG).state_dict(), item_ids, counters)
 
 
 def saved(folder: Path, seed: int = 0) -> Path:
@@ -37,7 +39,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
     assert loaded.weights.keys() == model.weights.keys()
     assert all(torch.equal(loaded.weights[name], weight) for name, weight in model.weights.items())
     assert all((loaded.counters[name] == array).all() for name, array in model.counters.items())
-    Model(CONFIG).hstu.load_state_dict(loaded.part("hstu"))
+    MultiTaskModel(CONFIG).hstu.load_state_dict(loaded.part("hstu"))
 
 
 def test_the_version_is_the_content(tmp_path: Path) -> None:
@@ -71,7 +73,7 @@ def test_a_manifest_that_was_edited_is_refused(tmp_path: Path) -> None:
         artifacts.load(folder)
 
 
-@pytest.mark.parametrize(("text", "reason"), [("{", "not a manifest"), ('{"format": 1}', "not a manifest")])
+@pytest.mark.parametrize(("text", "reason"), [("{", "not a manifest"), ('{"format": 4}', "not a manifest")])
 def test_a_broken_manifest_is_one_sentence(tmp_path: Path, text: str, reason: str) -> None:
     folder = saved(tmp_path / "model")
     (folder / MANIFEST).write_text(text)
@@ -83,8 +85,16 @@ def test_an_artifact_of_another_format_asks_for_training(tmp_path: Path) -> None
     folder = saved(tmp_path / "model")
     manifest = msgspec.json.decode((folder / MANIFEST).read_bytes())
     (folder / MANIFEST).write_bytes(msgspec.json.encode(manifest | {"format": 99}))
-    with pytest.raises(ArtifactError, match="format 99, this millrace reads 3; train again"):
+    with pytest.raises(ArtifactError, match="format 99, this millrace reads 4; train again"):
         artifacts.load(folder)
+
+
+@pytest.mark.parametrize("options", [{"norm_in": "rms"}, {"attention_scale": "length"}, {"dropout": 0.3}], ids=str)
+def test_every_model_option_is_part_of_the_version(tmp_path: Path, options: dict[str, Any]) -> None:
+    changed = draft()
+    changed.manifest = replace(changed.manifest, config=replace(CONFIG, **options))
+    manifest = artifacts.save(tmp_path / "changed", changed, {}, "2026-01-01T00:00:00+00:00")
+    assert manifest.version != artifacts.load(saved(tmp_path / "model")).version
 
 
 def test_an_artifact_trained_on_other_features_asks_for_training(tmp_path: Path) -> None:

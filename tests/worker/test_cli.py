@@ -65,16 +65,16 @@ def test_no_command_shows_all_of_them_with_the_exit_codes(capsys):
         "replay log --rate -1",
         "replay log --rate inf",
         "replay log --speed 0x",
-        "replay log --score-from 1.1",
-        "evaluate artifact log --score-from -0.1",
-        "evaluate artifact log --score-from nan",
-        "evaluate artifact log --last 0",
+        "replay log --train-fraction 1.1",
+        "evaluate artifact log --train-fraction -0.1",
+        "evaluate artifact log --train-fraction nan",
+        "evaluate artifact log --leave-last-out 0",
         "evaluate artifact log --cutoffs 5,0",
         "evaluate artifact log --cutoffs some",
         "evaluate artifact log --negatives 0",
         "evaluate artifact log --protocol newest",
-        "train log --out x --leave-out 0",
-        "train log --out x --leave-out 5 --until-share 0.5",
+        "train log --out x --leave-last-out 0",
+        "train log --out x --leave-last-out 5 --train-fraction 0.5",
         "train log --out x --seed -1",
         "train log --out x --learning-rate inf",
         "serve --port 65536",
@@ -93,11 +93,19 @@ def test_bad_usage_exits_2(line: str, capsys):
         (["replay", "nowhere.jsonl"], 2, "nowhere.jsonl"),
         (["train", "nowhere.jsonl", "--out", "a"], 2, "nowhere.jsonl"),
         (["evaluate", "nowhere", "nowhere.jsonl"], 3, "manifest.json"),
-        (["evaluate", "nowhere", "nowhere.jsonl", "--last", "3"], 2, "--last is not of --protocol online"),
-        (["evaluate", "a", "b", "--protocol", "last", "--score-from", "0.5"], 2, "not of --protocol last"),
+        (
+            ["evaluate", "nowhere", "nowhere.jsonl", "--leave-last-out", "3"],
+            2,
+            "--leave-last-out cannot be used with --protocol temporal",
+        ),
+        (
+            ["evaluate", "a", "b", "--protocol", "leave-last-out", "--train-fraction", "0.5"],
+            2,
+            "cannot be used with --protocol leave-last-out",
+        ),
         (["config", "show", "--config", "nowhere.toml"], 2, "nowhere.toml"),
-        (["replay", "log.jsonl", "--rate", "9"], 2, "no --kafka"),
-        (["replay", "log.jsonl", "--kafka", "start", "--speed", "9x"], 2, "with --kafka: --rate"),
+        (["replay", "log.jsonl", "--rate", "9"], 2, "needs --kafka"),
+        (["replay", "log.jsonl", "--kafka", "start", "--speed", "9x"], 2, "with --kafka use --rate"),
     ],
 )
 def test_what_is_not_there_or_does_not_go_together_is_one_sentence(
@@ -113,11 +121,11 @@ def test_what_is_not_there_or_does_not_go_together_is_one_sentence(
 
 def test_the_configuration_is_shown_with_its_sources_and_without_secrets(capsys, tmp_path, monkeypatch):
     file = tmp_path / "m.toml"
-    file.write_text("[kafka]\nbootstrap = 'broker:9092'\n")
+    file.write_text("[kafka]\nbootstrap_servers = 'broker:9092'\n")
     monkeypatch.setenv("MILLRACE__KAFKA__SASL_PASSWORD", "hunter2")
     assert main(["config", "show", "--config", str(file)]) == 0
     rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
-    assert rows["kafka.bootstrap"].split()[1:] == ["broker:9092", str(file)]
+    assert rows["kafka.bootstrap_servers"].split()[1:] == ["broker:9092", str(file)]
     assert rows["kafka.sasl_password"].split()[1:] == ["***", "MILLRACE__KAFKA__SASL_PASSWORD"]
     assert rows["redis.timeout_s"].split()[1:] == ["2.0", "default"]
 

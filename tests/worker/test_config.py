@@ -34,7 +34,7 @@ def test_the_environment_overrides_the_file_and_the_file_the_default(tmp_path):
             "[events]\ntrigger_actions = ['cart', 'dance']\n",
             "events.trigger_actions: dance not in events.actions (view, ",
         ),
-        ("[pipeline]\nstrategy = 'oracle'\n", "strategy 'oracle' is no rung; wanted one of unified, "),
+        ("[pipeline]\nstrategy = 'oracle'\n", "strategy 'oracle' is unknown; want one of unified, "),
         ("[kafka]\nsasl_mechanism = 'SCRAM'\n", "$.kafka.sasl_mechanism"),
         ("[kafka\n", "not TOML"),
     ],
@@ -69,23 +69,27 @@ def test_values_from_the_environment_are_read_as_toml_reads_them():
     env = {
         "MILLRACE__BATCHER__COALESCE": "false",
         "MILLRACE__EVENTS__ACTIONS": '["a", "b"]',
-        "MILLRACE__KAFKA__BOOTSTRAP": "one:1,two:2",
+        "MILLRACE__KAFKA__BOOTSTRAP_SERVERS": "one:1,two:2",
     }
     loaded = config.load(None, env)
     assert loaded.batcher.coalesce is False
     assert loaded.events.actions == ("a", "b")
-    assert loaded.kafka.bootstrap == "one:1,two:2"
+    assert loaded.kafka.bootstrap_servers == "one:1,two:2"
 
 
 def test_a_text_from_the_environment_stays_a_text_whatever_it_looks_like():
     env = {
-        "MILLRACE__SEQUENCES__EPOCH": "2",
+        "MILLRACE__SEQUENCES__TOPIC_GENERATION": "2",
         "MILLRACE__KAFKA__GROUP_INSTANCE_ID": "0",
         "MILLRACE__KAFKA__SASL_PASSWORD": "0123456789",
-        "MILLRACE__KAFKA__GROUP": "true",
+        "MILLRACE__KAFKA__GROUP_ID": "true",
     }
     loaded = config.load(None, env)
-    assert (loaded.sequences.epoch, loaded.kafka.group_instance_id, loaded.kafka.group) == ("2", "0", "true")
+    assert (loaded.sequences.topic_generation, loaded.kafka.group_instance_id, loaded.kafka.group_id) == (
+        "2",
+        "0",
+        "true",
+    )
     assert loaded.kafka.sasl_password == "0123456789"
     assert rows(env=env)["kafka.sasl_password"][0] == "***"
 

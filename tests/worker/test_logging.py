@@ -3,11 +3,11 @@
 import logging
 
 from worker import logging as ours
-from worker.config import Log
+from worker.config import LogConfig
 
 
 def test_a_pipe_gets_no_colours(capsys):
-    ours.configure(Log(format="console"))
+    ours.configure(LogConfig(format="console"))
     ours.get("here").warning("careful", left=3)
     said = capsys.readouterr().err
     assert "careful" in said
@@ -15,9 +15,9 @@ def test_a_pipe_gets_no_colours(capsys):
 
 
 def test_a_logger_is_quiet_meanwhile_and_those_below_it_are_not(capsys):
-    ours.configure(Log())
+    ours.configure(LogConfig())
     client = logging.getLogger("aiokafka")
-    with ours.quiet("aiokafka"):
+    with ours.silenced("aiokafka"):
         client.error("no connection")
         client.getChild("cluster").error("no topic")
     client.error("gone again")

@@ -9,7 +9,7 @@ HELD_AFTER_LARGE_BLOCKS = """
 import sys, threading
 from pathlib import Path
 import numpy as np
-from worker.malloc_tuning import return_large_blocks
+from worker.malloc_tuning import trim_large_blocks
 
 def resident_mib():
     return int(next(line for line in Path("/proc/self/status").open() if line.startswith("VmRSS")).split()[1]) / 1024
@@ -21,7 +21,7 @@ def fill_and_free(mib):
         del blocks
 
 if sys.argv[1] == "returned":
-    return_large_blocks()
+    trim_large_blocks()
 kept, before = [], resident_mib()
 thread = threading.Thread(target=fill_and_free, args=(24,))
 thread.start()

@@ -1,4 +1,7 @@
-"""One module a command: `configure(parser)` declares its arguments, `run(args)` does it and returns the exit status.
+"""One module per sub-command: `configure(parser)` declares its arguments, `run(args)` returns the exit status.
 
 Heavy imports (torch, aiokafka, redis) belong inside `run`, so that --help answers at once.
+
+May import: errors, clock, malloc_tuning, config, logging, kafka, redis, inference, lookup, operations, process, replay,
+pipeline.
 """

@@ -1,4 +1,4 @@
-"""Numbers among a command's options: one that nothing can be done with is bad usage, said before anything is done."""
+"""argparse types that reject unusable numbers before any work is done."""
 
 from argparse import ArgumentTypeError
 from collections.abc import Callable
@@ -23,17 +23,17 @@ def rate(text: str) -> float:
     return _checked(text, float, lambda number: 0 < number < float("inf"), "a number above 0")
 
 
-def share(text: str) -> float:
-    return _checked(text, float, lambda number: 0 <= number <= 1, "a share, 0 to 1")
+def fraction(text: str) -> float:
+    return _checked(text, float, lambda number: 0 <= number <= 1, "a fraction, 0 to 1")
 
 
 def cutoffs(text: str) -> tuple[int, ...]:
-    """'5,10' -> (5, 10), ascending."""
+    """Parse '5,10' into (5, 10), ascending."""
     return tuple(sorted({positive(part) for part in text.split(",")}))
 
 
 def speed(text: str) -> float | None:
-    """'10x' -> 10.0, 'max' -> None."""
+    """Parse '10x' into 10.0 and 'max' into None."""
     if text == "max":
         return None
     return _checked(text.removesuffix("x"), float, lambda number: 0 < number < float("inf"), "a factor, 10x, or max")

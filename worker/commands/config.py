@@ -22,10 +22,10 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     from worker import config
-    from worker.commands.tables import show, table
+    from worker.commands.tables import print_tables, table
 
     rows = table("key", "value", "source")
     for row in config.show(config.load(args.config), args.config):
         rows.add_row(*row)
-    show(rows)
+    print_tables(rows)
     return 0

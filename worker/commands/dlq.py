@@ -1,7 +1,7 @@
 """List or requeue dead letters.
 
 `ls` shows the newest letters. `requeue` sends records back to the topic and partition they came from, without
-millrace's headers; what was sent is remembered on the broker, by the consumer group `<kafka.group>.requeue`, in the
+millrace's headers; what was sent is remembered on the broker, by the consumer group `<kafka.group_id>.requeue`, in the
 same transaction: a second requeue sends none of them again (Kafka forgets it 7 days after the last requeue).
 
 example:
@@ -16,7 +16,7 @@ from worker.commands.arguments import positive
 from worker.commands.config import add_config
 
 if TYPE_CHECKING:
-    from worker.operations.dead_letter_topic import Letter
+    from worker.operations.dead_letter_topic import DeadLetterRecord
 
 SHOWN_CHARACTERS = 60
 
@@ -48,16 +48,16 @@ def run(args: Namespace) -> int:
     import asyncio
 
     from worker import config, logging
-    from worker.kafka.client import one_shot
-    from worker.operations.dead_letter_topic import DeadTopic, chosen
+    from worker.kafka.client import cli_timeouts
+    from worker.operations.dead_letter_topic import DeadLetterTopic, requeueable
 
     loaded = config.load(args.config)
     logging.configure(loaded.log)
-    topic = DeadTopic(one_shot(loaded.kafka))
+    topic = DeadLetterTopic(cli_timeouts(loaded.kafka))
     if args.action == "ls":
-        letters = asyncio.run(topic.letters(args.limit))[-args.limit :]
+        letters = asyncio.run(topic.read(args.limit))[-args.limit :]
     elif args.dry_run:
-        letters = chosen(asyncio.run(topic.letters()), args.reason, args.limit)
+        letters = requeueable(asyncio.run(topic.read()), args.reason, args.limit)
     else:
         letters = asyncio.run(topic.requeue(args.reason, args.limit))
     _show(letters, args.json)
@@ -67,13 +67,13 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def _show(letters: "list[Letter]", as_json: bool) -> None:
+def _show(letters: "list[DeadLetterRecord]", as_json: bool) -> None:
     import sys
     from datetime import UTC, datetime
 
     import msgspec
 
-    from worker.commands.tables import show, table
+    from worker.commands.tables import print_tables, table
 
     if as_json:
         sys.stdout.write("".join(msgspec.json.encode(letter).decode() + "\n" for letter in letters))
@@ -85,9 +85,9 @@ def _show(letters: "list[Letter]", as_json: bool) -> None:
         origin, partition, offset = letter.origin
         rows.add_row(
             buried, f"{origin}-{partition}@{offset}", _text(letter.key), letter.reason, _text(letter.value),
-            "yes" if letter.requeued else "cannot be" if letter.stuck else "",
+            "yes" if letter.requeued else "cannot be" if letter.not_requeueable else "",
         )  # fmt: skip
-    show(rows)
+    print_tables(rows)
 
 
 def _text(content: bytes | None) -> str:

@@ -19,12 +19,12 @@ def run(args: Namespace) -> int:
     import asyncio
 
     from worker import config
-    from worker.commands.tables import show, table
-    from worker.operations.doctor import examine
+    from worker.commands.tables import print_tables, table
+    from worker.operations.doctor import run_checks
 
-    findings = asyncio.run(examine(config.load(args.config)))
+    findings = asyncio.run(run_checks(config.load(args.config)))
     rows = table("", "part", "finding")
     for finding in findings:
         rows.add_row(finding.mark, finding.part, finding.text)
-    show(rows)
+    print_tables(rows)
     return next((finding.exit_code for finding in findings if finding.exit_code), 0)

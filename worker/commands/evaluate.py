@@ -1,14 +1,14 @@
-"""Measure a model against the baselines on the part of a log that it has not seen, as serving would have ranked it.
+"""Measure a model against the baselines on the part of a log that it was not trained on, ranked as serving would.
 
-Each scored event is ranked from its user's preceding events; the model and the counters are as the artifact holds them,
-the histories grow; all events count. --protocol online scores the events behind a share of the log in time: `millrace
-replay` gives the same numbers, slower, through the whole worker. --protocol last scores each user's newest events, of
-an artifact made by `millrace train --leave-out N`; --last 1 is the classic leave-one-out. What taught the artifact is
-refused.
+Each held-out event is ranked from its user's preceding events. The model and the counters are those of the artifact,
+the histories grow; every event counts. --protocol temporal scores the events after a fraction of the log in time:
+`millrace replay` gives the same numbers, slower, through the whole worker. --protocol leave-last-out scores each user's
+newest events, with an artifact from `millrace train --leave-last-out N`; --leave-last-out 1 is the classic
+leave-one-out. Events that the artifact was trained on are refused.
 
 examples:
   millrace evaluate artifact log.jsonl.gz --report evaluation.json
-  millrace evaluate artifact log.jsonl.gz --protocol last --last 10 --cutoffs 5,10,20
+  millrace evaluate artifact log.jsonl.gz --protocol leave-last-out --leave-last-out 10 --cutoffs 5,10,20
   millrace evaluate artifact log.jsonl.gz --negatives 100 --seed 0
 """
 
@@ -16,29 +16,49 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from worker.commands.arguments import cutoffs, positive, seed, share
+from worker.commands.arguments import cutoffs, fraction, positive, seed
 from worker.commands.config import add_config
-from worker.commands.log_arguments import add_items, add_layout, read_events, read_records
+from worker.commands.log_arguments import LOG_HELP, add_items, add_log_layout, read_events, read_records
 from worker.commands.output_paths import check_file
 
 if TYPE_CHECKING:
     from pipeline.evaluation.evaluate import EvaluationOptions
 
+TEMPORAL, LEAVE_LAST_OUT = PROTOCOLS = ("temporal", "leave-last-out")
+DEFAULT_LAST = 10
+
 
 def configure(parser: ArgumentParser) -> None:
-    parser.add_argument("artifact", type=Path, help="folder made by `millrace train`")
-    parser.add_argument("log", type=Path, help="JSON lines, MessagePack or delimited text, gzipped or not")
-    parser.add_argument("--protocol", choices=["online", "last"], default="online", help="see above (default online)")
-    parser.add_argument("--score-from", type=share, metavar="SHARE", help="online: of the events (default 0.8)")
-    parser.add_argument("--last", type=positive, metavar="N", help="last: of each user's events (default 10)")
-    parser.add_argument("--cutoffs", type=cutoffs, default=(5, 10, 20, 50), metavar="K,…", help="(default 5,10,20,50)")
-    parser.add_argument("--negatives", type=positive, metavar="N", help="rank among so many items that the user has"
-                        " not touched, as older papers do (default: among all items)")  # fmt: skip
-    parser.add_argument("--negatives-by", choices=["uniform", "popularity"], default="uniform", help="how often drawn")
-    parser.add_argument("--seed", type=seed, default=0, help="of the negatives and the intervals (default 0)")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write the numbers as JSON")
+    parser.add_argument("artifact", type=Path, help="folder written by `millrace train`")
+    parser.add_argument("log", type=Path, help=LOG_HELP)
+    parser.add_argument(
+        "--protocol", choices=PROTOCOLS, default=TEMPORAL, help="which events are held out (default temporal)"
+    )
+    parser.add_argument(
+        "--train-fraction", type=fraction, metavar="X", help="temporal: fraction of the events before it (default 0.8)"
+    )
+    parser.add_argument(
+        "--leave-last-out", type=positive, metavar="N", help="leave-last-out: newest events per user (default 10)"
+    )
+    parser.add_argument(
+        "--cutoffs", type=cutoffs, default=(5, 10, 20, 50), metavar="K,…", help="cutoffs (default 5,10,20,50)"
+    )
+    parser.add_argument(
+        "--negatives",
+        type=positive,
+        metavar="N",
+        help="number of sampled untouched items to rank among, as older papers do (default: rank all items)",
+    )
+    parser.add_argument(
+        "--negative-sampling",
+        choices=["uniform", "popularity"],
+        default="uniform",
+        help="distribution of the sampled negatives (default uniform)",
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="random seed of negatives and intervals (default 0)")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="file to write the metrics to, as JSON")
     add_items(parser)
-    add_layout(parser)
+    add_log_layout(parser)
     add_config(parser)
 
 
@@ -51,16 +71,16 @@ def run(args: Namespace) -> int:
     from pipeline.evaluation.evaluate import evaluate
     from worker import config
     from worker.commands.evaluation_display import print_report
-    from worker.inference.ranker import pipeline_options
+    from worker.inference.load import pipeline_options
 
     loaded = config.load(args.config)
-    asked = options_of(args, loaded.sequences.cap_events)
+    request = evaluation_options(args, loaded.sequences.max_events)
     options = pipeline_options(loaded)
     if args.report:
         check_file(args.report, "--report")
     artifact = load(args.artifact)
     artifact.check_schema(options.schema)
-    report = evaluate(artifact, read_events(args, options.schema), options, asked, read_records(args))
+    report = evaluate(artifact, read_events(args, options.schema), options, request, read_records(args))
     if report.warning:
         print(f"millrace evaluate: WARNING: {report.warning}", file=sys.stderr)
     print_report(report)
@@ -69,19 +89,21 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def options_of(args: Namespace, cap_events: int) -> "EvaluationOptions":
-    """EvaluationError when an option belongs to the other protocol."""
-    from pipeline.data.split import Cut
+def evaluation_options(args: Namespace, max_events: int) -> "EvaluationOptions":
+    """Return what to evaluate. EvaluationError when an option belongs to the other protocol."""
+    from pipeline.data.split import Split
     from pipeline.errors import EvaluationError
     from pipeline.evaluation.evaluate import EvaluationOptions
-    from pipeline.evaluation.negatives import Negatives
+    from pipeline.evaluation.negatives import NegativeSampling
 
-    strange = "score_from" if args.protocol == "last" else "last"
-    if getattr(args, strange) is not None:
-        raise EvaluationError(f"--{strange.replace('_', '-')} is not of --protocol {args.protocol}; see --help")
-    if args.protocol == "last":
-        cut = Cut(last=args.last or 10)
+    foreign = "train_fraction" if args.protocol == LEAVE_LAST_OUT else "leave_last_out"
+    if getattr(args, foreign) is not None:
+        raise EvaluationError(
+            f"--{foreign.replace('_', '-')} cannot be used with --protocol {args.protocol}; see --help"
+        )
+    if args.protocol == LEAVE_LAST_OUT:
+        split = Split(leave_last_out=args.leave_last_out or DEFAULT_LAST)
     else:
-        cut = Cut() if args.score_from is None else Cut(args.score_from)
-    negatives = Negatives(args.negatives, args.seed, args.negatives_by) if args.negatives else None
-    return EvaluationOptions(cut, args.cutoffs, negatives, seed=args.seed, cap_events=cap_events)
+        split = Split() if args.train_fraction is None else Split(args.train_fraction)
+    negatives = NegativeSampling(args.negatives, args.seed, args.negative_sampling) if args.negatives else None
+    return EvaluationOptions(split, args.cutoffs, negatives, seed=args.seed, max_events=max_events)

@@ -3,16 +3,18 @@
 from rich.table import Table
 
 from pipeline.evaluation.comparison import Estimate
-from pipeline.evaluation.evaluate import MODEL, Report
-from worker.commands.tables import show, table
+from pipeline.evaluation.evaluate import MODEL, EvaluationReport
+from worker.commands.tables import print_tables, table
 
 
-def print_report(report: Report) -> None:
-    show(_rankings(report), _slates(report), _heads(report), *([_worth(report)] if report.worth else []))
+def print_report(report: EvaluationReport) -> None:
+    print_tables(
+        _rankings(report), _slates(report), _heads(report), *([_worth(report)] if report.business_metrics else [])
+    )
 
 
-def _rankings(report: Report) -> Table:
-    scored = f"{report.events:,} events of {report.users:,} users ({report.cut})"
+def _rankings(report: EvaluationReport) -> Table:
+    scored = f"{report.events:,} events of {report.users:,} users ({report.split})"
     title = f"{scored}; among {report.candidates}; 95 % intervals over users"
     rows = table("ranking", "at", "hit rate", "NDCG", "MRR", title=title)
     for name, ranking in report.rankings.items():
@@ -21,7 +23,7 @@ def _rankings(report: Report) -> Table:
     return rows
 
 
-def _slates(report: Report) -> Table:
+def _slates(report: EvaluationReport) -> Table:
     """And how each ranking fares where little is known, and how far it is behind the model."""
     k = report.k
     rows = table(
@@ -29,7 +31,7 @@ def _slates(report: Report) -> Table:
         "coverage", "novelty, bits", "diversity", title="",
     )  # fmt: skip
     for name, ranking in report.rankings.items():
-        gain = _interval(ranking.behind[k].ndcg) if ranking.behind else "–"
+        gain = _interval(ranking.lift[k].ndcg) if ranking.lift else "–"
         cold = [f"{part.hit_rate:.4f} of {part.events:,}" for part in ranking.slices.values()]
         slates = ranking.slates
         like = (slates.coverage, slates.novelty, slates.diversity) if slates else (None, None, None)
@@ -37,17 +39,19 @@ def _slates(report: Report) -> Table:
     return rows
 
 
-def _heads(report: Report) -> Table:
+def _heads(report: EvaluationReport) -> Table:
     rows = table("head", "labels", "positive", "AUC", "log loss", "ECE", title="")
     for name, head in report.heads.items():
-        measures = (head.positive_share, head.auc, head.log_loss, head.ece)
+        measures = (head.positive_rate, head.auc, head.log_loss, head.ece)
         rows.add_row(name, f"{head.labels:,}", *map(_number, measures))
     return rows
 
 
-def _worth(report: Report) -> Table:
-    rows = table(*(f"expected {name}" for name in report.worth), title=f"of a slate of {report.k} by {MODEL}")
-    rows.add_row(*map(_number, report.worth.values()))
+def _worth(report: EvaluationReport) -> Table:
+    rows = table(
+        *(f"expected {name}" for name in report.business_metrics), title=f"of a slate of {report.k} by {MODEL}"
+    )
+    rows.add_row(*map(_number, report.business_metrics.values()))
     return rows
 
 

@@ -6,7 +6,7 @@ from typing import Self
 
 import msgspec
 
-from pipeline.training.train import EpochReport, Observer
+from pipeline.training.train import EpochReport, TrainingCallback
 from worker.commands.output_paths import check_file
 from worker.errors import ConfigError
 
@@ -22,19 +22,21 @@ class Point(msgspec.Struct, frozen=True):
     ndcg: float
 
 
-class Curves:
+class LearningCurves:
     """A pipeline.training.Observer that remembers the epochs for another one, and writes them however training ends.
 
     Into FILE.json; a picture's name gets the picture, too.
     """
 
-    def __init__(self, file: Path, inner: Observer) -> None:
+    def __init__(self, file: Path, inner: TrainingCallback) -> None:
         """ConfigError when the file cannot be written, or is a picture and matplotlib is not there."""
         if file.suffix not in (*PICTURES, ".json"):
-            raise ConfigError(f"--curves: {file}: want a name that ends in {', '.join(PICTURES)} or .json")
+            raise ConfigError(f"--learning-curves: {file}: want a name that ends in {', '.join(PICTURES)} or .json")
         if file.suffix in PICTURES and find_spec("matplotlib") is None:
-            raise ConfigError(f"--curves: {file} needs matplotlib: pip install 'millrace[plots]', or name a .json file")
-        check_file(file, "--curves")
+            raise ConfigError(
+                f"--learning-curves: {file} needs matplotlib: pip install 'millrace[plots]', or name a .json file"
+            )
+        check_file(file, "--learning-curves")
         self._file, self._inner = file, inner
         self.points: list[Point] = []
 
@@ -49,14 +51,14 @@ class Curves:
         if self._file.suffix in PICTURES:
             draw(self.points, self._file)
 
-    def stage(self, name: str, epochs: int) -> None:
-        self._inner.stage(name, epochs)
+    def phase(self, name: str, epochs: int) -> None:
+        self._inner.phase(name, epochs)
 
     def batch(self, epoch: int, loss: float, done: int, total: int) -> None:
         self._inner.batch(epoch, loss, done, total)
 
     def epoch(self, report: EpochReport, best: EpochReport) -> None:
-        self.points.append(Point(report.epoch, report.loss, report.judged.hit_rate, report.judged.ndcg))
+        self.points.append(Point(report.epoch, report.loss, report.validation.hit_rate, report.validation.ndcg))
         self._inner.epoch(report, best)
 
 

@@ -40,7 +40,7 @@ def run(args: Namespace) -> int:
 def _print_table(slate) -> None:
     from datetime import UTC, datetime
 
-    from worker.commands.tables import show, table
+    from worker.commands.tables import print_tables, table
 
     created = datetime.fromtimestamp(slate.created_ms / 1000, UTC).isoformat(" ", "seconds")
     title = f"{slate.user_id}: {slate.strategy}, model {slate.model_version}, {created}"
@@ -49,4 +49,4 @@ def _print_table(slate) -> None:
         heads = [item.engagement, item.retention, item.monetization]
         cells = [f"{item.score:.4g}", *("" if head is None else f"{head:.3f}" for head in heads)]
         rows.add_row(str(rank), item.item_id, *cells, item.source)
-    show(rows)
+    print_tables(rows)

@@ -26,15 +26,15 @@ def run(args: Namespace) -> int:
 
     from worker import config, logging
     from worker.clock import WallClock
-    from worker.kafka.client import one_shot
-    from worker.operations.rebuild import Plan, Rebuild, Report
+    from worker.kafka.client import cli_timeouts
+    from worker.operations.rebuild import Rebuild, RebuildPlan, RebuildReport
     from worker.redis.client import connect
 
-    async def rebuild(bar: Progress) -> tuple[Plan, Report]:
+    async def rebuild(bar: Progress) -> tuple[RebuildPlan, RebuildReport]:
         client = await connect(loaded.redis)
         task = bar.add_task("rebuilding", total=None)
         try:
-            work = Rebuild(replace(loaded, kafka=one_shot(loaded.kafka)), client, WallClock())
+            work = Rebuild(replace(loaded, kafka=cli_timeouts(loaded.kafka)), client, WallClock())
             return await work.run(
                 args.force, lambda report, total: bar.update(task, completed=report.offsets, total=total)
             )

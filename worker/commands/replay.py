@@ -1,9 +1,9 @@
-"""Stream a recorded log through the worker and report: hit rates against frozen counters, latencies, rungs, losses.
+"""Stream a recorded log through the worker and report hit rates against frozen counters, latencies and strategies.
 
-Each event is judged by the slate that its user had before it. The events before --score-from fill the sequences.
-A Valkey is started for the run; with --kafka the log goes through a real broker, too, in topics and a group of the
-run's own (replay-1a2b3c4d.events, .recommendations, .events.dead), which are printed: no deployment's are read or
-written. On a broker that was there before they stay.
+Each event is scored by the slate that its user had before it. The events before --train-fraction fill the sequences.
+A Valkey is started for the run. With --kafka the log goes through a real broker, in topics and a group of the run's own
+(replay-1a2b3c4d.events, .recommendations, .events.dead), which are printed: a deployment's topics are never read or
+written. On a broker that was already running they remain.
 
 examples:
   millrace replay log.jsonl.gz --artifact artifact --speed max --report report.json
@@ -13,23 +13,35 @@ examples:
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from worker.commands.arguments import positive, rate, share, speed
+from worker.commands.arguments import fraction, positive, rate, speed
 from worker.commands.config import add_config
-from worker.commands.log_arguments import add_layout, layout_of
+from worker.commands.log_arguments import LOG_HELP, add_log_layout, log_layout
 from worker.commands.output_paths import check_file
 
 
 def configure(parser: ArgumentParser) -> None:
-    parser.add_argument("log", type=Path, help="JSON lines, MessagePack or delimited text, gzipped or not")
-    parser.add_argument("--artifact", help="folder made by `millrace train` (default: pipeline.artifact, or none)")
-    parser.add_argument("--speed", type=speed, default=None, metavar="10x|max", help="log time to real time (max)")
-    parser.add_argument("--score-from", type=share, default=0.8, metavar="SHARE", help="of the events (default 0.8)")
-    parser.add_argument("--kafka", metavar="start|HOST:PORT", help="through a broker: start one, or use this one")
-    parser.add_argument("--rate", type=rate, metavar="N", help="with --kafka: scored events a second (no limit)")
-    parser.add_argument("--limit", type=positive, metavar="N", help="only the first N events")
-    parser.add_argument("--report", type=Path, default=Path("replay.json"), help="default: replay.json")
-    parser.add_argument("--slates", type=Path, default=Path("slates.jsonl"), help="if no --kafka (slates.jsonl)")
-    add_layout(parser)
+    parser.add_argument("log", type=Path, help=LOG_HELP)
+    parser.add_argument("--artifact", help="folder written by `millrace train` (default: pipeline.artifact, or none)")
+    parser.add_argument("--speed", type=speed, metavar="10x|max", help="log time over real time (default max)")
+    parser.add_argument(
+        "--train-fraction",
+        type=fraction,
+        default=0.8,
+        metavar="X",
+        help="fraction of the events before scoring begins (default 0.8)",
+    )
+    parser.add_argument(
+        "--kafka", metavar="start|HOST:PORT", help="broker to stream through: start one, or use this one"
+    )
+    parser.add_argument(
+        "--rate", type=rate, metavar="N", help="scored events per second, with --kafka (default: no limit)"
+    )
+    parser.add_argument("--limit", type=positive, metavar="N", help="number of events to replay (default: all)")
+    parser.add_argument("--report", type=Path, default=Path("replay.json"), help="report file (default replay.json)")
+    parser.add_argument(
+        "--slates", type=Path, default=Path("slates.jsonl"), help="slates file, without --kafka (default slates.jsonl)"
+    )
+    add_log_layout(parser)
     add_config(parser)
 
 
@@ -41,29 +53,29 @@ def run(args: Namespace) -> int:
     from rich.console import Console
 
     from worker import config, logging
-    from worker.kafka.client import one_shot
+    from worker.kafka.client import cli_timeouts
     from worker.replay.display import print_summary
-    from worker.replay.replay import Replay, replay, summary
+    from worker.replay.replay import ReplayOptions, replay, summary
 
     _check(args)
     loaded = config.load(args.config)
     if args.artifact:
         loaded = replace(loaded, pipeline=replace(loaded.pipeline, artifact=args.artifact))
-    if args.kafka != "start":  # which is up when it is first asked, and is given the time that it needs
-        loaded = replace(loaded, kafka=one_shot(loaded.kafka))
+    if args.kafka != "start":  # a broker that we start is up before it is asked, and may take its time
+        loaded = replace(loaded, kafka=cli_timeouts(loaded.kafka))
     logging.configure(replace(loaded.log, format="console", level="warning"))
-    task = Replay(
+    options = ReplayOptions(
         log=args.log,
         slates=args.slates,
-        layout=layout_of(args),
+        layout=log_layout(args),
         limit=args.limit,
         speed=args.speed,
-        share=args.score_from,
+        train_fraction=args.train_fraction,
         kafka="" if args.kafka == "start" else args.kafka,
         rate=args.rate,
     )
     console = Console()
-    report = asyncio.run(replay(loaded, task, console))
+    report = asyncio.run(replay(loaded, options, console))
     args.report.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=1) + b"\n")
     print_summary(console, f"replay of {args.log}", [*summary(report), ("report", str(args.report))])
     return 0
@@ -73,9 +85,9 @@ def _check(args: Namespace) -> None:
     from worker.errors import ConfigError
 
     if args.rate and not args.kafka:
-        raise ConfigError("--rate paces what goes to a broker, and there is no --kafka; without one: --speed 10x")
+        raise ConfigError("--rate paces a broker's events and needs --kafka; without a broker use --speed 10x")
     if args.speed and args.kafka:
-        raise ConfigError("--speed is of log time, and a broker's time is now; with --kafka: --rate N")
+        raise ConfigError("--speed needs the log's virtual clock; with --kafka use --rate N")
     check_file(args.report, "--report")
     if not args.kafka:
         check_file(args.slates, "--slates")

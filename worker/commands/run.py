@@ -4,7 +4,7 @@ The first signal drains: what was admitted is answered and committed, exit 0. A 
 what was open is read again by the next owner of the partitions.
 
 example:
-  MILLRACE__KAFKA__BOOTSTRAP=broker:9092 millrace run --config millrace.toml
+  MILLRACE__KAFKA__BOOTSTRAP_SERVERS=broker:9092 millrace run --config millrace.toml
 """
 
 from argparse import ArgumentParser, Namespace
@@ -24,6 +24,6 @@ def run(args: Namespace) -> int:
 
     loaded = config.load(args.config)
     logging.configure(loaded.log)
-    malloc_tuning.return_large_blocks()
+    malloc_tuning.trim_large_blocks()
     asyncio.run(consume(loaded))
     return 0

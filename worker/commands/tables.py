@@ -15,6 +15,6 @@ def table(*columns: str, title: str | None = None) -> Table:
     return made
 
 
-def show(*what: RenderableType) -> None:
+def print_tables(*what: RenderableType) -> None:
     """On stdout. Text is taken as it is: what users and brokers say may look like markup."""
     Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, markup=False).print(*what)

@@ -1,24 +1,25 @@
-"""Train a model on a log: the first 80 % by time teach it, the rest is left for `millrace evaluate` and `replay`.
+"""Train a model on a log: on its first 80 % by time; the rest is left for `millrace evaluate` and `millrace replay`.
 
-With --leave-out N it is each user's newest N events that are left, for `millrace evaluate --protocol last`. The latest
-events before the cut judge each epoch; training stops when their NDCG no longer rises. Then the model is trained anew,
-on all events before the cut, for as many epochs as were best. After every epoch a checkpoint is written beside the
-artifact, from which --resume goes on exactly.
+With --leave-last-out N each user's newest N events are left out instead, for `millrace evaluate --protocol
+leave-last-out`. The latest training events validate each epoch, and training stops when their NDCG no longer rises.
+Then the model is trained again on all training events, for the best number of epochs. A checkpoint is written beside
+the artifact after every epoch; --resume continues from it, bit for bit.
 
-With --from ARTIFACT training goes on from a model, for a daily refresh: its items keep their places, new ones come
-after them, and its shape stays. The log then holds the days to learn from and the history before them that they need;
-events later than all that made ARTIFACT are new, and they alone are counted and judge the epochs. A few epochs do.
+With --warm-start ARTIFACT training continues from a model, as a daily refresh does: its items keep their rows, new ones
+come after them, and its shape stays. The log then holds the days to train on and the history before them. Events later
+than all that ARTIFACT was trained on are new: only they are counted, and only they validate the epochs. A few epochs
+suffice.
 
-Under torchrun each process computes its part of every batch; the first one judges and writes.
+Under torchrun each process computes its part of every batch; the first one validates and writes.
 
 examples:
   millrace train log.jsonl.gz --out artifact
   millrace train shop/events.jsonl --items shop/items.jsonl --out artifact
   millrace train ratings.tsv --columns user,item,value,ts --out artifact --epochs 60 --layers 3
   millrace train log.jsonl.gz --out artifact --preset 10m --learning-rate 5e-4
-  millrace train weeks.jsonl.gz --from artifact --out artifact --until-share 1
+  millrace train weeks.jsonl.gz --warm-start artifact --out artifact --train-fraction 1
   torchrun --nproc-per-node 2 --no-python millrace train log.jsonl.gz --out artifact
-  millrace train clicks.csv --columns user,item --action click --out artifact --leave-out 10
+  millrace train clicks.csv --columns user,item --action click --out artifact --leave-last-out 10
 """
 
 from argparse import ArgumentParser, Namespace
@@ -27,131 +28,146 @@ from typing import TYPE_CHECKING
 
 from worker.commands.arguments import positive, rate, seed
 from worker.commands.config import add_config
-from worker.commands.log_arguments import add_items, add_layout, read_events, read_records
+from worker.commands.log_arguments import LOG_HELP, add_items, add_log_layout, read_events, read_records
 from worker.commands.output_paths import check_folder
 
 if TYPE_CHECKING:
     from pipeline.artifact import Manifest
     from pipeline.serving.pipeline import PipelineOptions
-    from pipeline.training.distributed import Processes
+    from pipeline.training.distributed import ProcessGroup
     from pipeline.training.preparation import TrainingOptions
-    from pipeline.training.warm_start import Base
+    from pipeline.training.warm_start import WarmStart
 
-# Option: (the struct's field, metavar, help). What is not given stays the struct's default.
+# Option: (type, help). The option's name is the struct's field; omitted options keep the struct's default.
 TRAINER = {
-    "epochs": (int, "at most so many passes over the log"),
-    "seed": (seed, "of the weights, the crops, the dropout"),
-    "crop-events": (int, "length of the pieces that sequences are cut into"),
-    "batch-events": (int, "events a step"),
-    "learning-rate": (rate, "at its highest"),
-    "epoch-events": (int, "events of one epoch, other ones in each (default: all)"),
-    "precision": (str, "of the matrix products: fp32 or bf16"),
-    "weighting": (str, "of the heads' losses: fixed, uncertainty or dwa"),
+    "epochs": (int, "largest number of passes over the log"),
+    "seed": (seed, "random seed of the weights, the crops and the dropout"),
+    "crop-length": (int, "number of events per crop of a user's sequence"),
+    "events-per-batch": (int, "number of events per optimizer step, over all processes"),
+    "learning-rate": (rate, "peak learning rate"),
+    "events-per-epoch": (int, "number of events per epoch, different ones each time (default: all)"),
+    "precision": (str, "precision of the matrix products: fp32 or bf16"),
+    "weighting": (str, "weighting of the task heads' losses: fixed, uncertainty or dwa"),
 }
 MODEL = {
-    "layers": (int, "of the encoder"),
-    "width": (int, "of the embeddings"),
-    "heads": (int, "of the attention"),
-    "max-events": (int, "rows that a state reads: the newest events, and with --recent-events sessions of older ones"),
-    "recent-events": (int, "newest events that are a row each, those before them one a session (default: no sessions)"),
-    "history-events": (int, "newest events that a state reads with --recent-events"),
-    "d-qk": (int, "of a head's queries and keys"),
-    "d-v": (int, "of a head's values"),
-    "dropout": (float, "of embeddings and layers"),
-    "attention-dropout": (float, "of attention's weights"),
-    "temperature": (rate, "of the item scores: lower tells items apart more sharply"),
-    "norm-in": (str, "of a layer's rows: layer, rms or none"),
-    "norm-out": (str, "of what attention has gathered, before the gate: layer, rms or none"),
-    "attention-scale": (str, "what attention's sums are divided by: max_events, or length, the rows seen"),
+    "layers": (int, "number of encoder layers"),
+    "width": (int, "embedding width"),
+    "heads": (int, "number of attention heads"),
+    "max-events": (int, "number of rows that attention reads: the newest events, and with --recent-events sessions"),
+    "recent-events": (
+        int,
+        "number of newest events with a row each; older ones share a row per session (default: off)",
+    ),
+    "history-events": (int, "number of newest events read with --recent-events"),
+    "d-qk": (int, "width of a head's queries and keys"),
+    "d-v": (int, "width of a head's values"),
+    "dropout": (float, "dropout rate of embeddings and layers"),
+    "attention-dropout": (float, "dropout rate of attention weights"),
+    "temperature": (rate, "temperature of the item scores; a lower one separates items more sharply"),
+    "norm-in": (str, "norm before a layer's projection: layer, rms or none"),
+    "norm-out": (str, "norm of the attention output, before the gate: layer, rms or none"),
+    "attention-scale": (str, "divisor of attention's sums: max_events, or length (the number of visible rows)"),
 }
-
-REFRESH_EPOCHS = 3
-CUT = ("until-share", "leave-out", "refit")
+SPLIT = ("train-fraction", "leave-last-out", "refit")
+WARM_START_EPOCHS = 3
 
 
 def configure(parser: ArgumentParser) -> None:
-    parser.add_argument("log", type=Path, help="JSON lines, MessagePack or delimited text, gzipped or not")
-    parser.add_argument("--out", type=Path, required=True, metavar="ARTIFACT", help="folder to write")
-    parser.add_argument("--from", dest="base", type=Path, metavar="ARTIFACT", help="go on from this model")
-    cut = parser.add_mutually_exclusive_group()
-    cut.add_argument("--until-share", type=float, metavar="SHARE", help="of the events, by time (default 0.8)")
-    cut.add_argument("--leave-out", type=positive, metavar="N", help="each user's newest N events, instead")
-    parser.add_argument("--no-refit", dest="refit", action="store_false", help="keep the judged weights")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint beside ARTIFACT")
-    parser.add_argument("--preset", help="shape by the parameters of its layers: tiny (default), 1m, 10m or 100m")
+    parser.add_argument("log", type=Path, help=LOG_HELP)
+    parser.add_argument("--out", type=Path, required=True, metavar="ARTIFACT", help="folder to write the artifact to")
+    parser.add_argument("--warm-start", type=Path, metavar="ARTIFACT", help="artifact to continue training from")
+    split = parser.add_mutually_exclusive_group()
+    split.add_argument(
+        "--train-fraction", type=float, metavar="X", help="fraction of the events to train on, by time (default 0.8)"
+    )
+    split.add_argument(
+        "--leave-last-out", type=positive, metavar="N", help="number of newest events per user to leave out, instead"
+    )
+    parser.add_argument("--no-refit", dest="refit", action="store_false", help="keep the validated weights")
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint beside ARTIFACT")
+    parser.add_argument("--preset", help="model shape by its layers' parameters: tiny (default), 1m, 10m or 100m")
     parser.add_argument(
-        "--curves",
+        "--learning-curves",
         type=Path,
         metavar="FILE",
-        help="write loss, hit rate and NDCG by epoch: a .json, or a .png beside it",
+        help="file for loss, hit rate and NDCG per epoch: a .json, or a .png with the .json beside it",
     )
     for name, (kind, text) in (TRAINER | MODEL).items():
         parser.add_argument(f"--{name}", type=kind, metavar="N" if kind in (int, seed) else "X", help=text)
     add_items(parser)
-    add_layout(parser)
+    add_log_layout(parser)
     add_config(parser)
 
 
 def run(args: Namespace) -> int:
     from rich.console import Console
 
-    from pipeline.artifact import load, refuse_other_files
-    from pipeline.backends.torch import device_of
-    from pipeline.training.distributed import joined
-    from pipeline.training.warm_start import Base
+    from pipeline.artifact import check_target, load
+    from pipeline.backends.torch import resolve_device
+    from pipeline.training.distributed import process_group
+    from pipeline.training.warm_start import WarmStart
     from worker import config
-    from worker.inference.ranker import pipeline_options
+    from worker.inference.load import pipeline_options
 
     pipeline = pipeline_options(config.load(args.config))
-    base = Base(load(args.base)) if args.base else None
-    options = options_of(args, base)
-    if base:
-        base.check(options.model, pipeline.schema)
+    warm_start = WarmStart(load(args.warm_start)) if args.warm_start else None
+    options = training_options(args, warm_start)
+    if warm_start:
+        warm_start.check(options.model, pipeline.schema)
     check_folder(args.out.absolute().parent, "--out")
-    refuse_other_files(args.out)
-    with joined(device_of(pipeline.device)) as processes:
-        manifest = _train(args, options, pipeline, base, processes)
-    if not processes.is_first:
+    check_target(args.out)
+    with process_group(resolve_device(pipeline.device)) as group:
+        manifest = _train(args, options, pipeline, warm_start, group)
+    if not group.is_main:
         return 0
+    metrics = manifest.metrics
     Console(soft_wrap=True).print(
-        f"{args.out}: version {manifest.version}, hit rate@10 {manifest.metrics['validation_hit_rate']:.4f} on the"
-        f" latest events before the cut, epoch {manifest.metrics['epoch']:.0f} of {manifest.metrics['epochs']:.0f}"
+        f"{args.out}: version {manifest.version}, validation hit rate@10 {metrics['validation_hit_rate']:.4f}"
+        f" (epoch {metrics['epoch']:.0f} of {metrics['epochs']:.0f})"
     )
     return 0
 
 
-def _train(args: Namespace, options: "TrainingOptions", pipeline: "PipelineOptions", base: "Base | None",
-           processes: "Processes") -> "Manifest":  # fmt: skip
+def _train(
+    args: Namespace,
+    options: "TrainingOptions",
+    pipeline: "PipelineOptions",
+    warm_start: "WarmStart | None",
+    group: "ProcessGroup",
+) -> "Manifest":
     from contextlib import ExitStack
     from datetime import UTC, datetime
 
     from rich.console import Console
 
     from pipeline.training.train import train
-    from worker.commands.learning_curves import Curves
+    from worker.commands.learning_curves import LearningCurves
     from worker.commands.training_display import TrainingDisplay
 
     created = datetime.now(UTC).isoformat(timespec="seconds")
     with ExitStack() as stack:
-        observer = stack.enter_context(TrainingDisplay(Console(quiet=not processes.is_first)))
-        if args.curves and processes.is_first:
-            observer = stack.enter_context(Curves(args.curves, observer))
+        callback = stack.enter_context(TrainingDisplay(Console(quiet=not group.is_main)))
+        if args.learning_curves and group.is_main:
+            callback = stack.enter_context(LearningCurves(args.learning_curves, callback))
         log, items = read_events(args, pipeline.schema), read_records(args)
-        return train(log, args.out, options, pipeline, observer, created, args.resume, items, base, processes)
+        return train(log, args.out, options, pipeline, callback, created, args.resume, items, warm_start, group)
 
 
-def options_of(args: Namespace, base: "Base | None" = None) -> "TrainingOptions":
-    """The options given, over the defaults or those of the model to go on from. TrainingError names one that is out of
-    its range."""
+def training_options(args: Namespace, warm_start: "WarmStart | None" = None) -> "TrainingOptions":
+    """Return the given options over the defaults, or over those of the model to continue from.
+
+    TrainingError names an option that is out of its range.
+    """
     import msgspec
 
     from pipeline.errors import TrainingError
     from pipeline.training.preparation import TrainingOptions
 
     trainer, model = _given(args, TRAINER), _preset(args.preset) | _given(args, MODEL)
-    if base:
-        trainer, model = {"epochs": REFRESH_EPOCHS} | trainer, msgspec.structs.asdict(base.config) | model
-    tree = {"trainer": trainer, "model": model} | _given(args, CUT)
+    if warm_start:
+        trainer = {"epochs": WARM_START_EPOCHS} | trainer
+        model = msgspec.structs.asdict(warm_start.config) | model
+    tree = {"trainer": trainer, "model": model} | _given(args, SPLIT)
     try:
         return msgspec.convert(tree, TrainingOptions)
     except msgspec.ValidationError as error:
@@ -159,7 +175,7 @@ def options_of(args: Namespace, base: "Base | None" = None) -> "TrainingOptions"
 
 
 def _preset(name: str | None) -> dict[str, object]:
-    """The shape of that name; nothing where none is asked for."""
+    """Return the fields of the named shape; none without a name."""
     import msgspec
 
     from pipeline.errors import TrainingError

@@ -28,7 +28,7 @@ class TrainingDisplay:
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
-    def stage(self, name: str, epochs: int) -> None:
+    def phase(self, name: str, epochs: int) -> None:
         self._stage, self._epochs, self._loss = name, epochs, None
         self._progress.reset(self._bar, total=epochs)
         if name != "epoch" and not self._console.is_terminal:
@@ -40,7 +40,7 @@ class TrainingDisplay:
         self._progress.update(self._bar, completed=epoch - 1 + done / total, description=text)
 
     def epoch(self, report: EpochReport, best: EpochReport) -> None:
-        now, high = report.judged, best.judged.ndcg
+        now, high = report.validation, best.validation.ndcg
         self._hits = f"  hit@10 {now.hit_rate:.4f} NDCG {now.ndcg:.4f} (best {high:.4f}, epoch {best.epoch})"
         if not self._console.is_terminal:
             self._console.print(f"epoch {report.epoch}/{self._epochs}  loss {report.loss:.3f}{self._hits}")

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-Sight = tuple[str, ...]
+Fingerprint = tuple[str, ...]
 
 
-def sight(folder: Path) -> Sight:
+def fingerprint(folder: Path) -> Fingerprint:
     """Equal while neither the symlink, nor the folder, nor a file directly in it has changed; first the real path.
 
     A folder that is missing or may not be read is a sight as well: the path and the reason.

@@ -19,13 +19,14 @@ from pipeline import artifact as artifacts
 from pipeline.artifact import Artifact, Manifest
 from pipeline.records import Histories
 from pipeline.serving import model_validation
-from pipeline.serving.pipeline import rung_of
-from pipeline.serving.strategy import Rung
+from pipeline.serving.pipeline import load_strategy
+from pipeline.serving.strategy import Strategy
 from worker import logging, metrics
 from worker.config import Config
 from worker.errors import MillraceError
-from worker.inference.fingerprint import Sight, sight
-from worker.inference.ranker import Ranker, Served, warn_of_short_rings
+from worker.inference.fingerprint import Fingerprint, fingerprint
+from worker.inference.load import warn_of_short_rings
+from worker.inference.ranker import PipelineRanker, ServedSample
 from worker.interfaces import Clock
 
 log = logging.get("hotswap")
@@ -36,67 +37,69 @@ T = TypeVar("T")
 class HotSwap:
     """Follows `pipeline.artifact`. One task looks."""
 
-    def __init__(self, config: Config, ranker: Ranker, clock: Clock) -> None:
+    def __init__(self, config: Config, ranker: PipelineRanker, clock: Clock) -> None:
         assert config.pipeline.artifact is not None, "without an artifact there is nothing to follow"
         self._config, self._ranker, self._clock = config, ranker, clock
         self._folder = Path(config.pipeline.artifact)
-        self._bar = model_validation.Bar(config.pipeline.min_overlap, config.pipeline.max_hit_rate_drop)
+        self._thresholds = model_validation.Thresholds(config.pipeline.min_overlap, config.pipeline.max_hit_rate_drop)
         self._thread = ThreadPoolExecutor(1, "hotswap")
-        self._seen: Sight | None = None  # by the last look
-        self._judged: Sight | None = None  # what was taken up or refused
+        self._seen: Fingerprint | None = None  # by the last look
+        self._handled: Fingerprint | None = None  # what was taken up or refused
         self._serving: Manifest | None = None  # None: not seen since the start
         self._trusted = {ranker.pipeline.version}  # versions that have served in this process
 
     async def run(self) -> None:
-        """Looks every `pipeline.follow_s` until it is cancelled."""
+        """Looks every `pipeline.artifact_poll_interval_s` until it is cancelled."""
         try:
             while True:
-                await self.look()
-                await asyncio.sleep(self._config.pipeline.follow_s)
+                await self.check()
+                await asyncio.sleep(self._config.pipeline.artifact_poll_interval_s)
         finally:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
-    async def look(self) -> None:
+    async def check(self) -> None:
         """Judge what is there, once, when two looks in a row have seen the same: a copy under way is not complete."""
-        seen = await self._aside(sight, self._folder)
+        seen = await self._in_thread(fingerprint, self._folder)
         settled, self._seen = seen == self._seen, seen
-        if not settled or seen == self._judged:
+        if not settled or seen == self._handled:
             return
-        self._judged = seen
+        self._handled = seen
         try:
-            await self._take_up(seen)
+            await self._swap(seen)
         except Exception as error:  # whatever is wrong with an artifact, the serving model goes on
             reason = str(error) if isinstance(error, MillraceError) else repr(error)
-            metrics.SWAPS.labels("refused").inc()
+            metrics.SWAPS.labels("rejected").inc()
             log.warning("artifact refused, the serving model goes on", artifact=seen[0], reason=reason)
 
-    async def _take_up(self, seen: Sight) -> None:
+    async def _swap(self, seen: Fingerprint) -> None:
         start_s, before = self._clock.monotonic(), self._ranker.pipeline.version
-        manifest = await self._aside(artifacts.read_manifest, self._folder)
+        manifest = await self._in_thread(artifacts.read_manifest, self._folder)
         if manifest.version != before:
             bar = (
-                model_validation.Bar() if manifest.version in self._trusted else self._bar
+                model_validation.Thresholds() if manifest.version in self._trusted else self._thresholds
             )  # a way back is always open
             model_validation.check_hit_rate(manifest, self._serving, bar)
-            artifact = await self._aside(self._load)
-            async with self._ranker.holding(artifact.item_ids):
-                model, overlap = await self._fit_model(artifact, bar)
-                if await self._aside(sight, self._folder) != seen:
+            artifact = await self._in_thread(self._load)
+            async with self._ranker.pin_items(artifact.item_ids):
+                model, overlap = await self._load_valid_model(artifact, bar)
+                if await self._in_thread(fingerprint, self._folder) != seen:
                     return  # replaced meanwhile: the next look sees it
-                retired = [self._ranker.pipeline.ladder]
-                await self._ranker.adopt(model, manifest.version)
-                await self._aside(retired.clear)  # the old model's tables and graphs are freed in this thread
+                retired = [self._ranker.pipeline.strategies]
+                await self._ranker.swap_model(model, manifest.version)
+                await self._in_thread(retired.clear)  # the old model's tables and graphs are freed in this thread
             seconds = round(self._clock.monotonic() - start_s, 3)
-            metrics.SWAPS.labels("adopted").inc()
+            metrics.SWAPS.labels("accepted").inc()
             warn_of_short_rings(self._config, manifest)
             log.info("model swapped", before=before, version=manifest.version, overlap=overlap, seconds=seconds)
         self._serving = manifest
         self._trusted.add(manifest.version)
 
-    async def _fit_model(self, artifact: Artifact, bar: model_validation.Bar) -> tuple[Rung, float | None]:
+    async def _load_valid_model(
+        self, artifact: Artifact, bar: model_validation.Thresholds
+    ) -> tuple[Strategy, float | None]:
         """The model, and its overlap with the slates just served. Raises ArtifactError when it is not fit to serve."""
         await self._admit(artifact)
-        model, overlap = await self._aside(self._judge, artifact, await self._ranker.served())
+        model, overlap = await self._in_thread(self._validate, artifact, await self._ranker.served_samples())
         model_validation.check_overlap(overlap, bar)
         return model, overlap
 
@@ -107,23 +110,23 @@ class HotSwap:
 
     async def _admit(self, artifact: Artifact) -> None:
         vocabulary = self._ranker.pipeline.vocabulary
-        new = await self._aside(lambda: [item_id for item_id in artifact.item_ids if not vocabulary.token(item_id)])
+        new = await self._in_thread(lambda: [item_id for item_id in artifact.item_ids if not vocabulary.token(item_id)])
         for start in range(0, len(new), ADMITTED_IDS):
-            await self._ranker.within(partial(vocabulary.admit, new[start : start + ADMITTED_IDS]))
-        await self._ranker.within(partial(artifact.inform, self._ranker.pipeline.catalogue))
+            await self._ranker.run_in_thread(partial(vocabulary.admit, new[start : start + ADMITTED_IDS]))
+        await self._ranker.run_in_thread(partial(artifact.load_into, self._ranker.pipeline.catalogue))
 
-    def _judge(self, artifact: Artifact, served: list[Served]) -> tuple[Rung, float | None]:
+    def _validate(self, artifact: Artifact, served: list[ServedSample]) -> tuple[Strategy, float | None]:
         """Answers of all shapes first, which also warm the model, then those to the users just served."""
         pipeline, config = self._ranker.pipeline, self._config
         tokens = [pipeline.vocabulary.token(item_id) for item_id in artifact.item_ids]
-        items = int((~pipeline.vocabulary.barred[tokens]).sum())
-        model = rung_of(artifact, pipeline.catalogue, pipeline.options)
-        shapes = model_validation.walks(artifact.item_ids, [1, *config.batcher.buckets])
-        model_validation.answer(model, shapes, config.pipeline.slate_items, items)
+        items = int((~pipeline.vocabulary.blocked[tokens]).sum())
+        model = load_strategy(artifact, pipeline.catalogue, pipeline.options)
+        shapes = model_validation.synthetic_histories(artifact.item_ids, [1, *config.batcher.length_buckets])
+        model_validation.check_output(model, shapes, config.pipeline.slate_size, items)
         rings, slates = [ring for ring, _ in served], [slate for _, slate in served]
         longest = max(map(len, slates), default=1)
-        ranked = model_validation.answer(model, Histories.from_rings(rings), longest, items)
-        return model, model_validation.overlap(ranked, slates, pipeline.vocabulary.item_ids)
+        ranked = model_validation.check_output(model, Histories.from_rings(rings), longest, items)
+        return model, model_validation.slate_overlap(ranked, slates, pipeline.vocabulary.item_ids)
 
-    async def _aside(self, act: Callable[..., T], *arguments: object) -> T:
+    async def _in_thread(self, act: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, act, *arguments)

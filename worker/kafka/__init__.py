@@ -1,0 +1,4 @@
+"""Everything on the hot path that imports aiokafka: the source, the sink, the consumer group.
+
+May import: errors, interfaces, clock, config, logging, pipeline.
+"""

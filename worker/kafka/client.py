@@ -12,7 +12,7 @@ from aiokafka.helpers import create_ssl_context
 from msgspec.structs import replace
 
 from worker import logging
-from worker.config import Kafka
+from worker.config import KafkaConfig
 from worker.errors import ConfigError, SourceError, SourceUnavailable
 from worker.interfaces import Clock
 
@@ -20,11 +20,11 @@ log = logging.get("kafka")
 T = TypeVar("T")
 RETRY_S = 0.5  # before the second attempt at start: a broker that is coming up is noticed at once
 RETRY_CAP_S = 4.0  # of the back-off: one that is away is not hammered
-ONE_SHOT_S = 8.0  # `start_timeout_s` of a command that somebody waits for
-KNOWN_S = 0.05  # between two looks for what is being made: a topic's leaders, a group's coordinator
-CAUSE_S = 5.0  # to ask once more why a connection fails
-MISSING_S = 2.0  # a topic that was just created is not at once known to every broker
-REFUSED = (
+CLI_START_TIMEOUT_S = 8.0  # `start_timeout_s` of a command that somebody waits for
+METADATA_POLL_S = 0.05  # between two looks for what is being made: a topic's leaders, a group's coordinator
+DIAGNOSE_TIMEOUT_S = 5.0  # to ask once more why a connection fails
+TOPIC_VISIBLE_S = 2.0  # a topic that was just created is not at once known to every broker
+PERMANENT_ERRORS = (
     errors.TopicAuthorizationFailedError,
     errors.GroupAuthorizationFailedError,
     errors.ClusterAuthorizationFailedError,
@@ -37,16 +37,18 @@ REFUSED = (
 )
 
 
-def client_options(config: Kafka) -> dict[str, Any]:
+def client_options(config: KafkaConfig) -> dict[str, Any]:
     """Keyword arguments of every aiokafka client. ConfigError when an address, a TLS file or the SASL user is none."""
     try:
-        collect_hosts(config.bootstrap)
+        collect_hosts(config.bootstrap_servers)
     except ValueError as error:
-        raise ConfigError(f"kafka.bootstrap '{config.bootstrap}': want HOST:PORT, several with commas") from error
+        raise ConfigError(
+            f"kafka.bootstrap_servers '{config.bootstrap_servers}': want HOST:PORT, several with commas"
+        ) from error
     if config.security_protocol.startswith("SASL") and None in (config.sasl_username, config.sasl_password):
         raise ConfigError(f"kafka.security_protocol {config.security_protocol} wants sasl_username and sasl_password")
     return {
-        "bootstrap_servers": config.bootstrap,
+        "bootstrap_servers": config.bootstrap_servers,
         "request_timeout_ms": config.request_timeout_ms,
         "security_protocol": config.security_protocol,
         "sasl_mechanism": config.sasl_mechanism,
@@ -56,7 +58,7 @@ def client_options(config: Kafka) -> dict[str, Any]:
     }
 
 
-def _ssl_context(config: Kafka) -> ssl.SSLContext | None:
+def _ssl_context(config: KafkaConfig) -> ssl.SSLContext | None:
     if "SSL" not in config.security_protocol.split("_"):
         return None
     try:
@@ -66,52 +68,54 @@ def _ssl_context(config: Kafka) -> ssl.SSLContext | None:
         raise ConfigError(f"kafka: TLS cannot be set up from {files}: {error}") from error
 
 
-def refused(error: BaseException) -> bool:
+def is_permanent(error: BaseException) -> bool:
     """Would repeating not help, because somebody said no?"""
-    return isinstance(error, REFUSED)
+    return isinstance(error, PERMANENT_ERRORS)
 
 
-def one_shot(config: Kafka) -> Kafka:
+def cli_timeouts(config: KafkaConfig) -> KafkaConfig:
     """For a command at a terminal. The default of `start_timeout_s` suits a deployment, whose broker may come up later
     than the worker; a value that was set is kept."""
-    left_alone = config.start_timeout_s == Kafka().start_timeout_s
-    return replace(config, start_timeout_s=ONE_SHOT_S) if left_alone else config
+    left_alone = config.start_timeout_s == KafkaConfig().start_timeout_s
+    return replace(config, start_timeout_s=CLI_START_TIMEOUT_S) if left_alone else config
 
 
-async def at_start(config: Kafka, clock: Clock, act: Callable[[], Awaitable[T]]) -> T:
+async def retry_at_start(config: KafkaConfig, clock: Clock, act: Callable[[], Awaitable[T]]) -> T:
     """`act()`, repeated until it succeeds. SourceUnavailable after `start_timeout_s`, SourceError when refused."""
     deadline_s = clock.monotonic() + config.start_timeout_s
     delay_s, said = RETRY_S, ""
-    with logging.quiet("aiokafka"):  # which would only say again, at every attempt, that there is no connection
+    with logging.silenced("aiokafka"):  # which would only say again, at every attempt, that there is no connection
         while True:
             try:
                 async with asyncio.timeout(max(0.0, deadline_s - clock.monotonic())):
                     return await act()
             except (errors.KafkaError, OSError, TimeoutError) as raised:
-                error = await _cause(config, raised)
+                error = await _diagnose(config, raised)
             left_s = deadline_s - clock.monotonic() - RETRY_S  # the last attempt has RETRY_S, too
-            _raise_the_last(config, error, left_s)
-            if _said(error) != said:
-                said = _said(error)
-                log.warning("Kafka is not ready", bootstrap=config.bootstrap, error=said)
+            _raise_if_final(config, error, left_s)
+            if _describe(error) != said:
+                said = _describe(error)
+                log.warning("Kafka is not ready", bootstrap=config.bootstrap_servers, error=said)
             await asyncio.sleep(min(delay_s, left_s))
             delay_s = min(2 * delay_s, RETRY_CAP_S)
 
 
-def _raise_the_last(config: Kafka, error: Exception, left_s: float) -> None:
+def _raise_if_final(config: KafkaConfig, error: Exception, left_s: float) -> None:
     """Raises when repeating would not help, or there is no time left for it."""
-    if refused(error):
+    if is_permanent(error):
         raise SourceError(
-            f"kafka {config.bootstrap} refuses this client: {_said(error)}; see kafka.sasl_* and kafka.ssl_*"
+            f"kafka {config.bootstrap_servers} refuses this client: {_describe(error)}; see kafka.sasl_* and"
+            " kafka.ssl_*"
         ) from error
     if left_s <= 0:
         raise SourceUnavailable(
-            f"no answer from Kafka at {config.bootstrap} within {config.start_timeout_s:g} s ({_said(error)}); "
-            f"start the broker, or set kafka.bootstrap, kafka.security_protocol or kafka.start_timeout_s"
+            f"no answer from Kafka at {config.bootstrap_servers} within {config.start_timeout_s:g} s "
+            f"({_describe(error)}); start the broker, or set kafka.bootstrap_servers, "
+            f"kafka.security_protocol or kafka.start_timeout_s"
         ) from error
 
 
-async def ask(config: Kafka, clock: Clock, question: Callable[[AIOKafkaAdminClient], Awaitable[T]]) -> T:
+async def with_admin(config: KafkaConfig, clock: Clock, question: Callable[[AIOKafkaAdminClient], Awaitable[T]]) -> T:
     """The cluster's answer, asked for as `at_start` does."""
 
     async def once() -> T:
@@ -122,10 +126,10 @@ async def ask(config: Kafka, clock: Clock, question: Callable[[AIOKafkaAdminClie
         finally:
             await admin.close()
 
-    return await at_start(config, clock, once)
+    return await retry_at_start(config, clock, once)
 
 
-async def partitions_of(config: Kafka, clock: Clock, topic: str) -> list[TopicPartition]:
+async def partitions_of(config: KafkaConfig, clock: Clock, topic: str) -> list[TopicPartition]:
     """The topic's partitions, none when it is not there. Asks for the list of all topics first, for a broker may create
     one that is asked for by name. SourceError, SourceUnavailable."""
 
@@ -135,24 +139,24 @@ async def partitions_of(config: Kafka, clock: Clock, topic: str) -> list[TopicPa
         (found,) = await admin.describe_topics([topic])
         return [TopicPartition(topic, entry["partition"]) for entry in found["partitions"]]
 
-    return await ask(config, clock, described)
+    return await with_admin(config, clock, described)
 
 
-async def _cause(config: Kafka, error: Exception) -> Exception:
+async def _diagnose(config: KafkaConfig, error: Exception) -> Exception:
     """Why no connection can be had: aiokafka only logs it."""
     if not isinstance(error, errors.KafkaConnectionError):
         return error
     options = client_options(config)
     host, port, _ = collect_hosts(options.pop("bootstrap_servers"))[0]
     try:
-        async with asyncio.timeout(CAUSE_S):
+        async with asyncio.timeout(DIAGNOSE_TIMEOUT_S):
             (await create_conn(host, port, **options)).close()
     except (errors.KafkaError, OSError, TimeoutError) as cause:
         return cause
     return error
 
 
-async def ensure_topics(config: Kafka, clock: Clock, topics: Sequence[str]) -> None:
+async def ensure_topics(config: KafkaConfig, clock: Clock, topics: Sequence[str]) -> None:
     """Returns when all of the topics are there, made by us when `create_topics` is on; else SourceError names what is
     missing. Asks for the list of all topics, for a broker may create one that is asked for by name."""
     wait_until_s: float | None = None
@@ -160,15 +164,15 @@ async def ensure_topics(config: Kafka, clock: Clock, topics: Sequence[str]) -> N
     async def check(admin: AIOKafkaAdminClient) -> None:
         nonlocal wait_until_s
         if missing := set(topics) - set(await admin.list_topics()):
-            wait_until_s = wait_until_s or clock.monotonic() + MISSING_S
+            wait_until_s = wait_until_s or clock.monotonic() + TOPIC_VISIBLE_S
             if not config.create_topics and clock.monotonic() < wait_until_s:
                 raise errors.UnknownTopicOrPartitionError(", ".join(sorted(missing)))
             await _create(admin, config, sorted(missing))
 
-    await ask(config, clock, check)
+    await with_admin(config, clock, check)
 
 
-async def ensure_coordinator(config: Kafka, clock: Clock, group: str) -> None:
+async def ensure_coordinator(config: KafkaConfig, clock: Clock, group: str) -> None:
     """Returns when the group's coordinator answers: it may still be loading, and a cluster's first group waits until
     the topic of offsets is made. SourceError, SourceUnavailable."""
 
@@ -177,9 +181,9 @@ async def ensure_coordinator(config: Kafka, clock: Clock, group: str) -> None:
         while (error := await _coordinator_error(admin, group)) is not None:
             if not error.retriable:
                 raise error
-            await asyncio.sleep(KNOWN_S)
+            await asyncio.sleep(METADATA_POLL_S)
 
-    await ask(config, clock, check)
+    await with_admin(config, clock, check)
 
 
 async def _coordinator_error(admin: AIOKafkaAdminClient, group: str) -> errors.KafkaError | None:
@@ -192,37 +196,37 @@ async def _coordinator_error(admin: AIOKafkaAdminClient, group: str) -> errors.K
     return None if error is errors.NoError else error(group)
 
 
-async def _create(admin: AIOKafkaAdminClient, config: Kafka, missing: Sequence[str]) -> None:
+async def _create(admin: AIOKafkaAdminClient, config: KafkaConfig, missing: Sequence[str]) -> None:
     if not config.create_topics:
         commands = "; ".join(
             f"kafka-topics.sh --create --topic {topic} --partitions {config.partitions} "
-            f"--bootstrap-server {config.bootstrap}"
+            f"--bootstrap-server {config.bootstrap_servers}"
             for topic in missing
         )
         raise SourceError(
-            f"topic {', '.join(missing)} is not on {config.bootstrap}, or not visible to this client; create it "
-            f"({commands}), or set kafka.create_topics = true"
+            f"topic {', '.join(missing)} is not on {config.bootstrap_servers}, or not visible to this client; create "
+            f"it ({commands}), or set kafka.create_topics = true"
         )
-    wanted = [NewTopic(topic, config.partitions, config.replication) for topic in missing]
+    wanted = [NewTopic(topic, config.partitions, config.replication_factor) for topic in missing]
     response = (await admin.create_topics(wanted)).to_object()
     for topic in response["topic_errors"]:
         error = errors.for_code(topic["error_code"])
         if error not in (errors.NoError, errors.TopicAlreadyExistsError):
             raise _creation_error(error, f"topic {topic['topic']} cannot be created: {topic.get('error_message')}")
-    while not all(map(_led, await admin.describe_topics(list(missing)))):  # noqa: ASYNC110 - nobody tells us
-        await asyncio.sleep(KNOWN_S)
+    while not all(map(_has_leaders, await admin.describe_topics(list(missing)))):  # noqa: ASYNC110 - nobody tells us
+        await asyncio.sleep(METADATA_POLL_S)
     log.info("topics created", topics=list(missing), partitions=config.partitions)
 
 
-def _led(topic: Mapping[str, Any]) -> bool:
+def _has_leaders(topic: Mapping[str, Any]) -> bool:
     """Has each of its partitions a leader? A client that asks earlier finds no topic and logs an error."""
     return not topic["error_code"] and all(partition["leader"] >= 0 for partition in topic["partitions"])
 
 
 def _creation_error(error: type[errors.KafkaError], text: str) -> Exception:
     """A retriable one is left to `at_start`."""
-    return error(text) if error.retriable else SourceError(f"{text} ({error.__name__}); see kafka.replication")
+    return error(text) if error.retriable else SourceError(f"{text} ({error.__name__}); see kafka.replication_factor")
 
 
-def _said(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     return str(error) or type(error).__name__

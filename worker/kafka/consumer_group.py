@@ -13,22 +13,22 @@ from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.structs import OffsetAndMetadata
 
 from worker import logging
-from worker.config import Kafka
-from worker.interfaces import Partition, Rebalance
+from worker.config import KafkaConfig
+from worker.interfaces import Partition, RebalanceListener
 from worker.kafka.client import client_options
 
 log = logging.get("group")
 STOP_S = 10.0
 
 
-class Group:
+class GroupMember:
     """One member. Reads committed records only; positions that are missing or out of range are errors of getmany."""
 
-    def __init__(self, config: Kafka, rebalance: Rebalance) -> None:
+    def __init__(self, config: KafkaConfig, rebalance: RebalanceListener) -> None:
         self._config, self._rebalance = config, rebalance
         self._generation = -1  # of the group, when the partitions were assigned
-        self._assignments = 0  # counts; an epoch is the number of its assignment
-        self.epochs: dict[Partition, int] = {}
+        self._assignment_count = 0  # counts; an epoch is the number of its assignment
+        self.assignments: dict[Partition, int] = {}
         self.failure: Exception | None = None  # of a rebalance callback
         timeout_ms = max(config.request_timeout_ms, config.rebalance_timeout_ms + 5000)
         options: dict[str, Any] = client_options(config) | {
@@ -36,7 +36,7 @@ class Group:
         }
         self.consumer = AIOKafkaConsumer(
             **options,
-            group_id=config.group,
+            group_id=config.group_id,
             group_instance_id=config.group_instance_id,
             enable_auto_commit=False,
             auto_offset_reset="none",
@@ -61,7 +61,9 @@ class Group:
         _, late = await asyncio.wait({stopping}, timeout=STOP_S)
         for task in late:
             task.cancel()
-            log.warning("the group was not left in time; it will notice by the session's end", group=self._config.group)
+            log.warning(
+                "the group was not left in time; it will notice by the session's end", group=self._config.group_id
+            )
 
     async def commit(self, offsets: Mapping[Partition, int]) -> None:
         """One attempt. KafkaError; IllegalGenerationError when the group has moved on, whoever notices it first."""
@@ -71,10 +73,10 @@ class Group:
         wanted = {TopicPartition(*partition): OffsetAndMetadata(offset, "") for partition, offset in offsets.items()}
         async with coordinator._commit_lock:
             if coordinator.generation != self._generation:
-                raise errors.IllegalGenerationError(self._config.group)
+                raise errors.IllegalGenerationError(self._config.group_id)
             await coordinator._do_commit_offsets(subscription.assignment, wanted)
 
-    def behind(self, partition: Partition) -> int:
+    def lag(self, partition: Partition) -> int:
         """Readable records beyond the last polled one, by the last fetch. Transaction markers and what lies behind an
         open transaction do not count: nothing can be read of them."""
         # NOTE: aiokafka's `position()` waits when there is none; its state says so without waiting.
@@ -90,31 +92,31 @@ class Group:
         return self.consumer._coordinator
 
     async def assigned(self, partitions: Iterable[TopicPartition]) -> None:
-        self._assignments += 1
+        self._assignment_count += 1
         self._generation = self._coordinator.generation
-        self.epochs = {Partition(tp.topic, tp.partition): self._assignments for tp in partitions}
-        await self._rebalance.assigned(dict(self.epochs))
+        self.assignments = {Partition(tp.topic, tp.partition): self._assignment_count for tp in partitions}
+        await self._rebalance.assigned(dict(self.assignments))
 
     async def revoked(self) -> None:
         """Rebalancing is eager: every partition goes, even when it comes back."""
         try:
-            if self.epochs:
-                await self._rebalance.revoked(list(self.epochs))
+            if self.assignments:
+                await self._rebalance.revoked(list(self.assignments))
         finally:
-            self.epochs = {}
+            self.assignments = {}
 
 
 class _Listener(ConsumerRebalanceListener):
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: GroupMember) -> None:
         self._group = group
 
     def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> Any:
-        return self._kept(lambda: self._group.assigned(assigned))
+        return self._keep_failure(lambda: self._group.assigned(assigned))
 
     def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> Any:
-        return self._kept(self._group.revoked)
+        return self._keep_failure(self._group.revoked)
 
-    async def _kept(self, callback: Callable[[], Any]) -> None:
+    async def _keep_failure(self, callback: Callable[[], Any]) -> None:
         try:
             await callback()
         except Exception as error:

@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 from aiokafka import TopicPartition, errors
 
-from worker.config import Kafka
+from worker.config import KafkaConfig
 from worker.errors import SourceError
 
-UNDECODABLE = (UnicodeDecodeError, errors.CorruptRecordException)
+DECODE_ERRORS = (UnicodeDecodeError, errors.CorruptRecordException)
 
 
-class Place(NamedTuple):
+class CorruptRecord(NamedTuple):
     """Where reading ended: the first record that cannot be read, and where the next batch begins."""
 
     tp: TopicPartition
@@ -23,7 +23,7 @@ class Place(NamedTuple):
     next_batch: int
 
     @classmethod
-    def of(cls, error: Exception) -> "Place":
+    def from_error(cls, error: Exception) -> "CorruptRecord":
         """From the frame that raised one of UNDECODABLE."""
         # NOTE: private parts of aiokafka 0.14: the generator's own names.
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
@@ -31,12 +31,13 @@ class Place(NamedTuple):
         offset, batch = known["self"].next_fetch_offset, known.get("next_batch")
         return cls(known["tp"], offset, max(offset + 1, batch.next_offset if batch else 0))
 
-    def halted(self, config: Kafka, error: Exception) -> SourceError:
+    def to_error(self, config: KafkaConfig, error: Exception) -> SourceError:
         """One sentence: where, why, and how to go on behind it."""
         (topic, partition), end = self.tp, self.next_batch - 1
         return SourceError(
             f"topic {topic}, partition {partition}, offset {self.offset}: the record cannot be decoded ({error}); what "
             f"lies before it is answered and committed; its batch, offsets {self.offset} to {end}, must be skipped: "
-            f"stop the group's workers, kafka-consumer-groups.sh --bootstrap-server {config.bootstrap} --group "
-            f"{config.group} --topic {topic}:{partition} --reset-offsets --to-offset {self.next_batch} --execute, start"
+            f"stop the group's workers, kafka-consumer-groups.sh --bootstrap-server {config.bootstrap_servers} --group "
+            f"{config.group_id} --topic {topic}:{partition} --reset-offsets --to-offset {self.next_batch} --execute, "
+            "start"
         )

@@ -15,16 +15,16 @@ from aiokafka.producer.message_accumulator import BatchBuilder
 
 from worker import logging
 from worker.clock import WallClock
-from worker.config import Kafka
+from worker.config import KafkaConfig
 from worker.errors import SinkError, SinkUnavailable
 from worker.interfaces import Clock
-from worker.kafka.client import at_start, client_options, refused
+from worker.kafka.client import client_options, is_permanent, retry_at_start
 
 log = logging.get("producer")
 BATCH_BYTES = 256 << 10  # per partition and request; 256 slates of 1.6 KB over 8 partitions fill a fifth of it
 MAX_RECORD_BYTES = 1_000_000  # brokers take batches of 1,048,588 bytes unless told otherwise
 STOP_S = 10.0
-NEVER = (errors.MessageSizeTooLargeError, errors.RecordListTooLargeError, errors.InvalidTopicError)
+UNDELIVERABLE = (errors.MessageSizeTooLargeError, errors.RecordListTooLargeError, errors.InvalidTopicError)
 _MASK, _M = 0xFFFFFFFF, 0x5BD1E995
 
 
@@ -37,7 +37,7 @@ class Message(NamedTuple):
 class BatchProducer:
     """`async with BatchProducer(config) as producer`; any number of deliveries at a time."""
 
-    def __init__(self, config: Kafka, clock: Clock | None = None) -> None:
+    def __init__(self, config: KafkaConfig, clock: Clock | None = None) -> None:
         self._config, self._clock = config, clock or WallClock()
         self._options = client_options(config)
         self._producer: AIOKafkaProducer | None = None
@@ -45,13 +45,13 @@ class BatchProducer:
 
     async def start(self) -> None:
         """SourceUnavailable after `start_timeout_s`, SourceError when refused."""
-        await at_start(self._config, self._clock, self._running)
+        await retry_at_start(self._config, self._clock, self._started_producer)
 
     async def stop(self) -> None:
         """What is under way gets STOP_S."""
         producer, self._producer = self._producer, None
         if producer is not None and not await _within(STOP_S, producer.stop()):
-            await _silence(producer)
+            await _abort(producer)
 
     async def __aenter__(self) -> "BatchProducer":
         await self.start()
@@ -62,21 +62,21 @@ class BatchProducer:
 
     async def send(self, topic: str, messages: Iterable[Message]) -> None:
         """Returns when all are acknowledged; of equal keys in their order. SinkUnavailable, SinkError."""
-        await self.acknowledged(self.begin(topic, messages))
+        await self.wait_acknowledged(self.start_delivery(topic, messages))
 
-    def begin(self, topic: str, messages: Iterable[Message]) -> asyncio.Task[None]:
+    def start_delivery(self, topic: str, messages: Iterable[Message]) -> asyncio.Task[None]:
         """A delivery under way. Cancelling who waits for it does not stop it."""
         return asyncio.create_task(self._deliver(topic, messages), name=f"deliver to {topic}")
 
-    async def acknowledged(self, delivery: asyncio.Task[None]) -> None:
+    async def wait_acknowledged(self, delivery: asyncio.Task[None]) -> None:
         """SinkUnavailable when it takes longer than `request_timeout_ms` (it goes on: wait again), or when it failed
         and may be begun again; SinkError when it can never succeed."""
         await asyncio.wait({delivery}, timeout=self._config.request_timeout_ms / 1000)
-        where = f"kafka {self._config.bootstrap}"
+        where = f"kafka {self._config.bootstrap_servers}"
         if not delivery.done():
             raise SinkUnavailable(f"{where} has acknowledged nothing for {self._config.request_timeout_ms} ms")
         error = delivery.exception()
-        if isinstance(error, NEVER) or (error is not None and refused(error)):
+        if isinstance(error, UNDELIVERABLE) or (error is not None and is_permanent(error)):
             raise SinkError(
                 f"{where} takes no such record: {error!r}; see the topic's max.message.bytes and this client's rights"
             ) from error
@@ -85,7 +85,7 @@ class BatchProducer:
         delivery.result()
 
     async def _deliver(self, topic: str, messages: Iterable[Message]) -> None:
-        producer = await self._running()
+        producer = await self._started_producer()
         try:
             partitions = sorted(await producer.partitions_for(topic))
             batches = _batches(producer, partitions, messages)
@@ -106,7 +106,7 @@ class BatchProducer:
             except errors.KafkaTimeoutError:  # the partition's last batch still waits for its broker
                 log.warning("a batch waits for its broker", topic=topic, partition=partition)
 
-    async def _running(self) -> AIOKafkaProducer:
+    async def _started_producer(self) -> AIOKafkaProducer:
         async with self._starting:
             if self._producer is None:
                 producer = AIOKafkaProducer(
@@ -119,7 +119,7 @@ class BatchProducer:
                 try:
                     await producer.start()
                 except BaseException:
-                    await _silence(producer)
+                    await _abort(producer)
                     raise
                 self._producer = producer
             return self._producer
@@ -128,7 +128,7 @@ class BatchProducer:
         if self._producer is producer:
             self._producer = None
             log.warning("the producer failed and is replaced", error=repr(error))
-            await _silence(producer)
+            await _abort(producer)
 
 
 def _batches(
@@ -170,7 +170,7 @@ def murmur2(data: bytes) -> int:
     return h ^ h >> 15
 
 
-async def _silence(producer: AIOKafkaProducer) -> None:
+async def _abort(producer: AIOKafkaProducer) -> None:
     """Stop without delivering: sender first, then its connections, then whoever still waits is told."""
     # NOTE: private parts of aiokafka 0.14, whose `stop()` waits until everything is delivered.
     sender = producer._sender.sender_task

@@ -1,9 +1,7 @@
-"""Slates into their topic and into Redis, dead letters into theirs."""
+"""Slates into their topic and into Redis, dead dead_letters into theirs."""
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Protocol
 
 import msgspec
 
@@ -11,35 +9,29 @@ from pipeline.records import Slate
 from worker.clock import WallClock
 from worker.config import Config
 from worker.errors import SinkError
-from worker.interfaces import Clock, DeadLetter
+from worker.interfaces import Clock, DeadLetter, SlateWriter
 from worker.kafka.client import ensure_topics
 from worker.kafka.producer import MAX_RECORD_BYTES, BatchProducer, Message
 
 SLATE_HEADERS = [("content-type", b"application/json"), ("schema", b"slate/1")]
-ORIGIN = "millrace-"  # headers that a dead letter gets; the original ones are kept before them
+HEADER_PREFIX = "millrace-"  # headers that a dead letter gets; the original ones are kept before them
 KEPT_BYTES = 64 << 10  # of a value too large to be buried whole
 _encode = msgspec.json.Encoder().encode
-
-
-class Slates(Protocol):
-    """The users' last slates in Redis (worker/redis/slates.py)."""
-
-    async def put(self, slates: Sequence[Slate]) -> None:
-        """Idempotent; an older slate never replaces a newer one. StoreUnavailable, StoreError."""
-        ...
 
 
 class KafkaSink:
     """Implements Sink. `send` again with the same sequence waits for what is under way instead of sending it twice."""
 
-    def __init__(self, config: Config, store: Slates, clock: Clock | None = None) -> None:
+    def __init__(self, config: Config, store: SlateWriter, clock: Clock | None = None) -> None:
         self._config, self._store, self._clock = config.kafka, store, clock or WallClock()
         self._producer = BatchProducer(config.kafka, self._clock)
         self._deliveries: dict[int, tuple[object, asyncio.Task[None]]] = {}  # by the identity of what is delivered
 
     async def start(self) -> None:
         """SourceError names a topic that is missing; SourceUnavailable when no broker answers in time."""
-        await ensure_topics(self._config, self._clock, [self._config.slates_topic, self._config.dead_letter_topic])
+        await ensure_topics(
+            self._config, self._clock, [self._config.recommendations_topic, self._config.dead_letter_topic]
+        )
         await self._producer.start()
 
     async def stop(self) -> None:
@@ -54,22 +46,22 @@ class KafkaSink:
 
     async def send(self, slates: Sequence[Slate]) -> None:
         """To Kafka and Redis at once. SinkUnavailable, SinkError, and what the store raises."""
-        delivery = self._delivery(slates, self._config.slates_topic, _slate_messages(slates))
+        delivery = self._delivery(slates, self._config.recommendations_topic, _slate_messages(slates))
         results = await asyncio.gather(
-            self._producer.acknowledged(delivery), self._store.put(slates), return_exceptions=True
+            self._producer.wait_acknowledged(delivery), self._store.put(slates), return_exceptions=True
         )
         self._settle(slates, delivery, [error for error in results if error is not None])
 
-    async def bury(self, letters: Sequence[DeadLetter]) -> None:
+    async def send_dead_letters(self, dead_letters: Sequence[DeadLetter]) -> None:
         """To the dead-letter topic, in their order per key. SinkUnavailable, SinkError."""
-        delivery = self._delivery(letters, self._config.dead_letter_topic, map(letter_message, letters))
-        results = await asyncio.gather(self._producer.acknowledged(delivery), return_exceptions=True)
-        self._settle(letters, delivery, [error for error in results if error is not None])
+        delivery = self._delivery(dead_letters, self._config.dead_letter_topic, map(dead_letter_message, dead_letters))
+        results = await asyncio.gather(self._producer.wait_acknowledged(delivery), return_exceptions=True)
+        self._settle(dead_letters, delivery, [error for error in results if error is not None])
 
     def _delivery(self, what: object, topic: str, messages: Iterator[Message]) -> asyncio.Task[None]:
         _, delivery = self._deliveries.get(id(what), (None, None))
         if delivery is None:
-            delivery = self._producer.begin(topic, list(messages))
+            delivery = self._producer.start_delivery(topic, list(messages))
             self._deliveries[id(what)] = what, delivery
         return delivery
 
@@ -83,56 +75,26 @@ class KafkaSink:
             raise error
 
 
-class FileSink:
-    """Implements Sink for replays: JSON lines, `slates.jsonl` and beside it `slates.dead.jsonl`."""
-
-    def __init__(self, path: str | Path, store: Slates | None = None) -> None:
-        self._path, self._store = Path(path), store
-        self._dead_path = self._path.with_suffix(f".dead{self._path.suffix}")
-
-    async def __aenter__(self) -> "FileSink":
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._slates, self._dead = self._path.open("wb"), self._dead_path.open("wb")
-        except OSError as error:
-            raise SinkError(f"slates cannot be written to {self._path}: {error.strerror}; name another file") from error
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._slates.close()
-        self._dead.close()
-
-    async def send(self, slates: Sequence[Slate]) -> None:
-        if self._store is not None:
-            await self._store.put(slates)
-        self._slates.write(b"".join(_encode(slate) + b"\n" for slate in slates))
-        self._slates.flush()
-
-    async def bury(self, letters: Sequence[DeadLetter]) -> None:
-        self._dead.write(b"".join(_encode(letter) + b"\n" for letter in letters))
-        self._dead.flush()
-
-
 def _slate_messages(slates: Sequence[Slate]) -> Iterator[Message]:
     for slate in slates:
         value = _encode(slate)
         if len(value) > MAX_RECORD_BYTES:
             raise SinkError(
                 f"the slate of user {slate.user_id!r} has {len(value)} bytes, more than the {MAX_RECORD_BYTES} that "
-                f"Kafka takes: lower pipeline.slate_items"
+                f"Kafka takes: lower pipeline.slate_size"
             )
         yield Message(slate.user_id.encode(), value, SLATE_HEADERS)
 
 
-def letter_message(letter: DeadLetter) -> Message:
+def dead_letter_message(letter: DeadLetter) -> Message:
     """The record as it was, with its reason and its origin in headers. Of one that would not fit with them the value's
     beginning is kept, and its size in `millrace-truncated`: the original stays where its origin says."""
-    (topic, partition), _, offset = letter.ticket
+    (topic, partition), _, offset = letter.record_offset
     origin = {"reason": letter.reason[:1000], "topic": topic, "partition": partition, "offset": offset}
     key, value = letter.key, letter.value
-    headers = [(name, content) for name, content in letter.headers if not name.startswith(ORIGIN)]
+    headers = [(name, content) for name, content in letter.headers if not name.startswith(HEADER_PREFIX)]
     size = len(key or b"") + len(value or b"") + sum(len(name) + len(content or b"") for name, content in headers)
     if size > MAX_RECORD_BYTES - KEPT_BYTES:
         origin["truncated"], key, value, headers = size, (key or b"")[:256], (value or b"")[:KEPT_BYTES], []
-    headers += [(ORIGIN + name, str(content).encode()) for name, content in origin.items()]
+    headers += [(HEADER_PREFIX + name, str(content).encode()) for name, content in origin.items()]
     return Message(key, value, headers)

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from worker import logging
-from worker.config import Redis as Config
+from worker.config import RedisConfig as Config
 from worker.errors import StoreError, UnknownUser
 from worker.lookup.lookup import Lookup
 
@@ -21,7 +21,7 @@ log = logging.get("http")
 _encode = msgspec.json.Encoder().encode
 
 
-class Answer(Response):
+class JsonResponse(Response):
     media_type = "application/json"
 
     def render(self, content: object) -> bytes:
@@ -38,23 +38,23 @@ def application(config: Config) -> Starlette:
             yield
 
     async def slate(request: Request) -> Response:
-        return Answer(await lookup.slate(request.path_params["user_id"]))
+        return JsonResponse(await lookup.slate(request.path_params["user_id"]))
 
     async def livez(_: Request) -> Response:
-        return Answer({"status": "alive"})
+        return JsonResponse({"status": "alive"})
 
     async def readyz(_: Request) -> Response:
         await lookup.check()
-        return Answer({"status": "ready"})
+        return JsonResponse({"status": "ready"})
 
     routes = [Route("/v1/slates/{user_id:path}", slate), Route("/livez", livez), Route("/readyz", readyz)]
     return Starlette(routes=routes, lifespan=lifespan, exception_handlers={UnknownUser: _unknown, StoreError: _away})
 
 
 async def _unknown(_: Request, error: Exception) -> Response:
-    return Answer({"error": str(error)}, 404)
+    return JsonResponse({"error": str(error)}, 404)
 
 
 async def _away(_: Request, error: Exception) -> Response:
     log.warning("a lookup failed", error=str(error))
-    return Answer({"error": str(error)}, 503, {"Retry-After": "1"})
+    return JsonResponse({"error": str(error)}, 503, {"Retry-After": "1"})

@@ -7,7 +7,7 @@ async with Lookup(config.redis) as lookup:
 import msgspec
 
 from pipeline.records import Slate
-from worker.config import Redis as Config
+from worker.config import RedisConfig as Config
 from worker.errors import UnknownUser
 from worker.redis.client import POPULAR_KEY, RedisClient, slate_key
 from worker.redis.slates import read_slate

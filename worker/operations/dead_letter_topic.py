@@ -1,9 +1,9 @@
-"""The dead-letter topic read back: what lies in it, and its records sent home, each once.
+"""The dead-letter topic: list its records, and requeue each of them once.
 
-What was sent home is remembered by the consumer group `<kafka.group>.requeue`, on the broker: its committed offset, and
-in the commit's metadata the runs of offsets beyond it (a requeue by reason leaves holes). Offset, runs and records are
-written in one transaction. Kafka forgets them `offsets.retention.minutes` (7 days) after the last requeue: keep dead
-letters no longer than that.
+The consumer group `<kafka.group_id>.requeue` remembers on the broker what was requeued: its committed offset, and in the
+commit's metadata the runs of offsets after it (a requeue by reason leaves holes). Offset, runs and records are written
+in one transaction. Kafka forgets them `offsets.retention.minutes` (7 days) after the last requeue: keep dead letters no
+longer than that.
 """
 
 import asyncio
@@ -15,17 +15,17 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPa
 from aiokafka.structs import OffsetAndMetadata
 
 from worker.clock import WallClock
-from worker.config import Kafka
+from worker.config import KafkaConfig
 from worker.errors import SinkError, SinkUnavailable, SourceUnavailable
 from worker.interfaces import Clock
-from worker.kafka.client import ask, at_start, client_options, ensure_coordinator, ensure_topics
-from worker.kafka.sink import ORIGIN
+from worker.kafka.client import client_options, ensure_coordinator, ensure_topics, retry_at_start, with_admin
+from worker.kafka.sink import HEADER_PREFIX
 
 CHUNK = 2000  # letters a transaction
 METADATA_BYTES = 4000  # brokers take 4,096 (offset.metadata.max.bytes)
 
 
-class Letter(msgspec.Struct, frozen=True):
+class DeadLetterRecord(msgspec.Struct, frozen=True):
     """A dead letter as it lies in its topic. `origin` says where the record came from."""
 
     partition: int
@@ -36,63 +36,75 @@ class Letter(msgspec.Struct, frozen=True):
     key: bytes | None
     value: bytes | None
     headers: list[tuple[str, bytes]]  # the record's own
-    stuck: bool  # cannot be sent home: cut off because of its size, or without an origin
+    not_requeueable: bool  # cannot be sent home: cut off because of its size, or without an origin
     requeued: bool
 
 
-class DeadTopic:
+class DeadLetterTopic:
     """Reads and requeues. SourceUnavailable, SourceError when Kafka is away or refuses; SinkError, SinkUnavailable."""
 
-    def __init__(self, config: Kafka, clock: Clock | None = None) -> None:
+    def __init__(self, config: KafkaConfig, clock: Clock | None = None) -> None:
         self._config, self._clock = config, clock or WallClock()
-        self.group = f"{config.group}.requeue"
+        self.group = f"{config.group_id}.requeue"
 
-    async def letters(self, newest: int | None = None) -> list[Letter]:
+    async def read(self, newest: int | None = None) -> list[DeadLetterRecord]:
         """All letters, or of each partition the newest ones; in order of time."""
         await ensure_topics(self._config, self._clock, [self._config.dead_letter_topic])
-        done = await self._done()
-        records = await at_start(self._config, self._clock, lambda: self._read(newest))
-        letters = [_letter(record, done.get(record.partition, Done(0))) for record in records]
+        done = await self._progress()
+        records = await retry_at_start(self._config, self._clock, lambda: self._read(newest))
+        letters = [_letter(record, done.get(record.partition, RequeueProgress(0))) for record in records]
         return sorted(letters, key=lambda letter: (letter.ts_ms, letter.partition, letter.offset))
 
-    async def requeue(self, reason: str = "", limit: int | None = None) -> list[Letter]:
+    async def requeue(self, reason: str = "", limit: int | None = None) -> list[DeadLetterRecord]:
         """Send home those whose reason contains `reason`, oldest first; returns what was sent."""
         producer = AIOKafkaProducer(**client_options(self._config), transactional_id=self.group)
         try:
             # Before the position is read: it ends another requeue's open transaction, and fences that one.
-            await at_start(self._config, self._clock, producer.start)
-            letters = await self.letters()
-            wanted = chosen(letters, reason, limit)
+            await retry_at_start(self._config, self._clock, producer.start)
+            letters = await self.read()
+            wanted = requeueable(letters, reason, limit)
             await ensure_topics(self._config, self._clock, sorted({letter.origin[0] for letter in wanted}))
-            done = await self._done()
+            done = await self._progress()
             for start in range(0, len(wanted), CHUNK):
-                await self._send_home(producer, letters, wanted[start : start + CHUNK], done)
+                await self._requeue_chunk(producer, letters, wanted[start : start + CHUNK], done)
         finally:
             await producer.stop()
         return wanted
 
-    async def _send_home(
-        self, producer: AIOKafkaProducer, letters: Sequence[Letter], chunk: Sequence[Letter], done: dict[int, "Done"]
+    async def _requeue_chunk(
+        self,
+        producer: AIOKafkaProducer,
+        letters: Sequence[DeadLetterRecord],
+        chunk: Sequence[DeadLetterRecord],
+        done: dict[int, "RequeueProgress"],
     ) -> None:
         topic, offsets = self._config.dead_letter_topic, {}
         for partition in {letter.partition for letter in chunk}:
-            before = done.get(partition, Done(0))
+            before = done.get(partition, RequeueProgress(0))
             lying = [each for each in letters if each.partition == partition and each.offset >= before.offset]
             sent = {letter.offset for letter in chunk if letter.partition == partition}
-            done[partition] = before.with_(sent, sorted(lying, key=lambda each: each.offset))
-            offsets[TopicPartition(topic, partition)] = done[partition].committed(self.group)
+            done[partition] = before.extended(sent, sorted(lying, key=lambda each: each.offset))
+            offsets[TopicPartition(topic, partition)] = done[partition].to_offset(self.group)
         try:
             async with asyncio.timeout(self._config.request_timeout_ms / 1000), producer.transaction():
                 await asyncio.gather(*await _produced(producer, chunk))
                 await producer.send_offsets_to_transaction(offsets, self.group)
         except (errors.KafkaError, TimeoutError) as error:
-            raise SinkUnavailable(f"requeue to kafka {self._config.bootstrap}: {error!r}; run it again") from error
+            raise SinkUnavailable(
+                f"requeue to kafka {self._config.bootstrap_servers}: {error!r}; run it again"
+            ) from error
 
-    async def _done(self) -> dict[int, "Done"]:
+    async def _progress(self) -> dict[int, "RequeueProgress"]:
         await ensure_coordinator(self._config, self._clock, self.group)
-        offsets = await ask(self._config, self._clock, lambda admin: admin.list_consumer_group_offsets(self.group))
+        offsets = await with_admin(
+            self._config, self._clock, lambda admin: admin.list_consumer_group_offsets(self.group)
+        )
         topic = self._config.dead_letter_topic
-        return {tp.partition: Done.parsed(at) for tp, at in offsets.items() if tp.topic == topic and at.offset >= 0}
+        return {
+            tp.partition: RequeueProgress.from_offset(at)
+            for tp, at in offsets.items()
+            if tp.topic == topic and at.offset >= 0
+        }
 
     async def _read(self, newest: int | None) -> list[ConsumerRecord]:
         # Without a group it is assigned every partition.
@@ -117,12 +129,12 @@ class DeadTopic:
         while [tp for tp in tps if await consumer.position(tp) < end[tp]]:
             found = await consumer.getmany(timeout_ms=self._config.request_timeout_ms)
             if not found:
-                raise SourceUnavailable(f"kafka {self._config.bootstrap} stopped answering; run it again")
+                raise SourceUnavailable(f"kafka {self._config.bootstrap_servers} stopped answering; run it again")
             records += [record for share in found.values() for record in share]
         return records
 
 
-class Done(msgspec.Struct, frozen=True):
+class RequeueProgress(msgspec.Struct, frozen=True):
     """What of a partition was sent home: everything before `offset`, and these runs (first, last) beyond it."""
 
     offset: int
@@ -131,18 +143,20 @@ class Done(msgspec.Struct, frozen=True):
     def __contains__(self, offset: int) -> bool:
         return offset < self.offset or any(first <= offset <= last for first, last in self.runs)
 
-    def with_(self, sent: set[int], lying: Sequence[Letter]) -> "Done":
+    def extended(self, sent: set[int], lying: Sequence[DeadLetterRecord]) -> "RequeueProgress":
         """And these. `lying`: the partition's letters by offset; one that cannot be sent holds nothing up."""
         position, runs = self.offset, []
-        for handled, group in groupby(lying, lambda each: each.offset in sent or each.offset in self or each.stuck):
+        for handled, group in groupby(
+            lying, lambda each: each.offset in sent or each.offset in self or each.not_requeueable
+        ):
             offsets = [letter.offset for letter in group]
             if handled and offsets[0] == lying[0].offset:
                 position = offsets[-1] + 1
             elif handled:
                 runs.append((offsets[0], offsets[-1]))
-        return Done(position, tuple(runs))
+        return RequeueProgress(position, tuple(runs))
 
-    def committed(self, group: str) -> OffsetAndMetadata:
+    def to_offset(self, group: str) -> OffsetAndMetadata:
         """SinkError when the runs do not fit."""
         text = ",".join(f"{first}-{last}" for first, last in self.runs)
         if len(text) > METADATA_BYTES:
@@ -153,44 +167,46 @@ class Done(msgspec.Struct, frozen=True):
         return OffsetAndMetadata(self.offset, text)
 
     @classmethod
-    def parsed(cls, at: OffsetAndMetadata) -> "Done":
+    def from_offset(cls, at: OffsetAndMetadata) -> "RequeueProgress":
         runs = [tuple(map(int, run.split("-"))) for run in (at.metadata or "").split(",") if run]
         return cls(at.offset, tuple((first, last) for first, last in runs))
 
 
-def chosen(letters: Iterable[Letter], reason: str = "", limit: int | None = None) -> list[Letter]:
+def requeueable(
+    letters: Iterable[DeadLetterRecord], reason: str = "", limit: int | None = None
+) -> list[DeadLetterRecord]:
     """Those that a requeue would send, oldest first."""
-    matching = [each for each in letters if not each.requeued and not each.stuck and reason in each.reason]
+    matching = [each for each in letters if not each.requeued and not each.not_requeueable and reason in each.reason]
     return matching[:limit]
 
 
-def _letter(record: ConsumerRecord, done: Done) -> Letter:
-    ours = {name[len(ORIGIN) :]: text for name, text in record.headers if name.startswith(ORIGIN)}
-    origin = _said(ours, "topic"), _number(ours, "partition"), _number(ours, "offset")
-    return Letter(
+def _letter(record: ConsumerRecord, done: RequeueProgress) -> DeadLetterRecord:
+    ours = {name[len(HEADER_PREFIX) :]: text for name, text in record.headers if name.startswith(HEADER_PREFIX)}
+    origin = _header_text(ours, "topic"), _number(ours, "partition"), _number(ours, "offset")
+    return DeadLetterRecord(
         record.partition,
         record.offset,
         record.timestamp,
-        _said(ours, "reason") or "(no reason: not buried by millrace)",
+        _header_text(ours, "reason") or "(no reason: not buried by millrace)",
         origin,
         record.key,
         record.value,
-        [(name, text) for name, text in record.headers if not name.startswith(ORIGIN)],
+        [(name, text) for name, text in record.headers if not name.startswith(HEADER_PREFIX)],
         "truncated" in ours or not origin[0],
         record.offset in done,
     )
 
 
-def _said(headers: Mapping[str, bytes], name: str) -> str:
+def _header_text(headers: Mapping[str, bytes], name: str) -> str:
     return (headers.get(name) or b"").decode("utf-8", "replace")
 
 
 def _number(headers: Mapping[str, bytes], name: str) -> int:
-    text = _said(headers, name)
+    text = _header_text(headers, name)
     return int(text) if text.isascii() and text.isdigit() else -1
 
 
-async def _produced(producer: AIOKafkaProducer, chunk: Sequence[Letter]) -> list[asyncio.Future]:
+async def _produced(producer: AIOKafkaProducer, chunk: Sequence[DeadLetterRecord]) -> list[asyncio.Future]:
     """To the partition that each came from (its user's other events are there), or by key where that is gone."""
     known: Mapping[str, set[int]] = {
         topic: await producer.partitions_for(topic) for topic in {letter.origin[0] for letter in chunk}

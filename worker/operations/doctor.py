@@ -22,7 +22,7 @@ class Finding(msgspec.Struct, frozen=True):
     exit_code: int = 0
 
 
-async def examine(config: Config) -> list[Finding]:
+async def run_checks(config: Config) -> list[Finding]:
     """Kafka, Redis and the artifact (required), then GPU and the optional stages."""
     required: dict[str, Callable[[Config], Awaitable[str]]] = {"kafka": _kafka, "redis": _redis, "artifact": _artifact}
     findings = [await _try(part, check, config) for part, check in required.items()]
@@ -48,20 +48,22 @@ async def _kafka(config: Config) -> str:
     options: dict[str, Any] = client_options(kafka) | {"request_timeout_ms": 5000}
     consumer = AIOKafkaConsumer(**options)
     try:
-        with logging.quiet("aiokafka"):  # the finding says it
+        with logging.silenced("aiokafka"):  # the finding says it
             await asyncio.wait_for(consumer.start(), 8)
         topics = await asyncio.wait_for(consumer.topics(), 8)
     except (TimeoutError, KafkaError, OSError) as error:
         raise SourceError(
-            f"no broker answers at {kafka.bootstrap} ({error!r}); start one or set kafka.bootstrap"
+            f"no broker answers at {kafka.bootstrap_servers} ({error!r}); start one or set kafka.bootstrap_servers"
         ) from error
     finally:
         await consumer.stop()
-    missing = ", ".join(sorted({kafka.events_topic, kafka.slates_topic, kafka.dead_letter_topic} - topics))
+    missing = ", ".join(sorted({kafka.events_topic, kafka.recommendations_topic, kafka.dead_letter_topic} - topics))
     if missing and not kafka.create_topics:
-        raise SourceError(f"{kafka.bootstrap} has no topic {missing}; create it, or set kafka.create_topics = true")
+        raise SourceError(
+            f"{kafka.bootstrap_servers} has no topic {missing}; create it, or set kafka.create_topics = true"
+        )
     ours = f"to be created: {missing}" if missing else "ours among them"
-    return f"{kafka.bootstrap}: {len(topics)} topics, {ours}"
+    return f"{kafka.bootstrap_servers}: {len(topics)} topics, {ours}"
 
 
 async def _redis(config: Config) -> str:
@@ -82,7 +84,7 @@ async def _redis(config: Config) -> str:
 async def _artifact(config: Config) -> str:
     if config.pipeline.artifact is None:
         return "none configured: the simple rung answers alone; `millrace train LOG --out DIR` makes one"
-    from worker.inference.ranker import load_pipeline
+    from worker.inference.load import load_pipeline
 
     pipeline = load_pipeline(config)
     return f"{config.pipeline.artifact}: version {pipeline.version}, {len(pipeline.vocabulary) - 1} items"

@@ -16,15 +16,15 @@ from redis.asyncio.cluster import RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from worker.config import Redis as RedisConfig
+from worker.config import RedisConfig as RedisConfig
 from worker.errors import ConfigError, StoreError, StoreUnavailable
 
 LIBRARIES = [Path(__file__).with_name(name) for name in ("sequences.lua", "slates.lua", "counters.lua")]
 POPULAR_KEY = "rec:popular"
 NOT_FOUND = "Function not found"  # a restart without persistence, a failover to a replica that had not got it
 # Error replies that pass by themselves or by an operator's hand: code -> what is the matter.
-PASSING = {
-    "OOM": "is out of memory: raise its maxmemory, or lower sequences.cap_events or sequences.ttl_days",
+TRANSIENT_ERRORS = {
+    "OOM": "is out of memory: raise its maxmemory, or lower sequences.max_events or sequences.ttl_days",
     "READONLY": "is a read-only replica: a failover is under way, or redis.url names a replica",
     "LOADING": "is still loading its data",
     "CLUSTERDOWN": "says that its cluster is down",
@@ -82,12 +82,14 @@ class RedisClient:
         """
         if not commands:
             return []
-        replies = await self._within(self._send(commands))
+        replies = await self._with_deadline(self._send(commands))
         errors = [at for at, reply in enumerate(replies) if isinstance(reply, Exception)]
         lost = [at for at in errors if NOT_FOUND in str(replies[at])]
         if lost:
             await self.load_functions()
-            for at, reply in zip(lost, await self._within(self._send([commands[at] for at in lost])), strict=True):
+            for at, reply in zip(
+                lost, await self._with_deadline(self._send([commands[at] for at in lost])), strict=True
+            ):
                 replies[at] = reply
         for at in errors:
             if isinstance(replies[at], Exception):
@@ -96,7 +98,7 @@ class RedisClient:
 
     async def info(self, section: str) -> dict[str, Any]:
         """A section of INFO, of the node that redis.url names."""
-        return await self._within(Redis(connection_pool=self._pool).info(section))
+        return await self._with_deadline(Redis(connection_pool=self._pool).info(section))
 
     async def load_functions(self) -> None:
         """FUNCTION LOAD REPLACE, on every primary. Raises StoreError where the server has no functions."""
@@ -104,8 +106,8 @@ class RedisClient:
             load: Command = ("FUNCTION", "LOAD", "REPLACE", path.read_text())
             if self._cluster is not None:
                 reply = self._cluster.execute_command("FUNCTION LOAD", *load[2:], target_nodes=RedisCluster.PRIMARIES)
-                await self._within(reply)
-            elif isinstance(reply := (await self._within(self._send([load])))[0], Exception):
+                await self._with_deadline(reply)
+            elif isinstance(reply := (await self._with_deadline(self._send([load])))[0], Exception):
                 raise self._error(reply)
 
     async def aclose(self) -> None:
@@ -113,7 +115,7 @@ class RedisClient:
         if self._cluster is not None:
             await self._cluster.aclose()
 
-    async def _within(self, call: Awaitable[T]) -> T:
+    async def _with_deadline(self, call: Awaitable[T]) -> T:
         try:
             async with asyncio.timeout(self._timeout_s):
                 return await call
@@ -152,8 +154,8 @@ class RedisClient:
 
     def _error(self, error: Exception) -> StoreError:
         code = getattr(error, "status_code", None) or str(error).split(" ", 1)[0]
-        if code in PASSING:
-            return StoreUnavailable(f"Redis at {self.where} {PASSING[code]} ({error})")
+        if code in TRANSIENT_ERRORS:
+            return StoreUnavailable(f"Redis at {self.where} {TRANSIENT_ERRORS[code]} ({error})")
         if isinstance(error, redis_errors.AuthenticationError | redis_errors.NoPermissionError):
             return StoreError(f"Redis at {self.where} refuses the credentials of redis.url: {error}")
         if "unknown command" in str(error) and "FUNCTION" in str(error):

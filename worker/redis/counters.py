@@ -15,14 +15,14 @@ from zlib import crc32
 
 import numpy as np
 
-from pipeline.counters.counters import DAY_MS, Counters
-from pipeline.counters.deltas import DeltaLog, Deltas
-from pipeline.records import Covers, Latency, Slate, SlateItem
+from pipeline.counters.counters import Counters
+from pipeline.counters.deltas import CountDeltas, DeltaLog
+from pipeline.records import DAY_MS, Covers, Latency, Slate, SlateItem
 from worker import logging
 from worker.config import Config
 from worker.errors import StoreError
 from worker.redis.client import Command, RedisClient
-from worker.redis.counter_rows import as_deltas, packed, unpacked
+from worker.redis.counter_rows import pack_rows, rows_as_deltas, unpack_rows
 from worker.redis.slates import SlateStore
 
 log = logging.get("counters")
@@ -32,8 +32,8 @@ KEPT_FREE = 8  # an eighth of the vocabulary: the index's dead items must not co
 READ_ROWS = 512  # in one pipeline, and replaced at once: so long the counters' thread is kept from ranking, 3 ms
 ROW_HALF_LIVES = 12  # a row that nobody touched for so long has lost all but 1/4096 of its weight: it expires
 T = TypeVar("T")
-Within = Callable[[Callable[[], Any]], Awaitable[Any]]
-Holding = Callable[[], AbstractAsyncContextManager[Any]]
+RunInThread = Callable[[Callable[[], Any]], Awaitable[Any]]
+PinItems = Callable[[], AbstractAsyncContextManager[Any]]
 
 
 class CounterStore:
@@ -46,27 +46,29 @@ class CounterStore:
         client: RedisClient,
         config: Config,
         counters: Counters,
-        within: Within,
-        holding: Holding = nullcontext,
+        run_in_thread: RunInThread,
+        pin_items: PinItems = nullcontext,
         version: Callable[[], str] = lambda: "none",
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
     ) -> None:
         self._client, self._config, self._version, self._now_ms = client, config, version, now_ms
-        self._within, self._holding = within, holding
+        self._run_in_thread, self._pin_items = run_in_thread, pin_items
         self._counters, self._vocabulary = counters, counters.vocabulary
         self._slates = SlateStore(client, config.slates)
-        self._indexed: set[str] = set()
+        self._shared_items: set[str] = set()
         self._failing = False
         self._round = 0
         half_life_ms = config.counters.half_life_days * DAY_MS
         ttl_s = int(ROW_HALF_LIVES * half_life_ms / 1000) + 1
         self._settings = repr(half_life_ms), config.counters.neighbours, ttl_s
-        self._base: Deltas | None = as_deltas(counters.rows(counters.counted()), counters.newest_ms)  # until loaded
+        self._base: CountDeltas | None = rows_as_deltas(
+            counters.rows(counters.counted()), counters.newest_ms
+        )  # until loaded
         self._base_version = self._vocabulary.version
         counters.log = DeltaLog()
 
     async def run(self) -> None:
-        """Merges every `counters.merge_s` until it is cancelled, and then once more.
+        """Merges every `counters.merge_interval_s` until it is cancelled, and then once more.
 
         No round is cut short: what Redis has added without our knowing would be sent again.
         """
@@ -74,7 +76,7 @@ class CounterStore:
         try:
             while True:
                 await asyncio.shield(merging)
-                await asyncio.sleep(self._config.counters.merge_s)
+                await asyncio.sleep(self._config.counters.merge_interval_s)
                 merging = asyncio.create_task(self.merge(), name="merge")
         finally:
             await merging
@@ -83,7 +85,7 @@ class CounterStore:
     async def merge(self) -> bool:
         """One round, the first one loads. False when Redis failed it: said once, made up for in the next one."""
         try:
-            async with self._holding():
+            async with self._pin_items():
                 await self._merge()
         except StoreError as error:
             if not self._failing:
@@ -96,40 +98,42 @@ class CounterStore:
 
     async def _merge(self) -> None:
         if self._base is not None:
-            await self._load(self._base.without(self._vocabulary.retired_since(self._base_version)))
+            await self._load(self._base.without(self._vocabulary.evicted_since(self._base_version)))
             self._base = None
         touched = await self._send_deltas()
         await self._refresh(self._round % SHARDS, touched)
         await self._write_popular()
 
-    async def _load(self, base: Deltas) -> None:
+    async def _load(self, base: CountDeltas) -> None:
         """Take over all rows; an item that only the artifact has counted gets its row from there."""
         members = [await self._members(shard) for shard in range(SHARDS)]  # all first: a row names items of any shard
         for shard, ids in enumerate(members):
             await self._read(shard, ids)
         ids = self._vocabulary.item_ids
-        own = base.of(np.array([token for token in base.items.tolist() if ids[token] not in self._indexed], np.int32))
-        log.info("counters loaded", shared=len(self._indexed), from_artifact=len(own.items))
+        own = base.select(
+            np.array([token for token in base.items.tolist() if ids[token] not in self._shared_items], np.int32)
+        )
+        log.info("counters loaded", shared=len(self._shared_items), from_artifact=len(own.items))
         await self._merge_rows(own, [], "absent")
 
     async def _send_deltas(self) -> set[int]:
         """The tokens whose rows were merged."""
-        raw = await self._within(self._counters.take_deltas)
+        raw = await self._run_in_thread(self._counters.take_deltas)
         # In another thread: sums what 8 k events/s leave in 15 s (2.4 M pairs) in 0.6 s, mostly without Python's lock.
-        deltas: Deltas = await asyncio.to_thread(raw.summed, self._config.counters.neighbours)
+        deltas: CountDeltas = await asyncio.to_thread(raw.summed, self._config.counters.neighbours)
         merged: list[int] = []
         try:
             await self._merge_rows(deltas, merged)
         except BaseException:
-            left = deltas.of(np.setdiff1d(deltas.touched(), merged))
-            await self._within(lambda: self._counters.put_back(left))
+            left = deltas.select(np.setdiff1d(deltas.touched(), merged))
+            await self._run_in_thread(lambda: self._counters.put_back(left))
             raise
         return set(merged)
 
-    async def _merge_rows(self, deltas: Deltas, merged: list[int], *options: str) -> None:
+    async def _merge_rows(self, deltas: CountDeltas, merged: list[int], *options: str) -> None:
         """Add to the rows in Redis and take the sums back; `merged` tells how far Redis has come."""
         half_life_ms, neighbours, ttl_s = self._settings
-        rows, values = packed(deltas, self._vocabulary.hashes), []
+        rows, values = pack_rows(deltas, self._vocabulary.hashes), []
         while part := list(islice(rows, MERGED_ROWS)):
             ids = [self._vocabulary.item_ids[token] for token, _, _ in part]
             commands: list[Command] = [
@@ -137,15 +141,15 @@ class CounterStore:
                  repr(popularity), pairs, *options)
                 for item_id, (_, popularity, pairs) in zip(ids, part, strict=True)
             ]  # fmt: skip
-            new = [item_id for item_id in ids if item_id not in self._indexed]
+            new = [item_id for item_id in ids if item_id not in self._shared_items]
             commands += [("SADD", index_key(shard_of(item_id)), item_id) for item_id in new]
             values += (await self._client.pipeline(commands))[: len(part)]
             merged += [token for token, _, _ in part]
-            self._indexed.update(new)
+            self._shared_items.update(new)
             if len(values) >= READ_ROWS:
-                await self._take(merged[-len(values) :], values)
+                await self._replace_rows(merged[-len(values) :], values)
                 values = []
-        await self._take(merged[len(merged) - len(values) :], values)
+        await self._replace_rows(merged[len(merged) - len(values) :], values)
 
     async def _refresh(self, shard: int, merged: set[int]) -> None:
         ids = await self._members(shard)
@@ -154,12 +158,12 @@ class CounterStore:
     async def _members(self, shard: int) -> list[str]:
         """The items of a shard of the index; they get tokens while there is plenty of room."""
         ids = [member.decode() for member in await self._client.call("SMEMBERS", index_key(shard))]
-        await self._within(lambda: self._admit(ids))
-        self._indexed.update(ids)
+        await self._run_in_thread(lambda: self._admit(ids))
+        self._shared_items.update(ids)
         return ids
 
     def _admit(self, ids: Sequence[str]) -> None:
-        room = max(0, self._vocabulary.room - self._vocabulary.max_items // KEPT_FREE)
+        room = max(0, self._vocabulary.free_slots - self._vocabulary.max_items // KEPT_FREE)
         self._vocabulary.admit([item_id for item_id in ids if not self._vocabulary.token(item_id)][:room])
 
     async def _read(self, shard: int, ids: Sequence[str]) -> None:
@@ -168,20 +172,20 @@ class CounterStore:
             values = await self._client.pipeline([("GET", row_key(item_id)) for item_id in part])
             there = [item_id for item_id, value in zip(part, values, strict=True) if value]
             gone = [item_id for item_id, value in zip(part, values, strict=True) if not value]
-            await self._take(
+            await self._replace_rows(
                 [self._vocabulary.token(item_id) for item_id in there], [value for value in values if value]
             )
             if gone:
                 await self._client.call("SREM", index_key(shard), *gone)
-                self._indexed.difference_update(gone)
+                self._shared_items.difference_update(gone)
 
-    async def _take(self, tokens: Sequence[int], values: Sequence[bytes]) -> None:
-        rows = unpacked(tokens, values, self._vocabulary, self._config.counters.neighbours)
-        await self._within(lambda: self._counters.replace_rows(rows))
+    async def _replace_rows(self, tokens: Sequence[int], values: Sequence[bytes]) -> None:
+        rows = unpack_rows(tokens, values, self._vocabulary, self._config.counters.neighbours)
+        await self._run_in_thread(lambda: self._counters.replace_rows(rows))
 
     async def _write_popular(self) -> None:
         """The answer for users without a slate."""
-        tokens, shares = await self._within(lambda: self._counters.popular(self._config.pipeline.slate_items))
+        tokens, shares = await self._run_in_thread(lambda: self._counters.popular(self._config.pipeline.slate_size))
         as_of_ms, ids = self._counters.newest_ms, self._vocabulary.item_ids
         items = [
             SlateItem(ids[token], round(share, 5), None, None, None, "popular")

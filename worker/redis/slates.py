@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 import msgspec
 
-from pipeline.records import Slate
-from worker.config import Slates as Config
+from pipeline.records import DAY_S, Slate
+from worker.config import SlatesConfig as Config
 from worker.errors import StoreError
 from worker.interfaces import Partition
 from worker.redis.client import POPULAR_KEY, Command, RedisClient, slate_key
-from worker.redis.sequences import DAY_S, source_of
+from worker.redis.sequences import source_of
 
 STAMP_BYTES = 16
 NO_SOURCE = bytes(8)  # of the popular slate: it covers no partition, its offset is the newest event time counted
@@ -24,8 +24,8 @@ _decoder = msgspec.json.Decoder(Slate)
 class SlateStore:
     """`epoch` is that of the rings: offsets of a re-created topic begin anew."""
 
-    def __init__(self, client: RedisClient, config: Config, epoch: str = "1") -> None:
-        self._client, self._epoch = client, epoch
+    def __init__(self, client: RedisClient, config: Config, topic_generation: str = "1") -> None:
+        self._client, self._topic_generation = client, topic_generation
         self._ttl_s = str(int(config.ttl_days * DAY_S)).encode()
         self._sources: dict[Partition, bytes] = {}
 
@@ -47,7 +47,7 @@ class SlateStore:
         partition = Partition(covers.topic, covers.partition)
         source = self._sources.get(partition)
         if source is None:
-            source = self._sources[partition] = source_of(self._epoch, partition)
+            source = self._sources[partition] = source_of(self._topic_generation, partition)
         key = slate_key(slate.user_id)
         return "FCALL", "millrace_slate", 1, key, source, covers.last_offset, _encode(slate), self._ttl_s
 

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from worker.replay.scoreboard import Scoreboard
+from worker.replay.prequential import PrequentialEvaluator
 
 REFRESH_S = 0.5
 
@@ -24,37 +24,37 @@ class Percentiles(msgspec.Struct, frozen=True):
     p99_ms: float
 
     @classmethod
-    def of(cls, milliseconds: Sequence[float]) -> "Percentiles":
+    def from_samples(cls, milliseconds: Sequence[float]) -> "Percentiles":
         if not milliseconds:
             return cls(*[float("nan")] * 3)
         return cls(*(round(float(value), 2) for value in np.percentile(milliseconds, [50, 95, 99])))
 
 
 @dataclass(slots=True)
-class Recorder:
+class LatencyRecorder:
     """Latencies and rates of a run; `tick` is called by the display, `total` summarises the whole run."""
 
     started_s: float = field(default_factory=time.monotonic)
     latencies_ms: list[float] = field(default_factory=list)
-    recent: Percentiles = field(default_factory=lambda: Percentiles.of([]))
+    recent: Percentiles = field(default_factory=lambda: Percentiles.from_samples([]))
     rate: float = 0.0
     _ticked: tuple[float, int] = (0.0, 0)
 
-    def tick(self, board: Scoreboard, settled: int) -> None:
+    def tick(self, board: PrequentialEvaluator, settled: int) -> None:
         now_s = time.monotonic()
         before_s, before = self._ticked
         self.rate = (settled - before) / max(now_s - (before_s or self.started_s), 1e-3)
         self._ticked = now_s, settled
         taken = board.take_latencies()
         self.latencies_ms += taken
-        self.recent = Percentiles.of(taken) if taken else self.recent
+        self.recent = Percentiles.from_samples(taken) if taken else self.recent
 
     @property
     def elapsed_s(self) -> float:
         return time.monotonic() - self.started_s
 
 
-class Display:
+class ReplayDisplay:
     """A progress bar over the log and a table below it; on a dumb terminal only the summary is printed."""
 
     def __init__(self, title: str, total: int | None, console: Console) -> None:
@@ -65,7 +65,7 @@ class Display:
         self._task = self._progress.add_task(title, total=total)
         self._live = Live(console=console, refresh_per_second=1 / REFRESH_S, transient=True)
 
-    def __enter__(self) -> "Display":
+    def __enter__(self) -> "ReplayDisplay":
         if self._console.is_terminal:
             self._live.start()
         return self
@@ -74,22 +74,22 @@ class Display:
         if self._console.is_terminal:
             self._live.stop()
 
-    def show(self, recorder: Recorder, board: Scoreboard, settled: int, waiting: int) -> None:
+    def show(self, recorder: LatencyRecorder, board: PrequentialEvaluator, settled: int, waiting: int) -> None:
         self._progress.update(self._task, completed=settled)
         table = Table(box=None, show_header=False)
         table.add_row("events/s", f"{recorder.rate:,.0f}", "waiting", f"{waiting:,}")
         recent = recorder.recent
         latency = f"p50 {recent.p50_ms:.1f}  p95 {recent.p95_ms:.1f}  p99 {recent.p99_ms:.1f}"
         table.add_row("latency ms", latency, "", "")
-        table.add_row("rungs", rung_shares(board), "scored", f"{board.scored:,}")
+        table.add_row("rungs", strategy_shares(board), "scored", f"{board.scored:,}")
         for name in board.rankings:
             table.add_row("hit rate@10", f"{board.hit_rate(name):.3f}", name, "")
         self._live.update(Group(self._progress, table))
 
 
-def rung_shares(board: Scoreboard) -> str:
-    total = sum(board.rungs.values())
-    return "  ".join(f"{rung} {count / total:.1%}" for rung, count in board.rungs.most_common()) or "none yet"
+def strategy_shares(board: PrequentialEvaluator) -> str:
+    total = sum(board.strategies.values())
+    return "  ".join(f"{rung} {count / total:.1%}" for rung, count in board.strategies.most_common()) or "none yet"
 
 
 def print_summary(console: Console, title: str, rows: Sequence[tuple[str, str]]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 import msgspec
 
 from pipeline.records import Event
-from worker.config import Kafka
+from worker.config import KafkaConfig
 from worker.kafka.producer import BatchProducer, Message
 
 STEP_EVENTS = 2000
@@ -33,7 +33,7 @@ def at_rate(events_per_s: float) -> Wait:
     return wait
 
 
-async def produce(config: Kafka, events: Iterable[Event], wait: Wait = at_once) -> int:
+async def produce(config: KafkaConfig, events: Iterable[Event], wait: Wait = at_once) -> int:
     """Append the events, keyed by user, in their order a user; returns their number when all are acknowledged."""
     encode, total = msgspec.json.Encoder().encode, 0
     async with BatchProducer(config) as producer:

@@ -23,7 +23,7 @@ def kafka_home() -> Path:
     return Path(cache) / "millrace" / f"kafka-{KAFKA_VERSION}"
 
 
-def available(home: Path | None = None) -> str | None:
+def missing_requirement(home: Path | None = None) -> str | None:
     """Why no broker can be started here, in one sentence; None when one can."""
     home = home or kafka_home()
     if not shutil.which("java"):
@@ -58,7 +58,7 @@ class LocalKafka(LocalServer):
         return self.address
 
     def _prepare(self) -> None:
-        if reason := available(self._home):
+        if reason := missing_requirement(self._home):
             raise SourceError(reason)
         settings = _settings(self.data_dir, self.port, self._controller_port) | dict(self._further)
         self._settings.write_text("".join(f"{key}={value}\n" for key, value in settings.items()))

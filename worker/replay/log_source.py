@@ -15,17 +15,17 @@ import msgspec
 
 from pipeline.records import Event
 from worker.clock import VirtualClock
-from worker.interfaces import Fetched, Partition, Rebalance
+from worker.interfaces import Partition, PolledRecords, RebalanceListener
 from worker.stream.codec import UNREADABLE
 
 if TYPE_CHECKING:
-    from pipeline.data.log_io import BadRecord, Layout
+    from pipeline.data.log_io import BadRecord, LogLayout
 
-EPOCH = 1  # a log is assigned once
+ASSIGNMENT = 1  # a log is assigned once
 # A log's length is not known before its end. Nothing in Redis lies beyond this one, so no log looks like a re-created
 # topic; one that is replayed into the same Redis changes nothing, as every replay.
 END_UNKNOWN = 1 << 62
-UNDATED = -1  # bad records before the first event: due at once
+NO_TIME = -1  # bad records before the first event: due at once
 EVENT_HEADERS = (("content-type", b"application/msgpack"), ("schema", b"event/1"))
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -52,22 +52,22 @@ class LogSource:
         self._log, self._clock, self._max_records = iter(log), clock, max_records
         self._waiting: list[LogRecord] = []  # read and not yet polled
         self._offset = 0
-        self._now_ms = UNDATED  # of the last event read: dates the bad records behind it
+        self._now_ms = NO_TIME  # of the last event read: dates the bad records behind it
         self._ended = self._paused = False
 
     @classmethod
     def open(
-        cls, path: str | Path, clock: VirtualClock, layout: "Layout | None" = None, max_records: int = 2000
+        cls, path: str | Path, clock: VirtualClock, layout: "LogLayout | None" = None, max_records: int = 2000
     ) -> "LogSource":
         """LogFileError when the file cannot be read at all."""
-        from pipeline.data.log_io import in_event_time
+        from pipeline.data.log_io import read_log_by_time
 
-        return cls(in_event_time(path, layout), clock, Path(path).name, max_records)
+        return cls(read_log_by_time(path, layout), clock, Path(path).name, max_records)
 
-    async def start(self, rebalance: Rebalance) -> None:
-        await rebalance.assigned({self.partition: EPOCH})
+    async def start(self, rebalance: RebalanceListener) -> None:
+        await rebalance.assigned({self.partition: ASSIGNMENT})
 
-    async def poll(self, timeout_s: float) -> list[Fetched]:
+    async def poll(self, timeout_s: float) -> list[PolledRecords]:
         if not self._waiting and not self._ended:
             # In a thread: sorting a large log before its first event takes seconds.
             self._waiting = await asyncio.to_thread(self._read)
@@ -80,7 +80,7 @@ class LogSource:
         del self._waiting[: len(due)]
         self._put(due[-1].timestamp)
         now_ms, now_s = self._clock.now_ms(), self._clock.monotonic()
-        return [Fetched(self.partition, EPOCH, END_UNKNOWN, now_ms, now_s, due)]
+        return [PolledRecords(self.partition, ASSIGNMENT, END_UNKNOWN, now_ms, now_s, due)]
 
     def pause(self) -> None:
         self._paused = True
@@ -88,8 +88,8 @@ class LogSource:
     def resume(self) -> None:
         self._paused = False
 
-    async def commit(self, frontiers: Mapping[Partition, int], epochs: Mapping[Partition, int]) -> None:
-        self.committed = frontiers.get(self.partition, self.committed)
+    async def commit(self, offsets: Mapping[Partition, int], assignments: Mapping[Partition, int]) -> None:
+        self.committed = offsets.get(self.partition, self.committed)
 
     def lag(self) -> Mapping[Partition, int]:
         """Records that are due and held back; what the clock has not reached is no lag."""
@@ -121,11 +121,11 @@ class LogSource:
         if self._clock.speed is None:
             return self._waiting[:]
         # The first event starts a running clock.
-        self._put(next((each.timestamp for each in self._waiting if each.timestamp != UNDATED), UNDATED))
+        self._put(next((each.timestamp for each in self._waiting if each.timestamp != NO_TIME), NO_TIME))
         return list(_until(self._waiting, self._clock.now_ms()))
 
     def _put(self, ts_ms: int) -> None:
-        if ts_ms != UNDATED:
+        if ts_ms != NO_TIME:
             self._clock.put(ts_ms)
 
     def _wait_s(self) -> float:

@@ -1,8 +1,8 @@
 """Continuous batching: entries of distinct users, earliest deadline first, grouped by the length of their rings.
 
-A user is in at most one unfinished batch. Events that arrive meanwhile wait in the user's next entry, and coalesce
-there: one slate answers them all. A batch is closed the moment the pipeline asks for one, so it is never idle while an
-entry waits, and batches grow by themselves under load.
+A user is in at most one unfinished batch. Events that come meanwhile wait in the user's next entry, where they
+coalesce: one slate answers them all. A batch is closed the moment the pipeline asks for one, so the pipeline is never
+idle while an entry waits, and batches grow by themselves under load.
 """
 
 import asyncio
@@ -13,41 +13,42 @@ from collections.abc import Iterable, Iterator
 from itertools import count
 
 from pipeline.records import EVENT_BYTES
-from worker.config import Batcher as BatcherConfig
-from worker.interfaces import Arrival, Batch, Clock, Entry
+from worker.config import BatcherConfig
+from worker.interfaces import Batch, Clock, ConsumedEvent, Entry
 
-Lane = tuple[str, int]  # (rung asked for or "", length bucket): what may share a batch
-Waiting = tuple[int, int, Entry]  # (deadline_ms, order of arrival, entry): a heap's element
+Lane = tuple[str, int]  # (requested strategy or "", length bucket): what may share a batch
+HeapEntry = tuple[int, int, Entry]  # (deadline_ms, order of admission, entry)
 
 
 class Batcher:
-    """Holds every admitted, unanswered triggering event. Single task adds, single task takes."""
+    """Holds every admitted, unanswered triggering event. One task adds, one task takes."""
 
     def __init__(self, config: BatcherConfig, clock: Clock) -> None:
-        self._config, self._clock = config, clock
-        self._buckets = sorted(config.buckets)
+        self._config = config
+        self._clock = clock
+        self._buckets = sorted(config.length_buckets)
         self._users: dict[str, deque[Entry]] = {}  # by user, oldest first; the first may be in a batch
-        self._lanes: dict[Lane, list[Waiting]] = {}
+        self._lanes: dict[Lane, list[HeapEntry]] = {}
         self._order = count()
         self._ready = asyncio.Event()
         self._closed = False
         self.pending = 0  # events admitted and not yet finished
 
-    def add(self, arrivals: Iterable[Arrival]) -> None:
-        """Admit triggering events whose rings are set; those of one user in their order."""
-        for arrival in arrivals:
-            self._add(arrival)
+    def add(self, events: Iterable[ConsumedEvent]) -> None:
+        """Admit triggering events whose rings are set, those of one user in their order."""
+        for event in events:
+            self._add(event)
         self._wake()
 
     async def next(self) -> Batch | None:
-        """The next batch as soon as any entry waits; None when closed and nothing waits any more."""
+        """Return the next batch as soon as any entry waits; None when closed and nothing waits."""
         await self._ready.wait()
         return self._take() if self._lanes else None
 
     def finish(self, batch: Batch) -> None:
-        """The batch is answered: its users' later entries may be batched now."""
+        """Mark the batch as answered: its users' later entries may be batched now."""
         for entry in batch.entries:
-            self.pending -= len(entry.arrivals)
+            self.pending -= len(entry.events)
             queue = self._users[entry.user_id]
             queue.popleft()
             if queue:
@@ -57,7 +58,7 @@ class Batcher:
         self._wake()
 
     def close(self) -> None:
-        """No more adds: `next` goes on until everything is batched, then returns None."""
+        """Accept no more events: `next` returns what is left, then None."""
         self._closed = True
         self._wake()
 
@@ -67,24 +68,24 @@ class Batcher:
         else:
             self._ready.clear()
 
-    def _add(self, arrival: Arrival) -> None:
+    def _add(self, event: ConsumedEvent) -> None:
         self.pending += 1
-        queue = self._users.setdefault(arrival.event.user_id, deque())
-        # The first entry may be in a batch already, then it takes nothing more.
-        if queue and self._config.coalesce and not queue[-1].taken and _alike(queue[-1].arrivals[-1], arrival):
-            queue[-1].arrivals.append(arrival)
+        queue = self._users.setdefault(event.event.user_id, deque())
+        # The first entry may be in a batch already; then it takes no more events.
+        if queue and self._config.coalesce and not queue[-1].is_taken and _same_slate(queue[-1].events[-1], event):
+            queue[-1].events.append(event)
             return
-        queue.append(Entry(arrival.event.user_id, [arrival], self._deadline_ms(arrival), next(self._order)))
+        queue.append(Entry(event.event.user_id, [event], self._deadline_ms(event), next(self._order)))
         if len(queue) == 1:
             self._enqueue(queue[0])
 
-    def _deadline_ms(self, arrival: Arrival) -> int:
+    def _deadline_ms(self, event: ConsumedEvent) -> int:
         """clamp(event ts, polled - slo/2, polled) + slo: a client's clock can neither jump the queue nor starve."""
-        slo_ms, polled_ms = self._config.slo_ms, arrival.polled_ms
-        return min(max(arrival.event.ts_ms, polled_ms - slo_ms // 2), polled_ms) + slo_ms
+        slo_ms, polled_ms = self._config.slo_ms, event.polled_ms
+        return min(max(event.event.ts_ms, polled_ms - slo_ms // 2), polled_ms) + slo_ms
 
     def _enqueue(self, entry: Entry) -> None:
-        lane = entry.arrivals[0].strategy or "", self._bucket(entry)
+        lane = entry.events[0].strategy or "", self._bucket(entry)
         heapq.heappush(self._lanes.setdefault(lane, []), (entry.deadline_ms, entry.order, entry))
 
     def _bucket(self, entry: Entry) -> int:
@@ -92,7 +93,7 @@ class Batcher:
         return self._buckets[min(index, len(self._buckets) - 1)]
 
     def _take(self) -> Batch:
-        """The earliest deadline names the rung and the bucket; shorter entries of that rung fill what room is left."""
+        """Batch around the earliest deadline: it sets strategy and bucket, shorter entries of that strategy fill up."""
         strategy, bucket = self._first_lane()
         batch = Batch([], bucket, strategy or None, opened_s=self._clock.monotonic())
         tokens = 0
@@ -101,11 +102,10 @@ class Batcher:
             if batch.entries and tokens > self._config.max_tokens:
                 self._enqueue(entry)
                 break
-            entry.taken = True
+            entry.is_taken = True
             batch.entries.append(entry)
             if len(batch.entries) == self._config.max_users:
                 break
-        batch.tickets = [ticket for entry in batch.entries for ticket in entry.tickets]
         self._wake()
         return batch
 
@@ -117,7 +117,7 @@ class Batcher:
             self._enqueue(self._pop(lane))  # it grew by coalescing
 
     def _candidates(self, strategy: str, bucket: int) -> Iterator[Entry]:
-        """Pops entries of this rung that fit the bucket, earliest deadline first."""
+        """Pop the entries of this strategy that fit the bucket, earliest deadline first."""
         while lanes := [lane for lane in self._lanes if lane[0] == strategy and lane[1] <= bucket]:
             entry = self._pop(min(lanes, key=lambda lane: self._lanes[lane][0]))
             if self._bucket(entry) <= bucket:
@@ -132,7 +132,10 @@ class Batcher:
         return entry
 
 
-def _alike(one: Arrival, other: Arrival) -> bool:
-    """May one slate answer both? Its `covers` names one partition, and it has one rung and one length."""
-    same_source = one.ticket.partition == other.ticket.partition and one.ticket.epoch == other.ticket.epoch
-    return same_source and one.strategy == other.strategy and one.k == other.k
+def _same_slate(one: ConsumedEvent, other: ConsumedEvent) -> bool:
+    """Whether one slate can answer both events: its `covers` names one partition, it has one strategy and length."""
+    return (
+        one.record_offset[:2] == other.record_offset[:2]  # partition and assignment
+        and one.strategy == other.strategy
+        and one.k == other.k
+    )

@@ -1,13 +1,12 @@
-"""Records become arrivals, or dead letters with one clear sentence. Never an exception.
+"""Decode records into events, or into dead letters with one clear sentence. Bad records never raise.
 
 Headers (names are case-sensitive, as Kafka's are; of two with one name the last counts):
           content-type   application/json (default) or application/msgpack, application/x-msgpack
           schema         event/1 (default), event/1.x is read too; another major version is not
-          strategy       a rung of the ladder;  k   a slate length, 1 to 512
-          unreadable     why a log's reader could not read the value: buried with that reason
-A header that cannot be obeyed makes a dead letter: whoever asked for something must learn that it was not done.
-A record's key may differ from its user id: then order holds only within the record's partition, and it is counted
-(metrics.STRANGE_KEYS).
+          strategy       where to start in the fallback order;  k   a slate length, 1 to 512
+          unreadable     why a log's reader could not read the value: dead-lettered with that reason
+A record with an invalid header is dead-lettered, so the producer finds out. A record's key may differ from its user id:
+order then holds only within the record's partition, and it is counted (metrics.KEY_MISMATCHES).
 """
 
 import math
@@ -17,37 +16,36 @@ from typing import TypeVar
 
 import msgspec
 
-from pipeline.records import Event, EventPacker
-from pipeline.serving.strategy import LADDER
+from pipeline.records import DAY_MS, Event, EventPacker
+from pipeline.serving.strategy import FALLBACK_ORDER
 from worker import logging, metrics
 from worker.config import Config
-from worker.interfaces import Arrival, Clock, DeadLetter, Fetched, Record, Ticket
+from worker.interfaces import Clock, ConsumedEvent, DeadLetter, PolledRecords, Record, RecordOffset
 
 log = logging.get("codec")
 UNREADABLE = "unreadable"
-MAX_K = 512  # as pipeline.slate_items
-DAY_MS = 86_400_000
+MAX_K = 512  # as pipeline.slate_size
 JSON: tuple[str, ...] = ("application/json", "text/json")
 MSGPACK: tuple[str, ...] = ("application/msgpack", "application/x-msgpack", "application/vnd.msgpack")
 Wire = TypeVar("Wire")
 Decoder = msgspec.json.Decoder[Wire] | msgspec.msgpack.Decoder[Wire]
 
 
-def formats_of(kind: type[Wire]) -> dict[str, Decoder[Wire]]:
-    """A decoder of such records for every content-type that is known."""
+def decoders_for(kind: type[Wire]) -> dict[str, Decoder[Wire]]:
+    """Return a decoder of such records for every known content-type."""
     as_json, as_msgpack = msgspec.json.Decoder(kind), msgspec.msgpack.Decoder(kind)
     return dict.fromkeys(JSON, as_json) | dict.fromkeys(MSGPACK, as_msgpack)
 
 
-FORMATS = formats_of(Event)
+DECODERS = decoders_for(Event)
 
 
-class Unreadable(ValueError):
+class InvalidRecord(ValueError):
     """Its text is the dead letter's reason."""
 
 
-class Request(msgspec.Struct, frozen=True):
-    """What a record's headers ask for."""
+class RequestHeaders(msgspec.Struct, frozen=True):
+    """What a record's headers request."""
 
     decoder: Decoder[Event]
     strategy: str | None
@@ -63,106 +61,108 @@ class Codec:
         self._actions = frozenset(config.events.actions)
         triggers = config.events.trigger_actions
         self._triggers = self._actions if triggers is None else frozenset(triggers)
-        self._ahead_ms = int(config.events.max_ahead_s * 1000)
-        self._age_ms = int(config.events.max_age_days * DAY_MS)
-        self._key_noted = False
+        self._max_skew_ms = int(config.events.max_clock_skew_s * 1000)
+        self._max_age_ms = int(config.events.max_age_days * DAY_MS)
+        self._key_warned = False
 
-    def decode_all(self, fetched: Iterable[Fetched]) -> tuple[list[Arrival], list[DeadLetter]]:
-        """All shares of a poll; within a partition in offset order."""
-        arrivals: list[Arrival] = []
-        letters: list[DeadLetter] = []
-        for part in fetched:
-            good, bad = self.decode(part)
-            arrivals += good
-            letters += bad
-        return arrivals, letters
+    def decode_all(self, polled: Iterable[PolledRecords]) -> tuple[list[ConsumedEvent], list[DeadLetter]]:
+        """Decode all records of a poll; within a partition in offset order."""
+        events: list[ConsumedEvent] = []
+        dead_letters: list[DeadLetter] = []
+        for records in polled:
+            good, bad = self.decode(records)
+            events += good
+            dead_letters += bad
+        return events, dead_letters
 
-    def decode(self, fetched: Fetched) -> tuple[list[Arrival], list[DeadLetter]]:
-        """Every record of the share, once: as an arrival or as a dead letter."""
-        arrivals, letters = [], []
+    def decode(self, polled: PolledRecords) -> tuple[list[ConsumedEvent], list[DeadLetter]]:
+        """Decode every record once: as an event or as a dead letter."""
+        events: list[ConsumedEvent] = []
+        dead_letters: list[DeadLetter] = []
         now_ms = self._clock.now_ms()
-        oldest_ms = now_ms - self._age_ms if self._age_ms else 0
-        for record in fetched.records:
-            ticket = Ticket(fetched.partition, fetched.epoch, record.offset)
+        oldest_ms = now_ms - self._max_age_ms if self._max_age_ms else 0
+        for record in polled.records:
+            record_offset = RecordOffset(polled.partition, polled.assignment, record.offset)
             try:
-                request = _request(tuple(record.headers))
-                event = self._event(record, request, oldest_ms, now_ms + self._ahead_ms)
-                arrivals.append(
-                    Arrival(
+                headers = _request_headers(tuple(record.headers))
+                event = self._event(record, headers, oldest_ms, now_ms + self._max_skew_ms)
+                events.append(
+                    ConsumedEvent(
                         event,
                         self._packer.pack(event),
-                        ticket,
-                        fetched.end_offset,
-                        fetched.polled_ms,
-                        fetched.polled_s,
+                        record_offset,
+                        polled.end_offset,
+                        polled.polled_ms,
+                        polled.polled_s,
                         event.action in self._triggers,
-                        request.strategy,
-                        request.k,
+                        headers.strategy,
+                        headers.k,
                     )
                 )
-            except Unreadable as reason:
-                letters.append(_letter(record, ticket, str(reason)))
-        return arrivals, letters
+            except InvalidRecord as reason:
+                dead_letters.append(_dead_letter(record, record_offset, str(reason)))
+        return events, dead_letters
 
-    def _event(self, record: Record, request: Request, oldest_ms: int, newest_ms: int) -> Event:
+    def _event(self, record: Record, headers: RequestHeaders, oldest_ms: int, newest_ms: int) -> Event:
         if record.value is None:
-            raise Unreadable("the record has no value (a tombstone); an events topic keeps events, it deletes none")
+            raise InvalidRecord("the record has no value (a tombstone); an events topic is never compacted")
         try:
-            event = request.decoder.decode(record.value)
+            event = headers.decoder.decode(record.value)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise Unreadable(f"not an event: {error}") from error
+            raise InvalidRecord(f"not an event: {error}") from error
         if event.action not in self._actions:
-            raise Unreadable(f"unknown action {event.action!r}; events.actions has {', '.join(sorted(self._actions))}")
+            known = ", ".join(sorted(self._actions))
+            raise InvalidRecord(f"unknown action {event.action!r}; events.actions has {known}")
         if not oldest_ms <= event.ts_ms <= newest_ms:
-            raise Unreadable(_out_of_time(event.ts_ms, oldest_ms, newest_ms))
+            raise InvalidRecord(_out_of_time(event.ts_ms, oldest_ms, newest_ms))
         if event.value is not None and not math.isfinite(event.value):  # MessagePack can say infinity
-            raise Unreadable(f"value is {event.value}; wanted a finite number of at least 0")
+            raise InvalidRecord(f"value is {event.value}; want a finite number of at least 0")
         if record.key is not None and record.key != event.user_id.encode():
-            self._note_key(record, event)
+            self._count_key_mismatch(record, event)
         return event
 
-    def _note_key(self, record: Record, event: Event) -> None:
-        metrics.STRANGE_KEYS.inc()
-        if not self._key_noted:
-            self._key_noted = True
+    def _count_key_mismatch(self, record: Record, event: Event) -> None:
+        metrics.KEY_MISMATCHES.inc()
+        if not self._key_warned:
+            self._key_warned = True
             log.warning(
-                "a record's key is not its user's id: order holds within one partition only; said once, then counted",
+                "record key is not its user id: order holds within one partition only (logged once, then counted)",
                 key=record.key,
                 user_id=event.user_id,
                 offset=record.offset,
             )
 
 
-@lru_cache(maxsize=4096)  # producers repeat their headers; a trace id in each costs 2 us a record
-def _request(headers: Sequence[tuple[str, bytes]]) -> Request:
+@lru_cache(maxsize=4096)  # producers repeat their headers; a trace id in each costs 2 us per record
+def _request_headers(headers: Sequence[tuple[str, bytes]]) -> RequestHeaders:
     if not headers:
-        return Request(FORMATS["application/json"], None, None)
-    values = values_of(headers)
+        return RequestHeaders(DECODERS["application/json"], None, None)
+    values = header_values(headers)
     if UNREADABLE in values:
-        raise Unreadable(_text(values, UNREADABLE, "") or "the log's reader could not read it")
+        raise InvalidRecord(_text(values, UNREADABLE, "") or "the log's reader could not read it")
     schema = _text(values, "schema", "event/1")
     if schema.split(".")[0] != "event/1":
-        raise Unreadable(f"schema {schema!r}; this worker reads event/1")
-    return Request(decoder_of(values, FORMATS), _strategy(values), _k(values))
+        raise InvalidRecord(f"schema {schema!r}; this worker reads event/1")
+    return RequestHeaders(decoder_named(values, DECODERS), _strategy(values), _k(values))
 
 
-def values_of(headers: Iterable[tuple[str, bytes | None]]) -> dict[str, bytes]:
-    """By name; of several the last one, of none an empty value."""
+def header_values(headers: Iterable[tuple[str, bytes | None]]) -> dict[str, bytes]:
+    """Return the headers by name: of a repeated name the last value, of a missing value empty bytes."""
     return {name: value or b"" for name, value in headers}
 
 
-def decoder_of(values: dict[str, bytes], formats: dict[str, Decoder[Wire]]) -> Decoder[Wire]:
-    """What the header `content-type` names. Unreadable when it is not known."""
+def decoder_named(values: dict[str, bytes], decoders: dict[str, Decoder[Wire]]) -> Decoder[Wire]:
+    """Return the decoder of the header `content-type`. InvalidRecord when it is unknown."""
     name = _text(values, "content-type", "application/json").split(";")[0].strip().lower()
-    if name not in formats:
-        raise Unreadable(f"content-type {name!r}; wanted one of {', '.join(formats)}")
-    return formats[name]
+    if name not in decoders:
+        raise InvalidRecord(f"content-type {name!r}; want one of {', '.join(decoders)}")
+    return decoders[name]
 
 
 def _strategy(values: dict[str, bytes]) -> str | None:
     name = _text(values, "strategy", "")
-    if name and name not in LADDER:
-        raise Unreadable(f"strategy {name!r} in the header; wanted one of {', '.join(LADDER)}")
+    if name and name not in FALLBACK_ORDER:
+        raise InvalidRecord(f"header strategy is {name!r}; want one of {', '.join(FALLBACK_ORDER)}")
     return name or None
 
 
@@ -171,7 +171,7 @@ def _k(values: dict[str, bytes]) -> int | None:
     if not text:
         return None
     if not (text.isascii() and text.isdigit() and len(text) <= 3 and 1 <= int(text) <= MAX_K):
-        raise Unreadable(f"k {text!r} in the header; wanted a whole number from 1 to {MAX_K}")
+        raise InvalidRecord(f"header k is {text!r}; want a whole number from 1 to {MAX_K}")
     return int(text)
 
 
@@ -181,9 +181,9 @@ def _text(values: dict[str, bytes], name: str, absent: str) -> str:
 
 def _out_of_time(ts_ms: int, oldest_ms: int, newest_ms: int) -> str:
     if ts_ms > newest_ms:
-        return f"ts_ms {ts_ms} lies {(ts_ms - newest_ms) / 1000:.0f} s beyond events.max_ahead_s from now"
-    return f"ts_ms {ts_ms} lies {(oldest_ms - ts_ms) / DAY_MS:.1f} days before events.max_age_days ago"
+        return f"ts_ms {ts_ms} is {(ts_ms - newest_ms) / 1000:.0f} s beyond events.max_clock_skew_s from now"
+    return f"ts_ms {ts_ms} is {(oldest_ms - ts_ms) / DAY_MS:.1f} days older than events.max_age_days"
 
 
-def _letter(record: Record, ticket: Ticket, reason: str) -> DeadLetter:
-    return DeadLetter(ticket, record.key, record.value, record.headers, record.timestamp, reason)
+def _dead_letter(record: Record, record_offset: RecordOffset, reason: str) -> DeadLetter:
+    return DeadLetter(record_offset, record.key, record.value, record.headers, record.timestamp, reason)

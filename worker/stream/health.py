@@ -15,28 +15,28 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from prometheus_client import make_wsgi_app
 
 from worker import logging, metrics
-from worker.config import Health as HealthConfig
+from worker.config import HealthConfig
 from worker.errors import ConfigError, Stalled
 from worker.interfaces import Clock, Partition, Source
-from worker.stream.offset_tracker import Ledger
+from worker.stream.offset_tracker import OffsetTracker
 
 log = logging.get("health")
-LOOP_LATE_S = 10.0  # a loop that has not turned for so long is blocked: the longest batch on a CPU takes under 1 s
-BEAT_S = 0.5
+LOOP_BLOCKED_S = 10.0  # without a heartbeat the loop is blocked: the longest batch on a CPU takes under 1 s
+HEARTBEAT_S = 0.5
 
 
 @dataclass(slots=True)
-class Pulse:
-    """What the probes know. The loop beats; `ready` is set once partitions or a log are being polled."""
+class HealthState:
+    """What the probes report. The loop sets `heartbeat_s`; `ready` is set once partitions or a log are polled."""
 
     clock: Clock
-    beat_s: float = 0.0
+    heartbeat_s: float = 0.0
     ready: bool = False
     problems: dict[str, str] = field(default_factory=dict)  # by part: why the worker waits
 
     def alive(self) -> tuple[bool, str]:
-        late_s = self.clock.monotonic() - self.beat_s
-        return late_s < LOOP_LATE_S, f"event loop turned {late_s:.1f} s ago"
+        late_s = self.clock.monotonic() - self.heartbeat_s
+        return late_s < LOOP_BLOCKED_S, f"event loop turned {late_s:.1f} s ago"
 
     def serving(self) -> tuple[bool, str]:
         if self.problems:
@@ -48,19 +48,19 @@ class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
 
 
-class _Quiet(WSGIRequestHandler):
+class _SilentHandler(WSGIRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
-        """A probe a second is not news."""
+        """Log nothing: one probe per second is noise."""
 
 
-class Health:
-    """The HTTP side. `port` is the bound one (config 0 takes a free port)."""
+class HealthServer:
+    """Serves the probes over HTTP. `port` is the bound one (config 0 takes a free port)."""
 
-    def __init__(self, config: HealthConfig, pulse: Pulse) -> None:
-        self._pages: dict[str, Callable[[], tuple[bool, str]]] = {"/livez": pulse.alive, "/readyz": pulse.serving}
+    def __init__(self, config: HealthConfig, state: HealthState) -> None:
+        self._pages: dict[str, Callable[[], tuple[bool, str]]] = {"/livez": state.alive, "/readyz": state.serving}
         self._metrics = make_wsgi_app()
         try:
-            self._server = make_server(config.host, config.port, self._page, _Server, _Quiet)
+            self._server = make_server(config.host, config.port, self._page, _Server, _SilentHandler)
         except OSError as error:
             where = f"{config.host}:{config.port}"
             raise ConfigError(f"health: cannot listen on {where}: {error.strerror}; set health.port, or 0") from error
@@ -77,51 +77,58 @@ class Health:
             return self._metrics(environ, start_response)
         if path not in self._pages:
             start_response("404 Not Found", [("Content-Type", "text/plain")])
-            return [b"/livez, /readyz and /metrics are here\n"]
+            return [b"try /livez, /readyz or /metrics\n"]
         good, text = self._pages[path]()
         start_response("200 OK" if good else "503 Service Unavailable", [("Content-Type", "text/plain")])
         return [text.encode() + b"\n"]
 
 
 class Watchdog:
-    """Raises Stalled when something is open or lagging and nothing has been settled for `stall_s`."""
+    """Raises Stalled when events are open or lagging and none was completed for `stall_timeout_s`."""
 
-    def __init__(self, config: HealthConfig, ledger: Ledger, source: Source, pulse: Pulse, clock: Clock) -> None:
-        self._config, self._ledger, self._source, self._pulse, self._clock = config, ledger, source, pulse, clock
-        self._settled = -1
-        self._moved_s = clock.monotonic()
+    def __init__(
+        self, config: HealthConfig, tracker: OffsetTracker, source: Source, health: HealthState, clock: Clock
+    ) -> None:
+        self._config = config
+        self._tracker = tracker
+        self._source = source
+        self._health = health
+        self._clock = clock
+        self._completed = -1
+        self._progress_s = clock.monotonic()
         self._exported: set[Partition] = set()  # partitions whose lag the metrics show
 
     async def run(self) -> None:
         try:
             while True:
                 self.check()
-                await asyncio.sleep(BEAT_S)
+                await asyncio.sleep(HEARTBEAT_S)
         finally:
-            self._show({})
+            self._export_lag({})
 
     def check(self) -> None:
         now_s = self._clock.monotonic()
-        self._pulse.beat_s = now_s
+        self._health.heartbeat_s = now_s
         self._export(now_s)
-        waiting = self._ledger.open_count + sum(self._source.lag().values())
-        if self._ledger.settled_count != self._settled or not waiting:
-            self._settled, self._moved_s = self._ledger.settled_count, now_s
-        elif now_s - self._moved_s > self._config.stall_s:
+        waiting = self._tracker.open_count + sum(self._source.lag().values())
+        if self._tracker.completed_count != self._completed or not waiting:
+            self._completed = self._tracker.completed_count
+            self._progress_s = now_s
+        elif now_s - self._progress_s > self._config.stall_timeout_s:
             dump_tasks()
             raise Stalled(
-                f"nothing was settled for {now_s - self._moved_s:.0f} s while {waiting} events wait "
-                f"({self._ledger.open_count} open); the tasks are dumped above, the process exits to be restarted"
+                f"no event was completed for {now_s - self._progress_s:.0f} s while {waiting} wait "
+                f"({self._tracker.open_count} open); the tasks are dumped above, the process exits to be restarted"
             )
 
     def _export(self, now_s: float) -> None:
-        metrics.OPEN_EVENTS.set(self._ledger.open_count)
-        oldest_s = self._ledger.oldest_open_s
+        metrics.IN_FLIGHT_EVENTS.set(self._tracker.open_count)
+        oldest_s = self._tracker.oldest_open_s
         metrics.LAG_SECONDS.set(0.0 if oldest_s is None else now_s - oldest_s)
-        self._show(self._source.lag())
+        self._export_lag(self._source.lag())
 
-    def _show(self, lag: Mapping[Partition, int]) -> None:
-        for topic, partition in self._exported - lag.keys():  # another member shows it now
+    def _export_lag(self, lag: Mapping[Partition, int]) -> None:
+        for topic, partition in self._exported - lag.keys():  # another member exports it now
             metrics.LAG.remove(topic, str(partition))
         for (topic, partition), records in lag.items():
             metrics.LAG.labels(topic, str(partition)).set(records)
@@ -129,7 +136,7 @@ class Watchdog:
 
 
 def dump_tasks() -> None:
-    """Every task's and every thread's stack on stderr."""
+    """Print every task's and every thread's stack to stderr."""
     for task in asyncio.all_tasks():
         task.print_stack(file=sys.stderr)
     faulthandler.dump_traceback(file=sys.stderr)

@@ -1,105 +1,106 @@
-"""The story: one event from its topic to a slate in Kafka and Redis, and on to the committed offset.
+"""The story of one event: from its topic to a slate in Kafka and Redis, and on to the committed offset.
 
-    poll ─► ingest: decode, push to its ring ─► batcher ─► serve: rank ─► deliver: send, settle ─► commit
+    poll ─► ingest: decode, push to its ring ─► batcher ─► serve: rank ─► deliver: send, complete ─► commit
 
-`poll` never waits for the others, for a paused partition must be polled too: what is admitted and not yet settled is
-bounded by pausing the partitions. A ticket is opened in the ledger before anything can go wrong, and done only when
-Kafka has acknowledged its slate or dead letter (or Redis the ring push, for an action that asks for no slate).
+`poll` never waits for the others, because a paused partition must be polled too: pausing bounds what is admitted and
+not yet completed. An offset is opened before anything can go wrong, and completed only when Kafka has acknowledged its
+slate or dead letter (or Redis its ring push, for an action that triggers no slate).
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from pipeline.records import Slate
 from worker import logging, metrics
 from worker.config import Config
-from worker.interfaces import Arrival, Batch, Clock, DeadLetter, Ranking, Sink, Source, Store
+from worker.interfaces import Batch, Clock, ConsumedEvent, DeadLetter, OnDelivered, Ranker, Sink, Source, Store
 from worker.stream.batcher import Batcher
 from worker.stream.codec import Codec
 from worker.stream.dead_letter_limits import DeadLetterLimits
-from worker.stream.health import Pulse, Watchdog
-from worker.stream.offset_committer import Offsets
-from worker.stream.offset_tracker import Ledger
-from worker.stream.poll_queue import Polled
+from worker.stream.health import HealthState, Watchdog
+from worker.stream.offset_committer import OffsetCommitter
+from worker.stream.offset_tracker import OffsetTracker
+from worker.stream.poll_queue import PollQueue
 from worker.stream.retry import Retry
 
 log = logging.get("loop")
-PUSHED_EVENTS = 1000  # at once, within one `redis.timeout_s`: a backlog in one piece would never be pushed in time
+PUSH_CHUNK_EVENTS = 1000  # per round trip: pushing a whole backlog at once would exceed `redis.timeout_s`
 POLL_S = 0.2  # how late a stop or a resume may be noticed; new records end the wait at once
 
-Audience = Callable[[Batch, Sequence[Slate]], None]
 
-
+@dataclass(eq=False)
 class Worker:
-    """Runs until the source is exhausted or `stop` is called, then drains. Raises what repeating cannot mend."""
+    """Runs until the source is exhausted or `stop` is called, then drains. Raises any error that a retry cannot fix."""
 
-    def __init__(
-        self,
-        config: Config,
-        clock: Clock,
-        source: Source,
-        store: Store,
-        ranker: Ranking,
-        sink: Sink,
-        pulse: Pulse,
-        audience: Audience = lambda batch, slates: None,
-    ) -> None:
-        self.config, self.source, self.store, self.ranker, self.sink = config, source, store, ranker, sink
-        self.pulse, self.audience = pulse, audience
-        self.codec = Codec(config, clock)
-        self.limits = DeadLetterLimits(config.dead_letters)
-        self.ledger = Ledger(clock)
-        self.offsets = Offsets(config.health, self.ledger, source, store.forget)
-        self.batcher = Batcher(config.batcher, clock)
-        self.watchdog = Watchdog(config.health, self.ledger, source, pulse, clock)
-        self.persist, self.polled = Retry(config.redis.retry_s, pulse), Polled()
-        self.in_flight = asyncio.Semaphore(config.batcher.in_flight)
-        self.stopping, self.buried_count = False, 0
+    config: Config
+    clock: Clock
+    source: Source
+    store: Store
+    ranker: Ranker
+    sink: Sink
+    health: HealthState
+    on_delivered: OnDelivered = lambda batch, slates: None
+
+    def __post_init__(self) -> None:
+        self.codec = Codec(self.config, self.clock)
+        self.limits = DeadLetterLimits(self.config.dead_letters)
+        self.tracker = OffsetTracker(self.clock)
+        self.offsets = OffsetCommitter(self.config.health, self.tracker, self.source, self.store.forget)
+        self.batcher = Batcher(self.config.batcher, self.clock)
+        self.watchdog = Watchdog(self.config.health, self.tracker, self.source, self.health, self.clock)
+        self.retry = Retry(self.config.redis.retry_backoff_s, self.health)
+        self.poll_queue = PollQueue()
+        self.in_flight = asyncio.Semaphore(self.config.batcher.max_in_flight_batches)
+        self.stopping = False
 
     def stop(self) -> None:
-        """Take no more records, be not ready; answer what was admitted, commit, return from `run`."""
+        """Stop polling and report not ready; `run` answers what was admitted, commits and returns."""
         self.stopping = True
-        self.pulse.problems["worker"] = "draining"
+        self.health.problems["worker"] = "draining"
 
     async def run(self) -> None:
         await self.source.start(self.offsets)
-        self.pulse.ready = True
+        self.health.ready = True
         try:
             async with asyncio.TaskGroup() as tasks:
-                around = [tasks.create_task(self.offsets.run(), name="commit")]
-                around += [tasks.create_task(self.watchdog.run(), name="watchdog")]
-                work = [tasks.create_task(self.ingest(), name="ingest"), tasks.create_task(self.serve(), name="serve")]
+                background = [tasks.create_task(self.offsets.run(), name="commit")]
+                background += [tasks.create_task(self.watchdog.run(), name="watchdog")]
+                stages = [
+                    tasks.create_task(self.ingest(), name="ingest"),
+                    tasks.create_task(self.serve(), name="serve"),
+                ]
                 await self.poll()
-                await self.drain(work)
-                for task in around:
+                await self.drain(stages)
+                for task in background:
                     task.cancel()
         finally:
-            self.pulse.ready = False
+            self.health.ready = False
             await self.source.stop()
 
     async def poll(self) -> None:
         while not (self.stopping or self.source.exhausted):
-            self.balance()
-            if fetched := await self.source.poll(POLL_S):
-                for part in fetched:
-                    self.ledger.open(part)
-                self.polled.put(fetched)
-        self.polled.close()
+            self.apply_backpressure()
+            if polled := await self.source.poll(POLL_S):
+                for records in polled:
+                    self.tracker.open(records)
+                self.poll_queue.put(polled)
+        self.poll_queue.close()
 
     async def ingest(self) -> None:
-        while polls := await self.polled.take():
-            arrivals: list[Arrival] = []
-            for fetched in polls:  # the limits of dead letters are of single polls
-                good, letters = self.codec.decode_all(fetched)
-                await self.bury(letters, among=len(good) + len(letters))
-                arrivals += good
-            await self.push(arrivals)
-            self.batcher.add(arrival for arrival in arrivals if arrival.trigger)
+        while polls := await self.poll_queue.take():
+            events: list[ConsumedEvent] = []
+            for polled in polls:  # dead-letter limits are checked per poll
+                decoded, dead_letters = self.codec.decode_all(polled)
+                await self.dead_letter(dead_letters, among=len(decoded) + len(dead_letters))
+                events += decoded
+            await self.push(events)
+            self.batcher.add(event for event in events if event.trigger)
         self.batcher.close()
 
     async def serve(self) -> None:
         async with asyncio.TaskGroup() as deliveries:
-            await self.in_flight.acquire()  # first: until a batch can be ranked its entries still take events
+            await self.in_flight.acquire()  # before taking a batch: until then its entries can still coalesce events
             while batch := await self.batcher.next():
                 slates = await self.ranker.rank(batch)
                 deliveries.create_task(self.deliver(batch, slates), name="deliver")
@@ -107,44 +108,43 @@ class Worker:
             self.in_flight.release()
 
     async def deliver(self, batch: Batch, slates: list[Slate]) -> None:
-        await self.persist(self.sink.send, slates)
-        self.audience(batch, slates)
-        self.ledger.done(batch.tickets)
+        await self.retry(self.sink.send, slates)
+        self.on_delivered(batch, slates)
+        self.tracker.complete(batch.record_offsets)
         self.batcher.finish(batch)
         self.in_flight.release()
         metrics.SLATES.labels(slates[0].strategy).inc(len(slates))
 
-    async def push(self, arrivals: list[Arrival]) -> None:
-        for start in range(0, len(arrivals), PUSHED_EVENTS):
-            await self.persist(self.store.push, arrivals[start : start + PUSHED_EVENTS])
-        if arrivals:
-            await self.ranker.observe(arrivals)
-            metrics.EVENTS.inc(len(arrivals))
-            metrics.REPLAYED.inc(sum(not arrival.fresh for arrival in arrivals))
-            self.ledger.done([arrival.ticket for arrival in arrivals if not arrival.trigger])
+    async def push(self, events: list[ConsumedEvent]) -> None:
+        for start in range(0, len(events), PUSH_CHUNK_EVENTS):
+            await self.retry(self.store.push, events[start : start + PUSH_CHUNK_EVENTS])
+        if events:
+            await self.ranker.observe(events)
+            metrics.EVENTS.inc(len(events))
+            metrics.REPLAYED_EVENTS.inc(sum(not event.is_new for event in events))
+            self.tracker.complete(event.record_offset for event in events if not event.trigger)
 
-    async def bury(self, letters: list[DeadLetter], among: int) -> None:
-        if letters:
-            await self.persist(self.sink.bury, letters)
-            self.ledger.done([letter.ticket for letter in letters])
-            self.buried_count += len(letters)
-            metrics.DEAD_LETTERS.inc(len(letters))
-        self.limits.count(among, letters)
+    async def dead_letter(self, dead_letters: list[DeadLetter], among: int) -> None:
+        if dead_letters:
+            await self.retry(self.sink.send_dead_letters, dead_letters)
+            self.tracker.complete(letter.record_offset for letter in dead_letters)
+            metrics.DEAD_LETTERS.inc(len(dead_letters))
+        self.limits.count(among, dead_letters)
 
-    def balance(self) -> None:
-        """Backpressure, with a gap between its two marks so that partitions do not flutter."""
-        if self.ledger.open_count >= self.config.batcher.max_pending:
+    def apply_backpressure(self) -> None:
+        """Pause and resume partitions, with hysteresis to avoid flapping."""
+        if self.tracker.open_count >= self.config.batcher.max_pending_events:
             self.source.pause()
             metrics.PAUSED.set(1)
-        elif self.ledger.open_count <= self.config.batcher.max_pending // 2:
+        elif self.tracker.open_count <= self.config.batcher.max_pending_events // 2:
             self.source.resume()
             metrics.PAUSED.set(0)
 
-    async def drain(self, work: Sequence[asyncio.Task]) -> None:
-        """Let what was admitted be answered, a stopped worker within `drain_s`; the rest is read again next time."""
-        _, late = await asyncio.wait(work, timeout=self.config.health.drain_s if self.stopping else None)
+    async def drain(self, stages: Sequence[asyncio.Task]) -> None:
+        """Let the stages answer what was admitted, within `drain_timeout_s` when stopped; the rest is read again."""
+        _, late = await asyncio.wait(stages, timeout=self.config.health.drain_timeout_s if self.stopping else None)
         if late:
-            log.warning("not all was answered in time; it is read again by the next owner", open=self.ledger.open_count)
+            log.warning("drain timed out: the next owner reads the rest again", open=self.tracker.open_count)
         for task in late:
             task.cancel()
         await self.offsets.commit()

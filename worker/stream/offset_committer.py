@@ -1,50 +1,58 @@
-"""What this process owns and how far it is settled: assignment, revocation, commits."""
+"""Commits completed offsets: when partitions are assigned and revoked, and periodically in between."""
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
 
 from worker import logging, metrics
-from worker.config import Health
+from worker.config import HealthConfig
 from worker.interfaces import Partition, Source
-from worker.stream.offset_tracker import Ledger
+from worker.stream.offset_tracker import OffsetTracker
 
 log = logging.get("offsets")
 
 
-class Offsets:
-    """Implements Rebalance: the source tells it of partitions, and it commits the ledger's frontier to the source."""
+class OffsetCommitter:
+    """Implements RebalanceListener, and commits the tracker's committable offsets through the source."""
 
     def __init__(
-        self, config: Health, ledger: Ledger, source: Source, forget: Callable[[Partition], None] = lambda _: None
+        self,
+        config: HealthConfig,
+        tracker: OffsetTracker,
+        source: Source,
+        forget: Callable[[Partition], None] = lambda _: None,
     ) -> None:
-        self._config, self._ledger, self._source, self._forget = config, ledger, source, forget
+        """forget: called with each revoked partition, to drop what is cached of it."""
+        self._config = config
+        self._tracker = tracker
+        self._source = source
+        self._forget = forget
 
     async def assigned(self, partitions: Mapping[Partition, int]) -> None:
-        for partition, epoch in partitions.items():
-            self._ledger.assign(partition, epoch)
-        log.info("assigned", partitions=_names(partitions))
+        for partition, assignment in partitions.items():
+            self._tracker.assign(partition, assignment)
+        log.info("partitions assigned", partitions=_names(partitions))
 
     async def revoked(self, partitions: Iterable[Partition]) -> None:
-        """Wait until they are settled, at most `drain_s`; what is not will be read again by their next owner."""
+        """Wait until they are completed, at most `drain_timeout_s`; their next owner reads the rest again."""
         partitions = list(partitions)
         try:
-            await asyncio.wait_for(self._ledger.drained(partitions), self._config.drain_s)
+            await asyncio.wait_for(self._tracker.wait_drained(partitions), self._config.drain_timeout_s)
         except TimeoutError:
-            log.warning("revoked before all was settled: the next owner repeats it", partitions=_names(partitions))
+            log.warning("revoked before drained: the next owner reads the rest again", partitions=_names(partitions))
         await self.commit()
         for partition in partitions:
-            self._ledger.revoke(partition)
+            self._tracker.revoke(partition)
             self._forget(partition)
-        log.info("revoked", partitions=_names(partitions))
+        log.info("partitions revoked", partitions=_names(partitions))
 
     async def commit(self) -> None:
-        if frontiers := self._ledger.frontiers():
-            await self._source.commit(frontiers, self._ledger.epochs())
+        if offsets := self._tracker.committable():
+            await self._source.commit(offsets, self._tracker.assignments())
             metrics.COMMITS.inc()
 
     async def run(self) -> None:
         while True:
-            await asyncio.sleep(self._config.commit_s)
+            await asyncio.sleep(self._config.commit_interval_s)
             await self.commit()
 
 

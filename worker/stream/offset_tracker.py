@@ -1,8 +1,8 @@
-"""Which offsets are settled, and how far each partition may be committed.
+"""Which offsets are completed, and how far each partition may be committed.
 
-The frontier of a partition is the next offset to commit: one past the newest record before which nothing is open.
-Offsets may have gaps (transaction markers, compaction): only records that were opened count. An epoch is one assignment
-of a partition; what comes late for an older one is ignored.
+The committable offset of a partition is one past the newest record before which nothing is open. Offsets may have gaps
+(transaction markers, compaction): only records that were opened count. An assignment is one ownership of a partition;
+a completion from an older one is ignored.
 """
 
 import asyncio
@@ -10,97 +10,98 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from worker.interfaces import Clock, Fetched, Partition, Ticket
+from worker.interfaces import Clock, Partition, PolledRecords, RecordOffset
 
 
 @dataclass(slots=True)
-class _Account:
-    """One partition in one epoch."""
+class _PartitionOffsets:
+    """One partition in one assignment."""
 
-    epoch: int
-    order: deque[int] = field(default_factory=deque)  # offsets from the frontier on, open or done, as they were opened
+    assignment: int
+    order: deque[int] = field(default_factory=deque)  # offsets from the committable one on, as they were opened
     open: set[int] = field(default_factory=set)
-    polls: deque[tuple[int, float]] = field(default_factory=deque)  # (last offset, opened_s): ages without a time each
-    frontier: int | None = None
-    told: int | None = None  # the frontier that was last handed out
+    polls: deque[tuple[int, float]] = field(default_factory=deque)  # (last offset, opened_s): one age per poll
+    committable: int | None = None
+    last_reported: int | None = None
     idle: asyncio.Event = field(default_factory=asyncio.Event)  # nothing is open
 
     def advance(self) -> None:
         while self.order and self.order[0] not in self.open:
-            self.frontier = self.order.popleft() + 1
-            while self.polls and self.polls[0][0] < self.frontier:
+            self.committable = self.order.popleft() + 1
+            while self.polls and self.polls[0][0] < self.committable:
                 self.polls.popleft()
         if not self.open:
             self.idle.set()
 
 
-class Ledger:
-    """Constant time per record to open and to settle. Used by one event loop's tasks; nothing in it blocks."""
+class OffsetTracker:
+    """Opens and completes a record in constant time. Used by one event loop's tasks; nothing in it blocks."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._accounts: dict[Partition, _Account] = {}
+        self._partitions: dict[Partition, _PartitionOffsets] = {}
         self.open_count = 0
-        self.settled_count = 0
+        self.completed_count = 0
 
-    def assign(self, partition: Partition, epoch: int) -> None:
-        """The partition is owned now. What an earlier epoch left open is forgotten."""
+    def assign(self, partition: Partition, assignment: int) -> None:
+        """Take over the partition, forgetting what an earlier assignment left open."""
         self.revoke(partition)
-        self._accounts[partition] = _Account(epoch)
-        self._accounts[partition].idle.set()
+        self._partitions[partition] = _PartitionOffsets(assignment)
+        self._partitions[partition].idle.set()
 
     def revoke(self, partition: Partition) -> None:
-        """The partition is gone: whoever waits for it to drain is let go."""
-        if account := self._accounts.pop(partition, None):
-            self.open_count -= len(account.open)
-            account.open.clear()
-            account.idle.set()
+        """Drop the partition and wake anyone waiting for it to drain."""
+        if offsets := self._partitions.pop(partition, None):
+            self.open_count -= len(offsets.open)
+            offsets.open.clear()
+            offsets.idle.set()
 
-    def open(self, fetched: Fetched) -> None:
-        """Claim a poll's records, in their order, before anything is done with them."""
-        account = self._accounts.get(fetched.partition)
-        if account is None or account.epoch != fetched.epoch or not fetched.records:
+    def open(self, polled: PolledRecords) -> None:
+        """Open a poll's records, in their order, before anything is done with them."""
+        offsets = self._partitions.get(polled.partition)
+        if offsets is None or offsets.assignment != polled.assignment or not polled.records:
             return
-        offsets = [record.offset for record in fetched.records]
-        self.open_count -= len(account.open)
-        account.order.extend(offsets)
-        account.open.update(offsets)
-        self.open_count += len(account.open)
-        account.polls.append((offsets[-1], self._clock.monotonic()))
-        account.idle.clear()
+        opened = [record.offset for record in polled.records]
+        self.open_count -= len(offsets.open)
+        offsets.order.extend(opened)
+        offsets.open.update(opened)
+        self.open_count += len(offsets.open)
+        offsets.polls.append((opened[-1], self._clock.monotonic()))
+        offsets.idle.clear()
 
-    def done(self, tickets: Iterable[Ticket]) -> None:
-        """Settle records. Twice is harmless; tickets of another epoch are ignored."""
-        touched: dict[Partition, _Account] = {}
-        for partition, epoch, offset in tickets:
-            account = self._accounts.get(partition)
-            if account is not None and account.epoch == epoch and offset in account.open:
-                account.open.remove(offset)
+    def complete(self, record_offsets: Iterable[RecordOffset]) -> None:
+        """Complete records. A repetition is harmless; offsets of another assignment are ignored."""
+        touched: dict[Partition, _PartitionOffsets] = {}
+        for partition, assignment, offset in record_offsets:
+            offsets = self._partitions.get(partition)
+            if offsets is not None and offsets.assignment == assignment and offset in offsets.open:
+                offsets.open.remove(offset)
                 self.open_count -= 1
-                self.settled_count += 1
-                touched[partition] = account
-        for account in touched.values():
-            account.advance()
+                self.completed_count += 1
+                touched[partition] = offsets
+        for offsets in touched.values():
+            offsets.advance()
 
-    def frontiers(self) -> dict[Partition, int]:
-        """The next offsets to commit, of the partitions where they have moved since this was last asked."""
+    def committable(self) -> dict[Partition, int]:
+        """Return the next offsets to commit, of the partitions where they have moved since the last call."""
         moved = {}
-        for partition, account in self._accounts.items():
-            if account.frontier is not None and account.frontier != account.told:
-                moved[partition] = account.told = account.frontier
+        for partition, offsets in self._partitions.items():
+            if offsets.committable is not None and offsets.committable != offsets.last_reported:
+                offsets.last_reported = offsets.committable
+                moved[partition] = offsets.committable
         return moved
 
-    def epochs(self) -> dict[Partition, int]:
-        """Of all owned partitions."""
-        return {partition: account.epoch for partition, account in self._accounts.items()}
+    def assignments(self) -> dict[Partition, int]:
+        """Return the current assignment of each owned partition."""
+        return {partition: offsets.assignment for partition, offsets in self._partitions.items()}
 
     @property
     def oldest_open_s(self) -> float | None:
-        """Clock.monotonic() at which the oldest unsettled record was opened; None when nothing is open."""
-        return min((account.polls[0][1] for account in self._accounts.values() if account.open), default=None)
+        """Clock.monotonic() at which the oldest open record was opened; None when nothing is open."""
+        return min((offsets.polls[0][1] for offsets in self._partitions.values() if offsets.open), default=None)
 
-    async def drained(self, partitions: Iterable[Partition]) -> None:
-        """Returns when nothing of these partitions is open, or they are revoked. The caller sets the deadline."""
-        accounts = [self._accounts[partition] for partition in partitions if partition in self._accounts]
-        while waiting := [account for account in accounts if account.open]:
-            await waiting[0].idle.wait()
+    async def wait_drained(self, partitions: Iterable[Partition]) -> None:
+        """Return when nothing of these partitions is open, or they are revoked. The caller sets the deadline."""
+        waited = [self._partitions[partition] for partition in partitions if partition in self._partitions]
+        while busy := [offsets for offsets in waited if offsets.open]:
+            await busy[0].idle.wait()

@@ -1,38 +1,45 @@
-"""Writes that must happen: repeated until they do, unless repeating cannot help."""
+"""Retry idempotent writes until they succeed or fail permanently."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 
 from worker import logging, metrics
 from worker.errors import MillraceError
-from worker.stream.health import Pulse
+from worker.stream.health import HealthState
 
 log = logging.get("retry")
-CAP_S = 5.0  # of the back-off: a part that is back is noticed within seconds
+MAX_DELAY_S = 5.0  # a recovered server is noticed within seconds
+T = TypeVar("T")
 
 
 class Retry:
-    """Backs off from `first_s` to CAP_S without end; while it waits, /readyz says why. Errors that are not retriable
-    are raised: they halt the worker."""
+    """Backs off from `first_delay_s` to MAX_DELAY_S without end; meanwhile /readyz says why.
 
-    def __init__(self, first_s: float, pulse: Pulse) -> None:
-        self._first_s, self._pulse = first_s, pulse
+    Errors that are not retriable are raised: they halt the worker.
+    """
 
-    async def __call__(self, act: Callable[[Sequence], Awaitable[None]], what: Sequence) -> None:
-        """`act(what)` until it returns. It must be idempotent."""
-        delay_s, part = self._first_s, act.__qualname__
-        while (error := await _attempt(act, what)) is not None:
-            self._pulse.problems[part] = str(error)
+    def __init__(self, first_delay_s: float, health: HealthState) -> None:
+        self._first_delay_s = first_delay_s
+        self._health = health
+
+    async def __call__(self, write: Callable[[Sequence[T]], Awaitable[None]], values: Sequence[T]) -> None:
+        """Call `write(values)` until it returns. It must be idempotent."""
+        delay_s = self._first_delay_s
+        part = write.__qualname__
+        while (error := await _attempt(write, values)) is not None:
+            self._health.problems[part] = str(error)
             metrics.RETRIES.labels(type(error).__name__).inc()
-            log.warning("retrying", part=part, error=str(error), delay_s=delay_s)
+            log.warning("write failed, retrying", part=part, error=str(error), delay_s=delay_s)
             await asyncio.sleep(delay_s)
-            delay_s = min(2 * delay_s, CAP_S)
-        self._pulse.problems.pop(part, None)
+            delay_s = min(2 * delay_s, MAX_DELAY_S)
+        self._health.problems.pop(part, None)
 
 
-async def _attempt(act: Callable[[Sequence], Awaitable[None]], what: Sequence) -> MillraceError | None:
+async def _attempt(write: Callable[[Sequence[T]], Awaitable[None]], values: Sequence[T]) -> MillraceError | None:
+    """Return a retriable error, or None when the write succeeded."""
     try:
-        await act(what)
+        await write(values)
     except MillraceError as error:
         if not error.retriable:
             raise

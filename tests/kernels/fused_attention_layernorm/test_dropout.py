@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.fused_attention_layernorm import dropout
-from kernels.fused_attention_layernorm.launch import SAFE, Launch
+from kernels.fused_attention_layernorm.launch import SAFE, KernelConfig
 from kernels.fused_attention_layernorm.op import fused_attention_layernorm
-from kernels.fused_attention_layernorm.plan import Plan
+from kernels.fused_attention_layernorm.plan import AttentionPlan
 from tests.kernels.fused_attention_layernorm.test_op import (
     DEVICE,
     EPS,
@@ -37,10 +37,10 @@ def gradients(result: Tensor, case: Case) -> list[Tensor]:
 
 @pytest.mark.parametrize("share", [0.1, 0.6])
 @pytest.mark.parametrize(
-    ("lengths", "launch"), [([1, 70, 3, 90], SAFE), ([0, 65, 150, 2], SAFE), ([5, 129, 70], Launch(128, 64, 2))]
+    ("lengths", "launch"), [([1, 70, 3, 90], SAFE), ([0, 65, 150, 2], SAFE), ([5, 129, 70], KernelConfig(128, 64, 2))]
 )
 def test_kernels_and_their_gradients_drop_what_the_specification_drops(
-    lengths: list[int], launch: Launch, share: float
+    lengths: list[int], launch: KernelConfig, share: float
 ) -> None:
     case = case_of(lengths)
     for leaf in (*case.rows, *case.weights):
@@ -142,7 +142,9 @@ class Attention(torch.nn.Module):
 
     def forward(self, q: Tensor, seed: Tensor) -> Tensor:
         case = self.case
-        plan = Plan.of(case.seconds, case.offsets, THRESHOLDS, EVENTS, q.dtype, kernels=True, trusted=True)
+        plan = AttentionPlan.from_batch(
+            case.seconds, case.offsets, THRESHOLDS, EVENTS, q.dtype, kernels=True, trusted=True
+        )
         rows = (q, *case.rows[1:])
         return fused_attention_layernorm(*rows, *case.weights, plan, EPS, EVENTS, 0.5, dropout=0.3, seed=seed)
 

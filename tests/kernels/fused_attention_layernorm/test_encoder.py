@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.fused_attention_layernorm.encoder import Encoder
-from kernels.fused_attention_layernorm.plan import Plan
+from kernels.fused_attention_layernorm.encoder import KernelEncoder
+from kernels.fused_attention_layernorm.plan import AttentionPlan
 from pipeline.backends.fused import encoder_of
 from pipeline.features.event_features import TIME_THRESHOLDS
-from pipeline.model.padding import Layout
+from pipeline.model.padding import PaddedBlocks
 from tests.kernels.fused_attention_layernorm.test_op_reference import CONFIG, DEVICE, inputs_of_lengths, model
 
 WIDE = msgspec.structs.replace(CONFIG, width=48, d_qk=16, d_v=32)
@@ -20,7 +20,9 @@ WIDE = msgspec.structs.replace(CONFIG, width=48, d_qk=16, d_v=32)
 
 def test_an_encoder_refuses_a_plan_of_longer_users_than_its_tables_have_columns() -> None:
     seconds, thresholds = (torch.zeros(n, dtype=torch.int32, device=DEVICE) for n in (3, 4))
-    plan = Plan.of(seconds, torch.tensor([0, 3], device=DEVICE), thresholds, WIDE.max_events + 1, torch.float32)
+    plan = AttentionPlan.from_batch(
+        seconds, torch.tensor([0, 3], device=DEVICE), thresholds, WIDE.max_events + 1, torch.float32
+    )
     with pytest.raises(ValueError, match=f"max_length is {WIDE.max_events + 1}, wanted at most .* {WIDE.max_events}$"):
         encoder_of(model(1, WIDE), torch.float32)(torch.zeros(3, WIDE.width, device=DEVICE), plan)
 
@@ -30,20 +32,20 @@ def test_fused_layers_give_the_models_states_and_its_newest_ones() -> None:
     wanted = x = torch.randn(70, WIDE.width, device=DEVICE)
     with torch.no_grad():
         for layer in hstu.layers:
-            wanted = layer(wanted, Layout.of(inputs, DEVICE))
+            wanted = layer(wanted, PaddedBlocks.from_inputs(inputs, DEVICE))
     columns = (inputs.seconds, inputs.offsets, TIME_THRESHOLDS)
     seconds, offsets, thresholds = (torch.as_tensor(column).int().to(DEVICE) for column in columns)
-    plan = Plan.of(seconds, offsets, thresholds, WIDE.max_events, torch.float32, kernels=True)
+    plan = AttentionPlan.from_batch(seconds, offsets, thresholds, WIDE.max_events, torch.float32, kernels=True)
     encode = encoder_of(hstu, torch.float32)
     torch.testing.assert_close(encode(x, plan), wanted, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(encode(x, plan, last=True), wanted[offsets[1:].long() - 1], rtol=1e-4, atol=1e-4)
 
 
-def encoder_and_plan(lengths: list[int]) -> tuple[Encoder, Tensor, Plan]:
+def encoder_and_plan(lengths: list[int]) -> tuple[KernelEncoder, Tensor, AttentionPlan]:
     inputs = inputs_of_lengths(lengths, seed=1)
     columns = (inputs.seconds, inputs.offsets, TIME_THRESHOLDS)
     seconds, offsets, thresholds = (torch.as_tensor(column).int().to(DEVICE) for column in columns)
-    plan = Plan.of(seconds, offsets, thresholds, WIDE.max_events, torch.float32, kernels=True)
+    plan = AttentionPlan.from_batch(seconds, offsets, thresholds, WIDE.max_events, torch.float32, kernels=True)
     return encoder_of(model(1, WIDE), torch.float32), torch.randn(sum(lengths), WIDE.width, device=DEVICE), plan
 
 

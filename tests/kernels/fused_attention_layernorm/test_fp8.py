@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from triton.runtime import interpreter
 
-from kernels.fused_attention_layernorm.fp8 import DTYPE, LARGEST, Scales, scale_of
-from kernels.fused_attention_layernorm.launch import SAFE, Launch
-from kernels.fused_attention_layernorm.plan import Plan
-from kernels.fused_attention_layernorm.projection import Tiles, project_in, project_in_fp8, row_moments
+from kernels.fused_attention_layernorm.fp8 import DTYPE, LARGEST, Fp8Scales, scale_of
+from kernels.fused_attention_layernorm.launch import SAFE, KernelConfig
+from kernels.fused_attention_layernorm.plan import AttentionPlan
+from kernels.fused_attention_layernorm.projection import ProjectionTiles, project_in, project_in_fp8, row_moments
 from pipeline.backends.fused import encoder_of
 from pipeline.features.event_features import TIME_THRESHOLDS
 from tests.kernels.fused_attention_layernorm.test_op import DEVICE, Case, case_of, error
@@ -24,7 +24,7 @@ from tests.kernels.fused_attention_layernorm.test_op_reference import CONFIG, in
 
 # Weights are float16 (2^-11) and the result waits for its norm in bfloat16, which the interpreter cuts off (2^-8).
 TOLERANCE = 2**-8 + 2**-10
-SCALES = Scales(q=0.01, k=0.02, v=0.03)
+SCALES = Fp8Scales(q=0.01, k=0.02, v=0.03)
 WIDE = msgspec.structs.replace(CONFIG, width=48, d_qk=32, d_v=32)
 
 
@@ -54,10 +54,16 @@ def narrow(case: Case) -> tuple[Case, Case]:
 
 @pytest.mark.parametrize(
     ("lengths", "launch"),
-    [([1], SAFE), ([0, 0, 3], SAFE), ([63, 64, 65], SAFE), ([150, 1, 1, 0, 2, 1], SAFE), ([5, 129], Launch(64, 64, 2))],
+    [
+        ([1], SAFE),
+        ([0, 0, 3], SAFE),
+        ([63, 64, 65], SAFE),
+        ([150, 1, 1, 0, 2, 1], SAFE),
+        ([5, 129], KernelConfig(64, 64, 2)),
+    ],
 )
 def test_attention_in_fp8_equals_the_specification_on_what_its_values_stand_for(
-    lengths: list[int], launch: Launch
+    lengths: list[int], launch: KernelConfig
 ) -> None:
     held, meant = narrow(case_of(lengths, d=32))
     result = held.kernel(held.plan(launch=launch), scales=SCALES)
@@ -140,7 +146,7 @@ def test_a_projection_narrows_what_it_else_writes(rows: int, split: int) -> None
     factors, moments = torch.linspace(0.5, 20, 192, device=DEVICE), row_moments(x)
     rest = (weight, weight.sum(1), bias)
     wanted = project_in(x, moments, *rest, 1e-6)
-    out, out8 = project_in_fp8(x, moments, *rest, factors, split, 1e-6, Tiles(64, 64, 16, 4, 2))
+    out, out8 = project_in_fp8(x, moments, *rest, factors, split, 1e-6, ProjectionTiles(64, 64, 16, 4, 2))
     torch.testing.assert_close(out, wanted[:, :split])
     assert out8.dtype == DTYPE
     held = (wanted * factors)[:, split:].clamp(max=LARGEST).to(DTYPE).float()
@@ -155,7 +161,9 @@ def test_an_encoder_in_fp8_stays_near_the_one_without() -> None:
     columns = (inputs.seconds, inputs.offsets, TIME_THRESHOLDS)
     seconds, offsets, thresholds = (torch.as_tensor(column).int().to(DEVICE) for column in columns)
     exact, encode = encoder_of(hstu, torch.float16), encoder_of(hstu, torch.float16, fp8=True)
-    plan = Plan.of(seconds, offsets, thresholds, WIDE.max_events, encode.narrowed(x.dtype), kernels=True)
+    plan = AttentionPlan.from_batch(
+        seconds, offsets, thresholds, WIDE.max_events, encode.narrowed(x.dtype), kernels=True
+    )
     wanted, states = exact(x, plan), encode(x, plan)
     # An FP8 value is off by 2^-4 at most and by 2.6 % in the mean; three of them meet in a score and its value.
     assert 1e-4 < error(states, wanted.float()) < 0.05

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels.fused_attention_layernorm.gate_projection import LARGE, MANY, MIDDLE, MOST, tiles_for
-from kernels.fused_attention_layernorm.projection import SMALL, Tiles
+from kernels.fused_attention_layernorm.projection import SMALL, ProjectionTiles
 from tests.benchmarks.kernels_gated import Inputs
 from tests.kernels.fused_attention_layernorm.test_op_reference import DEVICE
 
@@ -16,7 +16,7 @@ from tests.kernels.fused_attention_layernorm.test_op_reference import DEVICE
 )
 def test_one_launch_gives_what_two_give(dtype, rows, width, heads, columns, tiles):
     given = Inputs.of(rows, width, heads, columns, dtype, DEVICE)
-    fitting = Tiles(tiles.rows, min(tiles.columns, 128), tiles.depth, tiles.warps, min(2, tiles.stages))
+    fitting = ProjectionTiles(tiles.rows, min(tiles.columns, 128), tiles.depth, tiles.warps, min(2, tiles.stages))
     (wanted, wanted_moments), (found, moments) = given.in_two(), given.in_one(fitting)
     bound = 2**-9 if dtype == torch.float16 else 1e-5
     torch.testing.assert_close(found, wanted, rtol=bound, atol=bound * 4)

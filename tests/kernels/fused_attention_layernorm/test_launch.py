@@ -11,7 +11,7 @@ from kernels.fused_attention_layernorm.projection import LARGE_IN, LARGE_OUT, SM
 from kernels.launch import SHARED_BYTES
 from kernels.sequence_recommendation_interaction.launch import USERS_AT_ONCE, plan
 from kernels.sequence_recommendation_interaction.launch import plan as plan_of
-from kernels.sequence_recommendation_interaction.tiles import TILES, Card, Tiles, fitting_tiles, tiles_for
+from kernels.sequence_recommendation_interaction.tiles import TILES, Card, TopKTiles, fitting_tiles, tiles_for
 
 SMALLEST = min(SHARED_BYTES.values())
 
@@ -65,8 +65,8 @@ def test_top_ks_tiles_fit_their_card_as_often_as_they_say(key, tiles):
 @pytest.mark.parametrize(
     ("tiles", "whole"),
     [
-        (Tiles(64, 256, 16, 3), True), (Tiles(64, 16, 4, 1), True), (Tiles(32, 16, 4, 1), False),
-        (Tiles(96, 16, 4, 1), False), (Tiles(96, 32, 4, 1), True),
+        (TopKTiles(64, 256, 16, 3), True), (TopKTiles(64, 16, 4, 1), True), (TopKTiles(32, 16, 4, 1), False),
+        (TopKTiles(96, 16, 4, 1), False), (TopKTiles(96, 32, 4, 1), True),
     ],
 )  # fmt: skip
 def test_packs_are_whole_where_each_thread_has_a_multiple_of_8_scores(tiles, whole):
@@ -76,12 +76,12 @@ def test_packs_are_whole_where_each_thread_has_a_multiple_of_8_scores(tiles, who
 def test_the_sample_gives_a_stage_for_its_maxima_and_then_items():
     hopper = Card((9, 0), SHARED_BYTES[9, 0])
     sampled = plan(items=9_000, users=256, width=256, k=1, element_bytes=2, card=hopper)
-    assert (sampled.tiles, sampled.group) == (Tiles(64, 256, 16, 3), 8)
+    assert (sampled.tiles, sampled.group) == (TopKTiles(64, 256, 16, 3), 8)
     # (256 users + 192 items) * 512 bytes + 8 maxima of 4 bytes a user are 237,568, with two stages 204,800.
-    assert sampled.sample == Tiles(64, 256, 16, 2)
+    assert sampled.sample == TopKTiles(64, 256, 16, 2)
     assert sampled.tiles.of_sample(8, 512, 237_568) == sampled.tiles
     assert sampled.tiles.of_sample(8, 512, 237_567) == sampled.sample
-    assert sampled.tiles.of_sample(8, 512, 160_000) == Tiles(32, 256, 16, 1)
+    assert sampled.tiles.of_sample(8, 512, 160_000) == TopKTiles(32, 256, 16, 1)
 
 
 def test_top_k_has_tiles_for_every_card_that_is_known():

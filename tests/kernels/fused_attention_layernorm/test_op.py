@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.fused_attention_layernorm.launch import SAFE, Launch
+from kernels.fused_attention_layernorm.launch import SAFE, KernelConfig
 from kernels.fused_attention_layernorm.op import fused_attention_layernorm, packed_reference
-from kernels.fused_attention_layernorm.plan import Plan
+from kernels.fused_attention_layernorm.plan import AttentionPlan
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 THRESHOLDS = torch.tensor([0, 1, 2, 5, 11, 23, 47, 1000, 40_000], dtype=torch.int32, device=DEVICE)
@@ -30,9 +30,9 @@ class Case:
     seconds: Tensor
     offsets: Tensor
 
-    def plan(self, **options: object) -> Plan:
+    def plan(self, **options: object) -> AttentionPlan:
         given = {"kernels": True, **options}
-        return Plan.of(self.seconds, self.offsets, THRESHOLDS, EVENTS, self.rows[0].dtype, **given)  # type: ignore[arg-type]  # a test's shorthand
+        return AttentionPlan.from_batch(self.seconds, self.offsets, THRESHOLDS, EVENTS, self.rows[0].dtype, **given)  # type: ignore[arg-type]  # a test's shorthand
 
     def specification(
         self, targets: Tensor | None = None, contextual: int = 0, dropout: float = 0.0, seed: int = 0
@@ -41,7 +41,7 @@ class Case:
         batch = (self.seconds, self.offsets, THRESHOLDS, targets, torch.tensor(seed, device=DEVICE))
         return packed_reference(*wide, *self.weights, *batch, EPS, EVENTS, 0.5, 1.0, dropout, contextual)
 
-    def kernel(self, plan: Plan, **options: object) -> Tensor:
+    def kernel(self, plan: AttentionPlan, **options: object) -> Tensor:
         return fused_attention_layernorm(*self.rows, *self.weights, plan, EPS, EVENTS, 0.5, **options)  # type: ignore[arg-type]  # a test's shorthand
 
 
@@ -70,11 +70,13 @@ def error(result: Tensor, wanted: Tensor) -> float:
         ([0, 0, 3], SAFE),
         ([63, 64, 65], SAFE),
         ([150, 1, 1, 0, 2, 1], SAFE),
-        ([5, 129, 70], Launch(128, 64, 2)),
+        ([5, 129, 70], KernelConfig(128, 64, 2)),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_packed_attention_equals_the_specification(lengths: list[int], launch: Launch, dtype: torch.dtype) -> None:
+def test_packed_attention_equals_the_specification(
+    lengths: list[int], launch: KernelConfig, dtype: torch.dtype
+) -> None:
     case = case_of(lengths, dtype=dtype)
     result = case.kernel(case.plan(launch=launch))
     assert result.dtype == dtype
@@ -159,7 +161,7 @@ class Attention(torch.nn.Module):
         self.case = case
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, u: Tensor, seconds: Tensor, offsets: Tensor) -> Tensor:
-        plan = Plan.of(seconds, offsets, THRESHOLDS, EVENTS, q.dtype, kernels=True, trusted=True)
+        plan = AttentionPlan.from_batch(seconds, offsets, THRESHOLDS, EVENTS, q.dtype, kernels=True, trusted=True)
         return fused_attention_layernorm(q, k, v, u, *self.case.weights, plan, EPS, EVENTS, 0.5)
 
 

@@ -5,24 +5,24 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.fused_attention_layernorm.reference import fused_attention_layernorm
-from pipeline.features.event_features import FEATURE_ROWS, FEATURES, TIME_THRESHOLDS, Inputs
+from pipeline.features.event_features import N_FEATURE_IDS, N_FEATURES, TIME_THRESHOLDS, EncoderInputs
 from pipeline.model.config import HstuConfig
 from pipeline.model.hstu import Hstu, HstuLayer
-from pipeline.model.padding import GPU, Layout, Tiling
+from pipeline.model.padding import GPU, BlockPolicy, PaddedBlocks
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CONFIG = HstuConfig(items=50, layers=2, width=16, heads=2, d_qk=8, d_v=4, max_events=40, dropout=0.0, content_rows=0)
 
 
-def inputs_of_lengths(lengths: list[int], seed: int) -> Inputs:
+def inputs_of_lengths(lengths: list[int], seed: int) -> EncoderInputs:
     random = np.random.default_rng(seed)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     total = int(offsets[-1])
     steps = random.choice([0, 0, 1, 40, 5_000, 3_000_000], total)
     seconds = np.concatenate([np.cumsum(part) for part in np.split(steps, offsets[1:-1])])
-    codes = random.integers(0, FEATURE_ROWS, (total, FEATURES))
+    codes = random.integers(0, N_FEATURE_IDS, (total, N_FEATURES))
     tokens = random.integers(0, CONFIG.items, total)
-    return Inputs(tokens.astype(np.int32), codes.astype(np.int32), seconds.astype(np.int32), offsets)
+    return EncoderInputs(tokens.astype(np.int32), codes.astype(np.int32), seconds.astype(np.int32), offsets)
 
 
 def model(seed: int, config: HstuConfig = CONFIG) -> Hstu:
@@ -33,12 +33,12 @@ def model(seed: int, config: HstuConfig = CONFIG) -> Hstu:
     return hstu
 
 
-def states(hstu: Hstu, inputs: Inputs, last: bool = False) -> Tensor:
-    return hstu(event_rows(hstu, inputs), Layout.of(inputs, DEVICE), last)
+def states(hstu: Hstu, inputs: EncoderInputs, last: bool = False) -> Tensor:
+    return hstu(event_rows(hstu, inputs), PaddedBlocks.from_inputs(inputs, DEVICE), last)
 
 
-def event_rows(hstu: Hstu, inputs: Inputs) -> Tensor:
-    tokens, codes = (torch.from_numpy(column).to(DEVICE) for column in (inputs.tokens, inputs.codes))
+def event_rows(hstu: Hstu, inputs: EncoderInputs) -> Tensor:
+    tokens, codes = (torch.from_numpy(column).to(DEVICE) for column in (inputs.tokens, inputs.feature_ids))
     return hstu.event_rows(hstu.items()[tokens], codes)
 
 
@@ -54,9 +54,9 @@ def reference_layer(layer: HstuLayer, x: Tensor, seconds: Tensor, lengths: Tenso
     return x + layer.project_out(gated)
 
 
-def reference_states(hstu: Hstu, inputs: Inputs) -> Tensor:
+def reference_states(hstu: Hstu, inputs: EncoderInputs) -> Tensor:
     """Padded users through the specification, packed again: [total, width]."""
-    columns = (inputs.offsets, inputs.tokens, inputs.codes, inputs.seconds)
+    columns = (inputs.offsets, inputs.tokens, inputs.feature_ids, inputs.seconds)
     offsets, tokens, codes, seconds = (torch.from_numpy(column).to(DEVICE) for column in columns)
     lengths = offsets.diff()
     slots = torch.arange(int(lengths.max()), device=DEVICE)
@@ -87,9 +87,11 @@ def test_the_packed_model_equals_the_padded_specification(lengths: list[int], se
 def test_the_tiling_changes_no_state(lengths: list[int], seed: int) -> None:
     hstu, inputs = model(seed), inputs_of_lengths(lengths, seed)
     rows = event_rows(hstu, inputs)
-    one_block_a_user = Tiling(1, 1, 1.0)
+    one_block_a_user = BlockPolicy(1, 1, 1.0)
     for last in (False, True):
-        fine, coarse = (hstu(rows, Layout.of(inputs, DEVICE, tiling), last) for tiling in (one_block_a_user, GPU))
+        fine, coarse = (
+            hstu(rows, PaddedBlocks.from_inputs(inputs, DEVICE, tiling), last) for tiling in (one_block_a_user, GPU)
+        )
         torch.testing.assert_close(fine, coarse, rtol=1e-4, atol=1e-5)
 
 
@@ -113,7 +115,7 @@ def test_a_later_event_never_changes_an_earlier_state(length: int, data: st.Data
     before = states(hstu, inputs)
     place = data.draw(st.integers(1, length - 1))
     inputs.tokens[place:] = (inputs.tokens[place:] + 7) % CONFIG.items
-    inputs.codes[place:] = (inputs.codes[place:] + 11) % FEATURE_ROWS
+    inputs.feature_ids[place:] = (inputs.feature_ids[place:] + 11) % N_FEATURE_IDS
     inputs.seconds[place:] += 77
     after = states(hstu, inputs)
     torch.testing.assert_close(after[:place], before[:place], rtol=0, atol=0)
@@ -126,6 +128,8 @@ def test_a_state_does_not_depend_on_the_batch_mates(lengths: list[int], data: st
     hstu, inputs = model(9), inputs_of_lengths(lengths, seed=len(lengths))
     user = data.draw(st.integers(0, len(lengths) - 1))
     part = slice(int(inputs.offsets[user]), int(inputs.offsets[user + 1]))
-    alone = Inputs(inputs.tokens[part], inputs.codes[part], inputs.seconds[part], np.array([0, lengths[user]]))
+    alone = EncoderInputs(
+        inputs.tokens[part], inputs.feature_ids[part], inputs.seconds[part], np.array([0, lengths[user]])
+    )
     together = states(hstu, inputs, last=True)[user]
     torch.testing.assert_close(states(hstu, alone, last=True)[0], together, rtol=1e-4, atol=1e-5)

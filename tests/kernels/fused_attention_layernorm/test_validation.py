@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.fused_attention_layernorm.op import fused_attention_layernorm
-from kernels.fused_attention_layernorm.plan import Plan
+from kernels.fused_attention_layernorm.plan import AttentionPlan
 from tests.kernels.fused_attention_layernorm.test_op import DEVICE, EPS, EVENTS, THRESHOLDS, Case, case_of, on_device
 
 
@@ -62,7 +62,7 @@ def test_columns_of_a_plan_whose_elements_lie_apart_are_the_same(name: str) -> N
         "targets": on_device(2, 3).int(),
     }  # fmt: skip
     plans = [
-        Plan.of(**given, max_length=EVENTS, dtype=torch.float32, kernels=True)
+        AttentionPlan.from_batch(**given, max_length=EVENTS, dtype=torch.float32, kernels=True)
         for given in (batch, batch | {name: apart(batch[name])})
     ]
     found, wanted = (case.kernel(plan) for plan in plans)
@@ -143,13 +143,13 @@ def test_a_plan_of_what_no_kernel_knows_is_refused(wrong: dict[str, object], mes
     case = case_of([2])
     given = {"max_length": EVENTS, "dtype": torch.float32} | wrong
     with pytest.raises(ValueError, match=message):
-        Plan.of(case.seconds, case.offsets, THRESHOLDS, **given)  # type: ignore[arg-type]  # a test's shorthand
+        AttentionPlan.from_batch(case.seconds, case.offsets, THRESHOLDS, **given)  # type: ignore[arg-type]  # a test's shorthand
 
 
 @pytest.mark.parametrize("kernels", [True, False])
 def test_a_plan_of_longer_users_than_the_table_has_columns_is_refused(kernels: bool) -> None:
     case = case_of([EVENTS + 10, 3])
-    plan = Plan.of(case.seconds, case.offsets, THRESHOLDS, EVENTS + 50, torch.float32, kernels=kernels)
+    plan = AttentionPlan.from_batch(case.seconds, case.offsets, THRESHOLDS, EVENTS + 50, torch.float32, kernels=kernels)
     q, k, v, u = case.rows
     for rows, last in ((case.rows, False), ((q[:2], k, v, u[:2]), True)):
         with pytest.raises(ValueError, match="max_length is 200, wanted at most max_events, 150"):

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.hierarchical_sequence_fusion import launch
-from kernels.hierarchical_sequence_fusion.launch import Embeddings, Events
+from kernels.hierarchical_sequence_fusion.launch import Embeddings, EventColumns
 from kernels.hierarchical_sequence_fusion.op import hierarchical_sequence_fusion
 from kernels.hierarchical_sequence_fusion.reference import hierarchical_sequence_fusion as reference
-from pipeline.features.event_features import FEATURE_ROWS, FEATURES, Inputs
+from pipeline.features.event_features import N_FEATURE_IDS, N_FEATURES, EncoderInputs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ITEMS, GAP_S = 40, 1800
@@ -24,32 +24,34 @@ TOLERANCES = {torch.float32: FLOAT32, torch.float16: 2.0**-10 + FLOAT32, torch.b
 
 def embeddings_of(width: int, dtype: torch.dtype) -> Embeddings:
     generator = torch.Generator().manual_seed(width)
-    table, features = (torch.randn(rows, width, generator=generator).to(dtype) for rows in (ITEMS, FEATURE_ROWS))
-    strength = torch.randn(FEATURE_ROWS, generator=generator)
+    table, features = (torch.randn(rows, width, generator=generator).to(dtype) for rows in (ITEMS, N_FEATURE_IDS))
+    strength = torch.randn(N_FEATURE_IDS, generator=generator)
     return Embeddings(table.to(DEVICE), features.to(DEVICE), strength.to(DEVICE))
 
 
-def events_of(lengths: list[int], seed: int) -> Events:
+def events_of(lengths: list[int], seed: int) -> EventColumns:
     random = np.random.default_rng(seed)
     total, offsets = sum(lengths), np.concatenate([[0], np.cumsum(lengths)])
     steps = np.split(random.choice([0, 5, GAP_S - 1, GAP_S, 90_000], total), offsets[1:-1])
     seconds = np.concatenate([np.cumsum(part) for part in steps]) if lengths else np.zeros(0)
-    codes = random.integers(0, FEATURE_ROWS, (total, FEATURES))
-    inputs = Inputs(
+    codes = random.integers(0, N_FEATURE_IDS, (total, N_FEATURES))
+    inputs = EncoderInputs(
         random.integers(0, ITEMS, total).astype(np.int32), codes.astype(np.int32), seconds.astype(np.int32), offsets
     )
-    columns = (inputs.tokens, inputs.codes, inputs.seconds, inputs.offsets)
-    return Events(*(torch.from_numpy(column).to(DEVICE) for column in columns))
+    columns = (inputs.tokens, inputs.feature_ids, inputs.seconds, inputs.offsets)
+    return EventColumns(*(torch.from_numpy(column).to(DEVICE) for column in columns))
 
 
-def specified(embeddings: Embeddings, events: Events, recent: int, sessions: int) -> tuple[Tensor, Tensor, Tensor]:
+def specified(
+    embeddings: Embeddings, events: EventColumns, recent: int, sessions: int
+) -> tuple[Tensor, Tensor, Tensor]:
     return reference(
         embeddings.table, embeddings.features, embeddings.strength, events.tokens, events.codes, events.seconds,
         events.offsets, recent, sessions, GAP_S,
     )  # fmt: skip
 
 
-def called(embeddings: Embeddings, events: Events, **changes: object) -> tuple[Tensor, Tensor, Tensor]:
+def called(embeddings: Embeddings, events: EventColumns, **changes: object) -> tuple[Tensor, Tensor, Tensor]:
     arguments: dict = {
         "table": embeddings.table, "features": embeddings.features, "strength": embeddings.strength,
         "tokens": events.tokens, "codes": events.codes, "seconds": events.seconds, "offsets": events.offsets,
@@ -145,7 +147,9 @@ def test_a_later_session_changes_no_vector_before_it():
     embeddings, packed = embeddings_of(8, torch.float32), events_of([30], seed=3)
     packed.seconds[20:] += GAP_S
     whole = called(embeddings, packed, recent=1, sessions=30)[0]
-    part = Events(packed.tokens[:21], packed.codes[:21], packed.seconds[:21], torch.tensor([0, 21], device=DEVICE))
+    part = EventColumns(
+        packed.tokens[:21], packed.codes[:21], packed.seconds[:21], torch.tensor([0, 21], device=DEVICE)
+    )
     before, _, offsets = called(embeddings, part, recent=1, sessions=30)
     pooled = int(offsets[1]) - 1
     torch.testing.assert_close(whole[:pooled], before[:pooled], rtol=0, atol=0)
@@ -164,7 +168,7 @@ def test_compile_and_export_pass_the_call_through():
 
     class Fused(torch.nn.Module):
         def forward(self, *columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return called(embeddings, Events(*columns))
+            return called(embeddings, EventColumns(*columns))
 
     columns = (packed.tokens, packed.codes, packed.seconds, packed.offsets)
     exported = torch.export.export(Fused(), columns).module()
@@ -182,8 +186,8 @@ def test_compile_and_export_pass_the_call_through():
         ({"table": torch.zeros(40, 16, device=DEVICE)[:, ::2]}, "rows of adjacent elements"),
         ({"features": torch.zeros(9, 7)}, r"features is torch.float32 \[9, 7\] .* wanted .* \[feature rows, 8\]"),
         ({"strength": torch.zeros(3)}, r"strength is torch.float32 \[3\]"),
-        ({"strength": torch.full((FEATURE_ROWS,), torch.nan)}, r"strength \[\d+\] must be finite"),
-        ({"features": torch.full((FEATURE_ROWS, 8), torch.inf)}, r"features \[\d+, 8\] must be finite"),
+        ({"strength": torch.full((N_FEATURE_IDS,), torch.nan)}, r"strength \[\d+\] must be finite"),
+        ({"features": torch.full((N_FEATURE_IDS, 8), torch.inf)}, r"features \[\d+, 8\] must be finite"),
         ({"table": torch.zeros(0, 8)}, r"table is torch.float32 \[0, 8\] .* wanted an item at least"),
         ({"tokens": torch.zeros(13)}, r"tokens is torch.float32 \[13\]"),
         ({"tokens": torch.tensor(3)}, r"tokens is torch.int64 \[\] .* wanted int32 or int64 \[events\]"),

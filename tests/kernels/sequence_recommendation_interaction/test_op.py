@@ -8,17 +8,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.sequence_recommendation_interaction import launch
-from kernels.sequence_recommendation_interaction.launch import Catalogue, Plan, Seen
+from kernels.sequence_recommendation_interaction.launch import ItemRows, Seen, TopKPlan
 from kernels.sequence_recommendation_interaction.op import candidate_interaction, sequence_recommendation_interaction
 from kernels.sequence_recommendation_interaction.reference import candidate_interaction as reference_candidates
 from kernels.sequence_recommendation_interaction.reference import sequence_recommendation_interaction as reference
-from kernels.sequence_recommendation_interaction.tiles import Tiles
+from kernels.sequence_recommendation_interaction.tiles import TopKTiles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-TILES = Tiles(items=16, users=16, warps=4, stages=1)
-WHOLE, SAMPLED = Plan(0, 0, TILES, capacity=512), Plan(2, 4, TILES, capacity=512)
-OVERFLOWING = Plan(2, 4, TILES, capacity=16)
-SCARCE = Plan(2, 1, TILES, capacity=64)
+TILES = TopKTiles(items=16, users=16, warps=4, stages=1)
+WHOLE, SAMPLED = TopKPlan(0, 0, TILES, capacity=512), TopKPlan(2, 4, TILES, capacity=512)
+OVERFLOWING = TopKPlan(2, 4, TILES, capacity=16)
+SCARCE = TopKPlan(2, 1, TILES, capacity=64)
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
@@ -39,11 +39,11 @@ def on_device(*numbers: int) -> Tensor:
     return torch.tensor(numbers, device=DEVICE)
 
 
-def kernels(states: Tensor, catalogue: Catalogue, k: int, seen: Seen | None, plan: Plan) -> tuple[Tensor, Tensor]:
+def kernels(states: Tensor, catalogue: ItemRows, k: int, seen: Seen | None, plan: TopKPlan) -> tuple[Tensor, Tensor]:
     return launch.top_k(states, catalogue, k, seen, plan, processors=1)
 
 
-def specified(states: Tensor, catalogue: Catalogue, k: int, seen: Seen | None) -> tuple[Tensor, Tensor]:
+def specified(states: Tensor, catalogue: ItemRows, k: int, seen: Seen | None) -> tuple[Tensor, Tensor]:
     rows, offsets = (None, None) if seen is None else (seen.rows, seen.offsets)
     return reference(states, catalogue.table, k, rows, offsets, catalogue.eligible, catalogue.scales)
 
@@ -63,7 +63,7 @@ def assert_same(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_kernels_equal_the_specification_ties_included(users, items, width, k, plan, dtype):
     states, table = whole_numbers(1, users, width).to(dtype), whole_numbers(2, items, width).to(dtype)
-    catalogue = Catalogue(table, None, None)
+    catalogue = ItemRows(table, None, None)
     assert_same(kernels(states, catalogue, k, None, plan), specified(states, catalogue, k, None))
 
 
@@ -73,7 +73,7 @@ def test_any_seen_and_eligible_rows_are_left_out(seed, users, items, k, quantise
     states, table = whole_numbers(seed, users, 8), whole_numbers(seed + 1, items, 8)
     scales = 2.0 ** whole_numbers(seed + 2, items) if quantised else None
     eligible = whole_numbers(seed + 3, items) > -2
-    catalogue = Catalogue(table.to(torch.int8) if quantised else table, scales, eligible)
+    catalogue = ItemRows(table.to(torch.int8) if quantised else table, scales, eligible)
     seen = random_seen(seed, users, items, items)
     assert_same(kernels(states, catalogue, k, seen, WHOLE), specified(states, catalogue, k, seen))
 
@@ -82,7 +82,7 @@ def test_one_long_seen_list_among_short_ones_and_a_sample():
     states, table = whole_numbers(4, 3, 8), whole_numbers(5, 300, 8)
     best = (states[1] @ table.T).argsort(descending=True)[:60].sort().values  # the sample's bound must not count these
     seen = Seen(torch.cat([on_device(7), best]).int(), on_device(0, 1, 61, 61))
-    catalogue = Catalogue(table, None, None)
+    catalogue = ItemRows(table, None, None)
     assert_same(kernels(states, catalogue, 5, seen, SAMPLED), specified(states, catalogue, 5, seen))
 
 
@@ -90,7 +90,7 @@ def test_too_many_candidates_are_rescued_exactly():
     states, table = whole_numbers(6, 2, 8), whole_numbers(7, 90, 8)
     states[0] = 0  # all scores are equal: the answer is the first rows
     catalogue, seen = (
-        Catalogue(table, None, whole_numbers(8, 90) > -3),
+        ItemRows(table, None, whole_numbers(8, 90) > -3),
         Seen(on_device(0, 2, 3), on_device(0, 2, 3)),
     )
     found = kernels(states, catalogue, 6, seen, OVERFLOWING)
@@ -99,7 +99,7 @@ def test_too_many_candidates_are_rescued_exactly():
 
 def test_a_user_with_more_candidates_than_places_whose_best_rows_come_last_is_rescued():
     table = torch.arange(90.0, device=DEVICE)[:, None]  # the interpreter appends in the order of rows
-    catalogue, states = Catalogue(table, None, None), torch.ones(2, 1, device=DEVICE)
+    catalogue, states = ItemRows(table, None, None), torch.ones(2, 1, device=DEVICE)
     states[1] = -1  # the first rows are the best
     assert_same(kernels(states, catalogue, 6, None, OVERFLOWING), specified(states, catalogue, 6, None))
 
@@ -107,7 +107,7 @@ def test_a_user_with_more_candidates_than_places_whose_best_rows_come_last_is_re
 def test_a_user_whose_bound_leaves_too_few_candidates_is_rescued():
     """All rows above the bound have been seen: below it lie the best of the others."""
     table = torch.arange(300.0, device=DEVICE)[:, None]
-    catalogue, seen = Catalogue(table, None, None), Seen(torch.arange(100, 300, device=DEVICE), on_device(0, 200))
+    catalogue, seen = ItemRows(table, None, None), Seen(torch.arange(100, 300, device=DEVICE), on_device(0, 200))
     states = torch.ones(1, 1, device=DEVICE)
     assert_same(kernels(states, catalogue, 5, seen, SCARCE), specified(states, catalogue, 5, seen))
 
@@ -115,7 +115,7 @@ def test_a_user_whose_bound_leaves_too_few_candidates_is_rescued():
 def test_a_user_who_has_seen_everything_gets_nothing():
     states, table = whole_numbers(9, 2, 8), whole_numbers(10, 20, 8)
     seen = Seen(torch.arange(20, device=DEVICE), on_device(0, 20, 20))
-    scores, rows = kernels(states, Catalogue(table, None, None), 4, seen, WHOLE)
+    scores, rows = kernels(states, ItemRows(table, None, None), 4, seen, WHOLE)
     assert (scores[0] == -torch.inf).all()
     assert (rows[0] == -1).all()
     assert (rows[1] >= 0).all()
@@ -124,7 +124,7 @@ def test_a_user_who_has_seen_everything_gets_nothing():
 def test_float16_scores_are_within_the_rounding_of_their_sum():
     generator = torch.Generator().manual_seed(11)
     states, table = (torch.randn(n, 64, generator=generator).half().to(DEVICE) for n in (5, 100))
-    scores, rows = kernels(states, Catalogue(table, None, None), 10, None, WHOLE)
+    scores, rows = kernels(states, ItemRows(table, None, None), 10, None, WHOLE)
     # Products of float16 are exact in float32; a sum of 64 loses at most 64 half units of 2^-24 of its terms' sizes.
     sizes = states.float().abs() @ table.float().abs().T  # [users, items]
     exact = (states.double() @ table.double().T).gather(1, rows)
@@ -141,14 +141,14 @@ def test_the_kernels_read_no_address_that_makes_triton_compile_another_variant(u
         run(kernel, grid, *arguments, **options)
 
     monkeypatch.setattr(launch, "launch", watched)
-    kernels(whole_numbers(23, users, 8), Catalogue(whole_numbers(24, 20, 8), None, None), 2, None, WHOLE)
+    kernels(whole_numbers(23, users, 8), ItemRows(whole_numbers(24, 20, 8), None, None), 2, None, WHOLE)
     assert not apart
 
 
 def test_the_answer_has_the_same_bits_every_time():
     generator = torch.Generator().manual_seed(12)
     states, table = (torch.randn(n, 16, generator=generator).to(DEVICE) for n in (3, 260))
-    found = [kernels(states, Catalogue(table, None, None), 7, None, SAMPLED) for _ in range(2)]
+    found = [kernels(states, ItemRows(table, None, None), 7, None, SAMPLED) for _ in range(2)]
     assert_same(found[0], found[1])
 
 
@@ -156,7 +156,7 @@ def test_candidates_have_the_scores_of_the_catalogue():
     states, table = whole_numbers(13, 3, 70), whole_numbers(14, 40, 70)
     rows = torch.randint(-1, 40, (3, 19), generator=torch.Generator().manual_seed(15)).to(DEVICE)
     scales = 2.0 ** whole_numbers(16, 40)
-    found = launch.candidate_scores(states, Catalogue(table.to(torch.int8), scales, None), rows)
+    found = launch.candidate_scores(states, ItemRows(table.to(torch.int8), scales, None), rows)
     torch.testing.assert_close(found, reference_candidates(states, table, rows, scales), rtol=0, atol=0)
 
 

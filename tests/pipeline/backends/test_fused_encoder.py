@@ -17,19 +17,19 @@ from pipeline.artifact import draft
 from pipeline.backends import GraphOptions
 from pipeline.backends.fused import FusedEncoder
 from pipeline.errors import DeviceError
-from pipeline.features.event_features import COLUMNS, FEATURE_ROWS, FEATURES, Inputs
+from pipeline.features.event_features import FEATURE_COLUMNS, N_FEATURE_IDS, N_FEATURES, EncoderInputs
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.model.config import HstuConfig
-from pipeline.model.hstu import Hstu, fusible, plan_of
-from pipeline.model.padding import Layout
+from pipeline.model.hstu import Hstu, attention_plan, supports_kernels
+from pipeline.model.padding import PaddedBlocks
 from pipeline.records import EventSchema
 from pipeline.serving import retrieval
 from pipeline.serving.exclusion import Exclusion
-from pipeline.serving.hstu_strategy import HstuRung, batch_shapes
-from pipeline.serving.model_validation import walks
+from pipeline.serving.hstu_strategy import HstuStrategy, batch_shapes
+from pipeline.serving.model_validation import synthetic_histories
 from pipeline.serving.retrieval import FusedRetrieval
-from pipeline.training.trainer import Model
+from pipeline.training.trainer import MultiTaskModel
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CONFIG = HstuConfig(
@@ -48,30 +48,31 @@ def model(config: HstuConfig) -> Hstu:
     return hstu.eval().requires_grad_(False).to(DEVICE)
 
 
-def inputs_of(lengths: list[int], seed: int = 0) -> Inputs:
+def inputs_of(lengths: list[int], seed: int = 0) -> EncoderInputs:
     random, total = np.random.default_rng(seed), sum(lengths)
     seconds = [np.cumsum(random.choice([0, 7, 1799, 1800, 90_000], length)) for length in lengths]
-    return Inputs(
+    return EncoderInputs(
         random.integers(0, CONFIG.items, total).astype(np.int32),
-        random.integers(0, FEATURE_ROWS, (total, FEATURES)).astype(np.int32),
+        random.integers(0, N_FEATURE_IDS, (total, N_FEATURES)).astype(np.int32),
         np.concatenate(seconds).astype(np.int32),
         np.concatenate([[0], np.cumsum(lengths)]),
     )
 
 
-def states_in_torch(hstu: Hstu, vectors: Tensor, inputs: Inputs) -> Tensor:
+def states_in_torch(hstu: Hstu, vectors: Tensor, inputs: EncoderInputs) -> Tensor:
     states = torch.zeros(len(inputs), CONFIG.width, device=DEVICE)
     ordered, users = inputs.by_length()
-    tokens, codes = (torch.from_numpy(column).to(DEVICE) for column in (ordered.tokens, ordered.codes))
+    tokens, codes = (torch.from_numpy(column).to(DEVICE) for column in (ordered.tokens, ordered.feature_ids))
     rows, sequences = hstu.sequences(F.embedding(tokens, vectors), codes, ordered)
-    states[torch.from_numpy(users).to(DEVICE)] = hstu(rows, Layout.of(sequences, DEVICE), last=True)
+    states[torch.from_numpy(users).to(DEVICE)] = hstu(rows, PaddedBlocks.from_inputs(sequences, DEVICE), last=True)
     return states
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"strength": False}, {"time_bias": False}, {"position_bias": False}, {"without": COLUMNS[3:9]},
+        {}, {"strength": False}, {"time_bias": False}, {"position_bias": False},
+        {"excluded_features": FEATURE_COLUMNS[3:9]},
         {"recent_events": 6, "max_events": 10, "history_events": 20}, {"d_qk": 32, "heads": 1, "layers": 1},
     ],
     ids=lambda options: ", ".join(options) or "as it is",
@@ -92,7 +93,7 @@ def test_batches_of_any_size_are_encoded_one_after_another() -> None:
     encoder = FusedEncoder(hstu, hstu.items(), torch.float32, GRAPHS)
     encoder.warm()
     for seed, lengths in enumerate(([3], [], [0, 0], [20] * 7, [1] * 9, [20] * 14)):  # the last two have no graph
-        inputs = inputs_of(lengths, seed) if lengths else inputs_of([4]).taken(np.empty(0, int), np.empty(0, int))
+        inputs = inputs_of(lengths, seed) if lengths else inputs_of([4]).gather_runs(np.empty(0, int), np.empty(0, int))
         found = encoder.encode(inputs)
         if sum(lengths):
             wanted = states_in_torch(hstu, hstu.items(), inputs)
@@ -144,7 +145,10 @@ def test_training_by_the_kernels_gives_the_states_and_gradients_of_torch(options
     inputs = inputs_of(lengths)
     rows, weights = torch.randn(sum(lengths), CONFIG.width, device=DEVICE), torch.randn(CONFIG.width, device=DEVICE)
     found: list[tuple[Tensor, dict[str, Tensor]]] = []
-    for layout in (Layout.of(inputs, DEVICE), plan_of(inputs, CONFIG.max_events, torch.float32, DEVICE, kernels=True)):
+    for layout in (
+        PaddedBlocks.from_inputs(inputs, DEVICE),
+        attention_plan(inputs, CONFIG.max_events, torch.float32, DEVICE, kernels=True),
+    ):
         hstu.zero_grad()
         states = hstu(rows, layout)
         (states @ weights).square().sum().backward()
@@ -161,7 +165,7 @@ def test_attention_dropout_is_drawn_anew_for_each_layer_and_step_and_off_in_serv
     hstu, inputs = model(msgspec.structs.replace(CONFIG, dropout=0.0)), inputs_of([20])
     rows, plan = (
         torch.randn(20, CONFIG.width, device=DEVICE),
-        plan_of(inputs, CONFIG.max_events, torch.float32, DEVICE, kernels=True),
+        attention_plan(inputs, CONFIG.max_events, torch.float32, DEVICE, kernels=True),
     )
     still = hstu(rows, plan)
     assert torch.equal(still, hstu(rows, plan))
@@ -175,31 +179,31 @@ def test_attention_dropout_is_drawn_anew_for_each_layer_and_step_and_off_in_serv
 
 
 def test_what_the_kernels_do_not_know_is_left_to_torch() -> None:
-    assert fusible(CONFIG)
+    assert supports_kernels(CONFIG)
     changes: list[dict[str, Any]] = [
         {"norm_in": "rms"}, {"norm_out": "none"}, {"attention_scale": "length"}, {"d_v": 24}, {"width": 20},
     ]  # fmt: skip
     for change in changes:
-        assert not fusible(msgspec.structs.replace(CONFIG, **change)), change
+        assert not supports_kernels(msgspec.structs.replace(CONFIG, **change)), change
 
 
-def rung(device: torch.device) -> HstuRung:
+def rung(device: torch.device) -> HstuStrategy:
     """Of an untrained model."""
     ids = [f"i{number}" for number in range(1, CONFIG.items)]
-    nothing = {"items": np.zeros(0, np.uint64), "popularity": np.zeros(0)}
+    nothing = {"items": np.zeros(0, np.uint64), "popularity": np.zeros(0), "values": np.zeros(0, np.float32)}
     torch.manual_seed(3)
-    artifact = draft(CONFIG, EventSchema(), Model(CONFIG).state_dict(), ids, nothing)
-    return HstuRung(artifact, Catalogue(Vocabulary(ids)), Exclusion(), str(device), graphs=GRAPHS)
+    artifact = draft(CONFIG, EventSchema(), MultiTaskModel(CONFIG).state_dict(), ids, nothing)
+    return HstuStrategy(artifact, Catalogue(Vocabulary(ids)), Exclusion(), str(device), graphs=GRAPHS)
 
 
 def test_a_rung_by_the_kernels_gives_the_slates_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retrieval, "FUSED_SCORES", 0)
+    monkeypatch.setattr(retrieval, "FUSED_MIN_SCORES", 0)
     ours, of_torch = rung(DEVICE), rung(torch.device("cpu"))
     encoder = ours._encoder
     with torch.inference_mode():
         encoder._fused = FusedEncoder(encoder._hstu, encoder._vectors, torch.float32, GRAPHS)
     ours._retrieval = FusedRetrieval(encoder.table)
-    histories = walks([f"i{number}" for number in range(1, 20)], [1, 0, 17, 7])
+    histories = synthetic_histories([f"i{number}" for number in range(1, 20)], [1, 0, 17, 7])
     found, wanted = (each.rank(histories, 10) for each in (ours, of_torch))
     assert found.tokens.tolist() == wanted.tokens.tolist()
     np.testing.assert_allclose(found.scores, wanted.scores, rtol=1e-4, atol=1e-4)
@@ -212,7 +216,7 @@ def test_a_model_that_is_replaced_leaves_no_memory_to_the_garbage_collector() ->
     try:
         encoder = FusedEncoder(hstu, hstu.items(), torch.float32, GRAPHS)
         encoder.warm()
-        table = weakref.ref(encoder._encoding.turned)
+        table = weakref.ref(encoder._encoding.rotated)
         del encoder
         assert table() is None
     finally:
@@ -242,5 +246,7 @@ def test_a_card_that_cannot_run_the_kernels_is_one_sentence(monkeypatch: pytest.
     broken = rung(torch.device("cpu"))
     assert broken.warm(["i1"]) == 0  # on a CPU there is nothing to wait for
     monkeypatch.setattr(broken, "_encoder", Broken())
-    with pytest.raises(DeviceError, match=r"on this card: out of resource: shared memory; set pipeline\.kernels"):
+    with pytest.raises(
+        DeviceError, match=r"on this card: out of resource: shared memory; set pipeline\.custom_kernels"
+    ):
         broken.warm(["i1"])

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.counters.counters import DAY_MS, Counters
+from pipeline.counters.counters import Counters
 from pipeline.counters.deltas import DeltaLog
 from pipeline.items.vocabulary import Vocabulary
-from pipeline.records import EVENT_DTYPE, Histories, item_hash
+from pipeline.records import DAY_MS, EVENT_DTYPE, Histories, item_hash
 
 START_MS = 1_700_000_000_000
 HALF_LIFE_DAYS = 10.0
@@ -84,7 +84,7 @@ def test_scores_are_those_of_the_formula_and_never_an_excluded_item(batch: list)
         model.observe(run, fresh)
     histories = history(*(run for run, _ in batch))
     made.observe(histories, np.array([fresh for _, fresh in batch]))
-    tokens, scores, cooccurring = made.score(histories, every(histories), 8)
+    tokens, scores, cooccurring = made.top_k(histories, every(histories), 8)
     for (run, _), row, values, from_pairs in zip(batch, tokens, scores, cooccurring, strict=True):
         expected = model.scores(run)
         assert set(names(made, row[from_pairs])) == set(expected)
@@ -143,7 +143,7 @@ def test_unknown_items_and_new_ones_do_no_harm():
     histories = history([("a", 1), ("zzz", 2), ("b", 3)], [("zzz", 1)])
     made.observe(histories, np.array([3, 1]))
     made.vocabulary.admit([f"new{number}" for number in range(3000)])
-    tokens, _, _ = made.score(histories, every(histories), 5)
+    tokens, _, _ = made.top_k(histories, every(histories), 5)
     assert (tokens > 0).all()
     assert names(made, tokens[1][:2]) == ["b", "a"]
 
@@ -152,7 +152,7 @@ def test_an_empty_history_gets_the_popular_items_and_an_exhausted_catalogue_leav
     made = counters("abc")
     made.observe(history([("c", 1)], [("c", 1), ("b", 2)]), np.array([1, 2]))
     empty = Histories.from_rings([b"", b""])
-    tokens, _, cooccurring = made.score(empty, every(empty), 5)
+    tokens, _, cooccurring = made.top_k(empty, every(empty), 5)
     assert names(made, tokens[0]) == ["c", "b", "a", "", ""]
     assert not cooccurring.any()
 
@@ -171,7 +171,7 @@ def test_a_restored_state_answers_the_same_under_another_vocabulary():
     made.observe(batch, np.array([3, 2]))
     other = counters("hgfedcba")
     other.restore(made.state())
-    here, there = made.score(batch, every(batch), 6), other.score(batch, every(batch), 6)
+    here, there = made.top_k(batch, every(batch), 6), other.top_k(batch, every(batch), 6)
     assert names(made, here[0][0][here[2][0]]) == names(other, there[0][0][there[2][0]])
     np.testing.assert_allclose(here[1][here[2]], there[1][there[2]], rtol=1e-5)
 
@@ -182,7 +182,7 @@ def test_deltas_hold_exactly_what_was_counted_since_the_last_take():
     made.observe(history([("a", 1), ("b", 2)]), np.array([2]))
     first = made.take_deltas().summed(limit=8)
     assert names(made, first.touched()) == ["a", "b"]
-    own = first.of(np.array([made.vocabulary.token("a")]))
+    own = first.select(np.array([made.vocabulary.token("a")]))
     assert (names(made, own.rows), names(made, own.columns)) == (["a"], ["b"])
     assert [*own.popularity, *own.weights] == pytest.approx([1, 1], rel=1e-3)
     assert not len(made.take_deltas().summed(limit=8).touched())
@@ -197,7 +197,7 @@ def test_of_a_long_row_of_deltas_the_heaviest_pairs_go_to_the_merge():
     made.log = DeltaLog()
     for other, times in (("b", 1), ("c", 3), ("d", 2)):
         made.observe(history(*[[("a", 1), (other, 2)]] * times), np.full(times, 2))
-    deltas = made.take_deltas().summed(limit=2).of(np.array([made.vocabulary.token("a")]))
+    deltas = made.take_deltas().summed(limit=2).select(np.array([made.vocabulary.token("a")]))
     assert names(made, deltas.columns) == ["c", "d"]
 
 
@@ -219,7 +219,7 @@ def test_the_frozen_counters_hit_a_fifth_of_the_last_fifth_of_the_real_log():
         part = lines[start : start + 250]
         before = Histories.from_rings([(rings[line[0]], append(rings, [line]))[0] for line in part])
         targets = made.vocabulary.tokens(np.array([item_hash(line[1]) for line in part], np.uint64))
-        hits += int((made.score(before, every(before), 10)[0] == targets[:, None]).any(axis=1).sum())
+        hits += int((made.top_k(before, every(before), 10)[0] == targets[:, None]).any(axis=1).sum())
         seen = np.split(made.vocabulary.tokens(before.items), before.offsets[1:-1])
         popular_hits += sum(
             first_unseen(ranking, set(row.tolist()), 10, t) for row, t in zip(seen, targets, strict=True)
@@ -256,30 +256,30 @@ def test_a_withdrawn_item_is_no_ones_neighbour_and_not_popular_but_still_counts_
     made = counters("abcd")
     made.observe(history(*RUNS), np.array([9, 9]))
     asked = history([("c", 0)]), np.ones(1, bool), 3
-    before = names(made, made.score(*asked)[0][0])
-    made.vocabulary.withdraw(["a"])
+    before = names(made, made.top_k(*asked)[0][0])
+    made.vocabulary.delist(["a"])
     assert before == ["a", "b", "d"]
-    assert names(made, made.score(*asked)[0][0]) == ["b", "d", ""]
+    assert names(made, made.top_k(*asked)[0][0]) == ["b", "d", ""]
     assert names(made, made.popular(4)[0]) == ["b", "c", "d"]
-    assert made.score(history([("a", 0)]), np.ones(1, bool), 1)[2].all(), "a user who took it has neighbours of it"
+    assert made.top_k(history([("a", 0)]), np.ones(1, bool), 1)[2].all(), "a user who took it has neighbours of it"
     made.vocabulary.admit("ef")
     assert set(names(made, made.popular(9)[0])) == set("bcdef")
-    made.vocabulary.restore(["a"])
-    assert names(made, made.score(*asked)[0][0]) == before
+    made.vocabulary.relist(["a"])
+    assert names(made, made.top_k(*asked)[0][0]) == before
 
 
 def test_an_item_that_takes_over_a_token_takes_over_nothing_that_was_counted():
     made, fresh = counters("abc"), counters("Xbc")
     made.log = DeltaLog()
     made.observe(history(*RUNS), np.array([9, 9]))
-    made.vocabulary.retire(np.array([1]))
+    made.vocabulary.evict(np.array([1]))
     assert made.vocabulary.admit(["X"]).tolist() == [1]
     rest = history([("b", 1), ("c", 2), ("X", 4)])
     made.observe(rest, np.array([1]))
     fresh.observe(rest, np.array([1]))
     assert row(made, 1) == row(fresh, 1)
     deltas = made.take_deltas().summed(16)
-    assert deltas.of(np.array([1])).popularity == pytest.approx(row(fresh, 1)[0])
+    assert deltas.select(np.array([1])).popularity == pytest.approx(row(fresh, 1)[0])
     pairs = set(zip(deltas.rows.tolist(), deltas.columns.tolist(), strict=True))
     assert pairs == {(2, 3), (3, 2), (1, 2), (2, 1), (1, 3), (3, 1)}
 
@@ -290,7 +290,7 @@ def test_counters_that_only_look_on_forget_what_was_retired():
     shadow = Counters(made.vocabulary, HALF_LIFE_DAYS, 16, 3)
     shadow.restore(made.state())
     shadow.frozen = True
-    made.vocabulary.retire(np.array([2]))
+    made.vocabulary.evict(np.array([2]))
     made.vocabulary.admit(["X"])
     assert names(shadow, shadow.popular(3)[0]) == ["a", "c", "X"]
     assert shadow.popular(3)[1][2] == 0

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.layout import Entry
-from pipeline.data.log_io import BadRecord, Layout, in_event_time, read_columns, read_log
+from pipeline.data.layout import LogEntry
+from pipeline.data.log_io import BadRecord, LogLayout, read_event_log, read_log, read_log_by_time
 from pipeline.errors import LogFileError
 from pipeline.records import Event
 
@@ -14,7 +14,7 @@ DATA = Path(os.environ.get("MILLRACE_DATA", "../shared/data"))
 RATED = Event("196", "242", "rate", 881_250_949_000, value=3.0)
 
 
-def _read(folder: Path, text: str, layout: Layout | None = None) -> list[Entry]:
+def _read(folder: Path, text: str, layout: LogLayout | None = None) -> list[LogEntry]:
     path = folder / "log.txt"
     path.write_text(text, encoding="utf-8")
     return list(read_log(path, layout))
@@ -34,18 +34,18 @@ def _read(folder: Path, text: str, layout: Layout | None = None) -> list[Entry]:
     ],
 )
 def test_columns_are_found_by_header_or_by_place(text: str, columns: str | None, tmp_path: Path) -> None:
-    assert _read(tmp_path, text, Layout.parse(columns)) == [RATED]
+    assert _read(tmp_path, text, LogLayout.parse(columns)) == [RATED]
 
 
 def test_an_action_column_overrules_the_action_that_is_given(tmp_path: Path) -> None:
     text = "u1;i1;buy;5\nu1;i2;;6\n"
-    layout = Layout.parse("user,item,action,ts", action="view", separator=";", unit="ms")
+    layout = LogLayout.parse("user,item,action,ts", action="view", separator=";", unit="ms")
     assert _read(tmp_path, text, layout) == [Event("u1", "i1", "buy", 5), Event("u1", "i2", "view", 6)]
 
 
 def test_a_unit_that_is_given_or_named_is_not_guessed(tmp_path: Path) -> None:
     for columns, unit, ts_ms in [("user,item,ts", "ms", 7), ("user,item,ts_ms", None, 7), ("user,item,ts", "s", 7000)]:
-        assert _read(tmp_path, "u1,i1,7\n", Layout.parse(columns, unit=unit)) == [Event("u1", "i1", "rate", ts_ms)]
+        assert _read(tmp_path, "u1,i1,7\n", LogLayout.parse(columns, unit=unit)) == [Event("u1", "i1", "rate", ts_ms)]
 
 
 @pytest.mark.parametrize(
@@ -58,12 +58,12 @@ def test_a_unit_that_is_given_or_named_is_not_guessed(tmp_path: Path) -> None:
 )
 def test_without_times_the_place_in_the_log_is_the_time(text: str, columns: str, tmp_path: Path) -> None:
     wanted = [Event("u2", "i1", "rate", 0), Event("u1", "i9", "rate", 1), Event("u1", "i1", "rate", 2)]
-    assert _read(tmp_path, text, Layout.parse(columns)) == wanted
-    assert list(in_event_time(tmp_path / "log.txt", Layout.parse(columns))) == wanted
+    assert _read(tmp_path, text, LogLayout.parse(columns)) == wanted
+    assert list(read_log_by_time(tmp_path / "log.txt", LogLayout.parse(columns))) == wanted
 
 
 def test_a_bad_line_of_a_log_without_times_takes_its_place(tmp_path: Path) -> None:
-    first, bad, last = _read(tmp_path, "u1,i1\nu1\nu1,i2\n", Layout.parse("user,item"))
+    first, bad, last = _read(tmp_path, "u1,i1\nu1\nu1,i2\n", LogLayout.parse("user,item"))
     assert isinstance(bad, BadRecord)
     assert (first, last) == (Event("u1", "i1", "rate", 0), Event("u1", "i2", "rate", 2))
 
@@ -73,23 +73,23 @@ def test_lines_out_of_order_make_the_same_log(tmp_path: Path) -> None:
     logs = []
     for order in (lines, lines[::-1], lines[20:] + lines[:20]):
         (tmp_path / "log.csv").write_text("\n".join(order))
-        logs.append(read_columns(tmp_path / "log.csv", Layout.parse("user,item,ts")))
+        logs.append(read_event_log(tmp_path / "log.csv", LogLayout.parse("user,item,ts")))
     assert all((log.events == logs[0].events).all() and (log.users == logs[0].users).all() for log in logs)
 
 
 def test_what_is_left_out_of_the_columns_is_counted_and_the_first_says_why(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text("user,item,action,ts,value\nu,i,view,5,1\nu,i,view,6,nan\nu,i,buy,7,1\n")
-    log = read_columns(tmp_path / "log.csv")
+    log = read_event_log(tmp_path / "log.csv")
     assert (len(log), log.unreadable) == (1, 2)
-    assert log.why.startswith("line 3: ")
+    assert log.first_error.startswith("line 3: ")
     (tmp_path / "log.csv").write_text("user,item,action,ts,value\nu,i,buy,7,1\n")
-    assert read_columns(tmp_path / "log.csv").why == "the action 'buy' is not among events.actions"
+    assert read_event_log(tmp_path / "log.csv").first_error == "the action 'buy' is not among events.actions"
 
 
 def test_a_header_that_looks_like_data_is_believed_when_told(tmp_path: Path) -> None:
     text = "1,2,3\n4,5,6\n"
-    assert len(_read(tmp_path, text, Layout.parse("user,item,ts"))) == 2
-    assert len(_read(tmp_path, text, Layout.parse("user,item,ts", header=True))) == 1
+    assert len(_read(tmp_path, text, LogLayout.parse("user,item,ts"))) == 2
+    assert len(_read(tmp_path, text, LogLayout.parse("user,item,ts", header=True))) == 1
 
 
 def test_quotes_of_comma_separated_text_are_understood(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_a_log_without_the_columns_is_one_sentence_at_once(
 ) -> None:
     (tmp_path / "log.csv").write_text(text)
     with pytest.raises(LogFileError, match=said):
-        read_log(tmp_path / "log.csv", Layout.parse(columns))
+        read_log(tmp_path / "log.csv", LogLayout.parse(columns))
 
 
 @pytest.mark.parametrize(
@@ -156,15 +156,15 @@ def test_a_log_without_the_columns_is_one_sentence_at_once(
 )
 def test_a_layout_that_means_nothing_is_refused_in_one_sentence(words: dict, said: str) -> None:
     with pytest.raises(LogFileError, match=said):
-        Layout.parse(**words)
+        LogLayout.parse(**words)
 
 
 @pytest.mark.skipif(not (DATA / "ml-100k").is_dir(), reason="no ml-100k log; set MILLRACE_DATA to the folder with it")
 def test_the_movielens_log_is_read_whole() -> None:
     path = DATA / "ml-100k" / "ml-100k.inter"
-    log = read_columns(path)
+    log = read_event_log(path)
     assert (len(log), log.unreadable, len(log.user_ids), len(log.item_ids)) == (100_000, 0, 943, 1682)
     assert (log.ts_ms[0], log.ts_ms[-1]) == (874_724_710_000, 893_286_638_000)
-    events = list(in_event_time(path, run_entries=7000))
+    events = list(read_log_by_time(path, run_entries=7000))
     assert [event.user_id for event in events if isinstance(event, Event)] == [log.user_ids[u] for u in log.users]
     assert [event.item_id for event in events if isinstance(event, Event)] == [log.item_ids[i] for i in log.items]

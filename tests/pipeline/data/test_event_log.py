@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.log_io import in_event_time, read_columns, write_log
+from pipeline.data.log_io import read_event_log, read_log_by_time, write_log
 from pipeline.records import EVENT_DTYPE, MAX_TS_MS, Event, EventPacker, EventSchema
 
 SCHEMA = EventSchema(actions=("view", "buy"), devices=("mobile", "tv"))
@@ -33,8 +33,8 @@ def test_columns_are_the_events_of_the_log_in_event_time(log: list[Event]) -> No
     with TemporaryDirectory() as folder:
         path = Path(folder) / "log.jsonl"
         write_log(path, log)
-        columns = read_columns(path, schema=SCHEMA)
-        ordered = [event for event in in_event_time(path) if isinstance(event, Event)]
+        columns = read_event_log(path, schema=SCHEMA)
+        ordered = [event for event in read_log_by_time(path) if isinstance(event, Event)]
     known = [event for event in ordered if event.action in SCHEMA.actions]
     assert columns.unreadable == len(log) - len(known)
     assert [columns.user_ids[user] for user in columns.users] == [event.user_id for event in known]
@@ -47,12 +47,12 @@ def test_bad_lines_are_counted_and_their_ids_are_not_in_the_log(tmp_path: Path) 
     write_log(tmp_path / "log.jsonl", [Event("u1", "i1", "view", 1), Event("u2", "i2", "steal", 2)])
     with (tmp_path / "log.jsonl").open("ab") as file:
         file.write(b"not an event\n\n")
-    log = read_columns(tmp_path / "log.jsonl")
+    log = read_event_log(tmp_path / "log.jsonl")
     assert (len(log), log.unreadable, log.user_ids, log.item_ids) == (1, 2, ["u1"], ["i1"])
 
 
 def test_an_empty_log_has_empty_columns_of_the_right_types(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").touch()
-    log = read_columns(tmp_path / "log.jsonl")
+    log = read_event_log(tmp_path / "log.jsonl")
     assert (log.users.dtype, log.items.dtype, log.events.dtype) == (np.int32, np.int32, EVENT_DTYPE)
     assert (len(log), log.user_ids, log.unreadable) == (0, [], 0)

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.external_sort import sorted_by_time
-from pipeline.data.layout import BadRecord, Entry
-from pipeline.data.log_io import in_event_time, write_log
+from pipeline.data.layout import BadRecord, LogEntry
+from pipeline.data.log_io import read_log_by_time, write_log
 from pipeline.errors import LogFileError
 from pipeline.records import Event
 
@@ -32,7 +32,7 @@ def test_runs_on_disk_and_one_in_memory_give_the_stable_order(log: list[Event], 
 
 @settings(deadline=None)
 @given(st.lists(events | bad_records, max_size=40), st.integers(1, 9))
-def test_bad_records_are_all_there_and_stand_behind_their_event(log: list[Entry], run_entries: int) -> None:
+def test_bad_records_are_all_there_and_stand_behind_their_event(log: list[LogEntry], run_entries: int) -> None:
     ordered = list(sorted_by_time(log, run_entries))
     assert sorted(map(repr, ordered)) == sorted(map(repr, log))
     ahead = [entry for entry, _ in zip(log, range(run_entries), strict=False) if isinstance(entry, BadRecord)]
@@ -64,7 +64,7 @@ def test_a_log_of_twenty_runs_is_sorted_in_the_memory_of_two(tmp_path: Path, mon
     tracemalloc.start()
     try:
         seen = 0
-        for before, after in pairwise(in_event_time(tmp_path / "log.msgpack", run_entries=1000)):
+        for before, after in pairwise(read_log_by_time(tmp_path / "log.msgpack", run_entries=1000)):
             assert isinstance(before, Event)
             assert isinstance(after, Event)
             assert _key(before) <= _key(after)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.log_io import BadRecord, Layout, in_event_time, read_log, write_log
+from pipeline.data.log_io import BadRecord, LogLayout, read_log, read_log_by_time, write_log
 from pipeline.errors import LogFileError
 from pipeline.records import MAX_TS_MS, Event
 
@@ -144,9 +144,9 @@ def test_a_file_that_cannot_be_read_at_all_is_one_sentence_at_once(tmp_path: Pat
             read_log(_write(tmp_path / name, content))
     for path in (tmp_path / "missing.jsonl", tmp_path):
         with pytest.raises(LogFileError, match="cannot be read"):
-            in_event_time(path)
+            read_log_by_time(path)
     with pytest.raises(LogFileError, match=r"--columns is for delimited text"):
-        read_log(_write(tmp_path / "log.jsonl", LINE), Layout.parse("user,item,ts"))
+        read_log(_write(tmp_path / "log.jsonl", LINE), LogLayout.parse("user,item,ts"))
 
 
 def test_an_empty_file_is_an_empty_log(tmp_path: Path) -> None:

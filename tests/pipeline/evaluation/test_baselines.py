@@ -4,18 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data.event_log import columns
-from pipeline.data.sequences import Corpus
-from pipeline.evaluation.full_ranking import CatalogueRanker, Scorer, best_columns
+from pipeline.data.event_log import event_log_from_blocks
+from pipeline.data.sequences import UserSequences
+from pipeline.evaluation.full_ranking import CatalogueScorer, FullRanking, column_top_k
 from pipeline.evaluation.item_knn import ItemKnn, ItemKnnOptions
-from pipeline.evaluation.popularity import DAY_MS, Popularity, RecentPopularity
-from pipeline.evaluation.ranking import BATCH_USERS, Ranker, Scored, ranks_among, slates_of
+from pipeline.evaluation.popularity import Popularity, RecentPopularity
+from pipeline.evaluation.ranking import BATCH_USERS, HeldOutEvents, Recommender, ranks_among, slates_of
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
-from pipeline.records import Event, EventSchema, Histories, Item
+from pipeline.records import DAY_MS, Event, EventSchema, Histories, Item
 from pipeline.serving.exclusion import Exclusion
 from pipeline.serving.pipeline import PipelineOptions, new_counters
-from pipeline.serving.simple_strategy import SimpleRung
+from pipeline.serving.simple_strategy import SimpleStrategy
 from tests.benchmarks.sasrec import SasRec, SasRecConfig, SasRecScorer
 
 ITEMS, DAYS = 25, 30
@@ -33,7 +33,7 @@ def events_of(seed: int = 0, events: int = 400, users: int = 20) -> list[Event]:
 
 EVENTS = events_of()
 VOCABULARY = Vocabulary(f"i{number}" for number in range(ITEMS))
-KNOWN = Corpus.of_log(columns([EVENTS], SCHEMA), VOCABULARY)
+KNOWN = UserSequences.from_log(event_log_from_blocks([EVENTS], SCHEMA), VOCABULARY)
 SIZE = len(VOCABULARY)
 
 
@@ -41,12 +41,12 @@ def histories_of(*histories: list[Event]) -> Histories:
     return Histories.from_events(histories, SCHEMA)
 
 
-def scores_of(scorer: Scorer, *histories: list[Event]) -> np.ndarray:
+def scores_of(scorer: CatalogueScorer, *histories: list[Event]) -> np.ndarray:
     packed = histories_of(*histories)
     return scorer.score(packed, VOCABULARY.tokens(packed.items))
 
 
-def rankers() -> dict[str, Ranker]:
+def rankers() -> dict[str, Recommender]:
     torch.manual_seed(0)
     popularity = Popularity(KNOWN, SIZE)
     counters = new_counters(PipelineOptions(), VOCABULARY)
@@ -54,11 +54,11 @@ def rankers() -> dict[str, Ranker]:
     scorers = [
         popularity,
         RecentPopularity(KNOWN, SIZE, 5.0),
-        ItemKnn.of_users(KNOWN, SIZE, ItemKnnOptions(8)),
+        ItemKnn.from_users(KNOWN, SIZE, ItemKnnOptions(8)),
         SasRecScorer(SasRec(SasRecConfig(items=SIZE, width=8, max_events=20)), popularity),
     ]
-    made: dict[str, Ranker] = {each.name: CatalogueRanker(each, VOCABULARY, Exclusion()) for each in scorers}
-    return made | {"cooccurrence": SimpleRung(counters, Exclusion())}
+    made: dict[str, Recommender] = {each.name: FullRanking(each, VOCABULARY, Exclusion()) for each in scorers}
+    return made | {"cooccurrence": SimpleStrategy(counters, Exclusion())}
 
 
 @pytest.mark.parametrize("name", ["popularity", "recent_popularity", "itemknn", "sasrec", "cooccurrence"])
@@ -78,12 +78,12 @@ def test_chosen_items_are_scored_in_the_order_in_which_the_whole_catalogue_is_ra
 def test_a_rank_among_every_untouched_item_is_the_place_among_all_items(name: str) -> None:
     """Sampled and full ranking meet where the sample is everything that serving does not exclude."""
     ranker = rankers()[name]
-    scored = Scored(KNOWN, np.flatnonzero(KNOWN.is_new), 1000)
+    scored = HeldOutEvents(KNOWN, np.flatnonzero(KNOWN.is_first_touch), 1000)
     slates = slates_of(ranker, scored, SIZE)
-    full = np.where((slates == scored.wanted[:, None]).any(1), (slates == scored.wanted[:, None]).argmax(1) + 1, 0)
+    full = np.where((slates == scored.targets[:, None]).any(1), (slates == scored.targets[:, None]).argmax(1) + 1, 0)
     for row in range(0, len(scored), 9):
-        one = Scored(KNOWN, scored.positions[row : row + 1], 1000)
-        others = np.setdiff1d(slates[row], [0, scored.wanted[row]])
+        one = HeldOutEvents(KNOWN, scored.positions[row : row + 1], 1000)
+        others = np.setdiff1d(slates[row], [0, scored.targets[row]])
         assert ranks_among(ranker, one, others[None].astype(np.int32)).tolist() == [full[row]]
     assert len(scored) > BATCH_USERS // 2
 
@@ -123,7 +123,7 @@ def similarities(shrinkage: float) -> np.ndarray:
 @pytest.mark.parametrize("shrinkage", [0.0, 10.0])
 def test_item_knn_sums_shrunk_cosines_over_the_history_newer_events_counting_more(shrinkage: float) -> None:
     history = EVENTS[10:16]
-    (got,) = scores_of(ItemKnn.of_users(KNOWN, SIZE, ItemKnnOptions(SIZE, shrinkage, 0.8)), history)
+    (got,) = scores_of(ItemKnn.from_users(KNOWN, SIZE, ItemKnnOptions(SIZE, shrinkage, 0.8)), history)
     tokens = [VOCABULARY.token(event.item_id) for event in reversed(history)]
     wanted = sum(0.8**age * similarities(shrinkage)[token] for age, token in enumerate(tokens))
     assert got[wanted > 0] == pytest.approx(wanted[wanted > 0], rel=1e-4)
@@ -131,7 +131,7 @@ def test_item_knn_sums_shrunk_cosines_over_the_history_newer_events_counting_mor
 
 
 def test_item_knn_keeps_each_items_nearest_neighbours_alone() -> None:
-    scorer = ItemKnn.of_users(KNOWN, SIZE, ItemKnnOptions(4, 10.0, 1.0))
+    scorer = ItemKnn.from_users(KNOWN, SIZE, ItemKnnOptions(4, 10.0, 1.0))
     for event in EVENTS[:20]:
         (got,) = scores_of(scorer, [event])
         nearest = np.sort(similarities(10.0)[VOCABULARY.token(event.item_id)])[-4:]
@@ -144,9 +144,9 @@ ITEM_WORDS = [{word for n, word in enumerate(WORDS) if number >> n & 1} for numb
 
 def test_content_knn_sums_cosines_of_words_that_count_by_their_rarity() -> None:
     catalogue = Catalogue(VOCABULARY)
-    catalogue.put(Item(f"i{number}", tags=sorted(words)) for number, words in enumerate(ITEM_WORDS))
+    catalogue.upsert(Item(f"i{number}", tags=sorted(words)) for number, words in enumerate(ITEM_WORDS))
     history = EVENTS[10:16]
-    (got,) = scores_of(ItemKnn.of_contents(catalogue, KNOWN, ItemKnnOptions(SIZE, 0.0, 0.8)), history)
+    (got,) = scores_of(ItemKnn.from_content(catalogue, KNOWN, ItemKnnOptions(SIZE, 0.0, 0.8)), history)
     worth = {word: np.log(SIZE / sum(word in words for words in ITEM_WORDS)) for word in WORDS}
 
     def product(a: set[str], b: set[str]) -> float:
@@ -165,7 +165,7 @@ def test_content_knn_sums_cosines_of_words_that_count_by_their_rarity() -> None:
 
 def test_the_best_columns_are_those_of_a_full_sort_and_ties_go_by_column() -> None:
     scores = np.array([[3, 1, 3, 2, -np.inf], [-np.inf, 0, -np.inf, -np.inf, -np.inf]], np.float32)
-    found, best = best_columns(scores, 4)
+    found, best = column_top_k(scores, 4)
     assert found.tolist() == [[0, 2, 3, 1], [1, 0, 0, 0]]
     assert best[0].tolist() == [3, 3, 2, 1]
-    assert best_columns(scores, 9)[0].shape == (2, 9)
+    assert column_top_k(scores, 9)[0].shape == (2, 9)

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from pipeline.data.event_log import columns
-from pipeline.data.sequences import Corpus
-from pipeline.evaluation.beyond_accuracy import category_vectors, cooccurrence_vectors, slate_measures
+from pipeline.data.event_log import event_log_from_blocks
+from pipeline.data.sequences import UserSequences
+from pipeline.evaluation.beyond_accuracy import beyond_accuracy, category_vectors, cooccurrence_vectors
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import Event, EventSchema, Item
 
@@ -12,12 +12,12 @@ NO_VECTORS = np.zeros((5, 2))
 
 def test_coverage_is_the_share_of_items_on_any_slate_and_padding_is_none() -> None:
     counts = np.array([0, 5, 3, 1, 1])
-    assert slate_measures(np.array([[1, 2], [2, 0]]), counts, NO_VECTORS).coverage == 0.5
+    assert beyond_accuracy(np.array([[1, 2], [2, 0]]), counts, NO_VECTORS).coverage == 0.5
 
 
 def test_novelty_is_the_mean_information_of_an_items_smoothed_share() -> None:
     counts = np.array([0, 5, 3, 1, 1])
-    measures = slate_measures(np.array([[1, 3]]), counts, NO_VECTORS)
+    measures = beyond_accuracy(np.array([[1, 3]]), counts, NO_VECTORS)
     assert measures.novelty == pytest.approx(-(np.log2(6 / 15) + np.log2(2 / 15)) / 2)
 
 
@@ -28,8 +28,8 @@ def test_diversity_is_one_minus_the_mean_cosine_of_two_items_of_a_slate() -> Non
     vectors[0] = 0
     slates = np.array([[1, 2, 3], [4, 5, 0], [6, 0, 0]])
     pairs = [np.mean([vectors[i] @ vectors[j] for i, j in [(1, 2), (1, 3), (2, 3)]]), vectors[4] @ vectors[5]]
-    assert slate_measures(slates, np.ones(9), vectors).diversity == pytest.approx(1 - np.mean(pairs))
-    assert slate_measures(np.array([[6, 0, 0]]), np.ones(9), vectors).diversity is None
+    assert beyond_accuracy(slates, np.ones(9), vectors).diversity == pytest.approx(1 - np.mean(pairs))
+    assert beyond_accuracy(np.array([[6, 0, 0]]), np.ones(9), vectors).diversity is None
 
 
 def test_items_are_alike_as_far_as_they_share_categories() -> None:
@@ -45,9 +45,9 @@ def test_without_categories_items_are_alike_as_far_as_the_same_users_touched_the
     """The sketch's cosines are right on average: 400 pairs against the exact ones."""
     random = np.random.default_rng(0)
     events = [Event(f"u{random.integers(60)}", f"i{random.integers(21)}", "view", n) for n in range(700)]
-    log = columns([events], EventSchema())
+    log = event_log_from_blocks([events], EventSchema())
     vocabulary = Vocabulary(log.item_ids)
-    known = Corpus.of_log(log, vocabulary)
+    known = UserSequences.from_log(log, vocabulary)
     vectors = cooccurrence_vectors(known, len(vocabulary))
     touched = np.zeros((len(vocabulary), 60))
     touched[known.tokens, np.repeat(np.arange(len(known.offsets) - 1), np.diff(known.offsets))] = 1

@@ -37,7 +37,7 @@ def test_a_paired_difference_is_surer_than_two_intervals_apart() -> None:
     random = np.random.default_rng(1)
     users = np.repeat(np.arange(40), 10)
     worse = np.repeat(random.integers(2, 50, 40), 10)
-    comparison = Comparison.of({"better": worse - 1, "worse": worse}, users, (50,), 500, 0)
+    comparison = Comparison.from_ranks({"better": worse - 1, "worse": worse}, users, (50,), 500, 0)
     alone, other = comparison.at("better")[50].mrr, comparison.at("worse")[50].mrr
     difference = comparison.difference("better", "worse")[50].mrr
     assert alone.low < other.high, "apart they overlap"
@@ -47,7 +47,7 @@ def test_a_paired_difference_is_surer_than_two_intervals_apart() -> None:
 
 def test_a_rank_beyond_the_cutoff_is_no_hit() -> None:
     ranks = np.array([1, 3, 11, 0])
-    at = Comparison.of({"one": ranks}, np.arange(4), (1, 5, 20), 10, 0).at("one")
+    at = Comparison.from_ranks({"one": ranks}, np.arange(4), (1, 5, 20), 10, 0).at("one")
     assert [at[cutoff].hit_rate.value for cutoff in (1, 5, 20)] == [0.25, 0.5, 0.75]
     assert at[5].ndcg.value == pytest.approx((1 + 0.5) / 4)
     assert at[20].mrr.value == pytest.approx((1 + 1 / 3 + 1 / 11) / 4)

@@ -12,8 +12,8 @@ def test_a_reliability_curve_has_bins_of_equal_mass_from_low_odds_to_high() -> N
     odds = np.linspace(0, 1, 100)[::-1]
     curve = calibration_curve(odds, (odds > 0.5).astype(float), bins=4)
     assert [point.labels for point in curve] == [25] * 4
-    assert [point.positive_share for point in curve] == [0, 0, 1, 1]
-    assert [point.odds for point in curve] == pytest.approx([0.1212, 0.3737, 0.6263, 0.8788], abs=1e-4)
+    assert [point.positive_rate for point in curve] == [0, 0, 1, 1]
+    assert [point.probability for point in curve] == pytest.approx([0.1212, 0.3737, 0.6263, 0.8788], abs=1e-4)
 
 
 def test_odds_that_come_true_have_next_to_no_calibration_error_and_boasting_ones_their_excess() -> None:
@@ -31,6 +31,6 @@ def test_two_errors_that_cancel_in_the_mean_still_count() -> None:
 
 def test_unknown_labels_are_left_out_of_the_curve_and_without_any_there_is_none() -> None:
     odds, labels = np.array([0.2, 0.9, 0.4]), np.array([0.0, np.nan, 1.0])
-    assert [(point.labels, point.odds) for point in calibration_curve(odds, labels)] == [(1, 0.2), (1, 0.4)]
+    assert [(point.labels, point.probability) for point in calibration_curve(odds, labels)] == [(1, 0.2), (1, 0.4)]
     assert calibration_curve(odds, np.full(3, np.nan)) == []
     assert expected_calibration_error(odds, np.full(3, np.nan)) is None

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.sequences import Corpus
-from pipeline.features.affinity import AFFINITIES, WINDOWS, Affinities
+from pipeline.data.sequences import UserSequences
+from pipeline.features.affinity import N_AFFINITY_FEATURES, WINDOWS, AffinityIndex
 from pipeline.features.labels import engaged
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import Event, EventSchema, Histories, Item
-from pipeline.training.batches import Examples, batch_of
+from pipeline.training.batches import TrainingColumns, make_batch
 
 SCHEMA = EventSchema()
 ITEMS = [
@@ -22,7 +22,7 @@ ITEMS = [
 ]  # fmt: skip
 VOCABULARY = Vocabulary(item.item_id for item in ITEMS)
 CATALOGUE = Catalogue(VOCABULARY)
-CATALOGUE.put(ITEMS)
+CATALOGUE.upsert(ITEMS)
 touches = st.lists(st.tuples(st.integers(0, 4), st.sampled_from(["view", "cart", "like"])), min_size=1, max_size=320)
 
 
@@ -32,7 +32,7 @@ def events_of(history: list[tuple[int, str]], user: str = "u") -> list[Event]:
 
 def asked_of(histories: Histories, ends: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     items = VOCABULARY.tokens(histories.items)
-    affinities = Affinities.of(histories, items, CATALOGUE.facts(items), engaged(histories, SCHEMA))
+    affinities = AffinityIndex.from_histories(histories, items, CATALOGUE.facts(items), engaged(histories, SCHEMA))
     return affinities.at(ends, tokens, CATALOGUE.facts(tokens))
 
 
@@ -63,7 +63,7 @@ def test_the_columns_are_their_definitions_and_no_user_sees_anothers_events(one,
     for end, history in ((len(one) - 1, one), (len(one) + len(other) - 1, other)):
         tokens = np.array([VOCABULARY.token(item.item_id) for item in ITEMS])
         got = asked_of(histories, np.full(len(ITEMS), end), tokens)
-        assert got.shape == (len(ITEMS), AFFINITIES)
+        assert got.shape == (len(ITEMS), N_AFFINITY_FEATURES)
         np.testing.assert_allclose(got, [walked(history, item) for item in ITEMS], atol=2e-4)
 
 
@@ -80,9 +80,11 @@ def test_a_training_batch_asks_what_serving_asks_at_that_time(seed: int) -> None
     lengths = [1, 7, 300]
     log = [[(int(random.integers(5)), str(random.choice(["view", "cart"]))) for _ in range(n)] for n in lengths]
     histories = Histories.from_events([events_of(history) for history in log], SCHEMA)
-    corpus = Corpus.of(histories.events, VOCABULARY.tokens(histories.items), histories.users)
-    examples = Examples.of(corpus, SCHEMA, repeats=True, catalogue=CATALOGUE)
-    batch = batch_of(examples, corpus.offsets[:-1], np.diff(corpus.offsets), 0.5, random)  # in order of length: as here
+    corpus = UserSequences.from_columns(histories.events, VOCABULARY.tokens(histories.items), histories.users)
+    examples = TrainingColumns.from_sequences(corpus, SCHEMA, repeats=True, catalogue=CATALOGUE)
+    batch = make_batch(
+        examples, corpus.offsets[:-1], np.diff(corpus.offsets), 0.5, random
+    )  # in order of length: as here
     for row in np.flatnonzero(batch.successors):
         user = int(np.searchsorted(corpus.offsets, row, side="right")) - 1
         start = int(corpus.offsets[user])
@@ -95,8 +97,8 @@ def test_each_user_is_asked_after_their_newest_event_and_one_without_events_has_
     log = [[(0, "view"), (2, "cart")], [], [(1, "like")]]
     histories = Histories.from_events([events_of(history) for history in log], SCHEMA)
     items, asked = VOCABULARY.tokens(histories.items), np.array([[1, 4], [2, 3], [5, 2]])
-    affinities = Affinities.of(histories, items, CATALOGUE.facts(items), engaged(histories, SCHEMA))
-    columns = affinities.of_newest(asked, CATALOGUE.facts(asked.ravel()))
+    affinities = AffinityIndex.from_histories(histories, items, CATALOGUE.facts(items), engaged(histories, SCHEMA))
+    columns = affinities.latest(asked, CATALOGUE.facts(asked.ravel()))
     assert not columns[1].any()
     for user, end in ((0, 1), (2, 2)):
         wanted = asked_of(histories, np.array([end, end]), asked[user])

@@ -6,9 +6,9 @@ from pipeline.features.event_features import (
     SECONDS_CAP,
     TIME_BUCKETS,
     TIME_THRESHOLDS,
-    Inputs,
+    EncoderInputs,
     bucket_seconds,
-    inputs_of,
+    encoder_inputs,
 )
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.model.config import HstuConfig
@@ -20,9 +20,9 @@ ITEMS = [f"i{number}" for number in range(20)]
 VOCABULARY = Vocabulary(ITEMS)
 
 
-def inputs(*users: list[Event], table_rows: int = 21) -> Inputs:
+def inputs(*users: list[Event], table_rows: int = 21) -> EncoderInputs:
     histories = Histories.from_events(users, SCHEMA)
-    return inputs_of(histories, VOCABULARY.tokens(histories.items), table_rows)
+    return encoder_inputs(histories, VOCABULARY.tokens(histories.items), table_rows)
 
 
 events = st.builds(
@@ -56,7 +56,7 @@ def test_a_row_never_changes_when_later_events_arrive(history: list[Event], kept
     whole, part = inputs(history), inputs(history[:kept])
     rows = len(part.tokens)
     assert (whole.tokens[:rows] == part.tokens).all()
-    assert (whole.codes[:rows] == part.codes).all()
+    assert (whole.feature_ids[:rows] == part.feature_ids).all()
     assert (whole.seconds[:rows] == part.seconds).all()
 
 
@@ -67,7 +67,7 @@ def test_rows_do_not_depend_on_the_batch_mates(users: list[list[Event]]) -> None
     for user, history in enumerate(users):
         alone = inputs(history)
         part = slice(int(together.offsets[user]), int(together.offsets[user + 1]))
-        assert (together.codes[part] == alone.codes).all()
+        assert (together.feature_ids[part] == alone.feature_ids).all()
         assert (together.seconds[part] == alone.seconds).all()
 
 
@@ -80,16 +80,16 @@ def test_the_tail_and_the_order_of_lengths_keep_each_users_rows(lengths: list[in
     for place, user in enumerate(order):
         rows, wanted = slice(*cut.offsets[place : place + 2]), slice(None, whole.offsets[user + 1])
         assert (cut.tokens[rows] == whole.tokens[wanted][-kept[user] :]).all()
-        assert (cut.codes[rows] == whole.codes[wanted][-kept[user] :]).all()
+        assert (cut.feature_ids[rows] == whole.feature_ids[wanted][-kept[user] :]).all()
 
 
 def test_a_ring_within_the_models_reach_changes_what_it_reads_a_longer_one_does_not() -> None:
-    reach = HstuConfig(max_events=50).reach_events
+    reach = HstuConfig(max_events=50).receptive_field
     history = [Event("u", ITEMS[n % 20], "view", 40_000 * n) for n in range(reach + 60)]
     whole, enough, short = (inputs(history[-kept:]).tail(50) for kept in (len(history), reach, reach - 1))
-    assert (whole.codes == enough.codes).all()
+    assert (whole.feature_ids == enough.feature_ids).all()
     assert (np.diff(whole.seconds) == np.diff(enough.seconds)).all()
-    assert (whole.codes != short.codes).any()
+    assert (whole.feature_ids != short.feature_ids).any()
 
 
 def test_items_that_came_after_training_are_unknown_to_the_model() -> None:
@@ -100,14 +100,14 @@ def test_items_that_came_after_training_are_unknown_to_the_model() -> None:
 def test_hour_and_weekday_are_those_of_the_event_in_utc() -> None:
     thursday_noon = Event("u", "i1", "view", 12 * 3_600_000)
     sunday_night = Event("u", "i1", "view", (3 * 24 + 23) * 3_600_000)
-    codes = inputs([thursday_noon, sunday_night]).codes
+    codes = inputs([thursday_noon, sunday_night]).feature_ids
     assert codes[1, 2] - codes[0, 2] == 23 - 12
     assert codes[1, 3] - codes[0, 3] == 6 - 3
 
 
 def test_a_session_is_counted_anew_after_half_an_hour_a_history_never() -> None:
     minutes = [0, 1, 2, 31, 61, 61]
-    codes = inputs([Event("u", "i1", "view", 60_000 * minute) for minute in minutes]).codes
+    codes = inputs([Event("u", "i1", "view", 60_000 * minute) for minute in minutes]).feature_ids
     before, in_session = codes[:, 6] - codes[0, 6], codes[:, 7] - codes[0, 7]
     assert before.tolist() == bucket_seconds(np.arange(6)).tolist()
     assert in_session.tolist() == bucket_seconds(np.array([0, 1, 2, 3, 0, 1])).tolist()
@@ -115,7 +115,7 @@ def test_a_session_is_counted_anew_after_half_an_hour_a_history_never() -> None:
 
 def test_an_empty_batch_has_no_rows() -> None:
     nobody = Histories(np.empty(0, EVENT_DTYPE), np.zeros(3, np.int64))
-    empty = inputs_of(nobody, np.empty(0, np.int32), 21)
+    empty = encoder_inputs(nobody, np.empty(0, np.int32), 21)
     assert len(empty) == 2
     assert len(empty.tokens) == 0
     assert len(empty.by_length()[1]) == 0

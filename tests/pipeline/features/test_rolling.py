@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.features import rolling
-from pipeline.features.rolling import Windows
+from pipeline.features.rolling import RollingWindows
 
 users = st.lists(st.lists(st.integers(1, 5), max_size=20), min_size=1, max_size=6)
 
@@ -23,14 +23,14 @@ def before(history: list[int], place: int, size: int) -> list[int]:
 def test_repetitions_are_those_of_the_users_own_window(histories: list[list[int]], size: int) -> None:
     names, offsets = packed(histories)
     wanted = [before(each, place, size).count(name) for each in histories for place, name in enumerate(each)]
-    assert Windows(offsets, size).repeats(names * np.uint64(0x9E3779B97F4A7C15)).tolist() == wanted
+    assert RollingWindows(offsets, size).repeats(names * np.uint64(0x9E3779B97F4A7C15)).tolist() == wanted
 
 
 @settings(deadline=None)
 @given(users, st.integers(1, 8))
 def test_sums_and_means_are_those_of_the_users_own_window(histories: list[list[int]], size: int) -> None:
     column, offsets = packed(histories)
-    window = Windows(offsets, size)
+    window = RollingWindows(offsets, size)
     own = [[*before(each, place, size), name] for each in histories for place, name in enumerate(each)]
     assert window.sums(column).tolist() == [sum(part) for part in own]
     means = window.means(column.astype(float), column > 2)
@@ -42,7 +42,7 @@ def test_more_users_and_events_than_a_sort_key_holds_are_counted_in_parts(monkey
     random = np.random.default_rng(0)
     histories = [random.integers(1, 6, count).tolist() for count in (3, 40, 0, 2, 9, 1, 1, 30)]
     names, offsets = packed(histories)
-    whole = Windows(offsets).repeats(names)
+    whole = RollingWindows(offsets).repeats(names)
     monkeypatch.setattr(rolling, "PLACE_BITS", 4)
     monkeypatch.setattr(rolling, "USER_BITS", 10)
-    assert (Windows(offsets).repeats(names) == whole).all()
+    assert (RollingWindows(offsets).repeats(names) == whole).all()

@@ -1,6 +1,6 @@
 import numpy as np
 
-from pipeline.features.visit_frequency import RHYTHMS, WINDOWS_DAYS, rhythm
+from pipeline.features.visit_frequency import N_VISIT_FEATURES, WINDOWS_DAYS, visit_frequency
 from pipeline.records import Event, EventSchema, Histories
 
 DAY_MS, MINUTE_MS = 86_400_000, 60_000
@@ -12,7 +12,7 @@ def histories(*users: list[int]) -> Histories:
 
 def counts(packed: Histories) -> list[list[float]]:
     """Whole numbers of sessions, and days, at every event."""
-    return np.expm1(rhythm(packed, np.arange(len(packed.events))).astype(float)).round(3).tolist()
+    return np.expm1(visit_frequency(packed, np.arange(len(packed.events))).astype(float)).round(3).tolist()
 
 
 def test_sessions_are_counted_within_each_window_and_the_running_one_is_among_them() -> None:
@@ -40,10 +40,10 @@ def test_users_are_counted_apart_and_empty_ones_have_no_rows() -> None:
 def test_later_events_change_nothing_before_them() -> None:
     random = np.random.default_rng(0)
     times = np.cumsum(random.integers(0, 3 * DAY_MS, 60)).tolist()
-    whole = rhythm(histories(times), np.arange(60))
+    whole = visit_frequency(histories(times), np.arange(60))
     for length in (1, 7, 30):
-        np.testing.assert_array_equal(rhythm(histories(times[:length]), np.arange(length)), whole[:length])
+        np.testing.assert_array_equal(visit_frequency(histories(times[:length]), np.arange(length)), whole[:length])
 
 
 def test_no_events_have_no_rhythm() -> None:
-    assert rhythm(histories([], []), np.empty(0, np.int64)).shape == (0, RHYTHMS)
+    assert visit_frequency(histories([], []), np.empty(0, np.int64)).shape == (0, N_VISIT_FEATURES)

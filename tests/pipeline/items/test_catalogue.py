@@ -29,23 +29,23 @@ def facts(catalogue: Catalogue, item_ids: str) -> dict[str, list[int]]:
 @given(st.lists(items, max_size=8))
 def test_what_is_saved_is_recalled_by_another_vocabulary(records: list[Item]) -> None:
     first, second = Catalogue(Vocabulary(["a", "b", "c", "d"])), Catalogue(Vocabulary(["z", "d", "c", "b", "a"]))
-    first.put(records)
-    second.recall(np.array([5, 4, 3, 2]), first.state(np.array([1, 2, 3, 4])))
+    first.upsert(records)
+    second.restore_facts(np.array([5, 4, 3, 2]), first.state(np.array([1, 2, 3, 4])))
     assert facts(first, "abcd") == facts(second, "abcd")
 
 
 def test_what_is_recalled_never_replaces_a_record() -> None:
     old, new = Catalogue(Vocabulary(["a", "b"])), Catalogue(Vocabulary(["a", "b"]))
-    old.put([Item("a", price=1.0, category=["x"]), Item("b", price=2.0)])
-    new.put([Item("a", price=9.0)])
-    new.recall(np.array([1, 2]), old.state(np.array([1, 2])))
+    old.upsert([Item("a", price=1.0, category=["x"]), Item("b", price=2.0)])
+    new.upsert([Item("a", price=9.0)])
+    new.restore_facts(np.array([1, 2]), old.state(np.array([1, 2])))
     assert facts(new, "ab")["price_codes"] == [encode_value(9.0), encode_value(2.0)]
     assert facts(new, "a")["categories"] == [0]
 
 
 def test_the_later_record_of_an_item_counts_and_new_items_get_tokens() -> None:
     catalogue = Catalogue(Vocabulary(["old"]))
-    tokens = catalogue.put([Item("new", price=3.0), Item("old", brand="x"), Item("new", price=4.0, created_ms=9)])
+    tokens = catalogue.upsert([Item("new", price=3.0), Item("old", brand="x"), Item("new", price=4.0, created_ms=9)])
     assert tokens.tolist() == [1, 2]
     known = catalogue.facts(np.array([0, 1, 2, 77]))
     assert known.price_codes.tolist() == [0, 0, encode_value(4.0), 0]
@@ -55,8 +55,10 @@ def test_the_later_record_of_an_item_counts_and_new_items_get_tokens() -> None:
 
 def test_a_text_is_known_by_its_words_and_their_letters() -> None:
     catalogue = Catalogue(Vocabulary())
-    catalogue.put([Item("a", title="Red shoes"), Item("b", title="red SHOE"), Item("c", text="red shoes!"), Item("d")])
-    a, b, c, d = (set(catalogue.words_of(token)[0].tolist()) for token in (1, 2, 3, 4))
+    catalogue.upsert(
+        [Item("a", title="Red shoes"), Item("b", title="red SHOE"), Item("c", text="red shoes!"), Item("d")]
+    )
+    a, b, c, d = (set(catalogue.content_hashes(token)[0].tolist()) for token in (1, 2, 3, 4))
     assert a == c
     assert len(a & b) > len(a) / 2
     assert a != b
@@ -65,11 +67,11 @@ def test_a_text_is_known_by_its_words_and_their_letters() -> None:
 
 def test_equal_names_of_different_fields_differ() -> None:
     catalogue = Catalogue(Vocabulary())
-    catalogue.put([Item("a", title="x", category=["x"], brand="x", tags=["x"])])
-    assert len({hash_ for field in catalogue.words_of(1) for hash_ in field.tolist()}) > len(FIELDS) - 1
+    catalogue.upsert([Item("a", title="x", category=["x"], brand="x", tags=["x"])])
+    assert len({hash_ for field in catalogue.content_hashes(1) for hash_ in field.tolist()}) > len(FIELDS) - 1
 
 
 def test_a_full_vocabulary_leaves_records_of_new_items_out() -> None:
     catalogue = Catalogue(Vocabulary(["a"], max_items=1))
-    assert catalogue.put([Item("b", price=1.0), Item("a", price=2.0)]).tolist() == [1]
+    assert catalogue.upsert([Item("b", price=1.0), Item("a", price=2.0)]).tolist() == [1]
     assert facts(catalogue, "a")["price_codes"] == [encode_value(2.0)]

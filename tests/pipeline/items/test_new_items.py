@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 
 from pipeline.artifact import Artifact
-from pipeline.data.sequences import Corpus
+from pipeline.data.sequences import UserSequences
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import Event, EventSchema, Histories, Item, encode_value
-from pipeline.serving.hstu_strategy import HstuRung
+from pipeline.serving.hstu_strategy import HstuStrategy
 from pipeline.serving.pipeline import PipelineOptions
-from pipeline.serving.rerank import Rerank
-from pipeline.training.batches import Examples, batch_of
-from pipeline.training.trainer import Model
+from pipeline.serving.rerank import RerankWeights
+from pipeline.training.batches import TrainingColumns, make_batch
+from pipeline.training.trainer import MultiTaskModel
 from tests.artifacts import untrained
 
 ITEMS, OPTIONS = 30, PipelineOptions()
@@ -29,15 +29,15 @@ def model() -> Artifact:
     return untrained(IDS)
 
 
-def rung_of(model: Artifact, rerank: Rerank | None = None) -> tuple[HstuRung, Catalogue]:
+def rung_of(model: Artifact, rerank: RerankWeights | None = None) -> tuple[HstuStrategy, Catalogue]:
     catalogue = Catalogue(Vocabulary(IDS))
-    model.inform(catalogue)
-    return HstuRung(model, catalogue, OPTIONS.exclusion, "cpu", 1, rerank or Rerank()), catalogue
+    model.load_into(catalogue)
+    return HstuStrategy(model, catalogue, OPTIONS.exclusion, "cpu", 1, rerank or RerankWeights()), catalogue
 
 
-def odds_of(rung: HstuRung, catalogue: Catalogue) -> np.ndarray:
+def odds_of(rung: HstuStrategy, catalogue: Catalogue) -> np.ndarray:
     tokens = np.array([catalogue.vocabulary.token(item.item_id) for item in NEW], np.int32)
-    return rung.odds(HISTORIES, np.tile(tokens, (len(HISTORIES), 1)))  # [users, new items, 3]
+    return rung.probabilities(HISTORIES, np.tile(tokens, (len(HISTORIES), 1)))  # [users, new items, 3]
 
 
 def test_their_odds_are_their_own_and_the_same_whatever_came_before_their_records(model: Artifact) -> None:
@@ -45,13 +45,13 @@ def test_their_odds_are_their_own_and_the_same_whatever_came_before_their_record
     catalogue.vocabulary.admit(item.item_id for item in NEW)
     unknown = odds_of(rung, catalogue)
     np.testing.assert_array_equal(unknown[:, 0], unknown[:, 1])
-    catalogue.put(NEW)
+    catalogue.upsert(NEW)
     known = odds_of(rung, catalogue)
     assert (np.abs(known[:, 0] - known[:, 1]) > 1e-5).all()
     other, later = rung_of(model)
-    later.put([Item("z", title="other")])
+    later.upsert([Item("z", title="other")])
     odds_of(other, later)
-    later.put(reversed(NEW))
+    later.upsert(reversed(NEW))
     np.testing.assert_allclose(odds_of(other, later), known, rtol=1e-5)
 
 
@@ -59,79 +59,79 @@ def test_their_odds_are_their_own_and_the_same_whatever_came_before_their_record
 def test_what_training_takes_as_new_learns_the_bias_of_the_unknown_item(
     model: Artifact, cold_share: float, learning: list[int]
 ) -> None:
-    corpus = Corpus.of(HISTORIES.events, Vocabulary(IDS).tokens(HISTORIES.items), HISTORIES.users)
-    examples, random = Examples.of(corpus, EventSchema(), repeats=True), np.random.default_rng(0)
+    corpus = UserSequences.from_columns(HISTORIES.events, Vocabulary(IDS).tokens(HISTORIES.items), HISTORIES.users)
+    examples, random = TrainingColumns.from_sequences(corpus, EventSchema(), repeats=True), np.random.default_rng(0)
     examples.labels[:] = 1
     examples.labels[corpus.offsets[1:] - 1] = np.nan
-    batch = batch_of(examples, corpus.offsets[:-1], np.diff(corpus.offsets), 0.0, random)
-    trained = Model(model.config, model.items.contents(), cold_share)
-    trained.losses(batch, examples.shares(model.config.items), random)[1].sum().backward()
-    gradient = trained.heads.taste.item_bias.weight.grad
+    batch = make_batch(examples, corpus.offsets[:-1], np.diff(corpus.offsets), 0.0, random)
+    trained = MultiTaskModel(model.config, model.metadata.content(), cold_share)
+    trained.losses(batch, examples.target_frequency(model.config.items), random)[1].sum().backward()
+    gradient = trained.heads.interaction.item_bias.weight.grad
     assert gradient is not None
     assert gradient.abs().sum(dim=1).nonzero()[:, 0].tolist() == learning
 
 
 def test_the_newest_record_counts_whatever_the_process_knew_before(model: Artifact) -> None:
     (rung, catalogue), (fresh, other) = rung_of(model), rung_of(model)
-    catalogue.put([Item("shoe", title="a mistake"), NEW[1]])
+    catalogue.upsert([Item("shoe", title="a mistake"), NEW[1]])
     mistaken = odds_of(rung, catalogue)
-    catalogue.put(NEW)
-    other.put(NEW)
+    catalogue.upsert(NEW)
+    other.upsert(NEW)
     assert (np.abs(odds_of(rung, catalogue) - mistaken)[:, 0] > 1e-5).all()
     np.testing.assert_allclose(odds_of(rung, catalogue), odds_of(fresh, other), rtol=1e-5)
 
 
 def test_withdrawn_items_are_on_no_slate_until_a_record_brings_them_back(model: Artifact) -> None:
     rung, catalogue = rung_of(model)
-    catalogue.put(NEW)
+    catalogue.upsert(NEW)
     empty = Histories.from_events([[]], EventSchema())
     before = [rung.rank(histories, 100).tokens for histories in (HISTORIES, empty)]
-    catalogue.withdraw(["i0", "i29", "shoe"])
+    catalogue.delist(["i0", "i29", "shoe"])
     gone = [catalogue.vocabulary.token(item_id) for item_id in ("i0", "i29", "shoe")]
     after = [rung.rank(histories, 100).tokens for histories in (HISTORIES, empty)]
     assert np.isin(before[0], gone).any(axis=1).all()
     assert not np.isin(after[0], gone).any()
     assert (np.isin(before[1], gone).sum(), np.isin(after[1], gone).sum()) == (2, 0)
     assert (after[0] > 0).sum() + np.isin(before[0], gone).sum() == (before[0] > 0).sum()
-    catalogue.put([Item("i0"), Item("i29"), NEW[0]])
+    catalogue.upsert([Item("i0"), Item("i29"), NEW[0]])
     assert sorted(rung.rank(HISTORIES, 100).tokens[0]) == sorted(before[0][0])
 
 
 def test_an_item_that_takes_over_a_token_has_nothing_of_the_one_before(model: Artifact) -> None:
     rung, catalogue = rung_of(model)
-    catalogue.put(NEW)
+    catalogue.upsert(NEW)
     before = rung.rank(HISTORIES, 100).tokens
     retired = np.array([catalogue.vocabulary.token(item_id) for item_id in ("i20", "shoe")])
     assert (np.isin(before, retired).sum(axis=1) == 2).all()
-    catalogue.retire(retired)
+    catalogue.evict(retired)
     assert sorted(catalogue.vocabulary.admit(["boot", "hat"])) == sorted(retired)
     assert not np.isin(rung.rank(HISTORIES, 100).tokens, retired).any(), "nothing is known of them"
-    catalogue.put([Item("boot", title="a boot"), NEW[0]])
+    catalogue.upsert([Item("boot", title="a boot"), NEW[0]])
     tokens = catalogue.vocabulary.admit(["boot", "shoe"])
     assert np.isin(rung.rank(HISTORIES, 100).tokens, tokens).sum(axis=1).tolist() == [2, 2, 2]
     fresh, other = rung_of(model)
-    other.put(NEW)
+    other.upsert(NEW)
     np.testing.assert_allclose(odds_of(rung, catalogue)[:, 0], odds_of(fresh, other)[:, 0], rtol=1e-5)
 
 
 def test_an_item_of_the_model_that_comes_back_is_itself_again(model: Artifact) -> None:
     rung, catalogue = rung_of(model)
     token = catalogue.vocabulary.token("i20")
-    before = rung.odds(HISTORIES, np.full((3, 1), token, np.int32))
-    catalogue.retire(np.array([token]))
+    before = rung.probabilities(HISTORIES, np.full((3, 1), token, np.int32))
+    catalogue.evict(np.array([token]))
     catalogue.vocabulary.admit(["another"])
     rung.rank(HISTORIES, 5)
     back = catalogue.vocabulary.admit(["i20"])
     assert back != token
     rung.rank(HISTORIES, 5)
     assert catalogue.facts(back).price_codes.tolist() == [encode_value(10.0)]
-    np.testing.assert_array_equal(rung.odds(HISTORIES, np.tile(back, (3, 1))), before)
+    np.testing.assert_array_equal(rung.probabilities(HISTORIES, np.tile(back, (3, 1))), before)
 
 
 def test_they_are_reranked_beside_the_others_and_count_as_of_usual_value(model: Artifact) -> None:
-    rung, catalogue = rung_of(model, Rerank(monetization=1.0, value=1.0))
+    rung, catalogue = rung_of(model, RerankWeights(monetization=1.0, value=1.0))
     before = rung.rank(HISTORIES, 100)
-    catalogue.put(NEW)
+    catalogue.upsert(NEW)
     ranked = rung.rank(HISTORIES, 100)
     tokens = [catalogue.vocabulary.token(item.item_id) for item in NEW]
     assert not np.isin(before.tokens, tokens).any()
@@ -142,7 +142,7 @@ def test_they_are_reranked_beside_the_others_and_count_as_of_usual_value(model: 
     assert np.unique(ranked.values[new]).tolist() == [0]
     assert np.unique(ranked.values[~new & ~nothing]).tolist() == [10]
     plain = rung_of(model)
-    plain[1].put(NEW)
+    plain[1].upsert(NEW)
     scores = plain[0].scores(HISTORIES, ranked.tokens)
     wanted = scores + np.log(ranked.heads[..., 2]) + np.log(10)
     np.testing.assert_allclose(ranked.scores[~nothing], wanted[~nothing], rtol=1e-4)

@@ -33,7 +33,7 @@ def test_lookup_survives_the_growth_of_its_table():
 def test_items_beyond_the_capacity_stay_unknown_and_are_counted():
     vocabulary = Vocabulary(["a", "b", "c"], max_items=2)
     assert [vocabulary.token(item) for item in "abc"] == [1, 2, UNKNOWN]
-    assert (len(vocabulary), vocabulary.refused) == (3, 1)
+    assert (len(vocabulary), vocabulary.rejected_count) == (3, 1)
 
 
 @given(st.lists(st.tuples(st.sampled_from(["admit", "retire", "withdraw", "restore"]), st.sampled_from("abcdefgh"))))
@@ -43,40 +43,40 @@ def test_a_token_means_its_item_until_it_is_retired_whatever_happens_to_others(s
         if step == "admit" and (token := int(vocabulary.admit([item])[0])):
             assert meaning.setdefault(item, token) == token
         elif step == "retire" and item in meaning:
-            vocabulary.retire(np.array([meaning.pop(item)]))
+            vocabulary.evict(np.array([meaning.pop(item)]))
         elif step == "withdraw":
             withdrawn.add(item)
-            vocabulary.withdraw([item])
+            vocabulary.delist([item])
         elif step == "restore":
             withdrawn.discard(item)
-            vocabulary.restore([item])
-    assert len(set(meaning.values())) == len(meaning) == 5 - vocabulary.room
+            vocabulary.relist([item])
+    assert len(set(meaning.values())) == len(meaning) == 5 - vocabulary.free_slots
     assert vocabulary.tokens(hashes(list("abcdefgh"))).tolist() == [meaning.get(item, UNKNOWN) for item in "abcdefgh"]
     assert [vocabulary.item_ids[token] for token in meaning.values()] == list(meaning)
-    allowed = {vocabulary.item_ids[token] for token in np.flatnonzero(~vocabulary.barred[: len(vocabulary)])}
+    allowed = {vocabulary.item_ids[token] for token in np.flatnonzero(~vocabulary.blocked[: len(vocabulary)])}
     assert allowed == meaning.keys() - withdrawn
 
 
 def test_whoever_looks_from_time_to_time_is_told_which_tokens_have_lost_their_item():
     vocabulary = Vocabulary("abc", max_items=3)
     before = vocabulary.version
-    vocabulary.retire(np.array([2]))
+    vocabulary.evict(np.array([2]))
     assert vocabulary.admit("d").tolist() == [2]
-    assert vocabulary.retired_since(before).tolist() == [2]
-    assert vocabulary.retired_since(vocabulary.version).tolist() == []
+    assert vocabulary.evicted_since(before).tolist() == [2]
+    assert vocabulary.evicted_since(vocabulary.version).tolist() == []
 
 
 def test_no_token_is_retired_while_somebody_holds_them():
     vocabulary = Vocabulary("ab")
-    vocabulary.held = True
+    vocabulary.pinned = True
     with pytest.raises(AssertionError, match="somebody else has tokens"):
-        vocabulary.retire(np.array([1]))
+        vocabulary.evict(np.array([1]))
 
 
 def test_of_withdrawn_items_the_latest_are_remembered():
     vocabulary = Vocabulary(max_items=2)
-    vocabulary.withdraw(["a", "b"])
-    vocabulary.withdraw(["a", "c"])
-    assert vocabulary.withdrawn_since(0) == ["a", "c"]
-    assert vocabulary.withdrawn_since(1) == ["a", "c"]
-    assert vocabulary.withdrawn_since(2) == []
+    vocabulary.delist(["a", "b"])
+    vocabulary.delist(["a", "c"])
+    assert vocabulary.delisted_since(0) == ["a", "c"]
+    assert vocabulary.delisted_since(1) == ["a", "c"]
+    assert vocabulary.delisted_since(2) == []

@@ -3,7 +3,7 @@ import pytest
 
 from pipeline.errors import ArtifactError
 from pipeline.evaluation.metrics import auc, expected_calibration_error
-from pipeline.model.calibration import IDENTITY, check, fitted
+from pipeline.model.calibration import IDENTITY, check_calibration, fit_platt
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -19,13 +19,13 @@ def skewed(n: int = 20_000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 def test_the_scaling_that_was_lost_is_found_again() -> None:
     logits, labels = skewed()
-    scale, shift = fitted(logits, labels)
+    scale, shift = fit_platt(logits, labels)
     assert scale == pytest.approx(0.5, abs=0.03)
     assert shift == pytest.approx(-0.75, abs=0.06)
 
 
 def test_calibrated_odds_come_true_on_labels_that_were_not_fitted_and_keep_their_order() -> None:
-    scale, shift = fitted(*skewed(seed=1))
+    scale, shift = fit_platt(*skewed(seed=1))
     logits, labels = skewed(seed=2)
     before, after = sigmoid(logits), sigmoid(scale * logits + shift)
     worse, better = expected_calibration_error(before, labels), expected_calibration_error(after, labels)
@@ -39,28 +39,28 @@ def test_calibrated_odds_come_true_on_labels_that_were_not_fitted_and_keep_their
 def test_unknown_labels_do_not_count() -> None:
     logits, labels = skewed(2000)
     padded = np.concatenate([labels, np.full(500, np.nan)])
-    assert fitted(np.concatenate([logits, np.full(500, 9.0)]), padded) == fitted(logits, labels)
+    assert fit_platt(np.concatenate([logits, np.full(500, 9.0)]), padded) == fit_platt(logits, labels)
 
 
 @pytest.mark.parametrize("labels", [[], [1, 1, 1], [0, 0, 0], [np.nan] * 3])
 def test_labels_that_are_all_alike_leave_a_head_as_it_is(labels: list[float]) -> None:
-    assert fitted(np.linspace(-1, 1, len(labels)), np.array(labels)) == IDENTITY
+    assert fit_platt(np.linspace(-1, 1, len(labels)), np.array(labels)) == IDENTITY
 
 
 def test_a_few_labels_move_a_head_only_a_little() -> None:
     logits, labels = skewed()
-    scale, shift = fitted(logits[:10], labels[:10])
+    scale, shift = fit_platt(logits[:10], labels[:10])
     assert 0.8 < scale < 1.2
     assert abs(shift) < 0.4
 
 
 def test_a_head_that_orders_backwards_is_left_as_it_is() -> None:
     logits, labels = skewed()
-    assert fitted(-logits, labels) == IDENTITY
+    assert fit_platt(-logits, labels) == IDENTITY
 
 
 @pytest.mark.parametrize("row", [[0.0, 0.0], [-1.0, 0.0], [np.nan, 0.0], [1.0, np.inf]])
 def test_a_calibration_that_keeps_no_order_is_refused_in_one_sentence(row: list[float]) -> None:
-    check(np.array([IDENTITY] * 3), "model")
+    check_calibration(np.array([IDENTITY] * 3), "model")
     with pytest.raises(ArtifactError, match=r"artifact model: heads.calibration is .* want .*scales above 0"):
-        check(np.array([IDENTITY, row, IDENTITY]), "model")
+        check_calibration(np.array([IDENTITY, row, IDENTITY]), "model")

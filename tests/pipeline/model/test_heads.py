@@ -4,18 +4,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.features.affinity import AFFINITIES, SAME_ITEM
-from pipeline.features.visit_frequency import RHYTHMS
-from pipeline.model.heads import RECENT, Context, Heads, Newest, head_losses
+from pipeline.features.affinity import N_AFFINITY_FEATURES, SAME_ITEM
+from pipeline.features.visit_frequency import N_VISIT_FEATURES
+from pipeline.model.heads import N_RECENT, HeadContext, RecentEvents, TaskHeads, head_losses
 
 ITEMS, WIDTH = 20, 8
 CPU = torch.device("cpu")
 
 
-def heads_of(seed: int = 0) -> Heads:
+def heads_of(seed: int = 0) -> TaskHeads:
     torch.manual_seed(seed)
-    heads = Heads(ITEMS, WIDTH).eval()
-    torch.nn.init.normal_(heads.taste.item_bias.weight)
+    heads = TaskHeads(ITEMS, WIDTH).eval()
+    torch.nn.init.normal_(heads.interaction.item_bias.weight)
     return heads
 
 
@@ -23,10 +23,12 @@ def units(*shape: int) -> Tensor:
     return torch.nn.functional.normalize(torch.randn(*shape, WIDTH), dim=-1)
 
 
-def context_of(lengths: list[int], k: int = 1) -> Context:
-    newest, rows = Newest.of(np.cumsum([0, *lengths]), CPU), sum(lengths) + 1
-    affinity = torch.rand(len(lengths), k, AFFINITIES)
-    return Context(torch.randn(rows, WIDTH), units(rows), newest, torch.rand(len(lengths), RHYTHMS), affinity)
+def context_of(lengths: list[int], k: int = 1) -> HeadContext:
+    newest, rows = RecentEvents.from_offsets(np.cumsum([0, *lengths]), CPU), sum(lengths) + 1
+    affinity = torch.rand(len(lengths), k, N_AFFINITY_FEATURES)
+    return HeadContext(
+        torch.randn(rows, WIDTH), units(rows), newest, torch.rand(len(lengths), N_VISIT_FEATURES), affinity
+    )
 
 
 def test_unknown_labels_do_not_count_in_the_loss() -> None:
@@ -45,23 +47,23 @@ def test_each_item_of_a_slate_and_each_user_of_a_batch_has_its_own_odds() -> Non
     states, items, tokens = torch.randn(3, WIDTH), units(3, 5), torch.randint(ITEMS, (3, 5))
     together = heads(states, tokens, items, context)
     assert together.shape == (3, 5, 3)
-    rows = Newest(context.newest.rows[1:2], context.newest.outside[1:2])
-    alone = Context(context.events, context.items, rows, context.rhythm[1:2], context.affinity[1:2, 4:])
+    rows = RecentEvents(context.recent.rows[1:2], context.recent.outside[1:2])
+    alone = HeadContext(context.events, context.items, rows, context.visit_frequency[1:2], context.affinity[1:2, 4:])
     torch.testing.assert_close(heads(states[1:2], tokens[1:2, 4:], items[1:2, 4:], alone)[0, 0], together[1, 4])
 
 
 def test_the_newest_events_are_named_newest_first_and_never_another_users() -> None:
-    newest = Newest.of(np.array([0, 2, 2, 50]), CPU)
+    newest = RecentEvents.from_offsets(np.array([0, 2, 2, 50]), CPU)
     inside = ~newest.outside
     assert newest.rows[0, :2].tolist() == [1, 0]
-    assert inside.sum(dim=1).tolist() == [2, 0, RECENT]
-    assert newest.rows[2].tolist() == list(range(49, 49 - RECENT, -1))
+    assert inside.sum(dim=1).tolist() == [2, 0, N_RECENT]
+    assert newest.rows[2].tolist() == list(range(49, 49 - N_RECENT, -1))
 
 
 def test_in_training_every_row_sees_what_serving_would_have_seen_at_its_time() -> None:
-    every = Newest.of_every_row(np.array([0, 3, 5]), CPU)
+    every = RecentEvents.from_each_event(np.array([0, 3, 5]), CPU)
     for row, (start, end) in enumerate([(0, 1), (0, 2), (0, 3), (3, 4), (3, 5)]):
-        then = Newest.of(np.array([start, end]), CPU)
+        then = RecentEvents.from_offsets(np.array([start, end]), CPU)
         torch.testing.assert_close(every.rows[row][~every.outside[row]], then.rows[0][~then.outside[0]])
 
 
@@ -95,7 +97,7 @@ def test_how_an_item_lies_to_the_history_moves_its_odds_and_never_retentions() -
     heads, context = heads_of(), context_of([6], k=2)
     states, items, tokens = torch.randn(1, WIDTH), units(1, 2), torch.ones(1, 2, dtype=torch.int)
     before = heads(states, tokens, items, context)
-    for column in range(AFFINITIES):
+    for column in range(N_AFFINITY_FEATURES):
         changed = context.affinity.clone()
         changed[0, 1, column] += 1
         moved = heads(states, tokens, items, replace(context, affinity=changed)) - before
@@ -112,13 +114,13 @@ def test_retention_hangs_on_the_rhythm_and_the_item_and_not_on_what_the_user_lik
     assert torch.equal(logits[:, 1], other[:, 1])
     assert not torch.allclose(logits[:, [0, 2]], other[:, [0, 2]])
     assert logits[0, 1] != logits[1, 1]
-    context.rhythm += 1
+    context.visit_frequency += 1
     assert not torch.allclose(heads(torch.randn(1, WIDTH), tokens, items, context)[0, :, 1], logits[:, 1])
 
 
 def test_an_item_that_came_after_training_has_the_unknown_items_bias() -> None:
     heads, context, items = heads_of(), context_of([5]), units(1, 1).expand(1, 4, WIDTH)
-    context.affinity = context.affinity.expand(1, 4, AFFINITIES)
+    context.affinity = context.affinity.expand(1, 4, N_AFFINITY_FEATURES)
     logits = heads(torch.randn(1, WIDTH), torch.tensor([[0, 1, ITEMS, ITEMS + 7]]), items, context)[0]
     torch.testing.assert_close(logits[2:], logits[:1].expand(2, 3))
     assert not torch.allclose(logits[1, [0, 2]], logits[0, [0, 2]])
@@ -127,7 +129,7 @@ def test_an_item_that_came_after_training_has_the_unknown_items_bias() -> None:
 def test_odds_are_the_logits_calibrated() -> None:
     heads = heads_of()
     heads.calibration = torch.tensor([[1.0, 0.0], [2.0, 0.5], [0.5, -1.0]])
-    odds = heads.odds(torch.tensor([0.0, 1.0, 2.0]))
+    odds = heads.probabilities(torch.tensor([0.0, 1.0, 2.0]))
     torch.testing.assert_close(odds, torch.sigmoid(torch.tensor([0.0, 2.5, 0.0])))
 
 

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.features.event_features import TIME_THRESHOLDS, Inputs
-from pipeline.model.config import LATER, PRESETS, HstuConfig
+from pipeline.features.event_features import TIME_THRESHOLDS, EncoderInputs
+from pipeline.model.config import PRESETS, HstuConfig
 from pipeline.model.hstu import HstuLayer
-from pipeline.model.padding import Layout
+from pipeline.model.padding import PaddedBlocks
 
 SMALL = HstuConfig(layers=1, width=12, heads=2, d_qk=5, d_v=4, max_events=30, dropout=0.0, attention_dropout=0.0)
 OPTIONS: list[dict[str, Any]] = [
@@ -33,13 +33,13 @@ def layer_of(options: dict[str, Any]) -> HstuLayer:
     return layer
 
 
-def users_of(lengths: list[int]) -> tuple[Tensor, Inputs]:
+def users_of(lengths: list[int]) -> tuple[Tensor, EncoderInputs]:
     """Packed rows [total, width] and their times."""
     random = np.random.default_rng(len(lengths))
     seconds = [np.cumsum(random.choice([0, 1, 40, 5_000, 3_000_000], length)) for length in lengths]
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     nothing = np.zeros((int(offsets[-1]), 1), np.int32)
-    return torch.randn(int(offsets[-1]), SMALL.width), Inputs(
+    return torch.randn(int(offsets[-1]), SMALL.width), EncoderInputs(
         nothing[:, 0], nothing, np.concatenate(seconds).astype(np.int32), offsets
     )
 
@@ -55,7 +55,7 @@ def normed(kind: str, norm: nn.Module, x: Tensor) -> Tensor:
     return x
 
 
-def specified(layer: HstuLayer, x: Tensor, inputs: Inputs) -> Tensor:
+def specified(layer: HstuLayer, x: Tensor, inputs: EncoderInputs) -> Tensor:
     """The layer on packed rows [total, width], by padded users: [users, length, ...] throughout."""
     config, lengths = layer.config, torch.from_numpy(np.diff(inputs.offsets))
     place = torch.arange(int(lengths.max()))
@@ -84,9 +84,9 @@ def test_every_option_equals_the_padded_specification_and_so_do_its_gradients(op
     layer = layer_of(options)
     x, inputs = users_of([1, 6, 6, 6, 21, 30])
     direction, gradients = torch.randn(len(x), SMALL.width), []
-    packed, wanted = layer(x, Layout.of(inputs)), specified(layer, x, inputs)
+    packed, wanted = layer(x, PaddedBlocks.from_inputs(inputs)), specified(layer, x, inputs)
     torch.testing.assert_close(packed, wanted, rtol=1e-4, atol=1e-5)
-    last = layer(x, Layout.of(inputs), last=True)
+    last = layer(x, PaddedBlocks.from_inputs(inputs), last=True)
     torch.testing.assert_close(last, wanted[inputs.offsets[1:] - 1], rtol=1e-4, atol=1e-5)
     for states in (packed, wanted):
         layer.zero_grad()
@@ -102,28 +102,13 @@ def test_every_option_equals_the_padded_specification_and_so_do_its_gradients(op
 def test_a_later_event_never_changes_an_earlier_row_whatever_attention_is_divided_by(scale: str) -> None:
     layer = layer_of({"attention_scale": scale, "norm_out": "none"})
     x, inputs = users_of([30])
-    part = Inputs(inputs.tokens[:11], inputs.codes[:11], inputs.seconds[:11], np.array([0, 11]))
-    torch.testing.assert_close(layer(x, Layout.of(inputs))[:11], layer(x[:11], Layout.of(part)), rtol=1e-5, atol=1e-6)
-
-
-def test_options_that_are_not_used_leave_an_artifacts_version_as_it_was_before_there_were_any() -> None:
-    """What versions were the hashes of then."""
-    earlier = (
-        b'{"attention_dropout":0.5,"column_dropout":0.0,"content_rows":16384,"d_qk":32,"d_v":32,"dropout":0.2,'
-        b'"eps":1e-6,"heads":2,"items":9,"layers":2,"max_events":200,"position_bias":true,"strength":true,'
-        b'"temperature":0.1,"time_bias":true,"width":64,"without":[]}'
+    part = EncoderInputs(inputs.tokens[:11], inputs.feature_ids[:11], inputs.seconds[:11], np.array([0, 11]))
+    torch.testing.assert_close(
+        layer(x, PaddedBlocks.from_inputs(inputs))[:11],
+        layer(x[:11], PaddedBlocks.from_inputs(part)),
+        rtol=1e-5,
+        atol=1e-6,
     )
-    assert msgspec.json.encode(HstuConfig(items=9).signed(), order="sorted") == earlier
-    assert msgspec.json.decode(earlier, type=HstuConfig) == HstuConfig(items=9)
-
-
-@pytest.mark.parametrize(
-    "options", [{"norm_in": "rms", "norm_out": "none"}, {"attention_scale": "length"}, {"recent_events": 8}], ids=str
-)
-def test_an_option_that_is_used_is_part_of_the_version(options: dict[str, Any]) -> None:
-    config = HstuConfig(**options)
-    assert config.signed() == HstuConfig().signed() | options
-    assert set(options) <= set(LATER)
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("tiny", 43e3), ("1m", 1e6), ("10m", 1e7), ("100m", 1e8)])

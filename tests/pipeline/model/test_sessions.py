@@ -13,20 +13,20 @@ from torch import Tensor
 from kernels.hierarchical_sequence_fusion.reference import hierarchical_sequence_fusion
 from pipeline import artifact as artifacts
 from pipeline.backends.torch import TorchEncoder
-from pipeline.data.sequences import Corpus
+from pipeline.data.sequences import UserSequences
 from pipeline.evaluation.evaluate import EvaluationOptions, evaluate
-from pipeline.features.event_features import FEATURE_ROWS, SESSION_GAP_MS, Inputs, inputs_of
+from pipeline.features.event_features import N_FEATURE_IDS, SESSION_GAP_MS, EncoderInputs, encoder_inputs
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.model.config import HstuConfig
-from pipeline.model.heads import Context
+from pipeline.model.heads import HeadContext
 from pipeline.model.hstu import Hstu
 from pipeline.records import Event, EventSchema, Histories
-from pipeline.serving.hstu_strategy import HstuRung
+from pipeline.serving.hstu_strategy import HstuStrategy
 from pipeline.serving.pipeline import PipelineOptions
-from pipeline.training.batches import Examples, TrainingBatch, batch_of
+from pipeline.training.batches import TrainingBatch, TrainingColumns, make_batch
 from pipeline.training.train import TrainingOptions, train
-from pipeline.training.trainer import Model, TrainerOptions
+from pipeline.training.trainer import MultiTaskModel, TrainerOptions
 from tests.pipeline.training.test_train import CREATED, Silent, log_of
 
 IDS = [f"i{number}" for number in range(12)]
@@ -35,7 +35,7 @@ CONFIG = HstuConfig(
     items=1 + len(IDS), width=8, heads=2, d_qk=4, d_v=4, max_events=9, content_rows=0, recent_events=5,
     history_events=20,
 )  # fmt: skip
-NO_COUNTERS = {"items": np.zeros(0, np.uint64), "popularity": np.zeros(0)}
+NO_COUNTERS = {"items": np.zeros(0, np.uint64), "popularity": np.zeros(0), "values": np.zeros(0, np.float32)}
 LENGTHS = (3, 5, 6, 19, 20, 21, 40)
 
 
@@ -48,9 +48,9 @@ def histories_of(lengths: tuple[int, ...] = LENGTHS) -> Histories:
     return Histories.from_events(users, SCHEMA)
 
 
-def model() -> Model:
+def model() -> MultiTaskModel:
     torch.manual_seed(3)
-    made = Model(CONFIG).eval()
+    made = MultiTaskModel(CONFIG).eval()
     for parameter in made.parameters():  # strengths and biases begin at zero and would hide their errors
         torch.nn.init.normal_(parameter, std=0.3)
     return made
@@ -58,16 +58,16 @@ def model() -> Model:
 
 def batch_of_newest(histories: Histories, count: int) -> TrainingBatch:
     """One crop a user, of the newest events, as training would take it."""
-    corpus = Corpus.of(histories.events, VOCABULARY.tokens(histories.items), histories.users)
-    examples = Examples.of(corpus, SCHEMA, repeats=True)
-    examples.older_events = CONFIG.read_events - CONFIG.whole_events
+    corpus = UserSequences.from_columns(histories.events, VOCABULARY.tokens(histories.items), histories.users)
+    examples = TrainingColumns.from_sequences(corpus, SCHEMA, repeats=True)
+    examples.older_events = CONFIG.history_length - CONFIG.recent_length
     counts = np.minimum(histories.lengths, count)
-    return batch_of(examples, histories.offsets[1:] - counts, counts, 0.0, np.random.default_rng(0))
+    return make_batch(examples, histories.offsets[1:] - counts, counts, 0.0, np.random.default_rng(0))
 
 
-def asked_in_training(trained: Model, batch: TrainingBatch) -> tuple[list[Tensor], Context]:
+def asked_in_training(trained: MultiTaskModel, batch: TrainingBatch) -> tuple[list[Tensor], HeadContext]:
     """States of each crop's own events, [events, width] a crop, and what the heads read beside them."""
-    told: list[tuple[Tensor, Tensor, Tensor, Context]] = []
+    told: list[tuple[Tensor, Tensor, Tensor, HeadContext]] = []
     handle = trained.heads.register_forward_pre_hook(lambda _, arguments: told.append(arguments))
     trained.losses(batch, np.full(CONFIG.items, 1 / CONFIG.items), np.random.default_rng(0))
     handle.remove()
@@ -79,7 +79,7 @@ def test_service_and_training_give_the_same_state_on_the_same_history() -> None:
     trained, histories = model(), histories_of()
     states, _ = asked_in_training(trained, batch_of_newest(histories, 5))
     artifact = artifacts.draft(CONFIG, SCHEMA, trained.state_dict(), IDS, NO_COUNTERS)
-    rung = HstuRung(artifact, Catalogue(Vocabulary(IDS)), SERVING.exclusion, "cpu", 1)
+    rung = HstuStrategy(artifact, Catalogue(Vocabulary(IDS)), SERVING.exclusion, "cpu", 1)
     tokens = np.tile(np.arange(1, CONFIG.items, dtype=np.int32), (len(histories), 1))
     logits = torch.stack([run[-1] for run in states]) @ trained.hstu.scorer(trained.hstu.items())[1:].T
     np.testing.assert_allclose(rung.scores(histories, tokens), logits.detach().numpy(), rtol=1e-4, atol=1e-4)
@@ -91,7 +91,7 @@ def test_the_heads_are_trained_on_a_crops_own_events() -> None:
     _, context = asked_in_training(trained, batch)
     own = np.concatenate([run[-5:] for run in np.split(np.arange(len(histories.items)), histories.offsets[1:-1])])
     tokens = torch.from_numpy(VOCABULARY.tokens(histories.items)[own])
-    codes = inputs_of(histories, VOCABULARY.tokens(histories.items), CONFIG.items).codes[own]
+    codes = encoder_inputs(histories, VOCABULARY.tokens(histories.items), CONFIG.items).feature_ids[own]
     items = trained.hstu.items()[tokens]
     assert torch.equal(context.items, items)
     torch.testing.assert_close(context.events, trained.hstu.event_rows(items, torch.from_numpy(codes)))
@@ -104,7 +104,7 @@ def test_a_later_event_never_changes_an_earlier_state(place: int, seed: int) -> 
     batch, changed = (batch_of_newest(histories_of((30,)), 5) for _ in range(2))
     later = np.arange(len(changed.inputs.tokens)) >= len(changed.inputs.tokens) - 5 + place
     changed.inputs.tokens[later] = random.integers(0, CONFIG.items, later.sum())
-    changed.inputs.codes[later] = random.integers(0, FEATURE_ROWS, changed.inputs.codes[later].shape)
+    changed.inputs.feature_ids[later] = random.integers(0, N_FEATURE_IDS, changed.inputs.feature_ids[later].shape)
     changed.inputs.seconds[later] += 5_000
     ((before,), _), ((after,), _) = asked_in_training(trained, batch), asked_in_training(trained, changed)
     assert torch.equal(before[:place], after[:place])
@@ -114,16 +114,16 @@ def test_a_later_event_never_changes_an_earlier_state(place: int, seed: int) -> 
 def test_a_state_knows_of_events_before_its_rows_and_of_none_before_its_history() -> None:
     encoder = TorchEncoder(artifacts.draft(CONFIG, SCHEMA, model().state_dict(), IDS, NO_COUNTERS), "cpu", 1)
     histories = histories_of((40,))
-    inputs = inputs_of(histories, VOCABULARY.tokens(histories.items), CONFIG.items)
+    inputs = encoder_inputs(histories, VOCABULARY.tokens(histories.items), CONFIG.items)
     inputs.seconds[:] = np.arange(40) // 10 * 90_000  # four sessions, the rows have room for all
     told = []
     for place in range(40):
-        changed = Inputs(inputs.tokens.copy(), inputs.codes, inputs.seconds, inputs.offsets)
+        changed = EncoderInputs(inputs.tokens.copy(), inputs.feature_ids, inputs.seconds, inputs.offsets)
         changed.tokens[place] = inputs.tokens[place] % len(IDS) + 1
         states = [encoder.encode(events.tail(encoder.max_events)) for events in (inputs, changed)]
         told.append(not torch.equal(*states))
     assert told == [False] * 20 + [True] * 20
-    assert CONFIG.reach_events - HstuConfig(max_events=9).reach_events == 20 - 9
+    assert CONFIG.receptive_field - HstuConfig(max_events=9).receptive_field == 20 - 9
 
 
 @pytest.mark.parametrize("strength", [False, True])
@@ -132,14 +132,14 @@ def test_sessions_are_the_specifications_and_so_are_their_gradients(strength: bo
     torch.manual_seed(5)
     hstu = Hstu(config)
     torch.nn.init.normal_(hstu.log_strength.weight, std=0.5)
-    inputs = inputs_of(histories, VOCABULARY.tokens(histories.items), config.items).tail(config.read_events)
+    inputs = encoder_inputs(histories, VOCABULARY.tokens(histories.items), config.items).tail(config.history_length)
     tokens, codes, seconds, offsets = map(
-        torch.from_numpy, (inputs.tokens, inputs.codes, inputs.seconds, inputs.offsets)
+        torch.from_numpy, (inputs.tokens, inputs.feature_ids, inputs.seconds, inputs.offsets)
     )
     rows, short = hstu.sequences(hstu.items()[tokens], codes, inputs)
     specified, times, ends = hierarchical_sequence_fusion(
         hstu.rotation(hstu.items()), hstu.feature_embedding.weight,
-        hstu.log_strength.weight[:, 0] if strength else torch.zeros(FEATURE_ROWS),
+        hstu.log_strength.weight[:, 0] if strength else torch.zeros(N_FEATURE_IDS),
         tokens, codes, seconds, offsets, 5, 4, SESSION_GAP_MS // 1000,
     )  # fmt: skip
     assert short.offsets.tolist() == ends.tolist()
@@ -162,11 +162,11 @@ def test_sessions_are_the_specifications_and_so_are_their_gradients(strength: bo
 
 
 def test_a_model_of_sessions_is_trained_saved_and_judged_alike(tmp_path: Path) -> None:
-    trainer = TrainerOptions(epochs=2, crop_events=200, batch_events=256)
+    trainer = TrainerOptions(epochs=2, crop_length=200, events_per_batch=256)
     shape = HstuConfig(width=16, max_events=6, recent_events=4, history_events=18)
     log, observer = log_of(), Silent()
     manifest = train(log, tmp_path / "model", TrainingOptions(trainer, shape), SERVING, observer, CREATED)
     loaded = artifacts.load(tmp_path / "model")
-    assert (loaded.version, loaded.config.recent_events, loaded.config.read_events) == (manifest.version, 4, 18)
+    assert (loaded.version, loaded.config.recent_events, loaded.config.history_length) == (manifest.version, 4, 18)
     report = evaluate(loaded, log, SERVING, EvaluationOptions())
     assert 0 < report.rankings["hstu"].at[10].hit_rate.value < 1

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pipeline.records import Event, EventSchema, Histories, Item
-from pipeline.serving.eviction import deadest
+from pipeline.serving.eviction import eviction_order
 from pipeline.serving.pipeline import Pipeline, PipelineOptions
 
 SCHEMA = EventSchema()
@@ -29,12 +29,12 @@ def test_withdrawn_items_go_first_then_those_unseen_for_the_longest_then_those_c
     made = pipeline(100)
     made.vocabulary.admit(["counted", "never"])
     see(made, "counted")
-    made.vocabulary.seen[:] = 0
+    made.vocabulary.last_seen[:] = 0
     for item_id in ("early", "late", "withdrawn", "early-but-seen-again"):
         see(made, item_id)
-    made.learn([Item("early", title="its record is news, too")], ["withdrawn"])
+    made.update_items([Item("early", title="its record is news, too")], ["withdrawn"])
     kept = made.vocabulary.admit(["early-but-seen-again"])
-    order = [made.vocabulary.item_ids[token] for token in deadest(made.catalogue, made.counters, kept)]
+    order = [made.vocabulary.item_ids[token] for token in eviction_order(made.catalogue, made.counters, kept)]
     assert order == ["withdrawn", "never", "counted", "late", "early"]
 
 
@@ -43,7 +43,7 @@ def test_a_full_vocabulary_retires_a_sixteenth_for_a_new_item():
     made.vocabulary.admit(f"i{number}" for number in range(32))
     see(made, "i0", "i1")
     see(made, "new")
-    assert (made.vocabulary.retired, made.vocabulary.room) == (2, 1)
+    assert (made.vocabulary.evicted_count, made.vocabulary.free_slots) == (2, 1)
     assert {"new", "i0", "i1"} <= known(made)
 
 
@@ -51,7 +51,7 @@ def test_known_items_cost_nobody_their_token():
     made = pipeline(3)
     see(made, "a", "b", "c")
     see(made, *"abcabcabc")
-    assert made.vocabulary.retired == 0
+    assert made.vocabulary.evicted_count == 0
 
 
 def test_items_of_one_call_do_not_push_each_other_out_and_the_rest_stays_unknown():
@@ -60,34 +60,34 @@ def test_items_of_one_call_do_not_push_each_other_out_and_the_rest_stays_unknown
     made.admit(list("bcdef"))
     assert "b" in known(made)
     assert len(known(made)) == 3
-    assert made.vocabulary.refused == 2
+    assert made.vocabulary.rejected_count == 2
     assert known(made) <= set("bcdef")
 
 
 def test_while_somebody_holds_tokens_new_items_stay_unknown():
     made = pipeline(2)
     see(made, "a", "b")
-    made.vocabulary.held = True
+    made.vocabulary.pinned = True
     see(made, "c")
-    assert (known(made), made.vocabulary.refused) == ({"a", "b"}, 1)
-    made.vocabulary.held = False
+    assert (known(made), made.vocabulary.rejected_count) == ({"a", "b"}, 1)
+    made.vocabulary.pinned = False
     see(made, "c")
     assert "c" in known(made)
 
 
 def test_what_is_read_at_the_start_retires_nobody():
     made = pipeline(2)
-    made.read([Item("a"), Item("b"), Item("c")])
+    made.load_items([Item("a"), Item("b"), Item("c")])
     assert known(made) == {"a", "b"}
 
 
 def test_a_retired_items_record_is_not_its_successors():
     made = pipeline(1)
-    made.learn([Item("a", price=3.0, title="a thing")])
+    made.update_items([Item("a", price=3.0, title="a thing")])
     see(made, "b")
     token = made.vocabulary.token("b")
     assert made.catalogue.facts(np.array([token])).price_codes.tolist() == [0]
-    assert not any(map(len, made.catalogue.words_of(token)))
+    assert not any(map(len, made.catalogue.content_hashes(token)))
     assert made.catalogue.changed[token] == 0
 
 

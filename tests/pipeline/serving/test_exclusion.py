@@ -24,9 +24,9 @@ def histories() -> Histories:
     ],
 )
 def test_an_item_is_excluded_by_its_actions_within_the_window(actions, days, mask):
-    assert Exclusion.of(actions, days, SCHEMA).mask(histories()).tolist() == mask
+    assert Exclusion.from_names(actions, days, SCHEMA).mask(histories()).tolist() == mask
 
 
 def test_an_action_outside_the_schema_is_refused():
     with pytest.raises(KeyError, match="dance"):
-        Exclusion.of(("dance",), 0, SCHEMA)
+        Exclusion.from_names(("dance",), 0, SCHEMA)

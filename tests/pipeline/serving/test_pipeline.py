@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.artifact import load
-from pipeline.data.log_io import in_event_time
+from pipeline.data.log_io import read_log_by_time
 from pipeline.errors import ArtifactError, DeviceError
 from pipeline.records import Event
-from pipeline.serving.pipeline import Pipeline, PipelineOptions, rung_of
+from pipeline.serving.pipeline import Pipeline, PipelineOptions, load_strategy
 from tests.artifacts import renumbered
 
 OPTIONS = PipelineOptions(device="cpu", threads=1)
@@ -19,7 +19,7 @@ DAY_MS = 86_400_000
 def histories(shop) -> list[list[Event]]:
     """Of ten users of the shop."""
     found: dict[str, list[Event]] = {}
-    for event in in_event_time(shop.log):
+    for event in read_log_by_time(shop.log):
         assert isinstance(event, Event)
         found.setdefault(event.user_id, []).append(event)
     return list(found.values())[:10]
@@ -74,7 +74,7 @@ def test_an_adopted_model_ranks_from_then_on_though_its_items_are_numbered_other
     pipeline.vocabulary.admit(["brand-new"])
     before, tokens = pipeline.recommend(histories, k=5), list(pipeline.vocabulary.item_ids)
     turned = renumbered(load(shop.artifact))
-    pipeline.adopt(rung_of(turned, pipeline.catalogue, OPTIONS), "turned")
+    pipeline.swap_model(load_strategy(turned, pipeline.catalogue, OPTIONS), "turned")
     after = pipeline.recommend(histories, k=5)
     assert pipeline.version == "turned"
     assert pipeline.vocabulary.item_ids == tokens, "tokens keep their meaning while the process lives"
@@ -91,7 +91,7 @@ def test_an_adopted_model_is_asked_at_once_though_the_one_before_it_rests(shop, 
         patch.setattr("pipeline.backends.torch.TorchEncoder.encode", lambda *_: 1 / 0)
         assert pipeline.recommend(histories, k=5)[0].strategy == "simple"
     assert pipeline.recommend(histories, k=5)[0].strategy == "simple"
-    pipeline.adopt(rung_of(load(shop.artifact), pipeline.catalogue, OPTIONS), "again")
+    pipeline.swap_model(load_strategy(load(shop.artifact), pipeline.catalogue, OPTIONS), "again")
     assert pipeline.recommend(histories, k=5)[0].strategy == "hstu"
     assert pipeline.recommend(histories, k=5, strategy="simple")[0].strategy == "simple"
 

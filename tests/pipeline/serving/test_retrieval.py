@@ -19,7 +19,7 @@ def brute_force(table: np.ndarray, states: np.ndarray, excluded: set[tuple[int, 
 
 @pytest.fixture(autouse=True)
 def _small_catalogues_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retrieval, "FUSED_SCORES", 0)
+    monkeypatch.setattr(retrieval, "FUSED_MIN_SCORES", 0)
 
 
 @pytest.mark.parametrize("kind", [Retrieval, FusedRetrieval])

@@ -5,15 +5,15 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pipeline.records import Histories
-from pipeline.serving.strategy import COOLDOWN_S, Ladder, Ranked
+from pipeline.serving.strategy import COOLDOWN_S, FallbackChain, RankedItems
 
 
 @dataclass
 class FakeRung:
     name: str
 
-    def rank(self, histories: Histories, k: int) -> Ranked:
-        return Ranked(np.zeros((0, k), np.int32), np.zeros((0, k), np.float32), None, self.name)
+    def rank(self, histories: Histories, k: int) -> RankedItems:
+        return RankedItems(np.zeros((0, k), np.int32), np.zeros((0, k), np.float32), None, self.name)
 
 
 @dataclass
@@ -24,11 +24,11 @@ class Clock:
     def __call__(self) -> float:
         return self.now_s
 
-    def ladder(self) -> Ladder:
-        return Ladder(self.rungs, self)
+    def ladder(self) -> FallbackChain:
+        return FallbackChain(self.rungs, self)
 
 
-def names(ladder: Ladder, asked: str | None = None) -> list[str]:
+def names(ladder: FallbackChain, asked: str | None = None) -> list[str]:
     return [rung.name for rung in ladder.candidates(asked)]
 
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from msgspec.structs import replace
 
-from pipeline.data.event_log import Log
+from pipeline.data.event_log import EventLog
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import EventSchema, Histories
-from pipeline.serving.strategy import Ranked
-from pipeline.simulation.choices import PURCHASE, States, appeal, taken
-from pipeline.simulation.closed_loop import Packer, Showcase, run, warm_up
+from pipeline.serving.strategy import RankedItems
+from pipeline.simulation.choices import PURCHASE, States, appeal, choose_from_slates
+from pipeline.simulation.closed_loop import ColumnPacker, PolicyUnderTest, run, warm_up
 from pipeline.simulation.simulator import Simulator
 from pipeline.simulation.world import SimulatorConfig, World
 
@@ -28,14 +28,14 @@ class Always:
         self._tokens = tokens
         self.asked: list[Histories] = []
 
-    def rank(self, histories: Histories, k: int) -> Ranked:
+    def rank(self, histories: Histories, k: int) -> RankedItems:
         self.asked.append(histories)
         tokens = np.tile(self._tokens[:k], (len(histories), 1)).astype(np.int32)
-        return Ranked(tokens, np.zeros(tokens.shape), None, self.name)
+        return RankedItems(tokens, np.zeros(tokens.shape), None, self.name)
 
 
 @pytest.fixture(scope="module")
-def warm() -> tuple[Simulator, Log]:
+def warm() -> tuple[Simulator, EventLog]:
     simulator = Simulator(SHOP)
     return simulator, warm_up(simulator, DAYS)[0]
 
@@ -47,18 +47,18 @@ def best(simulator: Simulator, sign: int) -> list[str]:
     return [f"item-{number}" for number in order[:10]]
 
 
-def shown(warm: tuple[Simulator, Log], ids: list[str]) -> tuple[Simulator, Showcase, Always]:
+def shown(warm: tuple[Simulator, EventLog], ids: list[str]) -> tuple[Simulator, PolicyUnderTest, Always]:
     simulator, log = deepcopy(warm[0]), warm[1]
     vocabulary = Vocabulary(log.item_ids)
     rung = Always(np.array([vocabulary.token(one) for one in ids]))
-    return simulator, Showcase(simulator, rung, vocabulary, log), rung
+    return simulator, PolicyUnderTest(simulator, rung, vocabulary, log), rung
 
 
 def test_a_warm_up_is_a_log_like_any_other(warm) -> None:
     log = warm[1]
     assert (np.diff(log.ts_ms) >= 0).all()
     assert log.user_ids == sorted(log.user_ids)
-    assert (log.events["item"] == Packer(warm[0], EventSchema()).hashes[_numbers(log.item_ids)[log.items]]).all()
+    assert (log.events["item"] == ColumnPacker(warm[0], EventSchema()).hashes[_numbers(log.item_ids)[log.items]]).all()
     assert len(np.unique(log.users)) > 75
 
 
@@ -66,7 +66,7 @@ def test_nobody_who_shows_nothing_changes_the_shop(warm) -> None:
     simulator, showcase, _ = shown(warm, [])
     assert run(deepcopy(warm[0]), DAYS, 3, None).events > 100
     simulator = deepcopy(simulator)
-    simulator.config = replace(SHOP, follow=0.0)
+    simulator.config = replace(SHOP, slate_take_rate=0.0)
     assert run(simulator, DAYS, 1, None) == run(deepcopy(warm[0]), DAYS, 1, None)
     assert showcase.slates(np.array([0, 1])).tolist() == [[], []]
 
@@ -127,12 +127,12 @@ def test_of_a_slate_the_first_and_the_appealing_are_taken_more_often_and_no_item
         last=np.array([11]), action=np.array([1]), seen=np.array([[-1]]),
     )  # fmt: skip
     states, slate = one.select(np.zeros(n, np.int64)), np.array([4, 30, 60, -1])
-    items = taken(np.random.default_rng(0), world, states, np.tile(slate, (n, 1)))
+    items = choose_from_slates(np.random.default_rng(0), world, states, np.tile(slate, (n, 1)))
     weights = np.exp(appeal(world, one, slate[None, :3])[0]) / np.array([1, 2, 3])
     shares = [(items == item).mean() for item in slate[:3]]
     np.testing.assert_allclose(shares, weights / weights.sum(), atol=0.01)
     assert (items >= 0).all()
-    assert (taken(np.random.default_rng(0), world, one, np.array([[-1, -1]])) == -1).all()
+    assert (choose_from_slates(np.random.default_rng(0), world, one, np.array([[-1, -1]])) == -1).all()
 
 
 def _numbers(ids: list[str]) -> np.ndarray:

@@ -6,9 +6,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from pipeline.data.log_io import in_event_time, read_log
+from pipeline.data.log_io import read_log, read_log_by_time
 from pipeline.simulation.choices import Choices, States
-from pipeline.simulation.ground_truth import Truth, simulate
+from pipeline.simulation.ground_truth import GroundTruth, simulate
 from pipeline.simulation.simulator import EXCLUDED_EVENTS, Simulator
 from pipeline.simulation.world import SimulatorConfig, World
 
@@ -33,7 +33,7 @@ def test_one_seed_makes_one_log_to_the_byte(folder, tmp_path):
 def test_the_log_has_its_length_and_lies_in_event_time_order(folder):
     log = list(read_log(folder / "events.jsonl"))
     assert len(log) == SMALL.events
-    assert log == list(in_event_time(folder / "events.jsonl"))
+    assert log == list(read_log_by_time(folder / "events.jsonl"))
 
 
 def test_users_come_in_sessions_with_all_kinds_of_actions(folder):
@@ -59,7 +59,7 @@ def test_late_items_are_not_touched_before_they_are_born():
 
 
 def test_the_truth_beats_popularity_and_its_odds_tell_outcomes_apart(folder):
-    truth = msgspec.json.decode((folder / "truth.json").read_bytes(), type=Truth)
+    truth = msgspec.json.decode((folder / "truth.json").read_bytes(), type=GroundTruth)
     log = list(read_log(folder / "events.jsonl"))
     popular = {item for item, _ in Counter(event.item_id for event in log).most_common(10)}
     at_best = np.mean([event.item_id in popular for event in log[-truth.scored :]])
@@ -89,7 +89,7 @@ def test_after_an_event_the_session_goes_on_or_is_over():
         level=np.array([2]), interests=np.array([[3, 7, 9]]), taste=np.array([[0.5, 0.3, 0.2]]), topic=np.array([3]),
         last=np.array([20]), action=np.array([4]), seen=nothing,
     )  # fmt: skip
-    goes_on, begins = choices.likelihood(after), choices.likelihood(after.over())
+    goes_on, begins = choices.likelihood(after), choices.likelihood(after.after_session())
     assert not np.allclose(goes_on, begins)
     assert np.allclose(choices.likelihood(after, over), (1 - over) * goes_on + over * begins)
     assert choices.likelihood(after, over).sum() <= 1 + 1e-9

@@ -2,28 +2,28 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.sequences import Corpus, place_of_share
-from pipeline.features.event_features import inputs_of
+from pipeline.data.sequences import UserSequences, split_index
+from pipeline.features.event_features import encoder_inputs
 from pipeline.features.labels import labels_of
-from pipeline.features.visit_frequency import rhythm
+from pipeline.features.visit_frequency import visit_frequency
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import EVENT_DTYPE, Event, EventPacker, EventSchema
-from pipeline.training.batches import Examples, batch_of, batches, crops
+from pipeline.training.batches import TrainingColumns, batches, make_batch, random_crops
 
 SCHEMA = EventSchema()
 logs = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5)), min_size=1, max_size=80)  # (user, item) in time order
 
 
-def corpus_of(log: list[tuple[int, int]]) -> Corpus:
+def corpus_of(log: list[tuple[int, int]]) -> UserSequences:
     packer = EventPacker(SCHEMA)
     packed = b"".join(packer.pack(Event(str(u), f"i{i}", "view", 1000 * t)) for t, (u, i) in enumerate(log))
     events = np.frombuffer(packed, EVENT_DTYPE)
     vocabulary = Vocabulary(f"i{i}" for i in range(6))
-    return Corpus.of(events, vocabulary.tokens(events["item"]), np.array([user for user, _ in log]))
+    return UserSequences.from_columns(events, vocabulary.tokens(events["item"]), np.array([user for user, _ in log]))
 
 
-def examples_of(log: list[tuple[int, int]], repeats: bool = False) -> Examples:
-    return Examples.of(corpus_of(log), SCHEMA, repeats)
+def examples_of(log: list[tuple[int, int]], repeats: bool = False) -> TrainingColumns:
+    return TrainingColumns.from_sequences(corpus_of(log), SCHEMA, repeats)
 
 
 def walked(log: list[tuple[int, int]]) -> list[tuple[int, list[int]]]:
@@ -36,22 +36,22 @@ def test_a_corpus_holds_every_users_events_in_the_logs_order(log: list[tuple[int
     corpus = corpus_of(log)
     runs = [corpus.tokens[a:b].tolist() for a, b in zip(corpus.offsets[:-1], corpus.offsets[1:], strict=True)]
     assert runs == [tokens for _, tokens in walked(log)]
-    assert [log[place][1] + 1 for place in corpus.places] == corpus.tokens.tolist()
+    assert [log[place][1] + 1 for place in corpus.log_positions] == corpus.tokens.tolist()
     seen: set[tuple[int, int]] = set()
     new = {place: (pair not in seen, seen.add(pair))[0] for place, pair in enumerate(log)}
-    assert corpus.is_new.tolist() == [new[place] for place in corpus.places.tolist()]
+    assert corpus.is_first_touch.tolist() == [new[place] for place in corpus.log_positions.tolist()]
 
 
 @given(logs, st.integers(1, 30))
 def test_columns_made_from_some_users_at_a_time_are_those_of_all_at_once(log: list[tuple[int, int]], room: int) -> None:
     corpus = corpus_of(log)
-    whole, parts = corpus.histories, list(corpus.histories.parts(room))
+    whole, parts = corpus.histories, list(corpus.histories.chunks(room))
     assert [place.start for place, _ in parts] == [0, *(place.stop for place, _ in parts[:-1])]
     assert all(len(part.events) <= room or len(part) == 1 for _, part in parts)
-    codes = [inputs_of(part, corpus.tokens[place], 7).codes for place, part in parts]
-    assert np.array_equal(np.concatenate(codes), inputs_of(whole, corpus.tokens, 7).codes)
-    rhythms = [rhythm(part, np.arange(len(part.events))) for _, part in parts]
-    assert np.array_equal(np.concatenate(rhythms), rhythm(whole, np.arange(len(log))))
+    codes = [encoder_inputs(part, corpus.tokens[place], 7).feature_ids for place, part in parts]
+    assert np.array_equal(np.concatenate(codes), encoder_inputs(whole, corpus.tokens, 7).feature_ids)
+    rhythms = [visit_frequency(part, np.arange(len(part.events))) for _, part in parts]
+    assert np.array_equal(np.concatenate(rhythms), visit_frequency(whole, np.arange(len(log))))
     labels = [labels_of(part, SCHEMA, 1000 * len(log)) for _, part in parts]
     assert np.array_equal(np.concatenate(labels), labels_of(whole, SCHEMA, 1000 * len(log)), equal_nan=True)
 
@@ -60,16 +60,16 @@ def test_columns_made_from_some_users_at_a_time_are_those_of_all_at_once(log: li
 def test_a_history_ends_just_before_its_event(log: list[tuple[int, int]], cap: int, data: st.DataObject) -> None:
     corpus = corpus_of(log)
     positions = data.draw(st.lists(st.integers(0, len(log) - 1), max_size=8))
-    histories = corpus.before(np.array(positions, np.int64), cap)
+    histories = corpus.histories_before(np.array(positions, np.int64), cap)
     for row, position in enumerate(positions):
-        place = int(corpus.places[position])
+        place = int(corpus.log_positions[position])
         wanted = [time * 1000 for time, (user, _) in enumerate(log[:place]) if user == log[place][0]][-cap:]
         assert histories.ts_ms[histories.offsets[row] : histories.offsets[row + 1]].tolist() == wanted
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=40).map(sorted), st.floats(0, 1))
 def test_a_cut_never_splits_one_time(times: list[int], share: float) -> None:
-    place = place_of_share(np.array(times), share)
+    place = split_index(np.array(times), share)
     assert place == len(times) or place == 0 or times[place - 1] < times[place]
     assert place <= share * len(times)
 
@@ -77,7 +77,7 @@ def test_a_cut_never_splits_one_time(times: list[int], share: float) -> None:
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=20), st.integers(1, 25), st.integers(0, 99))
 def test_crops_cover_every_event_once_and_are_no_longer_than_asked(lengths: list[int], length: int, seed: int) -> None:
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    starts, sizes = crops(offsets, length, np.random.default_rng(seed))
+    starts, sizes = random_crops(offsets, length, np.random.default_rng(seed))
     covered = np.concatenate([np.arange(a, a + n) for a, n in zip(starts, sizes, strict=True)])
     assert sorted(covered.tolist()) == list(range(offsets[-1]))
     assert 0 < sizes.min() <= sizes.max() <= length
@@ -100,8 +100,8 @@ def test_a_row_asks_for_the_users_next_event_and_knows_what_the_crop_showed(
     log: list[tuple[int, int]], repeats: bool, length: int, seed: int
 ) -> None:
     examples, random = examples_of(log, repeats), np.random.default_rng(seed)
-    starts, sizes = crops(examples.inputs.offsets, length, random)
-    batch = batch_of(examples, starts, sizes, 0.0, random)
+    starts, sizes = random_crops(examples.inputs.offsets, length, random)
+    batch = make_batch(examples, starts, sizes, 0.0, random)
     order = np.argsort(sizes, kind="stable")
     index = np.concatenate([np.arange(a, a + n) for a, n in zip(starts[order], sizes[order], strict=True)])
     seen = {(int(row), int(token)) for row, token in zip(*batch.seen, strict=True)}
@@ -118,7 +118,7 @@ def test_a_row_asks_for_the_users_next_event_and_knows_what_the_crop_showed(
             shown = batch.inputs.tokens[batch.inputs.offsets[crop] : row + 1].tolist()
             wanted_seen |= {(len(wanted_asked), token) for token in shown}
             wanted_asked.append(row)
-    assert batch.asked.tolist() == wanted_asked
+    assert batch.target_mask.tolist() == wanted_asked
     assert seen == wanted_seen
 
 
@@ -129,8 +129,8 @@ def test_a_crop_is_shown_behind_the_older_events_of_its_own_user(
 ) -> None:
     examples, random = examples_of(log), np.random.default_rng(seed)
     examples.older_events = older
-    starts, sizes = crops(examples.inputs.offsets, length, random)
-    batch = batch_of(examples, starts, sizes, 0.0, random)
+    starts, sizes = random_crops(examples.inputs.offsets, length, random)
+    batch = make_batch(examples, starts, sizes, 0.0, random)
     order = np.argsort(sizes, kind="stable")
     assert np.diff(batch.offsets).tolist() == sizes[order].tolist()
     for crop, (start, size) in enumerate(zip(starts[order], sizes[order], strict=True)):
@@ -139,7 +139,7 @@ def test_a_crop_is_shown_behind_the_older_events_of_its_own_user(
         rows = slice(*batch.inputs.offsets[crop : crop + 2])
         assert batch.inputs.tokens[rows].tolist() == examples.inputs.tokens[shown].tolist()
         assert batch.inputs.seconds[rows].tolist() == examples.inputs.seconds[shown].tolist()
-        assert (batch.inputs.codes[rows] == examples.inputs.codes[shown]).all()
+        assert (batch.inputs.feature_ids[rows] == examples.inputs.feature_ids[shown]).all()
         assert batch.successors[slice(*batch.offsets[crop : crop + 2])].tolist() == (
             examples.successors[start : start + size].tolist()
         )
@@ -147,6 +147,6 @@ def test_a_crop_is_shown_behind_the_older_events_of_its_own_user(
 
 def test_a_share_of_the_input_items_is_hidden_and_no_target() -> None:
     examples = examples_of([(0, step % 6) for step in range(4000)], repeats=True)
-    batch = batch_of(examples, np.array([0]), np.array([4000]), 0.25, np.random.default_rng(0))
+    batch = make_batch(examples, np.array([0]), np.array([4000]), 0.25, np.random.default_rng(0))
     assert 0.22 < (batch.inputs.tokens == 0).mean() < 0.28
     assert (batch.successors[:-1] == examples.inputs.tokens[1:]).all()

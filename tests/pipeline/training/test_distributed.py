@@ -12,16 +12,16 @@ import torch
 from msgspec.structs import replace
 
 from pipeline import artifact as artifacts
-from pipeline.data.event_log import Log, columns
-from pipeline.data.sequences import Corpus
+from pipeline.data.event_log import EventLog, event_log_from_blocks
+from pipeline.data.sequences import UserSequences
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.model import heads
 from pipeline.model.config import HstuConfig
 from pipeline.records import Event, EventSchema
 from pipeline.serving.pipeline import PipelineOptions
 from pipeline.training import losses
-from pipeline.training.batches import Examples, TrainingBatch, batch_of
-from pipeline.training.distributed import ALONE, joined
+from pipeline.training.batches import TrainingBatch, TrainingColumns, make_batch
+from pipeline.training.distributed import SINGLE_PROCESS, process_group
 from pipeline.training.preparation import TrainingOptions
 from pipeline.training.train import EpochReport, train
 from pipeline.training.trainer import TrainerOptions
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[3]
 # Without dropout, which each process draws for its own part. AdamW divides by what is near 0 in its first steps, so the
 # last bits of a sum show: the fewer steps the less.
 OPTIONS = TrainingOptions(
-    TrainerOptions(epochs=2, crop_events=8, batch_events=64, weighting="uncertainty"),
+    TrainerOptions(epochs=2, crop_length=8, events_per_batch=64, weighting="uncertainty"),
     HstuConfig(width=16, heads=2, d_qk=8, d_v=8, max_events=8, dropout=0.0, attention_dropout=0.0),
 )
 VARIANTS = {
@@ -43,14 +43,14 @@ VARIANTS = {
 class Silent:
     """An observer."""
 
-    def stage(self, name: str, epochs: int) -> None: ...
+    def phase(self, name: str, epochs: int) -> None: ...
 
     def batch(self, epoch: int, loss: float, done: int, total: int) -> None: ...
 
     def epoch(self, report: EpochReport, best: EpochReport) -> None: ...
 
 
-def log_of(users: int = 12) -> Log:
+def log_of(users: int = 12) -> EventLog:
     random = np.random.default_rng(0)
     actions = ("view", "click", "cart")
     events = [
@@ -58,7 +58,7 @@ def log_of(users: int = 12) -> Log:
         for user in range(users)
         for step in range(5 + user)
     ]
-    return columns([events], EventSchema())
+    return event_log_from_blocks([events], EventSchema())
 
 
 def train_one(out: str, variant: str) -> None:
@@ -66,7 +66,7 @@ def train_one(out: str, variant: str) -> None:
     heads.DROPOUT = 0.0
     if variant == "sampled softmax":
         losses.FULL_SOFTMAX_ITEMS, losses.UNIFORM_NEGATIVES = 0, 8
-    with joined(torch.device("cpu")) as processes:
+    with process_group(torch.device("cpu")) as processes:
         options, pipeline = VARIANTS[variant], PipelineOptions(device="cpu", threads=1)
         train(log_of(), Path(out), options, pipeline, Silent(), "", False, (), None, processes)
 
@@ -99,11 +99,11 @@ def test_two_processes_train_the_weights_of_one_and_the_first_alone_writes(tmp_p
 
 def batch() -> TrainingBatch:
     log = log_of()
-    corpus = Corpus.of_log(log, Vocabulary(log.item_ids))
+    corpus = UserSequences.from_log(log, Vocabulary(log.item_ids))
     labels = np.where(np.arange(len(corpus))[:, None] % (2, 3, 5), 1.0, np.nan).astype(np.float32)
-    examples = Examples.of(corpus, EventSchema(), repeats=False)
+    examples = TrainingColumns.from_sequences(corpus, EventSchema(), repeats=False)
     examples.labels[:] = labels
-    return batch_of(examples, corpus.offsets[:-1], np.diff(corpus.offsets), 0.1, np.random.default_rng(0))
+    return make_batch(examples, corpus.offsets[:-1], np.diff(corpus.offsets), 0.1, np.random.default_rng(0))
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 12])
@@ -128,11 +128,11 @@ def test_a_process_without_a_crop_asks_nothing() -> None:
 
 def test_one_process_alone_needs_no_variables_and_no_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with joined(torch.device("cpu")) as processes:
-        assert processes is ALONE
-    assert ALONE.told([1.5]) == [1.5]
+    with process_group(torch.device("cpu")) as processes:
+        assert processes is SINGLE_PROCESS
+    assert SINGLE_PROCESS.broadcast([1.5]) == [1.5]
     one = torch.tensor([1.0])
-    assert ALONE.average([], one) is one
+    assert SINGLE_PROCESS.average([], one) is one
 
 
 def _seen(batch: TrainingBatch, row: int) -> tuple[int, ...]:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.training.loss_weighting import KINDS, Dwa, Name, weighting_of
+from pipeline.training.loss_weighting import KINDS, DynamicWeightAverage, WeightingName, make_weighting
 
 
 def loss_of(weighting: torch.nn.Module, *losses: float) -> float:
@@ -10,16 +10,16 @@ def loss_of(weighting: torch.nn.Module, *losses: float) -> float:
 
 
 def test_fixed_weights_are_a_weighted_sum() -> None:
-    assert loss_of(weighting_of("fixed", (0.5, 0.0, 2.0)), 1.0, 7.0, 3.0) == pytest.approx(6.5)
+    assert loss_of(make_weighting("fixed", (0.5, 0.0, 2.0)), 1.0, 7.0, 3.0) == pytest.approx(6.5)
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_before_anything_is_learnt_every_weighting_is_the_fixed_one(name: Name) -> None:
-    assert loss_of(weighting_of(name, (0.3, 0.3, 0.3)), 1.0, 2.0, 3.0) == pytest.approx(1.8)
+def test_before_anything_is_learnt_every_weighting_is_the_fixed_one(name: WeightingName) -> None:
+    assert loss_of(make_weighting(name, (0.3, 0.3, 0.3)), 1.0, 2.0, 3.0) == pytest.approx(1.8)
 
 
 def test_learnt_uncertainty_comes_to_rest_where_a_weight_is_one_over_twice_its_loss() -> None:
-    weighting, losses = weighting_of("uncertainty", (0.3, 0.3, 0.3)), torch.tensor([0.1, 0.5, 2.0])
+    weighting, losses = make_weighting("uncertainty", (0.3, 0.3, 0.3)), torch.tensor([0.1, 0.5, 2.0])
     optimizer = torch.optim.Adam(weighting.parameters(), 0.05)
     for _ in range(600):
         optimizer.zero_grad()
@@ -30,8 +30,8 @@ def test_learnt_uncertainty_comes_to_rest_where_a_weight_is_one_over_twice_its_l
 
 
 def dwa(*epochs: list[float]) -> Tensor:
-    weighting = weighting_of("dwa", (1.0, 1.0, 1.0))
-    assert isinstance(weighting, Dwa)
+    weighting = make_weighting("dwa", (1.0, 1.0, 1.0))
+    assert isinstance(weighting, DynamicWeightAverage)
     for losses in epochs:
         weighting.epoch_ended(torch.tensor(losses))
     return weighting.factors()
@@ -51,8 +51,8 @@ def test_dwa_weighs_all_alike_until_two_epochs_are_known_and_a_head_without_labe
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_weightings_state_restores_it(name: Name) -> None:
-    first, second = weighting_of(name, (0.1, 0.2, 0.3)), weighting_of(name, (0.1, 0.2, 0.3))
+def test_a_weightings_state_restores_it(name: WeightingName) -> None:
+    first, second = make_weighting(name, (0.1, 0.2, 0.3)), make_weighting(name, (0.1, 0.2, 0.3))
     first.epoch_ended(torch.tensor([1.0, 2.0, 3.0]))
     first.epoch_ended(torch.tensor([0.9, 1.0, 2.9]))
     for parameter in first.parameters():

@@ -6,24 +6,24 @@ import torch
 from msgspec.structs import replace
 
 from pipeline import artifact as artifacts
-from pipeline.data.event_log import Log, columns
-from pipeline.data.sequences import Corpus, place_of_share
-from pipeline.data.split import Cut
+from pipeline.data.event_log import EventLog, event_log_from_blocks
+from pipeline.data.sequences import UserSequences, split_index
+from pipeline.data.split import Split
 from pipeline.errors import EvaluationError, TrainingError
 from pipeline.evaluation.evaluate import EvaluationOptions, evaluate
 from pipeline.model.config import HstuConfig
 from pipeline.records import Event, EventSchema
 from pipeline.serving.pipeline import PipelineOptions
 from pipeline.training.batches import TrainingBatch
-from pipeline.training.loss_weighting import Name
+from pipeline.training.loss_weighting import WeightingName
 from pipeline.training.preparation import TrainingOptions, prepare
 from pipeline.training.train import EpochReport, train
-from pipeline.training.trainer import Model, TrainerOptions
+from pipeline.training.trainer import MultiTaskModel, TrainerOptions
 
 CREATED = "2026-01-01T00:00:00+00:00"
 ITEMS = 120
 OPTIONS = TrainingOptions(
-    TrainerOptions(epochs=4, seed=1, crop_events=16, batch_events=256),
+    TrainerOptions(epochs=4, seed=1, crop_length=16, events_per_batch=256),
     HstuConfig(width=16, heads=2, d_qk=8, d_v=8, max_events=32),
 )
 SERVING = PipelineOptions(device="cpu", threads=1)
@@ -37,7 +37,7 @@ class Silent:
         self.epochs: list[tuple[int, int]] = []  # (stage, epoch) of every epoch that ended
         self._stage, self._until = 0, until
 
-    def stage(self, name: str, epochs: int) -> None:
+    def phase(self, name: str, epochs: int) -> None:
         self._stage += 1
 
     def batch(self, epoch: int, loss: float, done: int, total: int) -> None:
@@ -50,7 +50,7 @@ class Silent:
         self.reports.append(report)
 
 
-def log_of(users: int = 80, length: int = 25, lawful: bool = True) -> Log:
+def log_of(users: int = 80, length: int = 25, lawful: bool = True) -> EventLog:
     """Users walk through the catalogue: a view leads 7 items on, a click 13. Or (not lawful) anywhere."""
     random = np.random.default_rng(0)
     events = []
@@ -61,10 +61,10 @@ def log_of(users: int = 80, length: int = 25, lawful: bool = True) -> Log:
             ts_ms = 86_400_000 * step + 1000 * user  # users side by side: every time slice has all of them
             events.append(Event(f"u{user}", f"i{current}", action, ts_ms))
             current = (current + (7 if action == "view" else 13)) % ITEMS if lawful else int(random.integers(ITEMS))
-    return columns([events], EventSchema())
+    return event_log_from_blocks([events], EventSchema())
 
 
-def trained(folder: Path, options: TrainingOptions = OPTIONS, log: Log | None = None, **more: bool) -> str:
+def trained(folder: Path, options: TrainingOptions = OPTIONS, log: EventLog | None = None, **more: bool) -> str:
     return train(log_of() if log is None else log, folder, options, SERVING, Silent(), CREATED, **more).version
 
 
@@ -106,7 +106,7 @@ def test_an_interrupted_and_resumed_training_equals_an_uninterrupted_one_bit_for
 @pytest.mark.parametrize("name", ["uncertainty", "dwa"])
 @pytest.mark.parametrize("after", [(1, 3), (2, 2)], ids=["judged", "trained anew"])
 def test_a_learnt_weighting_of_the_losses_resumes_bit_for_bit_too(
-    tmp_path: Path, name: Name, after: tuple[int, int]
+    tmp_path: Path, name: WeightingName, after: tuple[int, int]
 ) -> None:
     options = replace(OPTIONS, trainer=replace(OPTIONS.trainer, weighting=name))
     whole = train(log_of(), tmp_path / "whole", options, SERVING, Silent(), CREATED)
@@ -162,32 +162,34 @@ def test_what_comes_after_the_cut_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_what_is_left_out_of_each_user_changes_nothing(tmp_path: Path) -> None:
-    options = replace(OPTIONS, leave_out=4, validation_last=3)
+    options = replace(OPTIONS, leave_last_out=4, validation_last_out=3)
     log, changed = log_of(), log_of()
-    late = Cut(last=4).left_out(changed)
+    late = Split(leave_last_out=4).test_mask(changed)
     changed.items, changed.events = changed.items.copy(), changed.events.copy()
     changed.items[late] = changed.items[late][::-1]
     changed.events["item"][late] = changed.events["item"][late][::-1]
     assert trained(tmp_path / "a", options, log) == trained(tmp_path / "b", options, changed)
-    assert trained(tmp_path / "c", replace(options, leave_out=3), log) != trained(tmp_path / "a", options, log)
+    assert trained(tmp_path / "c", replace(options, leave_last_out=3), log) != trained(tmp_path / "a", options, log)
     task = prepare(log, options, SERVING)
-    assert np.diff(task.known.offsets).tolist() == [21] * 80
+    assert np.diff(task.train.offsets).tolist() == [21] * 80
     assert np.diff(task.fit.offsets).tolist() == [18] * 80
-    assert (task.judged.lengths.reshape(80, 3) == [18, 19, 20]).all(), "each user's three newest before the cut"
+    assert (task.validation_events.lengths.reshape(80, 3) == [18, 19, 20]).all(), (
+        "each user's three newest before the cut"
+    )
 
 
 def test_the_manifest_remembers_the_cut_and_evaluation_keeps_to_it(tmp_path: Path) -> None:
     log = log_of()
-    trained(tmp_path / "last", replace(OPTIONS, leave_out=4), log)
+    trained(tmp_path / "last", replace(OPTIONS, leave_last_out=4), log)
     model = artifacts.load(tmp_path / "last")
-    assert model.manifest.taught is not None
-    assert model.manifest.taught.cut.last == 4
-    assert evaluate(model, log, SERVING, EvaluationOptions(Cut(last=4))).warning is None
+    assert model.manifest.trained_on is not None
+    assert model.manifest.trained_on.split.leave_last_out == 4
+    assert evaluate(model, log, SERVING, EvaluationOptions(Split(leave_last_out=4))).warning is None
     with pytest.raises(EvaluationError, match="taught artifact"):
-        evaluate(model, log, SERVING, EvaluationOptions(Cut(last=5)))
+        evaluate(model, log, SERVING, EvaluationOptions(Split(leave_last_out=5)))
     trained(tmp_path / "share", log=log)
     with pytest.raises(EvaluationError, match="taught artifact"):
-        evaluate(artifacts.load(tmp_path / "share"), log, SERVING, EvaluationOptions(Cut(0.5)))
+        evaluate(artifacts.load(tmp_path / "share"), log, SERVING, EvaluationOptions(Split(0.5)))
 
 
 def test_a_log_of_more_items_than_have_room_is_neither_trained_on_nor_evaluated(tmp_path: Path) -> None:
@@ -202,7 +204,7 @@ def test_a_log_of_more_items_than_have_room_is_neither_trained_on_nor_evaluated(
 
 def test_pieces_are_no_longer_than_what_the_model_reads(tmp_path: Path) -> None:
     def version(crop_events: int) -> str:
-        trainer = replace(OPTIONS.trainer, crop_events=crop_events, epochs=1)
+        trainer = replace(OPTIONS.trainer, crop_length=crop_events, epochs=1)
         return trained(tmp_path / str(crop_events), replace(OPTIONS, trainer=trainer))
 
     reads = OPTIONS.model.max_events
@@ -210,18 +212,18 @@ def test_pieces_are_no_longer_than_what_the_model_reads(tmp_path: Path) -> None:
 
 
 def test_an_epoch_may_be_a_part_of_the_log_another_one_each_time() -> None:
-    task = prepare(log_of(), replace(OPTIONS, trainer=replace(OPTIONS.trainer, epoch_events=300)), SERVING)
+    task = prepare(log_of(), replace(OPTIONS, trainer=replace(OPTIONS.trainer, events_per_epoch=300)), SERVING)
     trainer = task.trainer(task.fit, 2)
     batches: list[TrainingBatch] = []
 
-    class Watched(Model):
+    class Watched(MultiTaskModel):
         def losses(self, batch: TrainingBatch, shares: np.ndarray, random: np.random.Generator) -> tuple:
             batches.append(batch)
             return super().losses(batch, shares, random)
 
     trainer.model.__class__ = Watched
     for _ in range(2):
-        trainer.epoch()
+        trainer.train_epoch()
     assert len(batches) == 4, "300 events are two batches of 256"
     first, second = (np.concatenate([batch.successors for batch in batches[part : part + 2]]) for part in (0, 2))
     assert sorted(first) != sorted(second)
@@ -232,7 +234,7 @@ def test_half_precision_trains_as_well_and_keeps_its_weights_whole() -> None:
     for name in ("fp32", "bf16"):
         task = prepare(log_of(), replace(OPTIONS, trainer=replace(OPTIONS.trainer, precision=name)), SERVING)
         trainer = task.trainer(task.fit, 6)
-        losses[name] = [trainer.epoch() for _ in range(6)]
+        losses[name] = [trainer.train_epoch() for _ in range(6)]
         assert {weight.dtype for weight in trainer.weights().values()} == {torch.float32}
     assert losses["bf16"] != losses["fp32"]
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
@@ -247,8 +249,8 @@ def test_a_rule_of_succession_is_learnt_and_beats_both_baselines(tmp_path: Path)
     train(log, tmp_path / "model", options, SERVING, Silent(), CREATED)
     report = evaluate(artifacts.load(tmp_path / "model"), log, SERVING, EvaluationOptions(cutoffs=(1,)))
     hit_rates = {name: row.at[1].hit_rate.value for name, row in report.rankings.items()}
-    corpus = Corpus.of(log.events, np.ones(len(log), np.int32), log.users)
-    possible = corpus.is_new[corpus.places >= place_of_share(log.ts_ms, 0.8)].mean()  # repeats are excluded
+    corpus = UserSequences.from_columns(log.events, np.ones(len(log), np.int32), log.users)
+    possible = corpus.is_first_touch[corpus.log_positions >= split_index(log.ts_ms, 0.8)].mean()  # repeats are excluded
     assert 0.9 * possible < hit_rates["hstu"] <= possible
     assert hit_rates["hstu"] > 3 * hit_rates["cooccurrence"] > 3 * hit_rates["popularity"]
 
@@ -258,24 +260,26 @@ def test_training_stops_when_the_hit_rate_no_longer_rises(tmp_path: Path) -> Non
     log = log_of(lawful=False)
     options = replace(OPTIONS, trainer=replace(OPTIONS.trainer, epochs=60, learning_rate=1e-2), patience=3)
     manifest = train(log, tmp_path / "model", options, SERVING, watching, CREATED)
-    best = max(watching.reports, key=lambda report: (report.judged.ndcg, report.epoch))
+    best = max(watching.reports, key=lambda report: (report.validation.ndcg, report.epoch))
     assert len(watching.reports) == best.epoch + 3 < 60
     assert manifest.metrics["epoch"] == best.epoch
-    assert manifest.metrics["validation_hit_rate"] == best.judged.hit_rate
+    assert manifest.metrics["validation_hit_rate"] == best.validation.hit_rate
 
 
 def test_a_log_that_cannot_train_is_one_sentence(tmp_path: Path) -> None:
-    lonely = columns([[Event(f"u{n}", f"i{n}", "view", n) for n in range(50)]], EventSchema())
+    lonely = event_log_from_blocks([[Event(f"u{n}", f"i{n}", "view", n) for n in range(50)]], EventSchema())
     with pytest.raises(TrainingError, match="no user goes from one item to another"):
         trained(tmp_path / "model", log=lonely)
-    same = columns([[Event("u", "i", "view", n) for n in range(50)]], EventSchema())
+    same = event_log_from_blocks([[Event("u", "i", "view", n) for n in range(50)]], EventSchema())
     with pytest.raises(TrainingError, match="no user goes from one item to another"):
         trained(tmp_path / "model", log=same)
-    at_once = columns([[Event(f"u{n % 5}", f"i{n % 7}", "view", 9) for n in range(50)]], EventSchema())
-    with pytest.raises(TrainingError, match=r"none of the 50 events .* events of one time; .* by user \(--leave-out\)"):
+    at_once = event_log_from_blocks([[Event(f"u{n % 5}", f"i{n % 7}", "view", 9) for n in range(50)]], EventSchema())
+    with pytest.raises(
+        TrainingError, match=r"none of the 50 events .* events of one time; .* by user \(--leave-last-out\)"
+    ):
         trained(tmp_path / "model", log=at_once)
     with pytest.raises(TrainingError, match="none of the 0 events is left to train on"):
-        trained(tmp_path / "model", log=columns([], EventSchema()))
+        trained(tmp_path / "model", log=event_log_from_blocks([], EventSchema()))
 
 
 @pytest.mark.parametrize(
@@ -306,6 +310,6 @@ def test_one_user_is_enough_to_train_on(tmp_path: Path) -> None:
 
 
 def test_times_that_are_all_equal_can_be_cut_by_user(tmp_path: Path) -> None:
-    at_once = columns([[Event(f"u{n % 5}", f"i{n % 7}", "view", 9) for n in range(100)]], EventSchema())
-    trained(tmp_path / "model", replace(OPTIONS, leave_out=2), at_once)
+    at_once = event_log_from_blocks([[Event(f"u{n % 5}", f"i{n % 7}", "view", 9) for n in range(100)]], EventSchema())
+    trained(tmp_path / "model", replace(OPTIONS, leave_last_out=2), at_once)
     assert artifacts.load(tmp_path / "model").manifest.metrics["training_events"] == 90

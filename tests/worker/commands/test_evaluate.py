@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pipeline.artifact import FORMAT, MANIFEST
-from pipeline.evaluation.evaluate import Report
+from pipeline.evaluation.evaluate import EvaluationReport
 from worker.cli import main
 
 SMALL = ["--epochs", "1", "--width", "8", "--layers", "1", "--heads", "1"]
@@ -30,11 +30,11 @@ def words(*parts: object) -> list[str]:
 def test_a_log_without_times_is_trained_on_and_evaluated_by_each_users_newest_events(tmp_path: Path, capsys) -> None:
     log, report = order_log(tmp_path), tmp_path / "report.json"
     layout = ["--columns", "user,item", "--separator", ";", "--action", "click"]
-    assert main(words("train", log, *layout, "--out", tmp_path / "a", "--leave-out", 3, *SMALL)) == 0
-    told = ["--protocol", "last", "--last", 3, "--cutoffs", "1,10", "--report", report]
+    assert main(words("train", log, *layout, "--out", tmp_path / "a", "--leave-last-out", 3, *SMALL)) == 0
+    told = ["--protocol", "leave-last-out", "--leave-last-out", 3, "--cutoffs", "1,10", "--report", report]
     assert main(words("evaluate", tmp_path / "a", log, *layout, *told)) == 0
-    made = msgspec.json.decode(report.read_bytes(), type=Report)
-    assert (made.events, made.users, made.cut, made.warning) == (60, 20, "each user's newest 3", None)
+    made = msgspec.json.decode(report.read_bytes(), type=EvaluationReport)
+    assert (made.events, made.users, made.split, made.warning) == (60, 20, "each user's newest 3", None)
     assert list(made.rankings["hstu"].at) == [1, 10]
     shown = capsys.readouterr().out
     assert all(f"\n {name} " in shown for name in made.rankings)
@@ -67,7 +67,7 @@ def test_a_log_without_an_event_is_one_sentence(command: str, shop, tmp_path: Pa
         assert "\n" not in err
 
 
-@pytest.mark.parametrize("command", ["train LOG --from ARTIFACT --out x", "evaluate ARTIFACT LOG"])
+@pytest.mark.parametrize("command", ["train LOG --warm-start ARTIFACT --out x", "evaluate ARTIFACT LOG"])
 def test_an_artifact_of_another_version_is_one_sentence(command: str, shop, tmp_path: Path, capsys) -> None:
     old = copytree(shop.artifact, tmp_path / "old")
     manifest = msgspec.json.decode((old / MANIFEST).read_bytes())
@@ -88,8 +88,8 @@ def test_a_catalogue_that_has_no_room_is_one_sentence(command: str, shop, capsys
 
 
 def test_negatives_are_asked_for_by_number_seed_and_kind(shop, tmp_path: Path, capsys) -> None:
-    told = ["--negatives", 20, "--negatives-by", "popularity", "--seed", 4, "--report", tmp_path / "r.json"]
+    told = ["--negatives", 20, "--negative-sampling", "popularity", "--seed", 4, "--report", tmp_path / "r.json"]
     assert main(words("evaluate", shop.artifact, shop.log, *told)) == 0
-    made = msgspec.json.decode((tmp_path / "r.json").read_bytes(), type=Report)
+    made = msgspec.json.decode((tmp_path / "r.json").read_bytes(), type=EvaluationReport)
     assert made.candidates == "20 popularity negatives, seed 4"
     assert "among 20 popularity negatives, seed 4" in capsys.readouterr().out

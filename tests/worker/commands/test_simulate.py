@@ -4,7 +4,7 @@ import msgspec
 
 from pipeline.data.log_io import read_log
 from pipeline.records import Event, Item
-from pipeline.simulation.ground_truth import Truth
+from pipeline.simulation.ground_truth import GroundTruth
 from worker.cli import main
 
 
@@ -13,7 +13,7 @@ def test_the_command_writes_a_zipped_log_its_items_and_the_truth(tmp_path, capsy
     assert main(["simulate", "--out", str(tmp_path), "--gzip", *size]) == 0
     log = list(read_log(tmp_path / "events.jsonl.gz"))
     items = [msgspec.json.decode(line, type=Item) for line in (tmp_path / "items.jsonl").read_bytes().splitlines()]
-    truth = msgspec.json.decode((tmp_path / "truth.json").read_bytes(), type=Truth)
+    truth = msgspec.json.decode((tmp_path / "truth.json").read_bytes(), type=GroundTruth)
     assert len(log) == truth.events == 1500
     assert truth.config.seed == 3
     assert len(items) == 120

@@ -13,7 +13,7 @@ from worker.commands import train
 def model_of(line: str) -> HstuConfig:
     parser = ArgumentParser()
     train.configure(parser)
-    return train.options_of(parser.parse_args(["log", "--out", "x", *line.split()])).model
+    return train.training_options(parser.parse_args(["log", "--out", "x", *line.split()])).model
 
 
 def test_without_a_word_the_model_is_the_default() -> None:

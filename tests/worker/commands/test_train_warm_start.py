@@ -1,4 +1,4 @@
-"""`millrace train --from` and `--curves`, as a user runs them."""
+"""`millrace train --warm-start` and `--learning-curves`, as a user runs them."""
 
 from pathlib import Path
 
@@ -15,8 +15,8 @@ def words(*line: object) -> list[str]:
 
 
 def test_a_refresh_keeps_the_shape_and_the_items_and_draws_its_curves(shop, tmp_path: Path, capsys) -> None:
-    more = ["--until-share", 1, "--epochs", 2, "--curves", tmp_path / "curves.png"]
-    assert main(words("train", shop.log, "--from", shop.artifact, "--out", tmp_path / "new", *more)) == 0
+    more = ["--train-fraction", 1, "--epochs", 2, "--learning-curves", tmp_path / "curves.png"]
+    assert main(words("train", shop.log, "--warm-start", shop.artifact, "--out", tmp_path / "new", *more)) == 0
     old, new = artifacts.load(shop.artifact), artifacts.load(tmp_path / "new")
     assert new.config.width == old.config.width == 16
     assert new.item_ids[: len(old.item_ids)] == old.item_ids
@@ -30,9 +30,9 @@ def test_a_refresh_keeps_the_shape_and_the_items_and_draws_its_curves(shop, tmp_
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--from", "ARTIFACT", "--layers", "5"], "has layers 2, asked for is layers 5"),
-        (["--from", "ARTIFACT"], "cut later (--until-share 1)"),
-        (["--curves", "curves.gif"], "want a name that ends in .png, .svg, .pdf or .json"),
+        (["--warm-start", "ARTIFACT", "--layers", "5"], "has layers 2, asked for is layers 5"),
+        (["--warm-start", "ARTIFACT"], "cut later (--train-fraction 1)"),
+        (["--learning-curves", "curves.gif"], "want a name that ends in .png, .svg, .pdf or .json"),
         (["--precision", "fp8"], "fp8"),
     ],
 )

@@ -13,17 +13,18 @@ import pytest
 from prometheus_client import REGISTRY
 
 from pipeline.artifact import Artifact, load
-from pipeline.data.log_io import in_event_time
+from pipeline.data.log_io import read_log_by_time
 from pipeline.records import Event, EventPacker, Slate
 from tests import artifacts as relatives
 from worker import logging
 from worker.clock import WallClock
-from worker.config import Config, Counters, Log, Sequences
-from worker.config import Pipeline as PipelineConfig
-from worker.inference.fingerprint import sight
+from worker.config import Config, CountersConfig, LogConfig, SequencesConfig
+from worker.config import PipelineConfig as PipelineConfig
+from worker.inference.fingerprint import fingerprint
 from worker.inference.hot_swap import HotSwap
-from worker.inference.ranker import Ranker, load_pipeline
-from worker.interfaces import Arrival, Batch, Entry, Partition, Ticket
+from worker.inference.load import load_pipeline
+from worker.inference.ranker import PipelineRanker
+from worker.interfaces import Batch, ConsumedEvent, Entry, Partition, RecordOffset
 
 K = 5
 
@@ -32,16 +33,18 @@ class Serving:
     """A ranker, and what follows its artifact: `link`, which names the folder `first`."""
 
     def __init__(
-        self, folder: Path, artifact: Path, cap_events: int = 512, max_items: int = 1000, **options: Any
+        self, folder: Path, artifact: Path, max_events: int = 512, max_items: int = 1000, **options: Any
     ) -> None:
-        logging.configure(Log())
+        logging.configure(LogConfig())
         self.folder, self.link = folder, folder / "current"
         self.publish("first", load(artifact))
-        pipeline = PipelineConfig(str(self.link), slate_items=K, threads=1, device="cpu", **options)
+        pipeline = PipelineConfig(str(self.link), slate_size=K, threads=1, device="cpu", **options)
         config = Config(
-            pipeline=pipeline, sequences=Sequences(cap_events=cap_events), counters=Counters(max_items=max_items)
+            pipeline=pipeline,
+            sequences=SequencesConfig(max_events=max_events),
+            counters=CountersConfig(max_items=max_items),
         )
-        self.ranker = Ranker(load_pipeline(config), K, WallClock())
+        self.ranker = PipelineRanker(load_pipeline(config), K, WallClock())
         self.swap = HotSwap(config, self.ranker, WallClock())
 
     def publish(self, name: str, artifact: Artifact, **metrics: float) -> str:
@@ -52,7 +55,7 @@ class Serving:
     async def looks(self, count: int = 2) -> str:
         """The version that serves after so many looks."""
         for _ in range(count):
-            await self.swap.look()
+            await self.swap.check()
         return self.ranker.pipeline.version
 
 
@@ -79,13 +82,15 @@ def batch(shop) -> Batch:
     """Thirty users of the shop with their histories."""
     rings: dict[str, list[bytes]] = {}
     pack = EventPacker(Config().schema).pack
-    for event in in_event_time(shop.log):
+    for event in read_log_by_time(shop.log):
         assert isinstance(event, Event)
         rings.setdefault(event.user_id, []).append(pack(event))
     entries = []
     for offset, (user, events) in enumerate(list(rings.items())[:30]):
-        ticket, event = Ticket(Partition("events", 0), 1, offset), Event(user, "i", "view", 5)
-        entries.append(Entry(user, [Arrival(event, b"", ticket, 99, 0, 0.0, ring=b"".join(events))], 0, offset))
+        record_offset, event = RecordOffset(Partition("events", 0), 1, offset), Event(user, "i", "view", 5)
+        entries.append(
+            Entry(user, [ConsumedEvent(event, b"", record_offset, 99, 0, 0.0, ring=b"".join(events))], 0, offset)
+        )
     return Batch(entries, 512)
 
 
@@ -101,7 +106,7 @@ def ids(slates: list[Slate]) -> list[list[str]]:
 
 def outcomes() -> dict[str, float]:
     read = REGISTRY.get_sample_value
-    return {name: read("millrace_model_swaps_total", {"outcome": name}) or 0 for name in ("adopted", "refused")}
+    return {name: read("millrace_model_swaps_total", {"outcome": name}) or 0 for name in ("accepted", "rejected")}
 
 
 def test_a_turned_symlink_brings_the_next_slates_the_new_model(run, serving, original, batch, said):
@@ -117,7 +122,7 @@ def test_a_turned_symlink_brings_the_next_slates_the_new_model(run, serving, ori
         assert {slate.model_version for slate in served} == {first}
         assert {slate.model_version for slate in again} == {second}
         assert ids(again) == ids(served), "it is the same model in another order"
-        assert outcomes() == before | {"adopted": before["adopted"] + 1}
+        assert outcomes() == before | {"accepted": before["accepted"] + 1}
         assert REGISTRY.get_sample_value("millrace_model_info", {"version": first}) is None
         assert REGISTRY.get_sample_value("millrace_model_info", {"version": second}) == 1
         [line] = said()
@@ -139,10 +144,10 @@ def test_a_folder_that_is_replaced_in_place_is_taken_up(run, serving, original):
 def test_the_same_content_under_another_name_is_no_news(run, serving, original):
     async def story() -> None:
         now = serving()
-        model, before = now.ranker.pipeline.ladder, outcomes()
+        model, before = now.ranker.pipeline.strategies, outcomes()
         now.publish("copy", original)
         await now.looks(3)
-        assert now.ranker.pipeline.ladder is model
+        assert now.ranker.pipeline.strategies is model
         assert outcomes() == before
 
     run(story())
@@ -155,16 +160,16 @@ def test_a_full_vocabulary_makes_room_for_a_new_models_items_and_the_old_model_s
         items = len(original.item_ids)
         now = serving(max_items=items + 5)
         vocabulary = now.ranker.pipeline.vocabulary
-        await now.ranker.within(lambda: now.ranker.pipeline.admit([f"crowd{number}" for number in range(5)]))
+        await now.ranker.run_in_thread(lambda: now.ranker.pipeline.admit([f"crowd{number}" for number in range(5)]))
         new = [f"new{number}" for number in range(8)]
         version = now.publish("second", relatives.with_new_items(original, new))
         slates = [await now.ranker.rank(batch)]
         assert await now.looks() == version
         slates.append(await now.ranker.rank(batch))
-        assert vocabulary.retired == 8
+        assert vocabulary.evicted_count == 8
         assert not any(map(vocabulary.token, original.item_ids[-8:])), "those that the new model does not know go first"
         assert all(map(vocabulary.token, [*original.item_ids[:-8], *new]))
-        assert not vocabulary.held
+        assert not vocabulary.pinned
         old, known = ids(slates[0]), set(original.item_ids[:-8]) | set(new)
         assert all(len(slate) == K for slate in old)
         assert all(len(slate) == K and set(slate) <= known for slate in ids(slates[1]))
@@ -175,7 +180,7 @@ def test_a_full_vocabulary_makes_room_for_a_new_models_items_and_the_old_model_s
 def test_withdrawn_items_do_not_make_a_new_models_slates_too_short(run, serving, original):
     async def story() -> None:
         now = serving()
-        await now.ranker.learn([], original.item_ids[3:], news=True)
+        await now.ranker.update_items([], original.item_ids[3:], live=True)
         second = now.publish("second", relatives.nudged(original, 1))
         assert await now.looks() == second
 
@@ -201,7 +206,7 @@ def test_a_broken_artifact_is_refused_once_and_the_old_model_goes_on(
         now.publish("broken", break_(original))
         assert await now.looks(5) == first
         assert ids(await now.ranker.rank(batch)) == ids(served)
-        assert outcomes() == before | {"refused": before["refused"] + 1}
+        assert outcomes() == before | {"rejected": before["rejected"] + 1}
         [line] = said()
         assert reason in line["reason"]
         assert line["artifact"] == str((now.folder / "broken").resolve())
@@ -256,7 +261,7 @@ def test_a_pointer_to_nothing_is_said_once_and_mended_without_a_swap(run, servin
         assert "manifest.json: No such file" in line["reason"]
         relatives.point(now.link, now.folder / "first")
         assert await now.looks() == first
-        assert outcomes() == before | {"refused": before["refused"] + 1}
+        assert outcomes() == before | {"rejected": before["rejected"] + 1}
 
     run(story())
 
@@ -280,15 +285,15 @@ def test_only_answers_of_the_model_that_serves_are_compared(run, serving, origin
     async def story() -> None:
         now = serving()
         await now.ranker.rank(Batch(batch.entries[:10], 512, "simple"))
-        assert await now.ranker.served() == []
+        assert await now.ranker.served_samples() == []
         slates = await now.ranker.rank(batch)
-        served = await now.ranker.served()
+        served = await now.ranker.served_samples()
         assert [ring for ring, _ in served] == [entry.ring for entry in batch.entries]
         assert [items for _, items in served] == [slate.items for slate in slates]
         await now.looks()
         now.publish("second", relatives.nudged(original, 1))
         await now.looks()
-        assert await now.ranker.served() == []
+        assert await now.ranker.served_samples() == []
 
     run(story())
 
@@ -298,7 +303,7 @@ def test_the_model_before_is_freed(run, serving, original, batch):
         now = serving()
         await now.ranker.rank(batch)
         await now.looks()
-        old = [weakref.ref(rung) for rung in now.ranker.pipeline.ladder.candidates(None) if rung.name == "hstu"]
+        old = [weakref.ref(rung) for rung in now.ranker.pipeline.strategies.candidates(None) if rung.name == "hstu"]
         now.publish("second", relatives.nudged(original, 1))
         await now.looks()
         gc.collect()
@@ -312,14 +317,14 @@ def test_what_is_published_while_another_is_loaded_is_what_serves(run, serving, 
         now = serving()
         await now.looks()
         now.publish("second", relatives.nudged(original, 1))
-        third, served = "", now.ranker.served
+        third, served = "", now.ranker.served_samples
 
         async def overtaken():
             nonlocal third
             third = now.publish("third", relatives.nudged(original, 2))
             return await served()
 
-        monkeypatch.setattr(now.ranker, "served", overtaken)
+        monkeypatch.setattr(now.ranker, "served_samples", overtaken)
         first = now.ranker.pipeline.version
         assert await now.looks() == first
         monkeypatch.undo()
@@ -330,7 +335,7 @@ def test_what_is_published_while_another_is_loaded_is_what_serves(run, serving, 
 
 def test_it_looks_by_itself_until_it_is_cancelled(run, serving, original, eventually):
     async def story() -> None:
-        now = serving(follow_s=0.01)
+        now = serving(artifact_poll_interval_s=0.01)
         following = asyncio.create_task(now.swap.run())
         version = now.publish("second", relatives.nudged(original, 1))
         await eventually(lambda: now.ranker.pipeline.version == version)
@@ -343,7 +348,7 @@ def test_it_looks_by_itself_until_it_is_cancelled(run, serving, original, eventu
 
 def test_every_change_of_a_path_is_another_sight_and_nothing_else_is(tmp_path: Path):
     link, folder, other = tmp_path / "link", tmp_path / "a", tmp_path / "b"
-    seen = [sight(link)]
+    seen = [fingerprint(link)]
     for each in (folder, other):
         each.mkdir()
         (each / "file").write_text("1")
@@ -355,19 +360,19 @@ def test_every_change_of_a_path_is_another_sight_and_nothing_else_is(tmp_path: P
         lambda: (other / "file").unlink(),
     ):
         change()
-        assert sight(link) == sight(link)
-        seen.append(sight(link))
+        assert fingerprint(link) == fingerprint(link)
+        seen.append(fingerprint(link))
     assert len(set(seen)) == len(seen)
     relatives.point(link, folder)
-    assert sight(link) == seen[1]
+    assert fingerprint(link) == seen[1]
 
 
-@pytest.mark.parametrize(("cap_events", "warnings"), [(200 + 254, 2), (200 + 255, 0)])
+@pytest.mark.parametrize(("max_events", "warnings"), [(200 + 254, 2), (200 + 255, 0)])
 def test_rings_within_the_models_reach_are_warned_of_at_its_load_and_at_a_swap(
-    serving, original: Artifact, run, capsys, cap_events: int, warnings: int
+    serving, original: Artifact, run, capsys, max_events: int, warnings: int
 ):
     capsys.readouterr()
-    at = serving(cap_events=cap_events)
+    at = serving(max_events=max_events)
     at.publish("second", relatives.nudged(original, 1))
     assert run(at.looks()) != original.version
-    assert capsys.readouterr().err.count("raise sequences.cap_events") == warnings
+    assert capsys.readouterr().err.count("raise sequences.max_events") == warnings

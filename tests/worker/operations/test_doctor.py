@@ -24,7 +24,7 @@ def lines(capsys):
 
 
 def test_all_is_well(kafka: str, valkey: str, shop, monkeypatch, lines):
-    settings(monkeypatch, KAFKA__BOOTSTRAP=kafka, KAFKA__CREATE_TOPICS="true", REDIS__URL=valkey)
+    settings(monkeypatch, KAFKA__BOOTSTRAP_SERVERS=kafka, KAFKA__CREATE_TOPICS="true", REDIS__URL=valkey)
     settings(monkeypatch, PIPELINE__ARTIFACT=shop.artifact)
     assert main(["doctor"]) == 0
     found = lines()
@@ -35,7 +35,7 @@ def test_all_is_well(kafka: str, valkey: str, shop, monkeypatch, lines):
 
 
 def test_each_gap_has_its_sentence_and_the_first_one_the_exit_code(valkey: str, monkeypatch, lines):
-    settings(monkeypatch, KAFKA__BOOTSTRAP="127.0.0.1:1", REDIS__URL=valkey, PIPELINE__ARTIFACT="nowhere")
+    settings(monkeypatch, KAFKA__BOOTSTRAP_SERVERS="127.0.0.1:1", REDIS__URL=valkey, PIPELINE__ARTIFACT="nowhere")
     assert main(["doctor"]) == 4
     found = lines()
     assert "no broker answers at 127.0.0.1:1" in found["kafka"]
@@ -45,7 +45,7 @@ def test_each_gap_has_its_sentence_and_the_first_one_the_exit_code(valkey: str, 
 
 def test_missing_topics_are_named(kafka: str, valkey: str, topics, monkeypatch, lines):
     name = topics("missing")
-    settings(monkeypatch, KAFKA__BOOTSTRAP=kafka, KAFKA__EVENTS_TOPIC=name, REDIS__URL=valkey)
+    settings(monkeypatch, KAFKA__BOOTSTRAP_SERVERS=kafka, KAFKA__EVENTS_TOPIC=name, REDIS__URL=valkey)
     assert main(["doctor"]) == 4
     assert re.search(f"no topic .*{name}", lines()["kafka"])
     settings(monkeypatch, KAFKA__CREATE_TOPICS="true")
@@ -54,7 +54,7 @@ def test_missing_topics_are_named(kafka: str, valkey: str, topics, monkeypatch, 
 
 
 def test_redis_is_away_or_would_evict_rings(kafka: str, monkeypatch, lines, tmp_path: Path):
-    settings(monkeypatch, KAFKA__BOOTSTRAP=kafka, KAFKA__CREATE_TOPICS="true", REDIS__URL="redis://127.0.0.1:1")
+    settings(monkeypatch, KAFKA__BOOTSTRAP_SERVERS=kafka, KAFKA__CREATE_TOPICS="true", REDIS__URL="redis://127.0.0.1:1")
     assert main(["doctor"]) == 5
     assert "Redis at 127.0.0.1:1 is away" in lines()["redis"]
     with LocalValkey(tmp_path) as server:
@@ -64,7 +64,7 @@ def test_redis_is_away_or_would_evict_rings(kafka: str, monkeypatch, lines, tmp_
     assert "maxmemory-policy is allkeys-lru" in lines()["redis"]
 
 
-def evicting(redis: config.Redis) -> None:
+def evicting(redis: config.RedisConfig) -> None:
     async def configure() -> None:
         client = RedisClient(redis)
         await client.call("CONFIG", "SET", "maxmemory", "100mb", "maxmemory-policy", "allkeys-lru")

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from pipeline.records import Event
-from worker.config import Redis
-from worker.config import Sequences as Config
+from worker.config import RedisConfig
+from worker.config import SequencesConfig as Config
 from worker.errors import ConfigError, StoreError, StoreUnavailable
-from worker.interfaces import Arrival, Partition, Ticket
+from worker.interfaces import ConsumedEvent, Partition, RecordOffset
 from worker.redis.client import RedisClient, connect
-from worker.redis.sequences import Sequences
+from worker.redis.sequences import SequenceStore
 from worker.replay.local_servers import LocalValkey
 
 
@@ -31,18 +31,18 @@ def server(tmp_path: Path) -> Iterator[LocalValkey]:
         yield own
 
 
-def arrivals(count: int, users: int = 1) -> list[Arrival]:
-    ticket = [Ticket(Partition("events", 0), 1, offset) for offset in range(count)]
+def arrivals(count: int, users: int = 1) -> list[ConsumedEvent]:
+    record_offset = [RecordOffset(Partition("events", 0), 1, offset) for offset in range(count)]
     return [
-        Arrival(Event(f"u{each.offset % users}", "i", "view", 1), bytes([each.offset]) * 24, each, count, 0, 0.0)
-        for each in ticket
+        ConsumedEvent(Event(f"u{each.offset % users}", "i", "view", 1), bytes([each.offset]) * 24, each, count, 0, 0.0)
+        for each in record_offset
     ]
 
 
 def test_a_stopped_redis_is_unavailable_after_the_deadline_and_pushing_again_appends_once(server: LocalValkey):
     async def scenario() -> bytes:
-        client = await connect(Redis(url=server.url, timeout_s=0.3))
-        sequences, batch = Sequences(client, Config()), arrivals(3)
+        client = await connect(RedisConfig(url=server.url, timeout_s=0.3))
+        sequences, batch = SequenceStore(client, Config()), arrivals(3)
         await sequences.push(batch[:1])
         os.kill(server.pid, signal.SIGSTOP)
         loop = asyncio.get_running_loop()
@@ -62,8 +62,8 @@ def test_a_stopped_redis_is_unavailable_after_the_deadline_and_pushing_again_app
 
 def test_a_restart_that_lost_all_is_survived_and_noticed(server: LocalValkey):
     async def scenario() -> None:
-        client = await connect(Redis(url=server.url))
-        sequences, batch = Sequences(client, Config()), arrivals(3)
+        client = await connect(RedisConfig(url=server.url))
+        sequences, batch = SequenceStore(client, Config()), arrivals(3)
         await sequences.push(batch[:1])
         server.stop()
         with pytest.raises(StoreUnavailable, match="away"):
@@ -80,11 +80,11 @@ def test_a_restart_that_lost_all_is_survived_and_noticed(server: LocalValkey):
 
 def test_a_lost_function_is_loaded_again_in_the_same_call(server: LocalValkey):
     async def scenario() -> None:
-        client = await connect(Redis(url=server.url))
+        client = await connect(RedisConfig(url=server.url))
         await client.call("FUNCTION", "FLUSH")
         batch = arrivals(6, users=3)
-        await Sequences(client, Config()).push(batch)
-        assert all(each.fresh for each in batch)
+        await SequenceStore(client, Config()).push(batch)
+        assert all(each.is_new for each in batch)
         await client.aclose()
 
     asyncio.run(asyncio.wait_for(scenario(), 30))
@@ -99,10 +99,10 @@ def test_a_lost_function_is_loaded_again_in_the_same_call(server: LocalValkey):
 )
 def test_a_server_that_cannot_write_now_is_unavailable_and_says_why(server: LocalValkey, trouble: tuple, says: str):
     async def scenario() -> None:
-        client = await connect(Redis(url=server.url))
+        client = await connect(RedisConfig(url=server.url))
         await client.call(*trouble)
         with pytest.raises(StoreUnavailable, match=says):
-            await Sequences(client, Config()).push(arrivals(2))
+            await SequenceStore(client, Config()).push(arrivals(2))
         await client.aclose()
 
     asyncio.run(asyncio.wait_for(scenario(), 30))
@@ -110,7 +110,7 @@ def test_a_server_that_cannot_write_now_is_unavailable_and_says_why(server: Loca
 
 def test_wrong_credentials_are_no_outage(server: LocalValkey):
     async def scenario() -> None:
-        await connect(Redis(url=server.url.replace("//", "//someone:wrong@")))
+        await connect(RedisConfig(url=server.url.replace("//", "//someone:wrong@")))
 
     with pytest.raises(StoreError, match=r"refuses the credentials") as caught:
         asyncio.run(asyncio.wait_for(scenario(), 30))
@@ -120,17 +120,17 @@ def test_wrong_credentials_are_no_outage(server: LocalValkey):
 
 def test_no_server_at_all_is_unavailable_at_once():
     with pytest.raises(StoreUnavailable, match=r"127\.0\.0\.1:9 is away"):
-        asyncio.run(asyncio.wait_for(connect(Redis(url="redis://127.0.0.1:9/0")), 5))
+        asyncio.run(asyncio.wait_for(connect(RedisConfig(url="redis://127.0.0.1:9/0")), 5))
 
 
 def test_an_address_that_is_none_is_a_configuration_error():
     with pytest.raises(ConfigError, match=r"redis\.url"):
-        RedisClient(Redis(url="localhost"))
+        RedisClient(RedisConfig(url="localhost"))
 
 
 def test_one_wrong_command_of_a_pipeline_leaves_the_connection_usable(server: LocalValkey):
     async def scenario() -> None:
-        client = await connect(Redis(url=server.url))
+        client = await connect(RedisConfig(url=server.url))
         with pytest.raises(StoreError, match="WRONGTYPE"):
             await client.pipeline([("SET", "a", "1"), ("LPUSH", "a", "2"), ("SET", "b", "3")])
         assert await client.pipeline([("GET", "a"), ("GET", "b")]) == [b"1", b"3"]
@@ -141,20 +141,20 @@ def test_one_wrong_command_of_a_pipeline_leaves_the_connection_usable(server: Lo
 
 def test_a_cluster_takes_pushes_of_many_users(tmp_path: Path, eventually):
     async def scenario() -> None:
-        alone = RedisClient(Redis(url=server.url))
+        alone = RedisClient(RedisConfig(url=server.url))
         await alone.call("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
 
         async def formed() -> bool:
             return b"cluster_state:ok" in await alone.call("CLUSTER", "INFO")
 
         await eventually(formed)
-        client = await connect(Redis(url=server.url, cluster=True))
+        client = await connect(RedisConfig(url=server.url, cluster=True))
         batch = arrivals(60, users=20)
-        await Sequences(client, Config()).push(batch)
-        assert all(each.fresh for each in batch)
+        await SequenceStore(client, Config()).push(batch)
+        assert all(each.is_new for each in batch)
         await alone.call("FUNCTION", "FLUSH")
-        await Sequences(client, Config()).push(batch)
-        assert not any(each.fresh for each in batch)
+        await SequenceStore(client, Config()).push(batch)
+        assert not any(each.is_new for each in batch)
         assert (await client.info("server"))["tcp_port"] == server.port
         await client.aclose()
         await alone.aclose()

@@ -11,7 +11,7 @@ from pipeline.counters.counters import Counters
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import EVENT_DTYPE, Histories, item_hash
 from worker.config import Config
-from worker.config import Counters as CounterConfig
+from worker.config import CountersConfig as CounterConfig
 from worker.lookup.lookup import Lookup
 from worker.redis.client import RedisClient, connect
 from worker.redis.counters import SHARDS, CounterStore
@@ -91,9 +91,9 @@ def scenario(server: LocalValkey, test: Callable[[RedisClient], Awaitable[None]]
 
 
 def _redis(server: LocalValkey):
-    from worker.config import Redis
+    from worker.config import RedisConfig
 
-    return Redis(url=server.url, timeout_s=0.5)
+    return RedisConfig(url=server.url, timeout_s=0.5)
 
 
 async def rounds(*processes: Process) -> None:
@@ -108,7 +108,7 @@ def test_the_index_fills_the_vocabulary_but_for_the_room_that_new_items_need(ser
         one, small = Process(client), Process(client, max_items=16)
         one.see([(f"i{number}", number) for number in range(30)])
         await rounds(one, small)
-        assert small.counters.vocabulary.room == 2
+        assert small.counters.vocabulary.free_slots == 2
         assert len(small.rows()) == 14
         small.see([("new", 60)])
         await rounds(small, one)
@@ -122,7 +122,7 @@ def test_what_an_artifact_counted_of_items_that_were_retired_meanwhile_goes_to_n
         first = Process(client)
         first.see([("a", 1), ("b", 2), ("a", 3)])
         started = Process(client, state=first.counters.state())
-        started.counters.vocabulary.retire(np.array([1]))
+        started.counters.vocabulary.evict(np.array([1]))
         started.counters.vocabulary.admit("x")
         await rounds(started)
         assert started.rows()["x"] == (0.0, {})

@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.records import Covers, Latency, Slate, SlateItem
 from worker.cli import main
-from worker.config import Redis, Slates
+from worker.config import RedisConfig, SlatesConfig
 from worker.errors import StoreError, StoreUnavailable, UnknownUser
 from worker.lookup.lookup import Lookup
 from worker.redis.client import RedisClient, connect
@@ -33,9 +33,9 @@ def slate(user: str, last_offset: int, partition: int = 0, item: str = "i1") -> 
 
 def scenario(url: str, test: Callable[[RedisClient, Lookup], Awaitable[None]]) -> None:
     async def within() -> None:
-        client = await connect(Redis(url=url))
+        client = await connect(RedisConfig(url=url))
         try:
-            async with Lookup(Redis(url=url)) as lookup:
+            async with Lookup(RedisConfig(url=url)) as lookup:
                 await test(client, lookup)
         finally:
             await client.aclose()
@@ -46,7 +46,7 @@ def scenario(url: str, test: Callable[[RedisClient, Lookup], Awaitable[None]]) -
 def test_a_slate_comes_back_as_it_was_put_and_expires(valkey: str):
     async def test(client: RedisClient, lookup: Lookup) -> None:
         users = [next(names) for _ in range(3)]
-        await SlateStore(client, Slates(ttl_days=1)).put([slate(user, 7) for user in users])
+        await SlateStore(client, SlatesConfig(ttl_days=1)).put([slate(user, 7) for user in users])
         assert await lookup.slate(users[1]) == slate(users[1], 7)
         assert 86_000 < await client.call("TTL", f"rec:{{u:{users[1]}}}") <= 86_400
 
@@ -55,7 +55,7 @@ def test_a_slate_comes_back_as_it_was_put_and_expires(valkey: str):
 
 def test_an_older_slate_of_the_same_partition_never_replaces_a_newer_one(valkey: str):
     async def test(client: RedisClient, lookup: Lookup) -> None:
-        store, user = SlateStore(client, Slates()), next(names)
+        store, user = SlateStore(client, SlatesConfig()), next(names)
         await store.put([slate(user, 9, item="new"), slate(user, 8, item="old")])
         assert (await lookup.slate(user)).items[0].item_id == "new"
         await store.put([slate(user, 9, item="repeated")])
@@ -69,8 +69,8 @@ def test_an_older_slate_of_the_same_partition_never_replaces_a_newer_one(valkey:
 def test_a_new_epoch_begins_its_offsets_anew(valkey: str):
     async def test(client: RedisClient, lookup: Lookup) -> None:
         user = next(names)
-        await SlateStore(client, Slates(), epoch="1").put([slate(user, 900)])
-        await SlateStore(client, Slates(), epoch="2").put([slate(user, 3)])
+        await SlateStore(client, SlatesConfig(), topic_generation="1").put([slate(user, 900)])
+        await SlateStore(client, SlatesConfig(), topic_generation="2").put([slate(user, 3)])
         assert (await lookup.slate(user)).covers.last_offset == 3
 
     scenario(valkey, test)
@@ -96,7 +96,7 @@ def test_the_popular_slate_answers_whom_nobody_knows_and_only_a_later_one_replac
     async def test(client: RedisClient, lookup: Lookup) -> None:
         with pytest.raises(UnknownUser, match="'stranger'"):
             await lookup.slate("stranger")
-        store = SlateStore(client, Slates())
+        store = SlateStore(client, SlatesConfig())
         popular = msgspec.structs.replace(slate("", -1), strategy="popular")
         await store.put_popular(popular, as_of_ms=2_000)
         await store.put_popular(msgspec.structs.replace(popular, items=[]), as_of_ms=1_000)
@@ -107,7 +107,7 @@ def test_the_popular_slate_answers_whom_nobody_knows_and_only_a_later_one_replac
 
 def test_the_command_prints_a_slate_and_exits_44_for_a_stranger(server: LocalValkey, capsys, monkeypatch):
     async def test(client: RedisClient, _: Lookup) -> None:
-        await SlateStore(client, Slates()).put([slate("u 1", 7, item="the item")])
+        await SlateStore(client, SlatesConfig()).put([slate("u 1", 7, item="the item")])
 
     monkeypatch.setenv("MILLRACE__REDIS__URL", server.url)
     scenario(server.url, test)
@@ -121,7 +121,7 @@ def test_the_command_prints_a_slate_and_exits_44_for_a_stranger(server: LocalVal
 
 def test_http_answers_slates_unknown_users_its_health_and_stops_when_told(server: LocalValkey, eventually):
     async def test(client: RedisClient, _: Lookup) -> None:
-        await SlateStore(client, Slates()).put([slate("a/b c?", 7)])
+        await SlateStore(client, SlatesConfig()).put([slate("a/b c?", 7)])
         async with serving(server.url) as (process, http):
             await eventually(lambda: answers(http))
             found = await http.get("/v1/slates/a%2Fb%20c%3F")
@@ -176,7 +176,7 @@ async def answers(http: httpx.AsyncClient) -> bool:
 
 def test_a_lookup_without_a_server_is_unavailable():
     async def find() -> None:
-        async with Lookup(Redis(url="redis://127.0.0.1:9/0")) as lookup:
+        async with Lookup(RedisConfig(url="redis://127.0.0.1:9/0")) as lookup:
             await lookup.slate("u1")
 
     with pytest.raises(StoreUnavailable):

@@ -9,7 +9,7 @@ import redis
 
 from worker.errors import SourceError, StoreError
 from worker.replay.child_process import HOST, PORTS, free_ports
-from worker.replay.local_servers import LocalKafka, LocalValkey, available
+from worker.replay.local_servers import LocalKafka, LocalValkey, missing_requirement
 
 ORPHAN = """
 import sys, time
@@ -70,7 +70,7 @@ def test_a_taken_port_is_not_free():
 
 
 def test_missing_jars_are_named_with_the_command_that_brings_them(tmp_path):
-    assert "make kafka" in (available(tmp_path) or "")
+    assert "make kafka" in (missing_requirement(tmp_path) or "")
     with pytest.raises(SourceError, match="make kafka"):
         LocalKafka(tmp_path / "data", home=tmp_path).start()
 

@@ -6,7 +6,7 @@ from pipeline.records import Event
 from worker.clock import VirtualClock
 from worker.config import Config
 from worker.interfaces import Partition
-from worker.replay.log_source import EPOCH, LogSource
+from worker.replay.log_source import ASSIGNMENT, LogSource
 from worker.stream.codec import Codec
 
 START_MS = 1_600_000_000_000
@@ -52,12 +52,12 @@ def test_every_entry_of_the_log_passes_the_codec_in_order(run):
         log = [event(n, START_MS + 10 * n) for n in range(25)]
         source = LogSource(log, clock, "shop.jsonl", max_records=10)
         await source.start(owner)
-        assert owner.epochs == {Partition("shop.jsonl", 0): EPOCH}
+        assert owner.epochs == {Partition("shop.jsonl", 0): ASSIGNMENT}
         shares = await everything(source)
         assert [len(share.records) for share in shares] == [10, 10, 5]
         arrivals, letters = Codec(Config(), clock).decode_all(shares)
-        assert [arrival.event for arrival in arrivals] == log
-        assert [arrival.ticket.offset for arrival in arrivals] == list(range(25))
+        assert [consumed.event for consumed in arrivals] == log
+        assert [consumed.record_offset.offset for consumed in arrivals] == list(range(25))
         assert not letters
 
     run(scenario(), timeout_s=10)
@@ -68,7 +68,7 @@ def test_what_the_reader_could_not_read_is_buried_with_its_reason(run):
         clock = VirtualClock()
         source = LogSource([event(0), bad(b"a,b", "line 2: two columns; wanted four"), event(1)], clock)
         arrivals, letters = Codec(Config(), clock).decode_all(await everything(source))
-        assert [arrival.ticket.offset for arrival in arrivals] == [0, 2]
+        assert [consumed.record_offset.offset for consumed in arrivals] == [0, 2]
         assert [(letter.value, letter.reason) for letter in letters] == [(b"a,b", "line 2: two columns; wanted four")]
 
     run(scenario(), timeout_s=10)
@@ -121,7 +121,7 @@ def test_a_recorded_file_is_read_in_event_time_order(run, tmp_path):
         source = LogSource.open(path, clock := VirtualClock())
         arrivals, letters = Codec(Config(), clock).decode_all(await everything(source))
         assert [letter.value for letter in letters] == [b"{"]
-        assert [arrival.event for arrival in arrivals] == [early, late]
+        assert [consumed.event for consumed in arrivals] == [early, late]
 
     run(scenario(), timeout_s=20)
 

@@ -10,16 +10,16 @@ from pipeline.records import Slate
 from tests.kafka.broker import Broker
 from worker.cli import main
 from worker.replay.child_process import free_ports
-from worker.replay.replay import Report
+from worker.replay.replay import ReplayReport
 
 SETTINGS = {
     "as it comes": {},
-    "some actions exclude": {"PIPELINE__EXCLUDE_ACTIONS": '["cart", "purchase"]', "SEQUENCES__CAP_EVENTS": "20"},
+    "some actions exclude": {"PIPELINE__EXCLUDE_ACTIONS": '["cart", "purchase"]', "SEQUENCES__MAX_EVENTS": "20"},
     "exclusion ends": {"PIPELINE__EXCLUDE_WINDOW_DAYS": "3"},
 }
 
 
-def replayed(shop, folder: Path, *more: object) -> Report:
+def replayed(shop, folder: Path, *more: object) -> ReplayReport:
     words = [
         shop.log,
         "--artifact",
@@ -31,7 +31,7 @@ def replayed(shop, folder: Path, *more: object) -> Report:
         *more,
     ]
     assert main(["replay", *map(str, words)]) == 0
-    return msgspec.json.decode((folder / "r.json").read_bytes(), type=Report)
+    return msgspec.json.decode((folder / "r.json").read_bytes(), type=ReplayReport)
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -53,7 +53,7 @@ def test_the_slates_hit_as_often_as_the_evaluation_of_their_rankings(shop, tmp_p
 def test_a_replay_answers_every_event_and_leaves_slates_and_a_summary(shop, tmp_path: Path, capsys):
     report = replayed(shop, tmp_path, "--limit", 1000)
     assert (report.events, report.slates, report.lost, report.dead_letters) == (1000, 1000, 0, 0)
-    assert report.rungs == {"hstu": 1000}
+    assert report.strategies == {"hstu": 1000}
     times_ms = sorted(msgspec.json.decode(line)["ts_ms"] for line in shop.log.read_bytes().splitlines())[:1000]
     assert report.log_speed == pytest.approx((times_ms[-1] - times_ms[0]) / 1e3 / report.elapsed_s, rel=0.01)
     slates = [msgspec.json.decode(line, type=Slate) for line in (tmp_path / "s.jsonl").read_bytes().splitlines()]
@@ -75,7 +75,7 @@ def test_a_replay_through_a_deployments_broker_keeps_to_its_own_topics_and_group
 ):
     broker = Broker(kafka, topics)
     deployed = [run(broker.topic(kind=kind)) for kind in ("events", "recommendations", "events.dead")]
-    for key, topic in zip(("EVENTS_TOPIC", "SLATES_TOPIC", "DEAD_LETTER_TOPIC"), deployed, strict=True):
+    for key, topic in zip(("EVENTS_TOPIC", "RECOMMENDATIONS_TOPIC", "DEAD_LETTER_TOPIC"), deployed, strict=True):
         monkeypatch.setenv(f"MILLRACE__KAFKA__{key}", topic)
     run(broker.produce(deployed[0], [b"{}"]))
     assert replayed(shop, tmp_path, "--kafka", broker.bootstrap, "--limit", 100).dead_letters == 0
@@ -90,7 +90,7 @@ def test_a_replay_through_a_deployments_broker_keeps_to_its_own_topics_and_group
 def test_a_replay_through_a_broker_that_is_away_ends_as_soon_as_every_command(
     shop, tmp_path: Path, monkeypatch, capsys
 ):
-    monkeypatch.setattr("worker.kafka.client.ONE_SHOT_S", 1.0)
+    monkeypatch.setattr("worker.kafka.client.CLI_START_TIMEOUT_S", 1.0)
     words = [shop.log, "--kafka", f"127.0.0.1:{free_ports(1)[0]}", "--report", tmp_path / "r.json", "--limit", 50]
     assert main(["replay", *map(str, words)]) == 4
     assert "within 1 s" in capsys.readouterr().err
@@ -99,8 +99,8 @@ def test_a_replay_through_a_broker_that_is_away_ends_as_soon_as_every_command(
 def test_without_an_artifact_the_counters_answer_and_are_judged_alone(shop, tmp_path: Path):
     words = [shop.log, "--report", tmp_path / "r.json", "--slates", tmp_path / "s.jsonl"]
     assert main(["replay", *map(str, words)]) == 0
-    report = msgspec.json.decode((tmp_path / "r.json").read_bytes(), type=Report)
-    assert report.rungs == {"simple": report.events}
+    report = msgspec.json.decode((tmp_path / "r.json").read_bytes(), type=ReplayReport)
+    assert report.strategies == {"simple": report.events}
     assert list(report.hit_rates) == ["slate"]
 
 
@@ -110,7 +110,7 @@ def test_bad_lines_are_buried_and_nothing_else_is_missing(shop, tmp_path: Path):
     mixed.write_bytes(b"\n".join([*good[:100], b"{", b'{"user_id": "u1"}', *good[100:]]) + b"\n")
     words = [mixed, "--report", tmp_path / "r.json", "--slates", tmp_path / "s.jsonl"]
     assert main(["replay", *map(str, words)]) == 0
-    report = msgspec.json.decode((tmp_path / "r.json").read_bytes(), type=Report)
+    report = msgspec.json.decode((tmp_path / "r.json").read_bytes(), type=ReplayReport)
     assert (report.events, report.slates, report.dead_letters, report.lost) == (300, 300, 2, 0)
     assert len((tmp_path / "s.dead.jsonl").read_bytes().splitlines()) == 2
 
@@ -125,7 +125,7 @@ def test_events_of_an_unknown_action_are_buried_not_lost(shop, tmp_path: Path, r
     more = ["--kafka", request.getfixturevalue("kafka")] if through_kafka else []
     words = [log, "--report", tmp_path / "r.json", "--slates", tmp_path / "s.jsonl", *more]
     assert main(["replay", *map(str, words)]) == 0
-    report = msgspec.json.decode((tmp_path / "r.json").read_bytes(), type=Report)
+    report = msgspec.json.decode((tmp_path / "r.json").read_bytes(), type=ReplayReport)
     assert (report.events, report.slates, report.dead_letters, report.lost) == (50, 47, 3, 0)
 
 

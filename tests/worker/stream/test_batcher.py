@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.records import EVENT_BYTES, Event
-from worker.config import Batcher as Config
-from worker.interfaces import Arrival, Batch, Partition, Ticket
+from worker.config import BatcherConfig as Config
+from worker.interfaces import Batch, ConsumedEvent, Partition, RecordOffset
 from worker.stream.batcher import Batcher
 
 PARTITION = Partition("events", 0)
@@ -22,11 +22,13 @@ class StillClock:
         return 1000.0
 
 
-def arrival(user: str, offset: int, *, events: int = 1, ts_ms: int = 1_000_000, partition: int = 0, **asks) -> Arrival:
+def consumed(
+    user: str, offset: int, *, events: int = 1, ts_ms: int = 1_000_000, partition: int = 0, **asks
+) -> ConsumedEvent:
     event = Event(user, "item", "view", ts_ms)
-    ticket = Ticket(Partition("events", partition), 1, offset)
+    record_offset = RecordOffset(Partition("events", partition), 1, offset)
     ring = b"\1" * (EVENT_BYTES * events)
-    return Arrival(event, b"", ticket, offset + 1, polled_ms=1_000_000, polled_s=1000.0, ring=ring, **asks)
+    return ConsumedEvent(event, b"", record_offset, offset + 1, polled_ms=1_000_000, polled_s=1000.0, ring=ring, **asks)
 
 
 def take(batcher: Batcher) -> Batch:
@@ -41,31 +43,31 @@ def users(batch: Batch) -> list[str]:
 
 def test_events_of_one_user_coalesce_into_one_entry_with_the_newest_ring():
     batcher = Batcher(Config(), StillClock())
-    batcher.add([arrival("a", 1, events=1), arrival("b", 2), arrival("a", 3, events=2)])
+    batcher.add([consumed("a", 1, events=1), consumed("b", 2), consumed("a", 3, events=2)])
     batch = take(batcher)
     assert users(batch) == ["a", "b"]
-    assert [len(batch.entries[0].arrivals), len(batch.entries[0].ring)] == [2, 2 * EVENT_BYTES]
-    assert {ticket.offset for ticket in batch.tickets} == {1, 2, 3}
+    assert [len(batch.entries[0].events), len(batch.entries[0].ring)] == [2, 2 * EVENT_BYTES]
+    assert {record_offset.offset for record_offset in batch.record_offsets} == {1, 2, 3}
 
 
 def test_a_user_in_an_unfinished_batch_waits_for_its_end():
     batcher = Batcher(Config(), StillClock())
-    batcher.add([arrival("a", 1)])
+    batcher.add([consumed("a", 1)])
     first = take(batcher)
-    batcher.add([arrival("a", 2), arrival("a", 3)])
+    batcher.add([consumed("a", 2), consumed("a", 3)])
     with pytest.raises(asyncio.TimeoutError):
         asyncio.run(asyncio.wait_for(batcher.next(), 0.01))
     batcher.finish(first)
-    assert [len(entry.arrivals) for entry in take(batcher).entries] == [2]
+    assert [len(entry.events) for entry in take(batcher).entries] == [2]
 
 
 def test_without_coalescing_each_event_gets_its_own_batch_entry_in_order():
     batcher = Batcher(Config(coalesce=False), StillClock())
-    batcher.add([arrival("a", offset) for offset in range(3)])
+    batcher.add([consumed("a", offset) for offset in range(3)])
     seen = []
     while batcher.pending:
         batch = take(batcher)
-        seen += [ticket.offset for ticket in batch.tickets]
+        seen += [record_offset.offset for record_offset in batch.record_offsets]
         batcher.finish(batch)
     assert seen == [0, 1, 2]
 
@@ -73,25 +75,25 @@ def test_without_coalescing_each_event_gets_its_own_batch_entry_in_order():
 @pytest.mark.parametrize("other", [{"strategy": "simple"}, {"k": 3}, {"partition": 1}])
 def test_events_that_ask_for_different_answers_never_share_a_slate(other: dict):
     batcher = Batcher(Config(), StillClock())
-    batcher.add([arrival("a", 1), arrival("a", 2, **other)])
+    batcher.add([consumed("a", 1), consumed("a", 2, **other)])
     first = take(batcher)
-    assert len(first.tickets) == 1
+    assert len(list(first.record_offsets)) == 1
     batcher.finish(first)
-    assert len(take(batcher).tickets) == 1
+    assert len(list(take(batcher).record_offsets)) == 1
 
 
 def test_the_earliest_deadline_goes_first_and_a_client_clock_cannot_jump_the_queue_by_more_than_half_the_slo():
     batcher = Batcher(Config(max_users=1, slo_ms=100), StillClock())
-    batcher.add([arrival("late", 1), arrival("future", 2, ts_ms=9_999_999), arrival("early", 3, ts_ms=999_970)])
-    batcher.add([arrival("ancient", 4, ts_ms=5)])
+    batcher.add([consumed("late", 1), consumed("future", 2, ts_ms=9_999_999), consumed("early", 3, ts_ms=999_970)])
+    batcher.add([consumed("ancient", 4, ts_ms=5)])
     order = [take(batcher).entries[0] for _ in range(4)]
     assert [entry.user_id for entry in order] == ["ancient", "early", "late", "future"]
     assert [entry.deadline_ms for entry in order] == [1_000_050, 1_000_070, 1_000_100, 1_000_100]
 
 
 def test_a_batch_keeps_to_its_bucket_and_shorter_rings_fill_it():
-    batcher = Batcher(Config(buckets=(4, 16)), StillClock())
-    batcher.add([arrival("short", 1, events=4), arrival("long", 2, events=5), arrival("short2", 3, events=1)])
+    batcher = Batcher(Config(length_buckets=(4, 16)), StillClock())
+    batcher.add([consumed("short", 1, events=4), consumed("long", 2, events=5), consumed("short2", 3, events=1)])
     first = take(batcher)
     assert (first.bucket, users(first)) == (4, ["short", "short2"])
     assert (second := take(batcher)).bucket == 16
@@ -99,8 +101,8 @@ def test_a_batch_keeps_to_its_bucket_and_shorter_rings_fill_it():
 
 
 def test_an_entry_that_grows_out_of_its_bucket_moves_to_the_next():
-    batcher = Batcher(Config(buckets=(4, 16)), StillClock())
-    batcher.add([arrival("grows", 1, events=4), arrival("grows", 2, events=5), arrival("short", 3)])
+    batcher = Batcher(Config(length_buckets=(4, 16)), StillClock())
+    batcher.add([consumed("grows", 1, events=4), consumed("grows", 2, events=5), consumed("short", 3)])
     batch = take(batcher)
     assert batch.bucket == 16
     assert users(batch) == ["grows", "short"]
@@ -108,15 +110,15 @@ def test_an_entry_that_grows_out_of_its_bucket_moves_to_the_next():
 
 def test_the_token_budget_closes_a_batch_but_one_ring_always_fits():
     batcher = Batcher(Config(max_tokens=10), StillClock())
-    batcher.add([arrival("huge", 1, events=30), arrival("a", 2, events=6), arrival("b", 3, events=6)])
+    batcher.add([consumed("huge", 1, events=30), consumed("a", 2, events=6), consumed("b", 3, events=6)])
     assert [users(take(batcher)) for _ in range(3)] == [["huge"], ["a"], ["b"]]
 
 
 def test_a_closed_batcher_hands_out_what_waits_and_then_none():
     batcher = Batcher(Config(), StillClock())
-    batcher.add([arrival("a", 1)])
+    batcher.add([consumed("a", 1)])
     batch = take(batcher)
-    batcher.add([arrival("a", 2)])
+    batcher.add([consumed("a", 2)])
     batcher.close()
     batcher.finish(batch)
     batcher.finish(take(batcher))
@@ -130,7 +132,7 @@ moves = st.lists(st.tuples(st.sampled_from("abcde"), st.integers(1, 40), st.bool
 def test_every_event_is_batched_once_in_order_and_no_user_is_in_two_unfinished_batches(
     plan: list, max_users: int, max_tokens: int, coalesce: bool
 ):
-    batcher = Batcher(Config(max_users, max_tokens, buckets=(8, 32), coalesce=coalesce), StillClock())
+    batcher = Batcher(Config(max_users, max_tokens, length_buckets=(8, 32), coalesce=coalesce), StillClock())
     unfinished: list[Batch] = []
     answered: dict[str, list[int]] = {}
 
@@ -145,12 +147,12 @@ def test_every_event_is_batched_once_in_order_and_no_user_is_in_two_unfinished_b
         elif unfinished:
             batch = unfinished.pop(0)
             for entry in batch.entries:
-                answered.setdefault(entry.user_id, []).extend(ticket.offset for ticket in entry.tickets)
+                answered.setdefault(entry.user_id, []).extend(event.record_offset.offset for event in entry.events)
             batcher.finish(batch)
 
     expected: dict[str, list[int]] = {}
     for offset, (user, events, step) in enumerate(plan):
-        batcher.add([arrival(user, offset, events=events)])
+        batcher.add([consumed(user, offset, events=events)])
         expected.setdefault(user, []).append(offset)
         if step:
             step_out()

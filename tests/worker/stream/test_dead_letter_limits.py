@@ -2,19 +2,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.config import DeadLetters
+from worker.config import DeadLettersConfig
 from worker.errors import DeadLetterLimit
-from worker.interfaces import DeadLetter, Partition, Ticket
+from worker.interfaces import DeadLetter, Partition, RecordOffset
 from worker.stream.dead_letter_limits import DeadLetterLimits
 
 
 def letters(count: int, reason: str = "not an event") -> list[DeadLetter]:
-    ticket = Ticket(Partition("events", 0), 1, 0)
-    return [DeadLetter(ticket, None, b"", (), 0, reason) for _ in range(count)]
+    record_offset = RecordOffset(Partition("events", 0), 1, 0)
+    return [DeadLetter(record_offset, None, b"", (), 0, reason) for _ in range(count)]
 
 
 def test_the_first_bad_record_of_a_process_does_not_halt_it():
-    limits = DeadLetterLimits(DeadLetters(max_ratio=0.05, window=100))
+    limits = DeadLetterLimits(DeadLettersConfig(max_ratio=0.05, window_records=100))
     for _ in range(5):
         limits.count(1, letters(1))
     with pytest.raises(DeadLetterLimit):
@@ -22,7 +22,7 @@ def test_the_first_bad_record_of_a_process_does_not_halt_it():
 
 
 def test_the_error_names_the_limit_and_the_last_reasons():
-    limits = DeadLetterLimits(DeadLetters(max_ratio=0.5, window=10))
+    limits = DeadLetterLimits(DeadLettersConfig(max_ratio=0.5, window_records=10))
     with pytest.raises(
         DeadLetterLimit, match=r"6 of the last 10 records.*max_ratio is 0.5.*unknown action \(4 times\)"
     ):
@@ -30,7 +30,7 @@ def test_the_error_names_the_limit_and_the_last_reasons():
 
 
 def test_a_run_of_bad_polls_halts_and_one_good_record_ends_the_run():
-    limits = DeadLetterLimits(DeadLetters(max_ratio=1.0, max_consecutive=10, window=10_000))
+    limits = DeadLetterLimits(DeadLettersConfig(max_ratio=1.0, max_consecutive=10, window_records=10_000))
     limits.count(8, letters(8))
     limits.count(8, letters(7))
     limits.count(8, letters(8))
@@ -39,7 +39,7 @@ def test_a_run_of_bad_polls_halts_and_one_good_record_ends_the_run():
 
 
 def test_a_poll_without_records_changes_nothing():
-    limits = DeadLetterLimits(DeadLetters(max_ratio=1.0, max_consecutive=1, window=10))
+    limits = DeadLetterLimits(DeadLettersConfig(max_ratio=1.0, max_consecutive=1, window_records=10))
     limits.count(1, letters(1))
     limits.count(0, [])
     with pytest.raises(DeadLetterLimit):
@@ -48,7 +48,7 @@ def test_a_poll_without_records_changes_nothing():
 
 @given(st.lists(st.booleans(), max_size=200), st.integers(1, 20), st.floats(0, 1))
 def test_record_by_record_the_share_is_that_of_the_last_window(stream: list[bool], window: int, ratio: float):
-    limits = DeadLetterLimits(DeadLetters(max_ratio=ratio, max_consecutive=10_000, window=window))
+    limits = DeadLetterLimits(DeadLettersConfig(max_ratio=ratio, max_consecutive=10_000, window_records=window))
     for end, bad in enumerate(stream, 1):
         above = sum(stream[max(0, end - window) : end]) > ratio * window
         try:

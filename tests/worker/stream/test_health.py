@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import pytest
 
 from worker import metrics
-from worker.config import Health as HealthConfig
+from worker.config import HealthConfig as HealthConfig
 from worker.errors import ConfigError, Stalled
-from worker.interfaces import Fetched, Partition, Ticket
-from worker.stream.health import LOOP_LATE_S, Health, Pulse, Watchdog
-from worker.stream.offset_tracker import Ledger
+from worker.interfaces import Partition, PolledRecords, RecordOffset
+from worker.stream.health import LOOP_BLOCKED_S, HealthServer, HealthState, Watchdog
+from worker.stream.offset_tracker import OffsetTracker
 
 PARTITION = Partition("events", 0)
 
@@ -58,8 +58,8 @@ def clock() -> HandClock:
 
 @pytest.fixture
 def served(clock: HandClock):
-    pulse = Pulse(clock, clock.monotonic())
-    health = Health(HealthConfig(port=0), pulse)
+    pulse = HealthState(clock, clock.monotonic())
+    health = HealthServer(HealthConfig(port=0), pulse)
     yield health.port, pulse
     health.close()
 
@@ -76,9 +76,9 @@ def test_readiness_says_what_is_missing(served):
 def test_liveness_fails_when_the_loop_has_not_turned(served, clock: HandClock):
     port, pulse = served
     assert get(port, "/livez")[0] == 200
-    clock.now_s += LOOP_LATE_S
+    clock.now_s += LOOP_BLOCKED_S
     assert get(port, "/livez")[0] == 503
-    pulse.beat_s = clock.now_s
+    pulse.heartbeat_s = clock.now_s
     assert get(port, "/livez")[0] == 200
 
 
@@ -86,55 +86,55 @@ def test_metrics_are_in_the_text_format_and_other_pages_are_404(served):
     port, _ = served
     status, text = get(port, "/metrics")
     assert status == 200
-    assert "millrace_open_events" in text
+    assert "millrace_in_flight_events" in text
     assert get(port, "/nothing")[0] == 404
 
 
 def test_a_taken_port_is_one_clear_sentence(served, clock: HandClock):
     port, pulse = served
     with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}.*health.port"):
-        Health(HealthConfig(port=port), pulse)
+        HealthServer(HealthConfig(port=port), pulse)
 
 
-def watched(clock: HandClock) -> tuple[Ledger, Lagging, Watchdog]:
-    ledger, source = Ledger(clock), Lagging()
-    ledger.assign(PARTITION, 1)
-    watchdog = Watchdog(HealthConfig(stall_s=60), ledger, source, Pulse(clock), clock)  # type: ignore[arg-type]
+def watched(clock: HandClock) -> tuple[OffsetTracker, Lagging, Watchdog]:
+    tracker, source = OffsetTracker(clock), Lagging()
+    tracker.assign(PARTITION, 1)
+    watchdog = Watchdog(HealthConfig(stall_timeout_s=60), tracker, source, HealthState(clock), clock)  # type: ignore[arg-type]
     watchdog.check()
-    return ledger, source, watchdog
+    return tracker, source, watchdog
 
 
 def test_an_idle_worker_never_stalls(clock: HandClock):
     _, _, watchdog = watched(clock)
     clock.now_s += 10_000
     watchdog.check()
-    assert watchdog._moved_s == clock.now_s
+    assert watchdog._progress_s == clock.now_s
 
 
 @pytest.mark.parametrize("where", ["open", "lag"])
 def test_events_that_wait_without_progress_end_the_process(clock: HandClock, where: str, capfd):
-    ledger, source, watchdog = watched(clock)
+    tracker, source, watchdog = watched(clock)
     if where == "open":
-        ledger.open(Fetched(PARTITION, 1, 6, 0, 0.0, [Row(5)]))  # type: ignore[list-item]
+        tracker.open(PolledRecords(PARTITION, 1, 6, 0, 0.0, [Row(5)]))  # type: ignore[list-item]
     else:
         source.records[PARTITION] = 7
     clock.now_s += 59
     watchdog.check()
     clock.now_s += 2
-    with pytest.raises(Stalled, match=r"nothing was settled for 61 s"):
+    with pytest.raises(Stalled, match=r"no event was completed for 61 s"):
         asyncio.run(watchdog.run())
     assert "test_events_that_wait" in capfd.readouterr().err  # the stacks
 
 
 def test_progress_resets_the_watchdog(clock: HandClock):
-    ledger, _, watchdog = watched(clock)
-    ledger.open(Fetched(PARTITION, 1, 7, 0, 0.0, [Row(5), Row(6)]))  # type: ignore[list-item]
+    tracker, _, watchdog = watched(clock)
+    tracker.open(PolledRecords(PARTITION, 1, 7, 0, 0.0, [Row(5), Row(6)]))  # type: ignore[list-item]
     clock.now_s += 50
-    ledger.done([Ticket(PARTITION, 1, 5)])
+    tracker.complete([RecordOffset(PARTITION, 1, 5)])
     watchdog.check()
     clock.now_s += 50
     watchdog.check()
-    assert ledger.open_count == 1
+    assert tracker.open_count == 1
 
 
 def test_a_partition_that_went_to_another_member_shows_no_lag_here(clock: HandClock):

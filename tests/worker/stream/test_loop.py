@@ -6,39 +6,41 @@ from dataclasses import dataclass, field
 
 from pipeline.records import EVENT_BYTES, Covers, Event, Latency, Slate
 from worker.clock import VirtualClock
-from worker.config import Batcher, Config
-from worker.interfaces import Arrival, Batch, DeadLetter, Fetched, Partition, Ticket
+from worker.config import BatcherConfig, Config
+from worker.interfaces import Batch, ConsumedEvent, DeadLetter, Partition, PolledRecords, RecordOffset
 from worker.replay.log_source import LogSource
-from worker.stream.health import Pulse
-from worker.stream.loop import PUSHED_EVENTS, Worker
+from worker.stream.health import HealthState
+from worker.stream.loop import PUSH_CHUNK_EVENTS, Worker
 
 PARTITION = Partition("events", 0)
 
 
-def arrival(user: str, offset: int) -> Arrival:
+def consumed(user: str, offset: int) -> ConsumedEvent:
     ring = b"\1" * EVENT_BYTES
-    return Arrival(Event(user, "item", "view", 0), b"", Ticket(PARTITION, 1, offset), offset + 1, 0, 0.0, ring=ring)
+    return ConsumedEvent(
+        Event(user, "item", "view", 0), b"", RecordOffset(PARTITION, 1, offset), offset + 1, 0, 0.0, ring=ring
+    )
 
 
 @dataclass
 class Seams:
     """Store, Ranking and Sink in one: remembers what it was given; `open` lets slates through."""
 
-    pushed: list[list[Arrival]] = field(default_factory=list)
-    observed: list[list[Arrival]] = field(default_factory=list)
+    pushed: list[list[ConsumedEvent]] = field(default_factory=list)
+    observed: list[list[ConsumedEvent]] = field(default_factory=list)
     sent: list[Slate] = field(default_factory=list)
     open: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def push(self, arrivals: Sequence[Arrival]) -> None:
+    async def push(self, arrivals: Sequence[ConsumedEvent]) -> None:
         self.pushed.append(list(arrivals))
 
     def forget(self, partition: Partition) -> None: ...
 
-    async def observe(self, arrivals: Sequence[Arrival]) -> None:
+    async def observe(self, arrivals: Sequence[ConsumedEvent]) -> None:
         self.observed.append(list(arrivals))
 
     async def rank(self, batch: Batch) -> list[Slate]:
-        covers = [Covers("events", 0, 0, 0, len(entry.arrivals), 0) for entry in batch.entries]
+        covers = [Covers("events", 0, 0, 0, len(entry.events), 0) for entry in batch.entries]
         users = [entry.user_id for entry in batch.entries]
         return [Slate(user, [], "simple", "", each, 0, Latency()) for user, each in zip(users, covers, strict=True)]
 
@@ -46,7 +48,7 @@ class Seams:
         await self.open.wait()
         self.sent += slates
 
-    async def bury(self, letters: Sequence[DeadLetter]) -> None: ...
+    async def send_dead_letters(self, dead_letters: Sequence[DeadLetter]) -> None: ...
 
 
 class Watched(LogSource):
@@ -54,7 +56,7 @@ class Watched(LogSource):
 
     polled_count, empty_count = 0, 0
 
-    async def poll(self, timeout_s: float) -> list[Fetched]:
+    async def poll(self, timeout_s: float) -> list[PolledRecords]:
         fetched = await super().poll(timeout_s)
         self.polled_count += sum(len(part.records) for part in fetched)
         self.empty_count += not fetched
@@ -64,15 +66,15 @@ class Watched(LogSource):
 def working(config: Config, log: Sequence[Event] = (), poll_records: int = 1) -> tuple[Worker, Seams, Watched]:
     clock, seams = VirtualClock(), Seams()
     source = Watched(iter(log), clock, "log", poll_records)
-    return Worker(config, clock, source, seams, seams, seams, Pulse(clock)), seams, source
+    return Worker(config, clock, source, seams, seams, seams, HealthState(clock)), seams, source
 
 
 def test_a_backlog_is_pushed_in_pieces_in_its_order(run):
     async def scenario() -> None:
         worker, seams, _ = working(Config())
-        arrivals = [arrival(f"u{n % 7}", n) for n in range(2 * PUSHED_EVENTS + 500)]
+        arrivals = [consumed(f"u{n % 7}", n) for n in range(2 * PUSH_CHUNK_EVENTS + 500)]
         await worker.push(arrivals)
-        assert [len(piece) for piece in seams.pushed] == [PUSHED_EVENTS, PUSHED_EVENTS, 500]
+        assert [len(piece) for piece in seams.pushed] == [PUSH_CHUNK_EVENTS, PUSH_CHUNK_EVENTS, 500]
         assert [each for piece in seams.pushed for each in piece] == arrivals
         assert seams.observed == [arrivals]
 
@@ -81,12 +83,12 @@ def test_a_backlog_is_pushed_in_pieces_in_its_order(run):
 
 def test_entries_take_events_as_long_as_no_batch_can_be_ranked(run, eventually):
     async def scenario() -> None:
-        worker, seams, _ = working(Config(batcher=Batcher(in_flight=1)))
+        worker, seams, _ = working(Config(batcher=BatcherConfig(max_in_flight_batches=1)))
         serving = asyncio.create_task(worker.serve())
-        worker.batcher.add([arrival("first", 0)])
+        worker.batcher.add([consumed("first", 0)])
         await eventually(worker.in_flight.locked)
         for offset in (1, 2, 3):
-            worker.batcher.add([arrival("second", offset)])
+            worker.batcher.add([consumed("second", offset)])
             await asyncio.sleep(0)
             await asyncio.sleep(0)
         seams.open.set()
@@ -101,7 +103,7 @@ def test_entries_take_events_as_long_as_no_batch_can_be_ranked(run, eventually):
 def test_what_is_admitted_and_unanswered_is_bounded_and_polling_goes_on_meanwhile(run, eventually):
     async def scenario() -> None:
         log = [Event(f"u{n}", "item", "view", n) for n in range(500)]
-        worker, seams, source = working(Config(batcher=Batcher(max_pending=100)), log, poll_records=30)
+        worker, seams, source = working(Config(batcher=BatcherConfig(max_pending_events=100)), log, poll_records=30)
         running = asyncio.create_task(worker.run())
         await eventually(lambda: source.empty_count >= 2)
         assert 100 <= source.polled_count < 100 + 30
@@ -114,7 +116,7 @@ def test_what_is_admitted_and_unanswered_is_bounded_and_polling_goes_on_meanwhil
 
 def test_a_worker_that_drains_is_not_ready():
     worker, _, _ = working(Config())
-    worker.pulse.ready = True
-    assert worker.pulse.serving() == (True, "serving")
+    worker.health.ready = True
+    assert worker.health.serving() == (True, "serving")
     worker.stop()
-    assert worker.pulse.serving() == (False, "worker: draining")
+    assert worker.health.serving() == (False, "worker: draining")

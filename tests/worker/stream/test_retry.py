@@ -6,7 +6,7 @@ import pytest
 
 from worker.clock import WallClock
 from worker.errors import StoreError, StoreUnavailable
-from worker.stream.health import Pulse
+from worker.stream.health import HealthState
 from worker.stream.retry import Retry
 
 
@@ -14,15 +14,15 @@ class Flaky:
     def __init__(self, *errors: Exception) -> None:
         self.errors, self.done, self.seen = list(errors), [], []
 
-    async def write(self, what: list, pulse: Pulse) -> None:
+    async def write(self, what: list, pulse: HealthState) -> None:
         self.seen.append(dict(pulse.problems))
         if self.errors:
             raise self.errors.pop(0)
         self.done.append(what)
 
 
-def attempt(flaky: Flaky) -> Pulse:
-    pulse = Pulse(WallClock(), 0.0)
+def attempt(flaky: Flaky) -> HealthState:
+    pulse = HealthState(WallClock(), 0.0)
 
     async def act(what: list) -> None:
         await flaky.write(what, pulse)

@@ -1,0 +1,28 @@
+"""Index arithmetic for jagged arrays: rows of different lengths stored one after the other, with offsets."""
+
+import numpy as np
+
+
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the indices starts[i] .. starts[i] + lengths[i] - 1 of every range in turn, and the ranges' offsets.
+
+    starts, lengths: int64 [n]. Returns int64 [sum of lengths] and int64 [n + 1].
+    """
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1]), offsets
+
+
+def row_of(offsets: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Return the row that each position lies in: int64 [n]. offsets: int64 [rows + 1]; positions: int [n]."""
+    return np.searchsorted(offsets, positions, side="right") - 1
+
+
+def run_starts(keys: np.ndarray) -> np.ndarray:
+    """Return where each run of equal values begins: int64 [runs]."""
+    return np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]])[: len(keys)])
+
+
+def rank_in_run(keys: np.ndarray) -> np.ndarray:
+    """Return each value's position within its run of equal values: int64 [n]."""
+    starts = run_starts(keys)
+    return np.arange(len(keys)) - np.repeat(starts, np.diff(np.append(starts, len(keys))))

@@ -1,0 +1,88 @@
+"""The examples of docs/examples, run as a reader runs them."""
+
+import os
+import signal
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Shop
+from tests.kafka.broker import Broker
+from worker import config
+
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
+
+
+def run_example(name: str, *arguments: str) -> list[str]:
+    """Return the lines that the example prints."""
+    command = [sys.executable, str(EXAMPLES / name), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=EXAMPLES.parents[1])
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_every_example_is_run_here() -> None:
+    assert {path.name for path in EXAMPLES.iterdir()} == {
+        "produce_events.py", "consume_slates.py", "recommend.py", "millrace.toml",
+    }  # fmt: skip
+
+
+def test_library_example_recommends_for_a_history_and_for_nobody(shop: Shop) -> None:
+    history, nobody = run_example("recommend.py", str(shop.artifact))
+    assert history.startswith("hstu [('item-")
+    assert nobody.count("item-") == 5
+
+
+@pytest.fixture
+async def deployment(kafka: str, valkey: str, topics) -> dict[str, str]:
+    """Return the settings of a worker whose topics are there."""
+    broker = Broker(kafka, topics)
+    events, slates, dead = [await broker.topic(kind=kind) for kind in ("events", "slates", "dead")]
+    return {
+        "KAFKA__BOOTSTRAP_SERVERS": kafka,
+        "KAFKA__GROUP_ID": topics("group"),
+        "KAFKA__EVENTS_TOPIC": events,
+        "KAFKA__RECOMMENDATIONS_TOPIC": slates,
+        "KAFKA__DEAD_LETTER_TOPIC": dead,
+        "REDIS__URL": valkey,
+        "BATCHER__COALESCE": "false",
+        "HEALTH__PORT": "0",
+    }
+
+
+def test_produced_events_come_back_as_slates(deployment: dict[str, str]) -> None:
+    environment = os.environ | {f"MILLRACE__{key}": value for key, value in deployment.items()}
+    kafka = deployment["KAFKA__BOOTSTRAP_SERVERS"]
+    worker = subprocess.Popen([sys.executable, "-m", "worker.cli", "run"], env=environment)
+    try:
+        produced = run_example("produce_events.py", kafka, deployment["KAFKA__EVENTS_TOPIC"])
+        slates = deployment["KAFKA__RECOMMENDATIONS_TOPIC"]
+        consumed = run_example("consume_slates.py", kafka, slates, str(len(produced)))
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(30) == 0
+    finally:
+        worker.kill()
+    assert [line.split()[0] for line in produced] == ["view", "click", "cart", "purchase"]
+    assert [line.split(":")[0] for line in consumed] == ["user-1 by simple"] * 4
+
+
+def test_configuration_example_is_valid_and_sets_what_it_says() -> None:
+    path = EXAMPLES / "millrace.toml"
+    loaded = config.load(path, env={})
+    tree = tomllib.loads(path.read_text())
+    assert loaded.kafka.bootstrap_servers == "broker-1:9092,broker-2:9092"
+    for section, values in tree.items():
+        for key, value in values.items():
+            got = getattr(getattr(loaded, section), key)
+            assert (list(got) if isinstance(got, tuple) else got) == value
+
+
+@pytest.mark.parametrize("name", ["produce_events.py", "consume_slates.py"])
+def test_example_without_a_broker_ends_with_an_error(name: str) -> None:
+    command = [sys.executable, str(EXAMPLES / name), "127.0.0.1:1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "127.0.0.1" in done.stderr
