@@ -1,5 +1,6 @@
 """The examples of docs/examples, run as a reader runs them."""
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -37,10 +38,10 @@ def test_library_example_recommends_for_a_history_and_for_nobody(shop: Shop) -> 
 
 
 @pytest.fixture
-async def deployment(kafka: str, valkey: str, topics) -> dict[str, str]:
+def deployment(kafka: str, valkey: str, topics) -> dict[str, str]:
     """Return the settings of a worker whose topics are there."""
     broker = Broker(kafka, topics)
-    events, slates, dead = [await broker.topic(kind=kind) for kind in ("events", "slates", "dead")]
+    events, slates, dead = [asyncio.run(broker.topic(kind=kind)) for kind in ("events", "slates", "dead")]
     return {
         "KAFKA__BOOTSTRAP_SERVERS": kafka,
         "KAFKA__GROUP_ID": topics("group"),

@@ -1,7 +1,7 @@
 """The dead-letter topic: list its records, and requeue each of them once.
 
-The consumer group `<kafka.group_id>.requeue` remembers on the broker what was requeued: its committed offset, and in the
-commit's metadata the runs of offsets after it (a requeue by reason leaves holes). Offset, runs and records are written
+The consumer group `<kafka.group_id>.requeue` remembers on the broker what was requeued: its committed offset, and in
+the commit's metadata the runs of offsets after it (a requeue by reason leaves holes). Offset, runs and records are written
 in one transaction. Kafka forgets them `offsets.retention.minutes` (7 days) after the last requeue: keep dead letters no
 longer than that.
 """
