@@ -18,7 +18,7 @@ class Partition(NamedTuple):
 
 
 class RecordOffset(NamedTuple):
-    """Where a record was read. `assignment` numbers the partition's assignments: an offset of an older one is void."""
+    """A record's position. `assignment` numbers the partition's assignments: an offset of an older one is void."""
 
     partition: Partition
     assignment: int
@@ -26,7 +26,7 @@ class RecordOffset(NamedTuple):
 
 
 class Record(Protocol):
-    """What a source yields; aiokafka's ConsumerRecord, which is frozen, fits."""
+    """A record as a source yields it; aiokafka's ConsumerRecord, which is frozen, fits."""
 
     @property
     def offset(self) -> int: ...
@@ -138,7 +138,7 @@ class RebalanceListener(Protocol):
 
 
 class Source(Protocol):
-    """Where records come from. One task calls poll; commit, pause and resume may come from others."""
+    """The origin of records. One task calls poll; commit, pause and resume may come from others."""
 
     async def start(self, rebalance: RebalanceListener) -> None:
         """Join the group or open the log. SourceError; SourceUnavailable after `start_timeout_s`."""
@@ -199,7 +199,7 @@ class Ranker(Protocol):
 
 
 class Sink(Protocol):
-    """Where slates and dead letters go."""
+    """The destination of slates and dead letters."""
 
     async def send(self, slates: Sequence[Slate]) -> None:
         """Return when Kafka has acknowledged all of them and Redis holds them as `rec:{u:<user>}`.

@@ -38,7 +38,7 @@ def _ignore(*_: object) -> None:
 
 @dataclass(slots=True)
 class Components:
-    """What a worker is built from, whatever its source and sink."""
+    """The parts that a worker is built from, whatever its source and sink."""
 
     config: Config
     clock: Clock

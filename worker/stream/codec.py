@@ -45,7 +45,7 @@ class InvalidRecord(ValueError):
 
 
 class RequestHeaders(msgspec.Struct, frozen=True):
-    """What a record's headers request."""
+    """A record's headers, checked: its encoding and what it requests."""
 
     decoder: Decoder[Event]
     strategy: str | None

@@ -27,7 +27,7 @@ HEARTBEAT_S = 0.5
 
 @dataclass(slots=True)
 class HealthState:
-    """What the probes report. The loop sets `heartbeat_s`; `ready` is set once partitions or a log are polled."""
+    """The state that the probes report. The loop sets `heartbeat_s`; `ready` is set once partitions or a log are polled."""
 
     clock: Clock
     heartbeat_s: float = 0.0

@@ -1,4 +1,4 @@
-"""The batcher's invariants: one unfinished batch a user, earliest deadline first, budgets, nothing left behind."""
+"""The batcher's invariants: one unfinished batch per user, earliest deadline first, budgets, nothing left over."""
 
 import asyncio
 
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.records import EVENT_BYTES, Event
-from worker.config import BatcherConfig as Config
+from worker.config import BatcherConfig
 from worker.interfaces import Batch, ConsumedEvent, Partition, RecordOffset
 from worker.stream.batcher import Batcher
 
@@ -23,12 +23,14 @@ class StillClock:
 
 
 def consumed(
-    user: str, offset: int, *, events: int = 1, ts_ms: int = 1_000_000, partition: int = 0, **asks
+    user: str, offset: int, *, events: int = 1, ts_ms: int = 1_000_000, partition: int = 0, **request
 ) -> ConsumedEvent:
     event = Event(user, "item", "view", ts_ms)
     record_offset = RecordOffset(Partition("events", partition), 1, offset)
     ring = b"\1" * (EVENT_BYTES * events)
-    return ConsumedEvent(event, b"", record_offset, offset + 1, polled_ms=1_000_000, polled_s=1000.0, ring=ring, **asks)
+    return ConsumedEvent(
+        event, b"", record_offset, offset + 1, polled_ms=1_000_000, polled_s=1000.0, ring=ring, **request
+    )
 
 
 def take(batcher: Batcher) -> Batch:
@@ -41,8 +43,8 @@ def users(batch: Batch) -> list[str]:
     return [entry.user_id for entry in batch.entries]
 
 
-def test_events_of_one_user_coalesce_into_one_entry_with_the_newest_ring():
-    batcher = Batcher(Config(), StillClock())
+def test_events_of_one_user_coalesce_into_one_entry_with_the_latest_ring():
+    batcher = Batcher(BatcherConfig(), StillClock())
     batcher.add([consumed("a", 1, events=1), consumed("b", 2), consumed("a", 3, events=2)])
     batch = take(batcher)
     assert users(batch) == ["a", "b"]
@@ -50,8 +52,8 @@ def test_events_of_one_user_coalesce_into_one_entry_with_the_newest_ring():
     assert {record_offset.offset for record_offset in batch.record_offsets} == {1, 2, 3}
 
 
-def test_a_user_in_an_unfinished_batch_waits_for_its_end():
-    batcher = Batcher(Config(), StillClock())
+def test_user_of_an_unfinished_batch_waits_until_it_finishes():
+    batcher = Batcher(BatcherConfig(), StillClock())
     batcher.add([consumed("a", 1)])
     first = take(batcher)
     batcher.add([consumed("a", 2), consumed("a", 3)])
@@ -61,8 +63,8 @@ def test_a_user_in_an_unfinished_batch_waits_for_its_end():
     assert [len(entry.events) for entry in take(batcher).entries] == [2]
 
 
-def test_without_coalescing_each_event_gets_its_own_batch_entry_in_order():
-    batcher = Batcher(Config(coalesce=False), StillClock())
+def test_without_coalescing_each_event_has_its_own_entry_in_order():
+    batcher = Batcher(BatcherConfig(coalesce=False), StillClock())
     batcher.add([consumed("a", offset) for offset in range(3)])
     seen = []
     while batcher.pending:
@@ -73,8 +75,8 @@ def test_without_coalescing_each_event_gets_its_own_batch_entry_in_order():
 
 
 @pytest.mark.parametrize("other", [{"strategy": "simple"}, {"k": 3}, {"partition": 1}])
-def test_events_that_ask_for_different_answers_never_share_a_slate(other: dict):
-    batcher = Batcher(Config(), StillClock())
+def test_events_with_different_requests_never_share_a_slate(other: dict):
+    batcher = Batcher(BatcherConfig(), StillClock())
     batcher.add([consumed("a", 1), consumed("a", 2, **other)])
     first = take(batcher)
     assert len(list(first.record_offsets)) == 1
@@ -82,8 +84,8 @@ def test_events_that_ask_for_different_answers_never_share_a_slate(other: dict):
     assert len(list(take(batcher).record_offsets)) == 1
 
 
-def test_the_earliest_deadline_goes_first_and_a_client_clock_cannot_jump_the_queue_by_more_than_half_the_slo():
-    batcher = Batcher(Config(max_users=1, slo_ms=100), StillClock())
+def test_earliest_deadline_first_and_client_clocks_gain_at_most_half_the_slo():
+    batcher = Batcher(BatcherConfig(max_users=1, slo_ms=100), StillClock())
     batcher.add([consumed("late", 1), consumed("future", 2, ts_ms=9_999_999), consumed("early", 3, ts_ms=999_970)])
     batcher.add([consumed("ancient", 4, ts_ms=5)])
     order = [take(batcher).entries[0] for _ in range(4)]
@@ -91,8 +93,8 @@ def test_the_earliest_deadline_goes_first_and_a_client_clock_cannot_jump_the_que
     assert [entry.deadline_ms for entry in order] == [1_000_050, 1_000_070, 1_000_100, 1_000_100]
 
 
-def test_a_batch_keeps_to_its_bucket_and_shorter_rings_fill_it():
-    batcher = Batcher(Config(length_buckets=(4, 16)), StillClock())
+def test_batch_keeps_its_bucket_and_shorter_rings_fill_it():
+    batcher = Batcher(BatcherConfig(length_buckets=(4, 16)), StillClock())
     batcher.add([consumed("short", 1, events=4), consumed("long", 2, events=5), consumed("short2", 3, events=1)])
     first = take(batcher)
     assert (first.bucket, users(first)) == (4, ["short", "short2"])
@@ -100,22 +102,22 @@ def test_a_batch_keeps_to_its_bucket_and_shorter_rings_fill_it():
     assert users(second) == ["long"]
 
 
-def test_an_entry_that_grows_out_of_its_bucket_moves_to_the_next():
-    batcher = Batcher(Config(length_buckets=(4, 16)), StillClock())
+def test_entry_that_outgrows_its_bucket_moves_to_the_next():
+    batcher = Batcher(BatcherConfig(length_buckets=(4, 16)), StillClock())
     batcher.add([consumed("grows", 1, events=4), consumed("grows", 2, events=5), consumed("short", 3)])
     batch = take(batcher)
     assert batch.bucket == 16
     assert users(batch) == ["grows", "short"]
 
 
-def test_the_token_budget_closes_a_batch_but_one_ring_always_fits():
-    batcher = Batcher(Config(max_tokens=10), StillClock())
+def test_token_budget_closes_a_batch_but_one_ring_always_fits():
+    batcher = Batcher(BatcherConfig(max_tokens=10), StillClock())
     batcher.add([consumed("huge", 1, events=30), consumed("a", 2, events=6), consumed("b", 3, events=6)])
     assert [users(take(batcher)) for _ in range(3)] == [["huge"], ["a"], ["b"]]
 
 
-def test_a_closed_batcher_hands_out_what_waits_and_then_none():
-    batcher = Batcher(Config(), StillClock())
+def test_closed_batcher_returns_waiting_entries_then_none():
+    batcher = Batcher(BatcherConfig(), StillClock())
     batcher.add([consumed("a", 1)])
     batch = take(batcher)
     batcher.add([consumed("a", 2)])
@@ -129,10 +131,10 @@ moves = st.lists(st.tuples(st.sampled_from("abcde"), st.integers(1, 40), st.bool
 
 
 @given(moves, st.integers(1, 3), st.integers(1, 64), st.booleans())
-def test_every_event_is_batched_once_in_order_and_no_user_is_in_two_unfinished_batches(
+def test_every_event_is_batched_once_in_order_and_users_never_overlap(
     plan: list, max_users: int, max_tokens: int, coalesce: bool
 ):
-    batcher = Batcher(Config(max_users, max_tokens, length_buckets=(8, 32), coalesce=coalesce), StillClock())
+    batcher = Batcher(BatcherConfig(max_users, max_tokens, length_buckets=(8, 32), coalesce=coalesce), StillClock())
     unfinished: list[Batch] = []
     answered: dict[str, list[int]] = {}
 

@@ -1,3 +1,5 @@
+"""Any record becomes exactly one event or one dead letter with a clear reason."""
+
 import string
 
 import msgspec
@@ -25,7 +27,7 @@ class StandingClock:
         return 5.0
 
 
-def fetched(*records: LogRecord) -> PolledRecords:
+def polled(*records: LogRecord) -> PolledRecords:
     return PolledRecords(PARTITION, 7, 100, NOW_MS, 5.0, records)
 
 
@@ -36,15 +38,15 @@ def record(value: bytes | None, offset: int = 0, key: bytes | None = b"u1", **he
 
 
 def decode(*records: LogRecord, config: Config | None = None):
-    return Codec(config or Config(), StandingClock()).decode(fetched(*records))
+    return Codec(config or Config(), StandingClock()).decode(polled(*records))
 
 
 def reason_for(value: bytes | None, config: Config | None = None, **headers: bytes) -> str:
-    arrivals, letters = decode(record(value, **headers), config=config)
-    assert not arrivals
-    assert letters[0].value == value
-    assert letters[0].record_offset == (PARTITION, 7, 0)
-    return letters[0].reason
+    events, dead_letters = decode(record(value, **headers), config=config)
+    assert not events
+    assert dead_letters[0].value == value
+    assert dead_letters[0].record_offset == (PARTITION, 7, 0)
+    return dead_letters[0].reason
 
 
 def json_of(**changes: object) -> bytes:
@@ -52,34 +54,34 @@ def json_of(**changes: object) -> bytes:
 
 
 def test_json_and_messagepack_carry_the_same_event():
-    event = Event("u1", "ä" * 256, "purchase", NOW_MS, 19.9, 1500, "s", "tv", 3, {"q": 1})
-    packed = msgspec.msgpack.encode(event)
-    arrivals, letters = decode(
-        record(msgspec.json.encode(event), 0),
+    sent = Event("u1", "ä" * 256, "purchase", NOW_MS, 19.9, 1500, "s", "tv", 3, {"q": 1})
+    packed = msgspec.msgpack.encode(sent)
+    events, dead_letters = decode(
+        record(msgspec.json.encode(sent), 0),
         record(packed, 1, content_type=b"application/msgpack"),
         record(packed, 2, content_type=b"application/x-msgpack; charset=binary", schema=b"event/1.9"),
     )
-    assert not letters
-    assert [consumed.event for consumed in arrivals] == [event] * 3
-    assert [consumed.record_offset.offset for consumed in arrivals] == [0, 1, 2]
-    assert {consumed.packed for consumed in arrivals} == {EventPacker(Config().schema).pack(event)}
+    assert not dead_letters
+    assert [event.event for event in events] == [sent] * 3
+    assert [event.record_offset.offset for event in events] == [0, 1, 2]
+    assert {event.packed for event in events} == {EventPacker(Config().schema).pack(sent)}
 
 
-def test_an_arrival_carries_what_its_poll_and_its_headers_said():
+def test_consumed_event_carries_its_poll_and_its_headers():
     consumed = decode(record(json_of(), strategy=b"simple", k=b"25"))[0][0]
     assert (consumed.end_offset, consumed.polled_ms, consumed.polled_s) == (100, NOW_MS, 5.0)
     assert (consumed.strategy, consumed.k, consumed.trigger) == ("simple", 25, True)
 
 
-def test_only_trigger_actions_ask_for_a_slate():
+def test_only_trigger_actions_request_a_slate():
     config = Config(events=EventsConfig(trigger_actions=("purchase",)))
-    arrivals, _ = decode(record(json_of()), record(json_of(action="purchase"), 1), config=config)
-    assert [consumed.trigger for consumed in arrivals] == [False, True]
+    events, _ = decode(record(json_of()), record(json_of(action="purchase"), 1), config=config)
+    assert [event.trigger for event in events] == [False, True]
 
 
 def test_fields_of_a_newer_minor_version_are_skipped():
-    arrivals, _ = decode(record(json_of(mood={"deep": [1, 2]}), schema=b"event/1.2"))
-    assert arrivals[0].event == GOOD
+    events, _ = decode(record(json_of(mood={"deep": [1, 2]}), schema=b"event/1.2"))
+    assert events[0].event == GOOD
 
 
 @pytest.mark.parametrize(
@@ -102,12 +104,12 @@ def test_fields_of_a_newer_minor_version_are_skipped():
         ({"context": {"a": [1]}}, "context"),
     ],
 )
-def test_a_bad_field_is_named_in_the_dead_letter(changes: dict, words: str):
+def test_invalid_field_is_named_in_the_dead_letter(changes: dict, words: str):
     assert words in reason_for(json_of(**changes))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_no_numbers_are_dead_letters_in_messagepack_too(value: float):
+def test_non_finite_value_in_messagepack_is_a_dead_letter(value: float):
     data = msgspec.msgpack.encode({"user_id": "u", "item_id": "i", "action": "view", "ts_ms": NOW_MS, "value": value})
     assert "value" in reason_for(data, content_type=b"application/msgpack")
 
@@ -125,7 +127,7 @@ def test_values_that_are_no_numbers_are_dead_letters_in_messagepack_too(value: f
         (b'{"x":' + b"[" * 100_000, "recursion"),
     ],
 )
-def test_what_is_no_event_says_why(value: bytes | None, words: str):
+def test_invalid_record_gives_its_reason(value: bytes | None, words: str):
     assert words in reason_for(value)
 
 
@@ -144,30 +146,30 @@ def test_what_is_no_event_says_why(value: bytes | None, words: str):
         ({"k": "٣".encode()}, "k "),
     ],
 )
-def test_a_header_that_cannot_be_obeyed_makes_a_dead_letter(headers: dict, words: str):
+def test_invalid_header_makes_a_dead_letter(headers: dict, words: str):
     assert words in reason_for(json_of(), **headers)
 
 
-def test_logs_of_any_age_are_read_when_the_limit_is_off():
-    arrivals, _ = decode(record(json_of(ts_ms=0)), config=Config(events=EventsConfig(max_age_days=0.0)))
-    assert arrivals[0].event.ts_ms == 0
+def test_events_of_any_age_are_read_without_the_age_limit():
+    events, _ = decode(record(json_of(ts_ms=0)), config=Config(events=EventsConfig(max_age_days=0.0)))
+    assert events[0].event.ts_ms == 0
 
 
-def test_a_key_that_is_not_the_users_id_is_allowed_and_counted():
-    before = strange_keys()
-    arrivals, letters = decode(record(json_of(), key=b"other"), record(json_of(), 1, key=None), record(json_of(), 2))
-    assert (len(arrivals), letters, strange_keys() - before) == (3, [], 1)
+def test_key_that_is_not_the_user_id_is_allowed_and_counted():
+    before = key_mismatches()
+    events, dead_letters = decode(record(json_of(), key=b"other"), record(json_of(), 1, key=None), record(json_of(), 2))
+    assert (len(events), dead_letters, key_mismatches() - before) == (3, [], 1)
 
 
-def strange_keys() -> float:
+def key_mismatches() -> float:
     return REGISTRY.get_sample_value("millrace_key_mismatches_total") or 0.0
 
 
-def test_headers_are_named_exactly_and_the_last_of_a_name_counts():
+def test_header_names_are_exact_and_the_last_value_counts():
     headers = (("k", b"ten"), ("K", b"none"), ("Strategy", b"oracle"), ("k", b"7"))
-    arrivals, letters = decode(LogRecord(0, b"u1", json_of(), NOW_MS, headers))
-    assert not letters
-    assert (arrivals[0].k, arrivals[0].strategy) == (7, None)
+    events, dead_letters = decode(LogRecord(0, b"u1", json_of(), NOW_MS, headers))
+    assert not dead_letters
+    assert (events[0].k, events[0].strategy) == (7, None)
 
 
 header_names = st.sampled_from(["content-type", "schema", "k", "strategy", "unreadable", "trace"])
@@ -192,10 +194,10 @@ values = st.none() | st.binary(max_size=64) | near_events.map(encoded)
 
 
 @given(st.lists(st.tuples(st.none() | st.binary(max_size=4), values, headers), max_size=8))
-def test_any_bytes_come_out_exactly_once_as_an_arrival_or_a_letter(raw: list):
+def test_any_bytes_become_exactly_one_event_or_dead_letter(raw: list):
     records = [LogRecord(2 * n, key, value, 0, tuple(head)) for n, (key, value, head) in enumerate(raw)]
-    arrivals, letters = decode(*records)
-    offsets = [out.record_offset.offset for out in [*arrivals, *letters]]
+    events, dead_letters = decode(*records)
+    offsets = [out.record_offset.offset for out in [*events, *dead_letters]]
     assert sorted(offsets) == [entry.offset for entry in records]
-    assert all(len(consumed.packed) == 24 for consumed in arrivals)
-    assert all(letter.reason for letter in letters)
+    assert all(len(event.packed) == 24 for event in events)
+    assert all(letter.reason for letter in dead_letters)

@@ -1,4 +1,4 @@
-"""The probes answer from their own thread; the watchdog ends a worker that stands still, and only that."""
+"""The probes answer from their own thread; the watchdog ends a worker that stands still, and no other."""
 
 import asyncio
 import urllib.error
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from worker import metrics
-from worker.config import HealthConfig as HealthConfig
+from worker.config import HealthConfig
 from worker.errors import ConfigError, Stalled
 from worker.interfaces import Partition, PolledRecords, RecordOffset
 from worker.stream.health import LOOP_BLOCKED_S, HealthServer, HealthState, Watchdog
@@ -18,7 +18,7 @@ PARTITION = Partition("events", 0)
 
 
 @dataclass
-class HandClock:
+class ManualClock:
     now_s: float = 100.0
 
     def now_ms(self) -> int:
@@ -29,7 +29,7 @@ class HandClock:
 
 
 @dataclass
-class Lagging:
+class FakeSource:
     """The part of a source that the watchdog looks at."""
 
     records: dict = field(default_factory=dict)
@@ -39,7 +39,7 @@ class Lagging:
 
 
 @dataclass
-class Row:
+class FakeRecord:
     offset: int
 
 
@@ -52,37 +52,37 @@ def get(port: int, page: str) -> tuple[int, str]:
 
 
 @pytest.fixture
-def clock() -> HandClock:
-    return HandClock()
+def clock() -> ManualClock:
+    return ManualClock()
 
 
 @pytest.fixture
-def served(clock: HandClock):
-    pulse = HealthState(clock, clock.monotonic())
-    health = HealthServer(HealthConfig(port=0), pulse)
-    yield health.port, pulse
-    health.close()
+def served(clock: ManualClock):
+    state = HealthState(clock, clock.monotonic())
+    server = HealthServer(HealthConfig(port=0), state)
+    yield server.port, state
+    server.close()
 
 
-def test_readiness_says_what_is_missing(served):
-    port, pulse = served
+def test_readiness_names_the_problem(served):
+    port, state = served
     assert get(port, "/readyz") == (503, "starting\n")
-    pulse.ready = True
+    state.ready = True
     assert get(port, "/readyz") == (200, "serving\n")
-    pulse.problems["Sequences.push"] = "Redis is away"
-    assert get(port, "/readyz") == (503, "Sequences.push: Redis is away\n")
+    state.problems["SequenceStore.push"] = "Redis is away"
+    assert get(port, "/readyz") == (503, "SequenceStore.push: Redis is away\n")
 
 
-def test_liveness_fails_when_the_loop_has_not_turned(served, clock: HandClock):
-    port, pulse = served
+def test_liveness_fails_without_a_heartbeat(served, clock: ManualClock):
+    port, state = served
     assert get(port, "/livez")[0] == 200
     clock.now_s += LOOP_BLOCKED_S
     assert get(port, "/livez")[0] == 503
-    pulse.heartbeat_s = clock.now_s
+    state.heartbeat_s = clock.now_s
     assert get(port, "/livez")[0] == 200
 
 
-def test_metrics_are_in_the_text_format_and_other_pages_are_404(served):
+def test_metrics_are_text_and_other_pages_are_not_found(served):
     port, _ = served
     status, text = get(port, "/metrics")
     assert status == 200
@@ -90,21 +90,21 @@ def test_metrics_are_in_the_text_format_and_other_pages_are_404(served):
     assert get(port, "/nothing")[0] == 404
 
 
-def test_a_taken_port_is_one_clear_sentence(served, clock: HandClock):
-    port, pulse = served
+def test_port_in_use_is_one_clear_sentence(served, clock: ManualClock):
+    port, state = served
     with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}.*health.port"):
-        HealthServer(HealthConfig(port=port), pulse)
+        HealthServer(HealthConfig(port=port), state)
 
 
-def watched(clock: HandClock) -> tuple[OffsetTracker, Lagging, Watchdog]:
-    tracker, source = OffsetTracker(clock), Lagging()
+def watched(clock: ManualClock) -> tuple[OffsetTracker, FakeSource, Watchdog]:
+    tracker, source = OffsetTracker(clock), FakeSource()
     tracker.assign(PARTITION, 1)
     watchdog = Watchdog(HealthConfig(stall_timeout_s=60), tracker, source, HealthState(clock), clock)  # type: ignore[arg-type]
     watchdog.check()
     return tracker, source, watchdog
 
 
-def test_an_idle_worker_never_stalls(clock: HandClock):
+def test_idle_worker_never_stalls(clock: ManualClock):
     _, _, watchdog = watched(clock)
     clock.now_s += 10_000
     watchdog.check()
@@ -112,10 +112,10 @@ def test_an_idle_worker_never_stalls(clock: HandClock):
 
 
 @pytest.mark.parametrize("where", ["open", "lag"])
-def test_events_that_wait_without_progress_end_the_process(clock: HandClock, where: str, capfd):
+def test_waiting_events_without_progress_stall_the_worker(clock: ManualClock, where: str, capfd):
     tracker, source, watchdog = watched(clock)
     if where == "open":
-        tracker.open(PolledRecords(PARTITION, 1, 6, 0, 0.0, [Row(5)]))  # type: ignore[list-item]
+        tracker.open(PolledRecords(PARTITION, 1, 6, 0, 0.0, [FakeRecord(5)]))  # type: ignore[list-item]
     else:
         source.records[PARTITION] = 7
     clock.now_s += 59
@@ -123,12 +123,12 @@ def test_events_that_wait_without_progress_end_the_process(clock: HandClock, whe
     clock.now_s += 2
     with pytest.raises(Stalled, match=r"no event was completed for 61 s"):
         asyncio.run(watchdog.run())
-    assert "test_events_that_wait" in capfd.readouterr().err  # the stacks
+    assert "test_waiting_events" in capfd.readouterr().err  # the stacks
 
 
-def test_progress_resets_the_watchdog(clock: HandClock):
+def test_progress_resets_the_watchdog(clock: ManualClock):
     tracker, _, watchdog = watched(clock)
-    tracker.open(PolledRecords(PARTITION, 1, 7, 0, 0.0, [Row(5), Row(6)]))  # type: ignore[list-item]
+    tracker.open(PolledRecords(PARTITION, 1, 7, 0, 0.0, [FakeRecord(5), FakeRecord(6)]))  # type: ignore[list-item]
     clock.now_s += 50
     tracker.complete([RecordOffset(PARTITION, 1, 5)])
     watchdog.check()
@@ -137,18 +137,18 @@ def test_progress_resets_the_watchdog(clock: HandClock):
     assert tracker.open_count == 1
 
 
-def test_a_partition_that_went_to_another_member_shows_no_lag_here(clock: HandClock):
+def test_lag_of_a_revoked_partition_is_no_longer_exported(clock: ManualClock):
     _, source, watchdog = watched(clock)
     source.records = {PARTITION: 7, Partition("events", 1): 3}
     watchdog.check()
-    assert shown_lag() == {"0": 7, "1": 3}
+    assert exported_lag() == {"0": 7, "1": 3}
     source.records = {Partition("events", 1): 2}
     watchdog.check()
-    assert shown_lag() == {"1": 2}
+    assert exported_lag() == {"1": 2}
     with pytest.raises(TimeoutError):
         asyncio.run(asyncio.wait_for(watchdog.run(), 0.01))
-    assert shown_lag() == {}
+    assert exported_lag() == {}
 
 
-def shown_lag() -> dict[str, float]:
+def exported_lag() -> dict[str, float]:
     return {sample.labels["partition"]: sample.value for sample in metrics.LAG.collect()[0].samples}

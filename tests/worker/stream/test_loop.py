@@ -1,4 +1,4 @@
-"""The worker's turns, one by one, between seams that do as the test says."""
+"""The worker's stages, one by one, between parts that the test controls."""
 
 import asyncio
 from collections.abc import Sequence
@@ -16,28 +16,33 @@ PARTITION = Partition("events", 0)
 
 
 def consumed(user: str, offset: int) -> ConsumedEvent:
-    ring = b"\1" * EVENT_BYTES
     return ConsumedEvent(
-        Event(user, "item", "view", 0), b"", RecordOffset(PARTITION, 1, offset), offset + 1, 0, 0.0, ring=ring
+        event=Event(user, "item", "view", 0),
+        packed=b"",
+        record_offset=RecordOffset(PARTITION, 1, offset),
+        end_offset=offset + 1,
+        polled_ms=0,
+        polled_s=0.0,
+        ring=b"\1" * EVENT_BYTES,
     )
 
 
 @dataclass
-class Seams:
-    """Store, Ranking and Sink in one: remembers what it was given; `open` lets slates through."""
+class FakeParts:
+    """Store, Ranker and Sink in one: remembers what it was given; slates are sent once `open` is set."""
 
     pushed: list[list[ConsumedEvent]] = field(default_factory=list)
     observed: list[list[ConsumedEvent]] = field(default_factory=list)
     sent: list[Slate] = field(default_factory=list)
     open: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def push(self, arrivals: Sequence[ConsumedEvent]) -> None:
-        self.pushed.append(list(arrivals))
+    async def push(self, events: Sequence[ConsumedEvent]) -> None:
+        self.pushed.append(list(events))
 
     def forget(self, partition: Partition) -> None: ...
 
-    async def observe(self, arrivals: Sequence[ConsumedEvent]) -> None:
-        self.observed.append(list(arrivals))
+    async def observe(self, events: Sequence[ConsumedEvent]) -> None:
+        self.observed.append(list(events))
 
     async def rank(self, batch: Batch) -> list[Slate]:
         covers = [Covers("events", 0, 0, 0, len(entry.events), 0) for entry in batch.entries]
@@ -51,71 +56,64 @@ class Seams:
     async def send_dead_letters(self, dead_letters: Sequence[DeadLetter]) -> None: ...
 
 
-class Watched(LogSource):
-    """Counts what was polled, and the polls that gave nothing."""
+class CountingSource(LogSource):
+    """Counts the polled records and the empty polls."""
 
-    polled_count, empty_count = 0, 0
+    polled_count = 0
+    empty_count = 0
 
     async def poll(self, timeout_s: float) -> list[PolledRecords]:
-        fetched = await super().poll(timeout_s)
-        self.polled_count += sum(len(part.records) for part in fetched)
-        self.empty_count += not fetched
-        return fetched
+        polled = await super().poll(timeout_s)
+        self.polled_count += sum(len(part.records) for part in polled)
+        self.empty_count += not polled
+        return polled
 
 
-def working(config: Config, log: Sequence[Event] = (), poll_records: int = 1) -> tuple[Worker, Seams, Watched]:
-    clock, seams = VirtualClock(), Seams()
-    source = Watched(iter(log), clock, "log", poll_records)
-    return Worker(config, clock, source, seams, seams, seams, HealthState(clock)), seams, source
+def build(config: Config, log: Sequence[Event] = (), poll_records: int = 1) -> tuple[Worker, FakeParts, CountingSource]:
+    clock = VirtualClock()
+    parts = FakeParts()
+    source = CountingSource(iter(log), clock, "log", poll_records)
+    return Worker(config, clock, source, parts, parts, parts, HealthState(clock)), parts, source
 
 
-def test_a_backlog_is_pushed_in_pieces_in_its_order(run):
-    async def scenario() -> None:
-        worker, seams, _ = working(Config())
-        arrivals = [consumed(f"u{n % 7}", n) for n in range(2 * PUSH_CHUNK_EVENTS + 500)]
-        await worker.push(arrivals)
-        assert [len(piece) for piece in seams.pushed] == [PUSH_CHUNK_EVENTS, PUSH_CHUNK_EVENTS, 500]
-        assert [each for piece in seams.pushed for each in piece] == arrivals
-        assert seams.observed == [arrivals]
-
-    run(scenario())
+async def test_backlog_is_pushed_in_chunks_in_order():
+    worker, parts, _ = build(Config())
+    events = [consumed(f"u{n % 7}", n) for n in range(2 * PUSH_CHUNK_EVENTS + 500)]
+    await worker.push(events)
+    assert [len(chunk) for chunk in parts.pushed] == [PUSH_CHUNK_EVENTS, PUSH_CHUNK_EVENTS, 500]
+    assert [event for chunk in parts.pushed for event in chunk] == events
+    assert parts.observed == [events]
 
 
-def test_entries_take_events_as_long_as_no_batch_can_be_ranked(run, eventually):
-    async def scenario() -> None:
-        worker, seams, _ = working(Config(batcher=BatcherConfig(max_in_flight_batches=1)))
-        serving = asyncio.create_task(worker.serve())
-        worker.batcher.add([consumed("first", 0)])
-        await eventually(worker.in_flight.locked)
-        for offset in (1, 2, 3):
-            worker.batcher.add([consumed("second", offset)])
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
-        seams.open.set()
-        worker.batcher.close()
-        await serving
-        assert [(slate.user_id, slate.covers.count) for slate in seams.sent] == [("first", 1), ("second", 3)]
-        assert not worker.in_flight.locked()
-
-    run(scenario())
+async def test_entries_coalesce_events_until_a_batch_can_be_ranked(eventually):
+    worker, parts, _ = build(Config(batcher=BatcherConfig(max_in_flight_batches=1)))
+    serving = asyncio.create_task(worker.serve())
+    worker.batcher.add([consumed("first", 0)])
+    await eventually(worker.in_flight.locked)
+    for offset in (1, 2, 3):
+        worker.batcher.add([consumed("second", offset)])
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    parts.open.set()
+    worker.batcher.close()
+    await serving
+    assert [(slate.user_id, slate.covers.count) for slate in parts.sent] == [("first", 1), ("second", 3)]
+    assert not worker.in_flight.locked()
 
 
-def test_what_is_admitted_and_unanswered_is_bounded_and_polling_goes_on_meanwhile(run, eventually):
-    async def scenario() -> None:
-        log = [Event(f"u{n}", "item", "view", n) for n in range(500)]
-        worker, seams, source = working(Config(batcher=BatcherConfig(max_pending_events=100)), log, poll_records=30)
-        running = asyncio.create_task(worker.run())
-        await eventually(lambda: source.empty_count >= 2)
-        assert 100 <= source.polled_count < 100 + 30
-        seams.open.set()
-        await running
-        assert len(seams.sent) == 500
-
-    run(scenario())
+async def test_backpressure_bounds_unanswered_events_while_polling_continues(eventually):
+    log = [Event(f"u{n}", "item", "view", n) for n in range(500)]
+    worker, parts, source = build(Config(batcher=BatcherConfig(max_pending_events=100)), log, poll_records=30)
+    running = asyncio.create_task(worker.run())
+    await eventually(lambda: source.empty_count >= 2)
+    assert 100 <= source.polled_count < 100 + 30
+    parts.open.set()
+    await running
+    assert len(parts.sent) == 500
 
 
-def test_a_worker_that_drains_is_not_ready():
-    worker, _, _ = working(Config())
+async def test_draining_worker_is_not_ready():
+    worker, _, _ = build(Config())
     worker.health.ready = True
     assert worker.health.serving() == (True, "serving")
     worker.stop()

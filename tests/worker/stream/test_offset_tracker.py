@@ -1,3 +1,5 @@
+"""Offsets are committable up to the first open record, whatever the order of completions."""
+
 import asyncio
 
 from hypothesis import settings
@@ -11,7 +13,7 @@ from worker.stream.offset_tracker import OffsetTracker
 P0, P1 = Partition("events", 0), Partition("events", 1)
 
 
-class Ticking:
+class TickingClock:
     def __init__(self) -> None:
         self.s = 0.0
 
@@ -23,24 +25,24 @@ class Ticking:
         return self.s
 
 
-def poll(partition: Partition, epoch: int, *offsets: int) -> PolledRecords:
+def poll(partition: Partition, assignment: int, *offsets: int) -> PolledRecords:
     return PolledRecords(
-        partition, epoch, offsets[-1] + 1, 0, 0.0, [LogRecord(offset, None, b"", 0, ()) for offset in offsets]
+        partition, assignment, offsets[-1] + 1, 0, 0.0, [LogRecord(offset, None, b"", 0, ()) for offset in offsets]
     )
 
 
-def opened(*offsets: int, epoch: int = 1) -> OffsetTracker:
-    tracker = OffsetTracker(Ticking())
-    tracker.assign(P0, epoch)
-    tracker.open(poll(P0, epoch, *offsets))
+def opened(*offsets: int, assignment: int = 1) -> OffsetTracker:
+    tracker = OffsetTracker(TickingClock())
+    tracker.assign(P0, assignment)
+    tracker.open(poll(P0, assignment, *offsets))
     return tracker
 
 
-def record_offsets(*offsets: int, epoch: int = 1) -> list[RecordOffset]:
-    return [RecordOffset(P0, epoch, offset) for offset in offsets]
+def record_offsets(*offsets: int, assignment: int = 1) -> list[RecordOffset]:
+    return [RecordOffset(P0, assignment, offset) for offset in offsets]
 
 
-def test_the_frontier_passes_only_what_is_settled_before_it():
+def test_committable_offset_stops_at_the_first_open_record():
     tracker = opened(10, 11, 12, 13)
     tracker.complete(record_offsets(11, 13))
     assert tracker.committable() == {}
@@ -50,27 +52,27 @@ def test_the_frontier_passes_only_what_is_settled_before_it():
     assert tracker.committable() == {P0: 14}
 
 
-def test_gaps_between_offsets_hold_nothing_up():
+def test_gaps_between_offsets_do_not_block_commits():
     tracker = opened(3, 7, 100)
     tracker.complete(record_offsets(3, 7))
     assert tracker.committable() == {P0: 8}
 
 
-def test_a_frontier_is_told_once_until_it_moves():
+def test_committable_offset_is_reported_once_until_it_moves():
     tracker = opened(0, 1)
     tracker.complete(record_offsets(0))
     assert tracker.committable() == {P0: 1}
     assert tracker.committable() == {}
 
 
-def test_settling_twice_counts_once():
+def test_completing_twice_counts_once():
     tracker = opened(0, 1)
     tracker.complete(record_offsets(0, 0))
     tracker.complete(record_offsets(0))
     assert (tracker.open_count, tracker.completed_count) == (1, 1)
 
 
-def test_what_comes_late_for_an_older_epoch_is_ignored():
+def test_completion_of_an_older_assignment_is_ignored():
     tracker = opened(0, 1)
     tracker.assign(P0, 2)
     tracker.open(poll(P0, 1, 2))
@@ -78,11 +80,11 @@ def test_what_comes_late_for_an_older_epoch_is_ignored():
     tracker.complete(record_offsets(0, 1))
     assert (tracker.committable(), tracker.open_count) == ({}, 2)
     tracker.revoke(P0)
-    tracker.complete(record_offsets(0, epoch=2))
+    tracker.complete(record_offsets(0, assignment=2))
     assert (tracker.committable(), tracker.assignments(), tracker.open_count) == ({}, {}, 0)
 
 
-def test_the_oldest_open_record_is_dated_by_its_poll():
+def test_oldest_open_record_has_the_age_of_its_poll():
     tracker = opened(0, 1)
     tracker.open(poll(P0, 1, 2, 3))
     assert tracker.oldest_open_s == 1.0
@@ -92,52 +94,47 @@ def test_the_oldest_open_record_is_dated_by_its_poll():
     assert tracker.oldest_open_s is None
 
 
-def test_draining_ends_when_the_last_record_is_settled(run):
-    async def scenario() -> None:
-        tracker = opened(0, 1)
-        waiting = asyncio.create_task(tracker.wait_drained([P0, P1]))
-        tracker.complete(record_offsets(0))
-        await asyncio.sleep(0)
-        assert not waiting.done()
-        tracker.complete(record_offsets(1))
-        await waiting
-
-    run(scenario(), timeout_s=5)
+async def test_drain_ends_with_the_last_completed_record():
+    tracker = opened(0, 1)
+    waiting = asyncio.create_task(tracker.wait_drained([P0, P1]))
+    tracker.complete(record_offsets(0))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    tracker.complete(record_offsets(1))
+    await waiting
 
 
-def test_draining_ends_when_the_partition_is_taken_away(run):
-    async def scenario() -> None:
-        tracker = opened(0)
-        waiting = asyncio.create_task(tracker.wait_drained([P0]))
-        await asyncio.sleep(0)
-        tracker.revoke(P0)
-        await waiting
-        assert tracker.open_count == 0
-
-    run(scenario(), timeout_s=5)
+async def test_drain_ends_when_the_partition_is_revoked():
+    tracker = opened(0)
+    waiting = asyncio.create_task(tracker.wait_drained([P0]))
+    await asyncio.sleep(0)
+    tracker.revoke(P0)
+    await waiting
+    assert tracker.open_count == 0
 
 
-class LedgerAgainstModel(RuleBasedStateMachine):
-    """The model keeps every offset of an epoch in plain sets and derives all answers from them."""
+class TrackerAgainstModel(RuleBasedStateMachine):
+    """The model keeps every assignment's offsets in plain sets and derives all answers from them."""
 
     @initialize()
     def start(self) -> None:
-        self.tracker = OffsetTracker(Ticking())
-        self.epoch = 0
+        self.tracker = OffsetTracker(TickingClock())
+        self.assignment = 0
         self.next_offset = 0
         self.owned: dict[Partition, int] = {}
-        self.seen: dict[tuple[Partition, int], set[int]] = {}
-        self.settled: dict[tuple[Partition, int], set[int]] = {}
-        self.told: dict[tuple[Partition, int], int] = {}
+        self.opened: dict[tuple[Partition, int], set[int]] = {}
+        self.completed: dict[tuple[Partition, int], set[int]] = {}
+        self.reported: dict[tuple[Partition, int], int] = {}
 
     partitions = st.sampled_from([P0, P1])
 
     @rule(partition=partitions)
     def assign(self, partition: Partition) -> None:
-        self.epoch += 1
-        self.owned[partition] = self.epoch
-        self.seen[partition, self.epoch], self.settled[partition, self.epoch] = set(), set()
-        self.tracker.assign(partition, self.epoch)
+        self.assignment += 1
+        self.owned[partition] = self.assignment
+        self.opened[partition, self.assignment] = set()
+        self.completed[partition, self.assignment] = set()
+        self.tracker.assign(partition, self.assignment)
 
     @rule(partition=partitions)
     def revoke(self, partition: Partition) -> None:
@@ -146,47 +143,50 @@ class LedgerAgainstModel(RuleBasedStateMachine):
 
     @rule(partition=partitions, gaps=st.lists(st.integers(1, 4), min_size=1, max_size=6))
     def open(self, partition: Partition, gaps: list[int]) -> None:
-        epoch = self.owned.get(partition, 0)
+        assignment = self.owned.get(partition, 0)
         offsets = [self.next_offset + sum(gaps[: n + 1]) for n in range(len(gaps))]
         self.next_offset = offsets[-1]
-        if epoch:
-            self.seen[partition, epoch].update(offsets)
-        self.tracker.open(poll(partition, epoch, *offsets))
+        if assignment:
+            self.opened[partition, assignment].update(offsets)
+        self.tracker.open(poll(partition, assignment, *offsets))
 
     @rule(data=st.data())
-    def done(self, data: st.DataObject) -> None:
-        known = [
-            RecordOffset(partition, epoch, offset) for (partition, epoch), all_ in self.seen.items() for offset in all_
+    def complete(self, data: st.DataObject) -> None:
+        candidates = [
+            RecordOffset(partition, assignment, offset)
+            for (partition, assignment), all_ in self.opened.items()
+            for offset in all_
         ]
-        chosen = data.draw(st.lists(st.sampled_from(known), max_size=8)) if known else []
-        for partition, epoch, offset in chosen:
-            if self.owned.get(partition) == epoch:
-                self.settled[partition, epoch].add(offset)
+        chosen = data.draw(st.lists(st.sampled_from(candidates), max_size=8)) if candidates else []
+        for partition, assignment, offset in chosen:
+            if self.owned.get(partition) == assignment:
+                self.completed[partition, assignment].add(offset)
         self.tracker.complete(chosen)
 
     @rule()
     def commit(self) -> None:
-        wanted = {}
-        for partition, epoch in self.owned.items():
-            frontier = self.frontier(partition, epoch)
-            if frontier is not None and frontier != self.told.get((partition, epoch)):
-                wanted[partition] = self.told[partition, epoch] = frontier
-        assert self.tracker.committable() == wanted
+        expected = {}
+        for partition, assignment in self.owned.items():
+            offset = self.committable(partition, assignment)
+            if offset is not None and offset != self.reported.get((partition, assignment)):
+                expected[partition] = self.reported[partition, assignment] = offset
+        assert self.tracker.committable() == expected
 
     @invariant()
     def counts_agree(self) -> None:
         if hasattr(self, "tracker"):
-            open_ = sum(len(self.seen[key] - self.settled[key]) for key in self.owned.items())
+            open_ = sum(len(self.opened[key] - self.completed[key]) for key in self.owned.items())
             assert self.tracker.open_count == open_
-            assert self.tracker.completed_count == sum(map(len, self.settled.values()))
+            assert self.tracker.completed_count == sum(map(len, self.completed.values()))
             assert self.tracker.assignments() == self.owned
             assert (self.tracker.oldest_open_s is None) == (open_ == 0)
 
-    def frontier(self, partition: Partition, epoch: int) -> int | None:
-        seen, settled = self.seen[partition, epoch], self.settled[partition, epoch]
-        first_open = min(seen - settled, default=self.next_offset + 1)
-        return max((offset + 1 for offset in seen if offset < first_open), default=None)
+    def committable(self, partition: Partition, assignment: int) -> int | None:
+        opened = self.opened[partition, assignment]
+        completed = self.completed[partition, assignment]
+        first_open = min(opened - completed, default=self.next_offset + 1)
+        return max((offset + 1 for offset in opened if offset < first_open), default=None)
 
 
-LedgerAgainstModel.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
-TestLedgerAgainstModel = LedgerAgainstModel.TestCase
+TrackerAgainstModel.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestTrackerAgainstModel = TrackerAgainstModel.TestCase

@@ -1,31 +1,30 @@
+"""Waiting polls are taken together; a closed queue is emptied first."""
+
 import asyncio
 
 from worker.interfaces import Partition, PolledRecords
 from worker.stream.poll_queue import PollQueue
 
 
-def share(partition: int) -> PolledRecords:
+def polled(partition: int) -> PolledRecords:
     return PolledRecords(Partition("events", partition), 1, 0, 0, 0.0, [])
 
 
-def test_many_polls_are_taken_as_one_in_their_order() -> None:
-    polled = PollQueue()
+async def test_waiting_polls_are_taken_together_in_order() -> None:
+    queue = PollQueue()
     for partition in (2, 0, 1):
-        polled.put([share(partition)])
-    assert [each.partition.partition for [each] in asyncio.run(polled.take())] == [2, 0, 1]
+        queue.put([polled(partition)])
+    assert [records.partition.partition for [records] in await queue.take()] == [2, 0, 1]
 
 
-def test_a_taker_waits_for_a_poll_and_ends_only_when_all_is_taken() -> None:
-    async def scenario() -> None:
-        polled = PollQueue()
-        taker = asyncio.create_task(polled.take())
-        await asyncio.sleep(0)
-        assert not taker.done()
-        polled.put([share(0)])
-        assert len(await taker) == 1
-        polled.put([share(1)])
-        polled.close()
-        assert len(await polled.take()) == 1
-        assert await polled.take() == []
-
-    asyncio.run(scenario())
+async def test_take_waits_for_a_poll_and_returns_empty_only_when_closed() -> None:
+    queue = PollQueue()
+    taking = asyncio.create_task(queue.take())
+    await asyncio.sleep(0)
+    assert not taking.done()
+    queue.put([polled(0)])
+    assert len(await taking) == 1
+    queue.put([polled(1)])
+    queue.close()
+    assert len(await queue.take()) == 1
+    assert await queue.take() == []

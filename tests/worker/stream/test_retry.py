@@ -1,6 +1,4 @@
-"""Writes that must happen are repeated, what repeating cannot mend is raised; readiness tells of it meanwhile."""
-
-import asyncio
+"""Retriable writes are repeated until they succeed, permanent errors are raised; readiness reports the wait."""
 
 import pytest
 
@@ -10,38 +8,38 @@ from worker.stream.health import HealthState
 from worker.stream.retry import Retry
 
 
-class Flaky:
-    def __init__(self, *errors: Exception) -> None:
-        self.errors, self.done, self.seen = list(errors), [], []
+class FlakyStore:
+    """Fails with these errors in turn, then succeeds; remembers the readiness problems seen at each attempt."""
 
-    async def write(self, what: list, pulse: HealthState) -> None:
-        self.seen.append(dict(pulse.problems))
+    def __init__(self, health: HealthState, *errors: Exception) -> None:
+        self.health = health
+        self.errors = list(errors)
+        self.written: list[list[str]] = []
+        self.problems: list[list[str]] = []
+
+    async def write(self, values) -> None:
+        self.problems.append(list(self.health.problems.values()))
         if self.errors:
             raise self.errors.pop(0)
-        self.done.append(what)
+        self.written.append(values)
 
 
-def attempt(flaky: Flaky) -> HealthState:
-    pulse = HealthState(WallClock(), 0.0)
-
-    async def act(what: list) -> None:
-        await flaky.write(what, pulse)
-
-    asyncio.run(Retry(0.001, pulse)(act, ["slate"]))
-    return pulse
+@pytest.fixture
+def health() -> HealthState:
+    return HealthState(WallClock(), 0.0)
 
 
-def test_a_retriable_error_is_repeated_until_the_write_is_done():
-    flaky = Flaky(StoreUnavailable("away"), StoreUnavailable("still away"))
-    pulse = attempt(flaky)
-    assert flaky.done == [["slate"]]
-    assert [list(problems.values()) for problems in flaky.seen] == [[], ["away"], ["still away"]]
-    assert pulse.problems == {}
+async def test_retriable_error_is_retried_until_the_write_succeeds(health: HealthState):
+    store = FlakyStore(health, StoreUnavailable("away"), StoreUnavailable("still away"))
+    await Retry(0.001, health)(store.write, ["slate"])
+    assert store.written == [["slate"]]
+    assert store.problems == [[], ["away"], ["still away"]]
+    assert health.problems == {}
 
 
-def test_an_error_that_repeating_cannot_mend_is_raised_at_once():
-    flaky = Flaky(StoreError("wrong type of key"))
+async def test_permanent_error_is_raised_at_once(health: HealthState):
+    store = FlakyStore(health, StoreError("wrong type of key"))
     with pytest.raises(StoreError, match="wrong type"):
-        attempt(flaky)
-    assert flaky.done == []
-    assert len(flaky.seen) == 1
+        await Retry(0.001, health)(store.write, ["slate"])
+    assert store.written == []
+    assert len(store.problems) == 1
