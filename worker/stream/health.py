@@ -27,10 +27,10 @@ HEARTBEAT_S = 0.5
 
 @dataclass(slots=True)
 class HealthState:
-    """The state that the probes report. The loop sets `heartbeat_s`; `ready` is set once partitions or a log are polled."""
+    """The state that the probes report. `ready` is set once partitions or a log are polled."""
 
     clock: Clock
-    heartbeat_s: float = 0.0
+    heartbeat_s: float = 0.0  # set by the loop
     ready: bool = False
     problems: dict[str, str] = field(default_factory=dict)  # by part: why the worker waits
 
