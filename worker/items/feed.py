@@ -17,7 +17,7 @@ from worker import logging, metrics
 from worker.config import KafkaConfig
 from worker.interfaces import Clock
 from worker.items.journal import ItemJournal
-from worker.kafka.client import client_options, is_permanent, partitions_of, retry_at_start
+from worker.kafka.client import client_options, is_permanent, list_partitions, retry_at_start
 from worker.stream.codec import InvalidRecord, decoder_named, decoders_for, header_values
 
 log = logging.get("items")
@@ -43,7 +43,7 @@ class ItemFeed:
 
     async def start(self) -> None:
         """Returns when the whole topic is known, or when there is none. SourceError, SourceUnavailable."""
-        if not (partitions := await partitions_of(self._config, self._clock, self._config.items_topic)):
+        if not (partitions := await list_partitions(self._config, self._clock, self._config.items_topic)):
             log.info("no topic of items: they are known by their events alone", topic=self._config.items_topic)
             return
         self._consumer = AIOKafkaConsumer(

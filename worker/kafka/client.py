@@ -129,7 +129,7 @@ async def with_admin(config: KafkaConfig, clock: Clock, question: Callable[[AIOK
     return await retry_at_start(config, clock, once)
 
 
-async def partitions_of(config: KafkaConfig, clock: Clock, topic: str) -> list[TopicPartition]:
+async def list_partitions(config: KafkaConfig, clock: Clock, topic: str) -> list[TopicPartition]:
     """The topic's partitions, none when it is not there. Asks for the list of all topics first, for a broker may create
     one that is asked for by name. SourceError, SourceUnavailable."""
 

@@ -36,7 +36,7 @@ class Lookup:
         popular = await read_slate(self._client, POPULAR_KEY)
         if popular is None:
             raise UnknownUser(
-                f"no slate for user {user_id[:256]!r} in Redis at {self._client.where}, and no popular one yet: "
+                f"no slate for user {user_id[:256]!r} in Redis at {self._client.address}, and no popular one yet: "
                 f"a worker (`millrace run`) writes the first with its first events"
             )
         return msgspec.structs.replace(popular, user_id=user_id)

@@ -11,7 +11,7 @@ from worker import logging
 from worker.config import Config
 from worker.errors import SourceError, SourceUnavailable
 from worker.interfaces import Clock, Partition, PolledRecords
-from worker.kafka.client import client_options, ensure_coordinator, partitions_of, retry_at_start, with_admin
+from worker.kafka.client import client_options, ensure_coordinator, list_partitions, retry_at_start, with_admin
 from worker.redis.client import RedisClient
 from worker.redis.sequences import SequenceStore
 from worker.stream.codec import Codec
@@ -86,7 +86,7 @@ class Rebuild:
 
     async def _plan(self, consumer: AIOKafkaConsumer) -> RebuildPlan:
         kafka = self._config.kafka
-        if not (partitions := await partitions_of(kafka, self._clock, kafka.events_topic)):
+        if not (partitions := await list_partitions(kafka, self._clock, kafka.events_topic)):
             raise SourceError(
                 f"topic {kafka.events_topic} is not on {kafka.bootstrap_servers}: nothing to rebuild from"
             )

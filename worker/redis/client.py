@@ -69,7 +69,7 @@ class RedisClient:
         except (ValueError, redis_errors.RedisError, redis_errors.RedisClusterException) as error:
             raise ConfigError(f"redis.url: {error}; want redis://HOST:PORT/DB or rediss://...") from error
         where = self._pool.connection_kwargs
-        self.where = where.get("path") or f"{where.get('host', 'localhost')}:{where.get('port', 6379)}"
+        self.address = where.get("path") or f"{where.get('host', 'localhost')}:{where.get('port', 6379)}"
 
     async def call(self, *command: str | bytes | int | float) -> Any:
         """One command's reply, undecoded."""
@@ -121,7 +121,7 @@ class RedisClient:
                 return await call
         except TimeoutError as error:
             await self._rediscover()
-            raise StoreUnavailable(f"Redis at {self.where} did not answer within {self._timeout_s:g} s") from error
+            raise StoreUnavailable(f"Redis at {self.address} did not answer within {self._timeout_s:g} s") from error
         except (redis_errors.RedisError, redis_errors.RedisClusterException, OSError) as error:
             await self._rediscover()
             raise self._error(error) from error
@@ -155,14 +155,14 @@ class RedisClient:
     def _error(self, error: Exception) -> StoreError:
         code = getattr(error, "status_code", None) or str(error).split(" ", 1)[0]
         if code in TRANSIENT_ERRORS:
-            return StoreUnavailable(f"Redis at {self.where} {TRANSIENT_ERRORS[code]} ({error})")
+            return StoreUnavailable(f"Redis at {self.address} {TRANSIENT_ERRORS[code]} ({error})")
         if isinstance(error, redis_errors.AuthenticationError | redis_errors.NoPermissionError):
-            return StoreError(f"Redis at {self.where} refuses the credentials of redis.url: {error}")
+            return StoreError(f"Redis at {self.address} refuses the credentials of redis.url: {error}")
         if "unknown command" in str(error) and "FUNCTION" in str(error):
-            return StoreError(f"Redis at {self.where} has no functions: Redis 7 or Valkey is needed ({error})")
+            return StoreError(f"Redis at {self.address} has no functions: Redis 7 or Valkey is needed ({error})")
         if isinstance(error, redis_errors.ResponseError):
-            return StoreError(f"Redis at {self.where} refused a command: {error}")
-        return StoreUnavailable(f"Redis at {self.where} is away: {error}")
+            return StoreError(f"Redis at {self.address} refused a command: {error}")
+        return StoreUnavailable(f"Redis at {self.address} is away: {error}")
 
 
 async def connect(config: RedisConfig) -> RedisClient:

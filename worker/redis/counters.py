@@ -26,7 +26,7 @@ from worker.redis.counter_rows import pack_rows, rows_as_deltas, unpack_rows
 from worker.redis.slates import SlateStore
 
 log = logging.get("counters")
-SHARDS = 16  # of the index: at one a round every row is read again within 4 minutes
+INDEX_SHARDS = 16  # of the index: at one a round every row is read again within 4 minutes
 MERGED_ROWS = 32  # in one pipeline: so long Redis is kept from the rings' pushes, 3 ms
 KEPT_FREE = 8  # an eighth of the vocabulary: the index's dead items must not come back for those retired
 READ_ROWS = 512  # in one pipeline, and replaced at once: so long the counters' thread is kept from ranking, 3 ms
@@ -101,12 +101,12 @@ class CounterStore:
             await self._load(self._base.without(self._vocabulary.evicted_since(self._base_version)))
             self._base = None
         touched = await self._send_deltas()
-        await self._refresh(self._round % SHARDS, touched)
+        await self._refresh(self._round % INDEX_SHARDS, touched)
         await self._write_popular()
 
     async def _load(self, base: CountDeltas) -> None:
         """Take over all rows; an item that only the artifact has counted gets its row from there."""
-        members = [await self._members(shard) for shard in range(SHARDS)]  # all first: a row names items of any shard
+        members = [await self._members(shard) for shard in range(INDEX_SHARDS)]  # all first: a row names items of any shard
         for shard, ids in enumerate(members):
             await self._read(shard, ids)
         ids = self._vocabulary.item_ids
@@ -142,7 +142,7 @@ class CounterStore:
                 for item_id, (_, popularity, pairs) in zip(ids, part, strict=True)
             ]  # fmt: skip
             new = [item_id for item_id in ids if item_id not in self._shared_items]
-            commands += [("SADD", index_key(shard_of(item_id)), item_id) for item_id in new]
+            commands += [("SADD", index_key(index_shard(item_id)), item_id) for item_id in new]
             values += (await self._client.pipeline(commands))[: len(part)]
             merged += [token for token, _, _ in part]
             self._shared_items.update(new)
@@ -205,8 +205,8 @@ def index_key(shard: int) -> str:
     return f"cnt:index:{shard}"
 
 
-def shard_of(item_id: str) -> int:
-    return crc32(item_id.encode()) % SHARDS
+def index_shard(item_id: str) -> int:
+    return crc32(item_id.encode()) % INDEX_SHARDS
 
 
 def _chunks(values: Sequence[T]) -> Iterator[Sequence[T]]:

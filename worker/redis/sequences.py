@@ -78,7 +78,7 @@ class SequenceStore:
         """The 8 bytes that name a partition of this epoch in rings."""
         source = self._sources.get(partition)
         if source is None:
-            source = self._sources[partition] = source_of(self._config.topic_generation, partition)
+            source = self._sources[partition] = source_id(self._config.topic_generation, partition)
         return source
 
     def _grouped(self, arrivals: Sequence[ConsumedEvent]) -> list[UserPush]:
@@ -158,5 +158,5 @@ class SequenceStore:
         )
 
 
-def source_of(epoch: str, partition: Partition) -> bytes:
+def source_id(epoch: str, partition: Partition) -> bytes:
     return blake2b(f"{epoch}\0{partition.topic}\0{partition.partition}".encode(), digest_size=8).digest()

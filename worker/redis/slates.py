@@ -13,7 +13,7 @@ from worker.config import SlatesConfig as Config
 from worker.errors import StoreError
 from worker.interfaces import Partition
 from worker.redis.client import POPULAR_KEY, Command, RedisClient, slate_key
-from worker.redis.sequences import source_of
+from worker.redis.sequences import source_id
 
 STAMP_BYTES = 16
 NO_SOURCE = bytes(8)  # of the popular slate: it covers no partition, its offset is the newest event time counted
@@ -47,7 +47,7 @@ class SlateStore:
         partition = Partition(covers.topic, covers.partition)
         source = self._sources.get(partition)
         if source is None:
-            source = self._sources[partition] = source_of(self._topic_generation, partition)
+            source = self._sources[partition] = source_id(self._topic_generation, partition)
         key = slate_key(slate.user_id)
         return "FCALL", "millrace_slate", 1, key, source, covers.last_offset, _encode(slate), self._ttl_s
 

@@ -14,7 +14,7 @@ from worker.config import Config
 from worker.config import CountersConfig as CounterConfig
 from worker.lookup.lookup import Lookup
 from worker.redis.client import RedisClient, connect
-from worker.redis.counters import SHARDS, CounterStore
+from worker.redis.counters import INDEX_SHARDS, CounterStore
 from worker.replay.local_servers import LocalValkey
 
 HALF_LIFE_DAYS = 10.0
@@ -98,7 +98,7 @@ def _redis(server: LocalValkey):
 
 async def rounds(*processes: Process) -> None:
     """So many that everyone has read every shard after the last delta."""
-    for _ in range(SHARDS + 1):
+    for _ in range(INDEX_SHARDS + 1):
         for process in processes:
             assert await process.store.merge()
 
