@@ -57,7 +57,7 @@ def test_an_address_that_is_none_is_a_configuration_error(bootstrap: str):
 
 
 def test_sasl_without_a_user_is_a_configuration_error():
-    with pytest.raises(ConfigError, match="wants sasl_username and sasl_password"):
+    with pytest.raises(ConfigError, match="set kafka.sasl_username and kafka.sasl_password"):
         client_options(KafkaConfig(security_protocol="SASL_SSL"))
 
 

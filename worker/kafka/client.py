@@ -1,4 +1,4 @@
-"""What every Kafka client of ours shares: how it connects, what must be there at start, which errors end a process."""
+"""Connecting to Kafka: client options, retries at start, topics, group coordinators, permanent errors."""
 
 import asyncio
 import ssl
@@ -18,12 +18,12 @@ from worker.interfaces import Clock
 
 log = logging.get("kafka")
 T = TypeVar("T")
-RETRY_S = 0.5  # before the second attempt at start: a broker that is coming up is noticed at once
-RETRY_CAP_S = 4.0  # of the back-off: one that is away is not hammered
-CLI_START_TIMEOUT_S = 8.0  # `start_timeout_s` of a command that somebody waits for
-METADATA_POLL_S = 0.05  # between two looks for what is being made: a topic's leaders, a group's coordinator
-DIAGNOSE_TIMEOUT_S = 5.0  # to ask once more why a connection fails
-TOPIC_VISIBLE_S = 2.0  # a topic that was just created is not at once known to every broker
+FIRST_DELAY_S = 0.5  # before the second attempt at start: a broker that is coming up is noticed at once
+MAX_DELAY_S = 4.0  # a broker that stays down is not hammered
+CLI_START_TIMEOUT_S = 8.0  # `start_timeout_s` of an interactive command
+METADATA_POLL_S = 0.05  # between polls of cluster metadata: a new topic's leaders, a group's coordinator
+DIAGNOSE_TIMEOUT_S = 5.0  # for one more connection attempt, to learn why connecting fails
+TOPIC_VISIBLE_S = 2.0  # until a topic that was just created is visible on every broker
 PERMANENT_ERRORS = (
     errors.TopicAuthorizationFailedError,
     errors.GroupAuthorizationFailedError,
@@ -38,15 +38,20 @@ PERMANENT_ERRORS = (
 
 
 def client_options(config: KafkaConfig) -> dict[str, Any]:
-    """Keyword arguments of every aiokafka client. ConfigError when an address, a TLS file or the SASL user is none."""
+    """Return the keyword arguments that all aiokafka clients share.
+
+    Raises ConfigError for an invalid address, an unreadable TLS file, and SASL without user and password.
+    """
     try:
         collect_hosts(config.bootstrap_servers)
     except ValueError as error:
         raise ConfigError(
-            f"kafka.bootstrap_servers '{config.bootstrap_servers}': want HOST:PORT, several with commas"
+            f"kafka.bootstrap_servers '{config.bootstrap_servers}': want HOST:PORT, or several separated by commas"
         ) from error
     if config.security_protocol.startswith("SASL") and None in (config.sasl_username, config.sasl_password):
-        raise ConfigError(f"kafka.security_protocol {config.security_protocol} wants sasl_username and sasl_password")
+        raise ConfigError(
+            f"kafka.security_protocol {config.security_protocol}: set kafka.sasl_username and kafka.sasl_password"
+        )
     return {
         "bootstrap_servers": config.bootstrap_servers,
         "request_timeout_ms": config.request_timeout_ms,
@@ -65,43 +70,49 @@ def _ssl_context(config: KafkaConfig) -> ssl.SSLContext | None:
         return create_ssl_context(cafile=config.ssl_cafile, certfile=config.ssl_certfile, keyfile=config.ssl_keyfile)
     except (OSError, ssl.SSLError) as error:
         files = f"ssl_cafile={config.ssl_cafile}, ssl_certfile={config.ssl_certfile}, ssl_keyfile={config.ssl_keyfile}"
-        raise ConfigError(f"kafka: TLS cannot be set up from {files}: {error}") from error
+        raise ConfigError(f"kafka: TLS set-up from {files} failed: {error}") from error
 
 
 def is_permanent(error: BaseException) -> bool:
-    """Would repeating not help, because somebody said no?"""
+    """Whether a retry cannot succeed: authentication, authorization or certificate failed."""
     return isinstance(error, PERMANENT_ERRORS)
 
 
 def cli_timeouts(config: KafkaConfig) -> KafkaConfig:
-    """For a command at a terminal. The default of `start_timeout_s` suits a deployment, whose broker may come up later
-    than the worker; a value that was set is kept."""
-    left_alone = config.start_timeout_s == KafkaConfig().start_timeout_s
-    return replace(config, start_timeout_s=CLI_START_TIMEOUT_S) if left_alone else config
+    """Shorten `start_timeout_s` for a command at a terminal; a value that was set is kept.
+
+    The default suits a deployment, whose broker may come up later than the worker.
+    """
+    is_default = config.start_timeout_s == KafkaConfig().start_timeout_s
+    return replace(config, start_timeout_s=CLI_START_TIMEOUT_S) if is_default else config
 
 
-async def retry_at_start(config: KafkaConfig, clock: Clock, act: Callable[[], Awaitable[T]]) -> T:
-    """`act()`, repeated until it succeeds. SourceUnavailable after `start_timeout_s`, SourceError when refused."""
+async def retry_at_start(config: KafkaConfig, clock: Clock, operation: Callable[[], Awaitable[T]]) -> T:
+    """Retry `operation()` until it succeeds, and return its result.
+
+    Raises SourceUnavailable after `start_timeout_s`, SourceError at a permanent error.
+    """
     deadline_s = clock.monotonic() + config.start_timeout_s
-    delay_s, said = RETRY_S, ""
-    with logging.silenced("aiokafka"):  # which would only say again, at every attempt, that there is no connection
+    delay_s = FIRST_DELAY_S
+    logged = ""
+    with logging.silenced("aiokafka"):  # it would log the same connection error on every attempt
         while True:
             try:
                 async with asyncio.timeout(max(0.0, deadline_s - clock.monotonic())):
-                    return await act()
+                    return await operation()
             except (errors.KafkaError, OSError, TimeoutError) as raised:
                 error = await _diagnose(config, raised)
-            left_s = deadline_s - clock.monotonic() - RETRY_S  # the last attempt has RETRY_S, too
+            left_s = deadline_s - clock.monotonic() - FIRST_DELAY_S  # FIRST_DELAY_S remains for the last attempt
             _raise_if_final(config, error, left_s)
-            if _describe(error) != said:
-                said = _describe(error)
-                log.warning("Kafka is not ready", bootstrap=config.bootstrap_servers, error=said)
+            if _describe(error) != logged:
+                logged = _describe(error)
+                log.warning("Kafka is not ready", bootstrap=config.bootstrap_servers, error=logged)
             await asyncio.sleep(min(delay_s, left_s))
-            delay_s = min(2 * delay_s, RETRY_CAP_S)
+            delay_s = min(2 * delay_s, MAX_DELAY_S)
 
 
 def _raise_if_final(config: KafkaConfig, error: Exception, left_s: float) -> None:
-    """Raises when repeating would not help, or there is no time left for it."""
+    """Raise when the error is permanent or the time is up."""
     if is_permanent(error):
         raise SourceError(
             f"kafka {config.bootstrap_servers} refuses this client: {_describe(error)}; see kafka.sasl_* and"
@@ -115,35 +126,37 @@ def _raise_if_final(config: KafkaConfig, error: Exception, left_s: float) -> Non
         ) from error
 
 
-async def with_admin(config: KafkaConfig, clock: Clock, question: Callable[[AIOKafkaAdminClient], Awaitable[T]]) -> T:
-    """The cluster's answer, asked for as `at_start` does."""
+async def with_admin(config: KafkaConfig, clock: Clock, query: Callable[[AIOKafkaAdminClient], Awaitable[T]]) -> T:
+    """Return the result of `query(admin)`, with the retries and errors of `retry_at_start`."""
 
-    async def once() -> T:
+    async def attempt() -> T:
         admin = AIOKafkaAdminClient(**client_options(config))
         try:
             await admin.start()
-            return await question(admin)
+            return await query(admin)
         finally:
             await admin.close()
 
-    return await retry_at_start(config, clock, once)
+    return await retry_at_start(config, clock, attempt)
 
 
 async def list_partitions(config: KafkaConfig, clock: Clock, topic: str) -> list[TopicPartition]:
-    """The topic's partitions, none when it is not there. Asks for the list of all topics first, for a broker may create
-    one that is asked for by name. SourceError, SourceUnavailable."""
+    """Return the topic's partitions, none when it does not exist. Raises SourceError, SourceUnavailable.
 
-    async def described(admin: AIOKafkaAdminClient) -> list[TopicPartition]:
+    Lists all topics first, because a broker may create a topic that is requested by name.
+    """
+
+    async def query(admin: AIOKafkaAdminClient) -> list[TopicPartition]:
         if topic not in await admin.list_topics():
             return []
-        (found,) = await admin.describe_topics([topic])
-        return [TopicPartition(topic, entry["partition"]) for entry in found["partitions"]]
+        (described,) = await admin.describe_topics([topic])
+        return [TopicPartition(topic, entry["partition"]) for entry in described["partitions"]]
 
-    return await with_admin(config, clock, described)
+    return await with_admin(config, clock, query)
 
 
 async def _diagnose(config: KafkaConfig, error: Exception) -> Exception:
-    """Why no connection can be had: aiokafka only logs it."""
+    """Return the reason of a failed connection, which aiokafka only logs."""
     if not isinstance(error, errors.KafkaConnectionError):
         return error
     options = client_options(config)
@@ -157,26 +170,70 @@ async def _diagnose(config: KafkaConfig, error: Exception) -> Exception:
 
 
 async def ensure_topics(config: KafkaConfig, clock: Clock, topics: Sequence[str]) -> None:
-    """Returns when all of the topics are there, made by us when `create_topics` is on; else SourceError names what is
-    missing. Asks for the list of all topics, for a broker may create one that is asked for by name."""
-    wait_until_s: float | None = None
+    """Return when all topics exist, creating them when `create_topics` is on.
+
+    Lists all topics, because a broker may create a topic that is requested by name. Raises SourceUnavailable, and
+    SourceError that names the missing topics.
+    """
+    deadline_s: float | None = None
 
     async def check(admin: AIOKafkaAdminClient) -> None:
-        nonlocal wait_until_s
-        if missing := set(topics) - set(await admin.list_topics()):
-            wait_until_s = wait_until_s or clock.monotonic() + TOPIC_VISIBLE_S
-            if not config.create_topics and clock.monotonic() < wait_until_s:
-                raise errors.UnknownTopicOrPartitionError(", ".join(sorted(missing)))
-            await _create(admin, config, sorted(missing))
+        nonlocal deadline_s
+        missing = sorted(set(topics) - set(await admin.list_topics()))
+        if not missing:
+            return
+        if config.create_topics:
+            await _create_topics(admin, config, missing)
+            return
+        deadline_s = deadline_s or clock.monotonic() + TOPIC_VISIBLE_S
+        if clock.monotonic() < deadline_s:
+            raise errors.UnknownTopicOrPartitionError(", ".join(missing))
+        raise _missing_topics_error(config, missing)
 
     await with_admin(config, clock, check)
 
 
-async def ensure_coordinator(config: KafkaConfig, clock: Clock, group: str) -> None:
-    """Returns when the group's coordinator answers: it may still be loading, and a cluster's first group waits until
-    the topic of offsets is made. SourceError, SourceUnavailable."""
+def _missing_topics_error(config: KafkaConfig, missing: Sequence[str]) -> SourceError:
+    commands = "; ".join(
+        f"kafka-topics.sh --create --topic {topic} --partitions {config.partitions} "
+        f"--bootstrap-server {config.bootstrap_servers}"
+        for topic in missing
+    )
+    return SourceError(
+        f"topic {', '.join(missing)} is not on {config.bootstrap_servers}, or not visible to this client; create "
+        f"it ({commands}), or set kafka.create_topics = true"
+    )
 
-    # NOTE: aiokafka 0.14 reads a coordinator that is loading as one that knows no offsets and no members.
+
+async def _create_topics(admin: AIOKafkaAdminClient, config: KafkaConfig, names: Sequence[str]) -> None:
+    new_topics = [NewTopic(name, config.partitions, config.replication_factor) for name in names]
+    response = (await admin.create_topics(new_topics)).to_object()
+    for topic in response["topic_errors"]:
+        error = errors.for_code(topic["error_code"])
+        if error not in (errors.NoError, errors.TopicAlreadyExistsError):
+            raise _creation_error(error, f"topic {topic['topic']} cannot be created: {topic.get('error_message')}")
+    while not all(map(_has_leaders, await admin.describe_topics(list(names)))):  # noqa: ASYNC110 - Kafka cannot notify
+        await asyncio.sleep(METADATA_POLL_S)
+    log.info("topics created", topics=list(names), partitions=config.partitions)
+
+
+def _has_leaders(topic: Mapping[str, Any]) -> bool:
+    """Whether every partition has a leader; until then a client finds no topic and logs an error."""
+    return not topic["error_code"] and all(partition["leader"] >= 0 for partition in topic["partitions"])
+
+
+def _creation_error(error: type[errors.KafkaError], text: str) -> Exception:
+    """Return a retriable error as itself, for `retry_at_start`, else a SourceError."""
+    return error(text) if error.retriable else SourceError(f"{text} ({error.__name__}); see kafka.replication_factor")
+
+
+async def ensure_coordinator(config: KafkaConfig, clock: Clock, group: str) -> None:
+    """Return when the group's coordinator answers. Raises SourceError, SourceUnavailable.
+
+    It may still be loading, and a cluster's first group waits until the offsets topic is created.
+    """
+
+    # NOTE: aiokafka 0.14 treats a coordinator that is loading as one without offsets and members.
     async def check(admin: AIOKafkaAdminClient) -> None:
         while (error := await _coordinator_error(admin, group)) is not None:
             if not error.retriable:
@@ -194,38 +251,6 @@ async def _coordinator_error(admin: AIOKafkaAdminClient, group: str) -> errors.K
     (described,) = answer.to_object()["groups"]
     error = errors.for_code(described["error_code"])
     return None if error is errors.NoError else error(group)
-
-
-async def _create(admin: AIOKafkaAdminClient, config: KafkaConfig, missing: Sequence[str]) -> None:
-    if not config.create_topics:
-        commands = "; ".join(
-            f"kafka-topics.sh --create --topic {topic} --partitions {config.partitions} "
-            f"--bootstrap-server {config.bootstrap_servers}"
-            for topic in missing
-        )
-        raise SourceError(
-            f"topic {', '.join(missing)} is not on {config.bootstrap_servers}, or not visible to this client; create "
-            f"it ({commands}), or set kafka.create_topics = true"
-        )
-    wanted = [NewTopic(topic, config.partitions, config.replication_factor) for topic in missing]
-    response = (await admin.create_topics(wanted)).to_object()
-    for topic in response["topic_errors"]:
-        error = errors.for_code(topic["error_code"])
-        if error not in (errors.NoError, errors.TopicAlreadyExistsError):
-            raise _creation_error(error, f"topic {topic['topic']} cannot be created: {topic.get('error_message')}")
-    while not all(map(_has_leaders, await admin.describe_topics(list(missing)))):  # noqa: ASYNC110 - nobody tells us
-        await asyncio.sleep(METADATA_POLL_S)
-    log.info("topics created", topics=list(missing), partitions=config.partitions)
-
-
-def _has_leaders(topic: Mapping[str, Any]) -> bool:
-    """Has each of its partitions a leader? A client that asks earlier finds no topic and logs an error."""
-    return not topic["error_code"] and all(partition["leader"] >= 0 for partition in topic["partitions"])
-
-
-def _creation_error(error: type[errors.KafkaError], text: str) -> Exception:
-    """A retriable one is left to `at_start`."""
-    return error(text) if error.retriable else SourceError(f"{text} ({error.__name__}); see kafka.replication_factor")
 
 
 def _describe(error: BaseException) -> str:

@@ -1,8 +1,6 @@
-"""This process's membership in the consumer group, on aiokafka: assignments as epochs, and commits that are fenced.
+"""Membership of this process in the consumer group, on aiokafka: numbered assignments and fenced commits.
 
-What aiokafka does that is handled here: exceptions in rebalance listeners are logged and swallowed, so they are kept;
-once the coordinator has forgotten a member, its commits go out without a generation and might move offsets back, so
-the generation is compared where the request is made.
+aiokafka logs and swallows the exceptions of rebalance listeners, so they are kept here and raised by the next poll.
 """
 
 import asyncio
@@ -22,18 +20,21 @@ STOP_S = 10.0
 
 
 class GroupMember:
-    """One member. Reads committed records only; positions that are missing or out of range are errors of getmany."""
+    """One member of the group.
 
-    def __init__(self, config: KafkaConfig, rebalance: RebalanceListener) -> None:
-        self._config, self._rebalance = config, rebalance
-        self._generation = -1  # of the group, when the partitions were assigned
-        self._assignment_count = 0  # counts; an epoch is the number of its assignment
+    Reads committed records only. `consumer.getmany` raises when a position is missing or out of range.
+    """
+
+    def __init__(self, config: KafkaConfig, listener: RebalanceListener) -> None:
+        self._config = config
+        self._listener = listener
+        self._generation = -1  # the group's generation when the partitions were assigned
+        self._assignment_count = 0  # numbers the assignments
         self.assignments: dict[Partition, int] = {}
-        self.failure: Exception | None = None  # of a rebalance callback
+        self.failure: Exception | None = None  # raised by a rebalance callback, not yet re-raised
+        # A join waits until the other members have drained.
         timeout_ms = max(config.request_timeout_ms, config.rebalance_timeout_ms + 5000)
-        options: dict[str, Any] = client_options(config) | {
-            "request_timeout_ms": timeout_ms  # a join waits until the other members have drained
-        }
+        options: dict[str, Any] = client_options(config) | {"request_timeout_ms": timeout_ms}
         self.consumer = AIOKafkaConsumer(
             **options,
             group_id=config.group_id,
@@ -47,8 +48,8 @@ class GroupMember:
         )
 
     async def join(self) -> None:
-        """Returns when partitions are assigned. The caller sets the deadline."""
-        self.consumer.subscribe([self._config.events_topic], listener=_Listener(self))
+        """Return when partitions are assigned. The caller sets the deadline."""
+        self.consumer.subscribe([self._config.events_topic], listener=_ListenerAdapter(self))
         try:
             await self.consumer.start()
         except BaseException:
@@ -56,30 +57,36 @@ class GroupMember:
             raise
 
     async def leave(self) -> None:
-        """Within STOP_S; a static member stays in the group until its session ends."""
+        """Stop within STOP_S. A static member stays in the group until its session times out."""
         stopping = asyncio.ensure_future(self.consumer.stop())
         _, late = await asyncio.wait({stopping}, timeout=STOP_S)
         for task in late:
             task.cancel()
-            log.warning(
-                "the group was not left in time; it will notice by the session's end", group=self._config.group_id
-            )
+            log.warning("leaving the group timed out: it waits for the session timeout", group=self._config.group_id)
 
     async def commit(self, offsets: Mapping[Partition, int]) -> None:
-        """One attempt. KafkaError; IllegalGenerationError when the group has moved on, whoever notices it first."""
-        # NOTE: private parts of aiokafka 0.14. Its public commit repeats inside, and may by then have lost the
-        # generation; `_do_commit_offsets` builds its request before it first waits, so this comparison holds for it.
-        coordinator, subscription = self._coordinator, self.consumer._subscription.subscription
-        wanted = {TopicPartition(*partition): OffsetAndMetadata(offset, "") for partition, offset in offsets.items()}
+        """Commit once, without a retry.
+
+        Raises KafkaError; IllegalGenerationError when the generation is stale, whichever side notices it.
+        """
+        # NOTE: private parts of aiokafka 0.14. Once the coordinator has forgotten a member, its commits go out without
+        # a generation and might move offsets back, so the generation is compared here. aiokafka's public commit
+        # retries internally, and may have lost the generation by then; `_do_commit_offsets` builds its request before
+        # its first await, so this comparison holds for it.
+        coordinator = self._coordinator
+        subscription = self.consumer._subscription.subscription
+        to_commit = {TopicPartition(*partition): OffsetAndMetadata(offset, "") for partition, offset in offsets.items()}
         async with coordinator._commit_lock:
             if coordinator.generation != self._generation:
                 raise errors.IllegalGenerationError(self._config.group_id)
-            await coordinator._do_commit_offsets(subscription.assignment, wanted)
+            await coordinator._do_commit_offsets(subscription.assignment, to_commit)
 
     def lag(self, partition: Partition) -> int:
-        """Readable records beyond the last polled one, by the last fetch. Transaction markers and what lies behind an
-        open transaction do not count: nothing can be read of them."""
-        # NOTE: aiokafka's `position()` waits when there is none; its state says so without waiting.
+        """Return the number of readable records after the last polled one, as of the last fetch.
+
+        Transaction markers and everything after the start of an open transaction are not readable.
+        """
+        # NOTE: private parts of aiokafka 0.14. Its `position()` waits for a missing position; its state does not.
         assignment = self.consumer._subscription.subscription.assignment
         state = assignment and assignment.state_value(TopicPartition(*partition))
         if state is None or not state.has_valid_position or state.highwater is None:
@@ -95,30 +102,30 @@ class GroupMember:
         self._assignment_count += 1
         self._generation = self._coordinator.generation
         self.assignments = {Partition(tp.topic, tp.partition): self._assignment_count for tp in partitions}
-        await self._rebalance.assigned(dict(self.assignments))
+        await self._listener.assigned(dict(self.assignments))
 
     async def revoked(self) -> None:
-        """Rebalancing is eager: every partition goes, even when it comes back."""
+        """Revoke every partition: rebalancing is eager, even for those that come back."""
         try:
             if self.assignments:
-                await self._rebalance.revoked(list(self.assignments))
+                await self._listener.revoked(list(self.assignments))
         finally:
             self.assignments = {}
 
 
-class _Listener(ConsumerRebalanceListener):
-    def __init__(self, group: GroupMember) -> None:
-        self._group = group
+class _ListenerAdapter(ConsumerRebalanceListener):
+    def __init__(self, member: GroupMember) -> None:
+        self._member = member
 
     def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> Any:
-        return self._keep_failure(lambda: self._group.assigned(assigned))
+        return self._keep_failure(lambda: self._member.assigned(assigned))
 
     def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> Any:
-        return self._keep_failure(self._group.revoked)
+        return self._keep_failure(self._member.revoked)
 
     async def _keep_failure(self, callback: Callable[[], Any]) -> None:
         try:
             await callback()
         except Exception as error:
-            log.error("a rebalance failed", error=repr(error))
-            self._group.failure = error
+            log.error("rebalance callback failed", error=repr(error))
+            self._member.failure = error

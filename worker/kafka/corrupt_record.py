@@ -1,7 +1,7 @@
-"""What aiokafka cannot decode: a header's name that is not UTF-8, a batch whose checksum is wrong.
+"""Locates a record that aiokafka cannot decode: a header name that is not UTF-8, a batch with a wrong checksum.
 
-It raises out of the middle of a batch, says neither where, nor returns what it had already read in that call, and no
-fetch can begin behind the record: a broker gives whole batches.
+aiokafka raises in the middle of a batch. It neither says where nor returns the records that it had read before in that
+call, and no fetch can begin after the record, because a broker returns entire batches.
 """
 
 import traceback
@@ -16,7 +16,7 @@ DECODE_ERRORS = (UnicodeDecodeError, errors.CorruptRecordException)
 
 
 class CorruptRecord(NamedTuple):
-    """Where reading ended: the first record that cannot be read, and where the next batch begins."""
+    """The first record that cannot be read, and the offset of the next batch."""
 
     tp: TopicPartition
     offset: int
@@ -24,20 +24,21 @@ class CorruptRecord(NamedTuple):
 
     @classmethod
     def from_error(cls, error: Exception) -> "CorruptRecord":
-        """From the frame that raised one of UNDECODABLE."""
-        # NOTE: private parts of aiokafka 0.14: the generator's own names.
+        """Read the position from the traceback of one of DECODE_ERRORS."""
+        # NOTE: private parts of aiokafka 0.14: a generator's name and its locals.
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-        known = next(frame.f_locals for frame in frames if frame.f_code.co_name == "_unpack_records")
-        offset, batch = known["self"].next_fetch_offset, known.get("next_batch")
-        return cls(known["tp"], offset, max(offset + 1, batch.next_offset if batch else 0))
+        variables = next(frame.f_locals for frame in frames if frame.f_code.co_name == "_unpack_records")
+        offset = variables["self"].next_fetch_offset
+        batch = variables.get("next_batch")
+        return cls(variables["tp"], offset, max(offset + 1, batch.next_offset if batch else 0))
 
     def to_error(self, config: KafkaConfig, error: Exception) -> SourceError:
-        """One sentence: where, why, and how to go on behind it."""
+        """Return an error that says where, why, and how to skip the batch."""
         (topic, partition), end = self.tp, self.next_batch - 1
         return SourceError(
-            f"topic {topic}, partition {partition}, offset {self.offset}: the record cannot be decoded ({error}); what "
-            f"lies before it is answered and committed; its batch, offsets {self.offset} to {end}, must be skipped: "
-            f"stop the group's workers, kafka-consumer-groups.sh --bootstrap-server {config.bootstrap_servers} --group "
-            f"{config.group_id} --topic {topic}:{partition} --reset-offsets --to-offset {self.next_batch} --execute, "
+            f"topic {topic}, partition {partition}, offset {self.offset}: the record cannot be decoded ({error}); all "
+            f"records before it are answered and committed; its batch, offsets {self.offset} to {end}, must be skipped:"
+            f" stop the group's workers, kafka-consumer-groups.sh --bootstrap-server {config.bootstrap_servers} --group"
+            f" {config.group_id} --topic {topic}:{partition} --reset-offsets --to-offset {self.next_batch} --execute, "
             "start"
         )

@@ -1,4 +1,4 @@
-"""Slates into their topic and into Redis, dead dead_letters into theirs."""
+"""Writes slates to their topic and to Redis, and dead letters to theirs."""
 
 import asyncio
 from collections.abc import Iterator, Sequence
@@ -14,21 +14,25 @@ from worker.kafka.client import ensure_topics
 from worker.kafka.producer import MAX_RECORD_BYTES, BatchProducer, Message
 
 SLATE_HEADERS = [("content-type", b"application/json"), ("schema", b"slate/1")]
-HEADER_PREFIX = "millrace-"  # headers that a dead letter gets; the original ones are kept before them
-KEPT_BYTES = 64 << 10  # of a value too large to be buried whole
+HEADER_PREFIX = "millrace-"  # of the headers added to a dead letter, after its original ones
+TRUNCATED_KEY_BYTES = 256
+TRUNCATED_VALUE_BYTES = 64 << 10  # of a value that does not fit into a dead letter
 _encode = msgspec.json.Encoder().encode
 
 
 class KafkaSink:
-    """Implements Sink. `send` again with the same sequence waits for what is under way instead of sending it twice."""
+    """Implements Sink. Sending the same sequence again waits for its running delivery instead of sending it twice."""
 
     def __init__(self, config: Config, store: SlateWriter, clock: Clock | None = None) -> None:
-        self._config, self._store, self._clock = config.kafka, store, clock or WallClock()
+        self._config = config.kafka
+        self._store = store
+        self._clock = clock or WallClock()
         self._producer = BatchProducer(config.kafka, self._clock)
-        self._deliveries: dict[int, tuple[object, asyncio.Task[None]]] = {}  # by the identity of what is delivered
+        # By id() of the delivered sequence, which is held here so that its id is not reused.
+        self._deliveries: dict[int, tuple[object, asyncio.Task[None]]] = {}
 
     async def start(self) -> None:
-        """SourceError names a topic that is missing; SourceUnavailable when no broker answers in time."""
+        """Connect. Raises SourceError for a missing topic, SourceUnavailable when no broker answers in time."""
         await ensure_topics(
             self._config, self._clock, [self._config.recommendations_topic, self._config.dead_letter_topic]
         )
@@ -45,7 +49,7 @@ class KafkaSink:
         await self.stop()
 
     async def send(self, slates: Sequence[Slate]) -> None:
-        """To Kafka and Redis at once. SinkUnavailable, SinkError, and what the store raises."""
+        """Write to Kafka and Redis concurrently. Raises SinkUnavailable, SinkError, and the store's errors."""
         delivery = self._delivery(slates, self._config.recommendations_topic, _slate_messages(slates))
         results = await asyncio.gather(
             self._producer.wait_acknowledged(delivery), self._store.put(slates), return_exceptions=True
@@ -53,24 +57,25 @@ class KafkaSink:
         self._settle(slates, delivery, [error for error in results if error is not None])
 
     async def send_dead_letters(self, dead_letters: Sequence[DeadLetter]) -> None:
-        """To the dead-letter topic, in their order per key. SinkUnavailable, SinkError."""
+        """Write to the dead-letter topic, in order per key. Raises SinkUnavailable, SinkError."""
         delivery = self._delivery(dead_letters, self._config.dead_letter_topic, map(dead_letter_message, dead_letters))
         results = await asyncio.gather(self._producer.wait_acknowledged(delivery), return_exceptions=True)
         self._settle(dead_letters, delivery, [error for error in results if error is not None])
 
-    def _delivery(self, what: object, topic: str, messages: Iterator[Message]) -> asyncio.Task[None]:
-        _, delivery = self._deliveries.get(id(what), (None, None))
+    def _delivery(self, values: object, topic: str, messages: Iterator[Message]) -> asyncio.Task[None]:
+        """Return the running delivery of these values, started if there is none."""
+        _, delivery = self._deliveries.get(id(values), (None, None))
         if delivery is None:
             delivery = self._producer.start_delivery(topic, list(messages))
-            self._deliveries[id(what)] = what, delivery
+            self._deliveries[id(values)] = values, delivery
         return delivery
 
-    def _settle(self, what: object, delivery: asyncio.Task[None], failures: list[BaseException]) -> None:
-        """Forget it when all is well or it failed in Kafka; one that is late, or waits for Redis, is kept."""
+    def _settle(self, values: object, delivery: asyncio.Task[None], failures: list[BaseException]) -> None:
+        """Drop a delivery that succeeded or failed in Kafka; keep one that is late or waits for Redis."""
         failed = delivery.done() and (delivery.cancelled() or delivery.exception() is not None)
         if failed or not failures:
-            self._deliveries.pop(id(what), None)
-        # What repeating cannot mend comes first.
+            self._deliveries.pop(id(values), None)
+        # Permanent errors first.
         for error in sorted(failures, key=lambda error: getattr(error, "retriable", False)):
             raise error
 
@@ -80,21 +85,28 @@ def _slate_messages(slates: Sequence[Slate]) -> Iterator[Message]:
         value = _encode(slate)
         if len(value) > MAX_RECORD_BYTES:
             raise SinkError(
-                f"the slate of user {slate.user_id!r} has {len(value)} bytes, more than the {MAX_RECORD_BYTES} that "
-                f"Kafka takes: lower pipeline.slate_size"
+                f"the slate of user {slate.user_id!r} has {len(value)} bytes, Kafka accepts {MAX_RECORD_BYTES}: lower "
+                f"pipeline.slate_size"
             )
         yield Message(slate.user_id.encode(), value, SLATE_HEADERS)
 
 
 def dead_letter_message(letter: DeadLetter) -> Message:
-    """The record as it was, with its reason and its origin in headers. Of one that would not fit with them the value's
-    beginning is kept, and its size in `millrace-truncated`: the original stays where its origin says."""
+    """Return the unchanged record with its reason and its origin in headers.
+
+    A record that would not fit with them is cut to the beginning of its value, its size in `millrace-truncated`; the
+    original stays where its origin says.
+    """
     (topic, partition), _, offset = letter.record_offset
-    origin = {"reason": letter.reason[:1000], "topic": topic, "partition": partition, "offset": offset}
-    key, value = letter.key, letter.value
+    added = {"reason": letter.reason[:1000], "topic": topic, "partition": partition, "offset": offset}
+    key = letter.key
+    value = letter.value
     headers = [(name, content) for name, content in letter.headers if not name.startswith(HEADER_PREFIX)]
     size = len(key or b"") + len(value or b"") + sum(len(name) + len(content or b"") for name, content in headers)
-    if size > MAX_RECORD_BYTES - KEPT_BYTES:
-        origin["truncated"], key, value, headers = size, (key or b"")[:256], (value or b"")[:KEPT_BYTES], []
-    headers += [(HEADER_PREFIX + name, str(content).encode()) for name, content in origin.items()]
+    if size > MAX_RECORD_BYTES - TRUNCATED_VALUE_BYTES:
+        added["truncated"] = size
+        key = (key or b"")[:TRUNCATED_KEY_BYTES]
+        value = (value or b"")[:TRUNCATED_VALUE_BYTES]
+        headers = []
+    headers += [(HEADER_PREFIX + name, str(content).encode()) for name, content in added.items()]
     return Message(key, value, headers)
