@@ -144,7 +144,7 @@ def test_a_redis_that_restarts_empty_costs_rings_but_no_answer(server: LocalValk
 
 
 def test_a_redis_that_is_down_at_the_start_is_one_clear_sentence(tmp_path: Path, run):
-    with pytest.raises(StoreUnavailable, match=r"^Redis at 127\.0\.0\.1:1 is away[^\n]*$") as caught:
+    with pytest.raises(StoreUnavailable, match=r"^Redis at 127\.0\.0\.1:1 is unreachable[^\n]*$") as caught:
         run(stream(settings("redis://127.0.0.1:1"), [], tmp_path / "slates.jsonl"))
     assert caught.value.exit_code == 5
 

@@ -51,7 +51,7 @@ def test_an_unknown_key_of_the_configuration(tmp_path: Path):
 def test_redis_is_down(kafka: str):
     done = start(KAFKA__BOOTSTRAP_SERVERS=kafka, REDIS__URL="redis://127.0.0.1:1")
     assert done.returncode == 5
-    assert "Redis at 127.0.0.1:1 is away" in sentence(done)
+    assert "Redis at 127.0.0.1:1 is unreachable" in sentence(done)
 
 
 def test_no_broker_answers(valkey: str):

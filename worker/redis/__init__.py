@@ -1,4 +1,4 @@
-"""Everything that talks to Redis, with the Lua functions beside it.
+"""Everything that talks to Redis, together with its Lua functions.
 
 May import: errors, interfaces, metrics, config, logging, pipeline.
 """

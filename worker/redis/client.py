@@ -1,7 +1,7 @@
-"""Redis as this project needs it: pipelines with one deadline, functions that are always there, errors by name.
+"""A Redis client with one deadline per pipeline, server-side functions that are always loaded, and typed errors.
 
-redis-py would wait 5 s and try 10 times before it says that a server is gone; here a call takes at most
-`redis.timeout_s` and is tried once, since the callers know what may be repeated.
+redis-py would wait 5 s and try 10 times before it reports that a server is down; here a call takes at most
+`redis.timeout_s` and is tried once, because the callers decide what may be retried.
 """
 
 import asyncio
@@ -16,28 +16,28 @@ from redis.asyncio.cluster import RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from worker.config import RedisConfig as RedisConfig
+from worker.config import RedisConfig
 from worker.errors import ConfigError, StoreError, StoreUnavailable
 
 LIBRARIES = [Path(__file__).with_name(name) for name in ("sequences.lua", "slates.lua", "counters.lua")]
 POPULAR_KEY = "rec:popular"
-NOT_FOUND = "Function not found"  # a restart without persistence, a failover to a replica that had not got it
-# Error replies that pass by themselves or by an operator's hand: code -> what is the matter.
+FUNCTION_NOT_FOUND = "Function not found"  # after a restart without persistence, or failover to a replica without it
+# Error replies that pass by themselves or after an operator's action: code -> predicate of the error message.
 TRANSIENT_ERRORS = {
     "OOM": "is out of memory: raise its maxmemory, or lower sequences.max_events or sequences.ttl_days",
     "READONLY": "is a read-only replica: a failover is under way, or redis.url names a replica",
     "LOADING": "is still loading its data",
-    "CLUSTERDOWN": "says that its cluster is down",
+    "CLUSTERDOWN": "reports that its cluster is down",
     "MASTERDOWN": "has lost its primary",
     "TRYAGAIN": "is moving hash slots",
-    "MISCONF": "cannot save to its disk and so refuses writes",
+    "MISCONF": "cannot save to its disk and so rejects writes",
     "NOREPLICAS": "has too few replicas to accept writes",
     "BUSY": "is busy with another function",
 }
 
 Command = tuple[str | bytes | int | float, ...]
 T = TypeVar("T")
-# hiredis declares a tuple of one, and takes any.
+# hiredis declares a one-element tuple, and accepts any.
 _pack = cast(Callable[[Command], bytes], hiredis.pack_command)
 
 
@@ -50,12 +50,13 @@ def slate_key(user_id: str) -> str:
 
 
 class RedisClient:
-    """One server, or a cluster of them. Every method raises StoreUnavailable (may be retried) or StoreError."""
+    """One server or one cluster. Every method raises StoreUnavailable (may be retried) or StoreError."""
 
     def __init__(self, config: RedisConfig) -> None:
+        """Connects lazily. Raises ConfigError for an invalid URL."""
         self._timeout_s = config.timeout_s
         self._cluster: RedisCluster | None = None
-        # RESP2: nothing of RESP3 is used here. No socket timeouts: one deadline a pipeline, not one a reply.
+        # RESP2: no feature of RESP3 is used. No socket timeouts: one deadline per pipeline, not one per reply.
         options: dict[str, Any] = {
             "socket_timeout": None,
             "socket_connect_timeout": config.timeout_s,
@@ -68,40 +69,39 @@ class RedisClient:
             self._pool = ConnectionPool.from_url(config.url, **options)
         except (ValueError, redis_errors.RedisError, redis_errors.RedisClusterException) as error:
             raise ConfigError(f"redis.url: {error}; want redis://HOST:PORT/DB or rediss://...") from error
-        where = self._pool.connection_kwargs
-        self.address = where.get("path") or f"{where.get('host', 'localhost')}:{where.get('port', 6379)}"
+        connection = self._pool.connection_kwargs
+        self.address = connection.get("path") or f"{connection.get('host', 'localhost')}:{connection.get('port', 6379)}"
 
     async def call(self, *command: str | bytes | int | float) -> Any:
-        """One command's reply, undecoded."""
+        """Return one command's reply, undecoded."""
         return (await self.pipeline([command]))[0]
 
     async def pipeline(self, commands: Sequence[Command]) -> list[Any]:
-        """The replies in order. One round trip, no transaction: when this raises, some may have been carried out.
+        """Return the replies in order. One round trip, no transaction: if it raises, some commands may have run.
 
         A function that the server has lost is loaded again, and its calls are repeated.
         """
         if not commands:
             return []
         replies = await self._with_deadline(self._send(commands))
-        errors = [at for at, reply in enumerate(replies) if isinstance(reply, Exception)]
-        lost = [at for at in errors if NOT_FOUND in str(replies[at])]
-        if lost:
+        failed = [index for index, reply in enumerate(replies) if isinstance(reply, Exception)]
+        without_function = [index for index in failed if FUNCTION_NOT_FOUND in str(replies[index])]
+        if without_function:
             await self.load_functions()
-            for at, reply in zip(
-                lost, await self._with_deadline(self._send([commands[at] for at in lost])), strict=True
-            ):
-                replies[at] = reply
-        for at in errors:
-            if isinstance(replies[at], Exception):
-                raise self._error(replies[at])
+            again = await self._with_deadline(self._send([commands[index] for index in without_function]))
+            for index, reply in zip(without_function, again, strict=True):
+                replies[index] = reply
+        for index in failed:
+            if isinstance(replies[index], Exception):
+                raise self._error(replies[index])
         return replies
 
     async def info(self, section: str) -> dict[str, Any]:
-        """A section of INFO, of the node that redis.url names."""
+        """Return a section of INFO of the node that redis.url names."""
         return await self._with_deadline(Redis(connection_pool=self._pool).info(section))
 
     async def load_functions(self) -> None:
-        """FUNCTION LOAD REPLACE, on every primary. Raises StoreError where the server has no functions."""
+        """Run FUNCTION LOAD REPLACE on every primary. Raises StoreError when the server has no functions."""
         for path in LIBRARIES:
             load: Command = ("FUNCTION", "LOAD", "REPLACE", path.read_text())
             if self._cluster is not None:
@@ -127,18 +127,18 @@ class RedisClient:
             raise self._error(error) from error
 
     async def _rediscover(self) -> None:
-        """A cluster's client asks for the nodes anew at its next use."""
+        """Make a cluster's client discover the nodes again at its next use."""
         if self._cluster is not None:
             await self._cluster.aclose()
 
     async def _send(self, commands: Sequence[Command]) -> list[Any]:
-        """Replies, or the errors that the server replied; raises when the connection fails."""
+        """Return the replies, errors that the server replied among them; raise when the connection fails."""
         if self._cluster is not None:
             pipeline = self._cluster.pipeline()
             for command in commands:
                 pipeline.execute_command(*command)
             return await pipeline.execute(raise_on_error=False)
-        # redis-py's own pipeline packs in Python: 17 us more a command than hiredis (500 pushes, one core of an EPYC).
+        # redis-py's own pipeline packs in Python: 17 us more per command than hiredis (500 pushes, one EPYC core).
         connection = await self._pool.get_connection()
         try:
             await connection.send_packed_command(b"".join(map(_pack, commands)))
@@ -157,16 +157,16 @@ class RedisClient:
         if code in TRANSIENT_ERRORS:
             return StoreUnavailable(f"Redis at {self.address} {TRANSIENT_ERRORS[code]} ({error})")
         if isinstance(error, redis_errors.AuthenticationError | redis_errors.NoPermissionError):
-            return StoreError(f"Redis at {self.address} refuses the credentials of redis.url: {error}")
+            return StoreError(f"Redis at {self.address} rejects the credentials of redis.url: {error}")
         if "unknown command" in str(error) and "FUNCTION" in str(error):
             return StoreError(f"Redis at {self.address} has no functions: Redis 7 or Valkey is needed ({error})")
         if isinstance(error, redis_errors.ResponseError):
-            return StoreError(f"Redis at {self.address} refused a command: {error}")
-        return StoreUnavailable(f"Redis at {self.address} is away: {error}")
+            return StoreError(f"Redis at {self.address} rejected a command: {error}")
+        return StoreUnavailable(f"Redis at {self.address} is unreachable: {error}")
 
 
 async def connect(config: RedisConfig) -> RedisClient:
-    """A client with its functions loaded. Raises ConfigError, StoreUnavailable, StoreError."""
+    """Return a client whose functions are loaded. Raises ConfigError, StoreUnavailable, StoreError."""
     client = RedisClient(config)
     try:
         await client.load_functions()

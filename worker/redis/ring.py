@@ -1,69 +1,84 @@
-"""A user's ring in this process: the same bytes as in Redis, and the same append (sequences.lua is its twin)."""
+"""A user's ring in this process: the same bytes as in Redis, and the same append as in sequences.lua."""
 
 import struct
 from dataclasses import dataclass
+from functools import cache
+from hashlib import blake2b
 
 from pipeline.records import EVENT_BYTES
+from worker.interfaces import Partition
 
 FORMAT = 1
 HEADER = struct.Struct("<BBHI8sq8sq")
 NO_SOURCE = bytes(8)
 PREFIX = bytes([FORMAT, EVENT_BYTES])
-MAX_COUNT = 1 << 31  # the count is taken back by whole rings before it outgrows its 32 bits
+MAX_COUNT = 1 << 31  # the count is reduced by whole rings before it outgrows its 32 bits
+
+
+@cache
+def source_id(topic_generation: str, partition: Partition) -> bytes:
+    """Return the 8 bytes that name a partition of this topic generation in rings and slates."""
+    return blake2b(f"{topic_generation}\0{partition.topic}\0{partition.partition}".encode(), digest_size=8).digest()
 
 
 @dataclass(slots=True)
 class Ring:
-    """`events` are oldest first. `source` is the one pushed last, with its last offset."""
+    """`events` are oldest first. `source` is the one pushed most recently, with its last offset."""
 
     cap: int
     count: int = 0  # ever appended
     source: bytes = NO_SOURCE
-    last: int = 0
-    other: bytes = NO_SOURCE
-    other_last: int = 0
+    last_offset: int = 0
+    other_source: bytes = NO_SOURCE
+    other_last_offset: int = 0
     events: bytes = b""
 
     @classmethod
     def from_value(cls, value: bytes, cap: int) -> "Ring":
-        """From the value in Redis, or empty bytes where there is none. ValueError: not this format."""
+        """Parse the value in Redis, empty bytes where there is none. Raises ValueError for another format."""
         if not value:
             return cls(cap)
         if len(value) < HEADER.size or value[:2] != PREFIX:
             raise ValueError(
-                f"not a ring of format {FORMAT}, {EVENT_BYTES} bytes an event: it begins with {value[:8]!r}"
+                f"not a ring of format {FORMAT}, {EVENT_BYTES} bytes per event: it begins with {value[:8]!r}"
             )
-        _, _, cap, count, source, last, other, other_last = HEADER.unpack_from(value)
-        start = HEADER.size + count % cap * EVENT_BYTES if count > cap else HEADER.size
-        events = value[start:] + value[HEADER.size : start]
-        return cls(cap, count, source, last, other, other_last, events)
+        _, _, cap, count, *sources = HEADER.unpack_from(value)
+        oldest = HEADER.size + count % cap * EVENT_BYTES if count > cap else HEADER.size
+        return cls(cap, count, *sources, events=value[oldest:] + value[HEADER.size : oldest])
 
     def header(self) -> bytes:
-        """The 40 bytes that name this version of the ring; empty while nothing was ever pushed."""
+        """Return the 40 bytes that name this version of the ring; empty before the first push."""
         if self.source == NO_SOURCE:
             return b""
         return HEADER.pack(
-            FORMAT, EVENT_BYTES, self.cap, self.count, self.source, self.last, self.other, self.other_last
+            FORMAT,
+            EVENT_BYTES,
+            self.cap,
+            self.count,
+            self.source,
+            self.last_offset,
+            self.other_source,
+            self.other_last_offset,
         )
 
     def value(self) -> bytes:
-        """As Redis stores it."""
+        """Return the ring as Redis stores it."""
         if self.count < self.cap:
             return self.header() + self.events
-        oldest = (
-            self.cap - self.count % self.cap
-        ) * EVENT_BYTES  # bytes from the oldest event's slot to the ring's end
-        return self.header() + self.events[oldest:] + self.events[:oldest]
+        to_end = (self.cap - self.count % self.cap) * EVENT_BYTES  # from the oldest event's slot to the ring's end
+        return self.header() + self.events[to_end:] + self.events[:to_end]
 
     def push(self, source: bytes, offset: int, event: bytes, cap: int) -> bool:
-        """Append one event unless its source has been read beyond it. False: it has."""
-        if offset <= self.last_offset(source):
+        """Append one event. Return False when its source has been read up to it or beyond."""
+        if offset <= self.get_last_offset(source):
             return False
-        if source != self.source:  # known or not: the pair used less recently makes room
-            self.other, self.other_last, self.source = self.source, self.last, source
+        if source != self.source:  # whether new or the other one: the pair used less recently is replaced
+            self.other_source = self.source
+            self.other_last_offset = self.last_offset
+            self.source = source
         if cap != self.cap:
             self._migrate(cap)
-        self.last = offset
+        self.last_offset = offset
         self.count += 1
         if self.count >= MAX_COUNT:
             self.count = cap + MAX_COUNT % cap
@@ -71,16 +86,16 @@ class Ring:
         self.events = events if len(events) <= cap * EVENT_BYTES else events[EVENT_BYTES:]
         return True
 
-    def last_offset(self, source: bytes) -> int:
-        """-1 when the source is new."""
+    def get_last_offset(self, source: bytes) -> int:
+        """Return the last offset of a source, -1 for a new one."""
         if source == self.source:
-            return self.last
-        return self.other_last if source == self.other else -1
+            return self.last_offset
+        return self.other_last_offset if source == self.other_source else -1
 
     def _migrate(self, cap: int) -> None:
         length = len(self.events) // EVENT_BYTES
         if length > cap:
             self.events = self.events[-cap * EVENT_BYTES :]
         elif length < cap:
-            self.count = length  # what a smaller ring had dropped stays lost
+            self.count = length  # events that a smaller ring has dropped stay lost
         self.cap = cap

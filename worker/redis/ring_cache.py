@@ -5,11 +5,13 @@ from collections import OrderedDict
 from worker.interfaces import Partition
 from worker.redis.ring import Ring
 
-# A Ring with its ints and 8-byte sources, the dictionary's entry and the user's id, beside the events (sys.getsizeof).
+# A Ring with its ints and 8-byte sources, the dictionary entry and the user id, without the events (sys.getsizeof).
 ENTRY_BYTES = 600
 
 
 class RingCache:
+    """The least recently pushed rings are evicted beyond `limit_bytes`."""
+
     def __init__(self, limit_bytes: int) -> None:
         self.bytes = 0
         self._limit_bytes = limit_bytes
@@ -19,11 +21,11 @@ class RingCache:
         return len(self._rings)
 
     def get(self, user_id: str) -> Ring | None:
-        found = self._rings.get(user_id)
-        return found and found[0]
+        cached = self._rings.get(user_id)
+        return cached and cached[0]
 
     def put(self, user_id: str, ring: Ring, partition: Partition) -> None:
-        """Keep it, as pushed to last from this partition; the least recently pushed ones make room."""
+        """Cache a ring under the partition that it was just pushed from."""
         size = ENTRY_BYTES + len(ring.events)
         old = self._rings.get(user_id)
         self.bytes += size - (old[2] if old else 0)

@@ -1,18 +1,18 @@
 #!lua name=millrace_slates
--- A user's last slate: 8 bytes source and i64 last offset (little endian) of what it covers, then the JSON.
+-- A user's last slate: the source (8 bytes) and last offset (i64, little endian) that it covers, then the JSON.
 -- One GET reads it: the JSON starts at byte 16.
 
 local STAMP = '<c8i8'
 local STAMP_BYTES = 16
 
 -- KEYS: the slate.  ARGS: source, last offset, JSON, ttl_s.
--- Returns 1, or 0 when a slate of the same source that covers later offsets is there already.
+-- Returns 1, or 0 when the stored slate has the same source and covers later offsets.
 local function put(keys, args)
   local stamp = redis.call('GETRANGE', keys[1], 0, STAMP_BYTES - 1)
   local offset = tonumber(args[2])
   if #stamp == STAMP_BYTES then
-    local source, last = struct.unpack(STAMP, stamp)
-    if source == args[1] and last > offset then
+    local source, stored_offset = struct.unpack(STAMP, stamp)
+    if source == args[1] and stored_offset > offset then
       return 0
     end
   end

@@ -56,7 +56,7 @@ def test_missing_topics_are_named(kafka: str, valkey: str, topics, monkeypatch, 
 def test_redis_is_away_or_would_evict_rings(kafka: str, monkeypatch, lines, tmp_path: Path):
     settings(monkeypatch, KAFKA__BOOTSTRAP_SERVERS=kafka, KAFKA__CREATE_TOPICS="true", REDIS__URL="redis://127.0.0.1:1")
     assert main(["doctor"]) == 5
-    assert "Redis at 127.0.0.1:1 is away" in lines()["redis"]
+    assert "Redis at 127.0.0.1:1 is unreachable" in lines()["redis"]
     with LocalValkey(tmp_path) as server:
         settings(monkeypatch, REDIS__URL=server.url)
         evicting(config.load(None).redis)

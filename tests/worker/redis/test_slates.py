@@ -133,7 +133,7 @@ def test_http_answers_slates_unknown_users_its_health_and_stops_when_told(server
             server.stop()
             away = await http.get("/v1/slates/a%2Fb%20c%3F")
             assert (away.status_code, (await http.get("/readyz")).status_code) == (503, 503)
-            assert "is away" in away.json()["error"]
+            assert "is unreachable" in away.json()["error"]
             assert (await http.get("/livez")).status_code == 200
             server.start()
             assert (await http.get("/readyz")).status_code == 200
