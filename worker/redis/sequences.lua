@@ -42,7 +42,7 @@ local function get_last_offset(header, source)
   return header.other_source == source and header.other_last_offset or -1
 end
 
--- Make `source` the first of the two, in place of the one that was used less recently if it is new.
+-- Move `source` to the front of the two; a new one replaces the one that was used less recently.
 local function use_source(header, source)
   if header.source == source then
     return

@@ -1,16 +1,15 @@
-"""What becomes of a push when Redis is slow, restarts, fills up, turns read-only, is a cluster, or was never there."""
+"""Pushes when Redis is slow, restarts, fills up, turns read-only, is a cluster, or was never there."""
 
 import asyncio
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from pipeline.records import Event
-from worker.config import RedisConfig
-from worker.config import SequencesConfig as Config
+from worker.config import RedisConfig, SequencesConfig
 from worker.errors import ConfigError, StoreError, StoreUnavailable
 from worker.interfaces import ConsumedEvent, Partition, RecordOffset
 from worker.redis.client import RedisClient, connect
@@ -25,139 +24,115 @@ class ClusterValkey(LocalValkey):
         return [*super()._command(), "--cluster-enabled", "yes"]
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[LocalValkey]:
-    with LocalValkey(tmp_path) as own:
-        yield own
-
-
-def arrivals(count: int, users: int = 1) -> list[ConsumedEvent]:
-    record_offset = [RecordOffset(Partition("events", 0), 1, offset) for offset in range(count)]
+def consumed_events(count: int, users: int = 1) -> list[ConsumedEvent]:
     return [
-        ConsumedEvent(Event(f"u{each.offset % users}", "i", "view", 1), bytes([each.offset]) * 24, each, count, 0, 0.0)
-        for each in record_offset
+        ConsumedEvent(
+            event=Event(f"u{offset % users}", "i", "view", 1),
+            packed=bytes([offset]) * 24,
+            record_offset=RecordOffset(Partition("events", 0), 1, offset),
+            end_offset=count,
+            polled_ms=0,
+            polled_s=0.0,
+        )
+        for offset in range(count)
     ]
 
 
-def test_a_stopped_redis_is_unavailable_after_the_deadline_and_pushing_again_appends_once(server: LocalValkey):
-    async def scenario() -> bytes:
-        client = await connect(RedisConfig(url=server.url, timeout_s=0.3))
-        sequences, batch = SequenceStore(client, Config()), arrivals(3)
-        await sequences.push(batch[:1])
-        os.kill(server.pid, signal.SIGSTOP)
-        loop = asyncio.get_running_loop()
-        start_s = loop.time()
-        with pytest.raises(StoreUnavailable, match=r"did not answer within 0\.3 s"):
-            await sequences.push(batch[1:])
-        assert loop.time() - start_s < 2
-        os.kill(server.pid, signal.SIGCONT)  # the push that timed out is carried out now
-        await sequences.push(batch[1:])
-        value = await client.call("GET", "seq:{u:u0}")
-        await client.aclose()
-        assert batch[2].ring == value[40:]
-        return value[40:]
-
-    assert asyncio.run(asyncio.wait_for(scenario(), 30)) == b"".join(bytes([n]) * 24 for n in range(3))
+async def test_hung_server_times_out_and_the_repeated_push_appends_once(server: LocalValkey):
+    client = await connect(RedisConfig(url=server.url, timeout_s=0.3))
+    store = SequenceStore(client, SequencesConfig())
+    events = consumed_events(3)
+    await store.push(events[:1])
+    os.kill(server.pid, signal.SIGSTOP)
+    loop = asyncio.get_running_loop()
+    start_s = loop.time()
+    with pytest.raises(StoreUnavailable, match=r"did not answer within 0\.3 s"):
+        await store.push(events[1:])
+    assert loop.time() - start_s < 2
+    os.kill(server.pid, signal.SIGCONT)  # the server now runs the push that timed out
+    await store.push(events[1:])
+    value = await client.call("GET", "seq:{u:u0}")
+    await client.aclose()
+    assert events[2].ring == value[40:]
+    assert value[40:] == b"".join(bytes([offset]) * 24 for offset in range(3))
 
 
-def test_a_restart_that_lost_all_is_survived_and_noticed(server: LocalValkey):
-    async def scenario() -> None:
-        client = await connect(RedisConfig(url=server.url))
-        sequences, batch = SequenceStore(client, Config()), arrivals(3)
-        await sequences.push(batch[:1])
-        server.stop()
-        with pytest.raises(StoreUnavailable, match="unreachable"):
-            await sequences.push(batch[1:2])
-        server.start()
-        await sequences.push(batch[1:2])  # its functions are gone, too: they are loaded again
-        await sequences.push(batch[2:])
-        assert batch[2].ring == batch[1].packed + batch[2].packed
-        assert sequences.rings_lost == 1
-        await client.aclose()
-
-    asyncio.run(asyncio.wait_for(scenario(), 30))
+async def test_push_continues_after_a_restart_that_lost_all_data(server: LocalValkey, server_client: RedisClient):
+    store = SequenceStore(server_client, SequencesConfig())
+    events = consumed_events(3)
+    await store.push(events[:1])
+    server.stop()
+    with pytest.raises(StoreUnavailable, match="unreachable"):
+        await store.push(events[1:2])
+    server.start()
+    await store.push(events[1:2])  # the functions are lost, too: they are loaded again
+    await store.push(events[2:])
+    assert events[2].ring == events[1].packed + events[2].packed
+    assert store.rings_lost == 1
 
 
-def test_a_lost_function_is_loaded_again_in_the_same_call(server: LocalValkey):
-    async def scenario() -> None:
-        client = await connect(RedisConfig(url=server.url))
-        await client.call("FUNCTION", "FLUSH")
-        batch = arrivals(6, users=3)
-        await SequenceStore(client, Config()).push(batch)
-        assert all(each.is_new for each in batch)
-        await client.aclose()
-
-    asyncio.run(asyncio.wait_for(scenario(), 30))
+async def test_lost_function_is_loaded_again_in_the_same_call(server_client: RedisClient):
+    await server_client.call("FUNCTION", "FLUSH")
+    events = consumed_events(6, users=3)
+    await SequenceStore(server_client, SequencesConfig()).push(events)
+    assert all(event.is_new for event in events)
 
 
 @pytest.mark.parametrize(
-    ("trouble", "says"),
+    ("command", "message"),
     [
         (("CONFIG", "SET", "maxmemory", "1mb"), "out of memory: raise its maxmemory"),
         (("REPLICAOF", "127.0.0.1", "1"), "read-only replica"),
     ],
 )
-def test_a_server_that_cannot_write_now_is_unavailable_and_says_why(server: LocalValkey, trouble: tuple, says: str):
-    async def scenario() -> None:
-        client = await connect(RedisConfig(url=server.url))
-        await client.call(*trouble)
-        with pytest.raises(StoreUnavailable, match=says):
-            await SequenceStore(client, Config()).push(arrivals(2))
-        await client.aclose()
-
-    asyncio.run(asyncio.wait_for(scenario(), 30))
+async def test_server_that_cannot_write_is_unavailable_with_its_reason(
+    server_client: RedisClient, command: tuple, message: str
+):
+    await server_client.call(*command)
+    with pytest.raises(StoreUnavailable, match=message):
+        await SequenceStore(server_client, SequencesConfig()).push(consumed_events(2))
 
 
-def test_wrong_credentials_are_no_outage(server: LocalValkey):
-    async def scenario() -> None:
-        await connect(RedisConfig(url=server.url.replace("//", "//someone:wrong@")))
-
+async def test_wrong_credentials_are_a_permanent_error(server: LocalValkey):
     with pytest.raises(StoreError, match=r"rejects the credentials") as caught:
-        asyncio.run(asyncio.wait_for(scenario(), 30))
+        await connect(RedisConfig(url=server.url.replace("//", "//someone:wrong@")))
     assert not caught.value.retriable
     assert "wrong@" not in str(caught.value)
 
 
-def test_no_server_at_all_is_unavailable_at_once():
-    with pytest.raises(StoreUnavailable, match=r"127\.0\.0\.1:9 is unreachable"):
-        asyncio.run(asyncio.wait_for(connect(RedisConfig(url="redis://127.0.0.1:9/0")), 5))
+async def test_missing_server_is_unavailable_at_once():
+    async with asyncio.timeout(5):
+        with pytest.raises(StoreUnavailable, match=r"127\.0\.0\.1:9 is unreachable"):
+            await connect(RedisConfig(url="redis://127.0.0.1:9/0"))
 
 
-def test_an_address_that_is_none_is_a_configuration_error():
+def test_invalid_url_is_a_configuration_error():
     with pytest.raises(ConfigError, match=r"redis\.url"):
         RedisClient(RedisConfig(url="localhost"))
 
 
-def test_one_wrong_command_of_a_pipeline_leaves_the_connection_usable(server: LocalValkey):
-    async def scenario() -> None:
-        client = await connect(RedisConfig(url=server.url))
-        with pytest.raises(StoreError, match="WRONGTYPE"):
-            await client.pipeline([("SET", "a", "1"), ("LPUSH", "a", "2"), ("SET", "b", "3")])
-        assert await client.pipeline([("GET", "a"), ("GET", "b")]) == [b"1", b"3"]
-        await client.aclose()
-
-    asyncio.run(asyncio.wait_for(scenario(), 30))
+async def test_failed_command_of_a_pipeline_leaves_the_connection_usable(server_client: RedisClient):
+    with pytest.raises(StoreError, match="WRONGTYPE"):
+        await server_client.pipeline([("SET", "a", "1"), ("LPUSH", "a", "2"), ("SET", "b", "3")])
+    assert await server_client.pipeline([("GET", "a"), ("GET", "b")]) == [b"1", b"3"]
 
 
-def test_a_cluster_takes_pushes_of_many_users(tmp_path: Path, eventually):
-    async def scenario() -> None:
-        alone = RedisClient(RedisConfig(url=server.url))
-        await alone.call("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+async def test_cluster_accepts_pushes_of_many_users(tmp_path: Path, eventually):
+    with ClusterValkey(tmp_path) as server:
+        node = RedisClient(RedisConfig(url=server.url))
+        await node.call("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
 
         async def formed() -> bool:
-            return b"cluster_state:ok" in await alone.call("CLUSTER", "INFO")
+            return b"cluster_state:ok" in await node.call("CLUSTER", "INFO")
 
         await eventually(formed)
         client = await connect(RedisConfig(url=server.url, cluster=True))
-        batch = arrivals(60, users=20)
-        await SequenceStore(client, Config()).push(batch)
-        assert all(each.is_new for each in batch)
-        await alone.call("FUNCTION", "FLUSH")
-        await SequenceStore(client, Config()).push(batch)
-        assert not any(each.is_new for each in batch)
+        events = consumed_events(60, users=20)
+        await SequenceStore(client, SequencesConfig()).push(events)
+        assert all(event.is_new for event in events)
+        await node.call("FUNCTION", "FLUSH")
+        await SequenceStore(client, SequencesConfig()).push(events)
+        assert not any(event.is_new for event in events)
         assert (await client.info("server"))["tcp_port"] == server.port
         await client.aclose()
-        await alone.aclose()
-
-    with ClusterValkey(tmp_path) as server:
-        asyncio.run(asyncio.wait_for(scenario(), 30))
+        await node.aclose()

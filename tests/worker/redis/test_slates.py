@@ -1,11 +1,10 @@
-"""Slates in Redis and what looks them up: order, expiry, the popular fallback, the command, HTTP."""
+"""Slates in Redis and their lookup: order, expiry, the popular fallback, the command, HTTP."""
 
 import asyncio
-import itertools
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import httpx
@@ -22,95 +21,83 @@ from worker.redis.slates import SlateStore
 from worker.replay.child_process import free_ports
 from worker.replay.local_servers import LocalValkey
 
-names = (f"reader{number}" for number in itertools.count())
+NewUser = Callable[[], str]
 
 
 def slate(user: str, last_offset: int, partition: int = 0, item: str = "i1") -> Slate:
-    items = [SlateItem(item, 0.5, 0.25, None, None, "retrieval")]
-    covers = Covers("events", partition, last_offset, last_offset, 1, 5)
-    return Slate(user, items, "hstu", "v1", covers, 1_700_000_000_000, Latency(total=1.5))
-
-
-def scenario(url: str, test: Callable[[RedisClient, Lookup], Awaitable[None]]) -> None:
-    async def within() -> None:
-        client = await connect(RedisConfig(url=url))
-        try:
-            async with Lookup(RedisConfig(url=url)) as lookup:
-                await test(client, lookup)
-        finally:
-            await client.aclose()
-
-    asyncio.run(asyncio.wait_for(within(), 30))
-
-
-def test_a_slate_comes_back_as_it_was_put_and_expires(valkey: str):
-    async def test(client: RedisClient, lookup: Lookup) -> None:
-        users = [next(names) for _ in range(3)]
-        await SlateStore(client, SlatesConfig(ttl_days=1)).put([slate(user, 7) for user in users])
-        assert await lookup.slate(users[1]) == slate(users[1], 7)
-        assert 86_000 < await client.call("TTL", f"rec:{{u:{users[1]}}}") <= 86_400
-
-    scenario(valkey, test)
-
-
-def test_an_older_slate_of_the_same_partition_never_replaces_a_newer_one(valkey: str):
-    async def test(client: RedisClient, lookup: Lookup) -> None:
-        store, user = SlateStore(client, SlatesConfig()), next(names)
-        await store.put([slate(user, 9, item="new"), slate(user, 8, item="old")])
-        assert (await lookup.slate(user)).items[0].item_id == "new"
-        await store.put([slate(user, 9, item="repeated")])
-        assert (await lookup.slate(user)).items[0].item_id == "repeated"
-        await store.put([slate(user, 2, partition=1, item="elsewhere")])
-        assert (await lookup.slate(user)).items[0].item_id == "elsewhere"
-
-    scenario(valkey, test)
-
-
-def test_a_new_epoch_begins_its_offsets_anew(valkey: str):
-    async def test(client: RedisClient, lookup: Lookup) -> None:
-        user = next(names)
-        await SlateStore(client, SlatesConfig(), topic_generation="1").put([slate(user, 900)])
-        await SlateStore(client, SlatesConfig(), topic_generation="2").put([slate(user, 3)])
-        assert (await lookup.slate(user)).covers.last_offset == 3
-
-    scenario(valkey, test)
-
-
-def test_what_is_no_slate_is_an_error_that_names_the_key(valkey: str):
-    async def test(client: RedisClient, lookup: Lookup) -> None:
-        user = next(names)
-        await client.call("SET", f"rec:{{u:{user}}}", "nonsense")
-        with pytest.raises(StoreError, match=user):
-            await lookup.slate(user)
-
-    scenario(valkey, test)
+    return Slate(
+        user_id=user,
+        items=[SlateItem(item, 0.5, 0.25, None, None, "retrieval")],
+        strategy="hstu",
+        model_version="v1",
+        covers=Covers("events", partition, last_offset, last_offset, 1, 5),
+        created_ms=1_700_000_000_000,
+        latency_ms=Latency(total=1.5),
+    )
 
 
 @pytest.fixture
-def server(tmp_path):
-    with LocalValkey(tmp_path) as own:
-        yield own
+async def lookup(valkey: str) -> AsyncIterator[Lookup]:
+    """A lookup in the session's Valkey."""
+    async with Lookup(RedisConfig(url=valkey)) as lookup:
+        yield lookup
 
 
-def test_the_popular_slate_answers_whom_nobody_knows_and_only_a_later_one_replaces_it(server: LocalValkey):
-    async def test(client: RedisClient, lookup: Lookup) -> None:
+async def test_slate_is_read_back_and_expires(client: RedisClient, lookup: Lookup, new_user: NewUser):
+    users = [new_user() for _ in range(3)]
+    await SlateStore(client, SlatesConfig(ttl_days=1)).put([slate(user, 7) for user in users])
+    assert await lookup.slate(users[1]) == slate(users[1], 7)
+    assert 86_000 < await client.call("TTL", f"rec:{{u:{users[1]}}}") <= 86_400
+
+
+async def test_older_slate_of_the_same_partition_never_replaces_a_newer_one(
+    client: RedisClient, lookup: Lookup, new_user: NewUser
+):
+    store = SlateStore(client, SlatesConfig())
+    user = new_user()
+    await store.put([slate(user, 9, item="new"), slate(user, 8, item="old")])
+    assert (await lookup.slate(user)).items[0].item_id == "new"
+    await store.put([slate(user, 9, item="repeated")])
+    assert (await lookup.slate(user)).items[0].item_id == "repeated"
+    await store.put([slate(user, 2, partition=1, item="elsewhere")])
+    assert (await lookup.slate(user)).items[0].item_id == "elsewhere"
+
+
+async def test_new_topic_generation_restarts_the_offsets(client: RedisClient, lookup: Lookup, new_user: NewUser):
+    user = new_user()
+    await SlateStore(client, SlatesConfig(), topic_generation="1").put([slate(user, 900)])
+    await SlateStore(client, SlatesConfig(), topic_generation="2").put([slate(user, 3)])
+    assert (await lookup.slate(user)).covers.last_offset == 3
+
+
+async def test_invalid_slate_is_an_error_that_names_the_key(client: RedisClient, lookup: Lookup, new_user: NewUser):
+    user = new_user()
+    await client.call("SET", f"rec:{{u:{user}}}", "nonsense")
+    with pytest.raises(StoreError, match=user):
+        await lookup.slate(user)
+
+
+async def test_popular_slate_answers_unknown_users_and_is_replaced_only_by_a_later_one(
+    server: LocalValkey, server_client: RedisClient
+):
+    store = SlateStore(server_client, SlatesConfig())
+    popular = msgspec.structs.replace(slate("", -1), strategy="popular")
+    async with Lookup(RedisConfig(url=server.url)) as lookup:
         with pytest.raises(UnknownUser, match="'stranger'"):
             await lookup.slate("stranger")
-        store = SlateStore(client, SlatesConfig())
-        popular = msgspec.structs.replace(slate("", -1), strategy="popular")
         await store.put_popular(popular, as_of_ms=2_000)
         await store.put_popular(msgspec.structs.replace(popular, items=[]), as_of_ms=1_000)
         assert await lookup.slate("stranger") == msgspec.structs.replace(popular, user_id="stranger")
 
-    scenario(server.url, test)
 
-
-def test_the_command_prints_a_slate_and_exits_44_for_a_stranger(server: LocalValkey, capsys, monkeypatch):
-    async def test(client: RedisClient, _: Lookup) -> None:
+def test_lookup_command_prints_a_slate_and_exits_44_for_an_unknown_user(run, server: LocalValkey, capsys, monkeypatch):
+    async def put_slate() -> None:
+        client = await connect(RedisConfig(url=server.url))
         await SlateStore(client, SlatesConfig()).put([slate("u 1", 7, item="the item")])
+        await client.aclose()
 
+    run(put_slate())
     monkeypatch.setenv("MILLRACE__REDIS__URL", server.url)
-    scenario(server.url, test)
     assert main(["lookup", "u 1", "--json"]) == 0
     assert msgspec.json.decode(capsys.readouterr().out, type=Slate) == slate("u 1", 7, item="the item")
     assert main(["lookup", "u 1"]) == 0
@@ -119,33 +106,32 @@ def test_the_command_prints_a_slate_and_exits_44_for_a_stranger(server: LocalVal
     assert "no slate for user 'stranger'" in capsys.readouterr().err
 
 
-def test_http_answers_slates_unknown_users_its_health_and_stops_when_told(server: LocalValkey, eventually):
-    async def test(client: RedisClient, _: Lookup) -> None:
-        await SlateStore(client, SlatesConfig()).put([slate("a/b c?", 7)])
-        async with serving(server.url) as (process, http):
-            await eventually(lambda: answers(http))
-            found = await http.get("/v1/slates/a%2Fb%20c%3F")
-            assert (found.status_code, found.headers["content-type"]) == (200, "application/json")
-            assert msgspec.json.decode(found.content, type=Slate) == slate("a/b c?", 7)
-            stranger = await http.get("/v1/slates/stranger")
-            assert stranger.status_code == 404
-            assert "no slate for user 'stranger'" in stranger.json()["error"]
-            server.stop()
-            away = await http.get("/v1/slates/a%2Fb%20c%3F")
-            assert (away.status_code, (await http.get("/readyz")).status_code) == (503, 503)
-            assert "is unreachable" in away.json()["error"]
-            assert (await http.get("/livez")).status_code == 200
-            server.start()
-            assert (await http.get("/readyz")).status_code == 200
-            process.terminate()
-            assert await process.wait() == 0
+async def test_http_serves_slates_errors_and_health_and_stops_on_sigterm(
+    server: LocalValkey, server_client: RedisClient, eventually
+):
+    await SlateStore(server_client, SlatesConfig()).put([slate("a/b c?", 7)])
+    async with serving(server.url) as (process, http):
+        await eventually(lambda: is_ready(http))
+        response = await http.get("/v1/slates/a%2Fb%20c%3F")
+        assert (response.status_code, response.headers["content-type"]) == (200, "application/json")
+        assert msgspec.json.decode(response.content, type=Slate) == slate("a/b c?", 7)
+        unknown_user = await http.get("/v1/slates/stranger")
+        assert unknown_user.status_code == 404
+        assert "no slate for user 'stranger'" in unknown_user.json()["error"]
+        server.stop()
+        without_redis = await http.get("/v1/slates/a%2Fb%20c%3F")
+        assert (without_redis.status_code, (await http.get("/readyz")).status_code) == (503, 503)
+        assert "is unreachable" in without_redis.json()["error"]
+        assert (await http.get("/livez")).status_code == 200
+        server.start()
+        assert (await http.get("/readyz")).status_code == 200
+        process.terminate()
+        assert await process.wait() == 0
 
-    scenario(server.url, test)
 
-
-def test_an_address_that_http_cannot_have_is_one_sentence(capsys):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+def test_serve_reports_an_address_that_it_cannot_listen_on(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as occupied:
+        port = occupied.getsockname()[1]
         assert main(["serve", "--port", str(port)]) == 2
     assert f"millrace serve: cannot listen on 127.0.0.1:{port}: " in capsys.readouterr().err
     assert main(["serve", "--host", "nowhere.invalid", "--port", "0"]) == 2
@@ -154,7 +140,7 @@ def test_an_address_that_http_cannot_have_is_one_sentence(capsys):
 
 @asynccontextmanager
 async def serving(url: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, httpx.AsyncClient]]:
-    """`millrace serve` as a process of its own."""
+    """Run `millrace serve` as a child process."""
     port = free_ports(1)[0]
     command = [sys.executable, "-m", "worker.cli", "serve", "--port", str(port)]
     process = await asyncio.create_subprocess_exec(*command, env={**os.environ, "MILLRACE__REDIS__URL": url})
@@ -167,17 +153,14 @@ async def serving(url: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, h
             await process.wait()
 
 
-async def answers(http: httpx.AsyncClient) -> bool:
+async def is_ready(http: httpx.AsyncClient) -> bool:
     try:
         return (await http.get("/readyz")).status_code == 200
     except httpx.ConnectError:
         return False
 
 
-def test_a_lookup_without_a_server_is_unavailable():
-    async def find() -> None:
-        async with Lookup(RedisConfig(url="redis://127.0.0.1:9/0")) as lookup:
+async def test_lookup_without_a_server_is_unavailable():
+    async with asyncio.timeout(5), Lookup(RedisConfig(url="redis://127.0.0.1:9/0")) as lookup:
+        with pytest.raises(StoreUnavailable):
             await lookup.slate("u1")
-
-    with pytest.raises(StoreUnavailable):
-        asyncio.run(asyncio.wait_for(find(), 5))
