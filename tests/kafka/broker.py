@@ -1,6 +1,10 @@
-"""Producing to and reading from the session's broker with plain aiokafka clients."""
+"""Real brokers for tests, and plain aiokafka clients to prepare and inspect them independently of the worker."""
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
@@ -8,12 +12,16 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from worker.config import KafkaConfig
 from worker.interfaces import Partition
+from worker.replay.child_process import HOST, free_ports
+from worker.replay.local_servers import LocalKafka
+
+PLAIN_LOGIN = "org.apache.kafka.common.security.plain.PlainLoginModule required"
 
 
-class Owner:
-    """A Rebalance that remembers what it was told."""
+class RecordingListener:
+    """A RebalanceListener that records its calls."""
 
-    def __init__(self, on_revoked: Callable[[list[Partition]], Awaitable[None]] | None = None) -> None:
+    def __init__(self, on_revoked: Callable[[list[Partition]], Awaitable[Any]] | None = None) -> None:
         self.assignments: dict[Partition, int] = {}
         self.history: list[str] = []
         self.on_revoked = on_revoked
@@ -30,22 +38,31 @@ class Owner:
 
 
 class Broker:
-    """What a test does to the broker behind the worker's back."""
+    """Operations on a broker that is addressed by `bootstrap`. name: makes unique topic and group names."""
 
     def __init__(self, bootstrap: str, name: Callable[[str], str]) -> None:
-        self.bootstrap, self.name = bootstrap, name
+        self.bootstrap = bootstrap
+        self.name = name
 
     def config(self, **changes: Any) -> KafkaConfig:
         own = {"bootstrap_servers": self.bootstrap, "group_id": self.name("group"), "session_timeout_ms": 6000}
         return KafkaConfig(**(own | changes))
 
-    async def topic(self, partitions: int = 1, kind: str = "events") -> str:
-        topic = self.name(kind)
+    @asynccontextmanager
+    async def admin(self) -> AsyncIterator[AIOKafkaAdminClient]:
         admin = AIOKafkaAdminClient(bootstrap_servers=self.bootstrap)
         await admin.start()
-        response = await admin.create_topics([NewTopic(topic, partitions, 1)])
+        try:
+            yield admin
+        finally:
+            await admin.close()
+
+    async def topic(self, partitions: int = 1, kind: str = "events", settings: dict[str, str] | None = None) -> str:
+        """Create a topic and return its name."""
+        topic = self.name(kind)
+        async with self.admin() as admin:
+            response = await admin.create_topics([NewTopic(topic, partitions, 1, topic_configs=settings)])
         assert [entry["error_code"] for entry in response.to_object()["topic_errors"]] == [0]
-        await admin.close()
         return topic
 
     async def produce(self, topic: str, values: Iterable[bytes], partition: int | None = 0) -> None:
@@ -55,15 +72,15 @@ class Broker:
             await producer.flush()
 
     async def read(self, topic: str, count: int) -> list:
-        """All records, once there are `count`, in the order of their consumed; more than that are returned, too."""
+        """Return all records in the order of their arrival, once there are at least `count`."""
         records: list = []
         async with AIOKafkaConsumer(topic, bootstrap_servers=self.bootstrap, auto_offset_reset="earliest") as consumer:
-            while len(records) < count or await self._behind(consumer):
+            while len(records) < count or await self._has_unread(consumer):
                 for batch in (await consumer.getmany(timeout_ms=500)).values():
                     records += batch
         return records
 
-    async def _behind(self, consumer: AIOKafkaConsumer) -> bool:
+    async def _has_unread(self, consumer: AIOKafkaConsumer) -> bool:
         ends = await consumer.end_offsets(consumer.assignment())
         return any([await consumer.position(tp) < end for tp, end in ends.items()])
 
@@ -71,3 +88,33 @@ class Broker:
         async with AIOKafkaConsumer(bootstrap_servers=self.bootstrap, group_id=group) as consumer:
             consumer.assign([TopicPartition(topic, partition)])
             return await consumer.committed(TopicPartition(topic, partition))
+
+
+class BreakableKafka(LocalKafka):
+    """A broker that tests may suspend and kill. It also listens with SASL: user 'shop', password 'right'."""
+
+    def __init__(self, data_dir: Path) -> None:
+        port, sasl_port, controller_port = free_ports(3)
+        plain, sasl = f"PLAINTEXT://{HOST}:{port}", f"SASL://{HOST}:{sasl_port}"
+        settings = {
+            "listeners": f"{plain},{sasl},CONTROLLER://{HOST}:{controller_port}",
+            "advertised.listeners": f"{plain},{sasl}",
+            "controller.quorum.voters": f"1@{HOST}:{controller_port}",
+            "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,SASL:SASL_PLAINTEXT,CONTROLLER:PLAINTEXT",
+            "sasl.enabled.mechanisms": "PLAIN",
+            "listener.name.sasl.plain.sasl.jaas.config": f'{PLAIN_LOGIN} user_shop="right";',
+        }
+        super().__init__(data_dir, port, settings=settings)
+        self.sasl_bootstrap = f"{HOST}:{sasl_port}"
+
+    def suspend(self) -> None:
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        os.kill(self.pid, signal.SIGCONT)
+
+    def restore(self) -> None:
+        """Start or resume a broker that a failed test left broken."""
+        if self._process is None:
+            self.start()
+        self.resume()

@@ -12,7 +12,7 @@ from aiokafka.consumer.subscription_state import SubscriptionState
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 from aiokafka.record.memory_records import MemoryRecords
 
-from tests.kafka.broker import Owner
+from tests.kafka.broker import RecordingListener
 from worker.config import KafkaConfig
 from worker.interfaces import Partition
 from worker.kafka.consumer_group import GroupMember
@@ -24,7 +24,7 @@ TP = TopicPartition("events", 0)
 @pytest.fixture
 async def member() -> AsyncIterator[GroupMember]:
     """A member that is assigned one partition and never connects."""
-    member = GroupMember(KafkaConfig(), Owner())
+    member = GroupMember(KafkaConfig(), RecordingListener())
     member.consumer.subscribe([TP.topic])
     member.consumer._subscription.assign_from_subscribed({TP})
     yield member

@@ -6,5 +6,5 @@ from worker.kafka.producer import murmur2
 
 
 @given(st.binary(max_size=40))
-def test_keys_hash_as_in_every_other_kafka_client(key: bytes):
+def test_murmur2_equals_the_hash_of_other_kafka_clients(key: bytes):
     assert murmur2(key) == partitioner.murmur2(key)

@@ -1,0 +1,187 @@
+"""Item records from a real compacted topic: all of them at the start, new ones as they arrive."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+from aiokafka import AIOKafkaProducer, ConsumerRecord
+
+from pipeline.items.catalogue import Catalogue
+from pipeline.items.vocabulary import Vocabulary
+from pipeline.records import Item
+from pipeline.serving.pipeline import Pipeline
+from tests.kafka.broker import Broker
+from worker import metrics
+from worker.clock import WallClock
+from worker.config import KafkaConfig
+from worker.inference.ranker import PipelineRanker
+from worker.items.feed import ItemFeed
+from worker.items.journal import ItemJournal
+
+MSGPACK = [("content-type", b"application/msgpack")]
+ItemRecord = tuple[str, bytes | None, list[tuple[str, bytes]]]  # key, value, headers
+
+
+class CatalogueUpdates:
+    """Applies a feed's updates to a catalogue, and records the live ones."""
+
+    def __init__(self) -> None:
+        self.catalogue = Catalogue(Vocabulary())
+        self.updated = asyncio.Event()
+        self.live_items: list[str] = []
+
+    async def update(self, items: list[Item], delisted: list[str], live: bool) -> None:
+        self.catalogue.upsert(items)
+        self.catalogue.delist(delisted)
+        self.live_items += [item.item_id for item in items if live]
+        self.updated.set()
+
+    def content_size(self, item_id: str) -> int:
+        """Return the number of content hashes of the item's record."""
+        return sum(map(len, self.catalogue.content_hashes(self.catalogue.vocabulary.token(item_id))))
+
+
+@pytest.fixture
+def updates() -> CatalogueUpdates:
+    return CatalogueUpdates()
+
+
+@pytest.fixture
+def count_invalid() -> Callable[[], float]:
+    """Return a function that counts the invalid items since the test began."""
+    before = metrics.INVALID_ITEMS._value.get()
+    return lambda: metrics.INVALID_ITEMS._value.get() - before
+
+
+@asynccontextmanager
+async def following(kafka: KafkaConfig, updates: CatalogueUpdates) -> AsyncIterator[None]:
+    """A feed that has read the topic, and follows it meanwhile."""
+    feed = ItemFeed(kafka, updates.update, WallClock())
+    await feed.start()
+    running = asyncio.create_task(feed.run())
+    try:
+        yield
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await feed.stop()
+
+
+async def send(kafka: KafkaConfig, *records: ItemRecord) -> None:
+    async with AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers) as producer:
+        for key, value, headers in records:
+            await producer.send_and_wait(kafka.items_topic, value, key=key.encode(), headers=headers)
+
+
+def item_record(item_id: str, **fields: object) -> ItemRecord:
+    return item_id, msgspec.json.encode({"item_id": item_id} | fields), []
+
+
+def tombstone(item_id: str) -> ItemRecord:
+    return item_id, None, []
+
+
+async def test_all_items_are_read_at_the_start_and_later_ones_followed(
+    broker: Broker, updates: CatalogueUpdates, count_invalid: Callable[[], float]
+):
+    kafka = broker.config(items_topic=await broker.topic(3))
+    await send(
+        kafka,
+        item_record("a", title="first"),
+        ("b", msgspec.msgpack.encode(Item("b", brand="x", category=["y"])), MSGPACK),
+        ("c", b"no item", []),
+        item_record("d", tags=["t"]),
+        tombstone("d"),
+        item_record("e", price=-1),
+        item_record("a", title="the second one"),
+    )
+    async with following(kafka, updates):
+        sizes = {item_id: updates.content_size(item_id) for item_id in "abcde"}
+        assert [size > 0 for size in sizes.values()] == [True, True, False, False, False]
+        assert sizes["a"] > sizes["b"] == 2
+        assert count_invalid() == 2
+        updates.updated.clear()
+        await send(kafka, item_record("new", title="later"))
+        await asyncio.wait_for(updates.updated.wait(), 10)
+        assert updates.content_size("new") > 0
+        assert updates.live_items == ["new"]
+
+
+async def test_tombstone_delists_an_item_until_its_next_record(
+    broker: Broker, updates: CatalogueUpdates, count_invalid: Callable[[], float], eventually
+):
+    kafka = broker.config(items_topic=await broker.topic(1))
+    vocabulary = updates.catalogue.vocabulary
+    vocabulary.admit(["old"])
+    await send(
+        kafka,
+        tombstone("old"),
+        tombstone("unseen"),
+        item_record("back", title="x"),
+        tombstone("back"),
+        item_record("back", title="y"),
+        tombstone(""),
+    )
+    async with following(kafka, updates):
+        vocabulary.admit(["unseen"])  # by an event that arrives after the tombstone
+        tokens = [vocabulary.token(item_id) for item_id in ("old", "unseen", "back")]
+        assert vocabulary.blocked[tokens].tolist() == [True, True, False]
+        assert count_invalid() == 1
+        await send(kafka, item_record("unseen", title="again"), tombstone("back"))
+        await eventually(lambda: vocabulary.blocked[vocabulary.token("back")])
+        assert not vocabulary.blocked[vocabulary.token("unseen")]
+
+
+async def restart(kafka: KafkaConfig, state_dir: Path) -> tuple[Vocabulary, list[str]]:
+    """Start a worker's item feed, then stop it. Return its vocabulary, and the items that it read from the topic."""
+    clock = WallClock()
+    ranker = PipelineRanker(Pipeline.load(None), 10, clock)
+    read: list[str] = []
+
+    async def update(items: list[Item], delisted: list[str], live: bool) -> None:
+        read.extend([*(item.item_id for item in items), *delisted])
+        await ranker.update_items(items, delisted, live)
+
+    journal = ItemJournal(state_dir, kafka.items_topic, ranker, clock)
+    feed = ItemFeed(kafka, update, clock, journal)
+    await feed.start()
+    await feed.stop()
+    journal.close()
+    ranker.close()
+    return ranker.pipeline.vocabulary, read
+
+
+async def test_restart_reads_only_records_after_the_last_save(broker: Broker, tmp_path: Path):
+    kafka = broker.config(items_topic=await broker.topic(2))
+    records = [item_record(f"i{number}", title=f"thing {number}") for number in range(20)]
+    await send(kafka, *records, tombstone("i3"))
+    first, read = await restart(kafka, tmp_path)
+    assert set(read) == {f"i{number}" for number in range(20)}
+    await send(kafka, item_record("new", title="later"), tombstone("i4"))
+    second, read = await restart(kafka, tmp_path)
+    assert sorted(read) == ["i4", "new"]
+    assert second.item_ids == [*first.item_ids, "new"]
+    assert sorted(second.delisted_since(0)) == ["i3", "i4"]
+    _, read = await restart(kafka, tmp_path)
+    assert read == []
+
+
+async def test_missing_items_topic_leaves_the_catalogue_empty(broker: Broker, updates: CatalogueUpdates):
+    feed = ItemFeed(broker.config(items_topic="never-created"), updates.update, WallClock())
+    await feed.start()
+    await feed.run()
+    await feed.stop()
+    assert not updates.updated.is_set()
+
+
+def test_header_without_a_value_makes_an_invalid_item(count_invalid: Callable[[], float]):
+    async def update(*_: object) -> None:
+        pytest.fail("an invalid item must not reach the catalogue")
+
+    feed = ItemFeed(KafkaConfig(), update, WallClock())
+    record = ConsumerRecord("items", 0, 7, 0, 0, b"a", b'{"item_id": "a"}', 0, 1, 16, [("content-type", None)])
+    assert list(feed._changes([record])) == []
+    assert count_invalid() == 1
