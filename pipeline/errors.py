@@ -1,8 +1,8 @@
-"""What the model side raises on purpose; worker/errors.py draws the whole tree."""
+"""Errors that the model side raises on purpose; worker/errors.py draws the full tree."""
 
 
 class MillraceError(Exception):
-    """A message says what, where, got, wanted, and the next step. `exit_code` is the command's exit status."""
+    """A message says what, where, got, want, and the next step. `exit_code` is the command's exit status."""
 
     exit_code = 1
     retriable = False
@@ -15,13 +15,13 @@ class ArtifactError(MillraceError):
 
 
 class LogFileError(MillraceError):
-    """A recorded log cannot be read at all: no such file, unknown format, a column that is not there."""
+    """A recorded log cannot be read at all: no such file, unknown format, a missing column."""
 
     exit_code = 2
 
 
 class DeviceError(MillraceError):
-    """Torch has no such device here."""
+    """Torch does not have this device on this machine."""
 
     exit_code = 2
 
@@ -33,6 +33,6 @@ class TrainingError(MillraceError):
 
 
 class EvaluationError(MillraceError):
-    """The log cannot be scored as asked: nothing to score, too few negatives, or events that taught the artifact."""
+    """The log cannot be scored as requested: no events, too few negatives, or events of the training log."""
 
     exit_code = 2

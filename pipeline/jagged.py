@@ -4,7 +4,7 @@ import numpy as np
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the indices starts[i] .. starts[i] + lengths[i] - 1 of every range in turn, and the ranges' offsets.
+    """Return the indices starts[i] .. starts[i] + lengths[i] - 1 of each range in turn, and the ranges' offsets.
 
     starts, lengths: int64 [n]. Returns int64 [sum of lengths] and int64 [n + 1].
     """
@@ -13,7 +13,7 @@ def ranges(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def row_of(offsets: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Return the row that each position lies in: int64 [n]. offsets: int64 [rows + 1]; positions: int [n]."""
+    """Return the row that contains each position: int64 [n]. offsets: int64 [rows + 1]; positions: int [n]."""
     return np.searchsorted(offsets, positions, side="right") - 1
 
 

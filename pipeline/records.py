@@ -1,6 +1,6 @@
-"""The data that crosses every room: events, items, slates, and the packed form of a user's sequence.
+"""The data that crosses every folder: events, items, slates, and the packed form of a user's sequence.
 
-An event lives in two forms. On the wire it is an `Event` (JSON or MessagePack). In a user's ring it is 24 bytes of raw
+An event has two forms. On the wire it is an `Event` (JSON or MessagePack). In a user's ring it is 24 bytes of raw
 facts (`EVENT_DTYPE`), which the model reads as numpy columns without touching a Python object per event.
 """
 
@@ -18,12 +18,10 @@ from msgspec import Meta
 from pipeline.jagged import ranges
 
 Id = Annotated[str, Meta(min_length=1, max_length=256)]
-MAX_TS_MS = (1 << 48) - 1  # the ring keeps 48 bits: the year 10889
 DAY_MS = 86_400_000
 DAY_S = 86_400
 
 EVENT_BYTES = 24
-# `ts_action_device` holds ts_ms in its low 48 bits, then the action's and the device's byte.
 EVENT_DTYPE = np.dtype(
     [
         ("item", "<u8"),
@@ -36,8 +34,16 @@ EVENT_DTYPE = np.dtype(
     ]
 )
 _PACK = struct.Struct("<QQHHBBH")
-CHUNK_EVENTS = 1 << 18  # columns made from so many events at a time are some 50 MiB, and no slower than at once
+# `ts_action_device` holds ts_ms in its low 48 bits, then one byte each for the action and the device.
+ACTION_SHIFT = 48
+DEVICE_SHIFT = 56
+MAX_TS_MS = (1 << ACTION_SHIFT) - 1  # the year 10889
+# An optional fact is coded as 1 + its number of steps, capped to fit its field; 0 = missing.
+MAX_STEPS_U16 = 65_534
+MAX_STEPS_U8 = 254
+DWELL_STEP_MS = 100  # up to 1.8 h
 VALUE_STEPS = 3000.0  # log1p(value) in steps of 1/3000: 0.03 % apart, up to 3.0e9
+CHUNK_EVENTS = 1 << 18  # columns computed for this many events take about 50 MiB and are no slower than all at once
 
 
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -56,7 +62,7 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Item(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What is known of an item (topic `items`, compacted, key = item id)."""
+    """An item's metadata (topic `items`, compacted, key = item id)."""
 
     item_id: Id
     title: str | None = None
@@ -69,7 +75,7 @@ class Item(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class SlateItem(msgspec.Struct, frozen=True):
-    """One ranked item. The three head outputs are probabilities, or None where the rung has no model."""
+    """One ranked item. The three head outputs are probabilities, or None when the strategy has no model."""
 
     item_id: str
     score: float
@@ -80,7 +86,7 @@ class SlateItem(msgspec.Struct, frozen=True):
 
 
 class Covers(msgspec.Struct, frozen=True):
-    """All of the user's events of this partition in [first_offset, last_offset] are answered by the slate."""
+    """Offsets of one partition: the slate answers all of the user's events in [first_offset, last_offset]."""
 
     topic: str
     partition: int
@@ -91,7 +97,7 @@ class Covers(msgspec.Struct, frozen=True):
 
 
 class Latency(msgspec.Struct, frozen=True):
-    """Milliseconds by stage; `total` runs from the poll of the oldest covered event to the slate's creation."""
+    """Milliseconds per stage; `total` runs from the poll of the oldest covered event to the slate's creation."""
 
     queue: float = 0.0
     features: float = 0.0
@@ -132,44 +138,69 @@ class EventSchema(msgspec.Struct, frozen=True):
 
 @lru_cache(maxsize=1 << 20)
 def item_hash(item_id: str) -> int:
-    """The item's 64-bit name in rings: BLAKE2b of its UTF-8 id, little endian; 0 is kept for padding."""
+    """Return the item's 64-bit name in rings: BLAKE2b of its UTF-8 id, little endian; 0 is reserved for padding."""
     return int.from_bytes(blake2b(item_id.encode(), digest_size=8).digest(), "little") or 1
 
 
 def encode_value(value: float | None) -> int:
-    """Log code of a non-negative value in 16 bits; 0 = missing."""
-    return 0 if value is None else 1 + min(65534, round(math.log1p(value) * VALUE_STEPS))
+    """Return the 16-bit log code of a non-negative value; 0 = missing."""
+    return 0 if value is None else 1 + min(MAX_STEPS_U16, round(math.log1p(value) * VALUE_STEPS))
 
 
 def decode_values(codes: np.ndarray) -> np.ndarray:
-    """float64: the values of encode_value's codes, uint16; 0 where one is missing."""
+    """Return the values of encode_value's codes (uint16) as float64; 0 for a missing one."""
     return np.where(codes > 0, np.expm1((codes.astype(np.float64) - 1) / VALUE_STEPS), 0.0)
 
 
 class EventPacker:
-    """Packs events into their 24 ring bytes. An action outside the schema is a KeyError: check it before."""
+    """Packs events into their 24 ring bytes. Check actions first: one outside the schema is a KeyError."""
 
     def __init__(self, schema: EventSchema) -> None:
         self._actions = schema.action_codes()
         self._devices = schema.device_codes()
 
     def pack(self, event: Event) -> bytes:
-        action, device = self._actions[event.action], self._devices.get(event.device or "", 0)
-        dwell = 0 if event.dwell_ms is None else 1 + min(65534, event.dwell_ms // 100)  # steps of 100 ms, up to 1.8 h
-        position = 0 if event.position is None else 1 + min(254, event.position)
+        action = self._actions[event.action]
+        device = self._devices.get(event.device or "", 0)
         return _PACK.pack(
             item_hash(event.item_id),
-            event.ts_ms | action << 48 | device << 56,
-            dwell,
+            event.ts_ms | action << ACTION_SHIFT | device << DEVICE_SHIFT,
+            0 if event.dwell_ms is None else 1 + min(MAX_STEPS_U16, event.dwell_ms // DWELL_STEP_MS),
             encode_value(event.value),
-            position,
+            0 if event.position is None else 1 + min(MAX_STEPS_U8, event.position),
             0,
             context_code(event.context),
         )
 
 
+def pack_columns(
+    *,
+    ts_ms: np.ndarray,
+    actions: np.ndarray,
+    devices: np.ndarray,
+    dwell_ms: np.ndarray,
+    positions: np.ndarray,
+    value_codes: np.ndarray | list[int],
+    context_codes: list[int] | int = 0,
+    items: np.ndarray | int = 0,
+) -> np.ndarray:
+    """Pack columns [n] as EventPacker packs single events: EVENT_DTYPE [n].
+
+    ts_ms, actions, devices: uint64, the latter two by the schema's codes; dwell_ms, positions: int64, -1 = missing;
+    value_codes, context_codes: from encode_value and context_code; items: uint64 hashes.
+    """
+    packed = np.zeros(len(ts_ms), EVENT_DTYPE)
+    packed["item"] = items
+    packed["ts_action_device"] = ts_ms | actions << np.uint64(ACTION_SHIFT) | devices << np.uint64(DEVICE_SHIFT)
+    packed["dwell"] = 1 + np.minimum(dwell_ms // DWELL_STEP_MS, MAX_STEPS_U16)
+    packed["value"] = value_codes
+    packed["position"] = 1 + np.minimum(positions, MAX_STEPS_U8)
+    packed["context"] = context_codes
+    return packed
+
+
 def context_code(context: dict | None) -> int:
-    """A 16-bit name of the context's pairs, independent of their order; 0 = none."""
+    """Return a 16-bit name of the context's pairs, independent of their order; 0 = none."""
     if not context:
         return 0
     pairs = msgspec.json.encode(sorted(context.items()))
@@ -177,7 +208,7 @@ def context_code(context: dict | None) -> int:
 
 
 class Histories:
-    """Packed (jagged) histories of n users: columns over all events, `offsets` marks each user's run.
+    """Packed (jagged) histories of n users: columns over all events; `offsets` marks each user's run.
 
     events:  structured array EVENT_DTYPE, [total], each user's run sorted stably by (ts, arrival)
     offsets: int64 [n + 1], events of user i are events[offsets[i]:offsets[i + 1]]
@@ -186,11 +217,12 @@ class Histories:
     __slots__ = ("events", "offsets")
 
     def __init__(self, events: np.ndarray, offsets: np.ndarray) -> None:
-        self.events, self.offsets = events, offsets
+        self.events = events
+        self.offsets = offsets
 
     @classmethod
     def from_rings(cls, rings: Sequence[bytes]) -> "Histories":
-        """From ring bytes in arrival order, one string of n * 24 bytes a user; no per-event Python."""
+        """Read ring bytes in arrival order, one string of m * 24 bytes per user, without per-event Python."""
         offsets = np.zeros(len(rings) + 1, np.int64)
         np.cumsum([len(ring) // EVENT_BYTES for ring in rings], out=offsets[1:])
         events = np.frombuffer(b"".join(rings), EVENT_DTYPE)
@@ -198,7 +230,7 @@ class Histories:
 
     @classmethod
     def from_events(cls, histories: Iterable[Iterable[Event]], schema: EventSchema) -> "Histories":
-        """From decoded events, one iterable a user (the library's way in)."""
+        """Pack decoded events, one iterable per user (for library users)."""
         packer = EventPacker(schema)
         return cls.from_rings([b"".join(map(packer.pack, history)) for history in histories])
 
@@ -211,7 +243,7 @@ class Histories:
 
     @property
     def users(self) -> np.ndarray:
-        """int64 [total]: the row of each event's user."""
+        """Each event's user row: int64 [total]."""
         return np.repeat(np.arange(len(self)), self.lengths)
 
     @property
@@ -224,41 +256,43 @@ class Histories:
 
     @property
     def actions(self) -> np.ndarray:  # uint8 [total], 0 = unknown
-        return (self.events["ts_action_device"] >> np.uint64(48)).astype(np.uint8)
+        return (self.events["ts_action_device"] >> np.uint64(ACTION_SHIFT)).astype(np.uint8)
 
     @property
     def devices(self) -> np.ndarray:  # uint8 [total], 0 = unknown
-        return (self.events["ts_action_device"] >> np.uint64(56)).astype(np.uint8)
+        return (self.events["ts_action_device"] >> np.uint64(DEVICE_SHIFT)).astype(np.uint8)
 
-    def tail(self, cap: int) -> "Histories":
-        """Each user's last `cap` events."""
-        if len(self) == 0 or int(self.lengths.max()) <= cap:
+    def tail(self, max_events: int) -> "Histories":
+        """Return each user's latest events, at most `max_events` of them."""
+        if len(self) == 0 or int(self.lengths.max()) <= max_events:
             return self
-        kept = np.minimum(self.lengths, cap)
-        index, offsets = ranges(self.offsets[1:] - kept, kept)
+        lengths = np.minimum(self.lengths, max_events)
+        index, offsets = ranges(self.offsets[1:] - lengths, lengths)
         return Histories(self.events[index], offsets)
 
-    def chunks(self, events: int = CHUNK_EVENTS) -> "Iterator[tuple[slice, Histories]]":
-        """Whole users, one after the other, at most so many events at a time if no single user has more: where they
-        lie in this one's columns, and a view of them."""
+    def chunks(self, max_events: int = CHUNK_EVENTS) -> "Iterator[tuple[slice, Histories]]":
+        """Yield chunks of complete users in order, each with its slice of these columns and a view of it.
+
+        A chunk has at most `max_events` events, unless one user has more.
+        """
         first = 0
         while first < len(self):
-            last = int(np.searchsorted(self.offsets, self.offsets[first] + events, "right")) - 1
+            last = int(np.searchsorted(self.offsets, self.offsets[first] + max_events, "right")) - 1
             offsets = self.offsets[first : max(first + 1, last) + 1]
-            place = slice(int(offsets[0]), int(offsets[-1]))
-            yield place, Histories(self.events[place], offsets - offsets[0])
+            part = slice(int(offsets[0]), int(offsets[-1]))
+            yield part, Histories(self.events[part], offsets - offsets[0])
             first += len(offsets) - 1
 
     def select(self, rows: np.ndarray) -> "Histories":
-        """The histories of these user rows, in this order."""
+        """Return the histories of these user rows, in this order."""
         index, offsets = ranges(self.offsets[rows], self.lengths[rows])
         return Histories(self.events[index], offsets)
 
 
 def _sorted_by_time(events: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    ts = events["ts_action_device"] & np.uint64(MAX_TS_MS)
-    backwards = np.flatnonzero(ts[1:] < ts[:-1]) + 1
-    if np.isin(backwards, offsets).all():  # every step back in time starts another user's run: sorted already
+    ts_ms = events["ts_action_device"] & np.uint64(MAX_TS_MS)
+    steps_back = np.flatnonzero(ts_ms[1:] < ts_ms[:-1]) + 1
+    if np.isin(steps_back, offsets).all():  # each of them starts another user's run: already sorted
         return events
     users = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-    return events[np.lexsort((ts, users))]
+    return events[np.lexsort((ts_ms, users))]

@@ -1,4 +1,4 @@
-"""Annotated number types of checked options: msgspec refuses a value outside of them, naming the field."""
+"""Annotated number types for validated options: msgspec rejects a value out of range and names the field."""
 
 from typing import Annotated
 
@@ -9,4 +9,4 @@ NonNegativeInt = Annotated[int, Meta(ge=0)]
 PositiveFloat = Annotated[float, Meta(gt=0)]
 NonNegativeFloat = Annotated[float, Meta(ge=0)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
-Rate = Annotated[float, Meta(ge=0, lt=1)]  # of dropout: 1 would leave nothing
+Rate = Annotated[float, Meta(ge=0, lt=1)]  # of dropout: 1 would drop everything

@@ -8,9 +8,18 @@ from itertools import count
 import numpy as np
 
 from pipeline.data.layout import LogEntry
-from pipeline.records import EVENT_DTYPE, MAX_TS_MS, Event, EventSchema, context_code, encode_value, item_hash
+from pipeline.records import (
+    EVENT_DTYPE,
+    MAX_TS_MS,
+    Event,
+    EventSchema,
+    context_code,
+    encode_value,
+    item_hash,
+    pack_columns,
+)
 
-DWELL_STEP_MS = 100  # as EventPacker's
+MAX_INT64 = np.iinfo(np.int64).max
 
 
 @dataclass(slots=True)
@@ -78,32 +87,30 @@ def _unreadable_reason(entry: LogEntry, actions: dict[str, int]) -> str:
 
 
 class _BlockPacker:
-    """As records.EventPacker, for many events at once and without their items: 0.85 us an event instead of 1.7."""
+    """Packs many events at once, without their items: 0.85 us per event instead of EventPacker's 1.7."""
 
     def __init__(self, schema: EventSchema) -> None:
         self.actions = schema.action_codes()
         self._devices: dict[str | None, int] = {**schema.device_codes()}
 
     def pack(self, events: list[Event]) -> np.ndarray:
-        """EVENT_DTYPE [n]; their `item` is the caller's."""
-        actions, devices, n = self.actions, self._devices, len(events)
-        ts = np.array([event.ts_ms for event in events], np.uint64)
-        action = np.array([actions[event.action] for event in events], np.uint64)
-        device = np.array([devices.get(event.device, 0) for event in events], np.uint64)
-        packed = np.zeros(n, EVENT_DTYPE)
-        packed["ts_action_device"] = ts | action << np.uint64(48) | device << np.uint64(56)
-        packed["dwell"] = _counts([event.dwell_ms for event in events], DWELL_STEP_MS, 65534)
-        packed["value"] = [encode_value(event.value) for event in events]
-        packed["position"] = _counts([event.position for event in events], 1, 254)
-        packed["context"] = [context_code(event.context) if event.context else 0 for event in events]
-        return packed
+        """Return EVENT_DTYPE [n] whose `item` is 0: the caller sets it."""
+        actions = self.actions
+        devices = self._devices
+        return pack_columns(
+            ts_ms=np.array([event.ts_ms for event in events], np.uint64),
+            actions=np.array([actions[event.action] for event in events], np.uint64),
+            devices=np.array([devices.get(event.device, 0) for event in events], np.uint64),
+            dwell_ms=_optional_column([event.dwell_ms for event in events]),
+            positions=_optional_column([event.position for event in events]),
+            value_codes=[encode_value(event.value) for event in events],
+            context_codes=[context_code(event.context) if event.context else 0 for event in events],
+        )
 
 
-def _counts(numbers: list[int | None], step: int, most: int) -> np.ndarray:
-    """0 where missing, else 1 + the number of whole steps, at most `most`."""
-    limit = step * most  # compared in Python: a number may have more than 64 bits
-    capped = [-step if number is None else number if number < limit else limit for number in numbers]
-    return (np.array(capped, np.int64) // step + 1).astype(np.uint16)
+def _optional_column(numbers: list[int | None]) -> np.ndarray:
+    """Return int64 [n], -1 = missing. Compares in Python: a number may have more than 64 bits."""
+    return np.array([-1 if n is None else n if n < MAX_INT64 else MAX_INT64 for n in numbers], np.int64)
 
 
 class _Index:

@@ -10,7 +10,7 @@ Logs hold no items that were shown and ignored: the heads tell good outcomes fro
 import numpy as np
 
 from pipeline.features.event_features import SESSION_GAP_MS
-from pipeline.records import DAY_MS, EventSchema, Histories, encode_value
+from pipeline.records import DAY_MS, DWELL_STEP_MS, EventSchema, Histories, encode_value
 
 TASKS = ("engagement", "retention", "monetization")
 ENGAGING = ("like", "cart", "purchase", "share")
@@ -18,7 +18,6 @@ MONETIZING = ("cart", "purchase")
 LIKED_STARS = 4.0
 LONG_DWELL_MS = 30_000
 HORIZON_MS = 7 * DAY_MS
-_DWELL_STEP_MS = 100  # of EVENT_DTYPE's dwell code
 
 
 def labels_of(histories: Histories, schema: EventSchema, end_ms: int) -> np.ndarray:
@@ -49,7 +48,7 @@ def engaged(histories: Histories, schema: EventSchema) -> np.ndarray:
     """bool [total]: the event itself is an engaged one."""
     liked = np.isin(histories.actions, action_codes(("rate",), schema))
     liked &= histories.events["value"] >= encode_value(LIKED_STARS)
-    dwelt = histories.events["dwell"] > LONG_DWELL_MS // _DWELL_STEP_MS  # code = 1 + steps
+    dwelt = histories.events["dwell"] > LONG_DWELL_MS // DWELL_STEP_MS  # code = 1 + steps
     return liked | dwelt | np.isin(histories.actions, action_codes(ENGAGING, schema))
 
 

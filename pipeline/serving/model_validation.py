@@ -12,11 +12,12 @@ import numpy as np
 
 from pipeline.artifact import Manifest
 from pipeline.errors import ArtifactError
-from pipeline.records import EVENT_DTYPE, Histories, SlateItem, item_hash
+from pipeline.records import ACTION_SHIFT, EVENT_DTYPE, Histories, SlateItem, item_hash
 from pipeline.serving.strategy import RankedItems, Strategy
 
 HIT_RATE = "validation_hit_rate"  # of a manifest's metrics
-_MINUTE_MS, _FIRST_ACTION = 60_000, 1 << 48  # see EVENT_DTYPE
+_MINUTE_MS = 60_000
+_FIRST_ACTION = 1 << ACTION_SHIFT  # see EVENT_DTYPE
 
 
 class Thresholds(msgspec.Struct, frozen=True):

@@ -12,11 +12,11 @@ way; what is taken is written to their history and changes the next slate. Good 
 import msgspec
 import numpy as np
 
-from pipeline.data.event_log import DWELL_STEP_MS, EventLog
+from pipeline.data.event_log import EventLog
 from pipeline.features.labels import LONG_DWELL_MS
 from pipeline.items.vocabulary import UNKNOWN, Vocabulary
 from pipeline.jagged import ranges
-from pipeline.records import EVENT_DTYPE, EventSchema, Histories, encode_value, item_hash
+from pipeline.records import EVENT_DTYPE, EventSchema, Histories, encode_value, item_hash, pack_columns
 from pipeline.serving.strategy import Strategy
 from pipeline.simulation.choices import ACTIONS, CART, LIKE, PURCHASE
 from pipeline.simulation.simulator import EXCLUDED_EVENTS, Columns, Simulator, user_id
@@ -51,16 +51,15 @@ class ColumnPacker:
 
     def pack(self, columns: Columns) -> np.ndarray:
         """EVENT_DTYPE [n]; money goes with carts and purchases."""
-        events = np.zeros(len(columns["user"]), EVENT_DTYPE)
-        events["item"] = self.hashes[columns["item"]]
-        action, device = self._actions[columns["action"]], self._devices[columns["user"]]
-        events["ts_action_device"] = (
-            columns["ts_ms"].astype(np.uint64) | action << np.uint64(48) | device << np.uint64(56)
+        return pack_columns(
+            items=self.hashes[columns["item"]],
+            ts_ms=columns["ts_ms"].astype(np.uint64),
+            actions=self._actions[columns["action"]],
+            devices=self._devices[columns["user"]],
+            dwell_ms=columns["dwell_ms"],
+            positions=columns["position"],
+            value_codes=np.where(np.isin(columns["action"], (CART, PURCHASE)), self._values[columns["item"]], 0),
         )
-        events["dwell"] = 1 + np.minimum(columns["dwell_ms"] // DWELL_STEP_MS, 65534)
-        events["value"] = np.where(np.isin(columns["action"], (CART, PURCHASE)), self._values[columns["item"]], 0)
-        events["position"] = 1 + np.minimum(columns["position"], 254)
-        return events
 
 
 class PolicyUnderTest:

@@ -8,11 +8,13 @@ from hypothesis import strategies as st
 from pipeline.records import (
     EVENT_BYTES,
     EVENT_DTYPE,
+    MAX_TS_MS,
     Event,
     EventPacker,
     EventSchema,
     Histories,
     item_hash,
+    pack_columns,
 )
 
 SCHEMA = EventSchema()
@@ -65,6 +67,21 @@ def test_tail_and_select_keep_runs_together():
     picked = histories.select(np.array([3, 0]))
     assert picked.ts_ms.tolist() == [6, 7, 8, 1, 2, 3, 4]
     assert picked.offsets.tolist() == [0, 3, 7]
+
+
+def test_packed_columns_of_missing_and_saturated_facts_match_the_event_packer():
+    missing = Event("u", "i", "view", 0)
+    saturated = Event("u", "i", "skip", MAX_TS_MS, dwell_ms=1 << 62, device="tv", position=1 << 62)
+    packed = pack_columns(
+        items=np.full(2, item_hash("i"), np.uint64),
+        ts_ms=np.array([0, MAX_TS_MS], np.uint64),
+        actions=np.array([1, 8], np.uint64),
+        devices=np.array([0, 4], np.uint64),
+        dwell_ms=np.array([-1, 1 << 62]),
+        positions=np.array([-1, 1 << 62]),
+        value_codes=[0, 0],
+    )
+    assert packed.tobytes() == b"".join(map(EventPacker(SCHEMA).pack, [missing, saturated]))
 
 
 def test_an_event_is_24_bytes_on_both_sides():
