@@ -1,4 +1,4 @@
-"""Items' records from a file: JSON lines as the items topic holds them, or delimited text with a header line."""
+"""Item records from a file: JSON lines as in the items topic, or delimited text with a header line."""
 
 import csv
 from collections.abc import Iterator
@@ -6,11 +6,11 @@ from pathlib import Path
 
 import msgspec
 
+from pipeline.data.layout import column_title, find_columns
 from pipeline.errors import LogFileError
 from pipeline.records import Item
 
-# Header names, lower case, without RecBole's `:type`: the first found is read.
-ALIASES = {
+ITEM_ALIASES = {
     "item_id": ("item_id", "item", "itemid", "movieid", "movie_id", "product_id", "asin"),
     "title": ("title", "name", "movie_title", "product_name"),
     "text": ("text", "description"),
@@ -20,26 +20,26 @@ ALIASES = {
     "created_ms": ("created_ms",),
     "tags": ("tags", "release_year", "year"),
 }
-LISTS = ("category", "tags")
+LIST_FIELDS = ("category", "tags")
 
 
 def read_items(path: Path) -> list[Item]:
-    """Every record. LogFileError names the line that is none, or says that no record tells anything of its item."""
+    """Read every record. LogFileError names the line of an invalid one, or says that none has any metadata."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise LogFileError(f"{path}: cannot be read: {error}") from error
-    read = _json if lines and lines[0].lstrip().startswith("{") else _text
+    read = _read_json if lines and lines[0].lstrip().startswith("{") else _read_text
     items = list(read(path, lines))
     if items and all(item == Item(item.item_id) for item in items):
         raise LogFileError(
-            f"{path}: not one of its {len(items):,} records has a {', '.join(list(ALIASES)[1:-1])} or tags: want items'"
-            " records, not events"
+            f"{path}: not one of its {len(items):,} records has a {', '.join(list(ITEM_ALIASES)[1:-1])} or tags: want"
+            " item records, not events"
         )
     return items
 
 
-def _json(path: Path, lines: list[str]) -> Iterator[Item]:
+def _read_json(path: Path, lines: list[str]) -> Iterator[Item]:
     decode = msgspec.json.Decoder(Item).decode
     for number, line in enumerate(lines, 1):
         try:
@@ -48,26 +48,22 @@ def _json(path: Path, lines: list[str]) -> Iterator[Item]:
             raise LogFileError(f"{path}, line {number}: not an item: {error}") from error
 
 
-def _text(path: Path, lines: list[str]) -> Iterator[Item]:
+def _read_text(path: Path, lines: list[str]) -> Iterator[Item]:
     separator = "\t" if lines and "\t" in lines[0] else ","
     rows = csv.reader(lines, delimiter=separator, quoting=csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL)
-    titles = [title.partition(":")[0].strip().lower() for title in next(rows, [])]
-    places = {
-        field: titles.index(name)
-        for field, names in ALIASES.items()
-        if (name := next((name for name in names if name in titles), None))
-    }
-    if "item_id" not in places:
+    titles = [column_title(cell).lower() for cell in next(rows, [])]
+    columns = find_columns(titles, ITEM_ALIASES)
+    if "item_id" not in columns:
         raise LogFileError(f"{path}: no header that names item_id in its first line '{', '.join(titles)[:120]}'")
     for number, row in enumerate(rows, 2):
         if len(row) != len(titles):
             raise LogFileError(f"{path}, line {number}: {len(row)} columns; the first line has {len(titles)}")
-        cells = {field: row[place] for field, place in places.items() if row[place]}
+        cells = {field: row[index] for field, index in columns.items() if row[index]}
         try:
-            yield msgspec.convert({**cells, **_lists(cells)}, Item, strict=False)
+            yield msgspec.convert({**cells, **_split_lists(cells)}, Item, strict=False)
         except msgspec.ValidationError as error:
             raise LogFileError(f"{path}, line {number}: not an item: {error}") from error
 
 
-def _lists(cells: dict[str, str]) -> dict[str, list[str]]:
-    return {field: cells[field].replace("|", " ").split() for field in LISTS if field in cells}
+def _split_lists(cells: dict[str, str]) -> dict[str, list[str]]:
+    return {field: cells[field].replace("|", " ").split() for field in LIST_FIELDS if field in cells}

@@ -1,6 +1,8 @@
-"""How a recorded log is laid out, and what stands in for a record of it that cannot be read."""
+"""Layouts of recorded logs: formats, column names, and the stand-in for a record that cannot be read."""
 
+import math
 import re
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -9,10 +11,10 @@ from pipeline.records import Event
 
 FORMATS = ("json", "msgpack", "text")
 UNITS_MS = {"s": 1000, "ms": 1}
-SKIPPED = ("", "-", "_")  # a place in `--columns` that is not read
-WORDS = ("user", "item", "action", "ts", "value", "dwell", "session", "device", "position", "context")
-REQUIRED = ("user_id", "item_id")  # and a time, unless --columns says that there is none
-ALIASES = {
+SKIPPED = ("", "-", "_")  # names in `--columns` for a column that is not read
+SHORT_NAMES = ("user", "item", "action", "ts", "value", "dwell", "session", "device", "position", "context")
+REQUIRED = ("user_id", "item_id")  # and a time, unless --columns leaves it out
+EVENT_ALIASES = {
     "user_id": ("user_id", "user", "userid", "uid", "visitorid", "customer_id"),
     "item_id": ("item_id", "item", "itemid", "iid", "movieid", "movie_id", "product_id", "video_id"),
     "action": ("action", "event", "event_type", "behavior", "behaviour", "behavior_type"),
@@ -23,12 +25,12 @@ ALIASES = {
     "device": ("device",),
     "position": ("position",),
     "context": ("context",),
-}  # of several in one header the first named here is read
-FIELDS = {alias: field for field, aliases in ALIASES.items() for alias in aliases}
+}
+FIELD_BY_ALIAS = {alias: field for field, aliases in EVENT_ALIASES.items() for alias in aliases}
 
 _SUFFIXES = {"jsonl": "json", "ndjson": "json", "json": "json", "msgpack": "msgpack", "mpk": "msgpack", "tsv": "text"}
 _SUFFIXES |= dict.fromkeys(("csv", "inter", "dat", "data", "txt"), "text")
-_GARBAGE = re.compile(rb"[\x00-\x08\x0e-\x1f]")
+_CONTROL_BYTES = re.compile(rb"[\x00-\x08\x0e-\x1f]")
 
 
 class BadRecord(msgspec.Struct, frozen=True):
@@ -47,15 +49,15 @@ class InvalidLine(ValueError):
 
 
 class LogLayout(msgspec.Struct, frozen=True):
-    """How to read a log; what is None is detected. All but `format` says how to read delimited text.
+    """Describes how to read a log; None means 'detect'. All fields but `format` concern delimited text.
 
-    columns:   field names by place (`user`, `item`, `ts`, ...; `-` skips one), or `field=header` pairs; without `ts`
-               the log has no times: an event's place is its time, in milliseconds
+    columns:   field names by position (`user`, `item`, `ts`, ...; `-` skips one), or `field=header` pairs; without `ts`
+               the log has no times: an event's position in the log is its time, in milliseconds
     separator: tab, comma or `::` when detected
     header:    whether the first line names the columns
-    unit:      `s` or `ms`; detected for each timestamp: below 1e11 it counts seconds
-    action:    of every event where no column holds one
-    LogFileError for a word that means nothing.
+    unit:      `s` or `ms`; when detected, per timestamp: below 1e11 it counts seconds
+    action:    action of every event when no column holds one
+    Raises LogFileError for an unknown word.
     """
 
     format: str | None = None
@@ -76,32 +78,54 @@ class LogLayout(msgspec.Struct, frozen=True):
         header: bool | None = None,
         format: str | None = None,
     ) -> "LogLayout":
-        """From the command line's words."""
+        """Parse the command line's words; `columns` is comma-separated."""
         names = None if columns is None else tuple(name.strip() for name in columns.split(","))
         return cls(format, names, separator, header, unit, action or "rate")
 
     def __post_init__(self) -> None:
         _check_columns(self.columns, self.header)
-        _check(self.format, FORMATS, "format")
-        _check(self.unit, tuple(UNITS_MS), "timestamp unit")
+        _check_choice(self.format, FORMATS, "format")
+        _check_choice(self.unit, tuple(UNITS_MS), "timestamp unit")
         if self.separator == "":
             raise LogFileError("the separator is empty; want one or more characters, such as ';'")
 
     @property
     def by_name(self) -> bool:
-        return self.columns is not None and "=" in self.columns[0]  # all are alike
+        """Whether `columns` are field=header pairs."""
+        return self.columns is not None and "=" in self.columns[0]  # __post_init__ allows no mixture
+
+
+def column_title(cell: str) -> str:
+    """Return the name in a header cell, without RecBole's `:type`."""
+    return cell.partition(":")[0].strip()
+
+
+def find_columns(titles: Sequence[str], aliases: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    """Return {field: index of its column}; of several aliases in one header the first in `aliases` wins.
+
+    titles: column names in lower case.
+    """
+    present = ((field, next((alias for alias in names if alias in titles), None)) for field, names in aliases.items())
+    return {field: titles.index(alias) for field, alias in present if alias is not None}
+
+
+def check_value(event: Event) -> Event:
+    """Return the event. InvalidLine when its value is infinite or NaN, which JSON cannot hold."""
+    if event.value is not None and not math.isfinite(event.value):
+        raise InvalidLine(f"value is {event.value}; want a finite number of at least 0")
+    return event
 
 
 def detect_format(name: str, start: bytes) -> str:
-    """By the file's suffix (gzip's put aside), or by its first bytes. LogFileError when neither tells."""
+    """Return the format by the file's suffix (before `.gz`) or its first bytes. LogFileError when neither tells."""
     suffix = name.lower().removesuffix(".gz").rpartition(".")[2]
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
-    known = _SUFFIXES.get(suffix) or _format_by_content(start, text)
-    if known is None:
+    detected = _SUFFIXES.get(suffix) or _format_by_content(start, text)
+    if detected is None:
         raise LogFileError(f"{name}: neither JSON lines, MessagePack nor delimited text by its name or first bytes")
-    if known == "json" and text.startswith(b"["):
-        raise LogFileError(f"{name}: starts with '[', a JSON array; want JSON lines: one object a line")
-    return known
+    if detected == "json" and text.startswith(b"["):
+        raise LogFileError(f"{name}: starts with '[', a JSON array; want JSON lines: one object per line")
+    return detected
 
 
 def _format_by_content(start: bytes, text: bytes) -> str | None:
@@ -109,29 +133,30 @@ def _format_by_content(start: bytes, text: bytes) -> str | None:
         return "json"
     if start[:1] and (0x80 <= start[0] <= 0x8F or start[0] in (0xDE, 0xDF)):  # a MessagePack map
         return "msgpack"
-    return None if _GARBAGE.search(start) else "text"
+    return None if _CONTROL_BYTES.search(start) else "text"
 
 
-def _check(value: str | None, known: tuple[str, ...], what: str) -> None:
-    if value is not None and value not in known:
-        raise LogFileError(f"{what} '{value}': want one of {', '.join(known)}")
+def _check_choice(value: str | None, choices: tuple[str, ...], what: str) -> None:
+    if value is not None and value not in choices:
+        raise LogFileError(f"{what} '{value}': want one of {', '.join(choices)}")
 
 
 def _check_columns(names: tuple[str, ...] | None, header: bool | None) -> None:
     if names is None:
         return
+    option = f"--columns {','.join(names)}"
     if len({"=" in name for name in names}) > 1:
-        raise LogFileError(f"--columns {','.join(names)}: give all by place (user,item,ts) or all as field=header")
+        raise LogFileError(f"{option}: give all by position (user,item,ts) or all as field=header")
     if "=" in "".join(names) and header is False:
-        raise LogFileError(f"--columns {','.join(names)}: names header columns, but the log is said to have no header")
+        raise LogFileError(f"{option}: refers to header names, but the layout says that there is no header")
     fields = [_field(name.partition("=")[0]) for name in names if name not in SKIPPED]
-    if twice := next((field for field in fields if fields.count(field) > 1), None):
-        raise LogFileError(f"--columns {','.join(names)}: names {twice} twice")
+    if duplicate := next((field for field in fields if fields.count(field) > 1), None):
+        raise LogFileError(f"{option}: names {duplicate} twice")
     if missing := [field for field in REQUIRED if field not in fields]:
-        raise LogFileError(f"--columns {','.join(names)}: has no {', '.join(missing)}; want at least user and item")
+        raise LogFileError(f"{option}: has no {', '.join(missing)}; want at least user and item")
 
 
 def _field(name: str) -> str:
-    if name not in FIELDS:
-        raise LogFileError(f"--columns: no field is called '{name}'; want {', '.join(WORDS)}, or - to skip a column")
-    return FIELDS[name]
+    if name not in FIELD_BY_ALIAS:
+        raise LogFileError(f"--columns: unknown field '{name}'; want {', '.join(SHORT_NAMES)}, or - to skip a column")
+    return FIELD_BY_ALIAS[name]

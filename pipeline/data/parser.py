@@ -5,7 +5,6 @@ so.
 """
 
 import gzip
-import math
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +15,7 @@ from itertools import chain
 import msgspec
 
 from pipeline.data.delimited import DelimitedReader
-from pipeline.data.layout import BadRecord, InvalidLine, LogEntry, LogLayout
+from pipeline.data.layout import BadRecord, InvalidLine, LogEntry, LogLayout, check_value
 from pipeline.records import Event
 
 CHUNK_BYTES = 1 << 18
@@ -171,12 +170,11 @@ def _msgpack_entries(data: bytes, number: int) -> tuple[list[LogEntry], int, boo
 
 def _msgpack_entry(raw: bytes, number: int) -> LogEntry:
     try:
-        event = _from_msgpack(raw)
+        return check_value(_from_msgpack(raw))
+    except InvalidLine as error:
+        return BadRecord(number, raw, str(error))
     except DECODE_ERRORS as error:
         return BadRecord(number, raw, f"not an event: {error}")
-    if event.value is not None and not math.isfinite(event.value):
-        return BadRecord(number, raw, f"value is {event.value}; wanted a finite number of at least 0")
-    return event
 
 
 def _fixed_sizes() -> list[int]:

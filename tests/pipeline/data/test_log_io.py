@@ -130,7 +130,7 @@ def test_a_torn_messagepack_stream_ends_in_one_bad_record_that_holds_the_rest(tm
 def test_infinity_in_messagepack_is_no_value(tmp_path: Path) -> None:
     raw = msgspec.msgpack.encode({**msgspec.to_builtins(EVENT), "value": math.inf})
     (entry,) = read_log(_write(tmp_path / "log.msgpack", raw))
-    assert entry == BadRecord(1, raw, "value is inf; wanted a finite number of at least 0")
+    assert entry == BadRecord(1, raw, "value is inf; want a finite number of at least 0")
 
 
 def test_a_file_that_cannot_be_read_at_all_is_one_sentence_at_once(tmp_path: Path) -> None:
