@@ -1,4 +1,4 @@
-"""A whole log as numpy columns: what training, counters and evaluation read."""
+"""A full log as numpy columns, for training, counters and evaluation."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -24,13 +24,13 @@ MAX_INT64 = np.iinfo(np.int64).max
 
 @dataclass(slots=True)
 class EventLog:
-    """A log in event-time order, equals by (user_id, item_id) as strings, then as they stand in the log.
+    """A log in event-time order: by (ts_ms, user_id, item_id), ids compared as strings, ties in the log's order.
 
     user_ids, item_ids: sorted
     users, items: int32 [n], index into user_ids, item_ids
     events: EVENT_DTYPE [n]
-    unreadable: records left out: bad ones, and events whose action the schema does not have
-    why: what is wrong with the first of those
+    unreadable: number of records left out: bad ones, and events whose action is not in the schema
+    first_error: what is wrong with the first of those
     """
 
     user_ids: list[str]
@@ -48,39 +48,44 @@ class EventLog:
     def ts_ms(self) -> np.ndarray:  # int64 [n]
         return (self.events["ts_action_device"] & np.uint64(MAX_TS_MS)).astype(np.int64)
 
-    def select(self, kept: np.ndarray) -> "EventLog":
-        """The log of these events alone (bool [n], or int [m], their places), with the ids of its own items alone."""
-        items = self.items[kept]
+    def select(self, mask: np.ndarray) -> "EventLog":
+        """Return the log of these events (bool [n], or positions int [m]) with the ids of only their items."""
+        items = self.items[mask]
         present = np.bincount(items, minlength=len(self.item_ids)) > 0
         item_ids = [self.item_ids[item] for item in np.flatnonzero(present)]
-        numbers = np.cumsum(present, dtype=np.int32) - np.int32(1)
-        return EventLog(self.user_ids, self.users[kept], item_ids, numbers[items], self.events[kept])
+        new_index = np.cumsum(present, dtype=np.int32) - np.int32(1)
+        return EventLog(self.user_ids, self.users[mask], item_ids, new_index[items], self.events[mask])
 
 
 def event_log_from_blocks(blocks: Iterable[list[LogEntry]], schema: EventSchema) -> EventLog:
-    """Packs block by block: 32 bytes an event stay in memory, and the ids."""
+    """Pack block by block: 32 bytes per event stay in memory, and the ids."""
     packer = _BlockPacker(schema)
-    users, items, packed = _Index(), _Index(), [np.empty(0, EVENT_DTYPE)]
-    unreadable, why = 0, ""
+    users = _IdColumn()
+    items = _IdColumn()
+    packed = [np.empty(0, EVENT_DTYPE)]
+    unreadable = 0
+    first_error = ""
     for block in blocks:
         events = [entry for entry in block if isinstance(entry, Event) and entry.action in packer.actions]
         if len(events) < len(block):
             unreadable += len(block) - len(events)
-            why = why or next(reason for entry in block if (reason := _unreadable_reason(entry, packer.actions)))
+            first_error = first_error or next(filter(None, (_error(entry, packer.actions) for entry in block)))
         users.extend([event.user_id for event in events])
         items.extend([event.item_id for event in events])
         packed.append(packer.pack(events))
-    log = EventLog(*users.sorted(), *items.sorted(), np.concatenate(packed), unreadable, why)
-    packed.clear()
+    log = EventLog(*users.sorted(), *items.sorted(), np.concatenate(packed), unreadable, first_error)
+    packed.clear()  # frees the blocks
     hashes = np.fromiter(map(item_hash, log.item_ids), np.uint64, len(log.item_ids))
     log.events["item"] = hashes[log.items]
-    order = np.lexsort((log.items, log.users, log.ts_ms))  # sorted ids: an index orders as its string does
-    log.users, log.items, log.events = log.users[order], log.items[order], log.events[order]
+    order = np.lexsort((log.items, log.users, log.ts_ms))  # ids are sorted: indices order as their strings do
+    log.users = log.users[order]
+    log.items = log.items[order]
+    log.events = log.events[order]
     return log
 
 
-def _unreadable_reason(entry: LogEntry, actions: dict[str, int]) -> str:
-    """One sentence, or nothing for an event that can be packed."""
+def _error(entry: LogEntry, actions: dict[str, int]) -> str:
+    """Return why the entry cannot be packed, in one sentence; empty when it can."""
     if not isinstance(entry, Event):
         return f"line {entry.line}: {entry.reason}"
     return "" if entry.action in actions else f"the action '{entry.action}' is not among events.actions"
@@ -113,19 +118,19 @@ def _optional_column(numbers: list[int | None]) -> np.ndarray:
     return np.array([-1 if n is None else n if n < MAX_INT64 else MAX_INT64 for n in numbers], np.int64)
 
 
-class _Index:
-    """Ids as they come, each a number in order of first appearance."""
+class _IdColumn:
+    """A growing column of ids, kept as numbers in the order of first appearance."""
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = defaultdict(count().__next__)
-        self._columns = [np.empty(0, np.int32)]
+        self._blocks = [np.empty(0, np.int32)]
 
     def extend(self, ids: list[str]) -> None:
-        self._columns.append(np.fromiter(map(self._numbers.__getitem__, ids), np.int32, len(ids)))
+        self._blocks.append(np.fromiter(map(self._numbers.__getitem__, ids), np.int32, len(ids)))
 
     def sorted(self) -> tuple[list[str], np.ndarray]:
-        """The ids in their strings' order, and int32 [n] the rank of each id that came."""
+        """Return the distinct ids, sorted, and the column as indices into them: int32 [n]."""
         ids = sorted(self._numbers)
         ranks = np.empty(len(ids), np.int32)
         ranks[[self._numbers[one] for one in ids]] = np.arange(len(ids), dtype=np.int32)
-        return ids, ranks[np.concatenate(self._columns)]
+        return ids, ranks[np.concatenate(self._blocks)]

@@ -1,4 +1,4 @@
-"""Event-time order of a log of any size: sorted runs in a temporary file, merged as they are read back."""
+"""Sort a log of any size by event time: sorted runs in a temporary file, merged as they are read back."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -13,14 +13,14 @@ from pipeline.errors import LogFileError
 from pipeline.records import Event
 
 RUN_ENTRIES = 200_000
-BLOCK_ENTRIES = 128  # of each run in memory while they are merged: of 200 M events as much as one run
+BLOCK_ENTRIES = 128  # per run in memory during the merge: with 200 M events together as much as one run
 NO_KEY = (0, "", "")
 
 Key = tuple[int, str, str]  # ts_ms, user_id, item_id
 
 
 class SortEntry(msgspec.Struct, frozen=True, array_like=True):
-    """An entry on disk. key: of the event that a bad record stands behind."""
+    """An entry on disk. key: the event that a bad record follows."""
 
     event: Event | None
     bad: BadRecord | None = None
@@ -41,7 +41,7 @@ _unpack = msgspec.msgpack.Decoder(list[SortEntry]).decode
 class SortedRun:
     """Entries in the log's order, each with its key, as many as fit in memory."""
 
-    last: Key | None = None  # of the newest event, also of an earlier run
+    last: Key | None = None  # key of the latest event added, here or to an earlier run
     keys: list[Key] = field(default_factory=list)
     entries: list[LogEntry] = field(default_factory=list)
     early: list[BadRecord] = field(default_factory=list)  # before the log's first event
@@ -51,37 +51,37 @@ class SortedRun:
 
     def add(self, entry: LogEntry) -> None:
         if isinstance(entry, Event):
-            self.last = key = _key(entry)
+            self.last = _key(entry)
         elif self.last is None:
             self.early.append(entry)
             return
-        else:
-            key = self.last
-        self.keys.append(key)
+        self.keys.append(self.last)
         self.entries.append(entry)
         if self.early:
-            self._place_early(key)
+            self._add_early(self.last)
 
     def in_order(self) -> Iterator[tuple[Key, LogEntry]]:
-        if self.early:  # no event at all so far
-            self._place_early(NO_KEY)
-        keys, entries = self.keys, self.entries
+        if self.early:  # no event so far
+            self._add_early(NO_KEY)
+        keys = self.keys
+        entries = self.entries
         return ((keys[i], entries[i]) for i in sorted(range(len(keys)), key=keys.__getitem__))
 
-    def _place_early(self, key: Key) -> None:
+    def _add_early(self, key: Key) -> None:
         self.keys += [key] * len(self.early)
         self.entries += self.early
         self.early.clear()
 
 
 def sorted_by_time(entries: Iterable[LogEntry], run_entries: int = RUN_ENTRIES) -> Iterator[LogEntry]:
-    """By (ts_ms, user_id, item_id), equals in the log's order; a bad record behind the event that it follows there.
+    """Yield the entries by (ts_ms, user_id, item_id), ties in the log's order; a bad record stays after its event.
 
-    Bad records before the log's first event stand behind that one. At most `run_entries` are sorted in memory alone.
+    Bad records before the log's first event come after that one. At most `run_entries` are sorted in memory alone.
     A million events of 150 bytes: 11 s of a busy core and 163 MiB at most. LogFileError when the disk is full.
     """
-    run, spans = SortedRun(), []
-    with TemporaryFile(prefix="millrace-sort-") as file:  # without a name: gone with the process, however it ends
+    run = SortedRun()
+    spans = []
+    with TemporaryFile(prefix="millrace-sort-") as file:  # unlinked: it vanishes with the process, however that ends
         for entry in entries:
             run.add(entry)
             if len(run) >= run_entries:
@@ -103,7 +103,8 @@ def _spill(run: SortedRun, file: IO[bytes]) -> tuple[int, int]:
 
 
 def _write_run(run: SortedRun, file: IO[bytes]) -> tuple[int, int]:
-    start, block = file.tell(), []
+    start = file.tell()
+    block = []
     for key, entry in run.in_order():
         block.append(SortEntry(entry) if isinstance(entry, Event) else SortEntry(None, entry, key))
         if len(block) == BLOCK_ENTRIES:
@@ -122,11 +123,11 @@ def _write_block(block: list[SortEntry], file: IO[bytes]) -> None:
 
 def _read_back(file: IO[bytes], start: int, end: int) -> Iterator[tuple[Key, LogEntry]]:
     while start < end:
-        file.seek(start)  # the runs share the file: each keeps its own place
+        file.seek(start)  # the runs share the file: each keeps its own offset
         size = int.from_bytes(file.read(8))
         block = _unpack(file.read(size))
         start += 8 + size
-        yield from (placed.keyed() for placed in block)
+        yield from (entry.keyed() for entry in block)
 
 
 def _key(event: Event) -> Key:

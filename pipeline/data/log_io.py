@@ -1,6 +1,6 @@
-"""Recorded logs of events: JSON lines, MessagePack or delimited text, gzipped or not; read, put in time order, written.
+"""Read, sort and write recorded logs of events: JSON lines, MessagePack or delimited text, gzipped or not.
 
-A record that cannot be read comes as a `BadRecord` in its place, never as an exception and never silently left out.
+A record that cannot be read is yielded as a `BadRecord` at its position: it is neither raised nor silently dropped.
 A file that cannot be read at all is a LogFileError with one sentence.
 """
 
@@ -41,33 +41,34 @@ _to_msgpack = msgspec.msgpack.Encoder()
 
 
 def read_log(path: str | Path, layout: LogLayout | None = None) -> Iterator[LogEntry]:
-    """Every record as it stands in the file. LogFileError, at once, when the file cannot be read at all."""
+    """Yield every record in the file's order. LogFileError, at once, when the file cannot be read at all."""
     return chain.from_iterable(_blocks(Path(path), layout))
 
 
 def read_log_by_time(
     path: str | Path, layout: LogLayout | None = None, run_entries: int = RUN_ENTRIES
 ) -> Iterator[Event | BadRecord]:
-    """Ordered by (ts_ms, user_id, item_id), equals as they stand; a bad record behind the event that it follows.
+    """Yield every record by (ts_ms, user_id, item_id), ties in the file's order; a bad record stays after its event.
 
-    Memory is bounded by `run_entries`: a longer log is sorted through a temporary file. LogFileError as `read_log`.
+    Memory is bounded by `run_entries`: a longer log is sorted through a temporary file. LogFileError as in `read_log`.
     """
     return sorted_by_time(read_log(path, layout), run_entries)
 
 
 def read_event_log(path: str | Path, layout: LogLayout | None = None, schema: EventSchema = DEFAULT_SCHEMA) -> EventLog:
-    """The whole log as columns, in the order of `in_event_time`. LogFileError as `read_log`."""
+    """Return the full log as columns, in the order of `read_log_by_time`. LogFileError as in `read_log`."""
     return event_log_from_blocks(_blocks(Path(path), layout), schema)
 
 
 def write_log(path: str | Path, events: Iterable[Event]) -> int:
-    """Write as .jsonl, .msgpack or .tsv (.gz at the end: gzipped), as the events come; returns their number.
+    """Write the events in their order as .jsonl, .msgpack or .tsv (with .gz: gzipped); return their number.
 
-    LogFileError for another suffix, a folder that is not there, or text with a tab or line break inside a .tsv.
+    LogFileError for another suffix, a missing folder, or text with a tab or line break inside a .tsv.
     """
     path = Path(path)
     encode, head = _encoder(path)
-    count, source = 0, iter(events)
+    count = 0
+    source = iter(events)
     try:
         with path.open("wb") as raw, _compressed(path, raw) as file:
             file.write(head)
@@ -80,21 +81,21 @@ def write_log(path: str | Path, events: Iterable[Event]) -> int:
 
 
 def _blocks(path: Path, layout: LogLayout | None) -> Iterator[list[LogEntry]]:
-    """Opens and looks at the start now, reads on as it is asked to."""
+    """Open the file and detect its format now; read the blocks lazily."""
     layout = layout or LogLayout()
     try:
         file = _open(path)
         start = file.peek(4096)
-        kind = layout.format or detect_format(path.name, start)
+        format = layout.format or detect_format(path.name, start)
     except READ_ERRORS as error:
         reason = error.strerror if isinstance(error, OSError) else None
         raise LogFileError(f"{path}: cannot be read: {reason or error}") from error
-    if kind != "text" and layout.columns is not None:
-        raise LogFileError(f"{path}: holds {kind}, whose fields have names; --columns is for delimited text")
+    if format != "text" and layout.columns is not None:
+        raise LogFileError(f"{path}: holds {format}, whose fields have names; --columns is for delimited text")
     stream = Stream(file)
-    if kind == "msgpack":
+    if format == "msgpack":
         return msgpack_blocks(stream)
-    return json_blocks(stream) if kind == "json" else text_blocks(stream, layout, path.name)
+    return json_blocks(stream) if format == "json" else text_blocks(stream, layout, path.name)
 
 
 def _open(path: Path) -> BufferedReader | gzip.GzipFile:
@@ -103,31 +104,31 @@ def _open(path: Path) -> BufferedReader | gzip.GzipFile:
     if start == GZIP_MAGIC:
         return gzip.GzipFile(path)
     if path.suffix == ".gz" and start:
-        raise LogFileError(f"{path}: is named .gz but is not gzipped; rename it, or fetch it again")
+        raise LogFileError(f"{path}: is named .gz but is not gzipped; rename it, or download it again")
     return path.open("rb")
 
 
 def _compressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
     if path.suffix != ".gz":
         return raw
-    # No name and no time inside: the same events give the same bytes. Level 6: half of level 9's time, 1 % larger.
+    # No file name and no time inside: equal events give equal bytes. Level 6: half of level 9's time, 1 % larger.
     return gzip.GzipFile("", "wb", 6, raw, mtime=0)  # pyright: ignore[reportReturnType]
 
 
 def _encoder(path: Path) -> tuple[Callable[[list[Event]], bytes], bytes]:
-    """How to write a batch, and what stands before the first one."""
+    """Return a function that encodes a batch, and the bytes that precede the first batch."""
     suffix = path.name.removesuffix(".gz").rpartition(".")[2]
     if suffix in ("jsonl", "json", "ndjson"):
         return _to_json.encode_lines, b""
     if suffix in ("msgpack", "mpk"):
         return lambda batch: b"".join(map(_to_msgpack.encode, batch)), b""
     if suffix == "tsv":
-        return lambda batch: b"".join(map(_text_line, batch)), _joined(TEXT_FIELDS)
-    raise LogFileError(f"{path}: want a name that ends in .jsonl, .msgpack or .tsv, with .gz behind it to compress")
+        return lambda batch: b"".join(map(_text_line, batch)), _join_cells(TEXT_FIELDS)
+    raise LogFileError(f"{path}: want a name that ends in .jsonl, .msgpack or .tsv, followed by .gz to compress")
 
 
 def _text_line(event: Event) -> bytes:
-    return _joined([_cell(value) for value in msgspec.structs.astuple(event)])
+    return _join_cells([_cell(value) for value in msgspec.structs.astuple(event)])
 
 
 def _cell(value: object) -> str:
@@ -137,9 +138,9 @@ def _cell(value: object) -> str:
         return _to_json.encode(value).decode()
     text = str(value)
     if not {"\t", "\n", "\r"}.isdisjoint(text):
-        raise LogFileError(f"'{text[:60]}' has a tab or a line break inside, which a .tsv cannot hold; write .jsonl")
+        raise LogFileError(f"'{text[:60]}' contains a tab or a line break, which a .tsv cannot hold; write .jsonl")
     return text
 
 
-def _joined(cells: Iterable[str]) -> bytes:
+def _join_cells(cells: Iterable[str]) -> bytes:
     return ("\t".join(cells) + "\n").encode()

@@ -1,4 +1,4 @@
-"""A log as its users' sequences: what training crops and evaluation walks through."""
+"""A log grouped into its users' sequences, from which training takes crops and evaluation takes histories."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from pipeline.records import Histories
 class UserSequences:
     """All users' events, user after user, each in the log's order.
 
-    events:  EVENT_DTYPE [total]
-    tokens:  int32 [total], 0 = an item that the vocabulary does not have
-    offsets: int64 [users + 1]
-    places:  int64 [total], each event's place in the log
+    events:        EVENT_DTYPE [total]
+    tokens:        int32 [total], 0 = an item outside the vocabulary
+    offsets:       int64 [users + 1]
+    log_positions: int64 [total], each event's position in the log
     """
 
     events: np.ndarray
@@ -28,11 +28,11 @@ class UserSequences:
 
     @classmethod
     def from_columns(cls, events: np.ndarray, tokens: np.ndarray, users: np.ndarray) -> "UserSequences":
-        """From a log in event-time order. users: int [total], each event's user."""
-        places = np.argsort(users, kind="stable")
-        starts = np.flatnonzero(np.diff(users[places], prepend=-1))
-        offsets = np.append(starts, len(places)).astype(np.int64)
-        return cls(events[places], tokens[places], offsets, places)
+        """Group a log in event-time order. users: int [total], each event's user."""
+        order = np.argsort(users, kind="stable")
+        starts = np.flatnonzero(np.diff(users[order], prepend=-1))
+        offsets = np.append(starts, len(order)).astype(np.int64)
+        return cls(events[order], tokens[order], offsets, order)
 
     @classmethod
     def from_log(cls, log: EventLog, vocabulary: Vocabulary) -> "UserSequences":
@@ -47,45 +47,47 @@ class UserSequences:
 
     @property
     def starts(self) -> np.ndarray:
-        """int64 [total]: where the run of each event's user begins."""
+        """Start of the run of each event's user: int64 [total]."""
         return np.repeat(self.offsets[:-1], np.diff(self.offsets))
 
     def user_starts(self, positions: np.ndarray) -> np.ndarray:
-        """int64 [n]: where the runs of these events' users begin."""
+        """Return where the runs of these events' users begin: int64 [n]."""
         return self.offsets[row_of(self.offsets, positions)]
 
     def chunks(self) -> Iterator[tuple[slice, "UserSequences"]]:
-        """As Histories.parts: a part of the users' columns, and views of them."""
-        for place, part in self.histories.chunks():
-            yield place, UserSequences(part.events, self.tokens[place], part.offsets, self.log_positions[place])
+        """Yield chunks of complete users as Histories.chunks does: each with its slice and views of its columns."""
+        for part, histories in self.histories.chunks():
+            chunk = UserSequences(histories.events, self.tokens[part], histories.offsets, self.log_positions[part])
+            yield part, chunk
 
     @property
     def is_first_touch(self) -> np.ndarray:
-        """bool [total]: the user touches this item for the first time."""
+        """Whether the user touches this item for the first time: bool [total]."""
         users = np.repeat(np.arange(len(self.offsets) - 1, dtype=np.uint64), np.diff(self.offsets))
         order = np.lexsort((self.events["item"], users))
-        items, users = self.events["item"][order], users[order]
-        first = np.ones(len(order), bool)
-        first[1:] = (items[1:] != items[:-1]) | (users[1:] != users[:-1])
-        new = np.empty(len(order), bool)
-        new[order] = first  # lexsort is stable: the first of equal ones is the earliest
-        return new
+        items = self.events["item"][order]
+        users = users[order]
+        starts_run = np.ones(len(order), bool)
+        starts_run[1:] = (items[1:] != items[:-1]) | (users[1:] != users[:-1])
+        is_first = np.empty(len(order), bool)
+        is_first[order] = starts_run  # lexsort is stable: a run starts with its earliest event
+        return is_first
 
     def histories_before(self, positions: np.ndarray, max_events: int) -> Histories:
-        """Their users' histories just before these events, at most the newest `cap_events`, as a ring keeps them.
+        """Return their users' histories just before these events, the latest `max_events`, as a ring keeps them.
 
-        A history may be empty: a user's first event.
+        A history is empty at a user's first event.
         """
         starts = np.maximum(self.user_starts(positions), positions - max_events)
         index, offsets = ranges(starts, positions - starts)
         return Histories(self.events[index], offsets)
 
 
-def split_index(ts_ms: np.ndarray, share: float) -> int:
-    """Where the part behind this share of a log begins; ts_ms: int64 [n], ascending.
+def split_index(ts_ms: np.ndarray, fraction: float) -> int:
+    """Return the position where the log's part after its first `fraction` begins; ts_ms: int64 [n], ascending.
 
-    It begins with a new millisecond, all events of one time on one side: so a worker scores from a time on.
+    It begins with a new millisecond, so events of equal time are on one side: a worker scores from a given time.
     """
-    if share >= 1 or not len(ts_ms):
+    if fraction >= 1 or not len(ts_ms):
         return len(ts_ms)
-    return int(np.searchsorted(ts_ms, ts_ms[int(share * len(ts_ms))], "left"))
+    return int(np.searchsorted(ts_ms, ts_ms[int(fraction * len(ts_ms))], "left"))

@@ -1,4 +1,4 @@
-"""Where a log is cut: what lies before teaches, what lies behind is scored."""
+"""Train/test split of a log, and the record of which events an artifact was trained on."""
 
 import hashlib
 
@@ -14,28 +14,32 @@ DEFAULT_TRAIN_FRACTION = 0.8
 
 
 class Split(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """By time: the first `share` of the events teaches, events of one millisecond all on one side. Or, with `last`
-    above 0, by user: each user's newest `last` events are left out, whatever their time."""
+    """A split by time or by user.
+
+    By time: the first `train_fraction` of the events are for training; events of one millisecond stay together.
+    By user, with `leave_last_out` above 0: each user's latest `leave_last_out` events are for testing, at any time.
+    """
 
     train_fraction: Fraction = DEFAULT_TRAIN_FRACTION
     leave_last_out: NonNegativeInt = 0
 
     def __str__(self) -> str:
-        return (
-            f"each user's newest {self.leave_last_out}"
-            if self.leave_last_out
-            else f"all behind {self.train_fraction:g} of the log"
-        )
+        if self.leave_last_out:
+            return f"each user's newest {self.leave_last_out}"
+        return f"all after the first {self.train_fraction:g} of the log"
 
     def test_mask(self, log: EventLog) -> np.ndarray:
-        """bool [n]: the log's events behind the cut."""
+        """Return which of the log's events are for testing: bool [n]."""
         if self.leave_last_out:
             return position_from_end(log.users) < self.leave_last_out
         return np.arange(len(log)) >= split_index(log.ts_ms, self.train_fraction)
 
 
 class TrainingProvenance(msgspec.Struct, frozen=True):
-    """What an artifact was taught, so that no evaluation takes for new what it has seen. `digest`: of those events."""
+    """Identifies the events an artifact was trained on, so that no evaluation scores them as unseen.
+
+    events: their number; newest_ms: the latest time; digest: see log_digest.
+    """
 
     split: Split
     events: int
@@ -43,29 +47,32 @@ class TrainingProvenance(msgspec.Struct, frozen=True):
     digest: str
 
     @classmethod
-    def from_log(cls, cut: Split, known: EventLog) -> "TrainingProvenance":
-        """known: the part of a log before the cut."""
-        return cls(cut, len(known), int(known.ts_ms.max(initial=0)), log_digest(known))
+    def from_log(cls, split: Split, train_log: EventLog) -> "TrainingProvenance":
+        """Describe the training part of a log that was split this way."""
+        return cls(split, len(train_log), int(train_log.ts_ms.max(initial=0)), log_digest(train_log))
 
     def count_seen(self, log: EventLog, scored: np.ndarray) -> int | None:
-        """How many of the events to score (bool [n]) taught it; None: this log is another one, or has changed, and
-        does not begin after all that taught it, so that there is no telling."""
-        known = ~self.split.test_mask(log)
-        if log_digest(log.select(known)) == self.digest:
-            return int((known & scored).sum())
+        """Count the events to score (bool [n]) that the artifact was trained on.
+
+        None: unknown, because this is a different or changed log and not all scored events are later than the
+        training events.
+        """
+        train = ~self.split.test_mask(log)
+        if log_digest(log.select(train)) == self.digest:
+            return int((train & scored).sum())
         return 0 if (log.ts_ms[scored] > self.newest_ms).all() else None
 
 
 def position_from_end(users: np.ndarray) -> np.ndarray:
-    """int64 [n]: how many events of its user come after each event of a log; users: int [n]."""
+    """Return how many events of the same user follow each event of a log: int64 [n]; users: int [n]."""
     order = np.argsort(users[::-1], kind="stable")
-    places = np.empty(len(users), np.int64)
-    places[order] = rank_in_run(users[::-1][order])
-    return places[::-1]
+    positions = np.empty(len(users), np.int64)
+    positions[order] = rank_in_run(users[::-1][order])
+    return positions[::-1]
 
 
 def log_digest(log: EventLog) -> str:
-    """Of who did what when, 16 hex digits; the same for equal events, however the log was written."""
+    """Return a digest of the users and events, 16 hex digits; equal events give the same in any file format."""
     digest = hashlib.sha256("\n".join(log.user_ids[user] for user in np.unique(log.users)).encode())
     digest.update(np.unique(log.users, return_inverse=True)[1].astype(np.int32).data)
     digest.update(np.ascontiguousarray(log.events).data)

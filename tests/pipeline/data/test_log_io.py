@@ -113,7 +113,7 @@ def test_a_gzip_stream_that_breaks_off_ends_in_a_bad_record_behind_what_it_held(
     assert len(read) > 5000
     assert read == log[: len(read)]
     assert isinstance(last, BadRecord)
-    assert (last.line, last.reason[:19]) == (len(read) + 1, "the file breaks off")
+    assert (last.line, last.reason[:19]) == (len(read) + 1, "the file ends early")
 
 
 def test_a_torn_messagepack_stream_ends_in_one_bad_record_that_holds_the_rest(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_what_a_log_cannot_be_written_as_is_one_sentence(tmp_path: Path) -> None
         write_log(tmp_path / "log.parquet", [EVENT])
     with pytest.raises(LogFileError, match="cannot be written"):
         write_log(tmp_path / "no" / "log.jsonl", [EVENT])
-    with pytest.raises(LogFileError, match="tab or a line break"):
+    with pytest.raises(LogFileError, match="contains a tab or a line break"):
         write_log(tmp_path / "log.tsv", [Event("a\tb", "i1", "view", 1)])
 
 
