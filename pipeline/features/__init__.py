@@ -1,4 +1,4 @@
-"""From a history to numbers: event features, visit frequency, user-item affinity, labels. numpy only.
+"""Features of histories: event features, visit frequency, user-item affinity, labels. numpy only.
 
 May import: jagged, records, items.
 """

@@ -1,10 +1,10 @@
-"""What the heads predict: labels of engagement, retention and monetization, from what came next.
+"""Labels that the heads predict: engagement, retention and monetization, from the events that follow.
 
 A position of a user's sequence is labelled by its successor. With e the user's next event:
-    engagement    e is a like, cart, purchase or share, a rating of 4 or more, or dwelt on for 30 s or more
+    engagement    e is a like, cart, purchase or share, a rating of 4 or more, or has a dwell of 30 s or more
     retention     a new session (an event 30 minutes or more after its predecessor) begins within 7 days after e
     monetization  e is a cart or purchase
-Logs hold no items that were shown and ignored: the heads tell good outcomes from poor among items that were touched.
+Logs do not hold items that were shown and ignored: the heads rank outcomes among items that users interacted with.
 """
 
 import numpy as np
@@ -21,31 +21,34 @@ HORIZON_MS = 7 * DAY_MS
 
 
 def labels_of(histories: Histories, schema: EventSchema, end_ms: int) -> np.ndarray:
-    """float32 [total, 3] labels by TASKS of each event's successor; NaN: a user's last event, or (retention) the log
-    ends, at `end_ms`, within the horizon: counting the returns that it still shows would favour late events."""
+    """Return the labels of each event's successor, by TASKS: float32 [total, 3].
+
+    NaN for a user's last event, and for the retention of an event whose horizon exceeds `end_ms`, the log's end:
+    counting only the returns that the log still shows would favour late events.
+    """
     labels = np.full((len(histories.events), len(TASKS)), np.nan, np.float32)
-    for place, part in histories.chunks():
-        _label(labels[place], part, schema, end_ms)
+    for part, chunk in histories.chunks():
+        _fill_labels(labels[part], chunk, schema, end_ms)
     return labels
 
 
-def _label(labels: np.ndarray, histories: Histories, schema: EventSchema, end_ms: int) -> None:
+def _fill_labels(labels: np.ndarray, histories: Histories, schema: EventSchema, end_ms: int) -> None:
     users = histories.users
-    succeeded = np.flatnonzero(users[1:] == users[:-1])
-    following = succeeded + 1
-    labels[succeeded, 0] = engaged(histories, schema)[following]
-    labels[succeeded, 1] = _returned(histories, end_ms)[following]
-    labels[succeeded, 2] = np.isin(histories.actions, action_codes(MONETIZING, schema))[following]
+    labelled = np.flatnonzero(users[1:] == users[:-1])
+    successors = labelled + 1
+    labels[labelled, 0] = engaged(histories, schema)[successors]
+    labels[labelled, 1] = _returned(histories, end_ms)[successors]
+    labels[labelled, 2] = np.isin(histories.actions, action_codes(MONETIZING, schema))[successors]
 
 
 def action_codes(actions: tuple[str, ...], schema: EventSchema) -> list[int]:
-    """The ring's codes of those of the actions that the schema has."""
+    """Return the ring's codes of these actions, without those that are not in the schema."""
     codes = schema.action_codes()
     return [codes[name] for name in actions if name in codes]
 
 
 def engaged(histories: Histories, schema: EventSchema) -> np.ndarray:
-    """bool [total]: the event itself is an engaged one."""
+    """Return whether each event itself is engaged: bool [total]."""
     liked = np.isin(histories.actions, action_codes(("rate",), schema))
     liked &= histories.events["value"] >= encode_value(LIKED_STARS)
     dwelt = histories.events["dwell"] > LONG_DWELL_MS // DWELL_STEP_MS  # code = 1 + steps
@@ -53,8 +56,12 @@ def engaged(histories: Histories, schema: EventSchema) -> np.ndarray:
 
 
 def _returned(histories: Histories, end_ms: int) -> np.ndarray:
-    """float32 [total]: whether the user's next session begins within the horizon after this event; NaN: unknown yet."""
-    ts_ms, users = histories.ts_ms, histories.users
+    """Return whether the user's next session begins within the horizon after the event: float32 [total].
+
+    NaN when the log ends before the horizon.
+    """
+    ts_ms = histories.ts_ms
+    users = histories.users
     session_starts = np.flatnonzero((users[1:] == users[:-1]) & (np.diff(ts_ms) >= SESSION_GAP_MS)) + 1
     after = np.searchsorted(session_starts, np.arange(len(ts_ms)), side="right")
     has_next = after < len(session_starts)

@@ -1,8 +1,8 @@
-"""What each user did lately, counted for every event at once: sums and repetitions over the events just before it.
+"""Rolling windows over each user's latest events: sums, means and repeats for every event at once.
 
-A window ends with the event itself and never leaves its user, so nothing later counts. Its length is bounded, so that a
-ring's trimming changes nothing where the ring reaches so much further than the model reads. Sums of whole numbers are
-exact, whatever came before the window.
+A window ends with the event itself and stays within its user, so later events never count. Its length is bounded, so
+trimming a ring changes nothing as long as the ring holds that many more events than the model reads. Sums of integers
+are exact, whatever precedes the window.
 """
 
 from collections.abc import Iterator
@@ -10,64 +10,73 @@ from collections.abc import Iterator
 import numpy as np
 
 WINDOW_EVENTS = 127
-# A sort key is the user's number in its chunk, some bits of what may repeat, and the event's place in the chunk. What
-# differs in other bits alone counts as a repetition: two of 127 items are such a pair in one window of 17 million.
-USER_BITS, PLACE_BITS = 10, 17
-NAME_BITS = 64 - USER_BITS - PLACE_BITS
+# A sort key is the user's number in its chunk, the low bits of the value, and the event's position in the chunk. Values
+# that differ only in higher bits count as equal: two of 127 items collide in one of 17 million windows.
+USER_BITS = 10
+POSITION_BITS = 17
+VALUE_BITS = 64 - USER_BITS - POSITION_BITS
 
 
 class RollingWindows:
-    """Of every event of some packed histories, its user's newest `size` events up to it. offsets: int64 [users + 1]"""
+    """One window per event of packed histories: its user's latest `size` events up to it. offsets: int64 [users + 1]"""
 
     def __init__(self, offsets: np.ndarray, size: int = WINDOW_EVENTS) -> None:
         self._offsets = offsets
-        places = np.arange(offsets[-1])
-        self._begins = np.maximum(np.repeat(offsets[:-1], np.diff(offsets)), places - (size - 1))
-        self.lengths = places - self._begins + 1  # int64 [total]: events in each window
+        positions = np.arange(offsets[-1])
+        self._starts = np.maximum(np.repeat(offsets[:-1], np.diff(offsets)), positions - (size - 1))
+        self.lengths = positions - self._starts + 1  # int64 [total]: events in each window
 
     def sums(self, column: np.ndarray) -> np.ndarray:
-        """float64 [total] of a column [total] over each event's window."""
+        """Return the sums of a column [total] over each event's window: float64 [total]."""
         running = np.empty(len(column) + 1)
         running[0] = 0
         np.cumsum(column, out=running[1:])
-        return running[1:] - running[self._begins]
+        return running[1:] - running[self._starts]
 
-    def means(self, column: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """float64 [total] of a column's values where `counts` (bool [total]) says so; NaN where none is."""
+    def means(self, column: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Return the means of a column's values where `mask` (bool [total]) is set: float64 [total]; NaN for none."""
         with np.errstate(invalid="ignore"):
-            return self.sums(column * counts) / self.sums(counts)
+            return self.sums(column * mask) / self.sums(mask)
 
-    def repeats(self, names: np.ndarray) -> np.ndarray:
-        """int64 [total]: how often the event's name (uint [total], its low NAME_BITS) came before it in its window."""
-        counts = np.empty(len(names), np.int64)
+    def repeats(self, values: np.ndarray) -> np.ndarray:
+        """Return how often each event's value occurs earlier in its window: int64 [total].
+
+        values: uint [total], compared by their low VALUE_BITS.
+        """
+        counts = np.empty(len(values), np.int64)
         for first, last in self._chunks():
-            begin, end = self._offsets[first], self._offsets[last]
+            start = self._offsets[first]
+            end = self._offsets[last]
             users = np.repeat(np.arange(last - first), np.diff(self._offsets[first : last + 1]))
-            counts[begin:end] = _repeats(names[begin:end], users, self._begins[begin:end] - begin)
+            counts[start:end] = _repeats(values[start:end], users, self._starts[start:end] - start)
         return counts
 
     def _chunks(self) -> Iterator[tuple[int, int]]:
-        """Ranges of users that a sort key has room for; one user with more events than that is alone."""
-        first, users = 0, len(self._offsets) - 1
+        """Yield ranges of users whose events fit the bits of a sort key; a user with more events is alone."""
+        first = 0
+        users = len(self._offsets) - 1
         while first < users:
-            room = np.searchsorted(self._offsets, self._offsets[first] + (1 << PLACE_BITS), "right") - 1
-            last = max(first + 1, min(int(room), first + (1 << USER_BITS)))
+            fitting = np.searchsorted(self._offsets, self._offsets[first] + (1 << POSITION_BITS), "right") - 1
+            last = max(first + 1, min(int(fitting), first + (1 << USER_BITS)))
             yield first, last
             first = last
 
 
-def _repeats(names: np.ndarray, users: np.ndarray, begins: np.ndarray) -> np.ndarray:
-    place_bits = PLACE_BITS if len(names) <= 1 << PLACE_BITS else PLACE_BITS + USER_BITS  # one user needs no number
-    place = np.uint64((1 << place_bits) - 1)
-    keys = users.astype(np.uint64) << np.uint64(64 - USER_BITS) | np.arange(len(names), dtype=np.uint64)
-    keys |= (names.astype(np.uint64) & np.uint64((1 << NAME_BITS) - 1)) << np.uint64(place_bits)
-    keys.sort()  # by user, name, place; a sort of keys that hold their place is 5 times faster than an argsort
-    order, groups, number = (keys & place).astype(np.int64), keys & ~place, np.arange(len(keys))
-    begin_groups = np.concatenate([[True], groups[1:] != groups[:-1]])[: len(keys)]
-    earliest = np.maximum.accumulate(np.where(begin_groups, number, 0))  # of the same user and name
-    begins = begins[order]
-    older = np.flatnonzero(order[earliest] < begins)  # rows whose group's first is outside of their window
-    earliest[older] = np.searchsorted(keys, groups[older] | begins[older].astype(np.uint64))
+def _repeats(values: np.ndarray, users: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    fits = len(values) <= 1 << POSITION_BITS
+    position_bits = POSITION_BITS if fits else POSITION_BITS + USER_BITS  # a user alone needs no number
+    position_mask = np.uint64((1 << position_bits) - 1)
+    keys = users.astype(np.uint64) << np.uint64(64 - USER_BITS) | np.arange(len(values), dtype=np.uint64)
+    keys |= (values.astype(np.uint64) & np.uint64((1 << VALUE_BITS) - 1)) << np.uint64(position_bits)
+    keys.sort()  # by user, value, position; keys that hold their position sort 5 times faster than an argsort
+    order = (keys & position_mask).astype(np.int64)
+    groups = keys & ~position_mask  # equal user and value
+    index = np.arange(len(keys))
+    starts_group = np.concatenate([[True], groups[1:] != groups[:-1]])[: len(keys)]
+    earliest = np.maximum.accumulate(np.where(starts_group, index, 0))
+    starts = starts[order]
+    outside = np.flatnonzero(order[earliest] < starts)  # rows whose group begins before their window
+    earliest[outside] = np.searchsorted(keys, groups[outside] | starts[outside].astype(np.uint64))
     counts = np.empty(len(keys), np.int64)
-    counts[order] = number - earliest
+    counts[order] = index - earliest
     return counts

@@ -18,7 +18,7 @@ from pipeline.training.preparation import TrainingOptions, TrainingSetup, prepar
 
 SHOP = SimulatorConfig(events=1500, users=30, items=60, days=20)
 MODEL = HstuConfig(width=16, heads=2, d_qk=8, d_v=8, max_events=20)
-FROM_RECORDS = ("item_age", "price_fit", "affinity")
+FROM_RECORDS = ("item_age", "price_delta", "affinity")
 
 
 @pytest.fixture(scope="module")

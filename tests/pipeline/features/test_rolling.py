@@ -43,6 +43,6 @@ def test_more_users_and_events_than_a_sort_key_holds_are_counted_in_parts(monkey
     histories = [random.integers(1, 6, count).tolist() for count in (3, 40, 0, 2, 9, 1, 1, 30)]
     names, offsets = packed(histories)
     whole = RollingWindows(offsets).repeats(names)
-    monkeypatch.setattr(rolling, "PLACE_BITS", 4)
+    monkeypatch.setattr(rolling, "POSITION_BITS", 4)
     monkeypatch.setattr(rolling, "USER_BITS", 10)
     assert (RollingWindows(offsets).repeats(names) == whole).all()
