@@ -1,4 +1,4 @@
-"""What the process knows of items: ids, tokens, metadata, content, the model's rows.
+"""Items as this process sees them: ids, tokens, metadata, content, the model's rows.
 
 May import: errors, jagged, records.
 """

@@ -1,8 +1,8 @@
-"""What is known of items, as columns over tokens: what features and the content encoder read.
+"""Item metadata as columns by token, read by the features and the content encoder.
 
-Text is hashed, words and their letter triples, so that no vocabulary of words is needed and new words fall near old
-ones (Bojanowski et al., TACL 2017); categories, tags and brand are hashed whole. An item without a record has no words,
-price 0, no category and no age: all of that is coded as missing.
+Text is hashed as words and their character trigrams, so that no word vocabulary is needed and new words are close to
+similar ones (Bojanowski et al., TACL 2017); categories, tags and brand are each hashed as one string. An item without a
+record has no words, price 0, no category and no age: all of that is coded as missing.
 """
 
 import re
@@ -16,17 +16,20 @@ from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import Item, encode_value
 
 TEXT, CATEGORY, BRAND, TAGS = FIELDS = ("text", "category", "brand", "tags")
-COLUMNS = {"price_codes": np.uint16, "categories": np.int32, "created_ms": np.int64, "changed": np.int64}
-NOTHING = tuple(np.empty(0, np.uint32) for _ in FIELDS)
-MAX_WORDS = 32  # of a text: its first ones
-MAX_IDS = 96  # of a field
+COLUMN_DTYPES = {"price_codes": np.uint16, "categories": np.int32, "created_ms": np.int64, "changed": np.int64}
+NO_HASHES = tuple(np.empty(0, np.uint32) for _ in FIELDS)
+MAX_WORDS = 32  # a text's first ones
+MAX_HASHES = 96  # per field
 _WORD = re.compile(r"\w+")
 
 
 @dataclass(slots=True)
 class ItemFacts:
-    """Of n items, 0 = unknown: prices by records.encode_value's codes uint16 [n], a number of the last, most
-    specific category int32 [n], when it came int64 [n] ms."""
+    """Facts of n items, 0 = unknown.
+
+    price_codes: uint16 [n], by records.encode_value; categories: int32 [n], a hash of the last, most specific category;
+    created_ms: int64 [n]
+    """
 
     price_codes: np.ndarray
     categories: np.ndarray
@@ -34,39 +37,39 @@ class ItemFacts:
 
     @classmethod
     def unknown(cls, n: int) -> "ItemFacts":
-        return cls(*(np.zeros(n, COLUMNS[field.name]) for field in fields(cls)))
+        return cls(*(np.zeros(n, COLUMN_DTYPES[field.name]) for field in fields(cls)))
 
     def select(self, index: np.ndarray | slice) -> "ItemFacts":
-        """int [m], or a part -> of these."""
+        """Return the facts at these positions, int [m] or a slice."""
         return ItemFacts(*(getattr(self, field.name)[index] for field in fields(self)))
 
 
 class Catalogue:
     """Columns that grow with the vocabulary. One thread writes and reads.
 
-    version: counts the calls of `put`; changed: int64 [>= tokens], the version at which an item's record came, 0 = none
+    version: number of updates so far; changed: int64 [>= tokens], the version that wrote the item's record, 0 = none
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
         self.version = 0
-        self._words: list[tuple[np.ndarray, ...]] = []  # by token and field: uint32 hashes
-        self._columns = {name: np.zeros(0, kind) for name, kind in COLUMNS.items()}
+        self._hashes: list[tuple[np.ndarray, ...]] = []  # by token and field: uint32 hashes
+        self._columns = {name: np.zeros(0, dtype) for name, dtype in COLUMN_DTYPES.items()}
 
     def upsert(self, items: Iterable[Item]) -> np.ndarray:
-        """Take over records, the later of one item counts; new items get tokens. Returns the tokens, int64 [n]."""
+        """Store the records, the last one of each item; new items get tokens. Returns the distinct tokens, int64."""
         items = list(items)
         tokens = self.vocabulary.admit(item.item_id for item in items)
         self.vocabulary.relist(item.item_id for item in items)
         self._reserve(len(self.vocabulary))
         for token, item in zip(tokens.tolist(), items, strict=True):
-            if token:  # a full vocabulary knows no token for it
-                self._put(token, item)
-        self.version += 1  # at the end: a reader in another thread that has seen it has seen all that it counts
+            if token:  # a full vocabulary has none for a new item
+                self._write(token, item)
+        self.version += 1  # last: a reader in another thread that sees the new version sees all of its changes
         return np.unique(tokens[tokens > 0]).astype(np.int64)
 
     def delist(self, item_ids: Iterable[str]) -> None:
-        """Nothing is known of these items any more, and they are barred until a record of theirs comes."""
+        """Clear these items' metadata and block them until they get a new record."""
         item_ids = list(item_ids)
         if not item_ids:
             return
@@ -74,60 +77,70 @@ class Catalogue:
         self.vocabulary.delist(item_ids)
 
     def evict(self, tokens: np.ndarray) -> None:
-        """Give up these tokens, int [n], see Vocabulary."""
+        """Clear these tokens, int [n], and free them; see Vocabulary.evict."""
         self._clear(tokens)
         self.vocabulary.evict(tokens)
 
     def facts(self, tokens: np.ndarray) -> ItemFacts:
-        """tokens: int [n]; of one that came later than all records nothing is known."""
+        """Return the facts of tokens, int [n]; unknown for a token admitted after the last update."""
         return ItemFacts(*(_lookup(self._columns[field.name], tokens) for field in fields(ItemFacts)))
 
     def state(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
-        """What is known of these items as arrays: hashes uint32 [m], offsets int64 [n * FIELDS + 1] of each item's each
-        field, and price_codes, categories, created_ms [n]."""
-        words = [field for token in tokens.tolist() for field in self.content_hashes(token)]
+        """Return the metadata of these items as arrays.
+
+        hashes: uint32 [m]; offsets: int64 [n * len(FIELDS) + 1], per item and field; price_codes, categories,
+        created_ms: [n].
+        """
+        hashes = [field for token in tokens.tolist() for field in self.content_hashes(token)]
         return {
-            "hashes": np.concatenate([np.empty(0, np.uint32), *words]),
-            "offsets": np.concatenate([[0], np.cumsum([len(field) for field in words], dtype=np.int64)]),
+            "hashes": np.concatenate([np.empty(0, np.uint32), *hashes]),
+            "offsets": np.concatenate([[0], np.cumsum([len(field) for field in hashes], dtype=np.int64)]),
             **asdict(self.facts(tokens)),
         }
 
     def restore_facts(self, tokens: np.ndarray, state: Mapping[str, np.ndarray]) -> None:
-        """Take over the facts of these items, int [n], from `state`, in the same order, where no record has come
-        meanwhile. Their words are not needed: who kept the state has vectors of them."""
+        """Restore the facts of these items, int [n], from `state` in the same order, unless they have a record.
+
+        Their content hashes are not needed: the artifact that kept the state has vectors made from them.
+        """
         self._reserve(int(tokens.max(initial=0)) + 1)
-        new = self.changed[tokens] == 0
+        missing = self.changed[tokens] == 0
         for field in fields(ItemFacts):
-            self._columns[field.name][tokens[new]] = state[field.name][new]
+            self._columns[field.name][tokens[missing]] = state[field.name][missing]
 
     def restore(self, tokens: np.ndarray, state: Mapping[str, np.ndarray], recorded: np.ndarray) -> None:
-        """Take over the facts and the words of these items, int [n], 0 = left out, from `state`, in the same order, as
-        if their records had come now. recorded: bool [n], false: it never had one."""
+        """Restore facts and content hashes from `state`, as if the items' records had just arrived.
+
+        tokens: int [n], in the state's order, 0 = skip; recorded: bool [n], whether the item had a record.
+        """
         self._reserve(len(self.vocabulary))
-        places = np.flatnonzero(recorded & (tokens > 0))
-        words, tokens = np.split(state["hashes"], state["offsets"][1:-1]), tokens[places]
-        for place, token in zip(places.tolist(), tokens.tolist(), strict=True):
-            self._words[token] = tuple(words[place * len(FIELDS) : (place + 1) * len(FIELDS)])
+        index = np.flatnonzero(recorded & (tokens > 0))
+        tokens = tokens[index]
+        hashes = np.split(state["hashes"], state["offsets"][1:-1])
+        for i, token in zip(index.tolist(), tokens.tolist(), strict=True):
+            self._hashes[token] = tuple(hashes[i * len(FIELDS) : (i + 1) * len(FIELDS)])
         for field in fields(ItemFacts):
-            self._columns[field.name][tokens] = state[field.name][places]
+            self._columns[field.name][tokens] = state[field.name][index]
         self.changed[tokens] = self.version + 1
         self.vocabulary.relist(self.vocabulary.item_ids[token] for token in tokens.tolist())
         self.version += 1
 
     def has_records(self, tokens: np.ndarray) -> np.ndarray:
-        """bool [n]"""
+        """Return which of these tokens have a record: bool [n]."""
         return _lookup(self.changed, tokens) > 0
 
     def content_hashes(self, token: int) -> tuple[np.ndarray, ...]:
-        """The hashes of each field, uint32 [m] each."""
-        return self._words[token] if token < len(self._words) else NOTHING
+        """Return the hashes of each field, uint32 [m] each."""
+        return self._hashes[token] if token < len(self._hashes) else NO_HASHES
 
     @property
     def changed(self) -> np.ndarray:
         return self._columns["changed"]
 
-    def _put(self, token: int, item: Item) -> None:
-        self._words[token] = tuple(np.array(sorted(set(ids))[:MAX_IDS], np.uint32) for ids in _hashes(item))
+    def _write(self, token: int, item: Item) -> None:
+        self._hashes[token] = tuple(
+            np.array(sorted(set(hashes))[:MAX_HASHES], np.uint32) for hashes in _field_hashes(item)
+        )
         self._columns["price_codes"][token] = encode_value(item.price)
         self._columns["categories"][token] = 1 + (_hash(CATEGORY, item.category[-1]) >> 2) if item.category else 0
         self._columns["created_ms"][token] = item.created_ms or 0
@@ -136,12 +149,12 @@ class Catalogue:
     def _clear(self, tokens: np.ndarray) -> None:
         self._reserve(len(self.vocabulary))
         for token in tokens.tolist():
-            self._words[token] = NOTHING
+            self._hashes[token] = NO_HASHES
         for column in self._columns.values():
             column[tokens] = 0
 
     def _reserve(self, tokens: int) -> None:
-        self._words += [NOTHING] * (tokens - len(self._words))
+        self._hashes += [NO_HASHES] * (tokens - len(self._hashes))
         for name, column in self._columns.items():
             if tokens > len(column):
                 grown = np.zeros(max(tokens, 2 * len(column)), column.dtype)
@@ -150,26 +163,26 @@ class Catalogue:
 
 
 def _lookup(column: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    found = np.zeros(len(tokens), column.dtype)
+    values = np.zeros(len(tokens), column.dtype)
     inside = tokens < len(column)
-    found[inside] = column[tokens[inside]]
-    return found
+    values[inside] = column[tokens[inside]]
+    return values
 
 
-def _hashes(item: Item) -> Iterator[list[int]]:
-    """Of each field."""
+def _field_hashes(item: Item) -> Iterator[list[int]]:
+    """Yield the hashes of each of FIELDS."""
     text = " ".join(part for part in (item.title, item.text) if part)
-    yield [_hash(TEXT, piece) for piece in _text_pieces(text)]
+    yield [_hash(TEXT, subword) for subword in _subwords(text)]
     yield [_hash(CATEGORY, name) for name in item.category]
     yield [_hash(BRAND, item.brand)] if item.brand else []
     yield [_hash(TAGS, name) for name in item.tags]
 
 
-def _text_pieces(text: str) -> Iterator[str]:
+def _subwords(text: str) -> Iterator[str]:
     for word in _WORD.findall(text.lower())[:MAX_WORDS]:
         yield word
         marked = f"<{word}>"
-        yield from (marked[at : at + 3] for at in range(len(marked) - 2))
+        yield from (marked[start : start + 3] for start in range(len(marked) - 2))
 
 
 def _hash(field: str, text: str) -> int:

@@ -1,4 +1,4 @@
-"""Items' contents as tensors: what the content encoder reads."""
+"""Item content as tensors, the input of the content encoder."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -12,28 +12,29 @@ from pipeline.items.catalogue import FIELDS
 from pipeline.jagged import ranges
 from pipeline.records import VALUE_STEPS
 
-COUNT_BUCKETS = 20  # of log2(1 + training events)
+COUNT_BUCKETS = 20  # by log2(1 + training events)
 
 
 class PriceScale(msgspec.Struct, frozen=True):
-    """Mean and standard deviation of log(1 + price) over the training items: what makes prices comparable."""
+    """Mean and standard deviation of log(1 + price) over the training items, to standardise prices."""
 
     mean: float = 0.0
     deviation: float = 1.0
 
     @classmethod
     def fit(cls, price_codes: np.ndarray) -> "PriceScale":
-        """price_codes: records.encode_value's, int [n], 0 = no price."""
+        """Fit on price codes of records.encode_value, int [n], 0 = no price."""
         logs = price_codes[price_codes > 0] / VALUE_STEPS
         return cls(float(logs.mean()), max(float(logs.std()), 1e-3)) if len(logs) else cls()
 
 
 @dataclass(slots=True)
 class ItemContent:
-    """Of n items.
+    """Content of n items.
 
-    ids:     int64 [m], hashes of all their fields' pieces; lengths: int64 [n, FIELDS], how many of each field
-    numbers: float32 [n, 2], the scaled log price, and 1 where there is a price
+    ids:     int64 [m], the content hashes of all items and fields
+    lengths: int64 [n, FIELDS], the number of hashes per item and field
+    numbers: float32 [n, 2], the standardised log price, and 1 when there is a price
     counts:  int64 [n], the bucket of the number of training events, 0 = none
     """
 
@@ -44,7 +45,7 @@ class ItemContent:
 
     @classmethod
     def from_state(cls, state: Mapping[str, np.ndarray], events: np.ndarray, scale: PriceScale) -> "ItemContent":
-        """state: Catalogue.state's; events: int [n], of each item in training."""
+        """Read Catalogue.state's arrays. events: int [n], each item's number of training events."""
         codes = state["price_codes"].astype(np.float32)
         priced = codes > 0
         numbers = np.stack([(codes / VALUE_STEPS - scale.mean) / scale.deviation * priced, priced], 1)
@@ -61,22 +62,23 @@ class ItemContent:
 
     @property
     def missing(self) -> Tensor:
-        """bool [n, FIELDS + 1]: the fields, and at the end the price, that nothing is known of."""
+        """Which fields, and in the last column whether the price, are unknown: bool [n, FIELDS + 1]."""
         return torch.cat([self.lengths == 0, self.numbers[:, 1:] == 0], dim=1)
 
     @property
     def offsets(self) -> Tensor:
-        """int64 [n * FIELDS]: where each item's each field begins in `ids`."""
+        """Start of each item's fields in `ids`: int64 [n * FIELDS]."""
         lengths = self.lengths.flatten()
         return lengths.cumsum(0) - lengths
 
     def select(self, rows: np.ndarray) -> "ItemContent":
-        """Of these items, int64 [k]."""
-        device, totals = self.ids.device, self.lengths.sum(1).cpu().numpy()
+        """Return the content of these items, int64 [k]."""
+        device = self.ids.device
+        totals = self.lengths.sum(1).cpu().numpy()
         starts = np.cumsum(totals) - totals
-        places, _ = ranges(starts[rows], totals[rows])
+        positions, _ = ranges(starts[rows], totals[rows])
         index = torch.from_numpy(rows).to(device)
-        ids = self.ids[torch.from_numpy(places).to(device)]
+        ids = self.ids[torch.from_numpy(positions).to(device)]
         return ItemContent(ids, self.lengths[index], self.numbers[index], self.counts[index])
 
     def to(self, device: torch.device) -> "ItemContent":

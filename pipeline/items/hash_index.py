@@ -1,4 +1,4 @@
-"""An open-addressing table from item hashes to tokens that is read as whole numpy columns.
+"""An open-addressing table from item hashes to tokens, looked up a numpy column at a time.
 
 One thread writes; others may read meanwhile: they see an item or do not see it yet.
 """
@@ -10,25 +10,25 @@ Slots = tuple[np.ndarray, np.ndarray]  # keys uint64, 0 = empty; values int32
 
 
 class HashIndex:
-    """At most half full, so that three rounds of linear probing settle nearly all of a column."""
+    """At most half full, so that three rounds of linear probing find nearly all of a column."""
 
     def __init__(self) -> None:
         self._slots = _empty(FIRST_SLOTS)
         self._used = 0
 
     def tokens(self, hashes: np.ndarray) -> np.ndarray:
-        """uint64 [n] item hashes -> int32 [n] tokens, 0 where there is none."""
+        """Return the tokens of item hashes (uint64 [n]), 0 for a missing one: int32 [n]."""
         keys, values = self._slots
-        found = np.zeros(len(hashes), np.int32)
+        tokens = np.zeros(len(hashes), np.int32)
         slots = hashes & np.uint64(len(keys) - 1)
-        open_rows = np.arange(len(hashes))
-        while open_rows.size:
-            seen = keys[slots[open_rows]]
-            hit = seen == hashes[open_rows]
-            found[open_rows[hit]] = values[slots[open_rows[hit]]]
-            open_rows = open_rows[~hit & (seen != 0)]
-            slots[open_rows] = (slots[open_rows] + np.uint64(1)) & np.uint64(len(keys) - 1)
-        return found
+        pending = np.arange(len(hashes))
+        while pending.size:
+            probed = keys[slots[pending]]
+            hit = probed == hashes[pending]
+            tokens[pending[hit]] = values[slots[pending[hit]]]
+            pending = pending[~hit & (probed != 0)]
+            slots[pending] = (slots[pending] + np.uint64(1)) & np.uint64(len(keys) - 1)
+        return tokens
 
     def insert(self, key: int, token: int) -> None:
         keys, values = self._slots
@@ -43,16 +43,16 @@ class HashIndex:
         keys[slot] = key
 
     def remove(self, tokens: np.ndarray) -> None:
-        """Forget these tokens, int [n]: what is left is put into a new table, 0.2 s for a million."""
+        """Remove these tokens, int [n], by moving the others to a new table: 0.2 s for a million."""
         keys, values = self._slots
-        gone = np.zeros(int(values.max()) + 1, bool)
-        gone[tokens] = True
-        self._rebuild((keys != 0) & ~gone[values], len(keys))
+        removed = np.zeros(int(values.max()) + 1, bool)
+        removed[tokens] = True
+        self._rebuild((keys != 0) & ~removed[values], len(keys))
 
-    def _rebuild(self, kept: np.ndarray, size: int) -> None:
+    def _rebuild(self, mask: np.ndarray, size: int) -> None:
         keys, values = self._slots
-        self._slots = _filled(keys[kept], values[kept], size)
-        self._used = int(kept.sum())
+        self._slots = _filled(keys[mask], values[mask], size)
+        self._used = int(mask.sum())
 
 
 def _empty(size: int) -> Slots:
@@ -62,13 +62,14 @@ def _empty(size: int) -> Slots:
 def _filled(hashes: np.ndarray, tokens: np.ndarray, size: int) -> Slots:
     keys, values = _empty(size)
     slots = hashes & np.uint64(size - 1)
-    open_rows = np.arange(len(hashes))
-    while open_rows.size:
-        at, wanted = slots[open_rows], hashes[open_rows]
-        free = keys[at] == 0
-        keys[at[free]] = wanted[free]  # of several for one slot the last one has it, the others go on
-        settled = keys[at] == wanted
-        values[at[settled]] = tokens[open_rows[settled]]
-        open_rows = open_rows[~settled]
-        slots[open_rows] = (slots[open_rows] + np.uint64(1)) & np.uint64(size - 1)
+    pending = np.arange(len(hashes))
+    while pending.size:
+        probed = slots[pending]
+        pending_hashes = hashes[pending]
+        free = keys[probed] == 0
+        keys[probed[free]] = pending_hashes[free]  # of several hashes the last one gets the slot, the others probe on
+        placed = keys[probed] == pending_hashes
+        values[probed[placed]] = tokens[pending[placed]]
+        pending = pending[~placed]
+        slots[pending] = (slots[pending] + np.uint64(1)) & np.uint64(size - 1)
     return keys, values

@@ -1,4 +1,4 @@
-"""What an artifact knows of its items besides their ids."""
+"""An artifact's item metadata: facts, content hashes, training counts and the price scale."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -11,8 +11,10 @@ from pipeline.items.content import ItemContent, PriceScale
 
 @dataclass(slots=True)
 class ItemMetadata:
-    """state: Catalogue.state's arrays of the items, in the artifact's order; events: int64 [n], each one's events in
-    training; scale: of their prices."""
+    """Metadata of the items in the artifact's order.
+
+    state: arrays of Catalogue.state; events: int64 [n], each item's number of training events; scale: of their prices
+    """
 
     state: dict[str, np.ndarray]
     events: np.ndarray
@@ -20,7 +22,7 @@ class ItemMetadata:
 
     @classmethod
     def from_catalogue(cls, catalogue: Catalogue, tokens: np.ndarray, events: np.ndarray) -> "ItemMetadata":
-        """tokens: int [n] of the catalogue's vocabulary."""
+        """Read the metadata of tokens, int [n], and fit their price scale."""
         return cls(catalogue.state(tokens), events, PriceScale.fit(catalogue.facts(tokens).price_codes))
 
     @classmethod
@@ -29,7 +31,7 @@ class ItemMetadata:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "ItemMetadata":
-        """From `arrays`. KeyError when one is not there."""
+        """Read the output of `arrays`. KeyError for a missing array."""
         scale = PriceScale(*arrays["price_scale"].tolist())
         names = ("hashes", "offsets", *(field.name for field in fields(ItemFacts)))
         return cls({name: arrays[name] for name in names}, arrays["events"], scale)
@@ -39,16 +41,16 @@ class ItemMetadata:
         return {field.name: self.state[field.name] for field in fields(ItemFacts)}
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """As a file keeps them."""
+        """Return everything as arrays for a file."""
         return {**self.state, "events": self.events, "price_scale": np.array([self.scale.mean, self.scale.deviation])}
 
     def content(self) -> ItemContent:
-        """Of a model's rows: row 0, the unknown item's, and the items'."""
-        one = ItemMetadata.unknown(1)
-        state = {name: np.concatenate([one.state[name], column]) for name, column in self.state.items()}
-        state["offsets"] = np.concatenate([one.state["offsets"][:-1], self.state["offsets"]])
-        return ItemContent.from_state(state, np.concatenate([one.events, self.events]), self.scale)
+        """Return the content of a model's rows: row 0 for the unknown item, then the items."""
+        row_0 = ItemMetadata.unknown(1)
+        state = {name: np.concatenate([row_0.state[name], column]) for name, column in self.state.items()}
+        state["offsets"] = np.concatenate([row_0.state["offsets"][:-1], self.state["offsets"]])
+        return ItemContent.from_state(state, np.concatenate([row_0.events, self.events]), self.scale)
 
     def new_item_content(self, catalogue: Catalogue, tokens: np.ndarray) -> ItemContent:
-        """Of items that came after training, as the model's encoder reads them."""
+        """Return the content of items that came after training, as the model's content encoder reads it."""
         return ItemContent.from_state(catalogue.state(tokens), np.zeros(len(tokens), np.int64), self.scale)

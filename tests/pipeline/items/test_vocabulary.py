@@ -69,7 +69,7 @@ def test_whoever_looks_from_time_to_time_is_told_which_tokens_have_lost_their_it
 def test_no_token_is_retired_while_somebody_holds_them():
     vocabulary = Vocabulary("ab")
     vocabulary.pinned = True
-    with pytest.raises(AssertionError, match="somebody else has tokens"):
+    with pytest.raises(AssertionError, match="another thread holds tokens"):
         vocabulary.evict(np.array([1]))
 
 

@@ -194,7 +194,7 @@ def test_the_manifest_remembers_the_cut_and_evaluation_keeps_to_it(tmp_path: Pat
 
 def test_a_log_of_more_items_than_have_room_is_neither_trained_on_nor_evaluated(tmp_path: Path) -> None:
     log, narrow = log_of(), replace(SERVING, max_items=5)
-    refused = f"{len(log.item_ids) - 5} items have no place beside 5 others; counters.max_items is 5: set it higher"
+    refused = f"{len(log.item_ids) - 5} items have no token: all 5 are taken; counters.max_items is 5: set it higher"
     with pytest.raises(TrainingError, match=refused):
         train(log, tmp_path / "model", OPTIONS, narrow, Silent(), CREATED)
     trained(tmp_path / "model", log=log)

@@ -83,7 +83,7 @@ def test_a_catalogue_that_has_no_room_is_one_sentence(command: str, shop, capsys
     monkeypatch.setenv("MILLRACE__COUNTERS__MAX_ITEMS", "5")
     assert main(command.replace("LOG", str(shop.log)).replace("ARTIFACT", str(shop.artifact)).split()) == 2
     err = capsys.readouterr().err.strip()
-    assert err.endswith("have no place beside 5 others; counters.max_items is 5: set it higher")
+    assert err.endswith("have no token: all 5 are taken; counters.max_items is 5: set it higher")
     assert "\n" not in err
 
 
