@@ -61,9 +61,10 @@ class NeighbourTable:
         ranks = rank_in_run(rows)
         for rank in range(min(int(ranks.max(initial=-1)) + 1, self.tokens.shape[1])):
             now = ranks == rank
-            slots = self.weights[rows[now]].argmin(axis=1)
-            self.tokens[rows[now], slots] = columns[now]
-            self.weights[rows[now], slots] = weights[now]
+            rows_now = rows[now]
+            slots = self.weights[rows_now].argmin(axis=1)
+            self.tokens[rows_now, slots] = columns[now]
+            self.weights[rows_now, slots] = weights[now]
 
 
 def summed_pairs(
