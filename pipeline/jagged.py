@@ -12,7 +12,7 @@ def ranges(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndar
     return np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1]), offsets
 
 
-def row_of(offsets: np.ndarray, positions: np.ndarray) -> np.ndarray:
+def find_rows(offsets: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """Return the row that contains each position: int64 [n]. offsets: int64 [rows + 1]; positions: int [n]."""
     return np.searchsorted(offsets, positions, side="right") - 1
 

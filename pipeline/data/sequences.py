@@ -7,7 +7,7 @@ import numpy as np
 
 from pipeline.data.event_log import EventLog
 from pipeline.items.vocabulary import Vocabulary
-from pipeline.jagged import ranges, row_of
+from pipeline.jagged import find_rows, ranges
 from pipeline.records import Histories
 
 
@@ -52,7 +52,7 @@ class UserSequences:
 
     def user_starts(self, positions: np.ndarray) -> np.ndarray:
         """Return where the runs of these events' users begin: int64 [n]."""
-        return self.offsets[row_of(self.offsets, positions)]
+        return self.offsets[find_rows(self.offsets, positions)]
 
     def chunks(self) -> Iterator[tuple[slice, "UserSequences"]]:
         """Yield chunks of complete users as Histories.chunks does: each with its slice and views of its columns."""

@@ -32,7 +32,7 @@ from pipeline.evaluation.metrics import HeadMetrics, RankingMetrics, head_metric
 from pipeline.evaluation.negatives import NegativeSampling, sample_negatives
 from pipeline.evaluation.popularity import RecentPopularity
 from pipeline.evaluation.ranking import HeldOutEvents, Recommender, ranks_among, slates_of
-from pipeline.features.labels import TASKS, labels_of
+from pipeline.features.labels import TASKS, compute_labels
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import UNKNOWN, Vocabulary
 from pipeline.records import EventSchema, Item
@@ -230,6 +230,6 @@ def evaluate_heads(hstu: HstuStrategy, scored: HeldOutEvents, schema: EventSchem
     """The heads' odds of each event's item, asked just before the event, against what the event turned out to be."""
     corpus = scored.sequences
     asked = HeldOutEvents(corpus, scored.positions[scored.lengths > 0], scored.max_events)
-    labels = labels_of(corpus.histories, schema, int(corpus.histories.ts_ms.max(initial=0)))[asked.positions - 1]
+    labels = compute_labels(corpus.histories, schema, int(corpus.histories.ts_ms.max(initial=0)))[asked.positions - 1]
     odds = predict_heads(hstu, asked)
     return {task: head_metrics(odds[:, i], labels[:, i]) for i, task in enumerate(TASKS)}

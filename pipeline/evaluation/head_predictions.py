@@ -4,7 +4,7 @@ import numpy as np
 
 from pipeline.data.sequences import UserSequences
 from pipeline.evaluation.ranking import HeldOutEvents
-from pipeline.features.labels import TASKS, labels_of
+from pipeline.features.labels import TASKS, compute_labels
 from pipeline.model.calibration import fit_platt
 from pipeline.records import EventSchema
 from pipeline.serving.hstu_strategy import HstuStrategy
@@ -46,4 +46,4 @@ def held_out_labels(
 
 
 def _labels(corpus: UserSequences, schema: EventSchema) -> np.ndarray:
-    return labels_of(corpus.histories, schema, int(corpus.histories.ts_ms.max(initial=0)))
+    return compute_labels(corpus.histories, schema, int(corpus.histories.ts_ms.max(initial=0)))

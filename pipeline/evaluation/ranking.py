@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.data.sequences import UserSequences
 from pipeline.evaluation.metrics import RankingMetrics, ranking_metrics, target_ranks
-from pipeline.jagged import row_of
+from pipeline.jagged import find_rows
 from pipeline.records import Histories
 from pipeline.serving.strategy import RankedItems
 
@@ -51,7 +51,7 @@ class HeldOutEvents:
     @property
     def users(self) -> np.ndarray:
         """int64 [n]: the events' users, by their number in the corpus."""
-        return row_of(self.sequences.offsets, self.positions)
+        return find_rows(self.sequences.offsets, self.positions)
 
     @property
     def lengths(self) -> np.ndarray:

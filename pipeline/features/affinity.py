@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.features.event_features import COUNT_CAP
 from pipeline.items.catalogue import ItemFacts
-from pipeline.jagged import row_of
+from pipeline.jagged import find_rows
 from pipeline.records import VALUE_STEPS, Histories
 
 WINDOWS = (32, COUNT_CAP)  # events counted back; a ring holds this many, see HstuConfig.receptive_field
@@ -80,7 +80,7 @@ class AffinityIndex:
 
         ends: int [q], positions in the histories; items: int [q], tokens; facts: of these items.
         """
-        users = row_of(self.offsets, ends)
+        users = find_rows(self.offsets, ends)
         starts = [np.maximum(self.offsets[users], ends - events + 1) for events in WINDOWS]
         columns = [
             *self._category_columns(users, starts, ends, facts.categories),

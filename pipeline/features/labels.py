@@ -20,7 +20,7 @@ LONG_DWELL_MS = 30_000
 HORIZON_MS = 7 * DAY_MS
 
 
-def labels_of(histories: Histories, schema: EventSchema, end_ms: int) -> np.ndarray:
+def compute_labels(histories: Histories, schema: EventSchema, end_ms: int) -> np.ndarray:
     """Return the labels of each event's successor, by TASKS: float32 [total, 3].
 
     NaN for a user's last event, and for the retention of an event whose horizon exceeds `end_ms`, the log's end:

@@ -16,7 +16,7 @@ from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import Item, encode_value
 
 TEXT, CATEGORY, BRAND, TAGS = FIELDS = ("text", "category", "brand", "tags")
-COLUMN_DTYPES = {"price_codes": np.uint16, "categories": np.int32, "created_ms": np.int64, "changed": np.int64}
+COLUMN_DTYPES = {"price_codes": np.uint16, "categories": np.int32, "created_ms": np.int64, "changed_at": np.int64}
 NO_HASHES = tuple(np.empty(0, np.uint32) for _ in FIELDS)
 MAX_WORDS = 32  # a text's first ones
 MAX_HASHES = 96  # per field
@@ -47,7 +47,7 @@ class ItemFacts:
 class Catalogue:
     """Columns that grow with the vocabulary. One thread writes and reads.
 
-    version: number of updates so far; changed: int64 [>= tokens], the version that wrote the item's record, 0 = none
+    version: number of updates so far; changed_at: int64 [>= tokens], the version that wrote the item's record, 0 = none
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -104,7 +104,7 @@ class Catalogue:
         Their content hashes are not needed: the artifact that kept the state has vectors made from them.
         """
         self._reserve(int(tokens.max(initial=0)) + 1)
-        missing = self.changed[tokens] == 0
+        missing = self.changed_at[tokens] == 0
         for field in fields(ItemFacts):
             self._columns[field.name][tokens[missing]] = state[field.name][missing]
 
@@ -121,21 +121,21 @@ class Catalogue:
             self._hashes[token] = tuple(hashes[i * len(FIELDS) : (i + 1) * len(FIELDS)])
         for field in fields(ItemFacts):
             self._columns[field.name][tokens] = state[field.name][index]
-        self.changed[tokens] = self.version + 1
+        self.changed_at[tokens] = self.version + 1
         self.vocabulary.relist(self.vocabulary.item_ids[token] for token in tokens.tolist())
         self.version += 1
 
     def has_records(self, tokens: np.ndarray) -> np.ndarray:
         """Return which of these tokens have a record: bool [n]."""
-        return _lookup(self.changed, tokens) > 0
+        return _lookup(self.changed_at, tokens) > 0
 
     def content_hashes(self, token: int) -> tuple[np.ndarray, ...]:
         """Return the hashes of each field, uint32 [m] each."""
         return self._hashes[token] if token < len(self._hashes) else NO_HASHES
 
     @property
-    def changed(self) -> np.ndarray:
-        return self._columns["changed"]
+    def changed_at(self) -> np.ndarray:
+        return self._columns["changed_at"]
 
     def _write(self, token: int, item: Item) -> None:
         self._hashes[token] = tuple(
@@ -144,7 +144,7 @@ class Catalogue:
         self._columns["price_codes"][token] = encode_value(item.price)
         self._columns["categories"][token] = 1 + (_hash(CATEGORY, item.category[-1]) >> 2) if item.category else 0
         self._columns["created_ms"][token] = item.created_ms or 0
-        self._columns["changed"][token] = self.version + 1
+        self._columns["changed_at"][token] = self.version + 1
 
     def _clear(self, tokens: np.ndarray) -> None:
         self._reserve(len(self.vocabulary))
@@ -189,4 +189,4 @@ def _hash(field: str, text: str) -> int:
     return crc32(f"{field}:{text}".encode())
 
 
-EMPTY = Catalogue(Vocabulary())
+EMPTY_CATALOGUE = Catalogue(Vocabulary())

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from pipeline.items.catalogue import EMPTY, Catalogue, ItemFacts
+from pipeline.items.catalogue import EMPTY_CATALOGUE, Catalogue, ItemFacts
 from pipeline.items.content import ItemContent, PriceScale
 
 
@@ -27,7 +27,7 @@ class ItemMetadata:
 
     @classmethod
     def unknown(cls, items: int) -> "ItemMetadata":
-        return cls.from_catalogue(EMPTY, np.zeros(items, np.int64), np.zeros(items, np.int64))
+        return cls.from_catalogue(EMPTY_CATALOGUE, np.zeros(items, np.int64), np.zeros(items, np.int64))
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "ItemMetadata":

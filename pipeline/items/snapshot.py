@@ -48,7 +48,7 @@ def changes_since(catalogue: Catalogue, since: CatalogueVersion) -> CatalogueCha
     """Return the items admitted, updated or delisted after a version."""
     vocabulary = catalogue.vocabulary
     changed = vocabulary.admitted_at[: len(vocabulary)] > since.admitted
-    changed[np.flatnonzero(catalogue.changed[: len(vocabulary)] > since.records)] = True
+    changed[np.flatnonzero(catalogue.changed_at[: len(vocabulary)] > since.records)] = True
     tokens = np.flatnonzero(changed)
     tokens = tokens[np.argsort(vocabulary.admitted_at[tokens])]
     now = CatalogueVersion(vocabulary.admitted_count, catalogue.version, vocabulary.version)

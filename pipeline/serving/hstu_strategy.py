@@ -165,7 +165,7 @@ class HstuStrategy:
         """Take over what has come to pass with items since the last batch."""
         moved, version = self._rows.sync(), self._catalogue.version
         if version != self._synced_version and self._encoder.reads_contents:
-            self._add_item_vectors(np.flatnonzero(self._catalogue.changed > self._synced_version))
+            self._add_item_vectors(np.flatnonzero(self._catalogue.changed_at > self._synced_version))
         self._synced_version = version
         if moved.size:
             self._restore_facts(moved[(moved < self._trained) & (self._rows.tokens(moved) != UNKNOWN)])

@@ -9,7 +9,7 @@ import numpy as np
 from pipeline.data.log_io import read_event_log, write_log
 from pipeline.data.sequences import UserSequences, split_index
 from pipeline.evaluation.metrics import HeadMetrics, head_metrics
-from pipeline.features.labels import TASKS, labels_of
+from pipeline.features.labels import TASKS, compute_labels
 from pipeline.records import EventSchema
 from pipeline.simulation.simulator import Columns, Simulator
 from pipeline.simulation.world import SimulatorConfig
@@ -57,7 +57,7 @@ def _measured(config: SimulatorConfig, path: Path, truth: Columns) -> GroundTrut
     schema, log = EventSchema(), read_event_log(path)
     corpus = UserSequences.from_columns(log.events, np.ones(len(log), np.int32), log.users)
     start, histories = split_index(log.ts_ms, SCORED_FROM), corpus.histories
-    labels = labels_of(histories, schema, int(log.ts_ms[-1]))
+    labels = compute_labels(histories, schema, int(log.ts_ms[-1]))
     # Labels stand at an event's predecessor, as the heads predict them.
     before = np.flatnonzero((corpus.log_positions[1:] >= start) & (corpus.starts[1:] == corpus.starts[:-1]))
     following = corpus.log_positions[before + 1]

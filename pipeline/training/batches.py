@@ -11,11 +11,11 @@ import numpy as np
 from pipeline.data.sequences import UserSequences
 from pipeline.features.affinity import AffinityIndex
 from pipeline.features.event_features import N_FEATURES, EncoderInputs, encoder_inputs
-from pipeline.features.labels import engaged, labels_of
+from pipeline.features.labels import compute_labels, engaged
 from pipeline.features.visit_frequency import N_VISIT_FEATURES, visit_frequency
-from pipeline.items.catalogue import EMPTY, Catalogue, ItemFacts
+from pipeline.items.catalogue import EMPTY_CATALOGUE, Catalogue, ItemFacts
 from pipeline.items.vocabulary import UNKNOWN
-from pipeline.jagged import ranges, row_of
+from pipeline.jagged import find_rows, ranges
 from pipeline.records import EventSchema
 
 
@@ -30,7 +30,7 @@ class TrainingColumns:
     successors: int32, the token of the user's next event; 0 where there is none
     asked:      bool, the retrieval is trained here: the successor is known and (unless repeats count) new to the user,
                 for what the user has touched before is excluded in service
-    labels:     float32 [total, 3], see labels.labels_of
+    labels:     float32 [total, 3], see labels.compute_labels
     rhythm:     float32 [total, RHYTHMS], see rhythm.rhythm
     affinities, facts: of the histories and of the events' items, see affinity.py
     older_events: the model is shown so many of a user's events before a crop, too, in sessions
@@ -47,7 +47,7 @@ class TrainingColumns:
 
     @classmethod
     def from_sequences(
-        cls, corpus: UserSequences, schema: EventSchema, repeats: bool, catalogue: Catalogue = EMPTY
+        cls, corpus: UserSequences, schema: EventSchema, repeats: bool, catalogue: Catalogue = EMPTY_CATALOGUE
     ) -> "TrainingColumns":
         total, histories, facts = len(corpus), corpus.histories, catalogue.facts(corpus.tokens)
         codes, seconds = np.empty((total, N_FEATURES), np.int16), np.empty(total, np.int32)
@@ -55,7 +55,7 @@ class TrainingColumns:
             EncoderInputs(corpus.tokens, codes, seconds, corpus.offsets),
             _successors(corpus),
             np.zeros(total, bool),
-            labels_of(histories, schema, int(histories.ts_ms.max(initial=0))),
+            compute_labels(histories, schema, int(histories.ts_ms.max(initial=0))),
             np.empty((total, N_VISIT_FEATURES), np.float32),
             AffinityIndex.from_histories(histories, corpus.tokens, facts, engaged(histories, schema)),
             facts,
@@ -73,7 +73,7 @@ class TrainingColumns:
 
     def with_context(self, starts: np.ndarray, lengths: np.ndarray) -> EncoderInputs:
         """Of these crops, each behind the older events of its user."""
-        begins = self.inputs.offsets[row_of(self.inputs.offsets, starts)]
+        begins = self.inputs.offsets[find_rows(self.inputs.offsets, starts)]
         older = np.minimum(starts - begins, self.older_events)
         inputs = self.inputs.gather_runs(starts - older, older + lengths)
         return replace(inputs, feature_ids=inputs.feature_ids.astype(np.int32))

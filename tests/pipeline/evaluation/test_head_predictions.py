@@ -3,7 +3,7 @@ import numpy as np
 from pipeline.data.event_log import event_log_from_blocks
 from pipeline.data.sequences import UserSequences
 from pipeline.evaluation.head_predictions import held_out_labels
-from pipeline.features.labels import labels_of
+from pipeline.features.labels import compute_labels
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import Event, EventSchema
 
@@ -32,8 +32,9 @@ def test_labels_to_calibrate_on_are_those_that_only_the_validation_slice_tells()
 
 def test_they_are_the_labels_of_the_whole_and_none_of_them_was_learnt() -> None:
     known, fit, validation = corpora()
-    labels, whole = held_out_labels(known, fit, validation, SCHEMA), labels_of(known.histories, SCHEMA, 29 * DAY_MS + 2)
+    labels = held_out_labels(known, fit, validation, SCHEMA)
+    whole = compute_labels(known.histories, SCHEMA, 29 * DAY_MS + 2)
     told = np.isfinite(labels)
     np.testing.assert_array_equal(labels[told], whole[told])
-    learnt = np.isfinite(labels_of(fit.histories, SCHEMA, 19 * DAY_MS + 2))
+    learnt = np.isfinite(compute_labels(fit.histories, SCHEMA, 19 * DAY_MS + 2))
     assert not told[~validation][learnt].any()

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pipeline.features.labels import labels_of
+from pipeline.features.labels import compute_labels
 from pipeline.records import Event, EventSchema, Histories
 
 SCHEMA = EventSchema()
@@ -9,7 +9,7 @@ MINUTE_MS, DAY_MS = 60_000, 86_400_000
 
 
 def labels(*users: list[Event], end_ms: int = 1 << 45) -> list[list[float]]:
-    return labels_of(Histories.from_events(users, SCHEMA), SCHEMA, end_ms).tolist()
+    return compute_labels(Histories.from_events(users, SCHEMA), SCHEMA, end_ms).tolist()
 
 
 def event(ts_ms: int, action: str = "view", user: str = "u", **more: float) -> Event:

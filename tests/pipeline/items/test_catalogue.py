@@ -50,7 +50,7 @@ def test_the_later_record_of_an_item_counts_and_new_items_get_tokens() -> None:
     known = catalogue.facts(np.array([0, 1, 2, 77]))
     assert known.price_codes.tolist() == [0, 0, encode_value(4.0), 0]
     assert known.created_ms.tolist() == [0, 0, 9, 0]
-    assert (catalogue.changed[[0, 1, 2]] > 0).tolist() == [False, True, True]
+    assert (catalogue.changed_at[[0, 1, 2]] > 0).tolist() == [False, True, True]
 
 
 def test_a_text_is_known_by_its_words_and_their_letters() -> None:

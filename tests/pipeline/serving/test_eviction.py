@@ -88,7 +88,7 @@ def test_a_retired_items_record_is_not_its_successors():
     token = made.vocabulary.token("b")
     assert made.catalogue.facts(np.array([token])).price_codes.tolist() == [0]
     assert not any(map(len, made.catalogue.content_hashes(token)))
-    assert made.catalogue.changed[token] == 0
+    assert made.catalogue.changed_at[token] == 0
 
 
 @pytest.mark.parametrize("seed", range(3))

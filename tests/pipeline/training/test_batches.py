@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from pipeline.data.sequences import UserSequences, split_index
 from pipeline.features.event_features import encoder_inputs
-from pipeline.features.labels import labels_of
+from pipeline.features.labels import compute_labels
 from pipeline.features.visit_frequency import visit_frequency
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import EVENT_DTYPE, Event, EventPacker, EventSchema
@@ -52,8 +52,8 @@ def test_columns_made_from_some_users_at_a_time_are_those_of_all_at_once(log: li
     assert np.array_equal(np.concatenate(codes), encoder_inputs(whole, corpus.tokens, 7).feature_ids)
     rhythms = [visit_frequency(part, np.arange(len(part.events))) for _, part in parts]
     assert np.array_equal(np.concatenate(rhythms), visit_frequency(whole, np.arange(len(log))))
-    labels = [labels_of(part, SCHEMA, 1000 * len(log)) for _, part in parts]
-    assert np.array_equal(np.concatenate(labels), labels_of(whole, SCHEMA, 1000 * len(log)), equal_nan=True)
+    labels = [compute_labels(part, SCHEMA, 1000 * len(log)) for _, part in parts]
+    assert np.array_equal(np.concatenate(labels), compute_labels(whole, SCHEMA, 1000 * len(log)), equal_nan=True)
 
 
 @given(logs, st.integers(1, 5), st.data())
