@@ -1,4 +1,4 @@
-"""The ring's 24 bytes and the packed histories read from them."""
+"""An event's 24 ring bytes, and the packed histories read from them."""
 
 import numpy as np
 import oracle
@@ -23,7 +23,7 @@ events = st.builds(
     user_id=st.just("u"),
     item_id=st.text(min_size=1, max_size=20),
     action=st.sampled_from(SCHEMA.actions),
-    ts_ms=st.integers(0, (1 << 48) - 1),
+    ts_ms=st.integers(0, MAX_TS_MS),
     value=st.none() | st.floats(0, 1e12),
     dwell_ms=st.none() | st.integers(0, 10**9),
     device=st.none() | st.sampled_from([*SCHEMA.devices, "fridge"]),
@@ -33,43 +33,43 @@ events = st.builds(
 
 
 @given(events)
-def test_an_event_packs_to_the_bytes_that_the_independent_oracle_writes(event: Event):
+def test_packed_event_equals_the_oracles_bytes(event: Event):
     fields = {name: getattr(event, name) for name in Event.__struct_fields__}
     assert EventPacker(SCHEMA).pack(event) == oracle.pack(fields)
 
 
 @given(st.lists(events, max_size=20))
-def test_packed_columns_hold_the_facts_of_the_events_in_time_order(history: list[Event]):
+def test_history_columns_hold_event_facts_in_time_order(history: list[Event]):
     histories = Histories.from_events([history], SCHEMA)
-    ordered = sorted(history, key=lambda event: event.ts_ms)  # stable, as the ring's order is
+    ordered = sorted(history, key=lambda event: event.ts_ms)  # stable, like the order of a ring
     assert histories.ts_ms.tolist() == [event.ts_ms for event in ordered]
     assert histories.items.tolist() == [item_hash(event.item_id) for event in ordered]
     assert [SCHEMA.actions[code - 1] for code in histories.actions] == [event.action for event in ordered]
 
 
-def ring(*ts: int, item: int = 7) -> bytes:
-    rows = np.zeros(len(ts), EVENT_DTYPE)
-    rows["item"], rows["ts_action_device"] = item, ts
-    return rows.tobytes()
+def ring(*ts_ms: int) -> bytes:
+    events = np.zeros(len(ts_ms), EVENT_DTYPE)
+    events["ts_action_device"] = ts_ms
+    return events.tobytes()
 
 
-def test_users_are_sorted_each_within_its_own_run():
+def test_histories_are_time_sorted_within_each_user():
     histories = Histories.from_rings([ring(5, 3, 9), b"", ring(2, 1), ring(4)])
     assert histories.ts_ms.tolist() == [3, 5, 9, 1, 2, 4]
     assert histories.offsets.tolist() == [0, 3, 3, 5, 6]
     assert histories.users.tolist() == [0, 0, 0, 2, 2, 3]
 
 
-def test_tail_and_select_keep_runs_together():
+def test_tail_and_select_keep_each_users_events_together():
     histories = Histories.from_rings([ring(1, 2, 3, 4), b"", ring(5), ring(6, 7, 8)])
     assert histories.tail(2).ts_ms.tolist() == [3, 4, 5, 7, 8]
     assert histories.tail(2).offsets.tolist() == [0, 2, 2, 3, 5]
-    picked = histories.select(np.array([3, 0]))
-    assert picked.ts_ms.tolist() == [6, 7, 8, 1, 2, 3, 4]
-    assert picked.offsets.tolist() == [0, 3, 7]
+    selected = histories.select(np.array([3, 0]))
+    assert selected.ts_ms.tolist() == [6, 7, 8, 1, 2, 3, 4]
+    assert selected.offsets.tolist() == [0, 3, 7]
 
 
-def test_packed_columns_of_missing_and_saturated_facts_match_the_event_packer():
+def test_pack_columns_codes_missing_and_saturated_facts_like_event_packer():
     missing = Event("u", "i", "view", 0)
     saturated = Event("u", "i", "skip", MAX_TS_MS, dwell_ms=1 << 62, device="tv", position=1 << 62)
     packed = pack_columns(
@@ -84,5 +84,5 @@ def test_packed_columns_of_missing_and_saturated_facts_match_the_event_packer():
     assert packed.tobytes() == b"".join(map(EventPacker(SCHEMA).pack, [missing, saturated]))
 
 
-def test_an_event_is_24_bytes_on_both_sides():
+def test_event_dtype_and_oracle_agree_on_24_bytes():
     assert EVENT_DTYPE.itemsize == EVENT_BYTES == len(oracle.pack({"item_id": "i", "action": "view", "ts_ms": 0}))

@@ -1,16 +1,14 @@
-"""Delimited text: columns are found by header or by place, and what does not fit them is said in one sentence."""
+"""Delimited text: columns are found by header or position, and lines that do not fit give a clear reason."""
 
-import os
 from pathlib import Path
 
 import pytest
 
 from pipeline.data.layout import LogEntry
-from pipeline.data.log_io import BadRecord, LogLayout, read_event_log, read_log, read_log_by_time
+from pipeline.data.log_io import BadRecord, EventLog, LogLayout, read_event_log, read_log, read_log_by_time
 from pipeline.errors import LogFileError
 from pipeline.records import Event
 
-DATA = Path(os.environ.get("MILLRACE_DATA", "../shared/data"))
 RATED = Event("196", "242", "rate", 881_250_949_000, value=3.0)
 
 
@@ -33,17 +31,17 @@ def _read(folder: Path, text: str, layout: LogLayout | None = None) -> list[LogE
         ("Timestamp,PRICE,rating,user,item,action\n881250949,9,3,196,242,rate\n", None),
     ],
 )
-def test_columns_are_found_by_header_or_by_place(text: str, columns: str | None, tmp_path: Path) -> None:
+def test_columns_are_found_by_header_or_position(text: str, columns: str | None, tmp_path: Path) -> None:
     assert _read(tmp_path, text, LogLayout.parse(columns)) == [RATED]
 
 
-def test_an_action_column_overrules_the_action_that_is_given(tmp_path: Path) -> None:
+def test_action_column_overrides_the_default_action(tmp_path: Path) -> None:
     text = "u1;i1;buy;5\nu1;i2;;6\n"
     layout = LogLayout.parse("user,item,action,ts", action="view", separator=";", unit="ms")
     assert _read(tmp_path, text, layout) == [Event("u1", "i1", "buy", 5), Event("u1", "i2", "view", 6)]
 
 
-def test_a_unit_that_is_given_or_named_is_not_guessed(tmp_path: Path) -> None:
+def test_given_or_named_time_unit_is_not_detected(tmp_path: Path) -> None:
     for columns, unit, ts_ms in [("user,item,ts", "ms", 7), ("user,item,ts_ms", None, 7), ("user,item,ts", "s", 7000)]:
         assert _read(tmp_path, "u1,i1,7\n", LogLayout.parse(columns, unit=unit)) == [Event("u1", "i1", "rate", ts_ms)]
 
@@ -56,19 +54,19 @@ def test_a_unit_that_is_given_or_named_is_not_guessed(tmp_path: Path) -> None:
         ("what:token\twho:token\ni1\tu2\n\ni9\tu1\ni1\tu1", "user=who,item=what"),
     ],
 )
-def test_without_times_the_place_in_the_log_is_the_time(text: str, columns: str, tmp_path: Path) -> None:
-    wanted = [Event("u2", "i1", "rate", 0), Event("u1", "i9", "rate", 1), Event("u1", "i1", "rate", 2)]
-    assert _read(tmp_path, text, LogLayout.parse(columns)) == wanted
-    assert list(read_log_by_time(tmp_path / "log.txt", LogLayout.parse(columns))) == wanted
+def test_without_times_the_position_in_the_log_is_the_time(text: str, columns: str, tmp_path: Path) -> None:
+    expected = [Event("u2", "i1", "rate", 0), Event("u1", "i9", "rate", 1), Event("u1", "i1", "rate", 2)]
+    assert _read(tmp_path, text, LogLayout.parse(columns)) == expected
+    assert list(read_log_by_time(tmp_path / "log.txt", LogLayout.parse(columns))) == expected
 
 
-def test_a_bad_line_of_a_log_without_times_takes_its_place(tmp_path: Path) -> None:
+def test_bad_line_of_a_log_without_times_uses_up_its_position(tmp_path: Path) -> None:
     first, bad, last = _read(tmp_path, "u1,i1\nu1\nu1,i2\n", LogLayout.parse("user,item"))
     assert isinstance(bad, BadRecord)
     assert (first, last) == (Event("u1", "i1", "rate", 0), Event("u1", "i2", "rate", 2))
 
 
-def test_lines_out_of_order_make_the_same_log(tmp_path: Path) -> None:
+def test_line_order_does_not_change_the_log(tmp_path: Path) -> None:
     lines = [f"u{n % 5},i{n % 7},{1000 + 60 * n}" for n in range(40)]
     logs = []
     for order in (lines, lines[::-1], lines[20:] + lines[:20]):
@@ -77,7 +75,7 @@ def test_lines_out_of_order_make_the_same_log(tmp_path: Path) -> None:
     assert all((log.events == logs[0].events).all() and (log.users == logs[0].users).all() for log in logs)
 
 
-def test_what_is_left_out_of_the_columns_is_counted_and_the_first_says_why(tmp_path: Path) -> None:
+def test_unreadable_records_are_counted_and_the_first_is_explained(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text("user,item,action,ts,value\nu,i,view,5,1\nu,i,view,6,nan\nu,i,buy,7,1\n")
     log = read_event_log(tmp_path / "log.csv")
     assert (len(log), log.unreadable) == (1, 2)
@@ -86,13 +84,13 @@ def test_what_is_left_out_of_the_columns_is_counted_and_the_first_says_why(tmp_p
     assert read_event_log(tmp_path / "log.csv").first_error == "the action 'buy' is not among events.actions"
 
 
-def test_a_header_that_looks_like_data_is_believed_when_told(tmp_path: Path) -> None:
+def test_header_option_overrides_detection(tmp_path: Path) -> None:
     text = "1,2,3\n4,5,6\n"
     assert len(_read(tmp_path, text, LogLayout.parse("user,item,ts"))) == 2
     assert len(_read(tmp_path, text, LogLayout.parse("user,item,ts", header=True))) == 1
 
 
-def test_quotes_of_comma_separated_text_are_understood(tmp_path: Path) -> None:
+def test_quoted_commas_are_parsed(tmp_path: Path) -> None:
     assert _read(tmp_path, 'user,item,ts\n"a ""b"", c",i1,1e12\n') == [Event('a "b", c', "i1", "rate", 10**12)]
 
 
@@ -114,7 +112,7 @@ def test_quotes_of_comma_separated_text_are_understood(tmp_path: Path) -> None:
         ("u1," + "i" * 10_000 + ",view,5,1", "item_id"),
     ],
 )
-def test_a_line_that_is_no_event_says_why(line: str, reason: str, tmp_path: Path) -> None:
+def test_invalid_line_is_a_bad_record_with_its_reason(line: str, reason: str, tmp_path: Path) -> None:
     good, bad = _read(tmp_path, f"user,item,action,ts,value\nu1,i1,view,5,1\n{line}\n")
     assert good == Event("u1", "i1", "view", 5000, value=1.0)
     assert isinstance(bad, BadRecord)
@@ -123,7 +121,7 @@ def test_a_line_that_is_no_event_says_why(line: str, reason: str, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("text", "columns", "said"),
+    ("text", "columns", "message"),
     [
         ("one two three\n", None, "no tab, '::' or comma"),
         ("user,item,rating\n", None, "no header that names ts_ms"),
@@ -132,16 +130,14 @@ def test_a_line_that_is_no_event_says_why(line: str, reason: str, tmp_path: Path
         ("u1,i1,5\n", "user,item,value,ts", "names 4 columns; the first line has 3"),
     ],
 )
-def test_a_log_without_the_columns_is_one_sentence_at_once(
-    text: str, columns: str | None, said: str, tmp_path: Path
-) -> None:
+def test_missing_columns_fail_at_once(text: str, columns: str | None, message: str, tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text(text)
-    with pytest.raises(LogFileError, match=said):
+    with pytest.raises(LogFileError, match=message):
         read_log(tmp_path / "log.csv", LogLayout.parse(columns))
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("options", "message"),
     [
         ({"columns": "user,ts"}, "has no item_id"),
         ({"columns": "user,item,ts,user_id"}, "names user_id twice"),
@@ -154,17 +150,15 @@ def test_a_log_without_the_columns_is_one_sentence_at_once(
         ({"separator": ""}, "separator is empty"),
     ],
 )
-def test_a_layout_that_means_nothing_is_refused_in_one_sentence(words: dict, said: str) -> None:
-    with pytest.raises(LogFileError, match=said):
-        LogLayout.parse(**words)
+def test_invalid_layout_is_rejected(options: dict, message: str) -> None:
+    with pytest.raises(LogFileError, match=message):
+        LogLayout.parse(**options)
 
 
-@pytest.mark.skipif(not (DATA / "ml-100k").is_dir(), reason="no ml-100k log; set MILLRACE_DATA to the folder with it")
-def test_the_movielens_log_is_read_whole() -> None:
-    path = DATA / "ml-100k" / "ml-100k.inter"
-    log = read_event_log(path)
+def test_movielens_log_is_read_completely(movielens_path: Path, movielens_log: EventLog) -> None:
+    log = movielens_log
     assert (len(log), log.unreadable, len(log.user_ids), len(log.item_ids)) == (100_000, 0, 943, 1682)
     assert (log.ts_ms[0], log.ts_ms[-1]) == (874_724_710_000, 893_286_638_000)
-    events = list(read_log_by_time(path, run_entries=7000))
+    events = list(read_log_by_time(movielens_path, run_entries=7000))
     assert [event.user_id for event in events if isinstance(event, Event)] == [log.user_ids[u] for u in log.users]
     assert [event.item_id for event in events if isinstance(event, Event)] == [log.item_ids[i] for i in log.items]

@@ -1,4 +1,4 @@
-"""Columns say the same as the events: same order, same ring bytes, nothing left out uncounted."""
+"""Log columns equal the events: same order, same ring bytes, and everything left out is counted."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,21 +29,21 @@ events = st.builds(
 
 @settings(deadline=None)
 @given(st.lists(events, max_size=30))
-def test_columns_are_the_events_of_the_log_in_event_time(log: list[Event]) -> None:
+def test_columns_equal_the_logs_events_in_event_time_order(log: list[Event]) -> None:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "log.jsonl"
         write_log(path, log)
         columns = read_event_log(path, schema=SCHEMA)
         ordered = [event for event in read_log_by_time(path) if isinstance(event, Event)]
-    known = [event for event in ordered if event.action in SCHEMA.actions]
-    assert columns.unreadable == len(log) - len(known)
-    assert [columns.user_ids[user] for user in columns.users] == [event.user_id for event in known]
-    assert [columns.item_ids[item] for item in columns.items] == [event.item_id for event in known]
-    assert columns.events.tobytes() == b"".join(map(EventPacker(SCHEMA).pack, known))
-    assert columns.ts_ms.tolist() == [event.ts_ms for event in known]
+    expected = [event for event in ordered if event.action in SCHEMA.actions]
+    assert columns.unreadable == len(log) - len(expected)
+    assert [columns.user_ids[user] for user in columns.users] == [event.user_id for event in expected]
+    assert [columns.item_ids[item] for item in columns.items] == [event.item_id for event in expected]
+    assert columns.events.tobytes() == b"".join(map(EventPacker(SCHEMA).pack, expected))
+    assert columns.ts_ms.tolist() == [event.ts_ms for event in expected]
 
 
-def test_bad_lines_are_counted_and_their_ids_are_not_in_the_log(tmp_path: Path) -> None:
+def test_bad_lines_are_counted_and_their_ids_left_out(tmp_path: Path) -> None:
     write_log(tmp_path / "log.jsonl", [Event("u1", "i1", "view", 1), Event("u2", "i2", "steal", 2)])
     with (tmp_path / "log.jsonl").open("ab") as file:
         file.write(b"not an event\n\n")
@@ -51,7 +51,7 @@ def test_bad_lines_are_counted_and_their_ids_are_not_in_the_log(tmp_path: Path) 
     assert (len(log), log.unreadable, log.user_ids, log.item_ids) == (1, 2, ["u1"], ["i1"])
 
 
-def test_an_empty_log_has_empty_columns_of_the_right_types(tmp_path: Path) -> None:
+def test_empty_log_has_empty_typed_columns(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").touch()
     log = read_event_log(tmp_path / "log.jsonl")
     assert (log.users.dtype, log.items.dtype, log.events.dtype) == (np.int32, np.int32, EVENT_DTYPE)

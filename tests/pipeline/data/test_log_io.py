@@ -1,4 +1,4 @@
-"""Logs are read whole: every record comes once, as the event that it holds or with the reason why it holds none."""
+"""Every record of a log is read once, as an event or as a bad record with its reason."""
 
 import gzip
 import math
@@ -42,7 +42,7 @@ def _write(path: Path, content: bytes) -> Path:
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "msgpack", "msgpack.gz", "tsv", "tsv.gz"])
 @settings(deadline=None, max_examples=40)
 @given(log=st.lists(events, max_size=6))
-def test_a_written_log_is_read_as_it_was(suffix: str, log: list[Event]) -> None:
+def test_written_log_is_read_back_unchanged(suffix: str, log: list[Event]) -> None:
     with TemporaryDirectory() as folder:
         path = Path(folder) / f"log.{suffix}"
         assert write_log(path, iter(log)) == len(log)
@@ -50,10 +50,11 @@ def test_a_written_log_is_read_as_it_was(suffix: str, log: list[Event]) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "msgpack", "tsv"])
-def test_a_log_without_a_suffix_is_known_by_its_content(suffix: str, tmp_path: Path) -> None:
+def test_format_is_detected_by_content_without_a_suffix(suffix: str, tmp_path: Path) -> None:
     write_log(tmp_path / f"log.{suffix}", [EVENT])
-    for start in (lambda raw: raw, gzip.compress):
-        path = _write(tmp_path / "log", start((tmp_path / f"log.{suffix}").read_bytes()))
+    raw = (tmp_path / f"log.{suffix}").read_bytes()
+    for content in (raw, gzip.compress(raw)):
+        path = _write(tmp_path / "log", content)
         assert list(read_log(path)) == [EVENT]
 
 
@@ -72,27 +73,27 @@ def test_a_log_without_a_suffix_is_known_by_its_content(suffix: str, tmp_path: P
         (b"7", "object"),
     ],
 )
-def test_a_bad_line_comes_in_its_place_with_its_number_and_reason(bad: bytes, reason: str, tmp_path: Path) -> None:
+def test_bad_line_is_yielded_in_order_with_number_and_reason(bad: bytes, reason: str, tmp_path: Path) -> None:
     path = _write(tmp_path / "log.jsonl", LINE + b"\n" + bad + b"\n" + LINE)
-    first, letter, last = read_log(path)
+    first, bad_record, last = read_log(path)
     assert first == last == EVENT
-    assert isinstance(letter, BadRecord)
-    assert (letter.line, letter.raw) == (3, bad)
-    assert reason in letter.reason
+    assert isinstance(bad_record, BadRecord)
+    assert (bad_record.line, bad_record.raw) == (3, bad)
+    assert reason in bad_record.reason
 
 
-def test_fields_that_no_event_has_are_passed_over(tmp_path: Path) -> None:
+def test_unknown_fields_are_ignored(tmp_path: Path) -> None:
     path = _write(tmp_path / "log.jsonl", LINE.rstrip().removesuffix(b"}") + b', "colour": {"a": 1}}')
     assert list(read_log(path)) == [EVENT]
 
 
-def test_a_last_line_without_its_line_break_is_read_too(tmp_path: Path) -> None:
+def test_last_line_without_line_break_is_read(tmp_path: Path) -> None:
     path = _write(tmp_path / "log.jsonl", b"\xef\xbb\xbf" + LINE.replace(b"\n", b"\r\n") + LINE.rstrip())
     assert list(read_log(path)) == [EVENT, EVENT]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "msgpack"])
-def test_records_across_chunks_are_whole_and_numbered(
+def test_records_across_chunks_are_complete_and_numbered(
     suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.data.parser.CHUNK_BYTES", 100)
@@ -105,42 +106,42 @@ def test_records_across_chunks_are_whole_and_numbered(
     assert (read[: len(log)], last.line) == (log, 251 if suffix == "msgpack" else 250)
 
 
-def test_a_gzip_stream_that_breaks_off_ends_in_a_bad_record_behind_what_it_held(tmp_path: Path) -> None:
+def test_truncated_gzip_ends_in_a_bad_record(tmp_path: Path) -> None:
     log = [Event(f"u{n * 7919 % 10_007}", f"i{n}", "view", n) for n in range(20_000)]
-    write_log(tmp_path / "whole.jsonl.gz", log)
-    whole = (tmp_path / "whole.jsonl.gz").read_bytes()
-    *read, last = read_log(_write(tmp_path / "cut.jsonl.gz", whole[: len(whole) // 2]))
+    write_log(tmp_path / "full.jsonl.gz", log)
+    full = (tmp_path / "full.jsonl.gz").read_bytes()
+    *read, last = read_log(_write(tmp_path / "truncated.jsonl.gz", full[: len(full) // 2]))
     assert len(read) > 5000
     assert read == log[: len(read)]
     assert isinstance(last, BadRecord)
     assert (last.line, last.reason[:19]) == (len(read) + 1, "the file ends early")
 
 
-def test_a_torn_messagepack_stream_ends_in_one_bad_record_that_holds_the_rest(tmp_path: Path) -> None:
+def test_corrupt_messagepack_ends_in_a_bad_record_with_the_rest(tmp_path: Path) -> None:
     packed = msgspec.msgpack.encode(EVENT)
     assert list(read_log(_write(tmp_path / "a.msgpack", packed + packed[:9]))) == [
         EVENT,
         BadRecord(2, packed[:9], "the file ends within this record"),
     ]
-    event, torn = read_log(_write(tmp_path / "b.msgpack", packed + b"\xc1" + packed))
-    assert isinstance(torn, BadRecord)
-    assert (event, torn.raw, torn.line) == (EVENT, b"\xc1" + packed, 2)
+    event, rest = read_log(_write(tmp_path / "b.msgpack", packed + b"\xc1" + packed))
+    assert isinstance(rest, BadRecord)
+    assert (event, rest.raw, rest.line) == (EVENT, b"\xc1" + packed, 2)
 
 
-def test_infinity_in_messagepack_is_no_value(tmp_path: Path) -> None:
+def test_infinite_value_in_messagepack_is_a_bad_record(tmp_path: Path) -> None:
     raw = msgspec.msgpack.encode({**msgspec.to_builtins(EVENT), "value": math.inf})
     (entry,) = read_log(_write(tmp_path / "log.msgpack", raw))
     assert entry == BadRecord(1, raw, "value is inf; want a finite number of at least 0")
 
 
-def test_a_file_that_cannot_be_read_at_all_is_one_sentence_at_once(tmp_path: Path) -> None:
-    for name, content, said in [
+def test_unreadable_file_fails_at_once(tmp_path: Path) -> None:
+    for name, content, message in [
         ("log.jsonl.gz", b"plain", "not gzipped"),
         ("log.jsonl.gz", b"\x1f\x8b\x08\x00rest", "cannot be read"),
         ("log", b"\x00\x01\x02", "neither"),
         ("log.json", b'[{"user_id": 1}]', "JSON array"),
     ]:
-        with pytest.raises(LogFileError, match=said):
+        with pytest.raises(LogFileError, match=message):
             read_log(_write(tmp_path / name, content))
     for path in (tmp_path / "missing.jsonl", tmp_path):
         with pytest.raises(LogFileError, match="cannot be read"):
@@ -149,12 +150,12 @@ def test_a_file_that_cannot_be_read_at_all_is_one_sentence_at_once(tmp_path: Pat
         read_log(_write(tmp_path / "log.jsonl", LINE), LogLayout.parse("user,item,ts"))
 
 
-def test_an_empty_file_is_an_empty_log(tmp_path: Path) -> None:
+def test_empty_file_is_an_empty_log(tmp_path: Path) -> None:
     for name in ("log.jsonl", "log.msgpack", "log.tsv", "log.jsonl.gz", "log"):
         assert list(read_log(_write(tmp_path / name, b""))) == []
 
 
-def test_what_a_log_cannot_be_written_as_is_one_sentence(tmp_path: Path) -> None:
+def test_unwritable_log_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(LogFileError, match=r"ends in \.jsonl"):
         write_log(tmp_path / "log.parquet", [EVENT])
     with pytest.raises(LogFileError, match="cannot be written"):
@@ -163,7 +164,7 @@ def test_what_a_log_cannot_be_written_as_is_one_sentence(tmp_path: Path) -> None
         write_log(tmp_path / "log.tsv", [Event("a\tb", "i1", "view", 1)])
 
 
-def test_the_same_events_give_the_same_gzipped_bytes(tmp_path: Path) -> None:
+def test_equal_events_give_equal_gzipped_bytes(tmp_path: Path) -> None:
     for name in ("a.jsonl.gz", "b.jsonl.gz"):
         write_log(tmp_path / name, [EVENT])
     assert (tmp_path / "a.jsonl.gz").read_bytes() == (tmp_path / "b.jsonl.gz").read_bytes()

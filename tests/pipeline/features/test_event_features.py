@@ -1,8 +1,11 @@
+"""Event features: buckets, causality, independence of users, and calendar columns."""
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.features.event_features import (
+    FEATURE_COLUMNS,
     SECONDS_CAP,
     TIME_BUCKETS,
     TIME_THRESHOLDS,
@@ -37,12 +40,12 @@ events = st.builds(
 
 
 @given(st.integers(0, 2**31 - 1))
-def test_a_time_falls_into_the_bucket_that_its_thresholds_say(seconds: int) -> None:
+def test_bucket_is_the_number_of_thresholds_reached(seconds: int) -> None:
     reached = sum(threshold <= seconds for threshold in TIME_THRESHOLDS)
     assert bucket_seconds(np.array([seconds]))[0] == reached
 
 
-def test_thresholds_themselves_begin_their_buckets() -> None:
+def test_each_threshold_starts_a_bucket() -> None:
     for threshold in TIME_THRESHOLDS:
         below, at = bucket_seconds(np.array([threshold - 1, threshold]))
         assert below < at
@@ -51,18 +54,19 @@ def test_thresholds_themselves_begin_their_buckets() -> None:
 
 @settings(deadline=None)
 @given(st.lists(events, min_size=1, max_size=12), st.integers(1, 12))
-def test_a_row_never_changes_when_later_events_arrive(history: list[Event], kept: int) -> None:
+def test_rows_never_change_when_later_events_arrive(history: list[Event], length: int) -> None:
     history = sorted(history, key=lambda event: event.ts_ms)
-    whole, part = inputs(history), inputs(history[:kept])
-    rows = len(part.tokens)
-    assert (whole.tokens[:rows] == part.tokens).all()
-    assert (whole.feature_ids[:rows] == part.feature_ids).all()
-    assert (whole.seconds[:rows] == part.seconds).all()
+    full = inputs(history)
+    prefix = inputs(history[:length])
+    rows = len(prefix.tokens)
+    assert (full.tokens[:rows] == prefix.tokens).all()
+    assert (full.feature_ids[:rows] == prefix.feature_ids).all()
+    assert (full.seconds[:rows] == prefix.seconds).all()
 
 
 @settings(deadline=None)
 @given(st.lists(st.lists(events, max_size=6), min_size=1, max_size=6))
-def test_rows_do_not_depend_on_the_batch_mates(users: list[list[Event]]) -> None:
+def test_rows_do_not_depend_on_other_users_in_the_batch(users: list[list[Event]]) -> None:
     together = inputs(*users)
     for user, history in enumerate(users):
         alone = inputs(history)
@@ -72,50 +76,56 @@ def test_rows_do_not_depend_on_the_batch_mates(users: list[list[Event]]) -> None
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(1, 9))
-def test_the_tail_and_the_order_of_lengths_keep_each_users_rows(lengths: list[int], cap: int) -> None:
-    whole = inputs(*([Event("u", ITEMS[user], "view", 1000 * n) for n in range(k)] for user, k in enumerate(lengths)))
-    cut, order = whole.tail(cap).by_length()
-    kept = np.minimum(lengths, cap)
-    assert np.diff(cut.offsets).tolist() == sorted(k for k in kept if k)
-    for place, user in enumerate(order):
-        rows, wanted = slice(*cut.offsets[place : place + 2]), slice(None, whole.offsets[user + 1])
-        assert (cut.tokens[rows] == whole.tokens[wanted][-kept[user] :]).all()
-        assert (cut.feature_ids[rows] == whole.feature_ids[wanted][-kept[user] :]).all()
+def test_tail_and_by_length_keep_each_users_rows(lengths: list[int], cap: int) -> None:
+    full = inputs(*([Event("u", ITEMS[user], "view", 1000 * n) for n in range(k)] for user, k in enumerate(lengths)))
+    tail, users = full.tail(cap).by_length()
+    tail_lengths = np.minimum(lengths, cap)
+    assert np.diff(tail.offsets).tolist() == sorted(k for k in tail_lengths if k)
+    for index, user in enumerate(users):
+        rows = slice(*tail.offsets[index : index + 2])
+        end = full.offsets[user + 1]
+        expected = slice(end - tail_lengths[user], end)
+        assert (tail.tokens[rows] == full.tokens[expected]).all()
+        assert (tail.feature_ids[rows] == full.feature_ids[expected]).all()
 
 
-def test_a_ring_within_the_models_reach_changes_what_it_reads_a_longer_one_does_not() -> None:
+def test_only_rings_shorter_than_the_receptive_field_change_the_inputs() -> None:
     reach = HstuConfig(max_events=50).receptive_field
     history = [Event("u", ITEMS[n % 20], "view", 40_000 * n) for n in range(reach + 60)]
-    whole, enough, short = (inputs(history[-kept:]).tail(50) for kept in (len(history), reach, reach - 1))
-    assert (whole.feature_ids == enough.feature_ids).all()
-    assert (np.diff(whole.seconds) == np.diff(enough.seconds)).all()
-    assert (whole.feature_ids != short.feature_ids).any()
+    full, enough, short = (inputs(history[-length:]).tail(50) for length in (len(history), reach, reach - 1))
+    assert (full.feature_ids == enough.feature_ids).all()
+    assert (np.diff(full.seconds) == np.diff(enough.seconds)).all()
+    assert (full.feature_ids != short.feature_ids).any()
 
 
-def test_items_that_came_after_training_are_unknown_to_the_model() -> None:
-    history = [Event("u", item, "view", 1000 + place) for place, item in enumerate(["i4", "i9", "elsewhere"])]
+def test_items_after_training_are_unknown() -> None:
+    history = [Event("u", item, "view", 1000 + n) for n, item in enumerate(["i4", "i9", "unknown"])]
     assert inputs(history, table_rows=6).tokens.tolist() == [5, 0, 0]
 
 
-def test_hour_and_weekday_are_those_of_the_event_in_utc() -> None:
+def test_hour_and_weekday_are_in_utc() -> None:
     thursday_noon = Event("u", "i1", "view", 12 * 3_600_000)
     sunday_night = Event("u", "i1", "view", (3 * 24 + 23) * 3_600_000)
-    codes = inputs([thursday_noon, sunday_night]).feature_ids
-    assert codes[1, 2] - codes[0, 2] == 23 - 12
-    assert codes[1, 3] - codes[0, 3] == 6 - 3
+    feature_ids = inputs([thursday_noon, sunday_night]).feature_ids
+    hour = feature_ids[:, FEATURE_COLUMNS.index("hour")]
+    weekday = feature_ids[:, FEATURE_COLUMNS.index("weekday")]
+    assert hour[1] - hour[0] == 23 - 12
+    assert weekday[1] - weekday[0] == 6 - 3
 
 
-def test_a_session_is_counted_anew_after_half_an_hour_a_history_never() -> None:
+def test_session_position_restarts_after_half_an_hour() -> None:
     minutes = [0, 1, 2, 31, 61, 61]
-    codes = inputs([Event("u", "i1", "view", 60_000 * minute) for minute in minutes]).feature_ids
-    before, in_session = codes[:, 6] - codes[0, 6], codes[:, 7] - codes[0, 7]
-    assert before.tolist() == bucket_seconds(np.arange(6)).tolist()
-    assert in_session.tolist() == bucket_seconds(np.array([0, 1, 2, 3, 0, 1])).tolist()
+    feature_ids = inputs([Event("u", "i1", "view", 60_000 * minute) for minute in minutes]).feature_ids
+    codes = feature_ids - feature_ids[0]
+    events_before = codes[:, FEATURE_COLUMNS.index("events_before")]
+    events_in_session = codes[:, FEATURE_COLUMNS.index("events_in_session")]
+    assert events_before.tolist() == bucket_seconds(np.arange(6)).tolist()
+    assert events_in_session.tolist() == bucket_seconds(np.array([0, 1, 2, 3, 0, 1])).tolist()
 
 
-def test_an_empty_batch_has_no_rows() -> None:
-    nobody = Histories(np.empty(0, EVENT_DTYPE), np.zeros(3, np.int64))
-    empty = encoder_inputs(nobody, np.empty(0, np.int32), 21)
+def test_empty_batch_has_no_rows() -> None:
+    no_events = Histories(np.empty(0, EVENT_DTYPE), np.zeros(3, np.int64))
+    empty = encoder_inputs(no_events, np.empty(0, np.int32), 21)
     assert len(empty) == 2
     assert len(empty.tokens) == 0
     assert len(empty.by_length()[1]) == 0

@@ -1,11 +1,13 @@
+"""Labels of the next event, and of the return after it."""
+
 import numpy as np
 import pytest
 
 from pipeline.features.labels import compute_labels
-from pipeline.records import Event, EventSchema, Histories
+from pipeline.records import DAY_MS, Event, EventSchema, Histories
 
 SCHEMA = EventSchema()
-MINUTE_MS, DAY_MS = 60_000, 86_400_000
+MINUTE_MS = 60_000
 
 
 def labels(*users: list[Event], end_ms: int = 1 << 45) -> list[list[float]]:
@@ -29,16 +31,16 @@ def event(ts_ms: int, action: str = "view", user: str = "u", **more: float) -> E
         (event(2, "view", value=100.0), 0),
     ],
 )
-def test_engagement_is_what_the_next_event_was(following: Event, engaged: int) -> None:
+def test_engagement_labels_the_next_event(following: Event, engaged: int) -> None:
     assert labels([event(1, "purchase"), following])[0][0] == engaged
 
 
-def test_monetization_is_a_cart_or_a_purchase_next() -> None:
+def test_monetization_is_a_cart_or_purchase_next() -> None:
     history = [event(1), event(2, "cart"), event(3, "like"), event(4, "purchase")]
     assert [row[2] for row in labels(history)[:3]] == [1, 0, 1]
 
 
-def test_retention_is_a_new_session_within_seven_days_of_the_next_event() -> None:
+def test_retention_is_a_session_within_seven_days_of_the_next_event() -> None:
     first = [event(0), event(MINUTE_MS)]
     assert labels([*first, event(31 * MINUTE_MS)])[0][1] == 1
     assert labels([*first, event(30 * MINUTE_MS)])[0][1] == 0, "a gap of 29 minutes is the same session"
@@ -46,14 +48,15 @@ def test_retention_is_a_new_session_within_seven_days_of_the_next_event() -> Non
     assert labels([*first, event(MINUTE_MS + 7 * DAY_MS + 1)])[0][1] == 0
 
 
-def test_a_return_is_unknown_while_the_log_does_not_show_the_whole_horizon() -> None:
-    history, whole = [event(0), event(MINUTE_MS), event(40 * MINUTE_MS)], MINUTE_MS + 7 * DAY_MS
-    assert np.isnan(labels(history, end_ms=whole - 1)[0][1]), "even if it shows a return"
-    assert labels(history, end_ms=whole)[0][1] == 1
-    assert labels(history[:2], end_ms=whole)[0][1] == 0
+def test_retention_is_unknown_until_the_log_covers_the_horizon() -> None:
+    history = [event(0), event(MINUTE_MS), event(40 * MINUTE_MS)]
+    horizon_ms = MINUTE_MS + 7 * DAY_MS
+    assert np.isnan(labels(history, end_ms=horizon_ms - 1)[0][1]), "even when it shows a return"
+    assert labels(history, end_ms=horizon_ms)[0][1] == 1
+    assert labels(history[:2], end_ms=horizon_ms)[0][1] == 0
 
 
-def test_one_users_events_are_not_anothers_future() -> None:
+def test_labels_never_cross_users() -> None:
     rows = labels([event(0)], [event(60 * MINUTE_MS, "purchase", "v"), event(60 * MINUTE_MS + 1, user="v")])
     assert np.isnan(rows[0]).all()
     assert np.isnan(rows[2]).all()

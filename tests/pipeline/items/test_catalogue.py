@@ -1,3 +1,5 @@
+"""Item metadata is stored by token, saved and restored, and text is hashed."""
+
 from dataclasses import asdict
 
 import numpy as np
@@ -27,15 +29,17 @@ def facts(catalogue: Catalogue, item_ids: str) -> dict[str, list[int]]:
 
 @settings(deadline=None)
 @given(st.lists(items, max_size=8))
-def test_what_is_saved_is_recalled_by_another_vocabulary(records: list[Item]) -> None:
-    first, second = Catalogue(Vocabulary(["a", "b", "c", "d"])), Catalogue(Vocabulary(["z", "d", "c", "b", "a"]))
+def test_saved_facts_are_restored_under_another_vocabulary(records: list[Item]) -> None:
+    first = Catalogue(Vocabulary(["a", "b", "c", "d"]))
+    second = Catalogue(Vocabulary(["z", "d", "c", "b", "a"]))
     first.upsert(records)
     second.restore_facts(np.array([5, 4, 3, 2]), first.state(np.array([1, 2, 3, 4])))
     assert facts(first, "abcd") == facts(second, "abcd")
 
 
-def test_what_is_recalled_never_replaces_a_record() -> None:
-    old, new = Catalogue(Vocabulary(["a", "b"])), Catalogue(Vocabulary(["a", "b"]))
+def test_restored_facts_never_replace_a_record() -> None:
+    old = Catalogue(Vocabulary(["a", "b"]))
+    new = Catalogue(Vocabulary(["a", "b"]))
     old.upsert([Item("a", price=1.0, category=["x"]), Item("b", price=2.0)])
     new.upsert([Item("a", price=9.0)])
     new.restore_facts(np.array([1, 2]), old.state(np.array([1, 2])))
@@ -43,17 +47,17 @@ def test_what_is_recalled_never_replaces_a_record() -> None:
     assert facts(new, "a")["categories"] == [0]
 
 
-def test_the_later_record_of_an_item_counts_and_new_items_get_tokens() -> None:
+def test_upsert_keeps_the_last_record_and_admits_new_items() -> None:
     catalogue = Catalogue(Vocabulary(["old"]))
     tokens = catalogue.upsert([Item("new", price=3.0), Item("old", brand="x"), Item("new", price=4.0, created_ms=9)])
     assert tokens.tolist() == [1, 2]
-    known = catalogue.facts(np.array([0, 1, 2, 77]))
-    assert known.price_codes.tolist() == [0, 0, encode_value(4.0), 0]
-    assert known.created_ms.tolist() == [0, 0, 9, 0]
+    stored = catalogue.facts(np.array([0, 1, 2, 77]))
+    assert stored.price_codes.tolist() == [0, 0, encode_value(4.0), 0]
+    assert stored.created_ms.tolist() == [0, 0, 9, 0]
     assert (catalogue.changed_at[[0, 1, 2]] > 0).tolist() == [False, True, True]
 
 
-def test_a_text_is_known_by_its_words_and_their_letters() -> None:
+def test_similar_texts_share_word_and_trigram_hashes() -> None:
     catalogue = Catalogue(Vocabulary())
     catalogue.upsert(
         [Item("a", title="Red shoes"), Item("b", title="red SHOE"), Item("c", text="red shoes!"), Item("d")]
@@ -65,13 +69,13 @@ def test_a_text_is_known_by_its_words_and_their_letters() -> None:
     assert not d
 
 
-def test_equal_names_of_different_fields_differ() -> None:
+def test_equal_names_in_different_fields_hash_differently() -> None:
     catalogue = Catalogue(Vocabulary())
     catalogue.upsert([Item("a", title="x", category=["x"], brand="x", tags=["x"])])
     assert len({hash_ for field in catalogue.content_hashes(1) for hash_ in field.tolist()}) > len(FIELDS) - 1
 
 
-def test_a_full_vocabulary_leaves_records_of_new_items_out() -> None:
+def test_full_vocabulary_skips_records_of_new_items() -> None:
     catalogue = Catalogue(Vocabulary(["a"], max_items=1))
     assert catalogue.upsert([Item("b", price=1.0), Item("a", price=2.0)]).tolist() == [1]
     assert facts(catalogue, "a")["price_codes"] == [encode_value(2.0)]
