@@ -142,10 +142,10 @@ def _is_header(columns: list[FieldColumn], cells: list[str]) -> bool:
 
 def _columns_by_title(pairs: tuple[str, ...], cells: list[str], name: str) -> list[FieldColumn]:
     titles = [column_title(cell) for cell in cells]
-    wanted = [pair.partition("=")[::2] for pair in pairs]
-    if absent := [title for _, title in wanted if title not in titles]:
+    requested = [pair.partition("=")[::2] for pair in pairs]
+    if absent := [title for _, title in requested if title not in titles]:
         raise LogFileError(f"{name}: has no column {', '.join(absent)}; its header names {', '.join(titles)[:300]}")
-    return [FieldColumn(FIELD_BY_ALIAS[field], titles.index(title), title) for field, title in wanted]
+    return [FieldColumn(FIELD_BY_ALIAS[field], titles.index(title), title) for field, title in requested]
 
 
 def _columns_by_alias(cells: list[str], name: str) -> list[FieldColumn]:
