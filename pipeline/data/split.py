@@ -26,7 +26,7 @@ class Split(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def __str__(self) -> str:
         if self.leave_last_out:
             return f"each user's newest {self.leave_last_out}"
-        return f"all after the first {self.train_fraction:g} of the log"
+        return f"all after the first {100 * self.train_fraction:g} %"
 
     def test_mask(self, log: EventLog) -> np.ndarray:
         """Return which of the log's events are for testing: bool [n]."""
