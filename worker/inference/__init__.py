@@ -1,4 +1,4 @@
-"""The pipeline in a thread of its own, and how its model is replaced while it serves.
+"""The pipeline in a thread of its own, and the replacement of its model while it serves.
 
-May import: errors, interfaces, metrics, config, logging, pipeline.
+May import: errors, interfaces, metrics, executor, config, logging, pipeline.
 """

@@ -1,4 +1,4 @@
-"""What a path shows now, without reading it: told by one look from the next."""
+"""A cheap fingerprint of a folder, to detect changes without reading its files."""
 
 from pathlib import Path
 
@@ -6,13 +6,13 @@ Fingerprint = tuple[str, ...]
 
 
 def fingerprint(folder: Path) -> Fingerprint:
-    """Equal while neither the symlink, nor the folder, nor a file directly in it has changed; first the real path.
+    """Return a value that stays equal until the symlink, the folder or a file directly in it changes.
 
-    A folder that is missing or may not be read is a sight as well: the path and the reason.
+    Its first text is the real path. A folder that is missing or unreadable has one too: the path and the reason.
     """
     try:
-        real = folder.resolve(strict=True)
-        files = sorted((entry.name, entry.stat()) for entry in real.iterdir())
+        real_path = folder.resolve(strict=True)
+        files = sorted((entry.name, entry.stat()) for entry in real_path.iterdir())
     except OSError as error:
         return str(folder), str(error.strerror)
-    return str(real), *(f"{name} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns}" for name, stat in files)
+    return str(real_path), *(f"{name} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns}" for name, stat in files)

@@ -1,106 +1,105 @@
-"""A new artifact behind the configured path is taken up while the worker runs; one that is not fit is refused.
+"""Replace the model while the worker runs, when a new artifact appears at the configured path and passes validation.
 
-    look ─► complete? ─► another version? ─► load, check ─► its items get tokens ─► answer, compare ─► adopt
+    check ─► complete? ─► another version? ─► load, validate ─► its items get tokens ─► compare slates ─► swap
 
 The path is a symlink that is turned to another folder, or a folder that is replaced. All of it happens in a thread of
-its own, but for two things that the pipeline's thread does between two batches: new items get tokens, and at the end
-the model is exchanged, which takes microseconds. Vocabulary and counters are the process's and stay: an artifact brings
-rows for items, not tokens, so nothing that was counted is touched. Until the exchange no token loses its item.
+its own, except for two steps that the pipeline's thread takes between two batches: new items get tokens, and at the end
+the model is exchanged, which takes microseconds. Vocabulary and counters belong to the process and stay: an artifact
+brings rows for items, not tokens, so no count is touched. Until the swap no token loses its item.
 """
 
 import asyncio
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from pipeline import artifact as artifacts
 from pipeline.artifact import Artifact, Manifest
 from pipeline.records import Histories
 from pipeline.serving import model_validation
+from pipeline.serving.model_validation import Thresholds
 from pipeline.serving.pipeline import load_strategy
 from pipeline.serving.strategy import Strategy
 from worker import logging, metrics
 from worker.config import Config
 from worker.errors import MillraceError
+from worker.executor import SingleThreadExecutor
 from worker.inference.fingerprint import Fingerprint, fingerprint
-from worker.inference.load import warn_of_short_rings
+from worker.inference.load import warn_about_short_rings
 from worker.inference.ranker import PipelineRanker, ServedSample
 from worker.interfaces import Clock
 
 log = logging.get("hotswap")
-ADMITTED_IDS = 1024  # new items at once: so long the pipeline's thread is kept from ranking, 4 ms
-T = TypeVar("T")
+ADMIT_CHUNK_ITEMS = 1024  # new items per call in the pipeline's thread: it delays ranking by 4 ms
 
 
 class HotSwap:
-    """Follows `pipeline.artifact`. One task looks."""
+    """Follows `pipeline.artifact`. One task calls it."""
 
     def __init__(self, config: Config, ranker: PipelineRanker, clock: Clock) -> None:
         assert config.pipeline.artifact is not None, "without an artifact there is nothing to follow"
-        self._config, self._ranker, self._clock = config, ranker, clock
+        self._config = config
+        self._ranker = ranker
+        self._clock = clock
         self._folder = Path(config.pipeline.artifact)
-        self._thresholds = model_validation.Thresholds(config.pipeline.min_overlap, config.pipeline.max_hit_rate_drop)
-        self._thread = ThreadPoolExecutor(1, "hotswap")
-        self._seen: Fingerprint | None = None  # by the last look
-        self._handled: Fingerprint | None = None  # what was taken up or refused
-        self._serving: Manifest | None = None  # None: not seen since the start
+        self._thresholds = Thresholds(config.pipeline.min_overlap, config.pipeline.max_hit_rate_drop)
+        self._executor = SingleThreadExecutor("hotswap")
+        self._last_seen: Fingerprint | None = None  # at the last check
+        self._handled: Fingerprint | None = None  # accepted or rejected
+        self._serving: Manifest | None = None  # None: not read since the start
         self._trusted = {ranker.pipeline.version}  # versions that have served in this process
 
     async def run(self) -> None:
-        """Looks every `pipeline.artifact_poll_interval_s` until it is cancelled."""
+        """Check every `pipeline.artifact_poll_interval_s` until cancelled."""
         try:
             while True:
                 await self.check()
                 await asyncio.sleep(self._config.pipeline.artifact_poll_interval_s)
         finally:
-            self._thread.shutdown(wait=False, cancel_futures=True)
+            self._executor.close(wait=False)
 
     async def check(self) -> None:
-        """Judge what is there, once, when two looks in a row have seen the same: a copy under way is not complete."""
-        seen = await self._in_thread(fingerprint, self._folder)
-        settled, self._seen = seen == self._seen, seen
-        if not settled or seen == self._handled:
+        """Handle a new artifact once, when two checks in a row see the same files: until then a copy may be running."""
+        seen = await self._executor.run(fingerprint, self._folder)
+        is_settled = seen == self._last_seen
+        self._last_seen = seen
+        if not is_settled or seen == self._handled:
             return
         self._handled = seen
         try:
             await self._swap(seen)
-        except Exception as error:  # whatever is wrong with an artifact, the serving model goes on
+        except Exception as error:  # whatever is wrong with an artifact, the serving model continues
             reason = str(error) if isinstance(error, MillraceError) else repr(error)
             metrics.SWAPS.labels("rejected").inc()
-            log.warning("artifact refused, the serving model goes on", artifact=seen[0], reason=reason)
+            log.warning("artifact rejected, serving model continues", artifact=seen[0], reason=reason)
 
     async def _swap(self, seen: Fingerprint) -> None:
-        start_s, before = self._clock.monotonic(), self._ranker.pipeline.version
-        manifest = await self._in_thread(artifacts.read_manifest, self._folder)
+        start_s = self._clock.monotonic()
+        before = self._ranker.pipeline.version
+        manifest = await self._executor.run(artifacts.read_manifest, self._folder)
         if manifest.version != before:
-            bar = (
-                model_validation.Thresholds() if manifest.version in self._trusted else self._thresholds
-            )  # a way back is always open
-            model_validation.check_hit_rate(manifest, self._serving, bar)
-            artifact = await self._in_thread(self._load)
+            # A version that has served before always passes: an operator can roll back.
+            thresholds = Thresholds() if manifest.version in self._trusted else self._thresholds
+            model_validation.check_hit_rate(manifest, self._serving, thresholds)
+            artifact = await self._executor.run(self._load)
             async with self._ranker.pin_items(artifact.item_ids):
-                model, overlap = await self._load_valid_model(artifact, bar)
-                if await self._in_thread(fingerprint, self._folder) != seen:
-                    return  # replaced meanwhile: the next look sees it
-                retired = [self._ranker.pipeline.strategies]
+                model, overlap = await self._load_valid_model(artifact, thresholds)
+                if await self._executor.run(fingerprint, self._folder) != seen:
+                    return  # replaced meanwhile: the next check sees it
+                replaced = [self._ranker.pipeline.strategies]
                 await self._ranker.swap_model(model, manifest.version)
-                await self._in_thread(retired.clear)  # the old model's tables and graphs are freed in this thread
+                await self._executor.run(replaced.clear)  # frees the old model's tables and graphs in this thread
             seconds = round(self._clock.monotonic() - start_s, 3)
             metrics.SWAPS.labels("accepted").inc()
-            warn_of_short_rings(self._config, manifest)
+            warn_about_short_rings(self._config, manifest)
             log.info("model swapped", before=before, version=manifest.version, overlap=overlap, seconds=seconds)
         self._serving = manifest
         self._trusted.add(manifest.version)
 
-    async def _load_valid_model(
-        self, artifact: Artifact, bar: model_validation.Thresholds
-    ) -> tuple[Strategy, float | None]:
-        """The model, and its overlap with the slates just served. Raises ArtifactError when it is not fit to serve."""
-        await self._admit(artifact)
-        model, overlap = await self._in_thread(self._validate, artifact, await self._ranker.served_samples())
-        model_validation.check_overlap(overlap, bar)
+    async def _load_valid_model(self, artifact: Artifact, thresholds: Thresholds) -> tuple[Strategy, float | None]:
+        """Return the model and its overlap with the slates just served. ArtifactError when it must not serve."""
+        await self._admit_items(artifact)
+        model, overlap = await self._executor.run(self._validate, artifact, await self._ranker.served_samples())
+        model_validation.check_overlap(overlap, thresholds)
         return model, overlap
 
     def _load(self) -> Artifact:
@@ -108,25 +107,24 @@ class HotSwap:
         artifact.check_schema(self._config.schema)
         return artifact
 
-    async def _admit(self, artifact: Artifact) -> None:
+    async def _admit_items(self, artifact: Artifact) -> None:
         vocabulary = self._ranker.pipeline.vocabulary
-        new = await self._in_thread(lambda: [item_id for item_id in artifact.item_ids if not vocabulary.token(item_id)])
-        for start in range(0, len(new), ADMITTED_IDS):
-            await self._ranker.run_in_thread(partial(vocabulary.admit, new[start : start + ADMITTED_IDS]))
+        new = await self._executor.run(lambda: [each for each in artifact.item_ids if not vocabulary.token(each)])
+        for start in range(0, len(new), ADMIT_CHUNK_ITEMS):
+            await self._ranker.run_in_thread(partial(vocabulary.admit, new[start : start + ADMIT_CHUNK_ITEMS]))
         await self._ranker.run_in_thread(partial(artifact.load_into, self._ranker.pipeline.catalogue))
 
     def _validate(self, artifact: Artifact, served: list[ServedSample]) -> tuple[Strategy, float | None]:
-        """Answers of all shapes first, which also warm the model, then those to the users just served."""
-        pipeline, config = self._ranker.pipeline, self._config
+        """Rank synthetic users of every shape, which also warms the model up, then the users just served."""
+        pipeline = self._ranker.pipeline
+        config = self._config
         tokens = [pipeline.vocabulary.token(item_id) for item_id in artifact.item_ids]
         items = int((~pipeline.vocabulary.blocked[tokens]).sum())
         model = load_strategy(artifact, pipeline.catalogue, pipeline.options)
-        shapes = model_validation.synthetic_histories(artifact.item_ids, [1, *config.batcher.length_buckets])
-        model_validation.check_output(model, shapes, config.pipeline.slate_size, items)
-        rings, slates = [ring for ring, _ in served], [slate for _, slate in served]
+        synthetic = model_validation.synthetic_histories(artifact.item_ids, [1, *config.batcher.length_buckets])
+        model_validation.check_output(model, synthetic, config.pipeline.slate_size, items)
+        rings = [ring for ring, _ in served]
+        slates = [slate for _, slate in served]
         longest = max(map(len, slates), default=1)
         ranked = model_validation.check_output(model, Histories.from_rings(rings), longest, items)
         return model, model_validation.slate_overlap(ranked, slates, pipeline.vocabulary.item_ids)
-
-    async def _in_thread(self, act: Callable[..., T], *arguments: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, act, *arguments)

@@ -1,4 +1,4 @@
-"""The pipeline that a configuration describes: options, artifact, fallback reports."""
+"""The pipeline that a configuration describes: options, artifact, reports of fallbacks."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,33 +19,38 @@ log = logging.get("pipeline")
 
 
 def load_pipeline(config: Config) -> Pipeline:
-    """The pipeline of the configuration. Raises ArtifactError, or ConfigError for an action that is not in the list."""
-    batcher, served = config.batcher, config.pipeline
+    """Load the configured pipeline. Raises ArtifactError, ConfigError for an excluding action that is not defined."""
+    batcher = config.batcher
+    served = config.pipeline
     graphs = GraphOptions(batcher.max_users, batcher.max_tokens, served.cuda_graph_mib, served.slate_size)
     options = msgspec.structs.replace(pipeline_options(config), graphs=graphs if served.custom_kernels else None)
-    pipeline = Pipeline.load(config.pipeline.artifact, options, _log_fallback)
-    if config.pipeline.artifact is not None:
-        from pipeline.artifact import read_manifest  # torch, which only who has a model pays
+    pipeline = Pipeline.load(served.artifact, options, _log_fallback)
+    if served.artifact is not None:
+        from pipeline.artifact import read_manifest  # imports torch, so only when a model is configured
 
-        warn_of_short_rings(config, read_manifest(Path(config.pipeline.artifact)))
+        warn_about_short_rings(config, read_manifest(Path(served.artifact)))
     return pipeline
 
 
-def warn_of_short_rings(config: Config, manifest: "Manifest") -> None:
-    """Where rings are trimmed within the model's reach, its oldest events have other features than in training."""
-    cap, reach = config.sequences.max_events, manifest.config.receptive_field
-    if cap < reach:
+def warn_about_short_rings(config: Config, manifest: "Manifest") -> None:
+    """Warn if rings are shorter than the model's receptive field: its oldest events then lack features of training."""
+    max_events = config.sequences.max_events
+    receptive_field = manifest.config.receptive_field
+    if max_events < receptive_field:
         log.warning(
-            "rings are shorter than the model's reach: states of users with longer histories are not as in training; "
-            "raise sequences.max_events, or train with fewer --max-events (with sessions: --history-events)",
+            "rings shorter than the model's receptive field: states of users with longer histories differ from "
+            "training; raise sequences.max_events, or train with fewer --max-events (with sessions: --history-events)",
             version=manifest.version,
-            max_events=cap,
-            wanted=reach,
+            max_events=max_events,
+            receptive_field=receptive_field,
         )
 
 
 def pipeline_options(config: Config) -> PipelineOptions:
-    """What serving, training and evaluation share. Raises ConfigError for an action that is not in the list."""
+    """Return the options that serving, training and evaluation share.
+
+    Raises ConfigError for an action in `pipeline.exclude_actions` that is not in `events.actions`.
+    """
     try:
         exclusion = Exclusion.from_names(
             config.pipeline.exclude_actions, config.pipeline.exclude_window_days, config.schema
@@ -53,18 +58,18 @@ def pipeline_options(config: Config) -> PipelineOptions:
     except KeyError as error:
         raise ConfigError(f"pipeline.exclude_actions: {error} is not in events.actions") from error
     return PipelineOptions(
-        config.schema,
-        exclusion,
-        config.rerank,
-        config.counters.half_life_days,
-        config.counters.neighbours,
-        config.counters.window_events,
-        config.counters.max_items,
-        config.pipeline.device,
-        config.pipeline.threads,
+        schema=config.schema,
+        exclusion=exclusion,
+        rerank=config.rerank,
+        half_life_days=config.counters.half_life_days,
+        neighbours=config.counters.neighbours,
+        window_events=config.counters.window_events,
+        max_items=config.counters.max_items,
+        device=config.pipeline.device,
+        threads=config.pipeline.threads,
     )
 
 
-def _log_fallback(rung: str, error: Exception) -> None:
-    metrics.FALLBACKS.labels(rung, type(error).__name__).inc()
-    log.warning("a rung failed, the next one answers", rung=rung, error=repr(error))
+def _log_fallback(strategy: str, error: Exception) -> None:
+    metrics.FALLBACKS.labels(strategy, type(error).__name__).inc()
+    log.warning("strategy failed, the next one answers", strategy=strategy, error=repr(error))

@@ -1,6 +1,6 @@
-"""A file of frames that is only ever appended to: what was written whole is read again, whatever interrupted the rest.
+"""A file of checksummed entries that only grows: after a crash, everything up to the first incomplete entry is read.
 
-8 bytes that name the format, then frames: u32 length, u32 CRC-32 of the content, content; little endian.
+8 bytes that name the format, then entries: u32 length, u32 CRC-32 of the content, content; little endian.
 """
 
 import os
@@ -9,55 +9,58 @@ from collections.abc import Iterator
 from pathlib import Path
 from zlib import crc32
 
-_HEAD = struct.Struct("<II")
+_HEADER = struct.Struct("<II")
 
 
 class AppendOnlyFile:
-    """One thread at a time. Every method raises OSError."""
+    """For one thread at a time. Every method raises OSError."""
 
     def __init__(self, path: Path, magic: bytes) -> None:
-        """Opens it, or begins it where there is none, or a file of another format."""
+        """Open the file; start it from scratch when it is missing or in another format."""
         self.path = path
         self._file = path.open("a+b")
         self._file.seek(0)
         if self._file.read(len(magic)) != magic:
             self._file.truncate(0)
             self._file.write(magic)
-        self._begin = len(magic)
+        self._start = len(magic)
 
     @property
     def size_bytes(self) -> int:
         return self._file.seek(0, os.SEEK_END)
 
-    def frames(self) -> Iterator[bytes]:
-        """The contents, oldest first. Behind the last whole frame the file is cut: that could not be read again."""
-        at = self._begin
-        while (content := self._frame(at)) is not None:
+    def entries(self) -> Iterator[bytes]:
+        """Yield the entries' contents, oldest first; then truncate the file after the last complete entry.
+
+        What is appended after an incomplete entry could not be read again.
+        """
+        position = self._start
+        while (content := self._read_entry(position)) is not None:
             yield content
-            at += _HEAD.size + len(content)
-        self._file.truncate(at)
+            position += _HEADER.size + len(content)
+        self._file.truncate(position)
 
     def append(self, content: bytes) -> None:
-        self._file.write(_HEAD.pack(len(content), crc32(content)) + content)
+        self._file.write(_HEADER.pack(len(content), crc32(content)) + content)
 
     def sync(self) -> None:
-        """Returns when all of it is on the disk."""
+        """Return when everything is on the disk."""
         self._file.flush()
         os.fsync(self._file.fileno())
 
     def rename(self, path: Path) -> None:
-        """In place of what is there."""
+        """Move the open file to `path`, replacing the file there."""
         self.path.replace(path)
         self.path = path
 
     def close(self) -> None:
         self._file.close()
 
-    def _frame(self, at: int) -> bytes | None:
-        self._file.seek(at)
-        head = self._file.read(_HEAD.size)
-        if len(head) < _HEAD.size:
+    def _read_entry(self, position: int) -> bytes | None:
+        self._file.seek(position)
+        header = self._file.read(_HEADER.size)
+        if len(header) < _HEADER.size:
             return None
-        length, checksum = _HEAD.unpack(head)
+        length, checksum = _HEADER.unpack(header)
         content = self._file.read(length)
         return content if len(content) == length and crc32(content) == checksum else None

@@ -1,14 +1,13 @@
-"""A published artifact is taken up, or refused with its reason, while batches go on being ranked."""
+"""A new artifact is swapped in, or rejected with its reason, while batches keep being ranked."""
 
 import asyncio
 import gc
 import shutil
 import weakref
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 from prometheus_client import REGISTRY
 
@@ -16,60 +15,73 @@ from pipeline.artifact import Artifact, load
 from pipeline.data.log_io import read_log_by_time
 from pipeline.records import Event, EventPacker, Slate
 from tests import artifacts as relatives
-from worker import logging
 from worker.clock import WallClock
-from worker.config import Config, CountersConfig, LogConfig, SequencesConfig
-from worker.config import PipelineConfig as PipelineConfig
+from worker.config import Config, CountersConfig, PipelineConfig, SequencesConfig
 from worker.inference.fingerprint import fingerprint
 from worker.inference.hot_swap import HotSwap
 from worker.inference.load import load_pipeline
 from worker.inference.ranker import PipelineRanker
 from worker.interfaces import Batch, ConsumedEvent, Entry, Partition, RecordOffset
 
-K = 5
+SLATE_SIZE = 5
+Logged = Callable[[], list[dict[str, Any]]]
 
 
 class Serving:
-    """A ranker, and what follows its artifact: `link`, which names the folder `first`."""
+    """A ranker and the hot swap that follows its artifact: `link`, a symlink to the folder `first`."""
 
     def __init__(
         self, folder: Path, artifact: Path, max_events: int = 512, max_items: int = 1000, **options: Any
     ) -> None:
-        logging.configure(LogConfig())
-        self.folder, self.link = folder, folder / "current"
+        self.folder = folder
+        self.link = folder / "current"
         self.publish("first", load(artifact))
-        pipeline = PipelineConfig(str(self.link), slate_size=K, threads=1, device="cpu", **options)
+        pipeline = PipelineConfig(str(self.link), slate_size=SLATE_SIZE, threads=1, device="cpu", **options)
         config = Config(
             pipeline=pipeline,
             sequences=SequencesConfig(max_events=max_events),
             counters=CountersConfig(max_items=max_items),
         )
-        self.ranker = PipelineRanker(load_pipeline(config), K, WallClock())
+        self.ranker = PipelineRanker(load_pipeline(config), SLATE_SIZE, WallClock())
         self.swap = HotSwap(config, self.ranker, WallClock())
 
+    @property
+    def version(self) -> str:
+        return self.ranker.pipeline.version
+
     def publish(self, name: str, artifact: Artifact, **metrics: float) -> str:
+        """Save the artifact, turn the link to it, return its version."""
         version = relatives.save(self.folder / name, artifact, **metrics)
-        relatives.point(self.link, self.folder / name)
+        self.point_to(name)
         return version
 
-    async def looks(self, count: int = 2) -> str:
-        """The version that serves after so many looks."""
-        for _ in range(count):
+    def point_to(self, name: str) -> None:
+        relatives.point(self.link, self.folder / name)
+
+    async def check(self, times: int = 2) -> str:
+        """Return the version that serves after this many checks."""
+        for _ in range(times):
             await self.swap.check()
-        return self.ranker.pipeline.version
+        return self.version
 
 
 @pytest.fixture
-def serving(shop, tmp_path: Path):
-    made: list[Serving] = []
+def serve(shop, tmp_path: Path, logged: Logged) -> Iterator[Callable[..., Serving]]:
+    """Return a function that starts serving."""
+    started: list[Serving] = []
 
-    def make(**options: Any) -> Serving:
-        made.append(Serving(tmp_path, shop.artifact, **options))
-        return made[-1]
+    def start(**options: Any) -> Serving:
+        started.append(Serving(tmp_path, shop.artifact, **options))
+        return started[-1]
 
-    yield make
-    for each in made:
+    yield start
+    for each in started:
         each.ranker.close()
+
+
+@pytest.fixture
+def serving(serve: Callable[..., Serving]) -> Serving:
+    return serve()
 
 
 @pytest.fixture
@@ -77,7 +89,7 @@ def original(shop) -> Artifact:
     return load(shop.artifact)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def batch(shop) -> Batch:
     """Thirty users of the shop with their histories."""
     rings: dict[str, list[bytes]] = {}
@@ -87,273 +99,251 @@ def batch(shop) -> Batch:
         rings.setdefault(event.user_id, []).append(pack(event))
     entries = []
     for offset, (user, events) in enumerate(list(rings.items())[:30]):
-        record_offset, event = RecordOffset(Partition("events", 0), 1, offset), Event(user, "i", "view", 5)
-        entries.append(
-            Entry(user, [ConsumedEvent(event, b"", record_offset, 99, 0, 0.0, ring=b"".join(events))], 0, offset)
+        consumed = ConsumedEvent(
+            event=Event(user, "i", "view", 5),
+            packed=b"",
+            record_offset=RecordOffset(Partition("events", 0), 1, offset),
+            end_offset=99,
+            polled_ms=0,
+            polled_s=0.0,
+            ring=b"".join(events),
         )
+        entries.append(Entry(user, [consumed], deadline_ms=0, order=offset))
     return Batch(entries, 512)
 
 
-@pytest.fixture
-def said(capsys) -> Callable[[], list[dict]]:
-    """What was logged since the last call."""
-    return lambda: [msgspec.json.decode(line) for line in capsys.readouterr().err.splitlines()]
-
-
-def ids(slates: list[Slate]) -> list[list[str]]:
+def item_ids(slates: list[Slate]) -> list[list[str]]:
     return [[item.item_id for item in slate.items] for slate in slates]
 
 
-def outcomes() -> dict[str, float]:
+def swap_counts() -> dict[str, float]:
     read = REGISTRY.get_sample_value
     return {name: read("millrace_model_swaps_total", {"outcome": name}) or 0 for name in ("accepted", "rejected")}
 
 
-def test_a_turned_symlink_brings_the_next_slates_the_new_model(run, serving, original, batch, said):
-    async def story() -> None:
-        now, before = serving(), outcomes()
-        first = now.ranker.pipeline.version
-        served = await now.ranker.rank(batch)
-        assert await now.looks() == first
-        second = now.publish("second", relatives.renumbered(original))
-        assert await now.looks(1) == first, "one look cannot tell whether a copy is complete"
-        assert await now.looks(1) == second
-        again = await now.ranker.rank(batch)
-        assert {slate.model_version for slate in served} == {first}
-        assert {slate.model_version for slate in again} == {second}
-        assert ids(again) == ids(served), "it is the same model in another order"
-        assert outcomes() == before | {"accepted": before["accepted"] + 1}
-        assert REGISTRY.get_sample_value("millrace_model_info", {"version": first}) is None
-        assert REGISTRY.get_sample_value("millrace_model_info", {"version": second}) == 1
-        [line] = said()
-        assert (line["event"], line["before"], line["version"], line["overlap"]) == ("model swapped", first, second, 1)
-
-    run(story())
-
-
-def test_a_folder_that_is_replaced_in_place_is_taken_up(run, serving, original):
-    async def story() -> None:
-        now = serving()
-        await now.looks()
-        version = relatives.save(now.folder / "first", relatives.nudged(original, 1))
-        assert await now.looks() == version
-
-    run(story())
+async def test_turned_symlink_swaps_the_model_for_the_next_slates(
+    serving: Serving, original: Artifact, batch: Batch, logged: Logged
+) -> None:
+    counts = swap_counts()
+    first = serving.version
+    slates = await serving.ranker.rank(batch)
+    assert await serving.check() == first
+    second = serving.publish("second", relatives.renumbered(original))
+    assert await serving.check(1) == first, "one check cannot tell whether a copy is complete"
+    assert await serving.check(1) == second
+    slates_after = await serving.ranker.rank(batch)
+    assert {slate.model_version for slate in slates} == {first}
+    assert {slate.model_version for slate in slates_after} == {second}
+    assert item_ids(slates_after) == item_ids(slates), "it is the same model in another order"
+    assert swap_counts() == counts | {"accepted": counts["accepted"] + 1}
+    assert REGISTRY.get_sample_value("millrace_model_info", {"version": first}) is None
+    assert REGISTRY.get_sample_value("millrace_model_info", {"version": second}) == 1
+    [line] = logged()
+    assert (line["event"], line["before"], line["version"], line["overlap"]) == ("model swapped", first, second, 1)
 
 
-def test_the_same_content_under_another_name_is_no_news(run, serving, original):
-    async def story() -> None:
-        now = serving()
-        model, before = now.ranker.pipeline.strategies, outcomes()
-        now.publish("copy", original)
-        await now.looks(3)
-        assert now.ranker.pipeline.strategies is model
-        assert outcomes() == before
-
-    run(story())
+async def test_folder_replaced_in_place_is_swapped_in(serving: Serving, original: Artifact) -> None:
+    await serving.check()
+    version = relatives.save(serving.folder / "first", relatives.nudged(original, 1))
+    assert await serving.check() == version
 
 
-def test_a_full_vocabulary_makes_room_for_a_new_models_items_and_the_old_model_serves_on_until_then(
-    run, serving, original, batch
-):
-    async def story() -> None:
-        items = len(original.item_ids)
-        now = serving(max_items=items + 5)
-        vocabulary = now.ranker.pipeline.vocabulary
-        await now.ranker.run_in_thread(lambda: now.ranker.pipeline.admit([f"crowd{number}" for number in range(5)]))
-        new = [f"new{number}" for number in range(8)]
-        version = now.publish("second", relatives.with_new_items(original, new))
-        slates = [await now.ranker.rank(batch)]
-        assert await now.looks() == version
-        slates.append(await now.ranker.rank(batch))
-        assert vocabulary.evicted_count == 8
-        assert not any(map(vocabulary.token, original.item_ids[-8:])), "those that the new model does not know go first"
-        assert all(map(vocabulary.token, [*original.item_ids[:-8], *new]))
-        assert not vocabulary.pinned
-        old, known = ids(slates[0]), set(original.item_ids[:-8]) | set(new)
-        assert all(len(slate) == K for slate in old)
-        assert all(len(slate) == K and set(slate) <= known for slate in ids(slates[1]))
-
-    run(story())
+async def test_same_content_under_another_name_is_not_swapped(serving: Serving, original: Artifact) -> None:
+    strategies = serving.ranker.pipeline.strategies
+    counts = swap_counts()
+    serving.publish("copy", original)
+    await serving.check(3)
+    assert serving.ranker.pipeline.strategies is strategies
+    assert swap_counts() == counts
 
 
-def test_withdrawn_items_do_not_make_a_new_models_slates_too_short(run, serving, original):
-    async def story() -> None:
-        now = serving()
-        await now.ranker.update_items([], original.item_ids[3:], live=True)
-        second = now.publish("second", relatives.nudged(original, 1))
-        assert await now.looks() == second
+async def test_full_vocabulary_evicts_for_a_new_models_items_while_the_old_model_serves(
+    serve: Callable[..., Serving], original: Artifact, batch: Batch
+) -> None:
+    serving = serve(max_items=len(original.item_ids) + 5)
+    vocabulary = serving.ranker.pipeline.vocabulary
+    others = [f"other{number}" for number in range(5)]
+    await serving.ranker.run_in_thread(lambda: serving.ranker.pipeline.admit(others))
+    new = [f"new{number}" for number in range(8)]
+    version = serving.publish("second", relatives.with_new_items(original, new))
+    slates = item_ids(await serving.ranker.rank(batch))
+    assert await serving.check() == version
+    slates_after = item_ids(await serving.ranker.rank(batch))
+    assert vocabulary.evicted_count == 8
+    assert not any(map(vocabulary.token, original.item_ids[-8:])), "items that the new model lacks are evicted first"
+    assert all(map(vocabulary.token, [*original.item_ids[:-8], *new]))
+    assert not vocabulary.pinned
+    in_vocabulary = set(original.item_ids[:-8]) | set(new)
+    assert all(len(slate) == SLATE_SIZE for slate in slates)
+    assert all(len(slate) == SLATE_SIZE and set(slate) <= in_vocabulary for slate in slates_after)
 
-    run(story())
+
+async def test_delisted_items_do_not_count_as_missing_from_a_new_models_slates(
+    serving: Serving, original: Artifact
+) -> None:
+    await serving.ranker.update_items([], original.item_ids[3:], live=True)
+    second = serving.publish("second", relatives.nudged(original, 1))
+    assert await serving.check() == second
 
 
 BROKEN = {
-    "weights are no numbers": (relatives.not_a_number, "items.embedding.weight has numbers that are not finite"),
+    "weights are not finite": (relatives.not_a_number, "items.embedding.weight has numbers that are not finite"),
     "actions mean something else": (relatives.of_another_schema, "events.actions is"),
     "items have each other's ids": (relatives.mixed_up, "pipeline.min_overlap is 50.0%"),
 }
 
 
-@pytest.mark.parametrize(("break_", "reason"), BROKEN.values(), ids=BROKEN)
-def test_a_broken_artifact_is_refused_once_and_the_old_model_goes_on(
-    run, serving, original, batch, said, break_, reason: str
-):
-    async def story() -> None:
-        now, before = serving(min_overlap=0.5), outcomes()
-        first = now.ranker.pipeline.version
-        served = await now.ranker.rank(batch)
-        await now.looks()
-        now.publish("broken", break_(original))
-        assert await now.looks(5) == first
-        assert ids(await now.ranker.rank(batch)) == ids(served)
-        assert outcomes() == before | {"rejected": before["rejected"] + 1}
-        [line] = said()
-        assert reason in line["reason"]
-        assert line["artifact"] == str((now.folder / "broken").resolve())
-        good = now.publish("good", relatives.nudged(original, 1))
-        assert await now.looks() == good, "the next one is judged for itself"
-
-    run(story())
-
-
-def test_a_damaged_file_is_refused_until_it_is_copied_again(run, serving, original, said):
-    async def story() -> None:
-        now = serving()
-        first = now.ranker.pipeline.version
-        await now.looks()
-        second = now.publish("second", relatives.nudged(original, 1))
-        whole = shutil.copytree(now.folder / "second", now.folder / "whole")
-        relatives.damage(now.folder / "second")
-        assert await now.looks(4) == first
-        [line] = said()
-        assert "hstu.safetensors: SHA-256 is" in line["reason"]
-        shutil.copytree(whole, now.folder / "second", dirs_exist_ok=True)
-        assert await now.looks() == second
-
-    run(story())
+@pytest.mark.parametrize(("damage", "reason"), BROKEN.values(), ids=BROKEN)
+async def test_broken_artifact_is_rejected_once_and_the_old_model_continues(
+    serve: Callable[..., Serving],
+    original: Artifact,
+    batch: Batch,
+    logged: Logged,
+    damage: Callable[[Artifact], Artifact],
+    reason: str,
+) -> None:
+    serving = serve(min_overlap=0.5)
+    counts = swap_counts()
+    first = serving.version
+    slates = await serving.ranker.rank(batch)
+    await serving.check()
+    serving.publish("broken", damage(original))
+    assert await serving.check(5) == first
+    assert item_ids(await serving.ranker.rank(batch)) == item_ids(slates)
+    assert swap_counts() == counts | {"rejected": counts["rejected"] + 1}
+    [line] = logged()
+    assert reason in line["reason"]
+    assert line["artifact"] == str((serving.folder / "broken").resolve())
+    good = serving.publish("good", relatives.nudged(original, 1))
+    assert await serving.check() == good, "the next artifact is validated by itself"
 
 
-def test_a_copy_under_way_is_left_alone_until_it_is_complete(run, serving, original, said):
-    async def story() -> None:
-        now = serving()
-        first = now.ranker.pipeline.version
-        await now.looks()
-        version = relatives.save(now.folder / "whole", relatives.nudged(original, 1))
-        (now.folder / "slow").mkdir()
-        relatives.point(now.link, now.folder / "slow")
-        for path in sorted((now.folder / "whole").iterdir()):
-            shutil.copy(path, now.folder / "slow")
-            assert await now.looks(1) == first
-        assert await now.looks(1) == version
-        [line] = said()
-        assert (line["event"], line["overlap"]) == ("model swapped", None), "nothing was served yet"
-
-    run(story())
+async def test_damaged_file_is_rejected_until_it_is_copied_again(
+    serving: Serving, original: Artifact, logged: Logged
+) -> None:
+    first = serving.version
+    await serving.check()
+    second = serving.publish("second", relatives.nudged(original, 1))
+    intact = shutil.copytree(serving.folder / "second", serving.folder / "intact")
+    relatives.damage(serving.folder / "second")
+    assert await serving.check(4) == first
+    [line] = logged()
+    assert "hstu.safetensors: SHA-256 is" in line["reason"]
+    shutil.copytree(intact, serving.folder / "second", dirs_exist_ok=True)
+    assert await serving.check() == second
 
 
-def test_a_pointer_to_nothing_is_said_once_and_mended_without_a_swap(run, serving, said):
-    async def story() -> None:
-        now, before = serving(), outcomes()
-        first = now.ranker.pipeline.version
-        relatives.point(now.link, now.folder / "nowhere")
-        assert await now.looks(4) == first
-        [line] = said()
-        assert "manifest.json: No such file" in line["reason"]
-        relatives.point(now.link, now.folder / "first")
-        assert await now.looks() == first
-        assert outcomes() == before | {"rejected": before["rejected"] + 1}
-
-    run(story())
-
-
-def test_a_model_that_training_judged_worse_is_refused_but_the_way_back_is_open(run, serving, original):
-    async def story() -> None:
-        now = serving(max_hit_rate_drop=0.2)
-        first = now.publish("better", original, validation_hit_rate=0.4)
-        await now.looks()
-        better = now.publish("best", relatives.nudged(original, 1), validation_hit_rate=0.6)
-        assert await now.looks() == better
-        now.publish("worse", relatives.nudged(original, 2), validation_hit_rate=0.47)
-        assert await now.looks() == better
-        relatives.point(now.link, now.folder / "better")
-        assert await now.looks() == first, "it has served before: an operator's way back is not barred"
-
-    run(story())
+async def test_running_copy_is_ignored_until_it_is_complete(
+    serving: Serving, original: Artifact, logged: Logged
+) -> None:
+    first = serving.version
+    await serving.check()
+    version = relatives.save(serving.folder / "complete", relatives.nudged(original, 1))
+    (serving.folder / "slow").mkdir()
+    serving.point_to("slow")
+    for path in sorted((serving.folder / "complete").iterdir()):
+        shutil.copy(path, serving.folder / "slow")
+        assert await serving.check(1) == first
+    assert await serving.check(1) == version
+    [line] = logged()
+    assert (line["event"], line["overlap"]) == ("model swapped", None), "nothing was served yet"
 
 
-def test_only_answers_of_the_model_that_serves_are_compared(run, serving, original, batch):
-    async def story() -> None:
-        now = serving()
-        await now.ranker.rank(Batch(batch.entries[:10], 512, "simple"))
-        assert await now.ranker.served_samples() == []
-        slates = await now.ranker.rank(batch)
-        served = await now.ranker.served_samples()
-        assert [ring for ring, _ in served] == [entry.ring for entry in batch.entries]
-        assert [items for _, items in served] == [slate.items for slate in slates]
-        await now.looks()
-        now.publish("second", relatives.nudged(original, 1))
-        await now.looks()
-        assert await now.ranker.served_samples() == []
-
-    run(story())
+async def test_dangling_symlink_is_logged_once_and_repaired_without_a_swap(serving: Serving, logged: Logged) -> None:
+    counts = swap_counts()
+    first = serving.version
+    serving.point_to("nowhere")
+    assert await serving.check(4) == first
+    [line] = logged()
+    assert "manifest.json: No such file" in line["reason"]
+    serving.point_to("first")
+    assert await serving.check() == first
+    assert swap_counts() == counts | {"rejected": counts["rejected"] + 1}
 
 
-def test_the_model_before_is_freed(run, serving, original, batch):
-    async def story() -> None:
-        now = serving()
-        await now.ranker.rank(batch)
-        await now.looks()
-        old = [weakref.ref(rung) for rung in now.ranker.pipeline.strategies.candidates(None) if rung.name == "hstu"]
-        now.publish("second", relatives.nudged(original, 1))
-        await now.looks()
-        gc.collect()
-        assert [rung() for rung in old] == [None]
-
-    run(story())
-
-
-def test_what_is_published_while_another_is_loaded_is_what_serves(run, serving, original, monkeypatch):
-    async def story() -> None:
-        now = serving()
-        await now.looks()
-        now.publish("second", relatives.nudged(original, 1))
-        third, served = "", now.ranker.served_samples
-
-        async def overtaken():
-            nonlocal third
-            third = now.publish("third", relatives.nudged(original, 2))
-            return await served()
-
-        monkeypatch.setattr(now.ranker, "served_samples", overtaken)
-        first = now.ranker.pipeline.version
-        assert await now.looks() == first
-        monkeypatch.undo()
-        assert await now.looks() == third
-
-    run(story())
+async def test_model_with_a_worse_validation_is_rejected_but_a_rollback_is_not(
+    serve: Callable[..., Serving], original: Artifact
+) -> None:
+    serving = serve(max_hit_rate_drop=0.2)
+    better = serving.publish("better", original, validation_hit_rate=0.4)
+    await serving.check()
+    best = serving.publish("best", relatives.nudged(original, 1), validation_hit_rate=0.6)
+    assert await serving.check() == best
+    serving.publish("worse", relatives.nudged(original, 2), validation_hit_rate=0.47)
+    assert await serving.check() == best
+    serving.point_to("better")
+    assert await serving.check() == better, "it has served before: an operator can roll back"
 
 
-def test_it_looks_by_itself_until_it_is_cancelled(run, serving, original, eventually):
-    async def story() -> None:
-        now = serving(artifact_poll_interval_s=0.01)
-        following = asyncio.create_task(now.swap.run())
-        version = now.publish("second", relatives.nudged(original, 1))
-        await eventually(lambda: now.ranker.pipeline.version == version)
-        following.cancel()
-        await asyncio.gather(following, return_exceptions=True)
-        assert following.cancelled()
+async def test_only_slates_of_the_serving_model_are_compared(
+    serving: Serving, original: Artifact, batch: Batch
+) -> None:
+    await serving.ranker.rank(Batch(batch.entries[:10], 512, "simple"))
+    assert await serving.ranker.served_samples() == []
+    slates = await serving.ranker.rank(batch)
+    served = await serving.ranker.served_samples()
+    assert [ring for ring, _ in served] == [entry.ring for entry in batch.entries]
+    assert [items for _, items in served] == [slate.items for slate in slates]
+    await serving.check()
+    serving.publish("second", relatives.nudged(original, 1))
+    await serving.check()
+    assert await serving.ranker.served_samples() == []
 
-    run(story())
+
+async def test_replaced_model_is_freed(serving: Serving, original: Artifact, batch: Batch) -> None:
+    await serving.ranker.rank(batch)
+    await serving.check()
+    strategies = serving.ranker.pipeline.strategies.candidates(None)
+    old = [weakref.ref(strategy) for strategy in strategies if strategy.name == "hstu"]
+    del strategies
+    serving.publish("second", relatives.nudged(original, 1))
+    await serving.check()
+    gc.collect()
+    assert [strategy() for strategy in old] == [None]
 
 
-def test_every_change_of_a_path_is_another_sight_and_nothing_else_is(tmp_path: Path):
-    link, folder, other = tmp_path / "link", tmp_path / "a", tmp_path / "b"
+async def test_artifact_published_while_another_is_loaded_is_the_one_that_serves(
+    serving: Serving, original: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await serving.check()
+    serving.publish("second", relatives.nudged(original, 1))
+    third = ""
+    served_samples = serving.ranker.served_samples
+
+    async def publish_third() -> list:
+        nonlocal third
+        third = serving.publish("third", relatives.nudged(original, 2))
+        return await served_samples()
+
+    monkeypatch.setattr(serving.ranker, "served_samples", publish_third)
+    first = serving.version
+    assert await serving.check() == first
+    monkeypatch.undo()
+    assert await serving.check() == third
+
+
+async def test_checks_run_periodically_until_cancelled(
+    serve: Callable[..., Serving], original: Artifact, eventually: Callable[..., Awaitable[Any]]
+) -> None:
+    serving = serve(artifact_poll_interval_s=0.01)
+    following = asyncio.create_task(serving.swap.run())
+    version = serving.publish("second", relatives.nudged(original, 1))
+    await eventually(lambda: serving.version == version)
+    following.cancel()
+    await asyncio.gather(following, return_exceptions=True)
+    assert following.cancelled()
+
+
+def test_fingerprint_changes_with_every_change_of_the_path_and_with_nothing_else(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    one = tmp_path / "one"
+    other = tmp_path / "other"
     seen = [fingerprint(link)]
-    for each in (folder, other):
-        each.mkdir()
-        (each / "file").write_text("1")
+    for folder in (one, other):
+        folder.mkdir()
+        (folder / "file").write_text("1")
     for change in (
-        lambda: relatives.point(link, folder),
+        lambda: relatives.point(link, one),
         lambda: relatives.point(link, other),
         lambda: (other / "more").touch(),
         lambda: (other / "file").write_text("22"),
@@ -363,16 +353,19 @@ def test_every_change_of_a_path_is_another_sight_and_nothing_else_is(tmp_path: P
         assert fingerprint(link) == fingerprint(link)
         seen.append(fingerprint(link))
     assert len(set(seen)) == len(seen)
-    relatives.point(link, folder)
+    relatives.point(link, one)
     assert fingerprint(link) == seen[1]
 
 
 @pytest.mark.parametrize(("max_events", "warnings"), [(200 + 254, 2), (200 + 255, 0)])
-def test_rings_within_the_models_reach_are_warned_of_at_its_load_and_at_a_swap(
-    serving, original: Artifact, run, capsys, max_events: int, warnings: int
-):
-    capsys.readouterr()
-    at = serving(max_events=max_events)
-    at.publish("second", relatives.nudged(original, 1))
-    assert run(at.looks()) != original.version
-    assert capsys.readouterr().err.count("raise sequences.max_events") == warnings
+async def test_rings_shorter_than_the_receptive_field_are_warned_about_at_load_and_at_swap(
+    serve: Callable[..., Serving],
+    original: Artifact,
+    logged: Logged,
+    max_events: int,
+    warnings: int,
+) -> None:
+    serving = serve(max_events=max_events)
+    serving.publish("second", relatives.nudged(original, 1))
+    assert await serving.check() != original.version
+    assert sum("raise sequences.max_events" in line["event"] for line in logged()) == warnings

@@ -1,4 +1,4 @@
-"""Frames on disk: what was written whole is read again, whatever was cut or damaged behind it."""
+"""Entries on disk: all before the first truncated or damaged one are read again."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from worker.items.append_only_file import AppendOnlyFile
 MAGIC = b"TESTFILE"
 
 
-def written(path: Path, contents: list[bytes]) -> None:
+def write(path: Path, contents: list[bytes]) -> None:
     path.unlink(missing_ok=True)
     file = AppendOnlyFile(path, MAGIC)
     for content in contents:
@@ -22,38 +22,38 @@ def written(path: Path, contents: list[bytes]) -> None:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.binary(max_size=20), max_size=6), st.integers(0, 200))
-def test_a_file_that_is_cut_anywhere_tells_its_whole_frames_and_goes_on_behind_them(
-    tmp_path: Path, contents: list[bytes], cut: int
+def test_truncated_file_yields_its_complete_entries_and_appends_after_them(
+    tmp_path: Path, contents: list[bytes], size: int
 ) -> None:
-    path = tmp_path / "frames"
-    written(path, contents)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:cut])
-    kept, at = [], len(MAGIC)
+    path = tmp_path / "entries"
+    write(path, contents)
+    path.write_bytes(path.read_bytes()[:size])
+    complete: list[bytes] = []
+    end = len(MAGIC)
     for content in contents:
-        at += 8 + len(content)
-        if at <= cut:
-            kept.append(content)
+        end += 8 + len(content)
+        if end <= size:
+            complete.append(content)
     file = AppendOnlyFile(path, MAGIC)
-    assert list(file.frames()) == kept
+    assert list(file.entries()) == complete
     file.append(b"more")
-    assert list(file.frames()) == [*kept, b"more"]
+    assert list(file.entries()) == [*complete, b"more"]
     file.close()
 
 
-@pytest.mark.parametrize("place", [9, 13, 17, 30])
-def test_nothing_behind_a_damaged_byte_is_told(tmp_path: Path, place: int) -> None:
-    path = tmp_path / "frames"
-    written(path, [b"first", b"second", b"third"])
-    damaged = bytearray(path.read_bytes())
-    damaged[place] ^= 0xFF
-    path.write_bytes(damaged)
-    assert list(AppendOnlyFile(path, MAGIC).frames()) == ([b"first"] if place == 30 else [])
+@pytest.mark.parametrize(("position", "intact"), [(9, []), (13, []), (17, []), (30, [b"first"])])
+def test_entries_from_a_damaged_byte_on_are_dropped(tmp_path: Path, position: int, intact: list[bytes]) -> None:
+    path = tmp_path / "entries"
+    write(path, [b"first", b"second", b"third"])
+    content = bytearray(path.read_bytes())
+    content[position] ^= 0xFF
+    path.write_bytes(content)
+    assert list(AppendOnlyFile(path, MAGIC).entries()) == intact
 
 
-def test_a_file_of_another_format_is_begun_anew(tmp_path: Path) -> None:
-    path = tmp_path / "frames"
-    written(path, [b"first"])
-    assert list(AppendOnlyFile(path, b"ANOTHER1").frames()) == []
-    assert list(AppendOnlyFile(path, b"ANOTHER1").frames()) == []
+def test_file_of_another_format_is_started_from_scratch(tmp_path: Path) -> None:
+    path = tmp_path / "entries"
+    write(path, [b"first"])
+    assert list(AppendOnlyFile(path, b"ANOTHER1").entries()) == []
+    assert list(AppendOnlyFile(path, b"ANOTHER1").entries()) == []
     assert path.read_bytes() == b"ANOTHER1"

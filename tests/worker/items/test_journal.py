@@ -1,28 +1,27 @@
-"""Items known across restarts: the same tokens and vectors, and a snapshot that does not fit is not used."""
+"""Items across restarts: the same tokens and vectors, and a journal that does not fit is not used."""
 
-import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from aiokafka import TopicPartition
 
 from pipeline.artifact import load
-from pipeline.records import Event, Item
+from pipeline.records import Event, Item, SlateItem
 from pipeline.serving.pipeline import Pipeline, PipelineOptions, load_strategy
 from tests import artifacts as relatives
-from worker import logging
 from worker.clock import WallClock
-from worker.config import LogConfig
 from worker.errors import ConfigError
 from worker.inference.ranker import PipelineRanker
 from worker.items.journal import TOMBSTONE_MS, ItemJournal
 
-ITEMS = [f"i{number}" for number in range(8)]
-PLACE = TopicPartition("items", 0)
-ASKED = [[Event("u", "i1", "view", 1_000), Event("u", "shoe", "view", 2_000)]]
-SHOE, LAMP = Item("shoe", title="red shoe", price=5.0, created_ms=7), Item("lamp", title="a lamp", brand="x")
+ITEM_IDS = [f"i{number}" for number in range(8)]
+PARTITION = TopicPartition("items", 0)
+SHOE = Item("shoe", title="red shoe", price=5.0, created_ms=7)
+LAMP = Item("lamp", title="a lamp", brand="x")
+Logged = Callable[[], list[dict[str, Any]]]
 
 
 class Clock(WallClock):
@@ -34,237 +33,214 @@ class Clock(WallClock):
 
 
 class Process:
-    """A worker's knowledge of items. A killed one gives up its lock and saves nothing more, as the system has it."""
+    """The part of a worker that knows items. A killed one gives up its lock and saves nothing more."""
 
     def __init__(self, folder: Path, artifact: Path, clock: Clock, max_items: int = 1000) -> None:
         options = PipelineOptions(max_items=max_items, device="cpu", threads=1)
-        self.ranker = PipelineRanker(Pipeline.load(artifact, options), 10, clock)
-        self.state = ItemJournal(folder, "items", self.ranker, clock)
+        self.pipeline = Pipeline.load(artifact, options)
+        self.ranker = PipelineRanker(self.pipeline, 10, clock)
+        self.journal = ItemJournal(folder, "items", self.ranker, clock)
 
-    async def learn(self, *items: Item, withdrawn: tuple[str, ...] = ()) -> None:
-        await self.ranker.update_items(items, withdrawn, live=True)
+    async def update(self, *items: Item, delisted: tuple[str, ...] = ()) -> None:
+        await self.ranker.update_items(items, delisted, live=True)
+
+    async def swap_model(self, artifact: Path, version: str) -> None:
+        model = load_strategy(load(artifact), self.pipeline.catalogue, self.pipeline.options)
+        await self.ranker.swap_model(model, version)
 
     def kill(self) -> None:
-        self.state.close()
+        self.journal.close()
         self.ranker.close()
 
-    def known(self) -> dict[str, object]:
-        """Everything that ranking reads of items, by id."""
-        catalogue = self.ranker.pipeline.catalogue
+    def items(self) -> dict[str, Any]:
+        """Return everything that ranking reads of items, by id."""
+        catalogue = self.pipeline.catalogue
         tokens = np.arange(1, len(catalogue.vocabulary))
         state = catalogue.state(tokens) | {"recorded": catalogue.has_records(tokens)}
-        barred = catalogue.vocabulary.blocked[tokens].tolist()
-        return {"ids": catalogue.vocabulary.item_ids, "barred": barred} | {
-            name: column.tolist() for name, column in state.items()
-        }
+        blocked = catalogue.vocabulary.blocked[tokens].tolist()
+        columns = {name: column.tolist() for name, column in state.items()}
+        return {"ids": catalogue.vocabulary.item_ids, "blocked": blocked} | columns
 
-    def slates(self) -> list:
-        return self.ranker.pipeline.recommend(ASKED, 20)[0].items
+    def slate(self) -> list[SlateItem]:
+        history = [Event("u", "i1", "view", 1_000), Event("u", "shoe", "view", 2_000)]
+        return self.pipeline.recommend([history], 20)[0].items
 
 
 class Machine:
-    """Starts processes on one folder."""
+    """Starts processes on one state folder."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.artifact, self.clock = folder / "state", folder / "artifact", Clock()
-        relatives.save(self.artifact, relatives.untrained(ITEMS))
+        self.folder = folder / "state"
+        self.artifact = folder / "artifact"
+        self.clock = Clock()
+        relatives.save(self.artifact, relatives.untrained(ITEM_IDS))
+
+    @property
+    def journal_bytes(self) -> int:
+        return (self.folder / "items.journal").stat().st_size
 
     def start(self, **options: int) -> Process:
         return Process(self.folder, self.artifact, self.clock, **options)
 
-    async def saved(self, *items: Item, offset: int = 5) -> Process:
+    async def start_and_save(self, *items: Item, offset: int = 5) -> Process:
+        """Return a process that has read these items up to the offset and saved them."""
         process = self.start()
-        assert await process.state.restore({PLACE: offset}) == {}
-        await process.learn(*items)
-        await process.state.save({PLACE: offset})
+        assert await process.journal.restore({PARTITION: offset}) == {}
+        await process.update(*items)
+        await process.journal.save({PARTITION: offset})
         return process
 
 
 @pytest.fixture
-def machine(tmp_path: Path, capsys) -> Machine:
-    """What is logged goes where `capsys` reads it."""
-    logging.configure(LogConfig())
+def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
 
 
-def scenario(test: Coroutine) -> None:
-    asyncio.run(asyncio.wait_for(test, 60))
+async def test_killed_process_restarts_with_equal_tokens_vectors_and_slates(machine: Machine) -> None:
+    first = await machine.start_and_save(SHOE, Item("i2", brand="now known"))
+    first.pipeline.admit(["by-an-event"])
+    await first.update(LAMP, delisted=("i3", "never-seen"))
+    await first.journal.save({PARTITION: 9})
+    items = first.items()
+    slate = first.slate()
+    first.kill()
+    second = machine.start()
+    assert await second.journal.restore({PARTITION: 30}) == {PARTITION: 9}
+    assert second.items() == items
+    assert items["ids"][-3:] == ["shoe", "by-an-event", "lamp"]
+    assert second.slate() == slate
+    assert {"shoe", "lamp"} & {item.item_id for item in slate} == {"lamp"}
+    second.pipeline.admit(["never-seen"])
+    vocabulary = second.pipeline.vocabulary
+    assert vocabulary.blocked[vocabulary.token("never-seen")]
+    second.kill()
 
 
-def test_a_killed_process_starts_again_with_the_same_tokens_vectors_and_slates(machine: Machine) -> None:
-    async def test() -> None:
-        first = await machine.saved(SHOE, Item("i2", brand="now known"))
-        first.ranker.pipeline.admit(["by-an-event"])
-        await first.learn(LAMP, withdrawn=("i3", "never-seen"))
-        await first.state.save({PLACE: 9})
-        known, slates = first.known(), first.slates()
-        first.kill()
-        again = machine.start()
-        assert await again.state.restore({PLACE: 30}) == {PLACE: 9}
-        assert again.known() == known
-        assert known["ids"][-3:] == ["shoe", "by-an-event", "lamp"]
-        assert again.slates() == slates
-        assert {"shoe", "lamp"} & {item.item_id for item in slates} == {"lamp"}
-        again.ranker.pipeline.admit(["never-seen"])
-        assert again.ranker.pipeline.vocabulary.blocked[again.ranker.pipeline.vocabulary.token("never-seen")]
-        again.kill()
-
-    scenario(test())
+async def test_interrupted_save_leaves_the_save_before(machine: Machine) -> None:
+    first = await machine.start_and_save(SHOE)
+    await first.update(LAMP)
+    await first.journal.save({PARTITION: 9})
+    first.kill()
+    journal = machine.folder / "items.journal"
+    journal.write_bytes(journal.read_bytes()[:-3])
+    second = machine.start()
+    assert await second.journal.restore({PARTITION: 9}) == {PARTITION: 5}
+    await second.update(LAMP)
+    await second.journal.save({PARTITION: 9})
+    second.kill()
+    third = machine.start()
+    assert await third.journal.restore({PARTITION: 9}) == {PARTITION: 9}
+    assert third.pipeline.vocabulary.item_ids[-2:] == ["shoe", "lamp"]
+    third.kill()
 
 
-def test_a_save_that_was_interrupted_leaves_the_one_before(machine: Machine) -> None:
-    async def test() -> None:
-        first = await machine.saved(SHOE)
-        await first.learn(LAMP)
-        await first.state.save({PLACE: 9})
-        first.kill()
-        journal = machine.folder / "items.journal"
-        journal.write_bytes(journal.read_bytes()[:-3])
-        again = machine.start()
-        assert await again.state.restore({PLACE: 9}) == {PLACE: 5}
-        await again.learn(LAMP)
-        await again.state.save({PLACE: 9})
-        again.kill()
-        third = machine.start()
-        assert await third.state.restore({PLACE: 9}) == {PLACE: 9}
-        assert third.ranker.pipeline.vocabulary.item_ids[-2:] == ["shoe", "lamp"]
-        third.kill()
-
-    scenario(test())
+async def test_state_before_a_tombstone_or_a_record_does_not_come_back(machine: Machine) -> None:
+    first = await machine.start_and_save(SHOE, LAMP)
+    updates = [((), ("shoe", "lamp")), ((SHOE,), ()), ((), ("i1",))]
+    for offset, (items, delisted) in enumerate(updates, 6):
+        await first.update(*items, delisted=delisted)
+        await first.journal.save({PARTITION: offset})
+    expected = first.items()
+    first.kill()
+    second = machine.start()
+    assert await second.journal.restore({PARTITION: 8}) == {PARTITION: 8}
+    assert second.items() == expected
+    blocked = {item_id for item_id, blocked in zip(expected["ids"][1:], expected["blocked"], strict=True) if blocked}
+    assert blocked == {"lamp", "i1"}
+    second.kill()
 
 
-def test_what_came_before_a_tombstone_or_a_record_does_not_come_back(machine: Machine) -> None:
-    async def test() -> None:
-        first = await machine.saved(SHOE, LAMP)
-        for offset, (items, withdrawn) in enumerate([((), ("shoe", "lamp")), ((SHOE,), ()), ((), ("i1",))], 6):
-            await first.learn(*items, withdrawn=withdrawn)
-            await first.state.save({PLACE: offset})
-        known = first.known()
-        first.kill()
-        again = machine.start()
-        assert await again.state.restore({PLACE: 8}) == {PLACE: 8}
-        assert again.known() == known
-        barred = {item_id for item_id, bar in zip(known["ids"][1:], known["barred"], strict=True) if bar}
-        assert barred == {"lamp", "i1"}
-        again.kill()
-
-    scenario(test())
-
-
-def test_a_file_is_written_anew_when_its_additions_outgrow_it_and_when_items_were_retired(
+async def test_journal_is_compacted_when_changes_outgrow_it_and_after_an_eviction(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def test() -> None:
-        monkeypatch.setattr("worker.items.journal.SLACK_BYTES", 0)
-        first = machine.start(max_items=10)
-        await first.state.restore({PLACE: 0})
-        sizes = []
-        for offset in range(30):
-            await first.learn(Item("shoe", title=f"red shoe {offset}"))
-            await first.state.save({PLACE: offset})
-            sizes.append((machine.folder / "items.journal").stat().st_size)
-        assert max(sizes) < 4 * sizes[0]
-        await first.learn(Item("a"), Item("b"))
-        assert first.ranker.pipeline.vocabulary.evicted_count
-        await first.state.save({PLACE: 31})
-        first.kill()
-        again = machine.start(max_items=1000)
-        assert await again.state.restore({PLACE: 31}) == {PLACE: 31}
-        assert again.ranker.pipeline.vocabulary.item_ids[len(ITEMS) + 1 :] == ["shoe", "a", "b"]
-        again.kill()
-
-    scenario(test())
+    monkeypatch.setattr("worker.items.journal.SLACK_BYTES", 0)
+    first = machine.start(max_items=10)
+    await first.journal.restore({PARTITION: 0})
+    sizes = []
+    for offset in range(30):
+        await first.update(Item("shoe", title=f"red shoe {offset}"))
+        await first.journal.save({PARTITION: offset})
+        sizes.append(machine.journal_bytes)
+    assert max(sizes) < 4 * sizes[0]
+    await first.update(Item("a"), Item("b"))
+    assert first.pipeline.vocabulary.evicted_count
+    await first.journal.save({PARTITION: 31})
+    first.kill()
+    second = machine.start(max_items=1000)
+    assert await second.journal.restore({PARTITION: 31}) == {PARTITION: 31}
+    assert second.pipeline.vocabulary.item_ids[len(ITEM_IDS) + 1 :] == ["shoe", "a", "b"]
+    second.kill()
 
 
-def test_a_snapshot_of_another_artifact_is_not_used_and_said(machine: Machine, capsys) -> None:
-    async def test() -> None:
-        (await machine.saved(SHOE)).kill()
-        relatives.save(machine.artifact, relatives.nudged(load(machine.artifact), 1))
-        again = machine.start()
-        assert await again.state.restore({PLACE: 5}) == {}
-        assert not again.ranker.pipeline.vocabulary.token("shoe")
-        again.kill()
-
-    scenario(test())
-    assert "it is of artifact" in capsys.readouterr().err
+async def test_journal_of_another_artifact_is_not_used_and_logged(machine: Machine, logged: Logged) -> None:
+    (await machine.start_and_save(SHOE)).kill()
+    relatives.save(machine.artifact, relatives.nudged(load(machine.artifact), 1))
+    second = machine.start()
+    assert await second.journal.restore({PARTITION: 5}) == {}
+    assert not second.pipeline.vocabulary.token("shoe")
+    second.kill()
+    assert "it belongs to artifact" in logged()[-1]["reason"]
 
 
-def test_a_snapshot_follows_the_artifact_that_serves(machine: Machine) -> None:
-    async def test() -> None:
-        first = await machine.saved(SHOE)
-        version = relatives.save(machine.artifact, relatives.nudged(load(machine.artifact), 1))
-        pipeline = first.ranker.pipeline
-        await first.ranker.swap_model(
-            load_strategy(load(machine.artifact), pipeline.catalogue, pipeline.options), version
-        )
-        await first.state.save({PLACE: 5})
-        first.kill()
-        again = machine.start()
-        assert await again.state.restore({PLACE: 5}) == {PLACE: 5}
-        assert again.ranker.pipeline.vocabulary.token("shoe")
-        again.kill()
-
-    scenario(test())
+async def test_journal_follows_the_serving_artifact(machine: Machine) -> None:
+    first = await machine.start_and_save(SHOE)
+    version = relatives.save(machine.artifact, relatives.nudged(load(machine.artifact), 1))
+    await first.swap_model(machine.artifact, version)
+    await first.journal.save({PARTITION: 5})
+    first.kill()
+    second = machine.start()
+    assert await second.journal.restore({PARTITION: 5}) == {PARTITION: 5}
+    assert second.pipeline.vocabulary.token("shoe")
+    second.kill()
 
 
 @pytest.mark.parametrize(
     ("end", "age_ms", "used"),
     [(4, 0, False), (5, 0, True), (6, TOMBSTONE_MS, True), (6, TOMBSTONE_MS + 1, False), (5, 99 * TOMBSTONE_MS, True)],
 )
-def test_a_snapshot_beyond_the_topics_end_or_that_may_have_missed_a_tombstone_is_not_used(
+async def test_journal_past_the_topic_end_or_older_than_tombstones_is_not_used(
     machine: Machine, end: int, age_ms: int, used: bool
 ) -> None:
-    async def test() -> None:
-        (await machine.saved(SHOE)).kill()
-        machine.clock.time_ms += age_ms
-        again = machine.start()
-        assert bool(await again.state.restore({PLACE: end})) == used
-        again.kill()
-
-    scenario(test())
+    (await machine.start_and_save(SHOE)).kill()
+    machine.clock.time_ms += age_ms
+    second = machine.start()
+    assert bool(await second.journal.restore({PARTITION: end})) == used
+    second.kill()
 
 
-def test_a_save_without_news_says_from_time_to_time_that_nothing_was_missed(machine: Machine) -> None:
-    async def test() -> None:
-        first = await machine.saved(SHOE)
-        size = (machine.folder / "items.journal").stat().st_size
-        await first.state.save({PLACE: 5})
-        assert (machine.folder / "items.journal").stat().st_size == size
-        machine.clock.time_ms += TOMBSTONE_MS
-        await first.state.save({PLACE: 5})
-        first.kill()
-        machine.clock.time_ms += TOMBSTONE_MS
-        again = machine.start()
-        assert await again.state.restore({PLACE: 6}) == {PLACE: 5}
-        again.kill()
-
-    scenario(test())
+async def test_save_without_changes_is_written_as_a_heartbeat(machine: Machine) -> None:
+    first = await machine.start_and_save(SHOE)
+    size = machine.journal_bytes
+    await first.journal.save({PARTITION: 5})
+    assert machine.journal_bytes == size
+    machine.clock.time_ms += TOMBSTONE_MS
+    await first.journal.save({PARTITION: 5})
+    first.kill()
+    machine.clock.time_ms += TOMBSTONE_MS
+    second = machine.start()
+    assert await second.journal.restore({PARTITION: 6}) == {PARTITION: 5}
+    second.kill()
 
 
-def test_a_disk_that_cannot_be_written_costs_the_snapshot_alone(machine: Machine, capsys) -> None:
-    async def test() -> None:
-        first = await machine.saved(SHOE)
-        machine.folder.rename(machine.folder.with_name("moved"))
-        pipeline = first.ranker.pipeline
-        await first.ranker.swap_model(
-            load_strategy(load(machine.artifact), pipeline.catalogue, pipeline.options), "another"
-        )
-        await first.state.save({PLACE: 6})
-        machine.folder.with_name("moved").rename(machine.folder)
-        await first.state.save({PLACE: 7})
-        assert first.state._saved.offsets == {0: 7}
-        first.kill()
-
-    scenario(test())
-    assert "items are not saved" in capsys.readouterr().err
+async def test_failed_save_is_logged_and_the_next_save_makes_up_for_it(machine: Machine, logged: Logged) -> None:
+    first = await machine.start_and_save(SHOE)
+    moved = machine.folder.with_name("moved")
+    machine.folder.rename(moved)
+    await first.swap_model(machine.artifact, "another")
+    await first.journal.save({PARTITION: 6})
+    moved.rename(machine.folder)
+    await first.journal.save({PARTITION: 7})
+    assert first.journal._saved.offsets == {0: 7}
+    first.kill()
+    assert "items not saved" in logged()[-1]["event"]
 
 
-def test_a_folder_is_one_workers_alone_and_must_be_writable(machine: Machine, tmp_path: Path) -> None:
+def test_state_folder_must_be_writable_and_used_by_one_worker(machine: Machine, tmp_path: Path) -> None:
     first = machine.start()
     with pytest.raises(ConfigError, match=r"pipeline\.state_dir .*state: another worker is using it; give each"):
         machine.start()
     first.kill()
     machine.start().kill()
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"pipeline\.state_dir .*file: File exists; name a folder that this worker"):
+    with pytest.raises(ConfigError, match=r"pipeline\.state_dir .*file: File exists; choose a folder that this worker"):
         ItemJournal(tmp_path / "file", "items", first.ranker, machine.clock)
