@@ -1,6 +1,6 @@
 """Lookup over HTTP: GET /v1/slates/{user_id}, /livez, /readyz.
 
-404 {"error": ...} when there is neither a slate nor a popular one, 503 while Redis is away; ids are percent-decoded.
+404 {"error": ...} when there is neither a slate nor a popular one, 503 while Redis is away. Ids are percent-decoded.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from worker import logging
-from worker.config import RedisConfig as Config
+from worker.config import RedisConfig
 from worker.errors import StoreError, UnknownUser
 from worker.lookup.lookup import Lookup
 
@@ -28,8 +28,8 @@ class JsonResponse(Response):
         return _encode(content)
 
 
-def application(config: Config) -> Starlette:
-    """The ASGI application; it holds its connections from its start-up to its shutdown."""
+def application(config: RedisConfig) -> Starlette:
+    """Return the ASGI application, which holds its Redis connections from start-up to shutdown."""
     lookup = Lookup(config)
 
     @contextlib.asynccontextmanager
@@ -47,14 +47,17 @@ def application(config: Config) -> Starlette:
         await lookup.check()
         return JsonResponse({"status": "ready"})
 
-    routes = [Route("/v1/slates/{user_id:path}", slate), Route("/livez", livez), Route("/readyz", readyz)]
-    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={UnknownUser: _unknown, StoreError: _away})
+    return Starlette(
+        routes=[Route("/v1/slates/{user_id:path}", slate), Route("/livez", livez), Route("/readyz", readyz)],
+        lifespan=lifespan,
+        exception_handlers={UnknownUser: _not_found, StoreError: _unavailable},
+    )
 
 
-async def _unknown(_: Request, error: Exception) -> Response:
+async def _not_found(_: Request, error: Exception) -> Response:
     return JsonResponse({"error": str(error)}, 404)
 
 
-async def _away(_: Request, error: Exception) -> Response:
-    log.warning("a lookup failed", error=str(error))
+async def _unavailable(_: Request, error: Exception) -> Response:
+    log.warning("lookup failed", error=str(error))
     return JsonResponse({"error": str(error)}, 503, {"Retry-After": "1"})

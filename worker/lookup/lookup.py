@@ -7,16 +7,16 @@ async with Lookup(config.redis) as lookup:
 import msgspec
 
 from pipeline.records import Slate
-from worker.config import RedisConfig as Config
+from worker.config import RedisConfig
 from worker.errors import UnknownUser
 from worker.redis.client import POPULAR_KEY, RedisClient, slate_key
 from worker.redis.slates import read_slate
 
 
 class Lookup:
-    """Reads only, and connects at the first read: one GET for a user with a slate, two for one without."""
+    """Reads slates from Redis: one GET for a user with a slate, two for one without. Connects at the first read."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: RedisConfig) -> None:
         self._client = RedisClient(config)
 
     async def __aenter__(self) -> "Lookup":
@@ -26,7 +26,7 @@ class Lookup:
         await self.aclose()
 
     async def slate(self, user_id: str) -> Slate:
-        """The user's last slate, else the popular one (strategy 'popular').
+        """Return the user's last slate, else the popular one (strategy 'popular').
 
         Raises UnknownUser when there is neither, StoreUnavailable when Redis is away, StoreError.
         """
@@ -42,7 +42,7 @@ class Lookup:
         return msgspec.structs.replace(popular, user_id=user_id)
 
     async def check(self) -> None:
-        """Returns when Redis answers. Raises StoreUnavailable, StoreError."""
+        """Return when Redis answers. Raises StoreUnavailable, StoreError."""
         await self._client.call("EXISTS", POPULAR_KEY)
 
     async def aclose(self) -> None:

@@ -1,4 +1,4 @@
-"""The checks behind `millrace doctor`: each part is tried for real, and a gap comes with its next step."""
+"""The checks of `millrace doctor`: try every part for real, and name the next step for each gap."""
 
 from collections.abc import Awaitable, Callable
 from importlib.util import find_spec
@@ -14,7 +14,7 @@ OK, GAP, OPTIONAL = "✓", "✗", "–"
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """`exit_code` is 0 unless a required part is missing."""
+    """The result of one check. exit_code: 0 unless a required part is missing."""
 
     part: str
     mark: str
@@ -23,10 +23,10 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 async def run_checks(config: Config) -> list[Finding]:
-    """Kafka, Redis and the artifact (required), then GPU and the optional stages."""
+    """Check Kafka, Redis and the artifact, which are required, then the GPU and the optional dependencies."""
     required: dict[str, Callable[[Config], Awaitable[str]]] = {"kafka": _kafka, "redis": _redis, "artifact": _artifact}
     findings = [await _try(part, check, config) for part, check in required.items()]
-    return [*findings, _gpu(), *map(_optional, STAGES)]
+    return [*findings, _gpu(), *map(_optional, OPTIONAL_MODULES)]
 
 
 async def _try(part: str, check: Callable[[Config], Awaitable[str]], config: Config) -> Finding:
@@ -48,7 +48,7 @@ async def _kafka(config: Config) -> str:
     options: dict[str, Any] = client_options(kafka) | {"request_timeout_ms": 5000}
     consumer = AIOKafkaConsumer(**options)
     try:
-        with logging.silenced("aiokafka"):  # the finding says it
+        with logging.silenced("aiokafka"):  # the finding reports the error
             await asyncio.wait_for(consumer.start(), 8)
         topics = await asyncio.wait_for(consumer.topics(), 8)
     except (TimeoutError, KafkaError, OSError) as error:
@@ -62,8 +62,8 @@ async def _kafka(config: Config) -> str:
         raise SourceError(
             f"{kafka.bootstrap_servers} has no topic {missing}; create it, or set kafka.create_topics = true"
         )
-    ours = f"to be created: {missing}" if missing else "ours among them"
-    return f"{kafka.bootstrap_servers}: {len(topics)} topics, {ours}"
+    required = f"to be created: {missing}" if missing else "the required ones among them"
+    return f"{kafka.bootstrap_servers}: {len(topics)} topics, {required}"
 
 
 async def _redis(config: Config) -> str:
@@ -77,13 +77,13 @@ async def _redis(config: Config) -> str:
         await client.aclose()
     version = server.get("valkey_version") or server.get("redis_version")
     if memory.get("maxmemory_policy") != "noeviction" and memory.get("maxmemory"):
-        raise StoreError(f"maxmemory-policy is {memory['maxmemory_policy']}: rings would vanish; set noeviction")
+        raise StoreError(f"maxmemory-policy is {memory['maxmemory_policy']}: Redis would drop rings; set noeviction")
     return f"version {version}, {memory['used_memory_human']} used, functions loaded"
 
 
 async def _artifact(config: Config) -> str:
     if config.pipeline.artifact is None:
-        return "none configured: the simple rung answers alone; `millrace train LOG --out DIR` makes one"
+        return "none configured: the simple strategy answers alone; `millrace train LOG --out DIR` creates one"
     from worker.inference.load import load_pipeline
 
     pipeline = load_pipeline(config)
@@ -95,21 +95,21 @@ def _gpu() -> Finding:
 
     if torch.cuda.is_available():
         return Finding("gpu", OK, f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
-    return Finding("gpu", OPTIONAL, "none seen by torch: the encoder runs on the CPU; see `nvidia-smi` for the driver")
+    return Finding("gpu", OPTIONAL, "torch finds none: the encoder runs on the CPU; `nvidia-smi` checks the driver")
 
 
-STAGES = {  # module: (stage, what to do)
+OPTIONAL_MODULES = {  # module: (purpose, how to install it)
     "starlette": ("lookup over HTTP", "pip install 'millrace[serve]'"),
     "uvicorn": ("lookup over HTTP", "pip install 'millrace[serve]'"),
-    "matplotlib": ("benchmark pictures", "pip install 'millrace[plots]'"),
-    "vllm": ("generation (no rung of this version uses it)", "pip install 'millrace[vllm]'"),
-    "onnxruntime": ("ONNX Runtime (no rung of this version uses it)", "pip install 'millrace[gpu]'"),
-    "tensorrt": ("TensorRT (no rung of this version uses it)", "pip install 'millrace[gpu]'"),
+    "matplotlib": ("plots of benchmarks and learning curves", "pip install 'millrace[plots]'"),
+    "vllm": ("generation (no strategy of this version uses it)", "pip install 'millrace[vllm]'"),
+    "onnxruntime": ("ONNX Runtime (no strategy of this version uses it)", "pip install 'millrace[gpu]'"),
+    "tensorrt": ("TensorRT (no strategy of this version uses it)", "pip install 'millrace[gpu]'"),
 }
 
 
 def _optional(module: str) -> Finding:
-    stage, remedy = STAGES[module]
+    purpose, remedy = OPTIONAL_MODULES[module]
     if find_spec(module):
-        return Finding(module, OK, f"{stage}: installed")
-    return Finding(module, OPTIONAL, f"{stage}: not installed; {remedy}")
+        return Finding(module, OK, f"{purpose}: installed")
+    return Finding(module, OPTIONAL, f"{purpose}: not installed; {remedy}")

@@ -1,11 +1,13 @@
-"""Rings restored from the events topic: what Redis lost is read again, from each partition's beginning to where the
-consumer group has committed; the worker itself reads on from there. No slates are sent.
+"""Restore the users' rings from the events topic after Redis lost them.
+
+Each partition is read from its beginning to the consumer group's committed offset; the workers continue from there. No
+slates are sent.
 """
 
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 
 from worker import logging
 from worker.config import Config
@@ -24,10 +26,10 @@ POLL_MS = 1000
 
 @dataclass(slots=True)
 class RebuildPlan:
-    """Offsets to read, by partition: from the first, up to but not including the second."""
+    """The offsets to read, by partition: from the first, up to but not including the second."""
 
     spans: dict[TopicPartition, tuple[int, int]]
-    lost: int = 0  # records that retention has taken: what rings held of them cannot come back
+    lost: int = 0  # records that retention has deleted: their events cannot be restored
 
     @property
     def offsets(self) -> int:
@@ -36,17 +38,18 @@ class RebuildPlan:
 
 @dataclass(slots=True)
 class RebuildReport:
-    offsets: int = 0  # read so far; gaps (transaction markers) count
+    offsets: int = 0  # read so far, including gaps (transaction markers)
     events: int = 0
     unreadable: int = 0
     users: set[str] = field(default_factory=set)
 
 
 class Rebuild:
-    """One run. SourceError, SourceUnavailable; what Redis raises is retried while it may pass."""
+    """One rebuild. Retries pushes to Redis until they succeed or fail permanently."""
 
     def __init__(self, config: Config, client: RedisClient, clock: Clock) -> None:
-        self._config, self._clock = config, clock
+        self._config = config
+        self._clock = clock
         self._codec = Codec(config, clock)
         self._sequences = SequenceStore(client, config.sequences, rebuild=True)
         self._retry = Retry(config.redis.retry_backoff_s, HealthState(clock))
@@ -54,34 +57,37 @@ class Rebuild:
     async def run(
         self, force: bool, progress: Callable[[RebuildReport, int], None]
     ) -> tuple[RebuildPlan, RebuildReport]:
-        """Refuses while the group has members, unless `force`: their pushes and ours would guard against each other.
+        """Read the planned offsets and push their events.
 
-        progress: called after every poll with what was done, and the number of offsets in all.
+        force: even while the group has members, whose pushes would conflict with these
+        progress: called after every poll with the report so far and the total number of offsets
+        Raises SourceError, SourceUnavailable, StoreError.
         """
         await ensure_coordinator(self._config.kafka, self._clock, self._config.kafka.group_id)
         if not force:
-            await self._refuse_members()
+            await self._check_no_members()
         consumer = AIOKafkaConsumer(
             **client_options(self._config.kafka), enable_auto_commit=False, isolation_level="read_committed"
         )
         try:
             await retry_at_start(self._config.kafka, self._clock, consumer.start)
-            plan, report = await self._plan(consumer), RebuildReport()
-            async for fetched in self._read(consumer, plan):
-                await self._push(fetched, report)
-                report.offsets = sum([await _done(consumer, tp, span) for tp, span in plan.spans.items()])
+            plan = await self._plan(consumer)
+            report = RebuildReport()
+            async for polled in self._read(consumer, plan):
+                await self._push(polled, report)
+                report.offsets = sum([await _offsets_read(consumer, *item) for item in plan.spans.items()])
                 progress(report, plan.offsets)
             return plan, report
         finally:
             await consumer.stop()
 
-    async def _refuse_members(self) -> None:
+    async def _check_no_members(self) -> None:
         kafka = self._config.kafka
-        described = await with_admin(kafka, self._clock, lambda admin: admin.describe_consumer_groups([kafka.group_id]))
-        if count := sum(len(group["members"]) for answer in described for group in answer.to_object()["groups"]):
+        responses = await with_admin(kafka, self._clock, lambda admin: admin.describe_consumer_groups([kafka.group_id]))
+        if count := sum(len(group["members"]) for each in responses for group in each.to_object()["groups"]):
             raise SourceError(
                 f"group {kafka.group_id} has members that push to the same rings ({count}); stop them first "
-                f"(or --force, when they are known to be dead)"
+                f"(or use --force when they are dead)"
             )
 
     async def _plan(self, consumer: AIOKafkaConsumer) -> RebuildPlan:
@@ -93,44 +99,51 @@ class Rebuild:
         committed = await with_admin(
             kafka, self._clock, lambda admin: admin.list_consumer_group_offsets(kafka.group_id)
         )
-        begins, ends = await consumer.beginning_offsets(partitions), await consumer.end_offsets(partitions)
+        begins = await consumer.beginning_offsets(partitions)
+        ends = await consumer.end_offsets(partitions)
         spans = {
-            tp: (begins[tp], min(committed[tp].offset, ends[tp]))
-            for tp in partitions
-            if tp in committed and begins[tp] < min(committed[tp].offset, ends[tp])
+            each: (begins[each], min(committed[each].offset, ends[each]))
+            for each in partitions
+            if each in committed and begins[each] < min(committed[each].offset, ends[each])
         }
         return RebuildPlan(spans, sum(begins.values()))
 
     async def _read(self, consumer: AIOKafkaConsumer, plan: RebuildPlan) -> AsyncIterator[list[PolledRecords]]:
-        """The plan's records in polls; a partition that is done is read no further."""
-        left = dict(plan.spans)
-        consumer.assign(list(left))
-        for tp, (begin, _) in left.items():
-            consumer.seek(tp, begin)
-        heard_s = self._clock.monotonic()
-        while left:
-            polled = await consumer.getmany(*left, timeout_ms=POLL_MS, max_records=self._config.kafka.max_poll_records)
+        """Yield the planned records, poll by poll; a finished partition is no longer polled."""
+        kafka = self._config.kafka
+        remaining = dict(plan.spans)
+        consumer.assign(list(remaining))
+        for partition, (begin, _) in remaining.items():
+            consumer.seek(partition, begin)
+        last_polled_s = self._clock.monotonic()
+        while remaining:
+            polled = await consumer.getmany(*remaining, timeout_ms=POLL_MS, max_records=kafka.max_poll_records)
             if polled:
-                heard_s = self._clock.monotonic()
-                yield [self._to_polled(tp, records, left[tp][1]) for tp, records in polled.items()]
-            elif self._clock.monotonic() - heard_s > self._config.kafka.request_timeout_ms / 1000:
-                raise SourceUnavailable(f"kafka {self._config.kafka.bootstrap_servers} sends no more; run it again")
-            left = {tp: span for tp, span in left.items() if await consumer.position(tp) < span[1]}
+                last_polled_s = self._clock.monotonic()
+                yield [self._to_polled(each, records, remaining[each][1]) for each, records in polled.items()]
+            elif self._clock.monotonic() - last_polled_s > kafka.request_timeout_ms / 1000:
+                raise SourceUnavailable(f"kafka {kafka.bootstrap_servers} stopped answering; run it again")
+            remaining = {each: span for each, span in remaining.items() if await consumer.position(each) < span[1]}
 
-    def _to_polled(self, tp: TopicPartition, records: list, end: int) -> PolledRecords:
-        wanted = [record for record in records if record.offset < end]
+    def _to_polled(self, partition: TopicPartition, records: list[ConsumerRecord], end: int) -> PolledRecords:
         return PolledRecords(
-            Partition(tp.topic, tp.partition), 0, end, self._clock.now_ms(), self._clock.monotonic(), wanted
+            partition=Partition(partition.topic, partition.partition),
+            assignment=0,
+            end_offset=end,
+            polled_ms=self._clock.now_ms(),
+            polled_s=self._clock.monotonic(),
+            records=[record for record in records if record.offset < end],
         )
 
-    async def _push(self, fetched: list[PolledRecords], report: RebuildReport) -> None:
-        arrivals, letters = self._codec.decode_all(fetched)
-        if arrivals:
-            await self._retry(self._sequences.push, arrivals)
-        report.events += len(arrivals)
-        report.unreadable += len(letters)
-        report.users.update(consumed.event.user_id for consumed in arrivals)
+    async def _push(self, polled: list[PolledRecords], report: RebuildReport) -> None:
+        events, dead_letters = self._codec.decode_all(polled)
+        if events:
+            await self._retry(self._sequences.push, events)
+        report.events += len(events)
+        report.unreadable += len(dead_letters)
+        report.users.update(consumed.event.user_id for consumed in events)
 
 
-async def _done(consumer: AIOKafkaConsumer, tp: TopicPartition, span: tuple[int, int]) -> int:
-    return min(await consumer.position(tp), span[1]) - span[0]
+async def _offsets_read(consumer: AIOKafkaConsumer, partition: TopicPartition, span: tuple[int, int]) -> int:
+    begin, end = span
+    return min(await consumer.position(partition), end) - begin
