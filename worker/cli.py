@@ -1,4 +1,4 @@
-"""The command `millrace`: one module of worker/commands a subcommand, loaded only when it is named."""
+"""The command `millrace`: one module of worker/commands per subcommand, imported only when it runs."""
 
 import argparse
 import sys
@@ -10,15 +10,15 @@ from worker.commands.dispatch import run_command
 COMMANDS = {
     "run": "consume events from Kafka and answer them with slates",
     "replay": "stream a recorded log through the worker and report",
-    "demo": "a simulated shop, a real broker and a trained model, live in your terminal",
-    "simulate": "write a believable log of any size, and what could be known of it",
+    "demo": "run a simulated shop, a real broker and a trained model in your terminal",
+    "simulate": "write a realistic log of any size, with its ground truth",
     "train": "train a model on a log",
-    "evaluate": "measure a model against the baselines",
+    "evaluate": "compare a model with the baselines",
     "lookup": "print a user's slate from Redis",
     "serve": "answer slate lookups over HTTP",
     "dlq": "list or requeue dead letters",
     "rebuild": "restore the users' rings in Redis from the events topic",
-    "doctor": "check Kafka, Redis, GPU, artifact and optional stages, and say what to do",
+    "doctor": "check Kafka, Redis, artifact, GPU and optional dependencies, and name the next step",
     "config": "print the configuration with the source of each value",
 }
 EPILOG = """\
@@ -28,12 +28,17 @@ examples:
   millrace run --config millrace.toml
 
 exit codes:
-  0 done (run: drained and committed)    5 Redis refused or away
-  1 a defect of millrace                 6 dead-letter limit reached
-  2 bad usage, configuration or log      7 stalled: lag stood still, tasks dumped
-  3 artifact missing or not as signed    8 events topic re-created: set sequences.topic_generation
-  4 Kafka refused or away               44 no slate for this user
-  130/143 a second signal cut the drain short
+      0  done (run: drained and committed)
+      1  internal error
+      2  bad usage, configuration or log
+      3  artifact missing or failed verification
+      4  Kafka away, or it rejected a request
+      5  Redis away, or it rejected a command
+      6  dead-letter limit reached
+      7  stalled: lag without progress, tasks dumped
+      8  events topic re-created: change sequences.topic_generation
+     44  no slate for this user
+130/143  a second signal cut the drain short
 """
 
 

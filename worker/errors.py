@@ -1,31 +1,47 @@
-"""Every error the worker raises on purpose.
+"""Every error that the worker raises on purpose.
 
 MillraceError                  exit  retriable  what the worker does
 ├── ConfigError                   2  no         refuses to start
 ├── DeviceError                   2  no         refuses to start (defined in pipeline/errors.py)
 ├── LogFileError, TrainingError   2  no         refuses to start (defined in pipeline/errors.py)
-├── EvaluationError               2  no         no worker: `evaluate` scores nothing (defined in pipeline/errors.py)
+├── EvaluationError               2  no         `evaluate` scores nothing (defined in pipeline/errors.py)
 ├── ArtifactError                 3  no         refuses to start (defined in pipeline/errors.py)
-├── SourceError                   4  no         halts: topic missing, credentials refused, a record not decodable
-│   └── SourceUnavailable         4  yes        retries with backoff; at start, until `kafka.start_timeout_s`
-├── StoreError                    5  no         halts: Redis refuses the function or the key type
-│   ├── StoreUnavailable          5  yes        keeps the events, pauses the partitions, retries with backoff
-│   └── TopicRecreated            8  no         halts: offsets in Redis lie beyond the partition's end
-├── SinkError                     4  no         halts: the slate can never be written (too large, not authorised)
-│   └── SinkUnavailable           4  yes        keeps the slates, retries with backoff
-├── DeadLetterLimit               6  no         halts loudly: too many bad records (ratio or consecutive)
-├── Stalled                       7  no         the watchdog saw lag stand still: tasks dumped, process exits
+├── SourceError                   4  no         halts: topic missing, credentials rejected, corrupt record
+│   └── SourceUnavailable         4  yes        retries with back-off; at start, until `kafka.start_timeout_s`
+├── StoreError                    5  no         halts: Redis rejects the function or the key's type
+│   ├── StoreUnavailable          5  yes        keeps the events, pauses the partitions, retries with back-off
+│   └── TopicRecreated            8  no         halts: offsets in Redis are past the partition's end
+├── SinkError                     4  no         halts: the slate can never be written (too large, not authorized)
+│   └── SinkUnavailable           4  yes        keeps the slates, retries with back-off
+├── DeadLetterLimit               6  no         halts: too many bad records, by ratio or in a row
+├── Stalled                       7  no         the watchdog saw lag without progress: dumps all tasks, exits
 └── UnknownUser                  44  no         lookup: neither a slate nor a popular one (HTTP 404)
 
-Exit 0: drained and committed. Exit 1: a defect of ours. Exit 130/143: a second signal cut the drain short.
-A message says what, where, got, wanted, and the next step.
+Exit 0: drained and committed. Exit 1: internal error. Exit 130/143: a second signal cut the drain short.
+A message says what, where, got, want, and the next step.
 """
 
 from pipeline.errors import ArtifactError, DeviceError, EvaluationError, LogFileError, MillraceError, TrainingError
 
-__all__ = ["ArtifactError", "ConfigError", "DeadLetterLimit", "DeviceError", "EvaluationError", "LogFileError",
-           "MillraceError", "SinkError", "SinkUnavailable", "SourceError", "SourceUnavailable", "Stalled",
-           "StoreError", "StoreUnavailable", "TopicRecreated", "TrainingError", "UnknownUser"]  # fmt: skip
+__all__ = [
+    "ArtifactError",
+    "ConfigError",
+    "DeadLetterLimit",
+    "DeviceError",
+    "EvaluationError",
+    "LogFileError",
+    "MillraceError",
+    "SinkError",
+    "SinkUnavailable",
+    "SourceError",
+    "SourceUnavailable",
+    "Stalled",
+    "StoreError",
+    "StoreUnavailable",
+    "TopicRecreated",
+    "TrainingError",
+    "UnknownUser",
+]
 
 
 class ConfigError(MillraceError):

@@ -1,4 +1,4 @@
-"""Structured logs by structlog: JSON lines for machines, coloured lines for people; both on stderr."""
+"""Structured logs on stderr: JSON lines for machines, coloured lines for people."""
 
 import logging
 import sys
@@ -37,17 +37,18 @@ def configure(config: LogConfig) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(config.level.upper())
-    # aiokafka's heartbeats and fetches at info are noise; its warnings (rebalances, retries) are wanted.
+    # aiokafka's heartbeats and fetches at info are noise; its warnings (rebalances, retries) are not.
     logging.getLogger("aiokafka").setLevel(max(logging.WARNING, root.level))
 
 
 def get(name: str) -> structlog.stdlib.BoundLogger:
-    return structlog.get_logger(room=name)
+    """Return a logger whose lines carry `component: name`."""
+    return structlog.get_logger(component=name)
 
 
 @contextmanager
 def silenced(name: str) -> Iterator[None]:
-    """Meanwhile this logger of the standard library says nothing; those below it do."""
+    """Silence one logger of the standard library while the body runs; its child loggers still write."""
     logger = logging.getLogger(name)
 
     def drop(record: logging.LogRecord) -> bool:

@@ -9,22 +9,23 @@ from worker import config
 from worker.errors import ConfigError
 
 
-def rows(path=None, env=None) -> dict[str, tuple[str, str]]:
+def shown_rows(path=None, env=None) -> dict[str, tuple[str, str]]:
+    """Return value and source by key."""
     env = env or {}
     return {key: (value, source) for key, value, source in config.show(config.load(path, env), path, env)}
 
 
-def test_the_environment_overrides_the_file_and_the_file_the_default(tmp_path):
+def test_environment_overrides_the_file_and_the_file_the_default(tmp_path) -> None:
     file = tmp_path / "m.toml"
     file.write_text('[redis]\nurl = "redis://file"\ntimeout_s = 1.5\n')
-    shown = rows(file, {"MILLRACE__REDIS__URL": "redis://env"})
+    shown = shown_rows(file, {"MILLRACE__REDIS__URL": "redis://env"})
     assert shown["redis.url"] == ("redis://env", "MILLRACE__REDIS__URL")
     assert shown["redis.timeout_s"] == ("1.5", str(file))
     assert shown["redis.cluster"] == ("False", "default")
 
 
 @pytest.mark.parametrize(
-    ("text", "named"),
+    ("text", "expected"),
     [
         ("[redis]\nurll = 'x'\n", "urll"),
         ("[rediss]\nurl = 'x'\n", "rediss"),
@@ -39,24 +40,24 @@ def test_the_environment_overrides_the_file_and_the_file_the_default(tmp_path):
         ("[kafka\n", "not TOML"),
     ],
 )
-def test_a_mistake_in_the_file_is_one_sentence_with_its_path(tmp_path, text, named):
+def test_mistake_in_the_file_is_one_sentence_with_its_path(tmp_path, text: str, expected: str) -> None:
     file = tmp_path / "m.toml"
     file.write_text(text)
     with pytest.raises(ConfigError, match=r"\S") as caught:
         config.load(file, {})
-    assert named in str(caught.value)
+    assert expected in str(caught.value)
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_an_action_that_triggers_may_be_one_that_the_environment_adds(tmp_path):
+def test_trigger_action_may_be_added_by_the_environment(tmp_path) -> None:
     file = tmp_path / "m.toml"
     file.write_text("[events]\ntrigger_actions = ['dance']\n")
     loaded = config.load(file, {"MILLRACE__EVENTS__ACTIONS": "['view', 'dance']"})
     assert loaded.events.trigger_actions == ("dance",)
 
 
-def test_an_unknown_variable_or_a_missing_file_is_refused():
+def test_unknown_variable_and_missing_file_are_rejected() -> None:
     with pytest.raises(ConfigError, match="nosuch"):
         config.load(None, {"MILLRACE__NOSUCH__KEY": "1"})
     with pytest.raises(ConfigError, match="MILLRACE__SECTION__FIELD"):
@@ -65,7 +66,7 @@ def test_an_unknown_variable_or_a_missing_file_is_refused():
         config.load("nowhere.toml", {})
 
 
-def test_values_from_the_environment_are_read_as_toml_reads_them():
+def test_environment_values_are_parsed_as_toml() -> None:
     env = {
         "MILLRACE__BATCHER__COALESCE": "false",
         "MILLRACE__EVENTS__ACTIONS": '["a", "b"]',
@@ -77,7 +78,7 @@ def test_values_from_the_environment_are_read_as_toml_reads_them():
     assert loaded.kafka.bootstrap_servers == "one:1,two:2"
 
 
-def test_a_text_from_the_environment_stays_a_text_whatever_it_looks_like():
+def test_text_from_the_environment_stays_text_whatever_it_looks_like() -> None:
     env = {
         "MILLRACE__SEQUENCES__TOPIC_GENERATION": "2",
         "MILLRACE__KAFKA__GROUP_INSTANCE_ID": "0",
@@ -85,24 +86,22 @@ def test_a_text_from_the_environment_stays_a_text_whatever_it_looks_like():
         "MILLRACE__KAFKA__GROUP_ID": "true",
     }
     loaded = config.load(None, env)
-    assert (loaded.sequences.topic_generation, loaded.kafka.group_instance_id, loaded.kafka.group_id) == (
-        "2",
-        "0",
-        "true",
-    )
+    assert loaded.sequences.topic_generation == "2"
+    assert loaded.kafka.group_instance_id == "0"
+    assert loaded.kafka.group_id == "true"
     assert loaded.kafka.sasl_password == "0123456789"
-    assert rows(env=env)["kafka.sasl_password"][0] == "***"
+    assert shown_rows(env=env)["kafka.sasl_password"][0] == "***"
 
 
-def test_a_wrong_value_in_the_environment_names_its_variable():
+def test_invalid_value_in_the_environment_names_its_variable() -> None:
     env = {"MILLRACE__BATCHER__MAX_USERS": "many", "MILLRACE__REDIS__URL": "redis://a"}
     with pytest.raises(ConfigError, match=r"MILLRACE__BATCHER__MAX_USERS: .*\$\.batcher\.max_users"):
         config.load(None, env)
 
 
-def test_secrets_are_masked_when_shown():
+def test_secrets_are_masked_when_shown() -> None:
     env = {"MILLRACE__KAFKA__SASL_PASSWORD": "hunter2", "MILLRACE__REDIS__URL": "rediss://me:hunter2@cache:6380/1"}
-    shown = rows(env=env)
+    shown = shown_rows(env=env)
     assert shown["kafka.sasl_password"][0] == "***"
     assert shown["redis.url"][0] == "rediss://***@cache:6380/1"
     assert "hunter2" not in str(shown)

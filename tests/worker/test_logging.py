@@ -1,27 +1,29 @@
-"""One renderer for all logs, on stderr."""
+"""All logs go through one renderer to stderr."""
 
 import logging
 
-from worker import logging as ours
+import pytest
+
+from worker import logging as worker_logging
 from worker.config import LogConfig
 
 
-def test_a_pipe_gets_no_colours(capsys):
-    ours.configure(LogConfig(format="console"))
-    ours.get("here").warning("careful", left=3)
-    said = capsys.readouterr().err
-    assert "careful" in said
-    assert "\x1b" not in said
+def test_console_logs_to_a_pipe_have_no_colours(capsys: pytest.CaptureFixture[str]) -> None:
+    worker_logging.configure(LogConfig(format="console"))
+    worker_logging.get("here").warning("careful", left=3)
+    err = capsys.readouterr().err
+    assert "careful" in err
+    assert "\x1b" not in err
 
 
-def test_a_logger_is_quiet_meanwhile_and_those_below_it_are_not(capsys):
-    ours.configure(LogConfig())
+def test_silenced_logger_is_quiet_but_its_children_are_not(capsys: pytest.CaptureFixture[str]) -> None:
+    worker_logging.configure(LogConfig())
     client = logging.getLogger("aiokafka")
-    with ours.silenced("aiokafka"):
+    with worker_logging.silenced("aiokafka"):
         client.error("no connection")
         client.getChild("cluster").error("no topic")
     client.error("gone again")
-    said = capsys.readouterr().err
-    assert "no connection" not in said
-    assert "no topic" in said
-    assert "gone again" in said
+    err = capsys.readouterr().err
+    assert "no connection" not in err
+    assert "no topic" in err
+    assert "gone again" in err
