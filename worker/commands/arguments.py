@@ -8,23 +8,23 @@ Number = TypeVar("Number", int, float)
 
 
 def positive(text: str) -> int:
-    return _checked(text, int, lambda number: number > 0, "a whole number above 0")
+    return _parse(text, int, lambda number: number > 0, "a whole number above 0")
 
 
 def seed(text: str) -> int:
-    return _checked(text, int, lambda number: number >= 0, "a whole number, 0 or above")
+    return _parse(text, int, lambda number: number >= 0, "a whole number, 0 or above")
 
 
 def port(text: str) -> int:
-    return _checked(text, int, lambda number: 0 <= number < 1 << 16, "a port, 0 to 65535")
+    return _parse(text, int, lambda number: 0 <= number < 1 << 16, "a port, 0 to 65535")
 
 
 def rate(text: str) -> float:
-    return _checked(text, float, lambda number: 0 < number < float("inf"), "a number above 0")
+    return _parse(text, float, lambda number: 0 < number < float("inf"), "a number above 0")
 
 
 def fraction(text: str) -> float:
-    return _checked(text, float, lambda number: 0 <= number <= 1, "a fraction, 0 to 1")
+    return _parse(text, float, lambda number: 0 <= number <= 1, "a fraction, 0 to 1")
 
 
 def cutoffs(text: str) -> tuple[int, ...]:
@@ -36,14 +36,14 @@ def speed(text: str) -> float | None:
     """Parse '10x' into 10.0 and 'max' into None."""
     if text == "max":
         return None
-    return _checked(text.removesuffix("x"), float, lambda number: 0 < number < float("inf"), "a factor, 10x, or max")
+    return _parse(text.removesuffix("x"), float, lambda number: 0 < number < float("inf"), "a factor, 10x, or max")
 
 
-def _checked(text: str, kind: type[Number], good: Callable[[Number], bool], wanted: str) -> Number:
+def _parse(text: str, kind: type[Number], is_valid: Callable[[Number], bool], expected: str) -> Number:
     try:
         number = kind(text)
     except ValueError:
         number = None
-    if number is None or not good(number):
-        raise ArgumentTypeError(f"'{text}': want {wanted}")
+    if number is None or not is_valid(number):
+        raise ArgumentTypeError(f"'{text}': want {expected}")
     return number

@@ -4,17 +4,16 @@ example:
   millrace config show --config millrace.toml
 """
 
-import argparse
 from argparse import ArgumentParser, Namespace
 
 
 def configure(parser: ArgumentParser) -> None:
-    parser.add_argument("action", choices=["show"], help="show: every key, its value, and where it comes from")
+    parser.add_argument("action", choices=["show"], help="show: list every key with its value and source")
     add_config(parser)
 
 
-def add_config(parser: argparse.ArgumentParser) -> None:
-    """The option that every command with a configuration has."""
+def add_config(parser: ArgumentParser) -> None:
+    """Add the option of every command that has a configuration."""
     parser.add_argument(
         "--config", metavar="FILE", help="TOML file; MILLRACE__SECTION__FIELD variables override it (default: none)"
     )

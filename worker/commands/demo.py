@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 EVENTS_PER_USER = 30
-EVENTS_PER_ITEM = 60  # enough to learn from
-EPOCHS = 12  # two more minutes of training would win two more points of hit rate
+EVENTS_PER_ITEM = 60  # enough to train on
+EPOCHS = 12  # two more minutes of training would gain two more points of hit rate
 
 
 def configure(parser: ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the log, the model, the report")
-    parser.add_argument("--events", type=positive, default=60_000, help="length of the simulated log (default 60000)")
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="output folder (default out/demo)")
+    parser.add_argument("--events", type=positive, default=60_000, help="number of simulated events (default 60000)")
     parser.add_argument("--rate", type=rate, default=400.0, help="events per second of the live part (default 400)")
     parser.add_argument("--seed", type=seed, default=7, help="random seed (default 7)")
 
@@ -70,7 +70,7 @@ def _list_files(console: "Console", out: Path, through_kafka: bool) -> None:
     kinds = {
         "shop/events.jsonl": "the log",
         "shop/items.jsonl": "its items",
-        "shop/truth.json": "what could be known of it",
+        "shop/truth.json": "its ground truth",
         "artifact/manifest.json": "the model",
         "report.json": "the replay's report",
     }

@@ -1,8 +1,8 @@
 """List or requeue dead letters.
 
-`ls` shows the newest letters. `requeue` sends records back to the topic and partition they came from, without
-millrace's headers; what was sent is remembered on the broker, by the consumer group `<kafka.group_id>.requeue`, in the
-same transaction: a second requeue sends none of them again (Kafka forgets it 7 days after the last requeue).
+`ls` shows the newest dead letters. `requeue` sends records back to the topic and partition they came from, without
+millrace's headers. The same transaction stores on the broker which ones were sent, as offsets of the consumer group
+`<kafka.group_id>.requeue`: a second requeue sends none of them again (Kafka forgets it 7 days after the last requeue).
 
 example:
   millrace dlq ls --limit 5
@@ -18,27 +18,29 @@ from worker.commands.config import add_config
 if TYPE_CHECKING:
     from worker.operations.dead_letter_topic import DeadLetterRecord
 
-SHOWN_CHARACTERS = 60
+MAX_CELL_CHARACTERS = 60
 
 
 def configure(parser: ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ls | requeue")
 
-    def action(name: str, text: str, example: str) -> ArgumentParser:
-        epilog = f"example:\n  millrace dlq {example}"
+    def add_action(name: str, text: str, example: str) -> ArgumentParser:
         return actions.add_parser(
-            name, help=text, description=f"{text.capitalize()}.", epilog=epilog,
+            name,
+            help=text,
+            description=f"{text.capitalize()}.",
+            epilog=f"example:\n  millrace dlq {example}",
             formatter_class=RawDescriptionHelpFormatter,
-        )  # fmt: skip
+        )
 
-    ls = action("ls", "show the newest letters", "ls --limit 5 --json | jq -r .reason")
-    ls.add_argument("--limit", type=positive, default=20, metavar="N", help="how many (default: 20)")
-    requeue = action(
+    ls = add_action("ls", "show the newest dead letters", "ls --limit 5 --json | jq -r .reason")
+    ls.add_argument("--limit", type=positive, default=20, metavar="N", help="number of dead letters (default: 20)")
+    requeue = add_action(
         "requeue", "send records back to where they came from", 'requeue --reason "unknown action" --dry-run'
     )
-    requeue.add_argument("--reason", default="", metavar="TEXT", help="only letters whose reason contains it")
-    requeue.add_argument("--limit", type=positive, metavar="N", help="at most so many, oldest first (default: all)")
-    requeue.add_argument("--dry-run", action="store_true", help="show what would be sent")
+    requeue.add_argument("--reason", default="", metavar="TEXT", help="only dead letters whose reason contains it")
+    requeue.add_argument("--limit", type=positive, metavar="N", help="at most N, oldest first (default: all)")
+    requeue.add_argument("--dry-run", action="store_true", help="show the records without sending them")
     for each in (ls, requeue):
         each.add_argument("--json", action="store_true", help="JSON lines; keys and values in base64")
         add_config(each)
@@ -78,20 +80,24 @@ def _show(letters: "list[DeadLetterRecord]", as_json: bool) -> None:
     if as_json:
         sys.stdout.write("".join(msgspec.json.encode(letter).decode() + "\n" for letter in letters))
         return
-    rows = table("buried", "from", "key", "reason", "value", "requeued")
-    rows.columns[0].no_wrap = rows.columns[1].no_wrap = True
+    rows = table("written", "from", "key", "reason", "value", "requeued")
+    for column in rows.columns[:2]:
+        column.no_wrap = True
     for letter in letters:
-        buried = datetime.fromtimestamp(letter.ts_ms / 1000, UTC).isoformat(sep=" ", timespec="seconds")
-        origin, partition, offset = letter.origin
+        topic, partition, offset = letter.origin
         rows.add_row(
-            buried, f"{origin}-{partition}@{offset}", _text(letter.key), letter.reason, _text(letter.value),
+            datetime.fromtimestamp(letter.ts_ms / 1000, UTC).isoformat(sep=" ", timespec="seconds"),
+            f"{topic}-{partition}@{offset}",
+            _cell(letter.key),
+            letter.reason,
+            _cell(letter.value),
             "yes" if letter.requeued else "cannot be" if letter.not_requeueable else "",
-        )  # fmt: skip
+        )
     print_tables(rows)
 
 
-def _text(content: bytes | None) -> str:
+def _cell(content: bytes | None) -> str:
     if content is None:
         return "(none)"
-    text = content[: 4 * SHOWN_CHARACTERS].decode("utf-8", "backslashreplace")
-    return text[:SHOWN_CHARACTERS] + ("…" if len(text) > SHOWN_CHARACTERS else "")
+    text = content[: 4 * MAX_CELL_CHARACTERS].decode("utf-8", "backslashreplace")
+    return text[:MAX_CELL_CHARACTERS] + ("…" if len(text) > MAX_CELL_CHARACTERS else "")

@@ -1,6 +1,6 @@
-"""Check Kafka, Redis, GPU, artifact and every optional stage, and say what to do about each gap.
+"""Check Kafka, Redis, artifact, GPU and every optional dependency, and name the next step for each gap.
 
-Exit status: that of the first required part that is missing (4 Kafka, 5 Redis, 3 artifact), else 0.
+The exit status is that of the first required part that is missing (4 Kafka, 5 Redis, 3 artifact), else 0.
 
 example:
   millrace doctor --config millrace.toml

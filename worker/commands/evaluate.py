@@ -24,7 +24,8 @@ from worker.commands.output_paths import check_file
 if TYPE_CHECKING:
     from pipeline.evaluation.evaluate import EvaluationOptions
 
-TEMPORAL, LEAVE_LAST_OUT = PROTOCOLS = ("temporal", "leave-last-out")
+PROTOCOLS = ("temporal", "leave-last-out")
+TEMPORAL, LEAVE_LAST_OUT = PROTOCOLS
 DEFAULT_LAST = 10
 
 

@@ -1,4 +1,4 @@
-"""An evaluation's report in the terminal: rankings by cutoff, what their slates are like, and the heads."""
+"""An evaluation's report in the terminal: rankings by cutoff, properties of their slates, and the heads."""
 
 from rich.table import Table
 
@@ -8,9 +8,10 @@ from worker.commands.tables import print_tables, table
 
 
 def print_report(report: EvaluationReport) -> None:
-    print_tables(
-        _rankings(report), _slates(report), _heads(report), *([_worth(report)] if report.business_metrics else [])
-    )
+    tables = [_rankings(report), _slates(report), _heads(report)]
+    if report.business_metrics:
+        tables.append(_business_metrics(report))
+    print_tables(*tables)
 
 
 def _rankings(report: EvaluationReport) -> Table:
@@ -24,33 +25,38 @@ def _rankings(report: EvaluationReport) -> Table:
 
 
 def _slates(report: EvaluationReport) -> Table:
-    """And how each ranking fares where little is known, and how far it is behind the model."""
+    """Return each ranking's distance to the model, hit rates on cold items and users, beyond-accuracy metrics."""
     k = report.k
     rows = table(
-        "ranking", f"{MODEL}'s gain in NDCG@{k}", f"cold items' hit rate@{k}", f"cold users' hit rate@{k}",
-        "coverage", "novelty, bits", "diversity", title="",
-    )  # fmt: skip
+        "ranking",
+        f"{MODEL}'s gain in NDCG@{k}",
+        f"cold items' hit rate@{k}",
+        f"cold users' hit rate@{k}",
+        "coverage",
+        "novelty, bits",
+        "diversity",
+        title="",
+    )
     for name, ranking in report.rankings.items():
         gain = _interval(ranking.lift[k].ndcg) if ranking.lift else "–"
         cold = [f"{part.hit_rate:.4f} of {part.events:,}" for part in ranking.slices.values()]
         slates = ranking.slates
-        like = (slates.coverage, slates.novelty, slates.diversity) if slates else (None, None, None)
-        rows.add_row(name, gain, *cold, *map(_number, like))
+        beyond_accuracy = (slates.coverage, slates.novelty, slates.diversity) if slates else (None, None, None)
+        rows.add_row(name, gain, *cold, *map(_number, beyond_accuracy))
     return rows
 
 
 def _heads(report: EvaluationReport) -> Table:
     rows = table("head", "labels", "positive", "AUC", "log loss", "ECE", title="")
     for name, head in report.heads.items():
-        measures = (head.positive_rate, head.auc, head.log_loss, head.ece)
-        rows.add_row(name, f"{head.labels:,}", *map(_number, measures))
+        metrics = (head.positive_rate, head.auc, head.log_loss, head.ece)
+        rows.add_row(name, f"{head.labels:,}", *map(_number, metrics))
     return rows
 
 
-def _worth(report: EvaluationReport) -> Table:
-    rows = table(
-        *(f"expected {name}" for name in report.business_metrics), title=f"of a slate of {report.k} by {MODEL}"
-    )
+def _business_metrics(report: EvaluationReport) -> Table:
+    columns = [f"expected {name}" for name in report.business_metrics]
+    rows = table(*columns, title=f"per slate of {report.k} items by {MODEL}")
     rows.add_row(*map(_number, report.business_metrics.values()))
     return rows
 

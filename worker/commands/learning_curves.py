@@ -1,4 +1,4 @@
-"""Learning curves of a training: a JSON file and, where matplotlib is there, a picture of it."""
+"""Learning curves of a training run: a JSON file and, with matplotlib, a plot of it."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,11 +10,11 @@ from pipeline.training.train import EpochReport, TrainingCallback
 from worker.commands.output_paths import check_file
 from worker.errors import ConfigError
 
-PICTURES = (".png", ".svg", ".pdf")
+PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 class Point(msgspec.Struct, frozen=True):
-    """One judged epoch; `loss` in nats, the others at 10 of the validation slice."""
+    """One validated epoch. loss: in nats; hit_rate, ndcg: at 10, on the validation slice"""
 
     epoch: int
     loss: float
@@ -23,21 +23,23 @@ class Point(msgspec.Struct, frozen=True):
 
 
 class LearningCurves:
-    """A pipeline.training.Observer that remembers the epochs for another one, and writes them however training ends.
+    """A TrainingCallback that records the epochs, passes every call to `inner`, and writes the file when training ends.
 
-    Into FILE.json; a picture's name gets the picture, too.
+    Writes it after an error, too: FILE with the suffix .json, and the plot if FILE has a plot's suffix.
     """
 
     def __init__(self, file: Path, inner: TrainingCallback) -> None:
-        """ConfigError when the file cannot be written, or is a picture and matplotlib is not there."""
-        if file.suffix not in (*PICTURES, ".json"):
-            raise ConfigError(f"--learning-curves: {file}: want a name that ends in {', '.join(PICTURES)} or .json")
-        if file.suffix in PICTURES and find_spec("matplotlib") is None:
+        """Check the file. ConfigError when it cannot be written, or is a plot and matplotlib is not installed."""
+        if file.suffix not in (*PLOT_SUFFIXES, ".json"):
+            suffixes = ", ".join(PLOT_SUFFIXES)
+            raise ConfigError(f"--learning-curves: {file}: want a name that ends in {suffixes} or .json")
+        if file.suffix in PLOT_SUFFIXES and find_spec("matplotlib") is None:
             raise ConfigError(
                 f"--learning-curves: {file} needs matplotlib: pip install 'millrace[plots]', or name a .json file"
             )
         check_file(file, "--learning-curves")
-        self._file, self._inner = file, inner
+        self._file = file
+        self._inner = inner
         self.points: list[Point] = []
 
     def __enter__(self) -> Self:
@@ -48,8 +50,8 @@ class LearningCurves:
             return
         text = msgspec.json.format(msgspec.json.encode(self.points), indent=1)
         self._file.with_suffix(".json").write_bytes(text + b"\n")
-        if self._file.suffix in PICTURES:
-            draw(self.points, self._file)
+        if self._file.suffix in PLOT_SUFFIXES:
+            plot(self.points, self._file)
 
     def phase(self, name: str, epochs: int) -> None:
         self._inner.phase(name, epochs)
@@ -62,8 +64,8 @@ class LearningCurves:
         self._inner.epoch(report, best)
 
 
-def draw(points: list[Point], file: Path) -> None:
-    """The loss over the epochs, and beside it what the validation slice said; the best epoch is marked."""
+def plot(points: list[Point], file: Path) -> None:
+    """Plot the loss per epoch, and next to it the validation metrics with the best epoch marked."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Print a user's slate from Redis; the popular one for a user who has none.
+"""Print a user's slate from Redis, or the popular one for a user without a slate.
 
 Exit status 44 when there is neither.
 
@@ -7,13 +7,17 @@ example:
 """
 
 from argparse import ArgumentParser, Namespace
+from typing import TYPE_CHECKING
 
 from worker.commands.config import add_config
 
+if TYPE_CHECKING:
+    from pipeline.records import Slate
+
 
 def configure(parser: ArgumentParser) -> None:
-    parser.add_argument("user", help="the user's id, as in the events")
-    parser.add_argument("--json", action="store_true", help="the slate as one line of JSON (default: a table)")
+    parser.add_argument("user", help="user id, as in the events")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON (default: a table)")
     add_config(parser)
 
 
@@ -25,7 +29,7 @@ def run(args: Namespace) -> int:
     from worker import config
     from worker.lookup.lookup import Lookup
 
-    async def find():
+    async def find() -> "Slate":
         async with Lookup(config.load(args.config).redis) as lookup:
             return await lookup.slate(args.user)
 
@@ -37,7 +41,7 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def _print_table(slate) -> None:
+def _print_table(slate: "Slate") -> None:
     from datetime import UTC, datetime
 
     from worker.commands.tables import print_tables, table

@@ -1,4 +1,4 @@
-"""Where a command writes: looked at before any work, so that hours of it do not end in a folder that is not there."""
+"""Check output paths before a command does hours of work."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ from worker.errors import ConfigError
 
 
 def check_file(path: Path, option: str) -> None:
-    """Makes its folder. ConfigError unless the file can be written; one that is there stays as it is."""
+    """Create the file's folder. ConfigError unless the file can be written; an existing file is not changed."""
     if path.is_dir():
         raise _error(path, option, "it is a folder")
     if not path.exists():
@@ -18,7 +18,10 @@ def check_file(path: Path, option: str) -> None:
 
 
 def check_folder(path: Path, option: str) -> None:
-    """Makes it. ConfigError unless a file can be put into it, which is tried: to root all folders look writable."""
+    """Create the folder. ConfigError unless a file can be created in it.
+
+    Tried for real, because `os.access` reports every folder as writable to root.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=path):
@@ -27,5 +30,5 @@ def check_folder(path: Path, option: str) -> None:
         raise _error(path, option, error.strerror or str(error)) from error
 
 
-def _error(path: Path, option: str, why: str) -> ConfigError:
-    return ConfigError(f"{option}: {path} cannot be written: {why}; name another place")
+def _error(path: Path, option: str, reason: str) -> ConfigError:
+    return ConfigError(f"{option}: {path} cannot be written: {reason}; choose another path")

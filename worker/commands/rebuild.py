@@ -1,7 +1,7 @@
 """Restore the users' rings in Redis from the events topic.
 
-Reads each partition from its beginning to where the consumer group has committed, drops each user's old ring at their
-first event and pushes all of them anew. No slates are sent. Stop the workers first; start them again afterwards.
+Reads each partition from its beginning to the consumer group's committed offset, drops each user's old ring at their
+first event, then pushes all their events. No slates are sent. Stop the workers first; start them again afterwards.
 
 example:
   millrace rebuild --config millrace.toml
@@ -13,7 +13,7 @@ from worker.commands.config import add_config
 
 
 def configure(parser: ArgumentParser) -> None:
-    parser.add_argument("--force", action="store_true", help="even while the consumer group has members")
+    parser.add_argument("--force", action="store_true", help="run even while the consumer group has members")
     add_config(parser)
 
 
@@ -30,25 +30,25 @@ def run(args: Namespace) -> int:
     from worker.operations.rebuild import Rebuild, RebuildPlan, RebuildReport
     from worker.redis.client import connect
 
-    async def rebuild(bar: Progress) -> tuple[RebuildPlan, RebuildReport]:
+    async def rebuild(progress: Progress) -> tuple[RebuildPlan, RebuildReport]:
         client = await connect(loaded.redis)
-        task = bar.add_task("rebuilding", total=None)
+        task = progress.add_task("rebuilding", total=None)
         try:
             work = Rebuild(replace(loaded, kafka=cli_timeouts(loaded.kafka)), client, WallClock())
             return await work.run(
-                args.force, lambda report, total: bar.update(task, completed=report.offsets, total=total)
+                args.force, lambda report, total: progress.update(task, completed=report.offsets, total=total)
             )
         finally:
             await client.aclose()
 
     loaded = config.load(args.config)
     logging.configure(loaded.log)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        plan, report = asyncio.run(rebuild(bar))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        plan, report = asyncio.run(rebuild(progress))
     print(f"{len(report.users)} rings from {report.events} events of {len(plan.spans)} partitions")
     if report.unreadable:
-        print(f"{report.unreadable} records were no events; the dead-letter topic has them since they were first read")
+        print(f"{report.unreadable} invalid records skipped: the workers dead-lettered them when they first read them")
     if plan.lost:
-        print(f"{plan.lost} older records are no longer in the topic: what rings held of them is gone")
+        print(f"{plan.lost} older records are no longer in the topic: their events cannot be restored")
     return 0

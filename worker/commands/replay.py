@@ -61,7 +61,7 @@ def run(args: Namespace) -> int:
     loaded = config.load(args.config)
     if args.artifact:
         loaded = replace(loaded, pipeline=replace(loaded.pipeline, artifact=args.artifact))
-    if args.kafka != "start":  # a broker that we start is up before it is asked, and may take its time
+    if args.kafka != "start":  # a broker of our own is up before the first request, so it needs no short timeout
         loaded = replace(loaded, kafka=cli_timeouts(loaded.kafka))
     logging.configure(replace(loaded.log, format="console", level="warning"))
     options = ReplayOptions(

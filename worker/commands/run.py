@@ -1,7 +1,7 @@
 """Consume events from Kafka and answer them with slates, until SIGTERM or SIGINT.
 
-The first signal drains: what was admitted is answered and committed, exit 0. A second one exits at once (128 + signal);
-what was open is read again by the next owner of the partitions.
+The first signal drains the worker: admitted events are answered and committed, exit 0. The second exits at once (128 +
+signal); the next owner of the partitions reads the rest again.
 
 example:
   MILLRACE__KAFKA__BOOTSTRAP_SERVERS=broker:9092 millrace run --config millrace.toml

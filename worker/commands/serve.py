@@ -1,7 +1,7 @@
-"""Answer slate lookups over HTTP, until SIGTERM or SIGINT (requests under way are answered first).
+"""Answer slate lookups over HTTP until SIGTERM or SIGINT; pending requests are answered first.
 
-  GET /v1/slates/{user_id}   the slate as JSON; the popular one for a user without; 404 when there is neither
-  GET /livez, /readyz        the process lives; Redis answers
+  GET /v1/slates/{user_id}   the slate as JSON, or the popular one for a user without a slate; 404 without either
+  GET /livez, /readyz        200 while the process runs; 200 while Redis answers
 
 example:
   millrace serve --port 8080 &
@@ -42,7 +42,7 @@ def run(args: Namespace) -> int:
     options = uvicorn.Config(
         application(loaded.redis), log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S
     )
-    for each in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again when it is done: that must not be the end
+    for each in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again after its shutdown: ignore that
         signal.signal(each, lambda *_: None)
     server = uvicorn.Server(options)
     server.run(sockets=[listening])
@@ -50,7 +50,10 @@ def run(args: Namespace) -> int:
 
 
 def listen(host: str, number: int) -> socket.socket:
-    """ConfigError when the address is taken or none of this machine's; uvicorn would exit with an artifact's code."""
+    """Return a listening socket. ConfigError when the address is in use or not this machine's.
+
+    Opened here because uvicorn would exit with 3, the code of an ArtifactError.
+    """
     from worker.errors import ConfigError
 
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -1,4 +1,4 @@
-"""Tables for people: no cell is cut off, and in a file or a pipe a row stays on its line, for grep."""
+"""Tables on stdout: no cell is truncated, and in a file or a pipe each row stays on one line, for grep."""
 
 import sys
 
@@ -9,12 +9,12 @@ PIPED_WIDTH = 1000
 
 
 def table(*columns: str, title: str | None = None) -> Table:
-    made = Table(title=title, title_justify="left", box=None)
+    empty = Table(title=title, title_justify="left", box=None)
     for column in columns:
-        made.add_column(column, overflow="fold")
-    return made
+        empty.add_column(column, overflow="fold")
+    return empty
 
 
-def print_tables(*what: RenderableType) -> None:
-    """On stdout. Text is taken as it is: what users and brokers say may look like markup."""
-    Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, markup=False).print(*what)
+def print_tables(*tables: RenderableType) -> None:
+    """Print without interpreting markup: texts of users and brokers may look like it."""
+    Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, markup=False).print(*tables)

@@ -2,7 +2,7 @@
 
 With --leave-last-out N each user's newest N events are left out instead, for `millrace evaluate --protocol
 leave-last-out`. The latest training events validate each epoch, and training stops when their NDCG no longer rises.
-Then the model is trained again on all training events, for the best number of epochs. A checkpoint is written beside
+Then the model is trained again on all training events, for the best number of epochs. A checkpoint is written next to
 the artifact after every epoch; --resume continues from it, bit for bit.
 
 With --warm-start ARTIFACT training continues from a model, as a daily refresh does: its items keep their rows, new ones
@@ -84,13 +84,13 @@ def configure(parser: ArgumentParser) -> None:
         "--leave-last-out", type=positive, metavar="N", help="number of newest events per user to leave out, instead"
     )
     parser.add_argument("--no-refit", dest="refit", action="store_false", help="keep the validated weights")
-    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint beside ARTIFACT")
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint next to ARTIFACT")
     parser.add_argument("--preset", help="model shape by its layers' parameters: tiny (default), 1m, 10m or 100m")
     parser.add_argument(
         "--learning-curves",
         type=Path,
         metavar="FILE",
-        help="file for loss, hit rate and NDCG per epoch: a .json, or a .png with the .json beside it",
+        help="file for loss, hit rate and NDCG per epoch: a .json, or a .png with the .json next to it",
     )
     for name, (kind, text) in (TRAINER | MODEL).items():
         parser.add_argument(f"--{name}", type=kind, metavar="N" if kind in (int, seed) else "X", help=text)
@@ -149,7 +149,8 @@ def _train(
         callback = stack.enter_context(TrainingDisplay(Console(quiet=not group.is_main)))
         if args.learning_curves and group.is_main:
             callback = stack.enter_context(LearningCurves(args.learning_curves, callback))
-        log, items = read_events(args, pipeline.schema), read_records(args)
+        log = read_events(args, pipeline.schema)
+        items = read_records(args)
         return train(log, args.out, options, pipeline, callback, created, args.resume, items, warm_start, group)
 
 
@@ -163,7 +164,8 @@ def training_options(args: Namespace, warm_start: "WarmStart | None" = None) -> 
     from pipeline.errors import TrainingError
     from pipeline.training.preparation import TrainingOptions
 
-    trainer, model = _given(args, TRAINER), _preset(args.preset) | _given(args, MODEL)
+    trainer = _given(args, TRAINER)
+    model = _preset(args.preset) | _given(args, MODEL)
     if warm_start:
         trainer = {"epochs": WARM_START_EPOCHS} | trainer
         model = msgspec.structs.asdict(warm_start.config) | model

@@ -1,6 +1,9 @@
 """`millrace simulate` from the command line."""
 
+from pathlib import Path
+
 import msgspec
+import pytest
 
 from pipeline.data.log_io import read_log
 from pipeline.records import Event, Item
@@ -8,7 +11,9 @@ from pipeline.simulation.ground_truth import GroundTruth
 from worker.cli import main
 
 
-def test_the_command_writes_a_zipped_log_its_items_and_the_truth(tmp_path, capsys):
+def test_simulate_writes_a_gzipped_log_its_items_and_the_ground_truth(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     size = ["--events", "1500", "--users", "60", "--items", "120", "--seed", "3"]
     assert main(["simulate", "--out", str(tmp_path), "--gzip", *size]) == 0
     log = list(read_log(tmp_path / "events.jsonl.gz"))
@@ -22,7 +27,7 @@ def test_the_command_writes_a_zipped_log_its_items_and_the_truth(tmp_path, capsy
     assert f"{truth.hit_rate:.4f}" in capsys.readouterr().out
 
 
-def test_fewer_items_than_topics_are_refused_in_one_sentence(tmp_path, capsys):
+def test_fewer_items_than_topics_are_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", "--out", str(tmp_path / "shop"), "--items", "20"]) == 2
     assert "--items 20" in capsys.readouterr().err
     assert not (tmp_path / "shop").exists()

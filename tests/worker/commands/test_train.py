@@ -1,4 +1,4 @@
-"""What `millrace train` makes of its options, before any log is read."""
+"""Options of `millrace train`, before any log is read."""
 
 from argparse import ArgumentParser
 
@@ -10,20 +10,20 @@ from pipeline.model.config import PRESETS, HstuConfig
 from worker.commands import train
 
 
-def model_of(line: str) -> HstuConfig:
+def model_config(line: str) -> HstuConfig:
     parser = ArgumentParser()
     train.configure(parser)
     return train.training_options(parser.parse_args(["log", "--out", "x", *line.split()])).model
 
 
-def test_without_a_word_the_model_is_the_default() -> None:
-    assert model_of("") == HstuConfig()
+def test_model_without_options_is_the_default() -> None:
+    assert model_config("") == HstuConfig()
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_is_its_shape_and_single_options_override_it(name: str) -> None:
-    assert model_of(f"--preset {name}") == PRESETS[name]
-    changed = model_of(f"--preset {name} --layers 5 --norm-in rms --norm-out none --attention-scale length")
+def test_preset_sets_the_shape_and_single_options_override_it(name: str) -> None:
+    assert model_config(f"--preset {name}") == PRESETS[name]
+    changed = model_config(f"--preset {name} --layers 5 --norm-in rms --norm-out none --attention-scale length")
     assert changed == replace(PRESETS[name], layers=5, norm_in="rms", norm_out="none", attention_scale="length")
 
 
@@ -35,6 +35,6 @@ def test_a_preset_is_its_shape_and_single_options_override_it(name: str) -> None
         ("--layers 0", r"`int` >= 1 - at `\$\.model\.layers`"),
     ],
 )
-def test_a_shape_that_is_not_one_is_one_sentence(line: str, sentence: str) -> None:
+def test_invalid_shape_is_one_sentence(line: str, sentence: str) -> None:
     with pytest.raises(TrainingError, match=sentence):
-        model_of(line)
+        model_config(line)

@@ -14,9 +14,9 @@ def words(*line: object) -> list[str]:
     return [str(word) for word in line]
 
 
-def test_a_refresh_keeps_the_shape_and_the_items_and_draws_its_curves(shop, tmp_path: Path, capsys) -> None:
-    more = ["--train-fraction", 1, "--epochs", 2, "--learning-curves", tmp_path / "curves.png"]
-    assert main(words("train", shop.log, "--warm-start", shop.artifact, "--out", tmp_path / "new", *more)) == 0
+def test_warm_start_keeps_shape_and_items_and_plots_learning_curves(shop, tmp_path: Path) -> None:
+    options = ["--train-fraction", 1, "--epochs", 2, "--learning-curves", tmp_path / "curves.png"]
+    assert main(words("train", shop.log, "--warm-start", shop.artifact, "--out", tmp_path / "new", *options)) == 0
     old, new = artifacts.load(shop.artifact), artifacts.load(tmp_path / "new")
     assert new.config.width == old.config.width == 16
     assert new.item_ids[: len(old.item_ids)] == old.item_ids
@@ -36,9 +36,11 @@ def test_a_refresh_keeps_the_shape_and_the_items_and_draws_its_curves(shop, tmp_
         (["--precision", "fp8"], "fp8"),
     ],
 )
-def test_what_cannot_be_done_is_one_sentence(more: list[str], said: str, shop, tmp_path: Path, capsys) -> None:
-    asked = [word.replace("ARTIFACT", str(shop.artifact)) for word in more]
-    assert main(words("train", shop.log, "--out", tmp_path / "new", *asked)) == 2
+def test_impossible_options_are_one_sentence(
+    more: list[str], said: str, shop, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [word.replace("ARTIFACT", str(shop.artifact)) for word in more]
+    assert main(words("train", shop.log, "--out", tmp_path / "new", *options)) == 2
     err = capsys.readouterr().err.strip()
     assert said in err
     assert "\n" not in err
