@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# On the tests' small tensors more threads take up to eight times the CPU, most of it waiting for one another.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
