@@ -1,4 +1,4 @@
-"""Time, as it is passed to whoever needs it: the wall's, or a recorded log's."""
+"""Clocks: the machine's, and a virtual one that shows a recorded log's time."""
 
 import time
 from collections.abc import Callable
@@ -15,33 +15,35 @@ class WallClock:
 
 
 class VirtualClock:
-    """A log's time. Dates are the log's, durations (`monotonic`) stay real: a latency in a replay is a latency.
+    """A log's time. Dates are the log's; durations (`monotonic`) stay real, so a latency in a replay is a latency.
 
-    `speed` log seconds pass in one real second; None: the clock stands where it was last put (`--speed max`).
+    speed: log seconds per real second; None: the clock stands still between calls of `advance_to` (`--speed max`)
     """
 
     def __init__(self, speed: float | None = None, monotonic: Callable[[], float] = time.monotonic) -> None:
-        self.speed, self._monotonic = speed, monotonic
-        self._now_ms: int | None = None  # where it was put
-        self._put_s = 0.0  # and when
+        self.speed = speed
+        self._monotonic = monotonic
+        self._set_ms: int | None = None  # the time it was set to
+        self._set_at_s = 0.0  # and when that was, by `monotonic`
 
     def now_ms(self) -> int:
-        if self._now_ms is None:
+        if self._set_ms is None:
             return 0
         if self.speed is None:
-            return self._now_ms
-        return self._now_ms + round((self._monotonic() - self._put_s) * 1000 * self.speed)
+            return self._set_ms
+        return self._set_ms + round((self._monotonic() - self._set_at_s) * 1000 * self.speed)
 
     def monotonic(self) -> float:
         return self._monotonic()
 
-    def put(self, ts_ms: int) -> None:
-        """Set the clock; one that runs is set once, at the log's first event. It never goes back."""
-        if self._now_ms is None or (self.speed is None and ts_ms > self._now_ms):
-            self._now_ms, self._put_s = ts_ms, self._monotonic()
+    def advance_to(self, ts_ms: int) -> None:
+        """Set the clock, never back. A running clock is set only once, at the log's first event."""
+        if self._set_ms is None or (self.speed is None and ts_ms > self._set_ms):
+            self._set_ms = ts_ms
+            self._set_at_s = self._monotonic()
 
     def wait_s(self, ts_ms: int) -> float:
-        """Real seconds until the clock shows `ts_ms`; 0 when it does, or when it only stands where it is put."""
-        if self.speed is None or self._now_ms is None:
+        """Return the real seconds until the clock shows `ts_ms`; 0 if it does already, or does not run by itself."""
+        if self.speed is None or self._set_ms is None:
             return 0.0
         return max(0.0, (ts_ms - self.now_ms()) / 1000 / self.speed)

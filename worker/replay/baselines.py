@@ -1,31 +1,32 @@
-"""The rankings that a replay compares the slates with: counters as they were when the model was trained, frozen."""
+"""The rankings that a replay compares its slates with: counters frozen as they were when the model was trained."""
 
 from pathlib import Path
 
-from pipeline.artifact import load
 from pipeline.counters.counters import Counters, without_neighbours
 from pipeline.serving.pipeline import Pipeline, frozen_counters
 from pipeline.serving.simple_strategy import SimpleStrategy
 from worker.inference.ranker import PipelineRanker
-from worker.replay.prequential import TOP, Baseline, PrequentialEvaluator
+from worker.replay.prequential import CUTOFF, Baseline, PrequentialEvaluator
 
 
-def prequential_evaluator(ranker: PipelineRanker, artifact: str | None, from_ts_ms: int) -> PrequentialEvaluator:
-    """With shadows where there is an artifact; else the slates are judged alone."""
+def build_evaluator(ranker: PipelineRanker, artifact: str | None, score_from_ms: int) -> PrequentialEvaluator:
+    """Return an evaluator with the artifact's counters as baselines; without an artifact it has none."""
     if artifact is None:
-        return PrequentialEvaluator(ranker, {}, [], from_ts_ms)
-    pipeline, state = ranker.pipeline, load(Path(artifact)).counters
-    cooccurrence, popularity = (
-        frozen_counters(pipeline.options, pipeline.vocabulary, counts) for counts in (state, without_neighbours(state))
-    )
-    shadows = {
-        "cooccurrence": _frozen_baseline(pipeline, cooccurrence),
-        "popularity": _frozen_baseline(pipeline, popularity),
+        return PrequentialEvaluator(ranker, {}, [], score_from_ms)
+    from pipeline.artifact import load  # imports torch, so only when a model is configured
+
+    pipeline = ranker.pipeline
+    state = load(Path(artifact)).counters
+    cooccurrence = frozen_counters(pipeline.options, pipeline.vocabulary, state)
+    popularity = frozen_counters(pipeline.options, pipeline.vocabulary, without_neighbours(state))
+    baselines = {
+        "cooccurrence": _counters_baseline(pipeline, cooccurrence),
+        "popularity": _counters_baseline(pipeline, popularity),
     }
-    popular = [pipeline.vocabulary.item_ids[token] for token in popularity.popular(TOP)[0]]
-    return PrequentialEvaluator(ranker, shadows, popular, from_ts_ms)
+    popular = [pipeline.vocabulary.item_ids[token] for token in popularity.popular(CUTOFF)[0]]
+    return PrequentialEvaluator(ranker, baselines, popular, score_from_ms)
 
 
-def _frozen_baseline(pipeline: Pipeline, counters: Counters) -> Baseline:
-    rung = SimpleStrategy(counters, pipeline.options.exclusion)
-    return lambda histories, k: rung.rank(histories, k).tokens
+def _counters_baseline(pipeline: Pipeline, counters: Counters) -> Baseline:
+    strategy = SimpleStrategy(counters, pipeline.options.exclusion)
+    return lambda histories, k: strategy.rank(histories, k).tokens

@@ -1,7 +1,7 @@
-"""What `replay` and `demo` show while events stream, and the summary at the end."""
+"""The live display of `replay` and `demo`, and the summary at their end."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -11,13 +11,13 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from worker.replay.prequential import PrequentialEvaluator
+from worker.replay.prequential import CUTOFF, PrequentialEvaluator
 
 REFRESH_S = 0.5
 
 
 class Percentiles(msgspec.Struct, frozen=True):
-    """Milliseconds; NaN while there is nothing."""
+    """Latency percentiles in milliseconds; NaN without samples."""
 
     p50_ms: float
     p95_ms: float
@@ -32,22 +32,25 @@ class Percentiles(msgspec.Struct, frozen=True):
 
 @dataclass(slots=True)
 class LatencyRecorder:
-    """Latencies and rates of a run; `tick` is called by the display, `total` summarises the whole run."""
+    """Collects latencies and the event rate of a run, at every `tick`."""
 
     started_s: float = field(default_factory=time.monotonic)
     latencies_ms: list[float] = field(default_factory=list)
     recent: Percentiles = field(default_factory=lambda: Percentiles.from_samples([]))
-    rate: float = 0.0
-    _ticked: tuple[float, int] = (0.0, 0)
+    events_per_s: float = 0.0  # since the tick before
+    _ticked_s: float = 0.0
+    _ticked_events: int = 0
 
-    def tick(self, board: PrequentialEvaluator, settled: int) -> None:
+    def tick(self, evaluator: PrequentialEvaluator, completed: int) -> None:
+        """Take the evaluator's new latencies. completed: number of events completed since the start"""
         now_s = time.monotonic()
-        before_s, before = self._ticked
-        self.rate = (settled - before) / max(now_s - (before_s or self.started_s), 1e-3)
-        self._ticked = now_s, settled
-        taken = board.take_latencies()
-        self.latencies_ms += taken
-        self.recent = Percentiles.from_samples(taken) if taken else self.recent
+        elapsed_s = now_s - (self._ticked_s or self.started_s)
+        self.events_per_s = (completed - self._ticked_events) / max(elapsed_s, 1e-3)
+        self._ticked_s = now_s
+        self._ticked_events = completed
+        if latencies_ms := evaluator.take_latencies():
+            self.latencies_ms += latencies_ms
+            self.recent = Percentiles.from_samples(latencies_ms)
 
     @property
     def elapsed_s(self) -> float:
@@ -55,10 +58,10 @@ class LatencyRecorder:
 
 
 class ReplayDisplay:
-    """A progress bar over the log and a table below it; on a dumb terminal only the summary is printed."""
+    """A progress bar over the log with a table below it. Shows nothing unless the console is a terminal."""
 
     def __init__(self, title: str, total: int | None, console: Console) -> None:
-        self._title, self._console = title, console
+        self._console = console
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
         )
@@ -74,22 +77,25 @@ class ReplayDisplay:
         if self._console.is_terminal:
             self._live.stop()
 
-    def show(self, recorder: LatencyRecorder, board: PrequentialEvaluator, settled: int, waiting: int) -> None:
-        self._progress.update(self._task, completed=settled)
-        table = Table(box=None, show_header=False)
-        table.add_row("events/s", f"{recorder.rate:,.0f}", "waiting", f"{waiting:,}")
+    def show(self, recorder: LatencyRecorder, evaluator: PrequentialEvaluator, completed: int, pending: int) -> None:
+        self._progress.update(self._task, completed=completed)
         recent = recorder.recent
         latency = f"p50 {recent.p50_ms:.1f}  p95 {recent.p95_ms:.1f}  p99 {recent.p99_ms:.1f}"
+        table = Table(box=None, show_header=False)
+        table.add_row("events/s", f"{recorder.events_per_s:,.0f}", "pending", f"{pending:,}")
         table.add_row("latency ms", latency, "", "")
-        table.add_row("rungs", strategy_shares(board), "scored", f"{board.scored:,}")
-        for name in board.rankings:
-            table.add_row("hit rate@10", f"{board.hit_rate(name):.3f}", name, "")
+        strategies = format_strategies(evaluator.strategies) or "none yet"
+        table.add_row("strategies", strategies, "scored", f"{evaluator.scored:,}")
+        for ranking in evaluator.rankings:
+            table.add_row(f"hit rate@{CUTOFF}", f"{evaluator.hit_rate(ranking):.3f}", ranking, "")
         self._live.update(Group(self._progress, table))
 
 
-def strategy_shares(board: PrequentialEvaluator) -> str:
-    total = sum(board.strategies.values())
-    return "  ".join(f"{rung} {count / total:.1%}" for rung, count in board.strategies.most_common()) or "none yet"
+def format_strategies(slates: Mapping[str, int]) -> str:
+    """Return each strategy's fraction of the slates, largest first; empty without slates."""
+    total = sum(slates.values())
+    by_count = sorted(slates.items(), key=lambda item: -item[1])
+    return "  ".join(f"{strategy} {count / total:.1%}" for strategy, count in by_count)
 
 
 def print_summary(console: Console, title: str, rows: Sequence[tuple[str, str]]) -> None:

@@ -1,4 +1,4 @@
-"""Events into a topic: how a replay, the demo and the benchmarks feed a real broker."""
+"""Produce events to a topic, at once or at a rate: the load of replays, the demo and the benchmarks."""
 
 import asyncio
 import time
@@ -11,10 +11,10 @@ from worker.config import KafkaConfig
 from worker.kafka.producer import BatchProducer, Message
 
 STEP_EVENTS = 2000
-STEP_S = 0.005  # events that fall due meanwhile share a request
+STEP_S = 0.005  # events that fall due within it share a request
 HEADERS = [("content-type", b"application/json"), ("schema", b"event/1")]
 
-Wait = Callable[[Event], float]  # real seconds until this event may go out; asked once an event
+Wait = Callable[[Event], float]  # real seconds until this event may be sent; called once per event
 
 
 def at_once(_: Event) -> float:
@@ -22,8 +22,9 @@ def at_once(_: Event) -> float:
 
 
 def at_rate(events_per_s: float) -> Wait:
-    """So many a second, evenly, from the first call on."""
-    start_s, count = time.monotonic(), 0
+    """Return a wait that spaces events evenly, counted from now."""
+    start_s = time.monotonic()
+    count = 0
 
     def wait(_: Event) -> float:
         nonlocal count
@@ -34,8 +35,9 @@ def at_rate(events_per_s: float) -> Wait:
 
 
 async def produce(config: KafkaConfig, events: Iterable[Event], wait: Wait = at_once) -> int:
-    """Append the events, keyed by user, in their order a user; returns their number when all are acknowledged."""
-    encode, total = msgspec.json.Encoder().encode, 0
+    """Append the events, keyed by user, in order per user; return their number when all are acknowledged."""
+    encode = msgspec.json.Encoder().encode
+    total = 0
     async with BatchProducer(config) as producer:
         async for step in _steps(events, wait):
             messages = [Message(event.user_id.encode(), encode(event), HEADERS) for event in step]
@@ -47,12 +49,12 @@ async def produce(config: KafkaConfig, events: Iterable[Event], wait: Wait = at_
 async def _steps(events: Iterable[Event], wait: Wait) -> AsyncIterator[list[Event]]:
     step: list[Event] = []
     for event in events:
-        left_s = wait(event)
-        if step and (left_s > 0 or len(step) == STEP_EVENTS):
+        wait_s = wait(event)
+        if step and (wait_s > 0 or len(step) == STEP_EVENTS):
             yield step
             step = []
-        if left_s > 0:
-            await asyncio.sleep(max(left_s, STEP_S))
+        if wait_s > 0:
+            await asyncio.sleep(max(wait_s, STEP_S))
         step.append(event)
     if step:
         yield step

@@ -1,6 +1,6 @@
-"""A real Kafka broker and a real Valkey server on this machine, on free ports, that do not outlive this process.
+"""A real Kafka broker and a real Valkey server on free ports of this machine, which do not outlive this process.
 
-For the demo, replays and the tests; a deployment brings its own. Kafka's jars come from `deploy/setup.sh kafka`.
+For the demo, replays and tests; a deployment has its own. Kafka's jars come from `deploy/setup.sh kafka`.
 """
 
 import os
@@ -16,7 +16,7 @@ KAFKA_VERSION = "4.1.0"
 
 
 def kafka_home() -> Path:
-    """Where the jars are: MILLRACE_KAFKA_HOME, else the cache folder that `make` fills."""
+    """Return the folder of the jars: MILLRACE_KAFKA_HOME, else the cache folder that `make` fills."""
     if home := os.environ.get("MILLRACE_KAFKA_HOME"):
         return Path(home)
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -24,7 +24,7 @@ def kafka_home() -> Path:
 
 
 def missing_requirement(home: Path | None = None) -> str | None:
-    """Why no broker can be started here, in one sentence; None when one can."""
+    """Return why no broker can be started here, in one sentence; None when one can."""
     home = home or kafka_home()
     if not shutil.which("java"):
         return "no Java on the PATH: install a runtime of version 17 or newer, then run `make kafka`"
@@ -36,7 +36,7 @@ def missing_requirement(home: Path | None = None) -> str | None:
 class LocalKafka(LocalServer):
     """One node of Apache Kafka, broker and controller (KRaft). Raises SourceError when it cannot be started.
 
-    settings: further lines of server.properties, or others than ours.
+    settings: lines of server.properties that add to the defaults or replace them
     """
 
     def __init__(
@@ -48,10 +48,11 @@ class LocalKafka(LocalServer):
         settings: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__(data_dir, port, SourceError)
-        self._home, self._heap_mib = home or kafka_home(), heap_mib
+        self._home = home or kafka_home()
+        self._heap_mib = heap_mib
         self._controller_port = next(port for port in free_ports(2) if port != self.port)
-        self._settings = self.data_dir / "server.properties"
-        self._further = settings or {}
+        self._properties = self.data_dir / "server.properties"
+        self._settings = settings or {}
 
     @property
     def bootstrap(self) -> str:
@@ -60,29 +61,30 @@ class LocalKafka(LocalServer):
     def _prepare(self) -> None:
         if reason := missing_requirement(self._home):
             raise SourceError(reason)
-        settings = _settings(self.data_dir, self.port, self._controller_port) | dict(self._further)
-        self._settings.write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
+        settings = _default_settings(self.data_dir, self.port, self._controller_port) | dict(self._settings)
+        self._properties.write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
         if not (self.data_dir / "log" / "meta.properties").exists():
-            # The id only has to be well formed: no other node ever joins.
-            self._java("kafka.tools.StorageTool", "format", "-t", "bWlsbHJhY2UtbG9jYWwtMQ", "-c", str(self._settings))
+            self._format_storage()
 
-    def _java(self, *arguments: str) -> None:
-        done = subprocess.run(self._jvm(*arguments), capture_output=True, text=True, timeout=START_S)
+    def _format_storage(self) -> None:
+        cluster_id = "bWlsbHJhY2UtbG9jYWwtMQ"  # it only has to be well-formed: no other node ever joins
+        command = self._java("kafka.tools.StorageTool", "format", "-t", cluster_id, "-c", str(self._properties))
+        done = subprocess.run(command, capture_output=True, text=True, timeout=START_S)
         if done.returncode:
             raise SourceError(f"formatting {self.data_dir} failed: {(done.stderr or done.stdout).strip()[-500:]}")
 
     def _command(self) -> Sequence[str]:
-        return self._jvm("kafka.Kafka", str(self._settings))
+        return self._java("kafka.Kafka", str(self._properties))
 
-    def _jvm(self, *arguments: str) -> list[str]:
+    def _java(self, *arguments: str) -> list[str]:
         log4j = f"-Dlog4j2.configurationFile={self._home / 'log4j2.properties'}"
-        # The first compiler tier and the serial collector: a broker that starts sooner and leaves the cores to us.
+        # The first compiler tier and the serial collector: the broker starts sooner and leaves the cores to the worker.
         flags = [f"-Xmx{self._heap_mib}m", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", "-XX:-UsePerfData", log4j]
         return ["java", *flags, "-cp", f"{self._home / 'libs'}/*", *arguments]
 
 
 class LocalValkey(LocalServer):
-    """A Valkey server that keeps nothing on disk: a restart is a server that lost its data. Raises StoreError."""
+    """A Valkey server without persistence: after a restart it is empty. Raises StoreError when it cannot be started."""
 
     def __init__(self, data_dir: str | Path, port: int = 0) -> None:
         super().__init__(data_dir, port, StoreError)
@@ -98,8 +100,8 @@ class LocalValkey(LocalServer):
         return [str(get_binary_path()), *(text for key, value in options.items() for text in (f"--{key}", str(value)))]
 
 
-def _settings(data_dir: Path, port: int, controller_port: int) -> dict[str, object]:
-    """server.properties of one small node: every internal topic has one replica, and groups form without delay."""
+def _default_settings(data_dir: Path, port: int, controller_port: int) -> dict[str, object]:
+    """Return server.properties of one small node: one replica per internal topic, groups form without delay."""
     return {
         "process.roles": "broker,controller",
         "node.id": 1,
@@ -123,7 +125,7 @@ def _settings(data_dir: Path, port: int, controller_port: int) -> dict[str, obje
         "num.io.threads": 2,
         "background.threads": 2,
         "log.cleaner.dedupe.buffer.size": 16 << 20,
-        # A killed node may come back only when its old session has ended: 13 s with the default of 9 s.
+        # A killed node can rejoin only when its old session has ended: after 13 s with the default of 9 s.
         "broker.session.timeout.ms": 3000,
         "broker.heartbeat.interval.ms": 500,
     }

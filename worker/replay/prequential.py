@@ -1,7 +1,7 @@
-"""Online hit rate: each event is judged by the slate its user had before it, in serving and by shadow rankings alike.
+"""Prequential evaluation: each event is scored by the slate that its user had before it, then updates the history.
 
-A user's first event is judged by the popular items, which is what a lookup would have answered. Shadows (frozen
-co-occurrence, frozen popularity) rank the same histories in the same batch, so that one run compares them all.
+A user's first event is scored by the popular items, which is what a lookup would have answered. Baselines (frozen
+co-occurrence, frozen popularity) rank the same histories in the same batch, so one run compares them all.
 """
 
 from collections import Counter
@@ -15,27 +15,30 @@ from worker.inference.ranker import PipelineRanker
 from worker.interfaces import Batch, ConsumedEvent
 
 Baseline = Callable[[Histories, int], np.ndarray]  # (histories, k) -> int32 [n, k] tokens
-TOP = 10
+CUTOFF = 10
 
 
 class PrequentialEvaluator:
-    """A Ranker's stand-in that also ranks by the shadows, and the worker's audience that judges.
+    """Implements Ranker: passes batches to `ranker`, ranks them by the baselines as well, and scores what is delivered.
 
-    from_ts_ms: events before it are not scored (a model has been trained on them).
+    popular: items shown to a user without a slate, most popular first
+    score_from_ms: events before it are not scored (the model was trained on them)
     """
 
     def __init__(
-        self, ranker: PipelineRanker, baselines: dict[str, Baseline], popular: Sequence[str], from_ts_ms: int = 0
+        self, ranker: PipelineRanker, baselines: dict[str, Baseline], popular: Sequence[str], score_from_ms: int = 0
     ) -> None:
-        self._ranker, self._baselines, self._from_ts_ms = ranker, baselines, from_ts_ms
-        self._popular = list(popular[:TOP])
-        self._shown: dict[str, dict[str, list[str]]] = {}  # by user: what each ranking shows now
-        self._pending: dict[str, dict[str, list[str]]] = {}  # ranked by the shadows, not yet delivered
+        self._ranker = ranker
+        self._baselines = baselines
+        self._score_from_ms = score_from_ms
+        self._popular = list(popular[:CUTOFF])
+        self._shown: dict[str, dict[str, list[str]]] = {}  # by user: the items of each ranking, as shown now
+        self._pending: dict[str, dict[str, list[str]]] = {}  # the same of the baselines, not yet delivered
         self.answered = 0  # distinct events with a slate
         self.scored = 0
         self.hits: Counter[str] = Counter()
         self.strategies: Counter[str] = Counter()
-        self.totals_ms: list[float] = []  # of every slate since the last `take_latencies`
+        self.latencies_ms: list[float] = []  # of every scored slate since the last `take_latencies`
 
     async def rank(self, batch: Batch) -> list[Slate]:
         slates = await self._ranker.rank(batch)
@@ -51,32 +54,33 @@ class PrequentialEvaluator:
         await self._ranker.observe(events)
 
     def on_delivered(self, batch: Batch, slates: Sequence[Slate]) -> None:
-        """Judge the batch's events by what their users were shown before, then show the new slates."""
+        """Score the batch's events by what their users were shown before, then show the new slates."""
         for entry, slate in zip(batch.entries, slates, strict=True):
             shown = self._shown.get(slate.user_id)
             for consumed in entry.events:
                 self._score(shown, consumed)
-            if entry.events[-1].event.ts_ms >= self._from_ts_ms:
-                self.totals_ms.append(slate.latency_ms.total)
-            coming = self._pending.pop(slate.user_id, {})
-            self._shown[slate.user_id] = {"slate": [item.item_id for item in slate.items[:TOP]], **coming}
+            if entry.events[-1].event.ts_ms >= self._score_from_ms:
+                self.latencies_ms.append(slate.latency_ms.total)
+            baselines = self._pending.pop(slate.user_id, {})
+            self._shown[slate.user_id] = {"slate": [item.item_id for item in slate.items[:CUTOFF]], **baselines}
         self.strategies[slates[0].strategy] += len(slates)
 
     @property
     def rankings(self) -> list[str]:
-        """The slates' own, then the shadows'."""
+        """The name of the slates' own ranking, then the baselines'."""
         return ["slate", *self._baselines]
 
     def hit_rate(self, ranking: str) -> float:
         return self.hits[ranking] / self.scored if self.scored else float("nan")
 
     def take_latencies(self) -> list[float]:
-        taken, self.totals_ms = self.totals_ms, []
-        return taken
+        latencies_ms = self.latencies_ms
+        self.latencies_ms = []
+        return latencies_ms
 
     def _score(self, shown: dict[str, list[str]] | None, consumed: ConsumedEvent) -> None:
         self.answered += consumed.is_new
-        if consumed.event.ts_ms < self._from_ts_ms or not consumed.is_new:
+        if consumed.event.ts_ms < self._score_from_ms or not consumed.is_new:
             return
         self.scored += 1
         for ranking in self.rankings:
@@ -84,7 +88,7 @@ class PrequentialEvaluator:
 
     def _rank_baselines(self, batch: Batch) -> None:
         histories = Histories.from_rings([entry.ring for entry in batch.entries])
-        ids = self._ranker.pipeline.vocabulary.item_ids
-        for name, shadow in self._baselines.items():
-            for entry, row in zip(batch.entries, shadow(histories, TOP).tolist(), strict=True):
-                self._pending.setdefault(entry.user_id, {})[name] = [ids[token] for token in row if token]
+        item_ids = self._ranker.pipeline.vocabulary.item_ids
+        for name, baseline in self._baselines.items():
+            for entry, row in zip(batch.entries, baseline(histories, CUTOFF).tolist(), strict=True):
+                self._pending.setdefault(entry.user_id, {})[name] = [item_ids[token] for token in row if token]

@@ -1,8 +1,8 @@
-"""A recorded log through the whole worker, with a scoreboard: `millrace replay`, and the second half of the demo.
+"""Replay a recorded log through the whole worker and score it: `millrace replay`, and the last step of the demo.
 
-Either the log itself is the source, on its own virtual clock, or (`through_kafka`) it is produced to a real topic and
-consumed from there. Unless one is named, a Valkey is started for the run, and on any broker the topics and the group
-are the run's own: no deployment is touched by accident.
+Either the log itself is the source, on its own virtual clock, or (`ReplayOptions.kafka`) it is produced to a real topic
+and consumed from there. Unless a Redis is given, a Valkey is started for the run, and on any broker the topics and the
+group are the run's own: no deployment is touched by accident.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
 from secrets import token_hex
@@ -25,47 +26,48 @@ from pipeline.errors import LogFileError
 from pipeline.records import Event
 from worker.clock import VirtualClock, WallClock
 from worker.config import Config, KafkaConfig
-from worker.interfaces import Clock, Source
+from worker.interfaces import Clock, Sink, Source
 from worker.kafka.sink import KafkaSink
 from worker.kafka.source import KafkaSource
 from worker.process import Components, build_components, supervise
-from worker.replay.baselines import prequential_evaluator
-from worker.replay.display import REFRESH_S, LatencyRecorder, Percentiles, ReplayDisplay
+from worker.replay.baselines import build_evaluator
+from worker.replay.display import REFRESH_S, LatencyRecorder, Percentiles, ReplayDisplay, format_strategies
 from worker.replay.feed import STEP_S, at_once, at_rate, produce
 from worker.replay.file_sink import FileSink
 from worker.replay.local_servers import LocalKafka, LocalValkey
 from worker.replay.log_source import LogSource
-from worker.replay.prequential import PrequentialEvaluator
+from worker.replay.prequential import CUTOFF, PrequentialEvaluator
 from worker.stream.health import HealthState
 from worker.stream.loop import Worker
 
 
 class ReplayOptions(msgspec.Struct, frozen=True):
-    """What to replay and how."""
+    """Options of `millrace replay`."""
 
     log: Path
-    slates: Path  # where they are written when the log itself is the source, as JSON lines
+    slates: Path  # JSON lines file of the slates, when the log itself is the source
     layout: LogLayout | None = None
-    limit: int | None = None  # events
-    speed: float | None = None  # log seconds a real second; None: as fast as it goes
+    limit: int | None = None  # number of events to replay
+    speed: float | None = None  # log seconds per real second; None: no limit
     train_fraction: float = 0.8  # of the events, before scoring begins
     kafka: str | None = None  # None: the log itself is the source; a broker's address; "": start one
     redis: str | None = None  # URL; None: start a Valkey for the run
-    rate: float | None = None  # events a second of the scored part, through Kafka; None: as fast as it goes
-    name: str = msgspec.field(default_factory=lambda: f"replay-{token_hex(4)}")  # of its group, begins its topics
+    rate: float | None = None  # scored events per second, through Kafka; None: no limit
+    name: str = msgspec.field(default_factory=lambda: f"replay-{token_hex(4)}")  # group id and prefix of the topics
 
 
 class Timeline(NamedTuple):
-    """What the log holds: the events' times in order, 8 bytes an event, and how many records are no events."""
+    """The times of the log's events in order, 8 bytes per event, and the number of records that are not events."""
 
     times_ms: "array[int]"
     unreadable: int
 
 
 class ReplayReport(msgspec.Struct, frozen=True):
-    """`lost`: records that got neither a slate nor a dead letter. Hit rates at 10 and latencies of the scored events.
+    """The result of a replay. Hit rates at 10 and latencies are those of the scored events.
 
-    log_speed: seconds of the log a real second. At high speeds a user's events wait for their own predecessors.
+    lost: number of records that got neither a slate nor a dead letter
+    log_speed: log seconds per real second; at high speeds a user's events wait for their predecessors
     """
 
     log: str
@@ -85,78 +87,99 @@ class ReplayReport(msgspec.Struct, frozen=True):
     model_version: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One replay under way."""
+
+    config: Config
+    options: ReplayOptions
+    score_from_ms: int
+    components: Components
+    worker: Worker
+    evaluator: PrequentialEvaluator
+    recorder: LatencyRecorder
+
+
 async def replay(config: Config, options: ReplayOptions, console: Console) -> ReplayReport:
-    """Runs the log through and returns what came of it. LogFileError, ArtifactError, SourceError as elsewhere."""
-    timeline = await asyncio.to_thread(_timeline, options)
+    """Replay the log and return the report. LogFileError, ArtifactError, SourceError, StoreError, SinkError."""
+    timeline = await asyncio.to_thread(_read_timeline, options)
     events = len(timeline.times_ms)
-    from_ts_ms = timeline.times_ms[min(int(options.train_fraction * events), events - 1)]
+    score_from_ms = timeline.times_ms[min(int(options.train_fraction * events), events - 1)]
     async with AsyncExitStack() as stack:
         config = _replay_config(config, options, stack)
         if options.kafka is not None:
-            console.print(_destination(config.kafka), soft_wrap=True)
+            console.print(_describe_topics(config.kafka), soft_wrap=True)
         clock: Clock = WallClock() if options.kafka is not None else VirtualClock(options.speed)
-        made = await stack.enter_async_context(build_components(config, clock))
-        board = prequential_evaluator(made.ranker, config.pipeline.artifact, from_ts_ms)
-        sink = await stack.enter_async_context(
-            KafkaSink(config, made.slates) if options.kafka is not None else FileSink(options.slates, made.slates)
+        components = await stack.enter_async_context(build_components(config, clock))
+        evaluator = build_evaluator(components.ranker, config.pipeline.artifact, score_from_ms)
+        sink: Sink = await stack.enter_async_context(
+            KafkaSink(config, components.slates)
+            if options.kafka is not None
+            else FileSink(options.slates, components.slates)
         )
-        source = _source(config, options, clock)
-        worker = made.worker(
-            source, sink, HealthState(clock, clock.monotonic()), board, on_delivered=board.on_delivered
+        worker = components.worker(
+            source=_source(config, options, clock),
+            sink=sink,
+            health=HealthState(clock, clock.monotonic()),
+            ranker=evaluator,
+            on_delivered=evaluator.on_delivered,
         )
-        recorder = LatencyRecorder()
+        run = _Run(config, options, score_from_ms, components, worker, evaluator, LatencyRecorder())
         with ReplayDisplay(options.log.name, events, console) as display:
-            await _run(config, options, worker, made, from_ts_ms, lambda: _show(display, recorder, board, worker))
-        recorder.tick(board, worker.tracker.completed_count)
-    return _report(options, timeline, from_ts_ms, board, recorder, worker.limits.total)
+            await _supervise(run, display)
+        run.recorder.tick(evaluator, worker.tracker.completed_count)
+    return _report(run, timeline)
 
 
-async def _run(
-    config: Config, options: ReplayOptions, worker: Worker, made: Components, from_ts_ms: int, show: Callable[[], None]
-) -> None:
-    showing = asyncio.create_task(_every(REFRESH_S, show))
-    feeding = asyncio.create_task(_feed(config, options, worker, from_ts_ms)) if options.kafka is not None else None
+async def _supervise(run: _Run, display: ReplayDisplay) -> None:
+    background = [asyncio.create_task(_every(REFRESH_S, lambda: _show(run, display)), name="display")]
+    if run.options.kafka is not None:
+        background.append(asyncio.create_task(_feed(run), name="feed"))
     try:
-        await supervise(worker, made)
+        await supervise(run.worker, run.components)
     finally:
-        for job in filter(None, (showing, feeding)):
-            job.cancel()
-        await asyncio.gather(*filter(None, (showing, feeding)), return_exceptions=True)
+        for task in background:
+            task.cancel()
+        await asyncio.gather(*background, return_exceptions=True)
 
 
-async def _feed(config: Config, options: ReplayOptions, worker: Worker, from_ts_ms: int) -> None:
-    """The part before scoring as fast as it is answered, then the scored part at its rate; then the worker may stop."""
-    while not worker.health.ready:  # noqa: ASYNC110 - it has made the topic
+async def _feed(run: _Run) -> None:
+    """Produce the events before scoring as fast as they are answered, the scored ones at the rate; stop the worker."""
+    worker, options = run.worker, run.options
+    while not worker.health.ready:  # noqa: ASYNC110 - the worker has then created the topics
         await asyncio.sleep(STEP_S)
-    fed = 0
-    for scored, events in groupby(_events(options), lambda event: event.ts_ms >= from_ts_ms):
-        fed += await produce(config.kafka, events, at_rate(options.rate) if scored and options.rate else at_once)
-        while worker.tracker.completed_count < fed:  # noqa: ASYNC110 - the counter is the condition
+    produced = 0
+    for is_scored, events in groupby(_events(options), lambda event: event.ts_ms >= run.score_from_ms):
+        wait = at_rate(options.rate) if is_scored and options.rate else at_once
+        produced += await produce(run.config.kafka, events, wait)
+        while worker.tracker.completed_count < produced:  # noqa: ASYNC110 - the counter is the condition
             await asyncio.sleep(STEP_S)
     worker.stop()
 
 
-async def _every(period_s: float, act: Callable[[], None]) -> None:
+async def _every(period_s: float, function: Callable[[], None]) -> None:
     while True:
-        act()
+        function()
         await asyncio.sleep(period_s)
 
 
-def _show(display: ReplayDisplay, recorder: LatencyRecorder, board: PrequentialEvaluator, worker: Worker) -> None:
-    recorder.tick(board, worker.tracker.completed_count)
-    display.show(recorder, board, worker.tracker.completed_count, worker.tracker.open_count)
+def _show(run: _Run, display: ReplayDisplay) -> None:
+    tracker = run.worker.tracker
+    run.recorder.tick(run.evaluator, tracker.completed_count)
+    display.show(run.recorder, run.evaluator, completed=tracker.completed_count, pending=tracker.open_count)
 
 
-def _timeline(options: ReplayOptions) -> Timeline:
-    times_ms, unreadable = array("q"), 0
+def _read_timeline(options: ReplayOptions) -> Timeline:
+    times_ms = array("q")
+    unreadable = 0
     for entry in _entries(options):
         if isinstance(entry, Event):
             times_ms.append(entry.ts_ms)
         else:
             unreadable += 1
     if not times_ms:
-        why = "look at its first lines, or give --columns" if unreadable else "it is empty"
-        raise LogFileError(f"{options.log}: no event in it could be read; {why}")
+        reason = "look at its first lines, or give --columns" if unreadable else "it is empty"
+        raise LogFileError(f"{options.log}: no event in it could be read; {reason}")
     return Timeline(times_ms, unreadable)
 
 
@@ -169,14 +192,14 @@ def _events(options: ReplayOptions) -> Iterator[Event]:
 
 
 def _replay_config(config: Config, options: ReplayOptions, stack: AsyncExitStack) -> Config:
-    """Servers of its own, any age of event, one slate per event whatever its action: each is judged by the slate before
-    it; one model."""
+    """Return the configuration of a replay: servers of its own, events of any age, one model, and one slate per event
+    whatever its action, because each event is scored by the slate before it."""
     folder = Path(stack.enter_context(TemporaryDirectory(prefix="millrace-replay-")))
     url = options.redis or stack.enter_context(LocalValkey(folder / "valkey")).url
     kafka = config.kafka
     if options.kafka is not None:
-        broker = options.kafka or stack.enter_context(LocalKafka(folder / "kafka")).bootstrap
-        kafka = _isolated(replace(kafka, bootstrap_servers=broker, create_topics=True), options.name)
+        bootstrap = options.kafka or stack.enter_context(LocalKafka(folder / "kafka")).bootstrap
+        kafka = _isolate(replace(kafka, bootstrap_servers=bootstrap, create_topics=True), options.name)
     return replace(
         config,
         kafka=kafka,
@@ -187,8 +210,8 @@ def _replay_config(config: Config, options: ReplayOptions, stack: AsyncExitStack
     )
 
 
-def _isolated(kafka: KafkaConfig, name: str) -> KafkaConfig:
-    """With topics and a group that nobody else has: a deployment's are neither read nor written."""
+def _isolate(kafka: KafkaConfig, name: str) -> KafkaConfig:
+    """Return the configuration with a group and topics of the run's own: a deployment's are never read or written."""
     return replace(
         kafka,
         group_id=name,
@@ -198,7 +221,7 @@ def _isolated(kafka: KafkaConfig, name: str) -> KafkaConfig:
     )
 
 
-def _destination(kafka: KafkaConfig) -> str:
+def _describe_topics(kafka: KafkaConfig) -> str:
     topics = f"{kafka.events_topic}, {kafka.recommendations_topic}, {kafka.dead_letter_topic}"
     return f"through {kafka.bootstrap_servers}: topics {topics}; group {kafka.group_id}"
 
@@ -209,50 +232,48 @@ def _source(config: Config, options: ReplayOptions, clock: Clock) -> Source:
     return KafkaSource(config.kafka, clock)
 
 
-def _report(
-    options: ReplayOptions,
-    timeline: Timeline,
-    from_ts_ms: int,
-    board: PrequentialEvaluator,
-    recorder: LatencyRecorder,
-    dead_letters: int,
-) -> ReplayReport:
+def _report(run: _Run, timeline: Timeline) -> ReplayReport:
+    options, evaluator, recorder = run.options, run.evaluator, run.recorder
     events = len(timeline.times_ms)
-    wanted = events - bisect_left(timeline.times_ms, from_ts_ms)
-    admitted = events + (timeline.unreadable if options.kafka is None else 0)  # only events are produced to a topic
+    to_score = events - bisect_left(timeline.times_ms, run.score_from_ms)
+    records = events + (timeline.unreadable if options.kafka is None else 0)  # only events are produced to a topic
+    dead_letters = run.worker.limits.total
+    log_s = (timeline.times_ms[-1] - timeline.times_ms[0]) / 1e3
     return ReplayReport(
         log=options.log.name,
         source="log" if options.kafka is None else "kafka",
         events=events,
-        slates=sum(board.strategies.values()),
+        slates=sum(evaluator.strategies.values()),
         dead_letters=dead_letters,
-        lost=admitted - board.answered - dead_letters,
-        scored=board.scored,
-        scored_fraction=round(board.scored / wanted, 6),
-        hit_rates={name: round(board.hit_rate(name), 5) for name in board.rankings},
-        strategies=dict(board.strategies),
-        events_per_s=round(board.answered / recorder.elapsed_s, 1),
+        lost=records - evaluator.answered - dead_letters,
+        scored=evaluator.scored,
+        scored_fraction=round(evaluator.scored / to_score, 6),
+        hit_rates={ranking: round(evaluator.hit_rate(ranking), 5) for ranking in evaluator.rankings},
+        strategies=dict(evaluator.strategies),
+        events_per_s=round(evaluator.answered / recorder.elapsed_s, 1),
         latency=Percentiles.from_samples(recorder.latencies_ms),
         elapsed_s=round(recorder.elapsed_s, 2),
-        log_speed=round((timeline.times_ms[-1] - timeline.times_ms[0]) / 1e3 / recorder.elapsed_s, 1),
-        model_version=board.pipeline.version,
+        log_speed=round(log_s / recorder.elapsed_s, 1),
+        model_version=evaluator.pipeline.version,
     )
 
 
 def summary(report: ReplayReport) -> list[tuple[str, str]]:
-    """The report as rows for the terminal."""
-    latency, total = report.latency, max(1, sum(report.strategies.values()))
-    rungs = "  ".join(f"{rung} {count / total:.1%}" for rung, count in report.strategies.items())
+    """Return the report as rows for the terminal."""
+    latency = report.latency
     return [
         ("events", f"{report.events:,} from {report.source}; {report.dead_letters:,} dead letters"),
         ("slates", f"{report.slates:,}; {report.lost:,} events lost"),
         ("rate", f"{report.events_per_s:,.0f} events/s over {report.elapsed_s:.1f} s"),
-        ("speed", f"{report.log_speed:,.0f} times the log's: a session's events come at once and wait for one another"),
+        (
+            "speed",
+            f"{report.log_speed:,.0f} times the log's: a session's events arrive at once and wait for one another",
+        ),
         (
             "latency, scored part",
             f"p50 {latency.p50_ms:.1f} ms  p95 {latency.p95_ms:.1f} ms  p99 {latency.p99_ms:.1f} ms",
         ),
-        ("rungs", rungs),
+        ("strategies", format_strategies(report.strategies)),
         ("scored", f"{report.scored:,} events, {report.scored_fraction:.1%} of the part after --train-fraction"),
-        *((f"hit rate@10, {name}", f"{rate:.4f}") for name, rate in report.hit_rates.items()),
+        *((f"hit rate@{CUTOFF}, {ranking}", f"{rate:.4f}") for ranking, rate in report.hit_rates.items()),
     ]

@@ -1,8 +1,12 @@
-import os
-import signal
+"""Local servers: free ports, restarts, and an end together with the process that started them."""
+
+import asyncio
 import socket
-import subprocess
 import sys
+from asyncio.subprocess import PIPE
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -11,8 +15,8 @@ from worker.errors import SourceError, StoreError
 from worker.replay.child_process import HOST, PORTS, free_ports
 from worker.replay.local_servers import LocalKafka, LocalValkey, missing_requirement
 
-ORPHAN = """
-import sys, time
+START_VALKEY = """
+import sys
 from worker.replay.local_servers import LocalValkey
 server = LocalValkey(sys.argv[1])
 server.start()
@@ -21,70 +25,67 @@ sys.stdin.read()
 """
 
 
-def answers(port: int) -> bool:
+def is_listening(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex((HOST, port)) == 0
 
 
-def test_a_restarted_valkey_has_its_port_and_no_data(tmp_path):
+def test_restarted_valkey_has_its_port_and_no_data(tmp_path: Path) -> None:
     with LocalValkey(tmp_path) as server:
         client, port = redis.Redis.from_url(server.url), server.port
         client.set("key", "value")
         server.kill()
-        assert not answers(port)
+        assert not is_listening(port)
         server.start()
         assert server.port == port
         assert client.get("key") is None
         client.close()
-    assert not answers(port)
+    assert not is_listening(port)
 
 
-def test_a_server_dies_with_the_process_that_started_it(tmp_path, run, eventually):
-    parent = subprocess.Popen(
-        [sys.executable, "-c", ORPHAN, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+async def test_server_dies_with_the_process_that_started_it(
+    tmp_path: Path, eventually: Callable[..., Awaitable[Any]]
+) -> None:
+    command = [sys.executable, "-c", START_VALKEY, str(tmp_path)]
+    parent = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE)
     assert parent.stdout is not None
-    port = int(parent.stdout.readline())
-    assert answers(port)
-    os.kill(parent.pid, signal.SIGKILL)
-    parent.communicate()
-
-    async def gone() -> bool:
-        return await eventually(lambda: not answers(port), timeout_s=10)
-
-    assert run(gone())
+    port = int(await parent.stdout.readline())
+    assert is_listening(port)
+    parent.kill()
+    await parent.communicate()
+    await eventually(lambda: not is_listening(port), timeout_s=10)
 
 
-def test_ports_are_free_distinct_and_below_those_that_clients_use():
+def test_free_ports_are_distinct_unused_and_below_those_of_clients() -> None:
     ports = free_ports(5)
     assert len(set(ports)) == 5
-    assert all(port in PORTS and not answers(port) for port in ports)
+    assert all(port in PORTS and not is_listening(port) for port in ports)
 
 
-def test_a_taken_port_is_not_free():
-    with socket.socket() as taken:
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        taken.bind((HOST, free_ports(1)[0]))
-        taken.listen()
-        assert taken.getsockname()[1] not in free_ports(3)
+def test_port_in_use_is_not_free() -> None:
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind((HOST, free_ports(1)[0]))
+        server.listen()
+        assert server.getsockname()[1] not in free_ports(3)
 
 
-def test_missing_jars_are_named_with_the_command_that_brings_them(tmp_path):
+def test_missing_jars_are_reported_with_the_command_that_installs_them(tmp_path: Path) -> None:
     assert "make kafka" in (missing_requirement(tmp_path) or "")
     with pytest.raises(SourceError, match="make kafka"):
         LocalKafka(tmp_path / "data", home=tmp_path).start()
 
 
-def test_a_port_that_somebody_has_is_one_sentence(tmp_path):
+def test_port_of_a_running_server_is_one_sentence(tmp_path: Path) -> None:
     with (
         LocalValkey(tmp_path / "one") as running,
-        pytest.raises(StoreError, match=r"somebody else answers on .*; choose another port"),
+        pytest.raises(StoreError, match=r"another process listens on .*; choose another port"),
     ):
         LocalValkey(tmp_path / "two", port=running.port).start()
 
 
-def test_a_server_that_cannot_start_says_its_last_words(tmp_path):
-    with socket.socket() as bound:  # nobody answers, and yet the port cannot be had
+def test_server_that_cannot_start_is_reported_with_its_last_log_line(tmp_path: Path) -> None:
+    with socket.socket() as bound:  # does not listen, but the port is taken
         bound.bind((HOST, 0))
-        with pytest.raises(StoreError, match=r"did not come up on .*Failed listening.*server.log"):
+        with pytest.raises(StoreError, match=r"did not start on .*Failed listening.*server.log"):
             LocalValkey(tmp_path, port=bound.getsockname()[1]).start()
