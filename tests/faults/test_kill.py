@@ -1,59 +1,51 @@
-"""Kill, restart, join, leave: in the end Redis and the output topic are what the oracle says."""
+"""Kill, restart, join, leave: in the end Redis and the recommendations topic are what the oracle computes."""
 
 import asyncio
-import os
 import random
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from oracle import ACTIONS, DEVICES, Oracle
 from redis.asyncio import Redis
 
-PARTITIONS, USERS, EVENTS, CAP = 3, 300, 40_000, 16
-POISON = [b"{", b"[]", b'{"user_id": "u1"}', b'{"user_id":"u1","item_id":"i","action":"dance","ts_ms":5}', b"\xff\xfe"]
+from tests.faults.processes import launch
+
+PARTITIONS = 3
+USERS = 300
+EVENTS = 40_000  # more than any test consumes
+RING_EVENTS = 16
+INVALID = [b"{", b"[]", b'{"user_id": "u1"}', b'{"user_id":"u1","item_id":"i","action":"dance","ts_ms":5}', b"\xff\xfe"]
+Condition = Callable[[], Awaitable[bool]]
+Eventually = Callable[..., Awaitable[Any]]
 
 
 class Members:
-    """`millrace run` processes of one consumer group, with the settings of one test."""
+    """`millrace run` processes of one consumer group."""
 
-    def __init__(self, kafka: str, valkey: str, names: dict[str, str], logs: Path) -> None:
-        settings = {f"MILLRACE__KAFKA__{key}": value for key, value in names.items()}
-        settings |= {
-            "MILLRACE__KAFKA__BOOTSTRAP_SERVERS": kafka,
-            "MILLRACE__KAFKA__SESSION_TIMEOUT_MS": "6000",  # the broker's smallest: a killed member is noticed
-            "MILLRACE__KAFKA__MAX_POLL_RECORDS": "200",  # several polls under way when the kill comes
-            "MILLRACE__REDIS__URL": valkey,
-            "MILLRACE__SEQUENCES__MAX_EVENTS": str(CAP),
-            "MILLRACE__EVENTS__MAX_AGE_DAYS": "0",
-            "MILLRACE__DEAD_LETTERS__MAX_RATIO": "0.5",
-            "MILLRACE__HEALTH__COMMIT_INTERVAL_S": "0.2",
-            "MILLRACE__HEALTH__PORT": "0",
-        }
-        self._env, self._logs, self._started = os.environ | settings, logs, 0
+    def __init__(self, settings: dict[str, str], logs: Path) -> None:
+        self._settings = settings
+        self._logs = logs
+        self._started = 0
         self.alive: list[subprocess.Popen] = []
 
     def start(self, **settings: str) -> subprocess.Popen:
         self._started += 1
-        env = self._env | {f"MILLRACE__{key}": value for key, value in settings.items()}
-        with (self._logs / f"member-{self._started}.log").open("wb") as log:
-            command = [sys.executable, "-m", "worker.cli", "run"]
-            member = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+        member = launch(self._newest_log, **(self._settings | settings))
         self.alive.append(member)
         return member
 
-    def assigned(self) -> bool:
-        """Has the newest of them got partitions?"""
-        log = self._logs / f"member-{self._started}.log"
-        return bool(re.search(r'"partitions": \["[^}]*"event": "partitions assigned"', log.read_text()))
+    def newest_has_partitions(self) -> bool:
+        assigned = r'"partitions": \["[^}]*"event": "partitions assigned"'
+        return bool(re.search(assigned, self._newest_log.read_text()))
 
     def kill(self, member: subprocess.Popen) -> None:
         member.kill()
@@ -65,198 +57,205 @@ class Members:
         self.alive.remove(member)
         return await asyncio.to_thread(member.wait, 60)
 
-    @contextmanager
-    def heard(self) -> Iterator[None]:
-        """When what happens inside fails, their last words are shown."""
-        try:
-            yield
-        except BaseException:
-            print("\n".join(log.read_text()[-3000:] for log in sorted(self._logs.glob("member-*.log"))))
-            raise
+    def print_logs(self) -> None:
+        print("\n".join(log.read_text()[-3000:] for log in sorted(self._logs.glob("member-*.log"))))
+
+    @property
+    def _newest_log(self) -> Path:
+        return self._logs / f"member-{self._started}.log"
 
 
-@pytest.fixture
-def names(topics: Callable[[str], str]) -> dict[str, str]:
-    parts = {
-        "EVENTS_TOPIC": "events",
-        "RECOMMENDATIONS_TOPIC": "slates",
-        "DEAD_LETTER_TOPIC": "dead",
-        "GROUP_ID": "group",
-    }
-    return {key: topics(name) for key, name in parts.items()}
+class Stream:
+    """The topics and the consumer group of a test, seen from outside the workers."""
 
+    def __init__(self, settings: dict[str, str]) -> None:
+        self.bootstrap = settings["KAFKA__BOOTSTRAP_SERVERS"]
+        self.group = settings["KAFKA__GROUP_ID"]
+        self.events = settings["KAFKA__EVENTS_TOPIC"]
+        self.slates = settings["KAFKA__RECOMMENDATIONS_TOPIC"]
+        self.dead_letters = settings["KAFKA__DEAD_LETTER_TOPIC"]
+        self.user_prefix = f"{self.group}-"
 
-@pytest.fixture
-def members(kafka: str, valkey: str, names: dict[str, str], tmp_path: Path):
-    members = Members(kafka, valkey, names, tmp_path)
-    yield members
-    for member in list(members.alive):
-        members.kill(member)
-
-
-def some_event(random: random.Random, prefix: str, number: int) -> dict:
-    event = {
-        "user_id": f"{prefix}{int(random.paretovariate(0.6)) % USERS}",
-        "item_id": f"item-{int(random.paretovariate(0.5)) % 500}",
-        "action": random.choice(ACTIONS),
-        "ts_ms": 1_700_000_000_000 + 250 * number + random.randrange(-2000, 2000),  # out of order, too
-    }
-    extras = {"value": 9.5, "dwell_ms": 12_345, "device": random.choice(DEVICES), "position": 3, "context": {"a": "b"}}
-    return event | {key: value for key, value in extras.items() if random.random() < 0.3}
-
-
-async def create(kafka: str, names: dict[str, str]) -> None:
-    admin = AIOKafkaAdminClient(bootstrap_servers=kafka)
-    await admin.start()
-    wanted = [names[key] for key in ("EVENTS_TOPIC", "RECOMMENDATIONS_TOPIC", "DEAD_LETTER_TOPIC")]
-    await admin.create_topics([NewTopic(name, PARTITIONS, 1) for name in wanted])
-    await admin.close()
-
-
-async def produce(kafka: str, topic: str, prefix: str, count: int = EVENTS, pause_s: float = 0.25) -> None:
-    """Valid events, some twice, and some poison; trickled so that every kill happens in mid-stream."""
-    dice = random.Random(11)
-    async with AIOKafkaProducer(bootstrap_servers=kafka, enable_idempotence=True, linger_ms=5) as producer:
-        for number in range(count):
-            event = some_event(dice, prefix, number)
-            key, value = event["user_id"].encode(), msgspec.json.encode(event)
-            if dice.random() < 0.02:
-                value = dice.choice(POISON)
-            for _ in range(2 if dice.random() < 0.02 else 1):
-                await producer.send(topic, value, key=key)
-            if number % 100 == 99:
-                await asyncio.sleep(pause_s)
-
-
-async def read_all(kafka: str, topic: str) -> list:
-    """Every committed record of a topic, by partition in offset order."""
-    # Not `seek_to_beginning`: the consumer's own reset to the latest may still be under way, and then wins.
-    whole = {"isolation_level": "read_committed", "auto_offset_reset": "earliest"}
-    async with AIOKafkaConsumer(bootstrap_servers=kafka, **whole) as consumer:
-        parts = [TopicPartition(topic, number) for number in range(PARTITIONS)]
-        consumer.assign(parts)
-        ends = await consumer.end_offsets(parts)
-        records = []
-        while any([await consumer.position(part) < ends[part] for part in parts]):
-            for polled in (await consumer.getmany(timeout_ms=500)).values():
-                records += polled
-    return sorted(records, key=lambda record: (record.partition, record.offset))
-
-
-@asynccontextmanager
-async def settled(kafka: str, names: dict[str, str]) -> AsyncIterator[Callable[[], Awaitable[bool]]]:
-    """A condition: the group has committed the end of every partition."""
-    admin = AIOKafkaAdminClient(bootstrap_servers=kafka)
-    parts = [TopicPartition(names["EVENTS_TOPIC"], number) for number in range(PARTITIONS)]
-    async with AIOKafkaConsumer(bootstrap_servers=kafka) as consumer:
-
-        async def condition() -> bool:
-            ends = await consumer.end_offsets(parts)
-            committed = await admin.list_consumer_group_offsets(names["GROUP_ID"])
-            return all(part in committed and committed[part].offset >= ends[part] for part in parts)
-
+    async def create(self) -> None:
+        admin = AIOKafkaAdminClient(bootstrap_servers=self.bootstrap)
         await admin.start()
-        try:
-            yield condition
-        finally:
-            await admin.close()
+        names = (self.events, self.slates, self.dead_letters)
+        await admin.create_topics([NewTopic(name, PARTITIONS, 1) for name in names])
+        await admin.close()
+
+    async def produce(self, count: int = EVENTS, pause_s: float = 0.25) -> None:
+        """Send valid events, some twice, and some invalid records, with a pause after every hundred."""
+        rng = random.Random(11)
+        async with AIOKafkaProducer(bootstrap_servers=self.bootstrap, enable_idempotence=True, linger_ms=5) as producer:
+            for number in range(count):
+                event = random_event(rng, self.user_prefix, number)
+                key = event["user_id"].encode()
+                value = rng.choice(INVALID) if rng.random() < 0.02 else msgspec.json.encode(event)
+                for _ in range(2 if rng.random() < 0.02 else 1):
+                    await producer.send(self.events, value, key=key)
+                if number % 100 == 99:
+                    await asyncio.sleep(pause_s)
+
+    async def read(self, topic: str) -> list[ConsumerRecord]:
+        """Return every record of a topic, by partition in offset order."""
+        # Not `seek_to_beginning`: the consumer's own reset to the latest may still be pending, and then wins.
+        async with AIOKafkaConsumer(
+            bootstrap_servers=self.bootstrap, isolation_level="read_committed", auto_offset_reset="earliest"
+        ) as consumer:
+            partitions = self._partitions(topic)
+            consumer.assign(partitions)
+            ends = await consumer.end_offsets(partitions)
+            records: list[ConsumerRecord] = []
+            while any([await consumer.position(partition) < ends[partition] for partition in partitions]):
+                for polled in (await consumer.getmany(timeout_ms=500)).values():
+                    records += polled
+        return sorted(records, key=lambda record: (record.partition, record.offset))
+
+    @asynccontextmanager
+    async def slate_counter(self) -> AsyncIterator[Callable[[], Awaitable[int]]]:
+        """Yield a function that returns the number of slates in the topic."""
+        async with AIOKafkaConsumer(bootstrap_servers=self.bootstrap) as consumer:
+
+            async def count() -> int:
+                return sum((await consumer.end_offsets(self._partitions(self.slates))).values())
+
+            yield count
+
+    @asynccontextmanager
+    async def all_committed(self) -> AsyncIterator[Condition]:
+        """Yield a condition: the group has committed the end of every partition."""
+        admin = AIOKafkaAdminClient(bootstrap_servers=self.bootstrap)
+        partitions = self._partitions(self.events)
+        async with AIOKafkaConsumer(bootstrap_servers=self.bootstrap) as consumer:
+
+            async def condition() -> bool:
+                ends = await consumer.end_offsets(partitions)
+                committed = await admin.list_consumer_group_offsets(self.group)
+                return all(each in committed and committed[each].offset >= ends[each] for each in partitions)
+
+            await admin.start()
+            try:
+                yield condition
+            finally:
+                await admin.close()
+
+    def _partitions(self, topic: str) -> list[TopicPartition]:
+        return [TopicPartition(topic, number) for number in range(PARTITIONS)]
 
 
-def decoded(value: bytes) -> dict | None:
-    """The event in a record, or None for what must have become a dead letter."""
+def random_event(rng: random.Random, prefix: str, number: int) -> dict[str, Any]:
+    event = {
+        "user_id": f"{prefix}{int(rng.paretovariate(0.6)) % USERS}",
+        "item_id": f"item-{int(rng.paretovariate(0.5)) % 500}",
+        "action": rng.choice(ACTIONS),
+        "ts_ms": 1_700_000_000_000 + 250 * number + rng.randrange(-2000, 2000),  # out of order, too
+    }
+    optional = {"value": 9.5, "dwell_ms": 12_345, "device": rng.choice(DEVICES), "position": 3, "context": {"a": "b"}}
+    return event | {key: value for key, value in optional.items() if rng.random() < 0.3}
+
+
+def decode(value: bytes | None) -> dict[str, Any] | None:
+    """Return the event in a record, or None for an invalid record."""
     try:
-        event = msgspec.json.decode(value)
+        event = msgspec.json.decode(value or b"")
     except msgspec.DecodeError:
         return None
     return event if isinstance(event, dict) and event.get("action") in ACTIONS else None
 
 
-def test_nothing_is_lost_when_workers_are_killed_and_members_come_and_go(
-    run, kafka: str, valkey: str, names: dict[str, str], members: Members, eventually, tmp_path: Path
-):
-    prefix = f"{names['GROUP_ID']}-"
+@pytest.fixture
+def settings(deployment: dict[str, str], valkey: str) -> dict[str, str]:
+    return deployment | {
+        "KAFKA__SESSION_TIMEOUT_MS": "6000",  # the smallest that the broker allows, to detect killed members
+        "KAFKA__MAX_POLL_RECORDS": "200",  # several polls are pending at every kill
+        "REDIS__URL": valkey,
+        "SEQUENCES__MAX_EVENTS": str(RING_EVENTS),
+        "EVENTS__MAX_AGE_DAYS": "0",
+        "DEAD_LETTERS__MAX_RATIO": "0.5",
+        "HEALTH__COMMIT_INTERVAL_S": "0.2",
+    }
 
-    async def slates() -> int:
-        return len(await read_all(kafka, names["RECOMMENDATIONS_TOPIC"]))
 
-    async def answered(more: int) -> None:
-        enough = await slates() + more
+@pytest.fixture
+def stream(settings: dict[str, str]) -> Stream:
+    return Stream(settings)
 
-        async def condition() -> bool:
-            return await slates() >= enough
 
-        await eventually(condition, 60)
+@pytest.fixture
+def members(settings: dict[str, str], tmp_path: Path) -> Iterator[Members]:
+    members = Members(settings, tmp_path)
+    yield members
+    members.print_logs()  # pytest shows them if the test failed
+    for member in list(members.alive):
+        members.kill(member)
 
-    async def story() -> None:
-        await create(kafka, names)
-        producing = asyncio.create_task(produce(kafka, names["EVENTS_TOPIC"], prefix))
+
+async def test_nothing_is_lost_while_members_are_killed_join_and_leave(
+    stream: Stream, members: Members, valkey: str, eventually: Eventually
+) -> None:
+    await stream.create()
+    async with stream.slate_counter() as count_slates, stream.all_committed() as all_committed:
+
+        async def wait_for_slates(more: int) -> None:
+            enough = await count_slates() + more
+
+            async def condition() -> bool:
+                return await count_slates() >= enough
+
+            await eventually(condition, 60)
+
+        producing = asyncio.create_task(stream.produce())
         first = members.start()
         for more in (200, 400):
-            await answered(more)
+            await wait_for_slates(more)
             members.kill(first)
             first = members.start()
-        await eventually(members.assigned, 60)
+        await eventually(members.newest_has_partitions, 60)
         second = members.start()
-        await eventually(members.assigned, 60)
-        await answered(200)
+        await eventually(members.newest_has_partitions, 60)
+        await wait_for_slates(200)
         assert await members.leave(second) == 0
-        await answered(200)
-        assert not producing.done(), "all of it must happen in mid-stream"
+        await wait_for_slates(200)
+        assert not producing.done(), "all of it must happen while events arrive"
         producing.cancel()
         await asyncio.wait({producing})
-        async with settled(kafka, names) as condition:
-            await eventually(condition, 90)
-        assert await members.leave(first) == 0
-
-    with members.heard():
-        run(story(), 240)
-    run(compare(kafka, valkey, names, prefix), 60)
+        await eventually(all_committed, 90)
+    assert await members.leave(first) == 0
+    await check_against_oracle(stream, valkey)
 
 
-def test_events_that_ask_for_no_slate_reach_their_rings_and_are_committed(
-    run, kafka: str, valkey: str, names: dict[str, str], members: Members, eventually
-):
-    prefix = f"{names['GROUP_ID']}-"
-
-    async def answered() -> bool:
-        return bool(await read_all(kafka, names["RECOMMENDATIONS_TOPIC"]))
-
-    async def story() -> None:
-        await create(kafka, names)
-        await produce(kafka, names["EVENTS_TOPIC"], prefix, 2000, pause_s=0)
+async def test_events_without_a_trigger_action_reach_their_rings_and_are_committed(
+    stream: Stream, members: Members, valkey: str, eventually: Eventually
+) -> None:
+    await stream.create()
+    await stream.produce(2000, pause_s=0)
+    async with stream.slate_counter() as count_slates, stream.all_committed() as all_committed:
         member = members.start(EVENTS__TRIGGER_ACTIONS='["cart"]')
-        await eventually(answered, 60)
+        await eventually(count_slates, 60)
         members.kill(member)
         member = members.start(EVENTS__TRIGGER_ACTIONS='["cart"]')
-        async with settled(kafka, names) as condition:
-            await eventually(condition, 60)
-        assert await members.leave(member) == 0
-
-    with members.heard():
-        run(story(), 150)
-    run(compare(kafka, valkey, names, prefix, ("cart",)), 60)
+        await eventually(all_committed, 60)
+    assert await members.leave(member) == 0
+    await check_against_oracle(stream, valkey, triggers=("cart",))
 
 
-async def compare(
-    kafka: str, valkey: str, names: dict[str, str], prefix: str, triggers: tuple[str, ...] = ACTIONS
-) -> None:
-    oracle, poison = Oracle(names["EVENTS_TOPIC"], CAP, triggers=triggers), set()
-    for record in await read_all(kafka, names["EVENTS_TOPIC"]):
-        if (event := decoded(record.value)) is None:
-            poison.add((record.partition, record.offset, record.value))
+async def check_against_oracle(stream: Stream, valkey: str, triggers: tuple[str, ...] = ACTIONS) -> None:
+    oracle = Oracle(stream.events, RING_EVENTS, triggers=triggers)
+    invalid: set[tuple[int, int, bytes | None]] = set()
+    for record in await stream.read(stream.events):
+        if (event := decode(record.value)) is None:
+            invalid.add((record.partition, record.offset, record.value))
         else:
             oracle.feed(record.partition, record.offset, event)
     async with Redis.from_url(valkey) as redis:
-        keys = [key async for key in redis.scan_iter(f"seq:{{u:{prefix}*", count=1000)]
-        stored = dict(zip([key.decode() for key in keys], await redis.mget(keys), strict=True))
-    assert stored == oracle.rings()
-    oracle.check_slates(
-        [msgspec.json.decode(record.value) for record in await read_all(kafka, names["RECOMMENDATIONS_TOPIC"])]
-    )
-    buried = {_origin(record) for record in await read_all(kafka, names["DEAD_LETTER_TOPIC"])}
-    assert buried == poison
+        keys = [key async for key in redis.scan_iter(f"seq:{{u:{stream.user_prefix}*", count=1000)]
+        rings = dict(zip([key.decode() for key in keys], await redis.mget(keys), strict=True))
+    assert rings == oracle.rings()
+    oracle.check_slates([msgspec.json.decode(record.value or b"") for record in await stream.read(stream.slates)])
+    dead_letters = {_origin(record) for record in await stream.read(stream.dead_letters)}
+    assert dead_letters == invalid
 
 
-def _origin(record) -> tuple[int, int, bytes]:
+def _origin(record: ConsumerRecord) -> tuple[int, int, bytes | None]:
     headers = dict(record.headers)
     return int(headers["millrace-partition"]), int(headers["millrace-offset"]), record.value

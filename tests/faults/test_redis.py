@@ -1,11 +1,12 @@
-"""Redis hangs, restarts empty, or is full: the stream waits, says so, and loses nothing."""
+"""Redis hangs, restarts empty, or is full: the stream waits, reports it, and loses nothing."""
 
 import asyncio
 import os
 import signal
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -18,16 +19,23 @@ from worker import config
 from worker.clock import VirtualClock
 from worker.errors import DeadLetterLimit, StoreUnavailable
 from worker.process import build_components, first_error
+from worker.redis.sequences import SequenceStore
 from worker.replay.file_sink import FileSink
 from worker.replay.local_servers import LocalValkey
 from worker.replay.log_source import LogSource
 from worker.stream.health import HealthState
 from worker.stream.loop import Worker
 
-EVENTS, USERS, CAP = 3000, 60, 16
+EVENTS = 1000
+USERS = 20
+RING_EVENTS = 16
+Fault = Callable[[Worker, HealthState], Coroutine[Any, Any, None]]
+Eventually = Callable[..., Awaitable[Any]]
 
 
-def log() -> list[Event]:
+@pytest.fixture
+def events() -> list[Event]:
+    """A log of 50 s: the users take turns, each fills its ring three times."""
     return [
         Event(
             f"user-{n * 7 % USERS}", f"item-{n * 13 % 97}", ("view", "like", "cart")[n % 3], 1_700_000_000_000 + 50 * n
@@ -46,7 +54,7 @@ def settings(url: str, **more: str) -> config.Config:
     values = {
         "REDIS__URL": url,
         "REDIS__TIMEOUT_S": "0.3",
-        "SEQUENCES__MAX_EVENTS": str(CAP),
+        "SEQUENCES__MAX_EVENTS": str(RING_EVENTS),
         "KAFKA__MAX_POLL_RECORDS": "50",
         "EVENTS__MAX_AGE_DAYS": "0",
         "HEALTH__PORT": "0",
@@ -55,103 +63,105 @@ def settings(url: str, **more: str) -> config.Config:
 
 
 async def stream(
-    loaded: config.Config,
-    entries: list[Event | BadRecord],
-    slates: Path,
-    trouble: Callable[[Worker, HealthState], Awaitable[None]] | None = None,
+    loaded: config.Config, entries: list[Event | BadRecord], slates: Path, fault: Fault | None = None
 ) -> Worker:
-    """The whole worker over a log that is its own source; `trouble` goes on beside it."""
-    clock = VirtualClock(speed=30.0)  # 150 s of log in 5 s
-    async with build_components(loaded, clock) as made, FileSink(slates, made.slates) as sink:
-        pulse = HealthState(clock, clock.monotonic())
-        worker = made.worker(LogSource(iter(entries), clock, "log", 50), sink, pulse)
-        beside = asyncio.create_task(trouble(worker, pulse)) if trouble else None
+    """Run the worker over a log that is its own source; `fault` runs meanwhile."""
+    clock = VirtualClock(speed=30.0)  # 50 s of log in 1.7 s
+    async with build_components(loaded, clock) as components, FileSink(slates, components.slates) as sink:
+        health = HealthState(clock, clock.monotonic())
+        worker = components.worker(LogSource(iter(entries), clock, "log", 50), sink, health)
+        fault_task = asyncio.create_task(fault(worker, health)) if fault else None
         try:
             await worker.run()
         except BaseExceptionGroup as group:
             raise first_error(group) from group
         finally:
-            if beside:
-                beside.cancel()
+            if fault_task:
+                fault_task.cancel()
                 with suppress(asyncio.CancelledError):
-                    await beside
+                    await fault_task
         return worker
 
 
-def compare(events: list[Event], slates: Path, stored: dict[str, bytes] | None) -> None:
-    oracle = Oracle("log", CAP)
+def check_slates(events: list[Event], slates: Path) -> Oracle:
+    """Check the slates of these events and return the oracle."""
+    oracle = Oracle("log", RING_EVENTS)
     for offset, event in enumerate(events):
         oracle.feed(0, offset, {name: getattr(event, name) for name in Event.__struct_fields__})
     oracle.check_slates([msgspec.json.decode(line) for line in slates.read_bytes().splitlines()])
-    if stored is not None:
-        assert stored == oracle.rings()
+    return oracle
 
 
-async def rings(url: str) -> dict[str, bytes]:
+async def read_rings(url: str) -> dict[str, bytes]:
     async with Redis.from_url(url) as redis:
         keys = [key async for key in redis.scan_iter("seq:*", count=1000)]
         return dict(zip([key.decode() for key in keys], await redis.mget(keys), strict=True))
 
 
-def test_a_redis_that_hangs_delays_the_stream_and_changes_nothing(server: LocalValkey, tmp_path: Path, run, eventually):
-    seen: list[str] = []
+async def test_hanging_redis_delays_the_stream_and_changes_nothing(
+    server: LocalValkey, events: list[Event], tmp_path: Path, eventually: Eventually
+) -> None:
+    problems: list[str] = []
 
-    async def hang(worker: Worker, pulse: HealthState) -> None:
+    async def hang(worker: Worker, health: HealthState) -> None:
         await eventually(lambda: worker.tracker.completed_count > EVENTS // 4)
         os.kill(server.pid, signal.SIGSTOP)
-        problem = await eventually(lambda: pulse.serving()[1] if pulse.problems else "")
-        seen.append(problem)
+        problems.append(await eventually(lambda: health.serving()[1] if health.problems else ""))
         os.kill(server.pid, signal.SIGCONT)
 
-    events = log()
-    worker = run(stream(settings(server.url), list(events), tmp_path / "slates.jsonl", hang))
+    worker = await stream(settings(server.url), list(events), tmp_path / "slates.jsonl", hang)
     assert worker.tracker.open_count == 0
-    assert "did not answer within 0.3 s" in seen[0]
-    compare(events, tmp_path / "slates.jsonl", run(rings(server.url)))
+    assert "did not answer within 0.3 s" in problems[0]
+    assert await read_rings(server.url) == check_slates(events, tmp_path / "slates.jsonl").rings()
 
 
-def test_a_full_redis_is_waited_out_and_nothing_is_lost(server: LocalValkey, tmp_path: Path, run, eventually):
-    seen: list[str] = []
+async def test_full_redis_is_waited_for_and_nothing_is_lost(
+    server: LocalValkey, events: list[Event], tmp_path: Path, eventually: Eventually
+) -> None:
+    problems: list[str] = []
 
-    async def fill(worker: Worker, pulse: HealthState) -> None:
+    async def fill(worker: Worker, health: HealthState) -> None:
         async with Redis.from_url(server.url) as redis:
             await eventually(lambda: worker.tracker.completed_count > EVENTS // 4)
             await redis.config_set("maxmemory", "1mb")
-            seen.append(await eventually(lambda: pulse.serving()[1] if pulse.problems else ""))
+            problems.append(await eventually(lambda: health.serving()[1] if health.problems else ""))
             await redis.config_set("maxmemory", "0")
 
-    events = log()
-    run(stream(settings(server.url), list(events), tmp_path / "slates.jsonl", fill))
-    assert "out of memory" in seen[0]
-    compare(events, tmp_path / "slates.jsonl", run(rings(server.url)))
+    await stream(settings(server.url), list(events), tmp_path / "slates.jsonl", fill)
+    assert "out of memory" in problems[0]
+    assert await read_rings(server.url) == check_slates(events, tmp_path / "slates.jsonl").rings()
 
 
-def test_a_redis_that_restarts_empty_costs_rings_but_no_answer(server: LocalValkey, tmp_path: Path, run, eventually):
-    lost: list[int] = []
+async def test_redis_restarted_empty_loses_rings_but_no_slate(
+    server: LocalValkey, events: list[Event], tmp_path: Path, eventually: Eventually
+) -> None:
+    rings_lost: list[int] = []
 
-    async def restart(worker: Worker, pulse: HealthState) -> None:
+    async def restart(worker: Worker, health: HealthState) -> None:
+        store = worker.store
+        assert isinstance(store, SequenceStore)
         await eventually(lambda: worker.tracker.completed_count > EVENTS // 4)
         server.kill()
-        await eventually(lambda: bool(pulse.problems))
-        server.start()
-        await eventually(lambda: worker.store.rings_lost > 0)
-        lost.append(worker.store.rings_lost)
+        await eventually(lambda: bool(health.problems))
+        await asyncio.to_thread(server.start)
+        rings_lost.append(await eventually(lambda: store.rings_lost))
 
-    events = log()
-    run(stream(settings(server.url), list(events), tmp_path / "slates.jsonl", restart))
-    assert lost
-    compare(events, tmp_path / "slates.jsonl", None)
+    await stream(settings(server.url), list(events), tmp_path / "slates.jsonl", restart)
+    assert rings_lost
+    check_slates(events, tmp_path / "slates.jsonl")
 
 
-def test_a_redis_that_is_down_at_the_start_is_one_clear_sentence(tmp_path: Path, run):
+async def test_unreachable_redis_at_the_start_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(StoreUnavailable, match=r"^Redis at 127\.0\.0\.1:1 is unreachable[^\n]*$") as caught:
-        run(stream(settings("redis://127.0.0.1:1"), [], tmp_path / "slates.jsonl"))
+        await stream(settings("redis://127.0.0.1:1"), [], tmp_path / "slates.jsonl")
     assert caught.value.exit_code == 5
 
 
-def test_too_many_bad_records_halt_the_worker_after_they_are_buried(server: LocalValkey, tmp_path: Path, run):
-    entries: list[Event | BadRecord] = [*log()[:200], *(BadRecord(n, b"{", "broken") for n in range(50))]
+async def test_too_many_bad_records_halt_the_worker_after_they_are_dead_lettered(
+    server: LocalValkey, events: list[Event], tmp_path: Path
+) -> None:
+    entries: list[Event | BadRecord] = [*events[:200], *(BadRecord(n, b"{", "broken") for n in range(50))]
     with pytest.raises(DeadLetterLimit, match="broken") as caught:
-        run(stream(settings(server.url, DEAD_LETTERS__MAX_CONSECUTIVE="40"), entries, tmp_path / "slates.jsonl"))
+        await stream(settings(server.url, DEAD_LETTERS__MAX_CONSECUTIVE="40"), entries, tmp_path / "slates.jsonl")
     assert caught.value.exit_code == 6
     assert len((tmp_path / "slates.dead.jsonl").read_bytes().splitlines()) >= 40

@@ -1,7 +1,8 @@
-"""The doctor tries every part for real, and says what to do about each gap."""
+"""`millrace doctor` tries every part for real, and names the next step for each gap."""
 
 import asyncio
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,63 +12,75 @@ from worker.cli import main
 from worker.redis.client import RedisClient
 from worker.replay.local_servers import LocalValkey
 
-
-def settings(monkeypatch, **values: object) -> None:
-    for name, value in values.items():
-        monkeypatch.setenv(f"MILLRACE__{name}", str(value))
+Configure = Callable[..., None]
+Lines = Callable[[], dict[str, str]]
 
 
 @pytest.fixture
-def lines(capsys):
-    """The finding of each part, by its name, as the command printed it."""
+def configure(monkeypatch: pytest.MonkeyPatch) -> Configure:
+    """Return `configure(SECTION__FIELD=value)`."""
+
+    def set_variables(**values: object) -> None:
+        for name, value in values.items():
+            monkeypatch.setenv(f"MILLRACE__{name}", str(value))
+
+    return set_variables
+
+
+@pytest.fixture
+def lines(capsys: pytest.CaptureFixture[str]) -> Lines:
+    """Return the printed finding of each part, by its name."""
     return lambda: {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if len(line.split()) > 1}
 
 
-def test_all_is_well(kafka: str, valkey: str, shop, monkeypatch, lines):
-    settings(monkeypatch, KAFKA__BOOTSTRAP_SERVERS=kafka, KAFKA__CREATE_TOPICS="true", REDIS__URL=valkey)
-    settings(monkeypatch, PIPELINE__ARTIFACT=shop.artifact)
+def test_complete_deployment_has_no_gap(kafka: str, valkey: str, shop, configure: Configure, lines: Lines) -> None:
+    configure(KAFKA__BOOTSTRAP_SERVERS=kafka, KAFKA__CREATE_TOPICS="true", REDIS__URL=valkey)
+    configure(PIPELINE__ARTIFACT=shop.artifact)
     assert main(["doctor"]) == 0
-    found = lines()
-    assert "✓" in found["kafka"]
-    assert "functions loaded" in found["redis"]
-    assert re.search(r"version [0-9a-f]{16}, 1[01]\d items", found["artifact"])
-    assert {"gpu", "starlette", "uvicorn", "matplotlib", "vllm", "onnxruntime", "tensorrt"} <= set(found)
+    findings = lines()
+    assert "✓" in findings["kafka"]
+    assert "functions loaded" in findings["redis"]
+    assert re.search(r"version [0-9a-f]{16}, 1[01]\d items", findings["artifact"])
+    assert {"gpu", "starlette", "uvicorn", "matplotlib", "vllm", "onnxruntime", "tensorrt"} <= set(findings)
 
 
-def test_each_gap_has_its_sentence_and_the_first_one_the_exit_code(valkey: str, monkeypatch, lines):
-    settings(monkeypatch, KAFKA__BOOTSTRAP_SERVERS="127.0.0.1:1", REDIS__URL=valkey, PIPELINE__ARTIFACT="nowhere")
+def test_each_gap_has_a_sentence_and_the_first_sets_the_exit_code(
+    valkey: str, configure: Configure, lines: Lines
+) -> None:
+    configure(KAFKA__BOOTSTRAP_SERVERS="127.0.0.1:1", REDIS__URL=valkey, PIPELINE__ARTIFACT="nowhere")
     assert main(["doctor"]) == 4
-    found = lines()
-    assert "no broker answers at 127.0.0.1:1" in found["kafka"]
-    assert "✓" in found["redis"]
-    assert "millrace train LOG" in found["artifact"]
+    findings = lines()
+    assert "no broker answers at 127.0.0.1:1" in findings["kafka"]
+    assert "✓" in findings["redis"]
+    assert "millrace train LOG" in findings["artifact"]
 
 
-def test_missing_topics_are_named(kafka: str, valkey: str, topics, monkeypatch, lines):
+def test_missing_topics_are_named(
+    kafka: str, valkey: str, topics: Callable[[str], str], configure: Configure, lines: Lines
+) -> None:
     name = topics("missing")
-    settings(monkeypatch, KAFKA__BOOTSTRAP_SERVERS=kafka, KAFKA__EVENTS_TOPIC=name, REDIS__URL=valkey)
+    configure(KAFKA__BOOTSTRAP_SERVERS=kafka, KAFKA__EVENTS_TOPIC=name, REDIS__URL=valkey)
     assert main(["doctor"]) == 4
     assert re.search(f"no topic .*{name}", lines()["kafka"])
-    settings(monkeypatch, KAFKA__CREATE_TOPICS="true")
+    configure(KAFKA__CREATE_TOPICS="true")
     assert main(["doctor"]) == 0
     assert re.search(f"to be created: .*{name}", lines()["kafka"])
 
 
-def test_redis_is_away_or_would_evict_rings(kafka: str, monkeypatch, lines, tmp_path: Path):
-    settings(monkeypatch, KAFKA__BOOTSTRAP_SERVERS=kafka, KAFKA__CREATE_TOPICS="true", REDIS__URL="redis://127.0.0.1:1")
+def test_unreachable_redis_and_an_evicting_one_are_gaps(
+    kafka: str, configure: Configure, lines: Lines, tmp_path: Path
+) -> None:
+    configure(KAFKA__BOOTSTRAP_SERVERS=kafka, KAFKA__CREATE_TOPICS="true", REDIS__URL="redis://127.0.0.1:1")
     assert main(["doctor"]) == 5
     assert "Redis at 127.0.0.1:1 is unreachable" in lines()["redis"]
     with LocalValkey(tmp_path) as server:
-        settings(monkeypatch, REDIS__URL=server.url)
-        evicting(config.load(None).redis)
+        configure(REDIS__URL=server.url)
+        asyncio.run(enable_eviction(config.load(None).redis))
         assert main(["doctor"]) == 5
     assert "maxmemory-policy is allkeys-lru" in lines()["redis"]
 
 
-def evicting(redis: config.RedisConfig) -> None:
-    async def configure() -> None:
-        client = RedisClient(redis)
-        await client.call("CONFIG", "SET", "maxmemory", "100mb", "maxmemory-policy", "allkeys-lru")
-        await client.aclose()
-
-    asyncio.run(configure())
+async def enable_eviction(redis: config.RedisConfig) -> None:
+    client = RedisClient(redis)
+    await client.call("CONFIG", "SET", "maxmemory", "100mb", "maxmemory-policy", "allkeys-lru")
+    await client.aclose()
