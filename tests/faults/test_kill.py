@@ -22,6 +22,7 @@ from tests.faults.processes import launch
 PARTITIONS = 3
 USERS = 300
 EVENTS = 40_000  # more than any test consumes
+BURST_EVENTS = 400  # a member is killed while it answers a burst, with hundreds of events in flight
 RING_EVENTS = 16
 INVALID = [b"{", b"[]", b'{"user_id": "u1"}', b'{"user_id":"u1","item_id":"i","action":"dance","ts_ms":5}', b"\xff\xfe"]
 Condition = Callable[[], Awaitable[bool]]
@@ -83,8 +84,8 @@ class Stream:
         await admin.create_topics([NewTopic(name, PARTITIONS, 1) for name in names])
         await admin.close()
 
-    async def produce(self, count: int = EVENTS, pause_s: float = 0.25) -> None:
-        """Send valid events, some twice, and some invalid records, with a pause after every hundred."""
+    async def produce(self, count: int = EVENTS, pause_s: float = 1.0) -> None:
+        """Send valid events, some twice, and some invalid records, with a pause after every burst."""
         rng = random.Random(11)
         async with AIOKafkaProducer(bootstrap_servers=self.bootstrap, enable_idempotence=True, linger_ms=5) as producer:
             for number in range(count):
@@ -93,7 +94,7 @@ class Stream:
                 value = rng.choice(INVALID) if rng.random() < 0.02 else msgspec.json.encode(event)
                 for _ in range(2 if rng.random() < 0.02 else 1):
                     await producer.send(self.events, value, key=key)
-                if number % 100 == 99:
+                if number % BURST_EVENTS == BURST_EVENTS - 1:
                     await asyncio.sleep(pause_s)
 
     async def read(self, topic: str) -> list[ConsumerRecord]:
@@ -172,7 +173,7 @@ def settings(deployment: dict[str, str], valkey: str) -> dict[str, str]:
         "SEQUENCES__MAX_EVENTS": str(RING_EVENTS),
         "EVENTS__MAX_AGE_DAYS": "0",
         "DEAD_LETTERS__MAX_RATIO": "0.5",
-        "HEALTH__COMMIT_INTERVAL_S": "0.2",
+        "HEALTH__COMMIT_INTERVAL_S": "0.05",  # a commit of unanswered events would be out before the kill
     }
 
 
