@@ -49,7 +49,9 @@ def run(args: Namespace) -> int:
 
 def _steps(args: Namespace, through_kafka: bool) -> list[tuple[str, str, list[str]]]:
     """Return title, command and arguments of each step."""
-    out, events, seed_text = args.out, args.events, str(args.seed)
+    out = args.out
+    events = args.events
+    seed_text = str(args.seed)
     log = str(out / "shop" / "events.jsonl")
     artifact = str(out / "artifact")
     simulate = ["--out", str(out / "shop"), "--events", str(events), "--seed", seed_text]

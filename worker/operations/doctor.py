@@ -10,7 +10,9 @@ from worker import logging
 from worker.config import Config
 from worker.errors import MillraceError, SourceError, StoreError
 
-OK, GAP, OPTIONAL = "✓", "✗", "–"
+OK = "✓"
+GAP = "✗"
+OPTIONAL = "–"
 
 
 class Finding(msgspec.Struct, frozen=True):

@@ -145,7 +145,8 @@ async def _supervise(run: _Run, display: ReplayDisplay) -> None:
 
 async def _feed(run: _Run) -> None:
     """Produce the events before scoring as fast as they are answered, the scored ones at the rate; stop the worker."""
-    worker, options = run.worker, run.options
+    worker = run.worker
+    options = run.options
     while not worker.health.ready:  # noqa: ASYNC110 - the worker has then created the topics
         await asyncio.sleep(STEP_S)
     produced = 0
@@ -233,7 +234,9 @@ def _source(config: Config, options: ReplayOptions, clock: Clock) -> Source:
 
 
 def _report(run: _Run, timeline: Timeline) -> ReplayReport:
-    options, evaluator, recorder = run.options, run.evaluator, run.recorder
+    options = run.options
+    evaluator = run.evaluator
+    recorder = run.recorder
     events = len(timeline.times_ms)
     to_score = events - bisect_left(timeline.times_ms, run.score_from_ms)
     records = events + (timeline.unreadable if options.kafka is None else 0)  # only events are produced to a topic

@@ -78,10 +78,10 @@ async def test_every_entry_passes_the_codec_in_order() -> None:
 
 async def test_unreadable_entry_is_dead_lettered_with_the_readers_reason() -> None:
     clock = VirtualClock()
-    source = LogSource([event(0), bad(b"a,b", "line 2: two columns; wanted four"), event(1)], clock)
+    source = LogSource([event(0), bad(b"a,b", "line 2: two columns; want four"), event(1)], clock)
     events, dead_letters = await decode_all(source, clock)
     assert [consumed.record_offset.offset for consumed in events] == [0, 2]
-    assert [(letter.value, letter.reason) for letter in dead_letters] == [(b"a,b", "line 2: two columns; wanted four")]
+    assert [(letter.value, letter.reason) for letter in dead_letters] == [(b"a,b", "line 2: two columns; want four")]
 
 
 async def test_clock_without_speed_shows_the_last_polled_event() -> None:
