@@ -102,7 +102,7 @@ class ItemFeed:
         assert self._consumer is not None, "started"
         polled = await self._consumer.getmany(timeout_ms=POLL_MS, max_records=self._config.max_poll_records)
         records = [record for of_partition in polled.values() for record in of_partition]
-        changes = list(self._decode(records))
+        changes = list(self._changes(records))
         for start in range(0, len(changes), CHUNK_ITEMS):
             latest = dict(changes[start : start + CHUNK_ITEMS])
             items = [item for item in latest.values() if item is not None]
@@ -112,7 +112,7 @@ class ItemFeed:
             metrics.DELISTED_ITEMS.inc(len(delisted))
         return len(records)
 
-    def _decode(self, records: Iterable[ConsumerRecord]) -> Iterator[Change]:
+    def _changes(self, records: Iterable[ConsumerRecord]) -> Iterator[Change]:
         for record in records:
             try:
                 yield _decode_record(record)
