@@ -33,7 +33,7 @@ exit codes:
       2  bad usage, configuration or log
       3  artifact missing or failed verification
       4  Kafka away, or it rejected a request
-      5  Redis away, or it rejected a command
+      5  Redis unreachable, or it rejected a command
       6  dead-letter limit reached
       7  stalled: lag without progress, tasks dumped
       8  events topic re-created: change sequences.topic_generation

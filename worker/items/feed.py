@@ -73,7 +73,7 @@ class ItemFeed:
         log.info("items topic read", topic=self._config.items_topic, records=records)
 
     async def run(self) -> None:
-        """Follow the topic until cancelled, waiting for a broker that is away."""
+        """Follow the topic until cancelled, waiting for an unreachable broker."""
         while self._consumer is not None:
             try:
                 await self._poll(live=True)

@@ -28,7 +28,7 @@ class Lookup:
     async def slate(self, user_id: str) -> Slate:
         """Return the user's last slate, else the popular one (strategy 'popular').
 
-        Raises UnknownUser when there is neither, StoreUnavailable when Redis is away, StoreError.
+        Raises UnknownUser when there is neither, StoreUnavailable when Redis is unreachable, StoreError.
         """
         slate = await read_slate(self._client, slate_key(user_id))
         if slate is not None:

@@ -43,7 +43,7 @@ class DeadLetterRecord(msgspec.Struct, frozen=True):
 class DeadLetterTopic:
     """Reads and requeues dead letters.
 
-    SourceUnavailable, SourceError when Kafka is away or refuses a read; SinkUnavailable, SinkError for a write.
+    SourceUnavailable, SourceError when Kafka is unreachable or refuses a read; SinkUnavailable, SinkError for a write.
     """
 
     def __init__(self, config: KafkaConfig, clock: Clock | None = None) -> None:

@@ -69,8 +69,8 @@ def test_readiness_names_the_problem(served):
     assert get(port, "/readyz") == (503, "starting\n")
     state.ready = True
     assert get(port, "/readyz") == (200, "serving\n")
-    state.problems["SequenceStore.push"] = "Redis is away"
-    assert get(port, "/readyz") == (503, "SequenceStore.push: Redis is away\n")
+    state.problems["SequenceStore.push"] = "Redis is unreachable"
+    assert get(port, "/readyz") == (503, "SequenceStore.push: Redis is unreachable\n")
 
 
 def test_liveness_fails_without_a_heartbeat(served, clock: ManualClock):
