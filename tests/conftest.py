@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from worker.cli import main
 from worker.replay.local_servers import LocalKafka, LocalValkey, missing_requirement
@@ -25,6 +26,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # On the tests' small tensors more threads take up to eight times the CPU, most of it waiting for one another.
 torch.set_num_threads(1)
+# What an example takes depends on what else the machine does: no verdict by the clock.
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")
