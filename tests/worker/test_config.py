@@ -1,8 +1,5 @@
 """The configuration tree: every mistake is named with its path, every value with its source."""
 
-from pathlib import Path
-
-import msgspec
 import pytest
 
 from worker import config
@@ -105,12 +102,3 @@ def test_secrets_are_masked_when_shown() -> None:
     assert shown["kafka.sasl_password"][0] == "***"
     assert shown["redis.url"][0] == "rediss://***@cache:6380/1"
     assert "hunter2" not in str(shown)
-
-
-def test_the_page_of_the_configuration_lists_every_key_with_its_default():
-    page = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
-    for section in msgspec.structs.fields(config.Config):
-        for key in msgspec.structs.fields(section.type):
-            default = list(key.default) if isinstance(key.default, tuple) else key.default
-            shown = "unset" if default is None else f"`{default}`"
-            assert f"| `{section.name}.{key.name}` | {shown} |" in page
