@@ -1,0 +1,172 @@
+"""The figures in README.md and docs/benchmarks.md are those of the result files, rounded."""
+
+import json
+import re
+import shlex
+
+import pytest
+
+from tests.benchmarks import results
+
+N = r"([\d,]*\d(?:\.\d+)?)"
+TASKS = ("engagement", "retention", "monetization")
+RANKINGS = ("hit_rate_popularity", "hit_rate_cooccurrence", "hit_rate_hstu")
+STREAM, REPLAY, SWAP, TRAINING, ACCURACY, HEADS, COLD, LOOP, TRAINING_GPU = (
+    results.load(results.FOLDER / f"{name}.json")
+    for name in ("stream", "replay", "swap", "training", "accuracy", "heads", "cold", "closed_loop", "training_gpu")
+)
+KERNELS, PROJECTION, RETRIEVAL, ENCODING = (
+    results.load(results.FOLDER / f"{name}_h100.json")
+    for name in ("kernels", "kernels_projection", "kernels_retrieval", "encoding")
+)
+TOP_100 = next(row for row in RETRIEVAL.rows if row["implementation"] == "fused")  # of the first workload
+FUSION = next(row for row in RETRIEVAL.rows if "events ->" in row["workload"] and row["implementation"] == "fused")
+RUNS = {row["run"]: row for row in STREAM.rows}
+MOVIELENS, SHOP = REPLAY.rows
+
+README = {
+    rf"counters \(`simple`\) \| {N} \| {N} by a plain consume-infer-produce loop: {N} times": [
+        STREAM.metrics["slates_per_s_simple"], RUNS["plain simple"]["slates_per_s"], STREAM.metrics["simple_speedup"],
+    ],
+    rf"width 64 \| {N} \| {N} by the plain loop: {N} times": [
+        STREAM.metrics["slates_per_s_hstu"], RUNS["plain hstu"]["slates_per_s"], STREAM.metrics["hstu_speedup"],
+    ],
+    rf"slate consumed, at {N} events/s \| p50 {N} ms, p95 {N} ms, p99 {N} ms": [
+        STREAM.metrics[name] for name in ("latency_rate_per_s", "p50_ms", "p95_ms", "p99_ms")
+    ],
+    rf"through Kafka \| {N} \| popularity {N}, co-occurrence {N} \|": [
+        REPLAY.metrics[name] for name in ("hit_rate_hstu", "hit_rate_popularity", "hit_rate_cooccurrence")
+    ],
+    rf"simulated shop \| {N} \| popularity {N}, co-occurrence {N}, ground truth {N} \|": [
+        SHOP[f"hit_rate_{name}"] for name in ("hstu", "popularity", "cooccurrence", "truth")
+    ],
+    rf"NDCG@10, [^|]*, 5 seeds \| {N} \| SASRec {N}; {N} % ahead, 95 % interval from {N} %": [
+        ACCURACY.metrics["ndcg10_hstu"], ACCURACY.metrics["ndcg10_sasrec"],
+        100 * ACCURACY.metrics["ndcg10_gain"], 100 * ACCURACY.metrics["ndcg10_gain_ci_low"],
+    ],
+    rf"74,108 events, bfloat16 \| {N} ms \| eager torch {N} times, `torch.compile` {N} times": [
+        KERNELS.metrics[f"large_{name}"] for name in ("ms", "speedup_over_eager", "speedup_over_compiled")
+    ],
+    rf"64 users, 5,601 events \| {N} ms \| eager torch {N} times, `torch.compile` {N} times": [
+        KERNELS.metrics[f"middle_{name}"] for name in ("ms", "speedup_over_eager", "speedup_over_compiled")
+    ],
+    rf"256 users, width 256 \| {N} ms \| torch's product and `topk` {N} times": [
+        TOP_100["median_ms"], RETRIEVAL.metrics["top_k_speedup"],
+    ],
+}  # fmt: skip
+
+BENCHMARKS = {
+    rf"{N} events per slate": [STREAM.metrics["events_per_slate"]],
+    rf"`simple` \| {N} slates/s \| {N} slates/s \| {N} times": [
+        RUNS["plain simple"]["slates_per_s"], STREAM.metrics["slates_per_s_simple"], STREAM.metrics["simple_speedup"],
+    ],
+    rf"width 64 \| {N} slates/s \| {N} slates/s \| {N} times": [
+        RUNS["plain hstu"]["slates_per_s"], STREAM.metrics["slates_per_s_hstu"], STREAM.metrics["hstu_speedup"],
+    ],
+    rf"half of the rate above, {N} events/s \| {N} ms \| {N} ms \| {N} ms": [
+        STREAM.metrics[name] for name in ("latency_rate_per_s", "p50_ms", "p95_ms", "p99_ms")
+    ],
+    rf"a quarter, {N} events/s \| {N} ms \| {N} ms \| {N} ms": [
+        RUNS["a quarter of the rate"][name] for name in ("latency_rate_per_s", "p50_ms", "p95_ms", "p99_ms")
+    ],
+    rf"grew by {N} %": [STREAM.metrics["rss_growth_pct"]],
+    rf"full log through Kafka: {N} slates, {N} lost \| {N} \| {N} \| {N} \| {N} times": [
+        REPLAY.metrics["slates"], REPLAY.metrics["lost"],
+        *(REPLAY.metrics[name] for name in RANKINGS),
+        REPLAY.metrics["hit_rate_hstu"] / REPLAY.metrics["hit_rate_cooccurrence"],
+    ],
+    rf"8 heads\) \| {N} \| {N} \| {N} \| {N} % of the gap to the ground truth's {N}": [
+        *(SHOP[name] for name in RANKINGS), 100 * REPLAY.metrics["truth_gap_closed_simulated"], SHOP["hit_rate_truth"],
+    ],
+    rf"{N} model swaps at {N} events/s, half": [SWAP.metrics[name] for name in ("swaps", "slates_per_s")],
+    rf"{N} events lost, p99 from creation to consumer {N} ms before and {N} ms during": [
+        SWAP.metrics[name] for name in ("lost", "p99_ms_before", "p99_ms_during")
+    ],
+    rf"a log of {N} events in at most {N} GiB; its {N} steps train on {N} events/s": [
+        TRAINING.metrics["events"], TRAINING.metrics["peak_rss_gib"],
+        TRAINING.metrics["trained_events"] / 2048, TRAINING.metrics["events_per_s_cpu"],
+    ],
+    rf"NDCG@10 {N}, SASRec {N}; HR@10 {N}, SASRec {N} \|": [
+        ACCURACY.metrics[name] for name in ("ndcg10_hstu", "ndcg10_sasrec", "hr10_hstu", "hr10_sasrec")
+    ],
+    rf"{N} % ahead in NDCG@10 \(95 % interval from {N} %\), {N} % in HR@10 \(from {N} %\)": [
+        100 * ACCURACY.metrics[name] for name in ("ndcg10_gain", "ndcg10_gain_ci_low", "hr10_gain", "hr10_gain_ci_low")
+    ],
+    rf"{N} engagement, {N} retention, {N} monetization \| calibration errors {N}, {N}, {N} \|": [
+        HEADS.metrics[f"{task}_{measure}"] for measure in ("gap", "ece") for task in TASKS
+    ],
+    rf"{N}, content-kNN {N} \| {N} times": [
+        COLD.metrics[name] for name in ("recall50_hstu", "recall50_contentknn", "ratio")
+    ],
+    rf"{N} % more money per event [^|]*\| {N} % more engaged events": [
+        100 * LOOP.metrics[name] for name in ("money_gain_by_rerank", "engagement_gain_by_rerank")
+    ],
+    rf"--device cuda` \| its steps train on {N} events/s": [TRAINING_GPU.metrics["events_per_s_gpu"]],
+    rf"all states \| {N} ms \| eager torch on padded users takes {N} times, `torch.compile` {N} times": [
+        KERNELS.metrics[f"large_{name}"] for name in ("ms", "speedup_over_eager", "speedup_over_compiled")
+    ],
+    rf"64 users, 5,601 events \| {N} ms \| eager torch {N} times, `torch.compile` {N} times": [
+        KERNELS.metrics[f"middle_{name}"] for name in ("ms", "speedup_over_eager", "speedup_over_compiled")
+    ],
+    rf"1 user with 256 events \| {N} ms \| eager torch {N} times, `torch.compile` {N} times": [
+        KERNELS.metrics[f"single_{name}"] for name in ("ms", "speedup_over_eager", "speedup_over_compiled")
+    ],
+    rf"events and layers \| {N} ms \| Triton {N} ms": [
+        PROJECTION.metrics["large_cute_ms"], PROJECTION.metrics["large_triton_ms"],
+    ],
+    rf"for 256 users, width 256 \| {N} ms \| torch's product and `topk` {N} times": [
+        TOP_100["median_ms"], RETRIEVAL.metrics["top_k_speedup"],
+    ],
+    rf"events each into {N} tokens, width 256 \| {N} ms \| torch's operators {N} times": [
+        int(str(FUSION["workload"]).split()[-2]), FUSION["median_ms"], RETRIEVAL.metrics["fusion_speedup"],
+    ],
+    rf"width 64 \| {N} ms \| eager torch in float32 {N} times": [
+        ENCODING.metrics["tiny_256_ms"], ENCODING.metrics["tiny_256_speedup"],
+    ],
+}  # fmt: skip
+
+CLAIMS = [(page, *claim) for page, claims in (("README.md", README), ("docs/benchmarks.md", BENCHMARKS))
+          for claim in claims.items()]  # fmt: skip
+RENAMED_OPTIONS = {"--trained": "--events-per-epoch", "--batch-events": "--events-per-batch"}  # since the files
+
+
+def page_text(name: str) -> str:
+    return (results.ROOT / name).read_text()
+
+
+@pytest.mark.parametrize(("page", "sentence", "measured"), CLAIMS, ids=range(len(CLAIMS)))
+def test_figures_of_a_page_are_the_measured_ones(page: str, sentence: str, measured: list[float]) -> None:
+    text = re.sub(r"\s+", " ", page_text(page))  # wherever its lines break
+    [found] = re.findall(sentence, text)
+    for figure, value in zip([found] if isinstance(found, str) else found, measured, strict=True):
+        last_digit = 10.0 ** -len(figure.partition(".")[2])
+        assert float(figure.replace(",", "")) == pytest.approx(value, abs=0.5 * last_digit + 1e-9)
+
+
+def test_every_row_of_the_readme_table_is_checked() -> None:
+    rows = [line for line in page_text("README.md").splitlines() if "tests/benchmarks/results/" in line]
+    unchecked = [row for row in rows if not any(re.search(sentence, row) for sentence in README)]
+    assert len(rows) == len(README)
+    assert unchecked == []
+
+
+def test_movielens_model_is_named_by_its_training_options() -> None:
+    assert f"MovieLens 100k, `{MOVIELENS['model']}`;" in page_text("docs/benchmarks.md")
+
+
+@pytest.mark.parametrize("path", sorted(results.FOLDER.glob("*.json")), ids=lambda path: path.stem)
+def test_list_of_runs_has_each_file_with_its_commit_command_and_machine(path) -> None:
+    result = results.load(path)
+    words = [RENAMED_OPTIONS.get(word, word) for word in shlex.split(result.command)]
+    command = " ".join(words).removeprefix("python -m tests.benchmarks.")
+    machine = "GPU" if "NVIDIA H100" in result.hardware else "CPU"
+    row = f"| `{path.name}` | {result.commit} | `{command}` | {machine} |\n"
+    assert row in page_text("docs/benchmarks.md")
+
+
+def test_machines_of_the_result_files_are_the_two_that_are_described() -> None:
+    hardware = {json.loads(path.read_bytes())["hardware"] for path in results.FOLDER.glob("*.json")}
+    assert hardware == {
+        "2 cores AMD EPYC, 23 GiB, no GPU, Python 3.11.7",
+        "16 cores Intel(R) Xeon(R) Processor, 125 GiB, NVIDIA H100 80GB HBM3, Python 3.12.3",
+    }
