@@ -1,6 +1,6 @@
-"""All benchmarks, one after the other, then the pictures: `python -m tests.benchmarks`.
+"""Run all benchmarks that need no GPU, one after the other, then draw the pictures: `python -m tests.benchmarks`.
 
-Hours on two cores, for `replay` trains a wide model; with a GPU that is five minutes.
+Takes hours on two cores, because `replay` trains a wide model; with a GPU that training takes five minutes.
 """
 
 import subprocess

@@ -1,12 +1,13 @@
-"""Who competes in the accuracy benchmark: each contender's search space, and how it is fitted with drawn options.
+"""The contenders of the accuracy benchmark: each one's search space, and how it is fitted with drawn options.
 
-A fit yields (epoch, make a ranker of it) after every epoch; what has no epochs yields once. So tuning judges some of
-them and keeps the best, and the test stops at that epoch.
+A fit yields (epoch, function that builds the ranker) after every epoch; a contender without epochs yields once. Tuning
+evaluates some of the epochs and keeps the best; the test stops at that epoch.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -15,6 +16,7 @@ from pipeline.backends.torch import resolve_device
 from pipeline.data.event_log import EventLog
 from pipeline.data.item_file import read_items
 from pipeline.data.log_io import read_event_log
+from pipeline.data.sequences import UserSequences
 from pipeline.evaluation.full_ranking import CatalogueScorer, FullRanking
 from pipeline.evaluation.item_knn import ItemKnn, ItemKnnOptions
 from pipeline.evaluation.popularity import Popularity, RecentPopularity
@@ -44,7 +46,7 @@ HSTU: Space = TRAINING | {
     "model.dropout": (0.1, 0.2, 0.3, 0.4, 0.5),
     "model.attention_dropout": (0.0, 0.2, 0.5, 0.7),
     "model.temperature": (0.07, 0.1, 0.15, 0.2),
-    "contents": (False, True),  # of the films: titles, genres, years
+    "contents": (False, True),  # item content: titles, genres, years of the films
 }
 SASREC: Space = TRAINING | {
     "model.dropout": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6),
@@ -61,7 +63,7 @@ ITEMKNN: Space = {
     "shrinkage": (0.0, 1.0, 2.0, 5.0, 10.0, 20.0),
     "recency": (0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
 }
-# What of the tuned HSTU is worth how much: options that replace its own.
+# Ablations of the tuned HSTU: options that replace its own.
 VARIANTS: dict[str, Options] = {
     "hstu, whole sequences": {"trainer.crop_length": 200},
     "hstu, no unknown items": {"trainer.unknown_item_rate": 0.0},
@@ -76,7 +78,7 @@ VARIANTS: dict[str, Options] = {
 
 
 class Setting(msgspec.Struct, frozen=True):
-    """What all contenders share. users: the first ones, None keeps all; max_epochs: None as drawn."""
+    """Options shared by all contenders. users: number of first users, None for all; max_epochs: None for no limit."""
 
     log: Path
     leave_out: int = 10
@@ -87,83 +89,98 @@ class Setting(msgspec.Struct, frozen=True):
     device: str = "auto"
 
     def read(self) -> EventLog:
-        """Half of the log's events share their predecessor's second. Events of one time go in an order drawn for each
-        user: sorted by item, as logs are read, a model could learn which items the next one is not."""
+        """Read the log, with the events of one time in a random order per user.
+
+        Half of the log's events share their predecessor's second. Logs are read sorted by item within one time, from
+        which a model could learn which items the next one is not.
+        """
         log = read_event_log(self.log)
-        drawn = np.random.default_rng(self.ties_seed).random(len(log))
-        log = log.select(np.lexsort((drawn, log.ts_ms)))
+        tie_breaker = np.random.default_rng(self.ties_seed).random(len(log))
+        log = log.select(np.lexsort((tie_breaker, log.ts_ms)))
         return log if self.users is None else log.select(log.users < self.users)
 
-    def task(
-        self, log: EventLog, trainer: Options | None = None, model: Options | None = None, contents: bool = False
+    def prepare(
+        self, log: EventLog, trainer: Options | None = None, model: Options | None = None, content: bool = False
     ) -> TrainingSetup:
-        """Cut, with all validation events judged."""
+        """Split the log, with all validation events evaluated."""
         tree = {
-            "trainer": trainer or {}, "model": model or {}, "leave_last_out": self.leave_out,
-            "validation_last_out": self.validation_last, "max_validation_events": len(log) or 1,
-        }  # fmt: skip
-        items = read_items(self.log.with_suffix(".item")) if contents else ()
+            "trainer": trainer or {},
+            "model": model or {},
+            "leave_last_out": self.leave_out,
+            "validation_last_out": self.validation_last,
+            "max_validation_events": len(log) or 1,
+        }
+        items = read_items(self.log.with_suffix(".item")) if content else ()
         return prepare(log, msgspec.convert(tree, TrainingOptions), PipelineOptions(device=self.device), items)
+
+
+class Fit(Protocol):
+    """Fits a contender, on all events before the split (full) or on those before the validation events."""
+
+    def __call__(
+        self, setting: Setting, log: EventLog, full: bool, options: Options, seed: int
+    ) -> tuple[TrainingSetup, Fits]: ...
 
 
 @dataclass(frozen=True)
 class Contender:
-    """fit(setting, log, whether on all events before the cut or on those before the validation, options, seed)."""
+    """A search space, and the fit that its options are for."""
 
     space: Space
-    fit: Callable[[Setting, EventLog, bool, Options, int], tuple[TrainingSetup, Fits]]
+    fit: Fit
 
-    def drawn(self, trial: int) -> Options:
-        """Trial `trial`'s options, the same on every machine."""
-        random = np.random.default_rng([20260, trial])
-        return {name: values[int(random.integers(len(values)))] for name, values in self.space.items()}
-
-
-def hstu(setting: Setting, log: EventLog, whole: bool, options: Options, seed: int) -> tuple[TrainingSetup, Fits]:
-    model = _below("model.", options)
-    model["d_qk"] = model["d_v"] = int(model["width"]) // int(model["heads"])
-    task = setting.task(log, _trainer_options(setting, options, seed), model, bool(options["contents"]))
-    trainer = task.trainer(task.train if whole else task.fit, task.options.trainer.epochs)
-    return task, _epochs(trainer, lambda: task.ranker(trainer.weights()))
+    def draw(self, trial: int) -> Options:
+        """Return the trial's options, the same on every machine."""
+        rng = np.random.default_rng([20260, trial])
+        return {name: values[int(rng.integers(len(values)))] for name, values in self.space.items()}
 
 
-def sasrec(setting: Setting, log: EventLog, whole: bool, options: Options, seed: int) -> tuple[TrainingSetup, Fits]:
-    task = setting.task(log, _trainer_options(setting, options, seed))
-    corpus = task.train if whole else task.fit
-    config = msgspec.convert(_below("model.", options) | {"items": len(task.vocabulary)}, SasRecConfig)
+def hstu(setting: Setting, log: EventLog, full: bool, options: Options, seed: int) -> tuple[TrainingSetup, Fits]:
+    model = _strip_prefix("model.", options)
+    d_head = int(model["width"]) // int(model["heads"])
+    model |= {"d_qk": d_head, "d_v": d_head}
+    setup = setting.prepare(log, _trainer_options(setting, options, seed), model, bool(options["contents"]))
+    trainer = setup.trainer(_sequences(setup, full), setup.options.trainer.epochs)
+    return setup, _epochs(trainer, lambda: setup.ranker(trainer.weights()))
+
+
+def sasrec(setting: Setting, log: EventLog, full: bool, options: Options, seed: int) -> tuple[TrainingSetup, Fits]:
+    setup = setting.prepare(log, _trainer_options(setting, options, seed))
+    sequences = _sequences(setup, full)
+    config = msgspec.convert(_strip_prefix("model.", options) | {"items": len(setup.vocabulary)}, SasRecConfig)
     device = resolve_device(setting.device)
-    trainer = Trainer(lambda: SasRec(config), config.items, task.options.trainer, task.columns(corpus), device)
-    popularity = Popularity(corpus, config.items)
-    return task, _epochs(trainer, lambda: _catalogue(task, SasRecScorer(trainer.model, popularity)))
+    trainer = Trainer(lambda: SasRec(config), config.items, setup.options.trainer, setup.columns(sequences), device)
+    popularity = Popularity(sequences, config.items)
+    return setup, _epochs(trainer, lambda: _full_ranking(setup, SasRecScorer(trainer.model, popularity)))
 
 
-def popularity(setting: Setting, log: EventLog, whole: bool, options: Options, seed: int) -> tuple[TrainingSetup, Fits]:
-    task = setting.task(log)
-    return _at_once(task, Popularity(task.train if whole else task.fit, len(task.vocabulary)))
+def popularity(setting: Setting, log: EventLog, full: bool, options: Options, seed: int) -> tuple[TrainingSetup, Fits]:
+    setup = setting.prepare(log)
+    return _at_once(setup, Popularity(_sequences(setup, full), len(setup.vocabulary)))
 
 
 def recent_popularity(
-    setting: Setting, log: EventLog, whole: bool, options: Options, seed: int
+    setting: Setting, log: EventLog, full: bool, options: Options, seed: int
 ) -> tuple[TrainingSetup, Fits]:
-    task = setting.task(log)
-    corpus = task.train if whole else task.fit
-    return _at_once(task, RecentPopularity(corpus, len(task.vocabulary), float(options["half_life_days"])))
+    setup = setting.prepare(log)
+    half_life_days = float(options["half_life_days"])
+    return _at_once(setup, RecentPopularity(_sequences(setup, full), len(setup.vocabulary), half_life_days))
 
 
 def cooccurrence(
-    setting: Setting, log: EventLog, whole: bool, options: Options, seed: int
+    setting: Setting, log: EventLog, full: bool, options: Options, seed: int
 ) -> tuple[TrainingSetup, Fits]:
-    task = setting.task(log)
-    corpus = task.train if whole else task.fit
-    counters = new_counters(msgspec.convert(options, PipelineOptions), task.vocabulary)
-    counters.observe(corpus.histories, corpus.histories.lengths)
-    return task, iter([(0, lambda: SimpleStrategy(counters, task.pipeline.exclusion))])
+    setup = setting.prepare(log)
+    sequences = _sequences(setup, full)
+    counters = new_counters(msgspec.convert(options, PipelineOptions), setup.vocabulary)
+    counters.observe(sequences.histories, sequences.histories.lengths)
+    return setup, iter([(0, lambda: SimpleStrategy(counters, setup.pipeline.exclusion))])
 
 
-def itemknn(setting: Setting, log: EventLog, whole: bool, options: Options, seed: int) -> tuple[TrainingSetup, Fits]:
-    task = setting.task(log)
-    corpus = task.train if whole else task.fit
-    return _at_once(task, ItemKnn.from_users(corpus, len(task.vocabulary), msgspec.convert(options, ItemKnnOptions)))
+def itemknn(setting: Setting, log: EventLog, full: bool, options: Options, seed: int) -> tuple[TrainingSetup, Fits]:
+    setup = setting.prepare(log)
+    knn_options = msgspec.convert(options, ItemKnnOptions)
+    return _at_once(setup, ItemKnn.from_users(_sequences(setup, full), len(setup.vocabulary), knn_options))
 
 
 CONTENDERS = {
@@ -174,7 +191,7 @@ CONTENDERS = {
     "cooccurrence": Contender(COOCCURRENCE, cooccurrence),
     "itemknn": Contender(ITEMKNN, itemknn),
 }
-TRAINED = ("hstu", "sasrec")  # by seeds, with epochs
+SEQUENCE_MODELS = ("hstu", "sasrec")  # trained with seeds and epochs
 
 
 def _epochs(trainer: Trainer, ranker: Callable[[], Recommender]) -> Fits:
@@ -183,18 +200,24 @@ def _epochs(trainer: Trainer, ranker: Callable[[], Recommender]) -> Fits:
         yield trainer.epochs_done, ranker
 
 
-def _at_once(task: TrainingSetup, scorer: CatalogueScorer) -> tuple[TrainingSetup, Fits]:
-    return task, iter([(0, lambda: _catalogue(task, scorer))])
+def _sequences(setup: TrainingSetup, full: bool) -> UserSequences:
+    """Return all training events, or those before the validation events."""
+    return setup.train if full else setup.fit
 
 
-def _catalogue(task: TrainingSetup, scorer: CatalogueScorer) -> FullRanking:
-    return FullRanking(scorer, task.vocabulary, task.pipeline.exclusion)
+def _at_once(setup: TrainingSetup, scorer: CatalogueScorer) -> tuple[TrainingSetup, Fits]:
+    return setup, iter([(0, lambda: _full_ranking(setup, scorer))])
+
+
+def _full_ranking(setup: TrainingSetup, scorer: CatalogueScorer) -> FullRanking:
+    return FullRanking(scorer, setup.vocabulary, setup.pipeline.exclusion)
 
 
 def _trainer_options(setting: Setting, options: Options, seed: int) -> Options:
-    trainer = _below("trainer.", options) | {"seed": seed}
+    trainer = _strip_prefix("trainer.", options) | {"seed": seed}
     return trainer | {"epochs": min(int(trainer["epochs"]), setting.max_epochs or 1000)}
 
 
-def _below(prefix: str, options: Options) -> Options:
+def _strip_prefix(prefix: str, options: Options) -> Options:
+    """Return the options whose names begin with the prefix, without it."""
     return {name.removeprefix(prefix): value for name, value in options.items() if name.startswith(prefix)}

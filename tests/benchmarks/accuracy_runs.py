@@ -1,4 +1,4 @@
-"""One trial and one test of the accuracy benchmark: what a worker process does, and the records it leaves."""
+"""One trial and one test of the accuracy benchmark, as a worker process runs them, and their records."""
 
 import time
 from functools import cache
@@ -15,27 +15,28 @@ from pipeline.training.preparation import TrainingSetup
 from tests.benchmarks import results
 from tests.benchmarks.accuracy_models import CONTENDERS, Options, Setting
 
-CAP_EVENTS = 512
-SLATE = 50
-JUDGEMENTS = 12  # of a trial, at even distances
-PATIENCE = 4  # judgements without a better NDCG before a trial ends
+MAX_EVENTS = 512
+SLATE_SIZE = 50
+EVALUATIONS = 12  # per trial, evenly spaced
+PATIENCE = 4  # evaluations without a better NDCG before a trial ends
 NEGATIVES = NegativeSampling(100, 0)
 
 
 class Trial(msgspec.Struct, frozen=True):
-    """epoch: the best one, 0 where there are none; measures: at 10, on the validation events."""
+    """Result of a trial. epoch: the best one, 0 for a contender without epochs; metrics: at 10, on the validation
+    events."""
 
     model: str
     number: int
     options: Options
     epoch: int
-    measures: RankingMetrics
+    metrics: RankingMetrics
     seconds: float
     hardware: str
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """ranks: by protocol, of each scored event, 0 = none; users: each event's."""
+    """Result of a test. ranks: by protocol, per scored event, 0 = not ranked; users: per scored event."""
 
     model: str
     seed: int
@@ -47,58 +48,58 @@ class Outcome(msgspec.Struct, frozen=True):
     hardware: str
 
 
-def trial_of(setting: Setting, model: str, number: int) -> Trial:
-    """One trial: fitted before the validation events, judged on them."""
+def run_trial(setting: Setting, model: str, number: int) -> Trial:
+    """Fit on the events before the validation events, and evaluate on those."""
     start_s = time.monotonic()
-    options = CONTENDERS[model].drawn(number)
-    task, fits = CONTENDERS[model].fit(setting, log_of(setting), False, options, number)
-    scored = HeldOutEvents(task.train, task.validation_events.positions, CAP_EVENTS)
-    every = max(1, task.options.trainer.epochs // JUDGEMENTS)
-    judged: list[tuple[int, RankingMetrics]] = []
-    for epoch, ranker in fits:
+    options = CONTENDERS[model].draw(number)
+    setup, fits = CONTENDERS[model].fit(setting, read_log(setting), False, options, number)
+    scored = HeldOutEvents(setup.train, setup.validation_events.positions, MAX_EVENTS)
+    every = max(1, setup.options.trainer.epochs // EVALUATIONS)
+    evaluated: list[tuple[int, RankingMetrics]] = []
+    for epoch, build_ranker in fits:
         if epoch % every == 0:
-            judged.append((epoch, evaluate_ranking(ranker(), scored, 10)))
-        if len(judged) - _best(judged) > PATIENCE:
+            evaluated.append((epoch, evaluate_ranking(build_ranker(), scored, 10)))
+        if len(evaluated) - _best(evaluated) > PATIENCE:
             break
-    epoch, measures = judged[_best(judged)]
-    return Trial(model, number, options, epoch, measures, time.monotonic() - start_s, hardware())
+    epoch, metrics = evaluated[_best(evaluated)]
+    return Trial(model, number, options, epoch, metrics, time.monotonic() - start_s, hardware())
 
 
-def outcome_of(setting: Setting, model: str, seed: int, options: Options, epoch: int, name: str) -> Outcome:
-    """Trained on everything before the cut, up to that epoch of the trial's own schedule, as the trial was judged; the
-    events behind the cut are ranked."""
-    start_s, log = time.monotonic(), log_of(setting)
-    task, fits = CONTENDERS[model].fit(setting, log, True, options, seed)
-    ranker = next(ranker for done, ranker in fits if done == epoch)()
-    scored = left_out(task, log)
-    counts = np.bincount(task.train.tokens, minlength=len(task.vocabulary))
+def run_test(setting: Setting, model: str, seed: int, options: Options, epoch: int, name: str) -> Outcome:
+    """Train on all events before the split, up to this epoch of the trial's schedule, and rank the held-out ones."""
+    start_s = time.monotonic()
+    log = read_log(setting)
+    setup, fits = CONTENDERS[model].fit(setting, log, True, options, seed)
+    ranker = next(build_ranker for done, build_ranker in fits if done == epoch)()
+    scored = held_out_events(setup, log)
+    counts = np.bincount(setup.train.tokens, minlength=len(setup.vocabulary))
     negatives = sample_negatives(NEGATIVES, scored, counts)
     ranks = {
-        "all items": target_ranks(slates_of(ranker, scored, SLATE), scored.targets).tolist(),
+        "all items": target_ranks(slates_of(ranker, scored, SLATE_SIZE), scored.targets).tolist(),
         str(NEGATIVES): ranks_among(ranker, scored, negatives).tolist(),
     }
     seconds = time.monotonic() - start_s
     return Outcome(name, seed, options, epoch, ranks, scored.users.tolist(), seconds, hardware())
 
 
-def left_out(task: TrainingSetup, log: EventLog) -> HeldOutEvents:
-    """The events behind the cut, in the whole log."""
-    corpus = UserSequences.from_log(log, task.vocabulary)
-    positions = np.flatnonzero(task.options.split.test_mask(log)[corpus.log_positions])
-    return HeldOutEvents(corpus, positions, CAP_EVENTS)
+def held_out_events(setup: TrainingSetup, log: EventLog) -> HeldOutEvents:
+    """Return the events after the split, with all events of the log as histories."""
+    sequences = UserSequences.from_log(log, setup.vocabulary)
+    positions = np.flatnonzero(setup.options.split.test_mask(log)[sequences.log_positions])
+    return HeldOutEvents(sequences, positions, MAX_EVENTS)
 
 
-def _best(judged: list[tuple[int, RankingMetrics]]) -> int:
-    return max(range(len(judged)), key=lambda place: judged[place][1].ndcg, default=0)
+def _best(evaluated: list[tuple[int, RankingMetrics]]) -> int:
+    return max(range(len(evaluated)), key=lambda index: evaluated[index][1].ndcg, default=0)
 
 
 @cache
-def log_of(setting: Setting) -> EventLog:
-    """Read once a process."""
+def read_log(setting: Setting) -> EventLog:
+    """Read the log once per process."""
     return setting.read()
 
 
 @cache
 def hardware() -> str:
-    """Of the machine that this runs on; asked once a process."""
+    """Describe this machine, once per process."""
     return results.hardware()

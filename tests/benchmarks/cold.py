@@ -1,11 +1,11 @@
-"""Cold items: how often a model finds an item that it has hardly met, against neighbours by content.
+"""Cold items: how often a model finds an item that it has few events of, compared with content-kNN.
 
-A simulated shop where new items arrive; the model is trained on the first 80 % with the items' records. Scored are
-those of the last 20 % of the events whose item has fewer than 5 events before the cut, each ranked among all items:
+In a simulated shop where new items arrive, the model is trained on the first 80 % of the events and the item records.
+Of the last 20 %, those are scored whose item has fewer than 5 events before the split, each ranked among all items:
 recall@50. The content-kNN's options are the best of a grid on these very events, which favours it.
 
 usage: python -m tests.benchmarks.cold [--events 200000] [--epochs 16] [--seeds 3] [--device cuda]
-           [--workers 4]
+           [--workers 4] [--out DIR]
 """
 
 import argparse
@@ -37,12 +37,12 @@ from pipeline.training.preparation import TrainingOptions
 from pipeline.training.train import train
 from pipeline.training.trainer import TrainerOptions
 from tests.benchmarks import results
-from tests.benchmarks.heads import Silent
+from tests.benchmarks.heads import SilentCallback
 from tests.benchmarks.results import Cell
 from tests.benchmarks.workers import pool
 
 RECALL = 50
-CAP_EVENTS = 512
+MAX_EVENTS = 512
 MODEL = HstuConfig(width=256, heads=8, dropout=0.3, attention_dropout=0.7, temperature=0.07)
 GRID = [
     ItemKnnOptions(neighbours, 0.0, recency)
@@ -51,7 +51,7 @@ GRID = [
 
 
 class Setting(msgspec.Struct, frozen=True):
-    """What all processes share."""
+    """Options shared by all processes."""
 
     shop: SimulatorConfig
     epochs: int
@@ -59,21 +59,20 @@ class Setting(msgspec.Struct, frozen=True):
 
 
 class Bench:
-    """One shop, and who ranks its cold items."""
+    """One shop, and its scored events of cold items."""
 
     def __init__(self, setting: Setting) -> None:
         simulator = Simulator(setting.shop)
-        self.setting, self.pipeline = setting, PipelineOptions(device=setting.device)
+        self.pipeline = PipelineOptions(device=setting.device)
         self.items = simulator.items()
         self.log, _ = warm_up(simulator, setting.shop.days)
         self.vocabulary = Vocabulary(self.log.item_ids)
-        self.split = TrainTest.from_log(self.log, Split().test_mask(self.log), self.vocabulary, CAP_EVENTS)
+        self.split = TrainTest.from_log(self.log, Split().test_mask(self.log), self.vocabulary, MAX_EVENTS)
         self.catalogue = Catalogue(self.vocabulary)
         self.catalogue.upsert(self.items)
-        scored = self.split.test
-        self.cold = HeldOutEvents(
-            scored.sequences, scored.positions[self.split.counts[scored.targets] < COLD], scored.max_events
-        )
+        test = self.split.test
+        is_cold = self.split.counts[test.targets] < COLD
+        self.cold = HeldOutEvents(test.sequences, test.positions[is_cold], test.max_events)
         assert len(self.cold), "the shop is too small: no scored item is cold"
 
     def recall(self, ranker: Recommender) -> float:
@@ -82,51 +81,59 @@ class Bench:
 
 
 @cache
-def bench_of(setting: Setting) -> Bench:
-    """Once a process."""
+def get_bench(setting: Setting) -> Bench:
+    """Build the shop once per process."""
     return Bench(setting)
 
 
 def content_knn(setting: Setting, options: ItemKnnOptions) -> dict[str, Cell]:
-    bench = bench_of(setting)
+    bench = get_bench(setting)
     scorer = ItemKnn.from_content(bench.catalogue, bench.split.train, options)
     ranker = FullRanking(scorer, bench.vocabulary, bench.pipeline.exclusion)
     return {
-        "model": scorer.name, "neighbours": options.neighbours, "recency": options.recency,
-        "recall50": bench.recall(ranker), "events": len(bench.cold),
-    }  # fmt: skip
+        "model": scorer.name,
+        "neighbours": options.neighbours,
+        "recency": options.recency,
+        "recall50": bench.recall(ranker),
+        "events": len(bench.cold),
+    }
 
 
 def hstu(setting: Setting, seed: int) -> dict[str, Cell]:
-    bench = bench_of(setting)
+    bench = get_bench(setting)
     options = TrainingOptions(TrainerOptions(epochs=setting.epochs, seed=seed), MODEL)
     with TemporaryDirectory(prefix="millrace-cold-") as folder:
-        train(bench.log, Path(folder) / "artifact", options, bench.pipeline, Silent(), "", items=bench.items)
+        train(bench.log, Path(folder) / "artifact", options, bench.pipeline, SilentCallback(), "", items=bench.items)
         artifact = artifacts.load(Path(folder) / "artifact")
-    rung = HstuStrategy(artifact, bench.catalogue, bench.pipeline.exclusion, setting.device)
-    return {"model": "hstu", "seed": seed, "recall50": bench.recall(rung), "events": len(bench.cold)}
+    strategy = HstuStrategy(artifact, bench.catalogue, bench.pipeline.exclusion, setting.device)
+    return {"model": "hstu", "seed": seed, "recall50": bench.recall(strategy), "events": len(bench.cold)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--events", type=int, default=200_000)
-    parser.add_argument("--epochs", type=int, default=16, help="at most, of every training")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--workers", type=int, default=1, help="processes side by side")
+    parser.add_argument("--events", type=int, default=200_000, help="events of the shop (default 200000)")
+    parser.add_argument("--epochs", type=int, default=16, help="largest number of epochs per training (default 16)")
+    parser.add_argument("--seeds", type=int, default=3, help="number of trained models (default 3)")
+    parser.add_argument("--device", default="auto", help="device of the models (default auto)")
+    parser.add_argument("--workers", type=int, default=1, help="number of parallel processes (default 1)")
     parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder of cold.json")
     args = parser.parse_args()
     shop = SimulatorConfig(args.events, args.events // 40, args.events // 100)
-    setting, rows = Setting(shop, args.epochs, args.device), []
+    setting = Setting(shop, args.epochs, args.device)
+    rows: list[dict[str, Cell]] = []
     with pool(args.workers) as processes:
         jobs = [processes.submit(hstu, setting, seed) for seed in range(args.seeds)]
         jobs += [processes.submit(content_knn, setting, options) for options in GRID]
         for job in jobs:
             rows.append(job.result())
             Console().print(rows[-1])
-    of_knn = max(row["recall50"] for row in rows if row["model"] == "contentknn")
-    of_hstu = float(np.mean([row["recall50"] for row in rows if row["model"] == "hstu"]))
-    metrics = {"recall50_hstu": of_hstu, "recall50_contentknn": of_knn, "ratio": of_hstu / of_knn}
+    knn_recall = max(float(row["recall50"] or 0) for row in rows if row["model"] == "contentknn")
+    hstu_recall = float(np.mean([row["recall50"] for row in rows if row["model"] == "hstu"]))
+    metrics = {
+        "recall50_hstu": hstu_recall,
+        "recall50_contentknn": knn_recall,
+        "ratio": hstu_recall / knn_recall,
+    }
     Console().print(metrics, f"written: {results.write('cold', metrics, rows, args.out)}")
 
 

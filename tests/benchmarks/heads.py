@@ -1,25 +1,23 @@
-"""The heads against a simulated shop's truth, and what slates do to users who react to them.
+"""The heads against a simulated shop's true probabilities, and slates under users who react to them.
 
-weightings  AUC of each head against that of the true probabilities, on the last 20 % of a simulated log; the expected
-            calibration error as trained and as calibrated; for learnt weightings of the heads' losses (the first is
-            the default's) and a grid of fixed ones; the best learnt one's mean AUC over the best fixed one's, with the
-            95 % interval of a bootstrap over users
-loop        the shop goes on from the log's end with slates of these models, reranked by each of some weights; what
-            its users then do and pay. Means over forks of the future, the same ones for every row, and their standard
-            errors
+weightings  AUC of each head next to that of the true probabilities, on the last 20 % of a simulated log, and the
+            expected calibration error before and after calibration, for three ways to weight the heads' losses (the
+            first is the default) and a grid of fixed weights; by how much the best learned weighting's mean AUC exceeds
+            the best fixed one's, with the 95 % interval of a bootstrap over users
+loop        the shop continues from the log's end with slates of these models, reranked in several ways; what its users
+            then do and pay. Means over several simulated futures, the same ones for every row, with standard errors
 
-The first part's result is heads.json, the second's closed_loop.json.
+The first part writes heads.json, the second closed_loop.json.
 
-The default shop is denser than `millrace simulate`'s: 86 events a user and 200 an item. The truth knows each item's
-hidden quality exactly, and an item's first hundred outcomes tell it only roughly.
+The default shop is denser than that of `millrace simulate`: 86 events per user and 200 per item. The truth contains
+each item's exact hidden quality, of which an item's first hundred outcomes give only a rough estimate.
 
 usage: python -m tests.benchmarks.heads [--parts weightings loop] [--epochs 12] [--forks 4] [--events N --users N
-           --items N] [--device cuda] [--workers N] [--quick]
+           --items N] [--device cuda] [--workers N] [--quick] [--out DIR]
 """
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
@@ -62,8 +60,9 @@ SHOP = SimulatorConfig(events=60_000, users=700, items=300)
 QUICK = SimulatorConfig(events=4_000, users=200, items=60, days=40)
 LOOP_DAYS = 14
 RESULTS = {"weightings": "heads", "loop": "closed_loop"}  # by part
-ODDS = "odds.npy"  # of the scored events, beside the model
-HITS_OF = 3000  # scored events whose hit rate is measured: the price that the retrieval pays for the heads
+PROBABILITIES = "probabilities.npy"  # of the scored events, next to the model
+HIT_RATE_EVENTS = 3000  # scored events whose hit rate is measured: what the heads cost the retrieval
+MAX_EVENTS = 512
 WEIGHTINGS: dict[str, TrainerOptions] = {
     "fixed 1 1 1": TrainerOptions(),
     "uncertainty": TrainerOptions(weighting="uncertainty"),
@@ -73,8 +72,9 @@ WEIGHTINGS: dict[str, TrainerOptions] = {
     "fixed 0.5 2 0.5": TrainerOptions(head_weights=(0.5, 2.0, 0.5)),
     "fixed 0.5 0.5 2": TrainerOptions(head_weights=(0.5, 0.5, 2.0)),
 }
-DYNAMIC = ("uncertainty", "dwa")
-DEFAULT, NOTHING = "fixed 1 1 1", "nothing shown"
+LEARNED = ("uncertainty", "dwa")
+DEFAULT = "fixed 1 1 1"
+NOTHING = "nothing shown"
 RERANKS: dict[str, RerankWeights] = {
     "off": RerankWeights(),
     "engagement": RerankWeights(engagement=1.0),
@@ -83,12 +83,12 @@ RERANKS: dict[str, RerankWeights] = {
     "money": RerankWeights(monetization=1.0, value=1.0),
     "all": RerankWeights(engagement=0.5, retention=0.5, monetization=0.5, value=0.5),
 }
-# Nothing shown; the default model by every rerank; the learnt weightings as they rank and by money.
-LOOPS = [(NOTHING, "off"), *((DEFAULT, name) for name in RERANKS), *product(DYNAMIC, ("off", "money"))]
+# No slates; the default model with every reranking; the learned weightings as ranked and reranked by money.
+LOOPS = [(NOTHING, "off"), *((DEFAULT, name) for name in RERANKS), *product(LEARNED, ("off", "money"))]
 
 
-class Silent:
-    """An observer of trainings."""
+class SilentCallback:
+    """A training callback that ignores everything."""
 
     def phase(self, name: str, epochs: int) -> None: ...
 
@@ -98,7 +98,7 @@ class Silent:
 
 
 class Setting(msgspec.Struct, frozen=True):
-    """What all processes share. folder: where the trained models are."""
+    """Options shared by all processes. folder: of the trained models."""
 
     shop: SimulatorConfig
     epochs: int
@@ -106,16 +106,14 @@ class Setting(msgspec.Struct, frozen=True):
     folder: Path
 
 
-@dataclass
 class Bench:
-    """One shop, its past, and the models that its past has trained."""
+    """One shop, its log, and the models trained on it."""
 
-    setting: Setting
-
-    def __post_init__(self) -> None:
-        self.pipeline, self.days = PipelineOptions(device=self.setting.device), self.setting.shop.days
-        self.simulator = Simulator(self.setting.shop)
-        self.log, self.truth = warm_up(self.simulator, self.days)
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.pipeline = PipelineOptions(device=setting.device)
+        self.simulator = Simulator(setting.shop)
+        self.log, self.truth = warm_up(self.simulator, setting.shop.days)
         self.vocabulary = Vocabulary(self.log.item_ids)
         self.catalogue = Catalogue(self.vocabulary)
         self.catalogue.upsert(self.simulator.items())
@@ -126,21 +124,23 @@ class Bench:
     def train(self, weighting: str) -> None:
         trainer = replace(WEIGHTINGS[weighting], epochs=self.setting.epochs)
         options = TrainingOptions(trainer, HstuConfig(), patience=self.setting.epochs, refit=False)
-        train(self.log, self.path(weighting), options, self.pipeline, Silent(), "", items=self.simulator.items())
+        items = self.simulator.items()
+        train(self.log, self.path(weighting), options, self.pipeline, SilentCallback(), "", items=items)
 
-    def model(self, weighting: str) -> Artifact:
+    def load(self, weighting: str) -> Artifact:
         return artifacts.load(self.path(weighting))
 
-    def rung(self, artifact: Artifact, rerank: RerankWeights = RERANKS["off"]) -> HstuStrategy:
+    def strategy(self, artifact: Artifact, rerank: RerankWeights = RERANKS["off"]) -> HstuStrategy:
         options = self.pipeline
         return HstuStrategy(artifact, self.catalogue, options.exclusion, options.device, options.threads, rerank)
 
     @cached_property
     def scored(self) -> HeldOutEvents:
-        """The last 20 %, but for users' first events."""
-        corpus = UserSequences.from_log(self.log, self.vocabulary)
-        left_out = Split().test_mask(self.log)[corpus.log_positions]
-        return HeldOutEvents(corpus, np.flatnonzero(left_out & (corpus.starts < np.arange(len(corpus)))), 512)
+        """The last 20 % of the events, except users' first ones."""
+        sequences = UserSequences.from_log(self.log, self.vocabulary)
+        held_out = Split().test_mask(self.log)[sequences.log_positions]
+        has_history = sequences.starts < np.arange(len(sequences))
+        return HeldOutEvents(sequences, np.flatnonzero(held_out & has_history), MAX_EVENTS)
 
     @cached_property
     def labels(self) -> np.ndarray:  # float32 [n, 3], of the scored events
@@ -149,50 +149,60 @@ class Bench:
 
 
 @cache
-def bench_of(setting: Setting) -> Bench:
-    """Once a process."""
+def get_bench(setting: Setting) -> Bench:
+    """Build the shop once per process."""
     return Bench(setting)
 
 
 def train_model(setting: Setting, weighting: str) -> None:
-    bench_of(setting).train(weighting)
+    get_bench(setting).train(weighting)
 
 
 def weighting_row(setting: Setting, weighting: str) -> dict[str, Cell]:
-    bench = bench_of(setting)
-    scored, artifact = bench.scored, bench.model(weighting)
+    """Measure the model of one weighting, and keep its probabilities for the comparison."""
+    bench = get_bench(setting)
+    scored = bench.scored
+    artifact = bench.load(weighting)
     truth = np.stack([bench.truth[name] for name in TRUTHS], axis=1)[scored.sequences.log_positions[scored.positions]]
-    some = np.sort(np.random.default_rng(0).permutation(scored.positions)[:HITS_OF])
-    rung = bench.rung(artifact)
-    odds, raw = predict_heads(rung, scored), predict_heads(bench.rung(uncalibrated(artifact)), scored)
-    hit_rate = evaluate_ranking(rung, HeldOutEvents(scored.sequences, some, scored.max_events), 10).hit_rate
-    np.save(bench.path(weighting) / ODDS, odds)
+    strategy = bench.strategy(artifact)
+    calibrated = predict_heads(strategy, scored)
+    raw = predict_heads(bench.strategy(uncalibrated(artifact)), scored)
+    np.save(bench.path(weighting) / PROBABILITIES, calibrated)
+    sampled = np.sort(np.random.default_rng(0).permutation(scored.positions)[:HIT_RATE_EVENTS])
+    sampled_events = HeldOutEvents(scored.sequences, sampled, scored.max_events)
+    hit_rate = evaluate_ranking(strategy, sampled_events, 10).hit_rate
     row: dict[str, Cell] = {"part": "weightings", "weighting": weighting, "hit_rate": hit_rate}
     for task, head in enumerate(TASKS):
-        row |= head_row(head, odds[:, task], raw[:, task], truth[:, task], bench.labels[:, task])
+        row |= head_row(head, calibrated[:, task], raw[:, task], truth[:, task], bench.labels[:, task])
     return row | {"auc": float(np.mean([float(row[f"{head}_auc"] or 0) for head in TASKS]))}
 
 
-def head_row(head: str, odds: np.ndarray, raw: np.ndarray, truth: np.ndarray, labels: np.ndarray) -> dict[str, Cell]:
-    calibrated, plain, best = (head_metrics(each, labels) for each in (odds, raw, truth))
-    assert calibrated.auc is not None, f"the shop is too small: {head} has labels of one kind"
+def head_row(
+    head: str, calibrated: np.ndarray, raw: np.ndarray, truth: np.ndarray, labels: np.ndarray
+) -> dict[str, Cell]:
+    """calibrated, raw, truth: probabilities, float [n]; labels: float32 [n]."""
+    got, uncalibrated, best = (head_metrics(each, labels) for each in (calibrated, raw, truth))
+    assert got.auc is not None, f"the shop is too small: {head} has labels of one kind"
     assert best.auc is not None
     return {
-        f"{head}_auc": calibrated.auc, f"{head}_truth": best.auc, f"{head}_gap": best.auc - calibrated.auc,
-        f"{head}_ece_raw": plain.ece, f"{head}_ece": calibrated.ece,
-    }  # fmt: skip
+        f"{head}_auc": got.auc,
+        f"{head}_truth": best.auc,
+        f"{head}_gap": best.auc - got.auc,
+        f"{head}_ece_raw": uncalibrated.ece,
+        f"{head}_ece": got.ece,
+    }
 
 
-def best_of(rows: list[dict[str, Cell]], learnt: bool) -> str:
-    """The learnt or the fixed weighting with the highest mean AUC."""
-    some = [row for row in rows if (row["weighting"] in DYNAMIC) == learnt]
-    return str(max(some, key=lambda row: float(row["auc"] or 0))["weighting"])
+def best_weighting(rows: list[dict[str, Cell]], learned: bool) -> str:
+    """Return the learned or the fixed weighting with the highest mean AUC."""
+    candidates = [row for row in rows if (row["weighting"] in LEARNED) == learned]
+    return str(max(candidates, key=lambda row: float(row["auc"] or 0))["weighting"])
 
 
-def learnt_over_fixed(setting: Setting, rows: list[dict[str, Cell]]) -> dict[str, float]:
-    """How far the best learnt weighting's mean AUC over the heads is above the best fixed one's."""
-    bench = bench_of(setting)
-    ours, theirs = (np.load(bench.path(best_of(rows, learnt)) / ODDS) for learnt in (True, False))
+def learned_over_fixed(setting: Setting, rows: list[dict[str, Cell]]) -> dict[str, float]:
+    """Return by how much the best learned weighting's mean AUC over the heads exceeds the best fixed one's."""
+    bench = get_bench(setting)
+    ours, theirs = (np.load(bench.path(best_weighting(rows, kind)) / PROBABILITIES) for kind in (True, False))
     names = ("learnt_over_fixed", "learnt_over_fixed_ci_low", "learnt_over_fixed_ci_high")
     return dict(zip(names, mean_auc_gain(ours, theirs, bench.labels, bench.scored.users), strict=True))
 
@@ -203,20 +213,22 @@ def uncalibrated(artifact: Artifact) -> Artifact:
 
 
 def loop_row(setting: Setting, weighting: str, rerank: str, forks: int) -> dict[str, Cell]:
-    bench, reactions = bench_of(setting), []
-    rung = bench.rung(bench.model(weighting), RERANKS[rerank]) if weighting != NOTHING else None
+    """Let the shop continue `forks` times with slates of this model and reranking."""
+    bench = get_bench(setting)
+    strategy = bench.strategy(bench.load(weighting), RERANKS[rerank]) if weighting != NOTHING else None
+    outcomes = []
     for seed in range(forks):
         future = bench.simulator.fork(seed)
-        showcase = PolicyUnderTest(future, rung, bench.vocabulary, bench.log) if rung else None
-        reactions.append(run(future, bench.days, LOOP_DAYS, showcase))
+        policy = PolicyUnderTest(future, strategy, bench.vocabulary, bench.log) if strategy else None
+        outcomes.append(run(future, setting.shop.days, LOOP_DAYS, policy))
     row: dict[str, Cell] = {"part": "loop", "weighting": weighting, "rerank": rerank}
-    return row | _summary(reactions)
+    return row | _summary(outcomes)
 
 
-def _summary(reactions: list[ClosedLoopMetrics]) -> dict[str, Cell]:
-    """Means and standard errors over forks."""
-    columns = {name: [float(asdict(each)[name]) for each in reactions] for name in ClosedLoopMetrics.__struct_fields__}
-    columns["money_per_event"] = [each.money / each.events for each in reactions]
+def _summary(outcomes: list[ClosedLoopMetrics]) -> dict[str, Cell]:
+    """Return means and standard errors over the futures."""
+    columns = {name: [float(asdict(each)[name]) for each in outcomes] for name in ClosedLoopMetrics.__struct_fields__}
+    columns["money_per_event"] = [each.money / each.events for each in outcomes]
     row: dict[str, Cell] = {}
     for name, column in columns.items():
         row[name] = float(np.mean(column))
@@ -224,36 +236,37 @@ def _summary(reactions: list[ClosedLoopMetrics]) -> dict[str, Cell]:
     return row
 
 
-def measured(setting: Setting, parts: list[str], forks: int, workers: int) -> Iterator[dict[str, Cell]]:
-    """Train what the parts need, then their rows."""
+def measured_rows(setting: Setting, parts: list[str], forks: int, workers: int) -> Iterator[dict[str, Cell]]:
+    """Train the models that the parts need, then yield the parts' rows."""
     jobs: list[tuple] = [(weighting_row, setting, name) for name in WEIGHTINGS] if "weightings" in parts else []
     if "loop" in parts:
         jobs += [(loop_row, setting, weighting, rerank, forks) for weighting, rerank in LOOPS]
-    trained = {weighting for _, _, weighting, *_ in jobs if weighting != NOTHING}
+    needed = {weighting for _, _, weighting, *_ in jobs if weighting != NOTHING}
     with pool(workers) as processes:
-        for training in [processes.submit(train_model, setting, name) for name in WEIGHTINGS if name in trained]:
+        for training in [processes.submit(train_model, setting, name) for name in WEIGHTINGS if name in needed]:
             training.result()
         for row in [processes.submit(*job) for job in jobs]:
             yield row.result()
 
 
-def metrics_of_weightings(rows: list[dict[str, Cell]]) -> dict[str, float]:
-    """What the docs quote."""
+def weighting_metrics(setting: Setting, rows: list[dict[str, Cell]]) -> dict[str, float]:
+    """Return the figures that the documents quote."""
     by_weighting = {str(row["weighting"]): row for row in rows}
     default = by_weighting[DEFAULT]
     metrics = {
         f"{head}_{name}": float(default[f"{head}_{name}"] or 0) for head in TASKS for name in ("auc", "gap", "ece")
     }
-    for name, learnt in (("auc_best_fixed", False), ("auc_best_dynamic", True)):
-        metrics[name] = float(by_weighting[best_of(rows, learnt)]["auc"] or 0)
-    return metrics
+    for name, learned in (("auc_best_fixed", False), ("auc_best_dynamic", True)):
+        metrics[name] = float(by_weighting[best_weighting(rows, learned)]["auc"] or 0)
+    return metrics | learned_over_fixed(setting, rows)
 
 
-def metrics_of_loop(rows: list[dict[str, Cell]]) -> dict[str, float]:
-    """What the docs quote."""
+def loop_metrics(rows: list[dict[str, Cell]]) -> dict[str, float]:
+    """Return the figures that the documents quote."""
     by_rerank = {str(row["rerank"]): row for row in rows if row["weighting"] == DEFAULT}
     plain = by_rerank["off"]
-    money, engaged = by_rerank["money"]["money_per_event"], by_rerank["engagement"]["engaged_share"]
+    money = by_rerank["money"]["money_per_event"]
+    engaged = by_rerank["engagement"]["engaged_share"]
     return {
         "money_gain_by_rerank": float(money or 0) / float(plain["money_per_event"] or 1) - 1,
         "engagement_gain_by_rerank": float(engaged or 0) / float(plain["engaged_share"] or 1) - 1,
@@ -262,31 +275,31 @@ def metrics_of_loop(rows: list[dict[str, Cell]]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=list(RESULTS), default=list(RESULTS))
-    parser.add_argument("--epochs", type=int, default=12, help="of every training")
-    parser.add_argument("--forks", type=int, default=4, help="futures of the shop for a row of the loop")
-    parser.add_argument("--events", type=int, default=SHOP.events, help="of the shop")
-    parser.add_argument("--users", type=int, default=SHOP.users)
-    parser.add_argument("--items", type=int, default=SHOP.items)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--workers", type=int, default=1, help="processes side by side")
-    parser.add_argument("--quick", action="store_true", help="a small shop: does it run? its figures mean nothing")
+    parser.add_argument("--parts", nargs="+", choices=list(RESULTS), default=list(RESULTS), help="parts to run")
+    parser.add_argument("--epochs", type=int, default=12, help="number of epochs per training (default 12)")
+    parser.add_argument("--forks", type=int, default=4, help="simulated futures per row of the loop (default 4)")
+    parser.add_argument("--events", type=int, default=SHOP.events, help=f"events of the shop (default {SHOP.events})")
+    parser.add_argument("--users", type=int, default=SHOP.users, help=f"users of the shop (default {SHOP.users})")
+    parser.add_argument("--items", type=int, default=SHOP.items, help=f"items of the shop (default {SHOP.items})")
+    parser.add_argument("--device", default="cpu", help="device of the models (default cpu)")
+    parser.add_argument("--workers", type=int, default=1, help="number of parallel processes (default 1)")
+    parser.add_argument("--quick", action="store_true", help="a small shop, to see that it runs; no meaningful figures")
     parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder of the results")
     args = parser.parse_args()
     shop = QUICK if args.quick else SimulatorConfig(args.events, args.users, args.items)
+    rows: dict[str, list[dict[str, Cell]]] = {part: [] for part in args.parts}
+    metrics: dict[str, dict[str, float]] = {}
     with TemporaryDirectory(prefix="millrace-heads-") as folder:
-        setting, rows = Setting(shop, args.epochs, args.device, Path(folder)), {part: [] for part in args.parts}
-        for row in measured(setting, args.parts, args.forks, args.workers):
+        setting = Setting(shop, args.epochs, args.device, Path(folder))
+        for row in measured_rows(setting, args.parts, args.forks, args.workers):
             Console().print(row)
             rows[str(row["part"])].append(row)
-        metrics_by_part: dict[str, dict[str, float]] = {}
-        if of_weightings := rows.get("weightings"):
-            compared = learnt_over_fixed(setting, of_weightings)
-            metrics_by_part["weightings"] = metrics_of_weightings(of_weightings) | compared
-        if of_loop := rows.get("loop"):
-            metrics_by_part["loop"] = metrics_of_loop(of_loop)
-    for part, metrics in metrics_by_part.items():
-        Console().print(metrics, f"written: {results.write(RESULTS[part], metrics, rows[part], args.out)}")
+        if "weightings" in rows:
+            metrics["weightings"] = weighting_metrics(setting, rows["weightings"])
+        if "loop" in rows:
+            metrics["loop"] = loop_metrics(rows["loop"])
+    for part, figures in metrics.items():
+        Console().print(figures, f"written: {results.write(RESULTS[part], figures, rows[part], args.out)}")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
-"""The baseline: the loop that one writes first. One message, one Redis round trip, one inference, one send at a time.
+"""The baseline of the stream's benchmark: a loop that handles one message at a time.
 
-It uses the same parts as the worker (aiokafka, the ring function, the pipeline, the same slate), so that only the way
-they are put together differs. Its bias is in its favour: no tracker, no dead letters, no copy of the slate in Redis.
+Each message costs one Redis round trip, one inference and one send. The loop uses the worker's own parts (aiokafka, the
+ring function, the pipeline, the same slate), so that only their arrangement differs. The comparison favours the loop:
+it has no offset tracking, no dead letters and no copy of the slate in Redis.
 
 usage: python -m tests.benchmarks.plain_loop [--config FILE]      runs until SIGTERM
 """
 
+import argparse
 import asyncio
 import signal
-import sys
 from contextlib import suppress
 
 import msgspec
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord
 
 from worker import config
 from worker.clock import WallClock
@@ -23,7 +24,7 @@ from worker.stream.codec import Codec
 
 
 async def loop(settings: Config) -> None:
-    kafka, clock = settings.kafka, WallClock()
+    kafka = settings.kafka
     consumer = AIOKafkaConsumer(
         kafka.events_topic,
         bootstrap_servers=kafka.bootstrap_servers,
@@ -31,32 +32,35 @@ async def loop(settings: Config) -> None:
         auto_offset_reset="earliest",
     )
     producer = AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers, enable_idempotence=True)
-    async with build_components(settings, clock) as made, consumer, producer:
+    async with build_components(settings, WallClock()) as components, consumer, producer:
         async for record in consumer:
-            await answer(settings, made, record, producer)
+            await answer(settings, components, record, producer)
 
 
-async def answer(settings: Config, made: Components, record, producer: AIOKafkaProducer) -> None:
+async def answer(settings: Config, components: Components, record: ConsumerRecord, producer: AIOKafkaProducer) -> None:
+    clock = components.clock
     partition = Partition(record.topic, record.partition)
-    fetched = PolledRecords(partition, 1, record.offset + 1, made.clock.now_ms(), made.clock.monotonic(), [record])
-    [consumed], _ = Codec(settings, made.clock).decode(fetched)
-    await made.sequences.push([consumed])
-    await made.ranker.observe([consumed])
-    batch = Batch([Entry(consumed.event.user_id, [consumed], 0, 0)], 0, opened_s=made.clock.monotonic())
-    [slate] = await made.ranker.rank(batch)
+    polled = PolledRecords(partition, 1, record.offset + 1, clock.now_ms(), clock.monotonic(), [record])
+    [consumed], _ = Codec(settings, clock).decode(polled)
+    await components.sequences.push([consumed])
+    await components.ranker.observe([consumed])
+    batch = Batch([Entry(consumed.event.user_id, [consumed], 0, 0)], 0, opened_s=clock.monotonic())
+    [slate] = await components.ranker.rank(batch)
     await producer.send_and_wait(settings.kafka.recommendations_topic, msgspec.json.encode(slate), key=record.key)
 
 
+async def until_sigterm(settings: Config) -> None:
+    running = asyncio.create_task(loop(settings))
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)
+    with suppress(asyncio.CancelledError):
+        await running
+
+
 def main() -> None:
-    settings = config.load(sys.argv[2] if sys.argv[1:2] == ["--config"] else None)
-
-    async def until_signal() -> None:
-        running = asyncio.create_task(loop(settings))
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)
-        with suppress(asyncio.CancelledError):
-            await running
-
-    asyncio.run(until_signal())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", metavar="FILE", help="TOML file; MILLRACE__SECTION__FIELD variables override it")
+    args = parser.parse_args()
+    asyncio.run(until_sigterm(config.load(args.config)))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Hit rates of the slates themselves: the real log through Kafka whole, and the simulated log against its truth.
+"""Hit rates of the slates: a real log through Kafka, and a simulated log against its ground truth.
 
-The real log (MILLRACE_DATA, default ../shared/data): FILM_MODEL is trained on its first 80 %, then all of it goes
-through a real broker and the worker, one slate an event; in the end every ring and every slate is checked by the
-oracle. The simulated log: SHOP_MODEL is trained the same way, and `millrace evaluate` gives the replay's numbers.
+Real log (MILLRACE_DATA, default ../shared/data: MovieLens 100k): MOVIELENS_MODEL is trained on its first 80 %. Then the
+full log goes through a real broker and the worker, one slate per event, and the oracle checks every ring and slate.
+Simulated log: SHOP_MODEL is trained in the same way, and `millrace evaluate` gives the hit rates of a replay.
 
-Rows name the model by its options of `millrace train` that are not the defaults.
+Rows name each model by the options of `millrace train` that differ from the defaults.
 
-usage: python -m tests.benchmarks.replay [--epochs N] [--simulated-events 200000]
+usage: python -m tests.benchmarks.replay [--epochs N] [--simulated-events 200000] [--out DIR]
 """
 
 import argparse
@@ -14,11 +14,12 @@ import asyncio
 import os
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import msgspec
-from aiokafka import AIOKafkaConsumer
+from aiokafka import AIOKafkaConsumer, ConsumerRecord
 from msgspec.structs import replace as replaced
 from redis.asyncio import Redis
 from rich.console import Console
@@ -29,16 +30,14 @@ from worker import config
 from worker.replay.local_servers import LocalKafka, LocalValkey
 from worker.replay.replay import ReplayOptions, ReplayReport, replay
 
-CAP_EVENTS = 1024  # longer than any sequence of the log
-# The shop's transitions are sparse and sharp, so width is what it takes. Hit rate@10 on the whole validation slice of
-# the training log (8,000 events), best epoch: 256 wide 0.478 (three seeds 0.476-0.479), 384 0.479, 512 0.482,
-# 768 0.479.
-SHOP_MODEL: list[object] = [
-    "--width", 512, "--heads", 8, "--dropout", 0.3, "--attention-dropout", 0.7, "--temperature", 0.07, "--epochs", 16,
-]  # fmt: skip
+MAX_EVENTS = 1024  # per ring, longer than any sequence of the log
+# The shop's transitions are sparse and sharp, so the model needs width. Hit rate@10 on the full validation slice of the
+# training log (8,000 events), best epoch: width 256 0.478 (three seeds 0.476-0.479), 384 0.479, 512 0.482, 768 0.479.
+SHOP_MODEL: list[object] = ["--width", 512, "--heads", 8, "--dropout", 0.3, "--attention-dropout", 0.7]
+SHOP_MODEL += ["--temperature", 0.07, "--epochs", 16]
 # NDCG@10 on the validation slice of the film log's training part (4,000 events), best epoch: temperature 0.1 0.140,
-# 0.15 0.141, 0.12 with dropout 0.4 0.143; pieces of 64 events 0.129.
-FILM_MODEL: list[object] = ["--temperature", 0.12, "--dropout", 0.4]
+# 0.15 0.141, 0.12 with dropout 0.4 0.143; crops of 64 events 0.129.
+MOVIELENS_MODEL: list[object] = ["--temperature", 0.12, "--dropout", 0.4]
 LOG = Path(os.environ.get("MILLRACE_DATA", "../shared/data")) / "ml-100k" / "ml-100k.inter"
 
 
@@ -46,48 +45,46 @@ def millrace(*arguments: object) -> None:
     subprocess.run([sys.executable, "-m", "worker.cli", *map(str, arguments)], check=True)
 
 
-async def through_kafka(artifact: Path, folder: Path, console: Console) -> tuple[ReplayReport, int]:
-    """What the replay reports, and how many rings are the oracle's."""
-    settings = config.load(None, {"MILLRACE__SEQUENCES__MAX_EVENTS": str(CAP_EVENTS)})
+async def replay_through_kafka(artifact: Path, folder: Path, console: Console) -> tuple[ReplayReport, int]:
+    """Return the replay's report and the number of rings, all of which equal the oracle's."""
+    settings = config.load(None, {"MILLRACE__SEQUENCES__MAX_EVENTS": str(MAX_EVENTS)})
     settings = replaced(settings, pipeline=replaced(settings.pipeline, artifact=str(artifact)))
     with LocalKafka(folder / "kafka") as kafka, LocalValkey(folder / "valkey") as valkey:
-        task = ReplayOptions(LOG, folder / "slates.jsonl", kafka=kafka.bootstrap, redis=valkey.url)
-        report = await replay(settings, task, console)
-        return report, await check(kafka.bootstrap, task.name, valkey.url)
+        options = ReplayOptions(LOG, folder / "slates.jsonl", kafka=kafka.bootstrap, redis=valkey.url)
+        report = await replay(settings, options, console)
+        return report, await check(kafka.bootstrap, options.name, valkey.url)
 
 
 async def check(bootstrap: str, name: str, redis_url: str) -> int:
-    """The number of rings. AssertionError unless all are the oracle's byte for byte and every event is answered."""
-    oracle, slates = Oracle(f"{name}.events", CAP_EVENTS), []
+    """Return the number of rings. AssertionError unless all equal the oracle's and every event is answered."""
+    oracle = Oracle(f"{name}.events", MAX_EVENTS)
     async for record in every_record(bootstrap, f"{name}.events"):
         oracle.feed(record.partition, record.offset, msgspec.json.decode(record.value))
     async with Redis.from_url(redis_url) as redis:
         keys = [key async for key in redis.scan_iter("seq:*", count=1000)]
         stored = dict(zip([key.decode() for key in keys], await redis.mget(keys), strict=True))
     assert stored == oracle.rings(), "rings differ from the oracle's"
-    async for record in every_record(bootstrap, f"{name}.recommendations"):
-        slates.append(msgspec.json.decode(record.value))
-    oracle.check_slates(slates)
+    topic = f"{name}.recommendations"
+    oracle.check_slates([msgspec.json.decode(record.value) async for record in every_record(bootstrap, topic)])
     return len(stored)
 
 
-async def every_record(bootstrap: str, topic: str):
-    """All records of a topic, each partition's in offset order."""
+async def every_record(bootstrap: str, topic: str) -> AsyncIterator[ConsumerRecord]:
+    """Yield all records of a topic, each partition's in offset order."""
     consumer = AIOKafkaConsumer(topic, bootstrap_servers=bootstrap, auto_offset_reset="earliest")
     async with consumer:
         ends = await consumer.end_offsets(consumer.assignment())
-        while any([await consumer.position(part) < end for part, end in ends.items()]):
+        while any([await consumer.position(partition) < end for partition, end in ends.items()]):
             for records in (await consumer.getmany(timeout_ms=500)).values():
                 for record in records:
                     yield record
 
 
 def simulated(events: int, folder: Path, training: list[object]) -> dict[str, float]:
-    """Hit rates on a simulated log, and the share of the gap between co-occurrence and truth that hstu closes."""
+    """Return hit rates on a simulated log, and the fraction of the gap from co-occurrence to truth that hstu closes."""
     log = folder / "shop" / "events.jsonl"
-    millrace(
-        "simulate", "--out", folder / "shop", "--events", events, "--users", events // 40, "--items", events // 100
-    )
+    size = ["--events", events, "--users", events // 40, "--items", events // 100]
+    millrace("simulate", "--out", folder / "shop", *size)
     millrace("train", log, "--out", folder / "shop-artifact", *training)
     millrace("evaluate", folder / "shop-artifact", log, "--report", folder / "shop.json")
     report = msgspec.json.decode((folder / "shop.json").read_bytes())
@@ -97,22 +94,24 @@ def simulated(events: int, folder: Path, training: list[object]) -> dict[str, fl
     return {**{f"hit_rate_{name}": rate for name, rate in rates.items()}, "hit_rate_truth": truth, "closed": closed}
 
 
-def text(options: list[object]) -> str:
+def as_text(options: list[object]) -> str:
     return " ".join(map(str, options))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, help="of both trainings (default: millrace train's and SHOP_MODEL's)")
-    parser.add_argument("--simulated-events", type=int, default=200_000)
+    epochs_help = "number of epochs of both trainings (default: millrace train's and SHOP_MODEL's)"
+    parser.add_argument("--epochs", type=int, help=epochs_help)
+    parser.add_argument("--simulated-events", type=int, default=200_000, help="length of the simulated log")
+    parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder of replay.json")
     args = parser.parse_args()
     training: list[object] = ["--epochs", args.epochs] if args.epochs else []
     with TemporaryDirectory(prefix="millrace-replay-") as name:
         folder = Path(name)
-        millrace("train", LOG, "--out", folder / "artifact", *FILM_MODEL, *training)
-        real, rings = asyncio.run(through_kafka(folder / "artifact", folder, Console()))
+        millrace("train", LOG, "--out", folder / "artifact", *MOVIELENS_MODEL, *training)
+        real, rings = asyncio.run(replay_through_kafka(folder / "artifact", folder, Console()))
         shop = simulated(args.simulated_events, folder, [*SHOP_MODEL, *training])
-    assert real.strategies == {"hstu": real.slates}, f"other rungs answered, too: {real.strategies}"
+    assert real.strategies == {"hstu": real.slates}, f"other strategies answered too: {real.strategies}"
     metrics = {
         "hit_rate_hstu": real.hit_rates["slate"],
         "hit_rate_cooccurrence": real.hit_rates["cooccurrence"],
@@ -125,10 +124,16 @@ def main() -> None:
     }
     rates = {f"hit_rate_{name}": rate for name, rate in real.hit_rates.items()}
     rows: list[dict[str, results.Cell]] = [
-        {"log": "ml-100k", "model": text(FILM_MODEL), "rings_equal": rings, **rates, "events_per_s": real.events_per_s},
-        {"log": "simulated", "model": text(SHOP_MODEL), **shop},
+        {
+            "log": "ml-100k",
+            "model": as_text(MOVIELENS_MODEL),
+            "rings_equal": rings,
+            **rates,
+            "events_per_s": real.events_per_s,
+        },
+        {"log": "simulated", "model": as_text(SHOP_MODEL), **shop},
     ]
-    Console().print(metrics, f"written: {results.write('replay', metrics, rows)}")
+    Console().print(metrics, f"written: {results.write('replay', metrics, rows, args.out)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Results files: written by the benchmark itself, read back checked; one a benchmark, in tests/benchmarks/results."""
+"""Result files: written by the benchmark that measured them, one per benchmark, in tests/benchmarks/results."""
 
 import os
 import platform
@@ -17,7 +17,7 @@ Cell = str | int | float | bool | None
 
 
 class Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`metrics` are the figures that the docs quote; `rows` one record a measurement."""
+    """One run. `metrics` are the figures that the documents quote; `rows` has one record per measurement."""
 
     name: str
     commit: str
@@ -28,11 +28,16 @@ class Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rows: list[dict[str, Cell]]
 
 
-def write(name: str, metrics: dict[str, float], rows: list[dict[str, Cell]], folder: Path = FOLDER,
-          measured_on: str | None = None) -> Path:  # fmt: skip
-    """Store a run of this very process; the commit is marked when the tree differs from it.
+def write(
+    name: str,
+    metrics: dict[str, float],
+    rows: list[dict[str, Cell]],
+    folder: Path = FOLDER,
+    measured_on: str | None = None,
+) -> Path:
+    """Write the result of this process; its commit is marked when the working tree differs from it.
 
-    measured_on: the hardware, where the figures come from another machine than this one.
+    measured_on: the hardware, if the figures come from another machine than this one.
     """
     command = " ".join(["python", "-m", _module(), *map(shlex.quote, sys.argv[1:])])
     created = datetime.now(UTC).isoformat(timespec="seconds")
@@ -45,7 +50,7 @@ def write(name: str, metrics: dict[str, float], rows: list[dict[str, Cell]], fol
 
 
 def load(path: str | Path) -> Result:
-    """Raises msgspec.ValidationError for anything but a result with finite figures."""
+    """Read a result. Raises msgspec.ValidationError unless it is one with finite figures and the file's name."""
     result = msgspec.json.decode(Path(path).read_bytes(), type=Result)
     if result.name != Path(path).stem:
         raise msgspec.ValidationError(f"{path} holds the result '{result.name}'")
@@ -53,7 +58,7 @@ def load(path: str | Path) -> Result:
 
 
 def hardware() -> str:
-    """Cores, processor, memory and GPU of this machine."""
+    """Return cores, processor, memory and GPU of this machine."""
     cpu = next((line.split(":")[1].strip() for line in _read("/proc/cpuinfo") if line.startswith("model name")), "?")
     kib = next((int(line.split()[1]) for line in _read("/proc/meminfo") if line.startswith("MemTotal")), 0)
     return f"{os.cpu_count()} cores {cpu}, {kib >> 20} GiB, {_gpu()}, Python {platform.python_version()}"
@@ -81,6 +86,6 @@ def _commit() -> str:
         done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
-    # Results that were written meanwhile are no change of what is measured.
+    # Results that an earlier benchmark of the same run wrote are not a change of the measured code.
     changed = git("status", "--porcelain", "-uno", "--", ".", f":!{FOLDER}")
     return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")

@@ -1,8 +1,8 @@
-"""SASRec, the baseline of sequence models: Kang and McAuley, ICDM 2018 (arxiv.org/abs/1808.09781).
+"""SASRec, the sequence model to compare with: Kang and McAuley, ICDM 2018 (arxiv.org/abs/1808.09781).
 
-As in the paper's code: learned positions counted from the newest event, item vectors times sqrt(width), causal softmax
-attention whose queries alone are normalised, residuals from what is normalised, one item table in and out. Losses: the
-paper's binary cross entropy with one uniform negative a row, or the full softmax, which ranks better (Klenitskiy and
+As in the paper's code: learned positions counted from the latest event, item vectors times sqrt(width), causal softmax
+attention with a norm on the queries only, residuals from the normalised input, one item table in and out. Losses: the
+paper's binary cross entropy with one uniform negative per row, or the full softmax, which ranks better (Klenitskiy and
 Vasilev, RecSys 2023).
 """
 
@@ -25,9 +25,9 @@ from pipeline.types import PositiveInt, Rate
 
 
 class SasRecConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The model's shape and loss. `max_events`: the newest events that a state reads."""
+    """The model's shape and loss. `max_events`: number of latest events that a state reads."""
 
-    items: PositiveInt = 1  # rows of the item table, the unknown one included
+    items: PositiveInt = 1  # rows of the item table, with that of the unknown item
     layers: PositiveInt = 2
     width: PositiveInt = 64
     heads: PositiveInt = 1
@@ -44,32 +44,36 @@ class SasRecLayer(nn.Module):
         super().__init__()
         self.config = config
         width = config.width
-        self.norm_attention, self.norm_forward = nn.LayerNorm(width, config.eps), nn.LayerNorm(width, config.eps)
-        self.query, self.key, self.value = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, width)
+        self.norm_attention = nn.LayerNorm(width, config.eps)
+        self.norm_forward = nn.LayerNorm(width, config.eps)
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
-        self.inner, self.outer = nn.Linear(width, width), nn.Linear(width, width)
+        self.inner = nn.Linear(width, width)
+        self.outer = nn.Linear(width, width)
 
     def forward(self, x: Tensor, layout: PaddedBlocks) -> Tensor:
         # x: [total, width] -> [total, width]
-        asked = self.norm_attention(x)
-        q, k, v = self.query(asked), self.key(x), self.value(x)
-        attended = layout.pack([self._attend(q, k, v, block) for block in layout.blocks], last=False)
-        x = self.norm_forward(asked + self.out(attended))
-        hidden = self._dropped(F.relu(self.inner(x)))
-        return x + self._dropped(self.outer(hidden))
+        normed = self.norm_attention(x)
+        q, k, v = self.query(normed), self.key(x), self.value(x)
+        attn_out = layout.pack([self._attend(q, k, v, block) for block in layout.blocks], last=False)
+        x = self.norm_forward(normed + self.out(attn_out))
+        hidden = self._dropout(F.relu(self.inner(x)))
+        return x + self._dropout(self.outer(hidden))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, block: Block) -> Tensor:
         q, k, v = (block.pad(x).unflatten(2, (self.config.heads, -1)).transpose(1, 2) for x in (q, k, v))
         dropout = self.config.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-        return attended.transpose(1, 2).flatten(2)  # [users, length, width]
+        attn_out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        return attn_out.transpose(1, 2).flatten(2)  # [users, length, width]
 
-    def _dropped(self, x: Tensor) -> Tensor:
+    def _dropout(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.config.dropout, self.training)
 
 
 class SasRec(Trainable):
-    """From packed tokens to states; a state's dot product with a row of the item table scores the item."""
+    """Packed tokens to states, whose dot products with the item table's rows score the items."""
 
     def __init__(self, config: SasRecConfig) -> None:
         super().__init__()
@@ -83,61 +87,67 @@ class SasRec(Trainable):
                 nn.init.xavier_normal_(parameter)
 
     def forward(self, inputs: EncoderInputs) -> Tensor:
-        """Of users who all have events, at most max_events each -> states [total, width]."""
+        """Return states [total, width] of users who have between 1 and max_events events each."""
         device = self.item_embedding.weight.device
         back = np.repeat(inputs.offsets[1:], np.diff(inputs.offsets)) - 1 - np.arange(len(inputs.tokens))
-        tokens, places = (torch.from_numpy(column).to(device) for column in (inputs.tokens, back))
-        x = self.item_embedding(tokens) * self.config.width**0.5 + self.position_embedding(places)
+        tokens, positions = (torch.from_numpy(column).to(device) for column in (inputs.tokens, back))
+        x = self.item_embedding(tokens) * self.config.width**0.5 + self.position_embedding(positions)
         x = F.dropout(x, self.config.dropout, self.training)
         layout = PaddedBlocks.from_inputs(inputs, device)
         for layer in self.layers:
             x = layer(x, layout)
         return self.norm(x)
 
-    def losses(self, batch: TrainingBatch, shares: np.ndarray, random: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """See Trainable; there are no side tasks."""
+    def losses(self, batch: TrainingBatch, frequency: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """See Trainable. There are no side tasks."""
         states = self(batch.inputs)
-        states, targets = states[torch.from_numpy(batch.target_mask).to(states.device)], batch.targets
+        states = states[torch.from_numpy(batch.target_mask).to(states.device)]
+        targets = batch.targets
         table = self.item_embedding.weight
         if self.config.loss == "bce":
-            loss = _binary_loss(states, table, targets, batch.seen, random)
+            loss = _binary_loss(states, table, targets, batch.seen, rng)
         else:
-            candidates = sample_candidates((batch.whole or batch).targets, shares, random)
+            candidates = sample_candidates((batch.whole or batch).targets, frequency, rng)
             table = table if candidates.tokens is None else table[candidates.tokens.to(table.device)]
             loss = next_item_loss(states, table, targets, batch.seen, candidates)
         return loss, loss.new_zeros(0)
 
 
 def _binary_loss(
-    states: Tensor, table: Tensor, targets: np.ndarray, seen: tuple[np.ndarray, np.ndarray], random: np.random.Generator
+    states: Tensor, table: Tensor, targets: np.ndarray, seen: tuple[np.ndarray, np.ndarray], rng: np.random.Generator
 ) -> Tensor:
-    """Mean over rows of -log s(target) - log(1 - s(negative)), the negative uniform over items; one that the row has
-    seen, or its target, does not count."""
-    negatives = random.integers(1, len(table), len(targets))
+    """Return the mean over rows of -log s(target) - log(1 - s(negative)), with one uniform negative per row.
+
+    A negative that is the row's target, or that the row has seen, does not count.
+    """
+    negatives = rng.integers(1, len(table), len(targets))
     counted = negatives != targets
     counted[seen[0][negatives[seen[0]] == seen[1]]] = False
-    wanted, drawn, counts = (torch.from_numpy(column).to(states.device) for column in (targets, negatives, counted))
-    of_wanted = F.logsigmoid((states * table[wanted]).sum(1))
-    of_drawn = F.logsigmoid(-(states * table[drawn]).sum(1)) * counts
-    return -(of_wanted + of_drawn).mean()
+    target_rows, negative_rows, weights = (
+        torch.from_numpy(column).to(states.device) for column in (targets, negatives, counted)
+    )
+    positive = F.logsigmoid((states * table[target_rows]).sum(1))
+    negative = F.logsigmoid(-(states * table[negative_rows]).sum(1)) * weights
+    return -(positive + negative).mean()
 
 
 class SasRecScorer:
-    """A pipeline.evaluation.full_ranking.Scorer. A user without events is answered by popularity."""
+    """A CatalogueScorer of pipeline/evaluation/full_ranking.py. A user without events gets popularity scores."""
 
     name = "sasrec"
 
     def __init__(self, model: SasRec, popularity: Popularity) -> None:
-        self._model, self._popularity = model.eval(), popularity
+        self._model = model.eval()
+        self._popularity = popularity
 
     @torch.inference_mode()
     def score(self, histories: Histories, tokens: np.ndarray) -> np.ndarray:
-        """See Scorer. Items beyond the model's table are never known: -inf."""
+        """See CatalogueScorer. Items beyond the model's table score -inf."""
         scores = self._popularity.score(histories, tokens)
         table = self._model.item_embedding.weight
-        shown = np.where(tokens < len(table), tokens, 0).astype(np.int32)
-        nothing = np.zeros(len(shown), np.int32)
-        inputs = EncoderInputs(shown, nothing[:, None], nothing, histories.offsets).tail(self._model.config.max_events)
+        item_rows = np.where(tokens < len(table), tokens, 0).astype(np.int32)
+        zeros = np.zeros(len(item_rows), np.int32)
+        inputs = EncoderInputs(item_rows, zeros[:, None], zeros, histories.offsets).tail(self._model.config.max_events)
         ordered, users = inputs.by_length()
         if len(users):
             states = self._model(ordered)[torch.from_numpy(ordered.offsets[1:] - 1).to(table.device)]

@@ -1,4 +1,4 @@
-"""The stage of the stream's benchmarks: a real broker, a real Valkey, topics, worker processes and their memory."""
+"""Servers and processes of the stream's benchmarks: a real broker, a real Valkey, topics, workers and their memory."""
 
 import asyncio
 import os
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
@@ -22,16 +23,28 @@ SAMPLE_S = 0.25
 WORKER = [sys.executable, "-m", "worker.cli", "run"]
 PLAIN = [sys.executable, "-m", "tests.benchmarks.plain_loop"]
 
+Settings = dict[str, object]  # SECTION__FIELD: value
+
+
+class Sample(NamedTuple):
+    """State of a run at one moment."""
+
+    at_s: float
+    slates: int
+    rss_kib: int
+
 
 @dataclass(frozen=True)
 class Stage:
+    """A running broker and Valkey, and a folder for the runs' files."""
+
     bootstrap: str
     redis_url: str
     folder: Path
 
-    def environment(self, name: str, settings: dict[str, object]) -> dict[str, str]:
-        """A run's own topics and group on the shared broker."""
-        values: dict[str, object] = {
+    def environment(self, name: str, settings: Settings) -> dict[str, str]:
+        """Return the environment of a run with topics and a group of its own on the shared broker."""
+        values: Settings = {
             "KAFKA__BOOTSTRAP_SERVERS": self.bootstrap,
             "KAFKA__EVENTS_TOPIC": f"{name}.events",
             "KAFKA__RECOMMENDATIONS_TOPIC": f"{name}.slates",
@@ -51,15 +64,15 @@ class Stage:
         await admin.close()
 
     @contextmanager
-    def process(self, command: list[str], name: str, settings: dict[str, object]) -> Iterator[subprocess.Popen]:
-        """A worker that is stopped at the end; its last words are shown when it ended by itself."""
+    def process(self, command: list[str], name: str, settings: Settings) -> Iterator[subprocess.Popen]:
+        """Run a worker until the end of the block. RuntimeError with the end of its log when it has exited before."""
         log = self.folder / f"{name}.log"
         with log.open("wb") as out:
             process = subprocess.Popen(command, env=self.environment(name, settings), stdout=out, stderr=out)
         try:
             yield process
             if process.poll() is not None:
-                raise RuntimeError(f"{name} ended with {process.returncode}:\n{log.read_text()[-3000:]}")
+                raise RuntimeError(f"{name} exited with {process.returncode}:\n{log.read_text()[-3000:]}")
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(60)
@@ -73,14 +86,14 @@ def stage() -> Iterator[Stage]:
             yield Stage(kafka.bootstrap, valkey.url, root)
 
 
-class Ends:
-    """How many records a topic holds."""
+class TopicSize:
+    """Counts the records of a topic."""
 
     def __init__(self, bootstrap: str, topic: str) -> None:
         self._consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap)
-        self._parts = [TopicPartition(topic, number) for number in range(PARTITIONS)]
+        self._partitions = [TopicPartition(topic, number) for number in range(PARTITIONS)]
 
-    async def __aenter__(self) -> "Ends":
+    async def __aenter__(self) -> "TopicSize":
         await self._consumer.start()
         return self
 
@@ -88,28 +101,28 @@ class Ends:
         await self._consumer.stop()
 
     async def count(self) -> int:
-        return sum((await self._consumer.end_offsets(self._parts)).values())
+        return sum((await self._consumer.end_offsets(self._partitions)).values())
 
 
-async def slate_counts(stage: Stage, name: str, until: int, process: subprocess.Popen) -> list[tuple[float, int, int]]:
-    """(seconds, slates, resident KiB of the process) sampled until the topic holds `until` slates."""
-    samples: list[tuple[float, int, int]] = []
-    async with Ends(stage.bootstrap, f"{name}.slates") as ends:
-        while not samples or samples[-1][1] < until:
+async def sample_slates(stage: Stage, name: str, until: int, process: subprocess.Popen) -> list[Sample]:
+    """Sample the process until its topic holds `until` slates, or until it exits."""
+    samples: list[Sample] = []
+    async with TopicSize(stage.bootstrap, f"{name}.slates") as size:
+        while not samples or samples[-1].slates < until:
             if process.poll() is not None:
                 break
-            samples.append((time.monotonic(), await ends.count(), resident_kib(process.pid)))
+            samples.append(Sample(time.monotonic(), await size.count(), resident_kib(process.pid)))
             await asyncio.sleep(SAMPLE_S)
     return samples
 
 
-def steady_rate(samples: list[tuple[float, int, int]], total: int) -> float:
-    """Slates a second between 20 % and 90 % of the run: without the start and the last, smaller batches."""
-    inside = [(at, count) for at, count, _ in samples if 0.2 * total <= count <= 0.9 * total]
+def steady_rate(samples: list[Sample], total: int) -> float:
+    """Return slates per second between 20 % and 90 % of the run: without the start and the last, smaller batches."""
+    inside = [sample for sample in samples if 0.2 * total <= sample.slates <= 0.9 * total]
     if len(inside) < 2:
-        raise RuntimeError(f"only {len(inside)} samples of {len(samples)} lie in the steady part; measure longer")
-    (start_s, first), (end_s, last) = inside[0], inside[-1]
-    return (last - first) / (end_s - start_s)
+        raise RuntimeError(f"only {len(inside)} of {len(samples)} samples are in the steady part; measure longer")
+    first, last = inside[0], inside[-1]
+    return (last.slates - first.slates) / (last.at_s - first.at_s)
 
 
 def resident_kib(pid: int) -> int:

@@ -1,4 +1,4 @@
-"""Processes side by side, for trainings that each need one core or a part of a GPU."""
+"""Parallel processes for trainings that each need one core or a part of a GPU."""
 
 import multiprocessing
 import os
@@ -8,12 +8,12 @@ import torch
 
 
 def pool(workers: int) -> ProcessPoolExecutor:
-    """Its processes begin anew: CUDA does not survive a fork."""
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _alone)
+    """Return a pool whose processes are spawned, because CUDA does not survive a fork."""
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _use_one_device)
 
 
-def _alone() -> None:
-    """A worker process: one thread, and of several GPUs one."""
+def _use_one_device() -> None:
+    """Limit the process to one thread and, of several GPUs, to one."""
     torch.set_num_threads(1)
     if torch.cuda.device_count() > 1:
         torch.cuda.set_device(os.getpid() % torch.cuda.device_count())

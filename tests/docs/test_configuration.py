@@ -19,9 +19,7 @@ class Example(msgspec.Struct):
     # above the field,
     # on two lines
     long: Annotated[str, "x"] = "text"
-    wrapped: tuple[str, ...] | None = (
-        None  # inside the parentheses
-    )
+    wrapped: tuple[str, ...] | None = None  # inside the parentheses
 
 
 def test_page_shows_every_key_with_its_default_and_reason() -> None:
