@@ -128,7 +128,7 @@ def main() -> None:
             rows.append(job.result())
             Console().print(rows[-1])
     knn_recall = max(float(row["recall50"] or 0) for row in rows if row["model"] == "contentknn")
-    hstu_recall = float(np.mean([row["recall50"] for row in rows if row["model"] == "hstu"]))
+    hstu_recall = float(np.mean([float(row["recall50"] or 0) for row in rows if row["model"] == "hstu"]))
     metrics = {
         "recall50_hstu": hstu_recall,
         "recall50_contentknn": knn_recall,

@@ -1,10 +1,12 @@
-"""What a batch costs the torch backend on a GPU, from columns in the host's memory to states on the device: eager, by
-kernels without graphs, and by CUDA graphs. Times are the host's, to the end of the device's work.
+"""Time of the torch backend for a batch on a GPU, from columns in the host's memory to states on the device.
 
-    python -m tests.benchmarks.encoding       writes results/encoding_h100.json, or _h200
+Eager torch, kernels without graphs, and CUDA graphs. Times are the host's, to the end of the device's work.
+
+usage: python -m tests.benchmarks.encoding [--out FOLDER]       writes encoding_h100.json, or _h200
 """
 
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,47 +20,52 @@ from pipeline.model.config import PRESETS
 from pipeline.records import EventSchema
 from pipeline.training.trainer import MultiTaskModel
 from tests.benchmarks import results
-from tests.benchmarks.kernel_rows import Row, arguments, host_ms, median_ms, named, row
+from tests.benchmarks.kernel_rows import Row, arguments, card_name, host_ms, median_ms, row
 
-ITEMS, ROUNDS = 20_000, 30
-USERS, LONGEST, MAX_EVENTS = (1, 64, 256), 200, 32_768
+ITEMS = 20_000
+ROUNDS = 30
+USERS = (1, 64, 256)
+MAX_LENGTH = 200
+MAX_EVENTS = 32_768
 COUNTERS = {"items": np.zeros(0, np.uint64), "popularity": np.zeros(0), "values": np.zeros(0, np.float32)}
 
 
-def artifact_of(preset: str) -> artifacts.Artifact:
-    """An untrained model's."""
-    config = replace(PRESETS[preset], items=ITEMS, max_events=LONGEST, content_rows=0)
+def make_artifact(preset: str) -> artifacts.Artifact:
+    """Return the artifact of an untrained model."""
+    config = replace(PRESETS[preset], items=ITEMS, max_events=MAX_LENGTH, content_rows=0)
     ids = [f"i{number}" for number in range(1, ITEMS)]
     return artifacts.draft(config, EventSchema(), MultiTaskModel(config).state_dict(), ids, COUNTERS)
 
 
-def inputs_of(users: int) -> EncoderInputs:
-    """Lengths as real histories have them: log-normal, few of them long."""
-    random = np.random.default_rng(users)
-    lengths = np.clip(random.lognormal(4.0, 1.0, users), 1, LONGEST).astype(np.int64) if users > 1 else [LONGEST]
+def make_inputs(users: int) -> EncoderInputs:
+    """Draw lengths as real histories have them: log-normal, few of them long."""
+    rng = np.random.default_rng(users)
+    lengths = np.clip(rng.lognormal(4.0, 1.0, users), 1, MAX_LENGTH).astype(np.int64) if users > 1 else [MAX_LENGTH]
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     total = int(offsets[-1])
-    seconds = np.concatenate([np.cumsum(random.integers(0, 5000, length)) for length in lengths])
-    codes = random.integers(0, N_FEATURE_IDS, (total, N_FEATURES)).astype(np.int32)
-    return EncoderInputs(random.integers(1, ITEMS, total).astype(np.int32), codes, seconds.astype(np.int32), offsets)
+    seconds = np.concatenate([np.cumsum(rng.integers(0, 5000, length)) for length in lengths])
+    feature_ids = rng.integers(0, N_FEATURE_IDS, (total, N_FEATURES)).astype(np.int32)
+    tokens = rng.integers(1, ITEMS, total).astype(np.int32)
+    return EncoderInputs(tokens, feature_ids, seconds.astype(np.int32), offsets)
 
 
 def measure(preset: str) -> list[Row]:
-    artifact = artifact_of(preset)
+    artifact = make_artifact(preset)
     eager = TorchEncoder(artifact, "cuda")
-    launched = TorchEncoder(artifact, "cuda", graphs=GraphOptions(budget_mib=0))
-    captured = TorchEncoder(artifact, "cuda", graphs=GraphOptions(max(USERS), MAX_EVENTS))
+    kernels = TorchEncoder(artifact, "cuda", graphs=GraphOptions(budget_mib=0))
+    graphs = TorchEncoder(artifact, "cuda", graphs=GraphOptions(max(USERS), MAX_EVENTS))
     start = time.perf_counter()
-    graphs = captured.warm()
-    made_ms = 1e3 * (time.perf_counter() - start)
-    rows = [row(preset, f"graphs: {graphs} made", made_ms, 0, None, None)]
+    captured = graphs.warm()
+    capture_ms = 1e3 * (time.perf_counter() - start)
+    rows = [row(preset, f"graphs: {captured} made", capture_ms, 0, None, None)]
     for users in USERS:
-        inputs = inputs_of(users)
-        name, wanted = f"{preset}: {users} users, {len(inputs.tokens):,} events", eager.encode(inputs)
-        for how, encoder in (("torch: eager", eager), ("kernels", launched), ("kernels: graph", captured)):
-            error = round(float((encoder.encode(inputs) - wanted).norm() / wanted.norm()), 5)
-            ms = host_ms(lambda encoder=encoder, inputs=inputs: encoder.encode(inputs), ROUNDS)
-            rows.append(row(name, how, ms, users, None, error))
+        inputs = make_inputs(users)
+        name = f"{preset}: {users} users, {inputs.offsets[-1]:,} events"
+        expected = eager.encode(inputs)
+        for implementation, encoder in (("torch: eager", eager), ("kernels", kernels), ("kernels: graph", graphs)):
+            error = round(float((encoder.encode(inputs) - expected).norm() / expected.norm()), 5)
+            ms = host_ms(partial(encoder.encode, inputs), ROUNDS)
+            rows.append(row(name, implementation, ms, users, None, error))
     return rows
 
 
@@ -67,12 +74,12 @@ def main() -> None:
     torch.manual_seed(0)
     rows = [each for preset in ("tiny", "10m") for each in measure(preset)]
     times = {(each["workload"], each["implementation"]): median_ms(each) for each in rows}
-    metrics = {}
-    for (work, how), ms in times.items():
-        if how == "kernels: graph":
-            name = str(work).partition(" users")[0].replace(": ", "_")
-            metrics |= {f"{name}_ms": ms, f"{name}_speedup": round(times[work, "torch: eager"] / ms, 1)}
-    print(results.write(named("encoding"), metrics, rows, args.out))
+    metrics: dict[str, float] = {}
+    for (workload, implementation), ms in times.items():
+        if implementation == "kernels: graph":
+            name = str(workload).partition(" users")[0].replace(": ", "_")
+            metrics |= {f"{name}_ms": ms, f"{name}_speedup": round(times[workload, "torch: eager"] / ms, 1)}
+    print(results.write(card_name("encoding"), metrics, rows, args.out))
 
 
 if __name__ == "__main__":

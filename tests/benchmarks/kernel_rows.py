@@ -1,5 +1,4 @@
-"""What the kernels' benchmarks have in common: their command line, a row of their results, the file that a card's
-results go to, and what the card can do."""
+"""Common parts of the kernels' benchmarks: command line, result rows and files, timing, the cards' peaks."""
 
 import argparse
 import statistics
@@ -18,7 +17,7 @@ Row = dict[str, results.Cell]
 
 @dataclass(frozen=True, slots=True)
 class Peak:
-    """Datasheet of an SXM card: memory, matrix units in bfloat16 without sparsity, float32 units."""
+    """Datasheet of an SXM card: memory bandwidth, matrix units in bfloat16 without sparsity, float32 units."""
 
     gb_per_s: float
     matrix_tflops: float
@@ -29,18 +28,25 @@ PEAKS = {"H100": Peak(3350, 989, 67), "H200": Peak(4800, 989, 67)}
 
 
 def arguments(doc: str | None, **switches: str) -> argparse.Namespace:
-    """--out, and switches, by their help."""
+    """Parse --out and the switches, given by name with their help."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=results.FOLDER)
+    parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder of the result")
     for name, meaning in switches.items():
         parser.add_argument(f"--{name}", action="store_true", help=meaning)
     return parser.parse_args()
 
 
-def row(workload: str, implementation: str, ms: float, users: int, needed: tuple[float, float] | None,
-        max_error: float | None, **more: results.Cell) -> Row:  # fmt: skip
-    """Printed as it is measured. needed: operations and bytes; None where they are not counted."""
-    made: Row = {
+def row(
+    workload: str,
+    implementation: str,
+    ms: float,
+    users: int,
+    needed: tuple[float, float] | None,
+    max_error: float | None,
+    **more: results.Cell,
+) -> Row:
+    """Return a row, and print it. needed: operations and bytes, None if they are not counted."""
+    measured: Row = {
         "workload": workload,
         "implementation": implementation,
         "median_ms": round(ms, 4),
@@ -50,8 +56,8 @@ def row(workload: str, implementation: str, ms: float, users: int, needed: tuple
         "max_error": max_error,
         **more,
     }
-    print(made, flush=True)
-    return made
+    print(measured, flush=True)
+    return measured
 
 
 def median_ms(row: Row) -> float:
@@ -64,14 +70,14 @@ def ratio(slow: Row, fast: Row) -> float:
     return median_ms(slow) / median_ms(fast)
 
 
-def relative_error(found: Tensor, wanted: Tensor) -> float:
-    """||found - wanted|| / ||wanted||, to three digits."""
-    found, wanted = found.float(), wanted.float()
-    return float(f"{float((found - wanted).norm() / wanted.norm()):.2e}")
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """Return ||got - expected|| / ||expected||, to three digits."""
+    got, expected = got.float(), expected.float()
+    return float(f"{float((got - expected).norm() / expected.norm()):.2e}")
 
 
 def graphed(call: Callable[[], object]) -> Callable[[], None]:
-    """The call by a CUDA graph."""
+    """Capture the call as a CUDA graph and return its replay."""
     call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -80,8 +86,17 @@ def graphed(call: Callable[[], object]) -> Callable[[], None]:
     return graph.replay
 
 
+def device_ms(call: Callable[[], object], warmup: int = 25, rep: int = 100) -> float:
+    """Return the median by device events, with the L2 cache flushed before each call. warmup, rep: milliseconds."""
+    from triton.testing import do_bench  # the pictures use this module without it
+
+    ms = do_bench(call, warmup=warmup, rep=rep, return_mode="median")
+    assert isinstance(ms, float)
+    return ms
+
+
 def host_ms(call: Callable[[], object], rounds: int) -> float:
-    """The host's time to the end of the device's work: the median of all rounds but the first third."""
+    """Return the host's time to the end of the device's work: the median over all rounds but the first third."""
     times = []
     for _ in range(rounds):
         torch.cuda.synchronize()
@@ -92,6 +107,6 @@ def host_ms(call: Callable[[], object], rounds: int) -> float:
     return 1e3 * statistics.median(times[rounds // 3 :])
 
 
-def named(stem: str) -> str:
-    """`stem`_h200 or _h100: figures of two cards are never compared."""
+def card_name(stem: str) -> str:
+    """Return `stem`_h200 or `stem`_h100: figures of two cards are never compared."""
     return f"{stem}_{'h200' if 'H200' in torch.cuda.get_device_name() else 'h100'}"

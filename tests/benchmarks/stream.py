@@ -204,7 +204,8 @@ def memory_rows(samples: list[Sample]) -> list[dict[str, results.Cell]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--events", type=int, default=1_000_000, help="length of the long run (default 1000000)")
-    parser.add_argument("--users", type=int, default=100_000, help="number of users (default 100000)")
+    users_help = "number of users; far more than events in flight, or slates coalesce (default 100000)"
+    parser.add_argument("--users", type=int, default=100_000, help=users_help)
     parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder of stream.json")
     args = parser.parse_args()
     asyncio.run(measure(args.events, args.users, args.out))

@@ -227,7 +227,8 @@ def percentiles(latencies: np.ndarray) -> dict[str, results.Cell]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--swaps", type=int, default=20, help="number of swaps (default 20)")
-    parser.add_argument("--users", type=int, default=60_000, help="number of users (default 60000)")
+    users_help = "number of users; far more than events in flight, or slates coalesce (default 60000)"
+    parser.add_argument("--users", type=int, default=60_000, help=users_help)
     parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder of swap.json")
     args = parser.parse_args()
     asyncio.run(measure(args.swaps, args.users, args.out))

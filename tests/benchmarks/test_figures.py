@@ -20,7 +20,7 @@ KERNELS, PROJECTION, RETRIEVAL, ENCODING = (
     for name in ("kernels", "kernels_projection", "kernels_retrieval", "encoding")
 )
 TOP_100 = next(row for row in RETRIEVAL.rows if row["implementation"] == "fused")  # of the first workload
-FUSION = next(row for row in RETRIEVAL.rows if "events ->" in row["workload"] and row["implementation"] == "fused")
+FUSION = next(row for row in RETRIEVAL.rows if "events ->" in str(row["workload"]) and row["implementation"] == "fused")
 RUNS = {row["run"]: row for row in STREAM.rows}
 MOVIELENS, SHOP = REPLAY.rows
 

@@ -1,20 +1,22 @@
-"""Every results file in the tree is one that a benchmark wrote."""
+"""Every result file in the tree is one that a benchmark wrote."""
 
 import json
 import re
+from pathlib import Path
 
 import msgspec
 import pytest
-from benchmarks import results
+
+from tests.benchmarks import results
 
 
-def test_what_is_written_is_read_back(tmp_path):
+def test_written_result_is_read_back(tmp_path: Path) -> None:
     path = results.write("probe", {"x": 1.5}, [{"a": 1, "b": None}], tmp_path)
     assert results.load(path).metrics == {"x": 1.5}
 
 
 @pytest.mark.parametrize("change", [{"metrics": {"x": "fast"}}, {"name": "other"}, {"more": 1}, {"rows": {}}])
-def test_a_file_of_another_shape_is_refused(tmp_path, change):
+def test_file_of_another_shape_is_rejected(tmp_path: Path, change: dict[str, object]) -> None:
     path = results.write("probe", {"x": 1.5}, [], tmp_path)
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(msgspec.ValidationError):
@@ -22,7 +24,7 @@ def test_a_file_of_another_shape_is_refused(tmp_path, change):
 
 
 @pytest.mark.parametrize("path", sorted(results.FOLDER.glob("*.json")), ids=lambda path: path.stem)
-def test_a_committed_result_is_whole(path):
+def test_committed_result_is_complete(path: Path) -> None:
     result = results.load(path)
     assert result.metrics
     assert result.hardware

@@ -1,10 +1,12 @@
-"""A training step of the encoder on a GPU, forward and backward: attention by torch on padded blocks, and by this
-project's kernels.
+"""A training step of the encoder on a GPU, forward and backward: attention in torch and on this project's kernels.
 
-    python -m tests.benchmarks.training_steps       writes results/training_steps_h100.json, or _h200
+torch works on padded blocks. Times are the host's, to the end of the device's work.
+
+usage: python -m tests.benchmarks.training_steps [--out FOLDER]       writes training_steps_h100.json, or _h200
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,60 +19,62 @@ from pipeline.model.config import PRESETS
 from pipeline.model.hstu import Hstu, attention_plan
 from pipeline.model.padding import PaddedBlocks
 from tests.benchmarks import results
-from tests.benchmarks.kernel_rows import Row, arguments, host_ms, named, row
+from tests.benchmarks.kernel_rows import Row, arguments, card_name, host_ms, ratio, row
 
-LONGEST, ROUNDS = 200, 9
-RANDOM = np.random.default_rng(0)
-USERS = {  # lengths, as crops of real histories have them
-    "many short": RANDOM.geometric(0.4, 6000).clip(1, LONGEST),
-    "log-normal": RANDOM.lognormal(4.0, 1.0, 160).clip(1, LONGEST).astype(int),
-    "all long": np.full(80, LONGEST),
+MAX_LENGTH = 200
+ROUNDS = 9
+RNG = np.random.default_rng(0)
+LENGTHS = {  # of users, as crops of real histories have them
+    "many short": RNG.geometric(0.4, 6000).clip(1, MAX_LENGTH),
+    "log-normal": RNG.lognormal(4.0, 1.0, 160).clip(1, MAX_LENGTH).astype(int),
+    "all long": np.full(80, MAX_LENGTH),
 }
+Layout = PaddedBlocks | AttentionPlan
 
 
-def inputs_of(lengths: np.ndarray) -> EncoderInputs:
-    seconds = np.concatenate([np.cumsum(RANDOM.integers(0, 9000, length)) for length in lengths])
+def make_inputs(lengths: np.ndarray) -> EncoderInputs:
+    seconds = np.concatenate([np.cumsum(RNG.integers(0, 9000, length)) for length in lengths])
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     return EncoderInputs(np.zeros(0, np.int32), np.zeros((0, 0), np.int32), seconds.astype(np.int32), offsets)
 
 
 def measure(hstu: Hstu, name: str, lengths: np.ndarray, dtype: torch.dtype) -> list[Row]:
-    inputs = inputs_of(lengths)
-    rows = torch.randn(int(lengths.sum()), hstu.config.width, device="cuda", requires_grad=True)
-    half = dtype == torch.bfloat16
+    inputs = make_inputs(lengths)
+    x = torch.randn(int(lengths.sum()), hstu.config.width, device="cuda", requires_grad=True)
+    is_half = dtype == torch.bfloat16
 
-    def step(layout_of: Callable[[], PaddedBlocks | AttentionPlan]) -> None:
-        with torch.autocast("cuda", torch.bfloat16, enabled=half):
-            states: Tensor = hstu(rows, layout_of())
+    def step(make_layout: Callable[[], Layout]) -> None:
+        with torch.autocast("cuda", torch.bfloat16, enabled=is_half):
+            states: Tensor = hstu(x, make_layout())
         states.square().sum().backward()
 
-    ways: dict[str, Callable[[], PaddedBlocks | AttentionPlan]] = {
+    implementations: dict[str, Callable[[], Layout]] = {
         "torch": lambda: PaddedBlocks.from_inputs(inputs, "cuda"),
-        "kernels": lambda: attention_plan(inputs, LONGEST, dtype, rows.device),
+        "kernels": lambda: attention_plan(inputs, MAX_LENGTH, dtype, x.device),
     }
-    work = f"{name}, {'bfloat16' if half else 'float32'}: {len(lengths):,} users, {len(rows):,} events"
+    workload = f"{name}, {'bfloat16' if is_half else 'float32'}: {len(lengths):,} users, {len(x):,} events"
     return [
-        row(work, way, host_ms(lambda layout_of=layout_of: step(layout_of), ROUNDS), len(lengths), None, None)
-        for way, layout_of in ways.items()
+        row(workload, implementation, host_ms(partial(step, make_layout), ROUNDS), len(lengths), None, None)
+        for implementation, make_layout in implementations.items()
     ]
 
 
 def main() -> None:
     args = arguments(__doc__)
-    rows = []
+    rows: list[Row] = []
     for preset in ("tiny", "10m"):
-        config = replace(PRESETS[preset], items=1, max_events=LONGEST, content_rows=0)
+        config = replace(PRESETS[preset], items=1, max_events=MAX_LENGTH, content_rows=0)
         hstu = Hstu(config).cuda().train()
-        for name, lengths in USERS.items():
+        for name, lengths in LENGTHS.items():
             for dtype in (torch.bfloat16, torch.float32):
                 if preset == "tiny" or dtype == torch.bfloat16 or name == "log-normal":  # the others take minutes
                     rows += measure(hstu, f"{preset}, {name}", lengths, dtype)
-    times = [float(str(each["median_ms"])) for each in rows]
-    metrics = {
-        str(of_torch["workload"]).partition(":")[0].replace(", ", "_").replace(" ", "_").replace("-", "_"): slow / fast
-        for of_torch, slow, fast in zip(rows[::2], times[::2], times[1::2], strict=True)
-    }
-    print(results.write(named("training_steps"), {name: round(x, 2) for name, x in metrics.items()}, rows, args.out))
+    metrics = {}
+    for torch_row, kernels_row in zip(rows[::2], rows[1::2], strict=True):
+        name = str(torch_row["workload"]).partition(":")[0]
+        name = name.replace(", ", "_").replace(" ", "_").replace("-", "_")
+        metrics[name] = round(ratio(torch_row, kernels_row), 2)
+    print(results.write(card_name("training_steps"), metrics, rows, args.out))
 
 
 if __name__ == "__main__":
