@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Each sets up all that it needs; the second time that takes seconds.
+# `make demo`, `make test`, `make lint` and `make bench` set up everything they need first; the next run skips that.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up what `make` needs; run again it finds that nothing is left to do.
+# Set up what `make` needs. Running it again changes nothing.
 # usage: setup.sh venv PYTHON DIR    the virtual environment with the CPU stack
 #        setup.sh kafka DIR          Java, Maven, and the jars of one Kafka node in DIR/libs
 set -euo pipefail
@@ -16,18 +16,18 @@ as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo -n "$@"; fi; }
 apt() { as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Dpkg::Use-Pty=0 "$@" >/dev/null; }
 
 updated=
-refresh() { # the lists, once
-  if [ -z "$updated" ]; then apt update || say "apt-get update failed; going on with the lists that are there"; fi
+refresh() { # package lists, once per run
+  if [ -z "$updated" ]; then apt update || say "apt-get update failed, continuing with the existing package lists"; fi
   updated=yes
 }
-install() { # install PACKAGE...: false when not permitted or not possible
+install() { # install PACKAGE...: fails when it is not permitted or not possible
   may_install || return 1
-  say "installing $* by apt-get"
+  say "installing $* with apt-get"
   refresh
   apt install -y --no-install-recommends "$@"
 }
 
-first_known() { # the first of these packages that the system's lists have
+first_available() { # prints the first of these packages that the package lists have
   local package
   for package; do
     if apt-cache show "$package" >/dev/null 2>&1; then echo "$package" && return; fi
@@ -42,14 +42,14 @@ at_least() { [ "$(printf '%s\n' "$1" "$2" | sort -V | head -n1)" = "$2" ]; }
 
 make_venv() {
   local python=$1 dir=$2 version
-  command -v "$python" >/dev/null || die "no $python: install Python $PYTHON_MIN or newer (apt-get install python3)"
+  command -v "$python" >/dev/null || die "$python not found: install Python $PYTHON_MIN or newer (apt-get install python3)"
   version=$(python_version "$python")
   at_least "$version" "$PYTHON_MIN" ||
-    die "$python is $version, wanted $PYTHON_MIN or newer: install one and run make PYTHON=python$PYTHON_MIN"
+    die "$python is $version, want $PYTHON_MIN or newer: install it and run make PYTHON=python$PYTHON_MIN"
   if ! "$python" -c 'import venv, ensurepip' 2>/dev/null; then
-    install "python$version-venv" || die "$python cannot make virtual environments: apt-get install python$version-venv"
+    install "python$version-venv" || die "$python cannot create virtual environments: apt-get install python$version-venv"
   fi
-  # An environment whose interpreter is gone or of another version is made anew.
+  # Create the environment again when its interpreter is missing or has another version.
   if [ "$(python_version "$dir/bin/python" 2>/dev/null)" != "$version" ]; then
     "$python" -m venv --clear "$dir"
   fi
@@ -64,7 +64,7 @@ has_java() { command -v java >/dev/null && [ "$(java_major)" -ge "$JAVA_MIN" ] 2
 install_java() {
   may_install || return 1
   refresh
-  install "$(first_known openjdk-21-jre-headless openjdk-17-jre-headless)"
+  install "$(first_available openjdk-21-jre-headless openjdk-17-jre-headless)"
 }
 
 ensure_java_and_maven() {
@@ -82,13 +82,13 @@ copy_jars() {
     return 1
   fi
   rm -rf "$dir/libs"
-  mv "$fresh" "$dir/libs" # whole or not at all
+  mv "$fresh" "$dir/libs" # all jars or none
   chmod 755 "$dir/libs"
   cp deploy/kafka/pom.xml "$dir/"
 }
 
 fetch_kafka() {
-  local dir=$1 without="without it the demo replays a log and tests that need a broker are skipped"
+  local dir=$1 without="without it the demo replays a log instead, and tests that need a broker are skipped"
   mkdir -p "$dir"
   if ! has_java || { ! [ -d "$dir/libs" ] && ! command -v mvn >/dev/null; }; then
     if ! ensure_java_and_maven; then
@@ -98,7 +98,7 @@ fetch_kafka() {
   fi
   cp deploy/kafka/log4j2.properties "$dir/"
   if [ -d "$dir/libs" ] && cmp -s deploy/kafka/pom.xml "$dir/pom.xml"; then return 0; fi
-  copy_jars "$dir" || say "Maven could not fetch Kafka's jars, see $dir/maven.log and run make again; $without"
+  copy_jars "$dir" || say "Maven could not fetch Kafka's jars: see $dir/maven.log and run make again; $without"
 }
 
 case "${1-} $#" in
