@@ -1,8 +1,9 @@
-"""The figures in README.md and docs/benchmarks.md are those of the result files, rounded."""
+"""The figures in the README and the documents are those of the result files, rounded."""
 
 import json
 import re
 import shlex
+from statistics import mean
 
 import pytest
 
@@ -15,9 +16,9 @@ STREAM, REPLAY, SWAP, TRAINING, ACCURACY, HEADS, COLD, LOOP, TRAINING_GPU = (
     results.load(results.FOLDER / f"{name}.json")
     for name in ("stream", "replay", "swap", "training", "accuracy", "heads", "cold", "closed_loop", "training_gpu")
 )
-KERNELS, PROJECTION, RETRIEVAL, ENCODING = (
+KERNELS, PROJECTION, RETRIEVAL, ENCODING, TRAINING_STEPS = (
     results.load(results.FOLDER / f"{name}_h100.json")
-    for name in ("kernels", "kernels_projection", "kernels_retrieval", "encoding")
+    for name in ("kernels", "kernels_projection", "kernels_retrieval", "encoding", "training_steps")
 )
 TOP_100 = next(row for row in RETRIEVAL.rows if row["implementation"] == "fused")  # of the first workload
 FUSION = next(row for row in RETRIEVAL.rows if "events ->" in str(row["workload"]) and row["implementation"] == "fused")
@@ -125,8 +126,123 @@ BENCHMARKS = {
     ],
 }  # fmt: skip
 
-CLAIMS = [(page, *claim) for page, claims in (("README.md", README), ("docs/benchmarks.md", BENCHMARKS))
-          for claim in claims.items()]  # fmt: skip
+
+def accuracy_means(model: str) -> list[float]:
+    """Return NDCG@10 and HR@10 among all items, and NDCG@10 among negatives: means over seeds."""
+    rows = [row for row in ACCURACY.rows if row["kind"] == "test" and row["model"] == model]
+    columns = [("all items", "ndcg10"), ("all items", "hr10"), ("100 uniform negatives, seed 0", "ndcg10")]
+    return [
+        mean(float(row[metric] or 0) for row in rows if row["protocol"] == f"newest events, {candidates}")
+        for candidates, metric in columns
+    ]
+
+
+def closed_loop_means(weighting: str, rerank: str) -> list[float]:
+    """Return money per event and its standard error, engaged and returned percentages."""
+    [row] = [row for row in LOOP.rows if (row["weighting"], row["rerank"]) == (weighting, rerank)]
+    money, money_se = float(row["money_per_event"] or 0), float(row["money_per_event_se"] or 0)
+    return [money, money_se, 100 * float(row["engaged_share"] or 0), 100 * float(row["returned_share"] or 0)]
+
+
+def medians(result: results.Result, workload: str, *implementations: str) -> list[float]:
+    """Return the milliseconds of a workload (by its first words) in these implementations."""
+    rows = [row for row in result.rows if str(row["workload"]).startswith(workload)]
+    by_name = {str(row["implementation"]): float(row["median_ms"] or 0) for row in rows}
+    return [by_name[name] for name in implementations]
+
+
+RANKINGS_TABLE = {
+    "`hstu`": "hstu",
+    "co-occurrence": "cooccurrence",
+    "SASRec": "sasrec",
+    "`itemknn`": "itemknn",
+    "`recent_popularity`": "recent_popularity",
+    "popularity": "popularity",
+    "`hstu`, no time bias": "hstu, no time bias",
+    "`hstu`, no strength": "hstu, no strength",
+    "`hstu`, sessions (100 recent events, 400 older ones pooled by session)": "hstu, sessions",
+    "`hstu`, no item content": "hstu, no contents",
+}
+EVALUATION = {
+    rf"\| {re.escape(label)} \| {N} \| {N} \| {N} \|": accuracy_means(model) for label, model in RANKINGS_TABLE.items()
+} | {
+    rf"\| {task} \| {N} \| {N} \| {N} \|": [
+        HEADS.metrics[f"{task}_auc"],
+        HEADS.metrics[f"{task}_auc"] + HEADS.metrics[f"{task}_gap"],
+        HEADS.metrics[f"{task}_ece"],
+    ]
+    for task in TASKS
+}
+LOOP_TABLE = {
+    "none shown": ("nothing shown", "off"),
+    "as ranked": ("fixed 1 1 1", "off"),
+    "`engagement = 1`": ("fixed 1 1 1", "engagement"),
+    "`retention = 1`": ("fixed 1 1 1", "retention"),
+    "`monetization = 1`": ("fixed 1 1 1", "monetization"),
+    "`monetization = value = 1`": ("fixed 1 1 1", "money"),
+    "all four 0.5": ("fixed 1 1 1", "all"),
+    "`uncertainty`, as ranked": ("uncertainty", "off"),
+    "`uncertainty`, `monetization = value = 1`": ("uncertainty", "money"),
+    "`dwa`, as ranked": ("dwa", "off"),
+    "`dwa`, `monetization = value = 1`": ("dwa", "money"),
+}
+MODEL = {
+    rf"\| {re.escape(label)} \| {N} ± {N} \| {N} % \| {N} % \|": closed_loop_means(*row)
+    for label, row in LOOP_TABLE.items()
+}
+ENCODER_WORKLOADS = {
+    "256 users, mean 289, max 1,024": "256 users",
+    "64 users, max 256": "64 users",
+    "1 user, 256 events": "1 users",
+}
+ENCODERS = (
+    "torch: eager, padded",
+    "torch: compiled, padded",
+    "cuBLAS: products alone",
+    "kernels: graph",
+    "kernels: graph, newest rows",
+)
+FP8_PAIRS = [
+    f"kernels: {part}{dtype}" for part in ("graph", "graph, newest rows", "attention alone") for dtype in ("", ", FP8")
+]
+ENCODE_WORKLOADS = {
+    f"`{preset}`, {users}, {events} events": f"{preset}: {users.removesuffix('s')}s"
+    for preset in ("tiny", "10m")
+    for users, events in (("1 user", "200"), ("64 users", "5,262"), ("256 users", "19,259"))
+}
+STEP_WORKLOADS = {
+    "`tiny`, bfloat16, 160 users of log-normal lengths, 13,057 events": "tiny, log-normal, bfloat16",
+    "`tiny`, float32, 160 users of log-normal lengths, 13,057 events": "tiny, log-normal, float32",
+    "`tiny`, bfloat16, 6,000 users, 14,947 events": "tiny, many short, bfloat16",
+    "`tiny`, float32, 6,000 users, 14,947 events": "tiny, many short, float32",
+    "`10m`, bfloat16, 160 users, 13,057 events": "10m, log-normal, bfloat16",
+    "`10m`, bfloat16, 6,000 users, 14,947 events": "10m, many short, bfloat16",
+    "`10m`, float32, 160 users, 13,057 events (left to torch)": "10m, log-normal, float32",
+}
+
+
+def cells(label: str, count: int) -> str:
+    """Return the pattern of a table row with this label and number of figures."""
+    return rf"\| {re.escape(label)}" + rf" \| {N}" * count + r" \| (?!\d)"
+
+
+KERNEL_TABLES: dict[str, list[float]] = {}
+for label, workload in ENCODER_WORKLOADS.items():
+    KERNEL_TABLES[cells(label, 5)] = medians(KERNELS, workload, *ENCODERS)
+    KERNEL_TABLES[cells(label, 6)] = medians(KERNELS, workload, *FP8_PAIRS)
+for label, workload in ENCODE_WORKLOADS.items():
+    KERNEL_TABLES[cells(label, 3)] = medians(ENCODING, workload, "torch: eager", "kernels", "kernels: graph")
+for label, workload in STEP_WORKLOADS.items():
+    KERNEL_TABLES[cells(label, 2)] = medians(TRAINING_STEPS, workload, "torch", "kernels")
+
+PAGES = {
+    "README.md": README,
+    "docs/benchmarks.md": BENCHMARKS,
+    "docs/evaluation.md": EVALUATION,
+    "docs/model.md": MODEL,
+    "docs/kernels.md": KERNEL_TABLES,
+}
+CLAIMS = [(page, *claim) for page, claims in PAGES.items() for claim in claims.items()]
 RENAMED_OPTIONS = {"--trained": "--events-per-epoch", "--batch-events": "--events-per-batch"}  # since the files
 
 
