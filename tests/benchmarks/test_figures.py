@@ -250,7 +250,9 @@ def page_text(name: str) -> str:
     return (results.ROOT / name).read_text()
 
 
-@pytest.mark.parametrize(("page", "sentence", "measured"), CLAIMS, ids=range(len(CLAIMS)))
+@pytest.mark.parametrize(
+    ("page", "sentence", "measured"), CLAIMS, ids=[f"{page}:{number}" for number, (page, *_) in enumerate(CLAIMS)]
+)
 def test_figures_of_a_page_are_the_measured_ones(page: str, sentence: str, measured: list[float]) -> None:
     text = re.sub(r"\s+", " ", page_text(page))  # wherever its lines break
     [found] = re.findall(sentence, text)
