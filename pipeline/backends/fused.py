@@ -103,7 +103,7 @@ class FusedEncoder:
         longest = int(np.diff(inputs.offsets).max())
         assert longest <= self._classes[-1], "histories are cut by `tail(max_events)`"
         with device_of(self._encoding.rotated):  # streams and graphs are of the current GPU
-            *columns, offsets = self._stage(inputs.tokens, codes, inputs.seconds, inputs.offsets.astype(np.int32))
+            *columns, offsets = self._stage(inputs.item_rows, codes, inputs.seconds, inputs.offsets.astype(np.int32))
             longest = next(events for events in self._classes if longest <= events)
             return self._graphs(columns, offsets, longest)[: len(inputs)]
 

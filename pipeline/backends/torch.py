@@ -59,7 +59,7 @@ class TorchEncoder:
         ordered, users = inputs.by_length()
         if len(users):
             tokens, codes = (
-                torch.from_numpy(column).to(self.device) for column in (ordered.tokens, ordered.feature_ids)
+                torch.from_numpy(column).to(self.device) for column in (ordered.item_rows, ordered.feature_ids)
             )
             rows, sequences = self._hstu.sequences(F.embedding(tokens, self._vectors), codes, ordered)
             encoded = self._hstu(rows, PaddedBlocks.from_inputs(sequences, self.device), last=True)
@@ -105,7 +105,7 @@ class TorchEncoder:
 
     def _context(self, inputs: EncoderInputs, rhythm: np.ndarray, affinity: np.ndarray) -> HeadContext:
         # One row more: a place to look where a batch has no events at all.
-        tokens = torch.from_numpy(np.append(inputs.tokens, UNKNOWN)).to(self.device)
+        tokens = torch.from_numpy(np.append(inputs.item_rows, UNKNOWN)).to(self.device)
         codes = torch.from_numpy(
             np.concatenate([inputs.feature_ids, np.zeros_like(inputs.feature_ids, shape=(1, N_FEATURES))])
         )

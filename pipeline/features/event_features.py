@@ -78,13 +78,13 @@ FEATURE_LAYOUT = f"{REVISION}:{crc32(repr((_SIZES, TIME_THRESHOLDS, WINDOW_EVENT
 class EncoderInputs:
     """Packed model inputs of n users with `total` events.
 
-    tokens:      int32 [total], 0 = an item without a row in the model's table
-    feature_ids: int32 [total, N_FEATURES], rows of the feature table
-    seconds:     int32 [total], since the user's first event; only differences are used
-    offsets:     int64 [n + 1]
+    item_rows: int32 [total], rows of the model's item table; 0 = an item without one
+    codes:   int32 [total, FEATURES], rows of the feature table
+    seconds: int32 [total], of the user's own clock; only differences are used
+    offsets: int64 [n + 1]
     """
 
-    tokens: np.ndarray
+    item_rows: np.ndarray
     feature_ids: np.ndarray
     seconds: np.ndarray
     offsets: np.ndarray
@@ -110,7 +110,7 @@ class EncoderInputs:
     def gather_runs(self, starts: np.ndarray, lengths: np.ndarray) -> "EncoderInputs":
         """Return a copy of these runs of rows, one after the other."""
         index, offsets = ranges(starts, lengths)
-        return EncoderInputs(self.tokens[index], self.feature_ids[index], self.seconds[index], offsets)
+        return EncoderInputs(self.item_rows[index], self.feature_ids[index], self.seconds[index], offsets)
 
 
 def bucket_seconds(seconds: np.ndarray) -> np.ndarray:
@@ -124,12 +124,12 @@ def bucket_seconds(seconds: np.ndarray) -> np.ndarray:
 
 
 def encoder_inputs(
-    histories: Histories, tokens: np.ndarray, table_rows: int, facts: ItemFacts | None = None
+    histories: Histories, item_rows: np.ndarray, table_rows: int, facts: ItemFacts | None = None
 ) -> EncoderInputs:
     """Return the inputs of full histories; trim them with `tail` afterwards, so that rows reflect earlier events.
 
-    tokens: int32 [total], of the vocabulary; items from `table_rows` on came after training and are unknown to the
-    model. facts: of each event's item; None: nothing is known.
+    item_rows: int32 [total], each event's row of the model's item table; rows from `table_rows` on came after training
+    and become 0. facts: of each event's item; None: nothing is known.
     """
     ts_ms = histories.ts_ms
     offsets = histories.offsets
@@ -138,16 +138,15 @@ def encoder_inputs(
     columns = (
         _temporal(ts_ms, since_ms, starts)
         | _strength(histories)
-        | _profile(histories, since_ms, starts, facts or ItemFacts.unknown(len(tokens)))
+        | _profile(histories, since_ms, starts, facts or ItemFacts.unknown(len(item_rows)))
     )
-    feature_ids = np.empty((len(tokens), N_FEATURES), np.int32)
-    for index, name in enumerate(FEATURE_COLUMNS):
-        feature_ids[:, index] = columns[name]
-        feature_ids[:, index] += _STARTS[name]
-    elapsed_s = (ts_ms - ts_ms[starts]) // 1000
-    seconds = np.minimum(elapsed_s, np.iinfo(np.int32).max).astype(np.int32)
-    table_tokens = np.where(tokens < table_rows, tokens, UNKNOWN).astype(np.int32)
-    return EncoderInputs(table_tokens, feature_ids, seconds, offsets)
+    codes = np.empty((len(item_rows), N_FEATURES), np.int32)
+    for number, name in enumerate(FEATURE_COLUMNS):
+        codes[:, number] = columns[name]
+        codes[:, number] += _STARTS[name]
+    elapsed = (ts_ms - ts_ms[starts]) // 1000
+    seconds = np.minimum(elapsed, np.iinfo(np.int32).max).astype(np.int32)
+    return EncoderInputs(np.where(item_rows < table_rows, item_rows, UNKNOWN).astype(np.int32), codes, seconds, offsets)
 
 
 def _temporal(ts_ms: np.ndarray, since_ms: np.ndarray, starts: np.ndarray) -> dict[str, np.ndarray]:

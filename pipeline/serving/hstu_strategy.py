@@ -95,7 +95,7 @@ class HstuStrategy:
         start = time.perf_counter()
         self._sync_items()
         whole, excluded = self._inputs(histories), self._exclusion.mask(histories)
-        pairs = histories.users[excluded], whole.tokens[excluded]
+        pairs = histories.users[excluded], whole.item_rows[excluded]
         inputs = whole.tail(self.max_events)
         featured = time.perf_counter()
         states = self._encoder.encode(inputs)
@@ -138,7 +138,7 @@ class HstuStrategy:
     ) -> np.ndarray:
         """float32 [n, k, 3]. whole: of the whole histories; rows: int32 [n, k] of the model's table"""
         affinities = AffinityIndex.from_histories(
-            histories, whole.tokens, self._facts(whole.tokens), engaged(histories, self._schema)
+            histories, whole.item_rows, self._facts(whole.item_rows), engaged(histories, self._schema)
         )
         affinity = affinities.latest(rows, self._facts(rows.ravel()))
         return self._encoder.heads(

@@ -181,17 +181,17 @@ def make_batch(examples: TrainingColumns, starts: np.ndarray, lengths: np.ndarra
     order = np.argsort(lengths, kind="stable")
     index, offsets = ranges(starts[order], lengths[order])
     asked = np.flatnonzero(examples.target_mask[index])
-    seen = _seen(examples.inputs.tokens[index], offsets, asked)
+    seen = _seen(examples.inputs.item_rows[index], offsets, asked)
     inputs = examples.with_context(starts[order], lengths[order])
-    inputs.tokens[random.random(len(inputs.tokens)) < unknown_item_rate] = UNKNOWN
+    inputs.item_rows[random.random(len(inputs.item_rows)) < unknown_item_rate] = UNKNOWN
     successors, labels, rhythms = examples.successors[index], examples.labels[index], examples.visit_frequency[index]
     following = np.minimum(index + 1, len(examples.successors) - 1)
     affinity = examples.affinities.at(index, successors, examples.facts.select(following))
     return TrainingBatch(inputs, offsets, successors, labels, rhythms, affinity, asked, seen)
 
 
-def _seen(tokens: np.ndarray, offsets: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _seen(item_rows: np.ndarray, offsets: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     begins = np.repeat(offsets[:-1], np.diff(offsets))[asked]
     counts = asked - begins + 1
     index, _ = ranges(begins, counts)
-    return np.repeat(np.arange(len(asked)), counts), tokens[index]
+    return np.repeat(np.arange(len(asked)), counts), item_rows[index]

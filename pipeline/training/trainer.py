@@ -127,15 +127,15 @@ class _Items:
     @classmethod
     def of(cls, hstu: Hstu, batch: TrainingBatch, candidates: Candidates, cold: np.ndarray) -> "_Items":
         """Each item's vector is made once. cold: bool [items]."""
-        device, tokens = hstu.rotation.weight.device, batch.inputs.tokens
+        device, item_rows = hstu.rotation.weight.device, batch.inputs.item_rows
         if candidates.tokens is None:
-            vectors, places = hstu.items(cold=cold), (tokens, batch.successors)
+            vectors, places = hstu.items(cold=cold), (item_rows, batch.successors)
             of_candidates = vectors
         else:
             sampled = candidates.tokens.numpy()
-            rows, place = np.unique(np.concatenate([sampled, tokens, batch.successors]), return_inverse=True)
+            rows, place = np.unique(np.concatenate([sampled, item_rows, batch.successors]), return_inverse=True)
             vectors = hstu.items(rows.astype(np.int64), cold[rows])
-            sampled, *places = np.split(place, np.cumsum([len(sampled), len(tokens)]))
+            sampled, *places = np.split(place, np.cumsum([len(sampled), len(item_rows)]))
             of_candidates = F.embedding(torch.from_numpy(sampled).to(device), vectors)
         events, successors = (F.embedding(torch.from_numpy(index).to(device), vectors) for index in places)
         return cls(events, successors, of_candidates)

@@ -38,7 +38,7 @@ def states(hstu: Hstu, inputs: EncoderInputs, last: bool = False) -> Tensor:
 
 
 def event_rows(hstu: Hstu, inputs: EncoderInputs) -> Tensor:
-    tokens, codes = (torch.from_numpy(column).to(DEVICE) for column in (inputs.tokens, inputs.feature_ids))
+    tokens, codes = (torch.from_numpy(column).to(DEVICE) for column in (inputs.item_rows, inputs.feature_ids))
     return hstu.event_rows(hstu.items()[tokens], codes)
 
 
@@ -56,7 +56,7 @@ def reference_layer(layer: HstuLayer, x: Tensor, seconds: Tensor, lengths: Tenso
 
 def reference_states(hstu: Hstu, inputs: EncoderInputs) -> Tensor:
     """Padded users through the specification, packed again: [total, width]."""
-    columns = (inputs.offsets, inputs.tokens, inputs.feature_ids, inputs.seconds)
+    columns = (inputs.offsets, inputs.item_rows, inputs.feature_ids, inputs.seconds)
     offsets, tokens, codes, seconds = (torch.from_numpy(column).to(DEVICE) for column in columns)
     lengths = offsets.diff()
     slots = torch.arange(int(lengths.max()), device=DEVICE)
@@ -114,7 +114,7 @@ def test_a_later_event_never_changes_an_earlier_state(length: int, data: st.Data
     hstu, inputs = model(5), inputs_of_lengths([length], seed=length)
     before = states(hstu, inputs)
     place = data.draw(st.integers(1, length - 1))
-    inputs.tokens[place:] = (inputs.tokens[place:] + 7) % CONFIG.items
+    inputs.item_rows[place:] = (inputs.item_rows[place:] + 7) % CONFIG.items
     inputs.feature_ids[place:] = (inputs.feature_ids[place:] + 11) % N_FEATURE_IDS
     inputs.seconds[place:] += 77
     after = states(hstu, inputs)
@@ -129,7 +129,7 @@ def test_a_state_does_not_depend_on_the_batch_mates(lengths: list[int], data: st
     user = data.draw(st.integers(0, len(lengths) - 1))
     part = slice(int(inputs.offsets[user]), int(inputs.offsets[user + 1]))
     alone = EncoderInputs(
-        inputs.tokens[part], inputs.feature_ids[part], inputs.seconds[part], np.array([0, lengths[user]])
+        inputs.item_rows[part], inputs.feature_ids[part], inputs.seconds[part], np.array([0, lengths[user]])
     )
     together = states(hstu, inputs, last=True)[user]
     torch.testing.assert_close(states(hstu, alone, last=True)[0], together, rtol=1e-4, atol=1e-5)

@@ -38,7 +38,7 @@ def events_of(lengths: list[int], seed: int) -> EventColumns:
     inputs = EncoderInputs(
         random.integers(0, ITEMS, total).astype(np.int32), codes.astype(np.int32), seconds.astype(np.int32), offsets
     )
-    columns = (inputs.tokens, inputs.feature_ids, inputs.seconds, inputs.offsets)
+    columns = (inputs.item_rows, inputs.feature_ids, inputs.seconds, inputs.offsets)
     return EventColumns(*(torch.from_numpy(column).to(DEVICE) for column in columns))
 
 

@@ -62,7 +62,7 @@ def inputs_of(lengths: list[int], seed: int = 0) -> EncoderInputs:
 def states_in_torch(hstu: Hstu, vectors: Tensor, inputs: EncoderInputs) -> Tensor:
     states = torch.zeros(len(inputs), CONFIG.width, device=DEVICE)
     ordered, users = inputs.by_length()
-    tokens, codes = (torch.from_numpy(column).to(DEVICE) for column in (ordered.tokens, ordered.feature_ids))
+    tokens, codes = (torch.from_numpy(column).to(DEVICE) for column in (ordered.item_rows, ordered.feature_ids))
     rows, sequences = hstu.sequences(F.embedding(tokens, vectors), codes, ordered)
     states[torch.from_numpy(users).to(DEVICE)] = hstu(rows, PaddedBlocks.from_inputs(sequences, DEVICE), last=True)
     return states
@@ -111,7 +111,7 @@ def test_items_that_come_later_are_read_from_then_on(further: int) -> None:
     vectors = torch.cat([hstu.items(), torch.randn(further, CONFIG.width, device=DEVICE)])
     rows = np.array([5, len(vectors) - 1])
     vectors[torch.from_numpy(rows).to(DEVICE)] = F.normalize(torch.randn(2, CONFIG.width, device=DEVICE))
-    inputs.tokens[::3] = rows[1]
+    inputs.item_rows[::3] = rows[1]
     encoder.place(rows, vectors)
     after = encoder.encode(inputs)
     torch.testing.assert_close(after, states_in_torch(hstu, vectors, inputs), rtol=1e-3, atol=1e-4)

@@ -102,7 +102,7 @@ def test_every_option_equals_the_padded_specification_and_so_do_its_gradients(op
 def test_a_later_event_never_changes_an_earlier_row_whatever_attention_is_divided_by(scale: str) -> None:
     layer = layer_of({"attention_scale": scale, "norm_out": "none"})
     x, inputs = users_of([30])
-    part = EncoderInputs(inputs.tokens[:11], inputs.feature_ids[:11], inputs.seconds[:11], np.array([0, 11]))
+    part = EncoderInputs(inputs.item_rows[:11], inputs.feature_ids[:11], inputs.seconds[:11], np.array([0, 11]))
     torch.testing.assert_close(
         layer(x, PaddedBlocks.from_inputs(inputs))[:11],
         layer(x[:11], PaddedBlocks.from_inputs(part)),

@@ -102,8 +102,8 @@ def test_the_heads_are_trained_on_a_crops_own_events() -> None:
 def test_a_later_event_never_changes_an_earlier_state(place: int, seed: int) -> None:
     trained, random = model(), np.random.default_rng(seed)
     batch, changed = (batch_of_newest(histories_of((30,)), 5) for _ in range(2))
-    later = np.arange(len(changed.inputs.tokens)) >= len(changed.inputs.tokens) - 5 + place
-    changed.inputs.tokens[later] = random.integers(0, CONFIG.items, later.sum())
+    later = np.arange(len(changed.inputs.item_rows)) >= len(changed.inputs.item_rows) - 5 + place
+    changed.inputs.item_rows[later] = random.integers(0, CONFIG.items, later.sum())
     changed.inputs.feature_ids[later] = random.integers(0, N_FEATURE_IDS, changed.inputs.feature_ids[later].shape)
     changed.inputs.seconds[later] += 5_000
     ((before,), _), ((after,), _) = asked_in_training(trained, batch), asked_in_training(trained, changed)
@@ -118,8 +118,8 @@ def test_a_state_knows_of_events_before_its_rows_and_of_none_before_its_history(
     inputs.seconds[:] = np.arange(40) // 10 * 90_000  # four sessions, the rows have room for all
     told = []
     for place in range(40):
-        changed = EncoderInputs(inputs.tokens.copy(), inputs.feature_ids, inputs.seconds, inputs.offsets)
-        changed.tokens[place] = inputs.tokens[place] % len(IDS) + 1
+        changed = EncoderInputs(inputs.item_rows.copy(), inputs.feature_ids, inputs.seconds, inputs.offsets)
+        changed.item_rows[place] = inputs.item_rows[place] % len(IDS) + 1
         states = [encoder.encode(events.tail(encoder.max_events)) for events in (inputs, changed)]
         told.append(not torch.equal(*states))
     assert told == [False] * 20 + [True] * 20
@@ -134,7 +134,7 @@ def test_sessions_are_the_specifications_and_so_are_their_gradients(strength: bo
     torch.nn.init.normal_(hstu.log_strength.weight, std=0.5)
     inputs = encoder_inputs(histories, VOCABULARY.tokens(histories.items), config.items).tail(config.history_length)
     tokens, codes, seconds, offsets = map(
-        torch.from_numpy, (inputs.tokens, inputs.feature_ids, inputs.seconds, inputs.offsets)
+        torch.from_numpy, (inputs.item_rows, inputs.feature_ids, inputs.seconds, inputs.offsets)
     )
     rows, short = hstu.sequences(hstu.items()[tokens], codes, inputs)
     specified, times, ends = hierarchical_sequence_fusion(

@@ -109,13 +109,13 @@ def test_a_row_asks_for_the_users_next_event_and_knows_what_the_crop_showed(
     for row, position in enumerate(index.tolist()):
         user = int(np.searchsorted(examples.inputs.offsets, position, side="right")) - 1
         start, stop = examples.inputs.offsets[user : user + 2].tolist()
-        tokens = examples.inputs.tokens[start:stop].tolist()
+        rows = examples.inputs.item_rows[start:stop].tolist()
         place = position - start
-        following = tokens[place + 1] if place + 1 < len(tokens) else 0
+        following = rows[place + 1] if place + 1 < len(rows) else 0
         assert batch.successors[row] == following
-        if following and (repeats or following not in tokens[: place + 1]):
+        if following and (repeats or following not in rows[: place + 1]):
             crop = int(np.searchsorted(batch.inputs.offsets, row, side="right")) - 1
-            shown = batch.inputs.tokens[batch.inputs.offsets[crop] : row + 1].tolist()
+            shown = batch.inputs.item_rows[batch.inputs.offsets[crop] : row + 1].tolist()
             wanted_seen |= {(len(wanted_asked), token) for token in shown}
             wanted_asked.append(row)
     assert batch.target_mask.tolist() == wanted_asked
@@ -137,7 +137,7 @@ def test_a_crop_is_shown_behind_the_older_events_of_its_own_user(
         user = int(np.searchsorted(examples.inputs.offsets, start, side="right")) - 1
         shown = slice(max(examples.inputs.offsets[user], start - older), start + size)
         rows = slice(*batch.inputs.offsets[crop : crop + 2])
-        assert batch.inputs.tokens[rows].tolist() == examples.inputs.tokens[shown].tolist()
+        assert batch.inputs.item_rows[rows].tolist() == examples.inputs.item_rows[shown].tolist()
         assert batch.inputs.seconds[rows].tolist() == examples.inputs.seconds[shown].tolist()
         assert (batch.inputs.feature_ids[rows] == examples.inputs.feature_ids[shown]).all()
         assert batch.successors[slice(*batch.offsets[crop : crop + 2])].tolist() == (
@@ -148,5 +148,5 @@ def test_a_crop_is_shown_behind_the_older_events_of_its_own_user(
 def test_a_share_of_the_input_items_is_hidden_and_no_target() -> None:
     examples = examples_of([(0, step % 6) for step in range(4000)], repeats=True)
     batch = make_batch(examples, np.array([0]), np.array([4000]), 0.25, np.random.default_rng(0))
-    assert 0.22 < (batch.inputs.tokens == 0).mean() < 0.28
-    assert (batch.successors[:-1] == examples.inputs.tokens[1:]).all()
+    assert 0.22 < (batch.inputs.item_rows == 0).mean() < 0.28
+    assert (batch.successors[:-1] == examples.inputs.item_rows[1:]).all()

@@ -111,7 +111,7 @@ def test_the_parts_of_a_batch_are_the_batch(count: int) -> None:
     whole = batch()
     parts = [whole.part(rank, count) for rank in range(count)]
     assert sum(part.share for part in parts) == pytest.approx(np.ones(4))
-    assert sorted(np.concatenate([part.inputs.tokens for part in parts])) == sorted(whole.inputs.tokens)
+    assert sorted(np.concatenate([part.inputs.item_rows for part in parts])) == sorted(whole.inputs.item_rows)
     asked = np.concatenate([part.targets for part in parts])
     assert sorted(asked) == sorted(whole.targets)
     shown = {(target, *_seen(part, row)) for part in parts for row, target in enumerate(part.targets.tolist())}
