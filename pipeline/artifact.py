@@ -79,7 +79,7 @@ class Artifact:
     def config(self) -> HstuConfig:
         return self.manifest.config
 
-    def part(self, name: str) -> dict[str, Tensor]:
+    def module_weights(self, name: str) -> dict[str, Tensor]:
         """The weights below a prefix: 'hstu' or 'heads'."""
         start = len(name) + 1
         return {key[start:]: value for key, value in self.weights.items() if key.startswith(f"{name}.")}

@@ -27,12 +27,12 @@ from pipeline.model.hstu import Hstu, HstuLayer
 ROOM = 1.25  # rows of the table for later items, by those it has: a table that moves takes all graphs with it
 
 
-class Encoding:
+class FusedForward:
     """From a batch's columns to states, launch by launch: what a graph records."""
 
     def __init__(self, hstu: Hstu, dtype: torch.dtype) -> None:
         self.config, self.dtype, device = hstu.config, dtype, hstu.rotation.weight.device
-        self._encoder = encoder_of(hstu, dtype)
+        self._encoder = make_kernel_encoder(hstu, dtype)
         self._features = hstu.feature_embedding.weight.to(dtype)
         strength = hstu.log_strength.weight[:, 0].float()
         self._strength = strength.contiguous() if hstu.config.strength else torch.zeros_like(strength)
@@ -61,16 +61,16 @@ class FusedEncoder:
 
     def __init__(self, hstu: Hstu, vectors: Tensor, dtype: torch.dtype, graphs: GraphOptions) -> None:
         self._hstu, self._config, self._device = hstu, hstu.config, vectors.device
-        self._encoding, self._stage = Encoding(hstu, dtype), Staging(self._device)
+        self._encoding, self._stage = FusedForward(hstu, dtype), Staging(self._device)
         like = self._stage(np.zeros(1, np.int32), np.zeros((1, len(hstu.columns)), np.int32), np.zeros(1, np.int32))
         most = graphs.max_events if graphs.budget_mib else 0
         # NOTE: the graphs know the encoding, not this object: no cycle keeps a replaced model's memory.
         self._graphs = BatchGraphs(self._encoding, like, graphs.max_users, most, graphs.budget_mib << 20)
         longest = self._config.history_length
         self._classes = [longest] if self._config.max_events <= SHORT else [SHORT, longest]
-        self.place(np.arange(len(vectors)), vectors)
+        self.set_item_vectors(np.arange(len(vectors)), vectors)
 
-    def place(self, rows: np.ndarray, vectors: Tensor) -> None:
+    def set_item_vectors(self, rows: np.ndarray, vectors: Tensor) -> None:
         """The vectors of these rows, int64 [n], are new, of [items, width] in all."""
         turned = self._encoding.rotated
         if len(vectors) > len(turned):
@@ -108,7 +108,7 @@ class FusedEncoder:
             return self._graphs(columns, offsets, longest)[: len(inputs)]
 
 
-def encoder_of(hstu: Hstu, dtype: torch.dtype, fp8: bool = False) -> KernelEncoder:
+def make_kernel_encoder(hstu: Hstu, dtype: torch.dtype, fp8: bool = False) -> KernelEncoder:
     """The model's layers as the kernels want them; its options are `fusible`."""
     layers = []
     for layer in hstu.layers:

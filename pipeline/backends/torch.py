@@ -45,9 +45,9 @@ class TorchEncoder:
             module.eval().requires_grad_(False).to(self.device)
         self._hstu.items.item_content = artifact.metadata.content()
         self.max_events = artifact.config.history_length
-        self.reads_contents = artifact.config.content_rows > 0
+        self.reads_content = artifact.config.content_rows > 0
         self._vectors = self._hstu.items()
-        self.table = self._hstu.scorer(self._vectors)
+        self.table = self._hstu.scoring_table(self._vectors)
         self._fused = self._fused_encoder(graphs) if graphs and self.device.type == "cuda" else None
 
     @torch.inference_mode()
@@ -67,7 +67,7 @@ class TorchEncoder:
         return states
 
     @torch.inference_mode()
-    def heads(
+    def head_probabilities(
         self, states: Tensor, inputs: EncoderInputs, rhythm: np.ndarray, affinity: np.ndarray, tokens: np.ndarray
     ) -> np.ndarray:
         """Probabilities by labels.TASKS, float32 [n, k, 3], of items int32 [n, k] being next.
@@ -81,15 +81,15 @@ class TorchEncoder:
         return self._heads.probabilities(logits).cpu().numpy()
 
     @torch.inference_mode()
-    def set_item_vectors(self, rows: np.ndarray, contents: ItemContent) -> None:
+    def set_item_vectors(self, rows: np.ndarray, content: ItemContent) -> None:
         """These rows of the table, int64 [n], some of them perhaps beyond its end without a gap, are of items that came
         after training, by what is known of them."""
         further = int(rows.max(initial=0)) + 1 - len(self._vectors)
         self._vectors = F.pad(self._vectors, (0, 0, 0, max(0, further)))
-        self._vectors[torch.from_numpy(rows).to(self.device)] = self._hstu.items.from_content(contents.to(self.device))
-        self.table = self._hstu.scorer(self._vectors)
+        self._vectors[torch.from_numpy(rows).to(self.device)] = self._hstu.items.from_content(content.to(self.device))
+        self.table = self._hstu.scoring_table(self._vectors)
         if self._fused is not None:
-            self._fused.place(rows, self._vectors)
+            self._fused.set_item_vectors(rows, self._vectors)
 
     @torch.inference_mode()
     def warm(self) -> int:
@@ -117,7 +117,7 @@ class TorchEncoder:
 
 def _load(module: nn.Module, artifact: Artifact, name: str) -> None:
     try:
-        module.load_state_dict(artifact.part(name), assign=True)
+        module.load_state_dict(artifact.module_weights(name), assign=True)
     except RuntimeError as error:  # torch's sentence names every weight that is missing, unknown or of another shape
         reasons = " ".join(str(error).split())
         raise ArtifactError(f"artifact {artifact.version}: its weights are not of its config: {reasons}") from error

@@ -30,7 +30,7 @@ class RecentEvents:
     """
 
     rows: Tensor
-    outside: Tensor
+    missing: Tensor
 
     @classmethod
     def from_offsets(cls, offsets: np.ndarray, device: torch.device) -> "RecentEvents":
@@ -110,7 +110,7 @@ class InteractionHead(nn.Module):
 
     def forward(self, states: Tensor, tokens: Tensor, items: Tensor, context: HeadContext) -> Tensor:
         """Logits [n, k, 2] of engagement and monetization; arguments as `Heads`."""
-        newest = context.events[context.recent.rows[:, 0]].masked_fill(context.recent.outside[:, :1], 0)
+        newest = context.events[context.recent.rows[:, 0]].masked_fill(context.recent.missing[:, :1], 0)
         of_user = (self.state_proj(states) + self.newest_proj(newest))[:, None]
         of_items = (
             self.item_proj(items) + self.product_proj(states[:, None] * items) + self._target_attention(items, context)
@@ -132,7 +132,7 @@ class InteractionHead(nn.Module):
         rows = context.recent.rows
         alike = items @ _gathered(context.items, rows).transpose(1, 2)  # [n, k, RECENT] cosines
         scores = self.sharpness * alike + (self.attention(context.events)[rows, 0] + self.age_bias)[:, None]
-        scores = scores.masked_fill(context.recent.outside[:, None], -torch.inf)
+        scores = scores.masked_fill(context.recent.missing[:, None], -torch.inf)
         weights = F.pad(scores, (1, 0)).softmax(dim=2)[..., 1:]
         return weights @ _gathered(self.target_attention_proj(context.events), rows)
 

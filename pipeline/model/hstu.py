@@ -99,7 +99,7 @@ class HstuLayer(nn.Module):
         heads = self.config.heads
         k, v = _by_head(block.pad(k), heads), _by_head(block.pad(v), heads)  # [heads, users, length, d]
         q = _by_head(q[block.users][:, None] if last else block.pad(q), heads)  # [heads, users, queries, d_qk]
-        distances, buckets, mask = block.last_relations if last else block.relations
+        distances, buckets, mask = block.last_bias_index if last else block.bias_index
         scores = q @ k.transpose(2, 3)  # [heads, users, queries, length]
         if self.config.position_bias:
             scores = scores + _gather_bias(self.position_bias, distances)
@@ -182,7 +182,7 @@ class Hstu(nn.Module):
         turned, strength, features = self._event_parts(items, codes)
         whole = torch.from_numpy(condensed.is_recent).to(items.device)[:, None]
         events = torch.where(whole, turned * strength, turned) + features
-        return condensed.pooled(events, strength.masked_fill(whole, 1.0))
+        return condensed.pool(events, strength.masked_fill(whole, 1.0))
 
     def _event_parts(self, items: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of events their turned items [total, width], their strengths [total, 1] and their features [total, width]."""
@@ -194,7 +194,7 @@ class Hstu(nn.Module):
             strength = self.log_strength(codes, per_sample_weights=kept).clamp(-STRENGTH_CAP, STRENGTH_CAP).exp()
         return turned, strength, self.feature_embedding(codes, per_sample_weights=kept)
 
-    def scorer(self, vectors: Tensor) -> Tensor:
+    def scoring_table(self, vectors: Tensor) -> Tensor:
         """Items' unit vectors [n, width] over the temperature: dot products are logits within +-1/temperature."""
         return vectors / self.config.temperature
 

@@ -26,7 +26,7 @@ class ContentEncoder(nn.Module):
         super().__init__()
         self.rows = rows
         self.words = nn.EmbeddingBag(rows, width, mode="mean")
-        self.of_price = nn.Linear(2, width)
+        self.price_proj = nn.Linear(2, width)
         self.missing_embedding = nn.Parameter(torch.zeros(len(FIELDS) + 1, width))
         self.gate = nn.Parameter(torch.zeros(len(FIELDS) + 1, width))
         self.gate_bias = nn.Parameter(torch.zeros(len(FIELDS) + 1))
@@ -34,7 +34,7 @@ class ContentEncoder(nn.Module):
 
     def forward(self, contents: ItemContent) -> Tensor:
         fields = self.words(contents.ids % self.rows, contents.offsets).unflatten(0, (-1, len(FIELDS)))
-        fields = torch.cat([fields, self.of_price(contents.numbers)[:, None]], dim=1)  # [items, fields, width]
+        fields = torch.cat([fields, self.price_proj(contents.numbers)[:, None]], dim=1)  # [items, fields, width]
         fields = torch.where(contents.missing[:, :, None], self.missing_embedding, fields)
         gates = ((fields * self.gate).sum(-1) + self.gate_bias).sigmoid()
         return (fields * gates[:, :, None]).sum(1)

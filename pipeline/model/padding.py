@@ -22,11 +22,11 @@ class BlockPolicy(NamedTuple):
     growth: float
 
 
-CORE = BlockPolicy(1 << 17, 256, 1.25)  # 128 k scores of two heads are 1 MiB: a core's cache
+CPU_POLICY = BlockPolicy(1 << 17, 256, 1.25)  # 128 k scores of two heads are 1 MiB: a core's cache
 # A kernel's launch costs more than padding: a training step of 2,048 events 21 ms, with CORE 30 ms (an H100).
-GPU = BlockPolicy(1 << 24, 1 << 62, 4.0)
+GPU_POLICY = BlockPolicy(1 << 24, 1 << 62, 4.0)
 
-Relations = tuple[Tensor, Tensor, Tensor]
+BiasIndex = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(slots=True)
@@ -45,8 +45,8 @@ class Block:
     ends: Tensor
     seconds: Tensor
     dense_from: int | None = None
-    _relations: Relations | None = None
-    _last_relations: Relations | None = None
+    _relations: BiasIndex | None = None
+    _last_relations: BiasIndex | None = None
 
     def pad(self, packed: Tensor) -> Tensor:
         """[total, d] -> [users, length, d]"""
@@ -55,7 +55,7 @@ class Block:
         return packed.index_select(0, self.rows.view(-1)).view(*self.rows.shape, -1)
 
     @property
-    def relations(self) -> Relations:
+    def bias_index(self) -> BiasIndex:
         """Of every slot to every slot: distances int64 [1, length, length], time buckets int64 [users, length, length],
         causal mask float32 [length, length]."""
         if self._relations is None:
@@ -67,7 +67,7 @@ class Block:
         return self._relations
 
     @property
-    def last_relations(self) -> Relations:
+    def last_bias_index(self) -> BiasIndex:
         """Of each user's last row to its slots: int64 and int64 [users, 1, length], and the mask alike."""
         if self._last_relations is None:
             slots = torch.arange(self.rows.shape[1], device=self.rows.device)
@@ -94,18 +94,18 @@ class PaddedBlocks:
 
     @classmethod
     def from_inputs(
-        cls, inputs: EncoderInputs, device: torch.device | str = "cpu", tiling: BlockPolicy | None = None
+        cls, inputs: EncoderInputs, device: torch.device | str = "cpu", policy: BlockPolicy | None = None
     ) -> "PaddedBlocks":
         """Of users who all have at least one event. It is fastest for users in ascending order of length.
 
         tiling: None takes the device's
         """
-        tiling = tiling or (CORE if torch.device(device).type == "cpu" else GPU)
+        policy = policy or (CPU_POLICY if torch.device(device).type == "cpu" else GPU_POLICY)
         offsets, lengths = inputs.offsets, np.diff(inputs.offsets)
         order = np.argsort(lengths, kind="stable")
         slots, places, taken = np.empty(int(offsets[-1]), np.int64), np.empty(len(order), np.int64), 0
         blocks = []
-        for start, stop in _cuts(lengths[order], tiling):
+        for start, stop in _cuts(lengths[order], policy):
             users = order[start:stop]
             column = np.arange(int(lengths[users[-1]]))
             rows = offsets[users, None] + np.minimum(column, lengths[users, None] - 1)  # [users, length]

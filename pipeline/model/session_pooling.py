@@ -49,7 +49,7 @@ class SessionPooling:
         ends = np.append(begins[1:], True)[: len(begins)]
         return cls(rows[numbers], whole, inputs.seconds[ends][index], offsets)
 
-    def pooled(self, events: Tensor, weights: Tensor) -> Tensor:
+    def pool(self, events: Tensor, weights: Tensor) -> Tensor:
         """events: [total, width], weights: [total, 1], above 0 -> [m, width]: of each row the weighted mean."""
         rows = torch.from_numpy(self.rows).to(events.device)
         sums = events.new_zeros(len(self.seconds) + 1, events.shape[1]).index_add(0, rows, events * weights)

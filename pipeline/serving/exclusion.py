@@ -10,7 +10,7 @@ class Exclusion(msgspec.Struct, frozen=True):
     """An item is excluded when the user did one of `codes` with it (None: any action) within `window_ms` (0: ever)
     before the user's newest event."""
 
-    codes: tuple[int, ...] | None = None
+    action_codes: tuple[int, ...] | None = None
     window_ms: int = 0
 
     @classmethod
@@ -22,8 +22,8 @@ class Exclusion(msgspec.Struct, frozen=True):
     def mask(self, histories: Histories) -> np.ndarray:
         """bool [total]: the events whose item must not be recommended to their user."""
         mask = np.ones(len(histories.events), bool)
-        if self.codes is not None:
-            mask &= np.isin(histories.actions, self.codes)
+        if self.action_codes is not None:
+            mask &= np.isin(histories.actions, self.action_codes)
         if self.window_ms:
             newest = np.repeat(histories.ts_ms[histories.offsets[1:] - 1], histories.lengths)
             mask &= histories.ts_ms >= newest - self.window_ms

@@ -28,7 +28,7 @@ from pipeline.serving.strategy import RankedItems
 NOT_RERANKED = RerankWeights()
 
 
-def batch_shapes(max_users: int, max_events: int) -> Iterator[list[int]]:
+def warm_up_lengths(max_users: int, max_events: int) -> Iterator[list[int]]:
     """Lengths of made-up users: batches of every power of two of users, of short ones and with a long one among them.
     Kernels are compiled once more for multiples of 16 rows: both kinds of sums are there, where there can be."""
     for exponent in range(max_users.bit_length()):
@@ -81,7 +81,7 @@ class HstuStrategy:
             return 0
         try:
             made = self._encoder.warm()
-            for lengths in batch_shapes(self._graphs.max_users, self.max_events):
+            for lengths in warm_up_lengths(self._graphs.max_users, self.max_events):
                 self.rank(synthetic_histories(item_ids, lengths), self._graphs.slate_size)
         except Exception as error:  # a compiler's or a driver's; too little memory
             reason = str(error).partition("\n")[0]
@@ -141,7 +141,7 @@ class HstuStrategy:
             histories, whole.item_rows, self._facts(whole.item_rows), engaged(histories, self._schema)
         )
         affinity = affinities.latest(rows, self._facts(rows.ravel()))
-        return self._encoder.heads(
+        return self._encoder.head_probabilities(
             states, whole.tail(self.max_events), latest_visit_frequency(histories), affinity, rows
         )
 
@@ -164,8 +164,8 @@ class HstuStrategy:
     def _sync_items(self) -> None:
         """Take over what has come to pass with items since the last batch."""
         moved, version = self._rows.sync(), self._catalogue.version
-        if version != self._synced_version and self._encoder.reads_contents:
-            self._add_item_vectors(np.flatnonzero(self._catalogue.changed_at > self._synced_version))
+        if version != self._synced_version and self._encoder.reads_content:
+            self._add_item_vectors(np.flatnonzero(self._catalogue.changed > self._synced_version))
         self._synced_version = version
         if moved.size:
             self._restore_facts(moved[(moved < self._trained) & (self._rows.tokens(moved) != UNKNOWN)])

@@ -60,7 +60,7 @@ class BatchResult:
     ranked: the same as columns
     """
 
-    rows: list[list[SlateItem]]
+    slates: list[list[SlateItem]]
     strategy: str
     ranked: RankedItems
     features_ms: float
@@ -125,7 +125,7 @@ class Pipeline:
         self._check(histories, k, strategy)
         self.admit([event.item_id for history in histories for event in history])
         answer = self.rank(Histories.from_events(histories, self.options.schema), k, strategy)
-        return [Recommendation(items, answer.strategy) for items in answer.rows]
+        return [Recommendation(items, answer.strategy) for items in answer.slates]
 
     def rank(self, histories: Histories, k: int, strategy: str | None = None) -> BatchResult:
         """The batch's rows of at most k items. What a rung raises is reported to `on_fallback`, the next one answers;
@@ -136,10 +136,10 @@ class Pipeline:
                 ranked = rung.rank(histories, k)
             except Exception as error:  # any failure of a stage: the ladder's promise is an answer
                 failure = error
-                self.strategies.failed(rung)
+                self.strategies.record_failure(rung)
                 self._on_fallback(rung.name, error)
                 continue
-            self.strategies.succeeded(rung)
+            self.strategies.record_success(rung)
             return self._batch_result(rung, ranked)
         raise failure or ValueError(f"no rung at or below '{strategy}' in this process")
 
@@ -155,17 +155,17 @@ class Pipeline:
         evict_for(item_ids, self.catalogue, self.counters)
         self.vocabulary.touch(self.vocabulary.admit(item_ids))
 
-    def load_items(self, items: Iterable[Item], withdrawn: Iterable[str] = ()) -> np.ndarray:
+    def load_items(self, items: Iterable[Item], delisted: Iterable[str] = ()) -> np.ndarray:
         """Records of items, and items that nobody may be shown any more, as a process finds them at its start or in a
         file: what features and the model know from now on. An item is in one of both. Returns the tokens, int64 [n]."""
         tokens = self.catalogue.upsert(items)
-        self.catalogue.delist(withdrawn)
+        self.catalogue.delist(delisted)
         return tokens
 
-    def update_items(self, items: Collection[Item], withdrawn: Iterable[str] = ()) -> None:
+    def update_items(self, items: Collection[Item], delisted: Iterable[str] = ()) -> None:
         """The same as news: an item that has just got a record is alive, and room is made for it."""
         evict_for([item.item_id for item in items], self.catalogue, self.counters)
-        self.vocabulary.touch(self.load_items(items, withdrawn))
+        self.vocabulary.touch(self.load_items(items, delisted))
 
     def observe(self, histories: Histories, fresh: np.ndarray) -> None:
         """Count new events: the last fresh[i] of user i's history (int64 [n])."""

@@ -70,8 +70,8 @@ class FallbackChain:
             if name == names[-1] or self._monotonic() >= self._open_until_s[name]:
                 yield self._strategies[name]
 
-    def failed(self, rung: Strategy) -> None:
+    def record_failure(self, rung: Strategy) -> None:
         self._open_until_s[rung.name] = self._monotonic() + COOLDOWN_S
 
-    def succeeded(self, rung: Strategy) -> None:
+    def record_success(self, rung: Strategy) -> None:
         self._open_until_s[rung.name] = 0.0

@@ -106,7 +106,7 @@ class MultiTaskModel(Trainable):
         states = hstu(rows, hstu.attention_layout(sequences))
         states, rows = (_newest(x, sequences.offsets, batch.offsets) for x in (states, rows))  # [total, width]
         of_events = _newest(items.of_events, inputs.offsets, batch.offsets)
-        loss = next_item_loss(states[asked], hstu.scorer(items.of_candidates), targets, batch.seen, candidates)
+        loss = next_item_loss(states[asked], hstu.scoring_table(items.of_candidates), targets, batch.seen, candidates)
         newest = RecentEvents.from_each_event(batch.offsets, device)
         context = HeadContext(rows, of_events, newest, rhythm, affinity[:, None])
         logits = self.heads(states, known[:, None], items.of_successors[:, None], context)

@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels import graphs as graphs_module
 from kernels.fused_attention_layernorm.plan import AttentionPlan
 from kernels.graphs import MIN_CALLS, BatchGraphs, Bucket, CapturedGraph, bucket_rows, buckets
-from pipeline.backends.fused import encoder_of
+from pipeline.backends.fused import make_kernel_encoder
 from pipeline.features.event_features import TIME_THRESHOLDS
 from tests.kernels.fused_attention_layernorm.test_encoder import DEVICE, WIDE
 from tests.kernels.fused_attention_layernorm.test_op_reference import inputs_of_lengths, model
@@ -150,7 +150,7 @@ def test_a_bucket_that_comes_again_and_again_gets_a_graph() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="no GPU")
 def test_on_a_gpu_graphs_give_the_encoders_states_and_keep_to_their_budget() -> None:
-    encode = encoder_of(model(1, WIDE).to(DEVICE), torch.float16)
+    encode = make_kernel_encoder(model(1, WIDE).to(DEVICE), torch.float16)
     thresholds = torch.tensor(TIME_THRESHOLDS, dtype=torch.int32, device=DEVICE)
 
     def run(columns: Sequence[Tensor], offsets: Tensor, longest: int) -> Tensor:

@@ -39,7 +39,7 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
     assert loaded.weights.keys() == model.weights.keys()
     assert all(torch.equal(loaded.weights[name], weight) for name, weight in model.weights.items())
     assert all((loaded.counters[name] == array).all() for name, array in model.counters.items())
-    MultiTaskModel(CONFIG).hstu.load_state_dict(loaded.part("hstu"))
+    MultiTaskModel(CONFIG).hstu.load_state_dict(loaded.module_weights("hstu"))
 
 
 def test_the_version_is_the_content(tmp_path: Path) -> None:

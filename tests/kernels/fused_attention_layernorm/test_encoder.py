@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.fused_attention_layernorm.encoder import KernelEncoder
 from kernels.fused_attention_layernorm.plan import AttentionPlan
-from pipeline.backends.fused import encoder_of
+from pipeline.backends.fused import make_kernel_encoder
 from pipeline.features.event_features import TIME_THRESHOLDS
 from pipeline.model.padding import PaddedBlocks
 from tests.kernels.fused_attention_layernorm.test_op_reference import CONFIG, DEVICE, inputs_of_lengths, model
@@ -24,7 +24,7 @@ def test_an_encoder_refuses_a_plan_of_longer_users_than_its_tables_have_columns(
         seconds, torch.tensor([0, 3], device=DEVICE), thresholds, WIDE.max_events + 1, torch.float32
     )
     with pytest.raises(ValueError, match=f"max_length is {WIDE.max_events + 1}, wanted at most .* {WIDE.max_events}$"):
-        encoder_of(model(1, WIDE), torch.float32)(torch.zeros(3, WIDE.width, device=DEVICE), plan)
+        make_kernel_encoder(model(1, WIDE), torch.float32)(torch.zeros(3, WIDE.width, device=DEVICE), plan)
 
 
 def test_fused_layers_give_the_models_states_and_its_newest_ones() -> None:
@@ -36,7 +36,7 @@ def test_fused_layers_give_the_models_states_and_its_newest_ones() -> None:
     columns = (inputs.seconds, inputs.offsets, TIME_THRESHOLDS)
     seconds, offsets, thresholds = (torch.as_tensor(column).int().to(DEVICE) for column in columns)
     plan = AttentionPlan.from_batch(seconds, offsets, thresholds, WIDE.max_events, torch.float32, kernels=True)
-    encode = encoder_of(hstu, torch.float32)
+    encode = make_kernel_encoder(hstu, torch.float32)
     torch.testing.assert_close(encode(x, plan), wanted, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(encode(x, plan, last=True), wanted[offsets[1:].long() - 1], rtol=1e-4, atol=1e-4)
 
@@ -46,7 +46,11 @@ def encoder_and_plan(lengths: list[int]) -> tuple[KernelEncoder, Tensor, Attenti
     columns = (inputs.seconds, inputs.offsets, TIME_THRESHOLDS)
     seconds, offsets, thresholds = (torch.as_tensor(column).int().to(DEVICE) for column in columns)
     plan = AttentionPlan.from_batch(seconds, offsets, thresholds, WIDE.max_events, torch.float32, kernels=True)
-    return encoder_of(model(1, WIDE), torch.float32), torch.randn(sum(lengths), WIDE.width, device=DEVICE), plan
+    return (
+        make_kernel_encoder(model(1, WIDE), torch.float32),
+        torch.randn(sum(lengths), WIDE.width, device=DEVICE),
+        plan,
+    )
 
 
 def test_rows_that_lie_apart_have_the_same_states() -> None:

@@ -17,7 +17,7 @@ from kernels.fused_attention_layernorm.fp8 import DTYPE, LARGEST, Fp8Scales, sca
 from kernels.fused_attention_layernorm.launch import SAFE, KernelConfig
 from kernels.fused_attention_layernorm.plan import AttentionPlan
 from kernels.fused_attention_layernorm.projection import ProjectionTiles, project_in, project_in_fp8, row_moments
-from pipeline.backends.fused import encoder_of
+from pipeline.backends.fused import make_kernel_encoder
 from pipeline.features.event_features import TIME_THRESHOLDS
 from tests.kernels.fused_attention_layernorm.test_op import DEVICE, Case, case_of, error
 from tests.kernels.fused_attention_layernorm.test_op_reference import CONFIG, inputs_of_lengths, model
@@ -160,7 +160,7 @@ def test_an_encoder_in_fp8_stays_near_the_one_without() -> None:
     x = torch.randn(70, WIDE.width, generator=torch.Generator().manual_seed(1)).half().to(DEVICE)
     columns = (inputs.seconds, inputs.offsets, TIME_THRESHOLDS)
     seconds, offsets, thresholds = (torch.as_tensor(column).int().to(DEVICE) for column in columns)
-    exact, encode = encoder_of(hstu, torch.float16), encoder_of(hstu, torch.float16, fp8=True)
+    exact, encode = make_kernel_encoder(hstu, torch.float16), make_kernel_encoder(hstu, torch.float16, fp8=True)
     plan = AttentionPlan.from_batch(
         seconds, offsets, thresholds, WIDE.max_events, encode.narrowed(x.dtype), kernels=True
     )

@@ -8,7 +8,7 @@ from kernels.fused_attention_layernorm.reference import fused_attention_layernor
 from pipeline.features.event_features import N_FEATURE_IDS, N_FEATURES, TIME_THRESHOLDS, EncoderInputs
 from pipeline.model.config import HstuConfig
 from pipeline.model.hstu import Hstu, HstuLayer
-from pipeline.model.padding import GPU, BlockPolicy, PaddedBlocks
+from pipeline.model.padding import GPU_POLICY, BlockPolicy, PaddedBlocks
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CONFIG = HstuConfig(items=50, layers=2, width=16, heads=2, d_qk=8, d_v=4, max_events=40, dropout=0.0, content_rows=0)
@@ -90,7 +90,8 @@ def test_the_tiling_changes_no_state(lengths: list[int], seed: int) -> None:
     one_block_a_user = BlockPolicy(1, 1, 1.0)
     for last in (False, True):
         fine, coarse = (
-            hstu(rows, PaddedBlocks.from_inputs(inputs, DEVICE, tiling), last) for tiling in (one_block_a_user, GPU)
+            hstu(rows, PaddedBlocks.from_inputs(inputs, DEVICE, tiling), last)
+            for tiling in (one_block_a_user, GPU_POLICY)
         )
         torch.testing.assert_close(fine, coarse, rtol=1e-4, atol=1e-5)
 

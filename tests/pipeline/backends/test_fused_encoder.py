@@ -26,7 +26,7 @@ from pipeline.model.padding import PaddedBlocks
 from pipeline.records import EventSchema
 from pipeline.serving import retrieval
 from pipeline.serving.exclusion import Exclusion
-from pipeline.serving.hstu_strategy import HstuStrategy, batch_shapes
+from pipeline.serving.hstu_strategy import HstuStrategy, warm_up_lengths
 from pipeline.serving.model_validation import synthetic_histories
 from pipeline.serving.retrieval import FusedRetrieval
 from pipeline.training.trainer import MultiTaskModel
@@ -112,7 +112,7 @@ def test_items_that_come_later_are_read_from_then_on(further: int) -> None:
     rows = np.array([5, len(vectors) - 1])
     vectors[torch.from_numpy(rows).to(DEVICE)] = F.normalize(torch.randn(2, CONFIG.width, device=DEVICE))
     inputs.item_rows[::3] = rows[1]
-    encoder.place(rows, vectors)
+    encoder.set_item_vectors(rows, vectors)
     after = encoder.encode(inputs)
     torch.testing.assert_close(after, states_in_torch(hstu, vectors, inputs), rtol=1e-3, atol=1e-4)
     assert not torch.allclose(before, after, atol=1e-2)
@@ -224,7 +224,7 @@ def test_a_model_that_is_replaced_leaves_no_memory_to_the_garbage_collector() ->
 
 
 def test_shapes_that_warm_a_model_are_of_all_sizes() -> None:
-    shapes = list(batch_shapes(6, 9))
+    shapes = list(warm_up_lengths(6, 9))
     assert {len(lengths) for lengths in shapes} == {1, 2, 4}
     assert {max(lengths) for lengths in shapes} == {1, 2, 9}
     assert len({tuple(lengths) for lengths in shapes}) == len(shapes)
@@ -232,7 +232,7 @@ def test_shapes_that_warm_a_model_are_of_all_sizes() -> None:
 
 @pytest.mark.parametrize("users", [1, 2, 16, 256])
 def test_kernels_are_warmed_for_multiples_of_16_rows_and_for_others(users: int) -> None:
-    long = [sum(lengths) for lengths in batch_shapes(256, 200) if len(lengths) == users and max(lengths) > 100]
+    long = [sum(lengths) for lengths in warm_up_lengths(256, 200) if len(lengths) == users and max(lengths) > 100]
     assert {rows % 16 == 0 for rows in long} == {True, False}
 
 

@@ -47,14 +47,14 @@ def test_each_item_of_a_slate_and_each_user_of_a_batch_has_its_own_odds() -> Non
     states, items, tokens = torch.randn(3, WIDTH), units(3, 5), torch.randint(ITEMS, (3, 5))
     together = heads(states, tokens, items, context)
     assert together.shape == (3, 5, 3)
-    rows = RecentEvents(context.recent.rows[1:2], context.recent.outside[1:2])
+    rows = RecentEvents(context.recent.rows[1:2], context.recent.missing[1:2])
     alone = HeadContext(context.events, context.items, rows, context.visit_frequency[1:2], context.affinity[1:2, 4:])
     torch.testing.assert_close(heads(states[1:2], tokens[1:2, 4:], items[1:2, 4:], alone)[0, 0], together[1, 4])
 
 
 def test_the_newest_events_are_named_newest_first_and_never_another_users() -> None:
     newest = RecentEvents.from_offsets(np.array([0, 2, 2, 50]), CPU)
-    inside = ~newest.outside
+    inside = ~newest.missing
     assert newest.rows[0, :2].tolist() == [1, 0]
     assert inside.sum(dim=1).tolist() == [2, 0, N_RECENT]
     assert newest.rows[2].tolist() == list(range(49, 49 - N_RECENT, -1))
@@ -64,7 +64,7 @@ def test_in_training_every_row_sees_what_serving_would_have_seen_at_its_time() -
     every = RecentEvents.from_each_event(np.array([0, 3, 5]), CPU)
     for row, (start, end) in enumerate([(0, 1), (0, 2), (0, 3), (3, 4), (3, 5)]):
         then = RecentEvents.from_offsets(np.array([start, end]), CPU)
-        torch.testing.assert_close(every.rows[row][~every.outside[row]], then.rows[0][~then.outside[0]])
+        torch.testing.assert_close(every.rows[row][~every.missing[row]], then.rows[0][~then.missing[0]])
 
 
 def test_a_user_without_events_has_odds_that_no_other_users_events_move() -> None:

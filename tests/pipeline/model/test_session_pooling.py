@@ -30,7 +30,7 @@ def test_rows_are_the_specifications(lengths: list[int], recent: int, sessions: 
     weights = strength[codes.astype(np.int64)].sum(1, keepdim=True).exp()
     whole, items = torch.from_numpy(condensed.is_recent)[:, None], table[tokens.astype(np.int64)]
     events = torch.where(whole, items * weights, items) + features[codes.astype(np.int64)].sum(1)
-    found = condensed.pooled(events, weights.masked_fill(whole, 1.0))
+    found = condensed.pool(events, weights.masked_fill(whole, 1.0))
     torch.testing.assert_close(found, wanted[: ends[-1]], rtol=1e-4, atol=1e-4)
 
 

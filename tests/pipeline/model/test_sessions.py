@@ -81,7 +81,7 @@ def test_service_and_training_give_the_same_state_on_the_same_history() -> None:
     artifact = artifacts.draft(CONFIG, SCHEMA, trained.state_dict(), IDS, NO_COUNTERS)
     rung = HstuStrategy(artifact, Catalogue(Vocabulary(IDS)), SERVING.exclusion, "cpu", 1)
     tokens = np.tile(np.arange(1, CONFIG.items, dtype=np.int32), (len(histories), 1))
-    logits = torch.stack([run[-1] for run in states]) @ trained.hstu.scorer(trained.hstu.items())[1:].T
+    logits = torch.stack([run[-1] for run in states]) @ trained.hstu.scoring_table(trained.hstu.items())[1:].T
     np.testing.assert_allclose(rung.scores(histories, tokens), logits.detach().numpy(), rtol=1e-4, atol=1e-4)
 
 

@@ -42,7 +42,7 @@ def test_rungs_come_best_first_and_from_the_asked_one_downward():
 def test_a_failed_rung_rests_until_its_cooldown_is_over():
     clock = Clock()
     ladder = clock.ladder()
-    ladder.failed(clock.rungs["tensorrt"])
+    ladder.record_failure(clock.rungs["tensorrt"])
     assert names(ladder) == ["hstu", "simple"]
     clock.now_s = COOLDOWN_S
     assert names(ladder) == ["tensorrt", "hstu", "simple"]
@@ -52,5 +52,5 @@ def test_the_last_rung_is_always_asked():
     clock = Clock()
     ladder = clock.ladder()
     for rung in clock.rungs.values():
-        ladder.failed(rung)
+        ladder.record_failure(rung)
     assert names(ladder) == ["simple"]

@@ -114,7 +114,7 @@ def test_a_new_items_row_begins_as_its_contents_vector_and_all_else_as_it_was(fo
     contents = task.metadata(task.train).content()
     model = MultiTaskModel(task.config, contents)
     base.init_model(model)
-    old, items, rows = base.artifact.part("hstu"), model.hstu.items, ITEMS + 1
+    old, items, rows = base.artifact.module_weights("hstu"), model.hstu.items, ITEMS + 1
     assert torch.equal(items.embedding.weight[:rows], old["items.embedding.weight"])
     new = np.arange(rows, rows + NEW)
     assert torch.allclose(items(new), items.from_content(contents.select(new)), atol=1e-5)
