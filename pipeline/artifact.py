@@ -1,9 +1,9 @@
-"""A trained model's folder: manifest.json beside the files that it signs. No pickle anywhere.
+"""A trained model's folder: a manifest and the files whose hashes it holds. No pickle anywhere.
 
-manifest.json         what it is: version, config, metrics, the SHA-256 of every other file, the event schema, the tools
+manifest.json         version, config, metrics, the SHA-256 of every other file, event schema, versions of the tools
 hstu.safetensors      weights of the encoder ("hstu.") and of the heads ("heads.")
-vocabulary.msgpack    item ids in the order of their tokens, beginning with token 1
-items.safetensors     what is known of those items (see KnownItems)
+vocabulary.msgpack    item ids in the order of the model's item table, whose row 0 is the unknown item
+items.safetensors     metadata of those items (see ItemMetadata)
 counters.safetensors  popularity and co-occurrence of the training log, for pipeline.counters.Counters.restore
 """
 
@@ -12,7 +12,7 @@ import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version as installed
+from importlib.metadata import version as installed_version
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -27,20 +27,26 @@ from pipeline.errors import ArtifactError
 from pipeline.features.event_features import FEATURE_LAYOUT
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.metadata import ItemMetadata
+from pipeline.items.vocabulary import UNKNOWN
 from pipeline.model.config import HstuConfig
 from pipeline.records import EventSchema
 
 FORMAT = 4
 MANIFEST = "manifest.json"
-WEIGHTS, VOCABULARY, COUNTERS = "hstu.safetensors", "vocabulary.msgpack", "counters.safetensors"
+WEIGHTS = "hstu.safetensors"
+VOCABULARY = "vocabulary.msgpack"
 ITEMS = "items.safetensors"
+COUNTERS = "counters.safetensors"
 FILES = (WEIGHTS, VOCABULARY, ITEMS, COUNTERS)
 TOOLS = ("torch", "numpy", "safetensors", "msgspec")
 _COPY_AGAIN = "copy the whole folder again, or make one with `millrace train LOG --out DIR`"
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """`version` is the content's hash (16 hex digits): equal versions rank equally. `created` is ISO 8601, UTC."""
+    """The description of an artifact; the file that vouches for all others.
+
+    version: hash of the content, 16 hex digits: equal versions rank equally; created: ISO 8601, UTC
+    """
 
     format: int
     name: str
@@ -51,19 +57,19 @@ class Manifest(msgspec.Struct, frozen=True):
     metrics: dict[str, float]
     files: dict[str, str]
     tools: dict[str, str]
-    features: str  # FEATURE_LAYOUT of the code that trained it
+    features: str  # FEATURE_LAYOUT of the code that trained the model
     trained_on: TrainingProvenance | None = None  # None: not made by training
 
 
 class _Format(msgspec.Struct):
-    """The first thing to read of a manifest: another format's fields may mean anything."""
+    """The field to check before the others: in another format they may mean anything."""
 
     format: int
 
 
 @dataclass(slots=True)
 class Artifact:
-    """A trained model in memory. item_ids[i] has token i + 1."""
+    """A trained model in memory. item_ids[i] is row i + 1 of its item table."""
 
     manifest: Manifest
     weights: dict[str, Tensor]
@@ -80,104 +86,92 @@ class Artifact:
         return self.manifest.config
 
     def module_weights(self, name: str) -> dict[str, Tensor]:
-        """The weights below a prefix: 'hstu' or 'heads'."""
-        start = len(name) + 1
-        return {key[start:]: value for key, value in self.weights.items() if key.startswith(f"{name}.")}
+        """Return the state dict of one module: 'hstu' or 'heads'."""
+        prefix = f"{name}."
+        return {key.removeprefix(prefix): value for key, value in self.weights.items() if key.startswith(prefix)}
 
     def load_into(self, catalogue: Catalogue) -> None:
-        """Tell what is known of the items; the catalogue's vocabulary has them."""
+        """Restore the items' metadata in a catalogue; items without a token in its vocabulary are skipped."""
         tokens = np.array([catalogue.vocabulary.token(item_id) for item_id in self.item_ids], np.int64)
-        catalogue.restore_facts(
-            tokens[tokens > 0], {name: column[tokens > 0] for name, column in self.metadata.facts.items()}
-        )
+        admitted = tokens != UNKNOWN
+        facts = {name: column[admitted] for name, column in self.metadata.facts.items()}
+        catalogue.restore_facts(tokens[admitted], facts)
 
     def check_schema(self, schema: EventSchema) -> None:
-        """ArtifactError unless the codes that the model was trained with mean the same in `schema`."""
-        trained = self.manifest.schema
+        """Raise ArtifactError unless the codes that the model was trained with mean the same in `schema`."""
         for field in ("actions", "devices"):
-            got, wanted = getattr(schema, field), getattr(trained, field)
-            if got[: len(wanted)] != wanted:
+            configured: tuple[str, ...] = getattr(schema, field)
+            trained: tuple[str, ...] = getattr(self.manifest.schema, field)
+            if configured[: len(trained)] != trained:
                 raise ArtifactError(
-                    f"artifact {self.version}: events.{field} is {list(got)}, the model was trained with"
-                    f" {list(wanted)}; lists may only grow at their end: restore the order or train again"
+                    f"artifact {self.version}: events.{field} is {list(configured)}, the model was trained with"
+                    f" {list(trained)}; lists may only grow at their end: restore the order or train again"
                 )
 
 
-def draft(config: HstuConfig, schema: EventSchema, weights: dict[str, Tensor], item_ids: list[str],
-          counters: dict[str, np.ndarray], metadata: ItemMetadata | None = None,
-          trained_on: TrainingProvenance | None = None) -> Artifact:  # fmt: skip
-    """A model that is not saved yet."""
+def draft(
+    config: HstuConfig,
+    schema: EventSchema,
+    weights: dict[str, Tensor],
+    item_ids: list[str],
+    counters: dict[str, np.ndarray],
+    metadata: ItemMetadata | None = None,
+    trained_on: TrainingProvenance | None = None,
+) -> Artifact:
+    """Return an artifact that is not saved yet: without a version, hashes and metrics."""
     manifest = Manifest(FORMAT, "draft", "unsigned", "", config, schema, {}, {}, {}, FEATURE_LAYOUT, trained_on)
     return Artifact(manifest, weights, item_ids, counters, metadata or ItemMetadata.unknown(len(item_ids)))
 
 
 def save(folder: Path, artifact: Artifact, metrics: Mapping[str, float], created: str) -> Manifest:
-    """Sign the model and write it, whole or not at all; an artifact that is there already is replaced."""
+    """Write the artifact, completely or not at all, and return its manifest. An older artifact is replaced.
+
+    ArtifactError when something else is in the folder.
+    """
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    staging = Path(mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        weights = {name: weight.detach().contiguous() for name, weight in artifact.weights.items()}
-        safetensors.torch.save_file(weights, draft / WEIGHTS)
-        (draft / VOCABULARY).write_bytes(msgspec.msgpack.encode(artifact.item_ids))
-        for name, arrays in ((COUNTERS, artifact.counters), (ITEMS, artifact.metadata.arrays())):
-            arrays = {key: np.ascontiguousarray(array) for key, array in arrays.items()}
-            safetensors.numpy.save_file(arrays, draft / name)
-        manifest = _sign(draft, folder.name, artifact, metrics, created)
-        (draft / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
-        draft.chmod(0o755)
-        _replace(draft, folder)
+        _write_content(staging, artifact)
+        manifest = _make_manifest(staging, folder.name, artifact, metrics, created)
+        (staging / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
+        staging.chmod(0o755)
+        _replace(staging, folder)
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
     return manifest
 
 
 def check_target(folder: Path) -> None:
-    """ArtifactError unless an artifact may be written there: a new folder, an empty one, or an artifact's."""
+    """Raise ArtifactError unless an artifact may be written there: a new folder, an empty one, or an artifact's."""
     if folder.is_file():
-        raise ArtifactError(f"artifact {folder}: a file; give an empty or a new folder")
+        raise ArtifactError(f"artifact {folder}: is a file; give an empty or a new folder")
     if folder.exists() and not (folder / MANIFEST).exists() and any(folder.iterdir()):
-        raise ArtifactError(f"artifact {folder}: a folder with other files in it; give an empty or a new one")
+        raise ArtifactError(f"artifact {folder}: is a folder with other files in it; give an empty or a new one")
 
 
 def load(folder: Path) -> Artifact:
-    """The artifact, every file checked against the manifest. ArtifactError names the file, what it is and what next.
+    """Read an artifact and check every file against its manifest. ArtifactError names file, fault and next step.
 
-    A symlink is followed once: all files are those of the folder that it named then.
+    A symlink is resolved once: all files come from the folder that it pointed to then.
     """
     folder = folder.resolve()
     manifest = read_manifest(folder)
-    for name, wanted in manifest.files.items():
-        _check(folder / name, wanted)
-    item_ids = _item_ids(folder / VOCABULARY)
-    counters, items = (safetensors.numpy.load_file(folder / name) for name in (COUNTERS, ITEMS))
-    return Artifact(manifest, _weights(folder / WEIGHTS), item_ids, counters, ItemMetadata.from_arrays(items))
-
-
-def _sign(draft: Path, name: str, artifact: Artifact, metrics: Mapping[str, float], created: str) -> Manifest:
-    config, schema = artifact.config, artifact.manifest.schema
-    files = {name: _sha256(draft / name) for name in FILES}
-    tools = {"python": platform.python_version(), **{tool: installed(tool) for tool in TOOLS}}
-    version = _content_hash(config, schema, files)
-    taught = artifact.manifest.trained_on
-    return Manifest(FORMAT, name, version, created, config, schema, dict(metrics), files, tools, FEATURE_LAYOUT, taught)
+    for name, expected in manifest.files.items():
+        _check_hash(folder / name, expected)
+    return Artifact(
+        manifest=manifest,
+        weights=_read_weights(folder / WEIGHTS),
+        item_ids=_read_item_ids(folder / VOCABULARY),
+        counters=safetensors.numpy.load_file(folder / COUNTERS),
+        metadata=ItemMetadata.from_arrays(safetensors.numpy.load_file(folder / ITEMS)),
+    )
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises ArtifactError unless it is one, of this format, that signs itself and all that a model needs."""
+    """Read and check a manifest. ArtifactError when it is missing, broken, edited, incomplete or incompatible."""
     path = folder / MANIFEST
-    try:
-        content = path.read_bytes()
-        found = msgspec.json.decode(content, type=_Format).format
-        if found != FORMAT:
-            raise ArtifactError(f"artifact {path}: format {found}, this millrace reads {FORMAT}; train again")
-        manifest = msgspec.json.decode(content, type=Manifest)
-    except OSError as error:
-        raise ArtifactError(
-            f"artifact {path}: {error.strerror}; make one with `millrace train LOG --out DIR`"
-        ) from error
-    except msgspec.DecodeError as error:
-        raise ArtifactError(f"artifact {path}: not a manifest ({error}); {_COPY_AGAIN}") from error
+    manifest = _decode_manifest(path)
     if manifest.features != FEATURE_LAYOUT:
         raise ArtifactError(
             f"artifact {path}: trained on features {manifest.features}, this millrace makes {FEATURE_LAYOUT};"
@@ -193,19 +187,32 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _item_ids(path: Path) -> list[str]:
+def _decode_manifest(path: Path) -> Manifest:
+    try:
+        content = path.read_bytes()
+        found = msgspec.json.decode(content, type=_Format).format
+        if found != FORMAT:
+            raise ArtifactError(f"artifact {path}: format {found}, this millrace reads {FORMAT}; train again")
+        return msgspec.json.decode(content, type=Manifest)
+    except OSError as error:
+        raise ArtifactError(
+            f"artifact {path}: {error.strerror}; make one with `millrace train LOG --out DIR`"
+        ) from error
+    except msgspec.DecodeError as error:
+        raise ArtifactError(f"artifact {path}: not a manifest ({error}); {_COPY_AGAIN}") from error
+
+
+def _read_item_ids(path: Path) -> list[str]:
     item_ids = msgspec.msgpack.decode(path.read_bytes(), type=list[str])
-    places: dict[str, int] = {}
-    for place, item_id in enumerate(item_ids, 1):
-        if (first := places.setdefault(item_id, place)) != place:
-            raise ArtifactError(
-                f"artifact {path}: item '{item_id}' is there twice, at {first} and {place}; {_COPY_AGAIN}"
-            )
+    rows: dict[str, int] = {}
+    for row, item_id in enumerate(item_ids, 1):
+        if (first := rows.setdefault(item_id, row)) != row:
+            raise ArtifactError(f"artifact {path}: item '{item_id}' is in rows {first} and {row}; {_COPY_AGAIN}")
     return item_ids
 
 
-def _weights(path: Path) -> dict[str, Tensor]:
-    # NOTE: load_file maps the file. A copy, or who overwrites the file in place changes or ends a process that serves.
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    # NOTE: load_file maps the file. Without the copy, overwriting it in place would change or kill a serving process.
     weights = {name: weight.clone() for name, weight in safetensors.torch.load_file(path).items()}
     for name, weight in weights.items():
         if not weight.isfinite().all():
@@ -213,13 +220,44 @@ def _weights(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _check(path: Path, wanted: str) -> None:
+def _check_hash(path: Path, expected: str) -> None:
     try:
-        got = _sha256(path)
+        found = _sha256(path)
     except OSError as error:
         raise ArtifactError(f"artifact {path}: {error.strerror}; {_COPY_AGAIN}") from error
-    if got != wanted:
-        raise ArtifactError(f"artifact {path}: SHA-256 is {got[:16]}…, the manifest says {wanted[:16]}…; {_COPY_AGAIN}")
+    if found != expected:
+        raise ArtifactError(
+            f"artifact {path}: SHA-256 is {found[:16]}…, the manifest says {expected[:16]}…; {_COPY_AGAIN}"
+        )
+
+
+def _write_content(folder: Path, artifact: Artifact) -> None:
+    """Write every file but the manifest."""
+    weights = {name: weight.detach().contiguous() for name, weight in artifact.weights.items()}
+    safetensors.torch.save_file(weights, folder / WEIGHTS)
+    (folder / VOCABULARY).write_bytes(msgspec.msgpack.encode(artifact.item_ids))
+    for name, arrays in ((COUNTERS, artifact.counters), (ITEMS, artifact.metadata.arrays())):
+        contiguous = {key: np.ascontiguousarray(array) for key, array in arrays.items()}
+        safetensors.numpy.save_file(contiguous, folder / name)
+
+
+def _make_manifest(
+    content: Path, name: str, artifact: Artifact, metrics: Mapping[str, float], created: str
+) -> Manifest:
+    files = {file: _sha256(content / file) for file in FILES}
+    return Manifest(
+        format=FORMAT,
+        name=name,
+        version=_content_hash(artifact.config, artifact.manifest.schema, files),
+        created=created,
+        config=artifact.config,
+        schema=artifact.manifest.schema,
+        metrics=dict(metrics),
+        files=files,
+        tools={"python": platform.python_version(), **{tool: installed_version(tool) for tool in TOOLS}},
+        features=FEATURE_LAYOUT,
+        trained_on=artifact.manifest.trained_on,
+    )
 
 
 def _content_hash(config: HstuConfig, schema: EventSchema, files: Mapping[str, str]) -> str:
@@ -232,10 +270,10 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _replace(draft: Path, folder: Path) -> None:
+def _replace(staging: Path, folder: Path) -> None:
     check_target(folder)
-    old = draft.with_name(f"{draft.name}.old")
+    old = staging.with_name(f"{staging.name}.old")
     if folder.exists():
         folder.rename(old)
-    draft.rename(folder)
+    staging.rename(folder)
     shutil.rmtree(old, ignore_errors=True)

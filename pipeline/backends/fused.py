@@ -117,6 +117,6 @@ def make_kernel_encoder(hstu: Hstu, dtype: torch.dtype, fp8: bool = False) -> Ke
         assert isinstance(norms[0], LayerNorm)
         assert isinstance(norms[1], LayerNorm)
         modules = norms[0], layer.project_in, norms[1], layer.project_out
-        layers.append(LayerWeights.of(*modules, *layer.tables(), dtype, fp8))
+        layers.append(LayerWeights.of(*modules, *layer.bias_tables(), dtype, fp8))
     config = hstu.config
     return KernelEncoder(layers, config.heads, config.d_qk, config.d_v, config.max_events, config.eps)

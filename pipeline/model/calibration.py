@@ -1,7 +1,7 @@
-"""Odds that come true: Platt's scaling of a head's logits, fitted on labels that the model has not learnt from.
+"""Calibration of the heads: Platt scaling of their logits, fitted on labels that the model was not trained on.
 
-odds = sigmoid(scale * logit + shift); with shift 0 that is temperature scaling (Platt 1999; Guo et al., ICML 2017).
-A scale above 0 keeps every order: a head's AUC does not change.
+probability = sigmoid(scale * logit + shift); with shift 0 this is temperature scaling (Platt 1999; Guo et al., ICML
+2017). A scale above 0 keeps every order: a head's AUC does not change.
 """
 
 import numpy as np
@@ -9,35 +9,35 @@ import numpy as np
 from pipeline.errors import ArtifactError
 
 IDENTITY = (1.0, 0.0)
-# A prior at IDENTITY, worth as many labels: with few labels the scaling stays near what the head says itself.
+# The weight of a prior at IDENTITY, in labels: with few labels the scaling stays near the head's own output.
 PRIOR_LABELS = 20.0
 NEWTON_STEPS = 25  # from IDENTITY it takes 4 to 6
 
 
 def fit_platt(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """Scale and shift of least log loss. logits: float [n]; labels: float [n], NaN = unknown, does not count.
+    """Return the scale and shift of the lowest log loss. logits, labels: float [n]; labels of NaN are ignored.
 
-    IDENTITY where the labels are all alike, or where the best scale would turn the order around.
+    Returns IDENTITY where all labels are equal, or where the best scale would reverse the order.
     """
-    known = np.isfinite(labels)
-    x = np.stack([logits[known].astype(np.float64), np.ones(known.sum())], axis=1)  # [n, 2]
-    positive = labels[known].astype(np.float64)
-    if positive.min(initial=1) == positive.max(initial=0):
+    labelled = np.isfinite(labels)
+    x = np.stack([logits[labelled].astype(np.float64), np.ones(labelled.sum())], axis=1)  # [n, 2]
+    targets = labels[labelled].astype(np.float64)
+    if targets.min(initial=1) == targets.max(initial=0):
         return IDENTITY
     theta = np.array(IDENTITY)
     for _ in range(NEWTON_STEPS):
-        odds = 1 / (1 + np.exp(-np.clip(x @ theta, -40, 40)))
-        slope = x.T @ (odds - positive) + PRIOR_LABELS * (theta - IDENTITY)
-        curvature = (x.T * (odds * (1 - odds))) @ x + PRIOR_LABELS * np.eye(2)
-        theta = theta - np.linalg.solve(curvature, slope)
+        probabilities = 1 / (1 + np.exp(-np.clip(x @ theta, -40, 40)))
+        gradient = x.T @ (probabilities - targets) + PRIOR_LABELS * (theta - IDENTITY)
+        hessian = (x.T * (probabilities * (1 - probabilities))) @ x + PRIOR_LABELS * np.eye(2)
+        theta = theta - np.linalg.solve(hessian, gradient)
     scale, shift = theta.tolist()
     return (scale, shift) if scale > 0 else IDENTITY
 
 
-def check_calibration(calibration: np.ndarray, name: str) -> None:
-    """float [tasks, 2] of scales and shifts as an artifact holds them. ArtifactError unless they keep every order."""
+def check_calibration(calibration: np.ndarray, version: str) -> None:
+    """Raise ArtifactError unless an artifact's scales and shifts, float [tasks, 2], are finite and keep every order."""
     if not np.isfinite(calibration).all() or (calibration[:, 0] <= 0).any():
         raise ArtifactError(
-            f"artifact {name}: heads.calibration is {calibration.tolist()}, want finite numbers and scales above 0;"
+            f"artifact {version}: heads.calibration is {calibration.tolist()}, want finite numbers and scales above 0;"
             " make a new one with `millrace train LOG --out DIR`"
         )

@@ -1,4 +1,4 @@
-"""The shape of an HSTU: what it may be told, and a few shapes by name."""
+"""Hyperparameters of HSTU, and named presets."""
 
 from typing import Literal
 
@@ -11,67 +11,70 @@ Norm = Literal["layer", "rms", "none"]
 
 
 class HstuConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The model's shape. `max_events`: the rows that attention reads, and N of the attention.
+    """The model's hyperparameters.
 
-    A row is an event. With `recent_events` only so many of the newest are; the rows before them are sessions, one each,
-    of the newest `history_events` in all: see session_pooling.py.
+    Attention reads `max_events` rows, one per event. With `recent_events` only that many of the newest events have a
+    row each; the rows before them are sessions, one row each, of the newest `history_events` events in total: see
+    session_pooling.py.
     """
 
-    items: PositiveInt = 1  # rows of the item table, the unknown one included
+    items: PositiveInt = 1  # rows of the item table, including row 0, the unknown item
     layers: PositiveInt = 2
     width: PositiveInt = 64
     heads: PositiveInt = 2
     d_qk: PositiveInt = 32
     d_v: PositiveInt = 32
-    max_events: PositiveInt = 200
+    max_events: PositiveInt = 200  # rows that attention reads, and its N
     dropout: Rate = 0.2
-    attention_dropout: Rate = 0.5  # of single (event, earlier event) weights
+    attention_dropout: Rate = 0.5  # of single (row, earlier row) weights
     temperature: PositiveFloat = 0.1
-    content_rows: NonNegativeInt = 16_384  # hashed pieces of items' texts; 0: items by their ids alone
-    strength: bool = True  # an event's item counts by the learned strength of what was done with it
-    feature_dropout: Rate = 0.0  # of single features of an event
+    content_rows: NonNegativeInt = 16_384  # rows of the table of hashed content; 0: items by their ids alone
+    strength: bool = True  # an event's item is weighted by the learnt strength of the action
+    feature_dropout: Rate = 0.0  # of single features of single events
     time_bias: bool = True
     position_bias: bool = True
-    excluded_features: tuple[str, ...] = ()  # columns of features.COLUMNS that are not read
+    excluded_features: tuple[str, ...] = ()  # names of FEATURE_COLUMNS that the model does not read
     eps: float = 1e-6
-    norm_in: Norm = "layer"  # of a layer's rows before they are projected
-    norm_out: Norm = "layer"  # of what attention has gathered, before the gate
-    attention_scale: Literal["max_events", "length"] = "max_events"  # what attention's sums are divided by
-    recent_events: NonNegativeInt = 0  # 0: all that are read
-    history_events: PositiveInt = 1000  # read with recent_events; an older event costs its features and a sum
+    norm_in: Norm = "layer"  # of a layer's rows, before the projection
+    norm_out: Norm = "layer"  # of attention's output, before the gate
+    attention_scale: Literal["max_events", "length"] = "max_events"  # divisor of attention's sums
+    recent_events: NonNegativeInt = 0  # newest events with a row each; 0: all
+    history_events: PositiveInt = 1000  # events read when recent_events > 0; an older one costs its features and a sum
 
     def __post_init__(self) -> None:
         if unknown := set(self.excluded_features) - set(FEATURE_COLUMNS):
             raise ValueError(
-                f"without {', '.join(sorted(unknown))}: no such column; want of {', '.join(FEATURE_COLUMNS)}"
+                f"excluded_features: no column {', '.join(sorted(unknown))}; want some of {', '.join(FEATURE_COLUMNS)}"
             )
         if self.recent_events and not self.recent_events < self.max_events <= self.history_events:
             raise ValueError(
                 f"recent_events = {self.recent_events}, max_events = {self.max_events}, history_events ="
-                f" {self.history_events}: want them in ascending order, for some rows must be left to sessions; or"
-                " recent_events = 0, no sessions"
+                f" {self.history_events}: want them in ascending order, for sessions need rows; or recent_events = 0:"
+                " no sessions"
             )
 
     @property
     def history_length(self) -> int:
-        """A state reads so many of the newest events, each as it is or in its session."""
+        """Number of newest events that a state reads, each as a row of its own or in its session."""
         return self.history_events if self.recent_events else self.max_events
 
     @property
     def recent_length(self) -> int:
-        """The newest events that are a row of their own."""
+        """Number of newest events that have a row of their own."""
         return self.recent_events or self.max_events
 
     @property
     def receptive_field(self) -> int:
-        """A state depends on so many: those it reads, and those before them that the oldest one's features count.
+        """Number of newest events that a state depends on: `history_length`, and the events that the oldest one's
+        features count.
 
         NOTE: visit_frequency.py, which the retention head reads, goes back 90 days, however many events those are.
         """
         return self.history_length + COUNT_CAP
 
 
-# By the parameters of the layers, about; the tables' depend on the log and are left out. `tiny` has 43 thousand.
+# Named by the approximate number of parameters in the layers; tables, which depend on the log, are not counted. `tiny`
+# has 43 thousand.
 PRESETS = {
     "tiny": HstuConfig(),
     "1m": HstuConfig(layers=3, width=256, heads=4, d_qk=64, d_v=64),

@@ -1,6 +1,6 @@
-"""Three task heads on (user, item): the odds of engagement, retention and monetization if the item is next.
+"""Task heads on (user, item): the probabilities of engagement, retention and monetization if the item is next.
 
-The labels are those of labels.py; the odds are calibrated (calibration.py) before anyone sees them.
+features/labels.py defines the labels; calibration.py calibrates the probabilities before anything uses them.
 """
 
 from dataclasses import dataclass
@@ -17,16 +17,17 @@ from pipeline.items.vocabulary import UNKNOWN
 from pipeline.model.calibration import IDENTITY
 
 N_RECENT = 32  # newest events that the heads read one by one
-DROPOUT = 0.2  # of the hidden layer of taste
-ITEM_SCALE = 0.2  # of an item in a return: with 1 its noise costs 0.008 of AUC, with 0 no slate could be ranked by it
-BIAS_SCALE = 3.0  # an item's bias is met by few batches: so it learns faster than its optimizer's steps
+DROPOUT = 0.2  # of the interaction head's hidden layer
+# Weight of the item in the retention head: with 1 its noise costs 0.008 of AUC, with 0 no slate could be ranked by it.
+ITEM_SCALE = 0.2
+BIAS_SCALE = 3.0  # an item's bias is in few batches, so it learns faster than its optimizer's steps
 
 
 @dataclass(slots=True)
 class RecentEvents:
-    """Where the newest events of n users are among packed event rows, newest first.
+    """Indices of the newest events of n users in packed event rows, newest first.
 
-    rows: int64 [n, RECENT], some row where there is none; outside: bool [n, RECENT], there is none
+    rows: int64 [n, N_RECENT], arbitrary where the user has no such event; missing: bool [n, N_RECENT], true there
     """
 
     rows: Tensor
@@ -34,28 +35,28 @@ class RecentEvents:
 
     @classmethod
     def from_offsets(cls, offsets: np.ndarray, device: torch.device) -> "RecentEvents":
-        """Of each user of packed rows, int64 [n + 1]."""
-        return cls._of(offsets[1:] - 1, offsets[:-1], device)
+        """Return each user's newest events. offsets: int64 [n + 1] of the users' packed rows."""
+        return cls._ending_at(offsets[1:] - 1, offsets[:-1], device)
 
     @classmethod
     def from_each_event(cls, offsets: np.ndarray, device: torch.device) -> "RecentEvents":
-        """Of every event as its user's newest at its own time: n is the number of rows."""
-        return cls._of(np.arange(offsets[-1]), np.repeat(offsets[:-1], np.diff(offsets)), device)
+        """Return the newest events as of every packed row, each as the newest of its user: n is the number of rows."""
+        return cls._ending_at(np.arange(offsets[-1]), np.repeat(offsets[:-1], np.diff(offsets)), device)
 
     @classmethod
-    def _of(cls, ends: np.ndarray, starts: np.ndarray, device: torch.device) -> "RecentEvents":
+    def _ending_at(cls, ends: np.ndarray, starts: np.ndarray, device: torch.device) -> "RecentEvents":
         rows = ends[:, None] - np.arange(N_RECENT)
-        outside = torch.from_numpy(rows < starts[:, None])
-        return cls(torch.from_numpy(np.maximum(rows, 0)).to(device), outside.to(device))
+        missing = torch.from_numpy(rows < starts[:, None])
+        return cls(torch.from_numpy(np.maximum(rows, 0)).to(device), missing.to(device))
 
 
 @dataclass(slots=True)
 class HeadContext:
-    """What the heads read of n users beside their states.
+    """Inputs of the heads for n users and k candidate items each, besides states and items.
 
-    events: float [m, width], packed rows of what each event was; items: float [m, width], unit vectors of their items
-    newest: which of those rows are whose; rhythm: float32 [n, RHYTHMS]
-    affinity: float32 [n, k, AFFINITIES], of the items asked for
+    events: float [m, width], packed event rows; items: float [m, width], unit vectors of the events' items
+    recent: the newest of those rows of each user; visit_frequency: float32 [n, N_VISIT_FEATURES]
+    affinity: float32 [n, k, N_AFFINITY_FEATURES] of the candidates
     """
 
     events: Tensor
@@ -66,31 +67,32 @@ class HeadContext:
 
 
 class TaskHeads(nn.Module):
-    """Engagement and monetization by `Taste`, retention by `Visits`, and the calibration of all three."""
+    """The interaction head (engagement, monetization), the retention head, and the calibration of all three tasks."""
 
     calibration: Tensor
 
     def __init__(self, items: int, width: int, hidden: int = 32) -> None:
         super().__init__()
-        self.interaction, self.retention = InteractionHead(items, width, hidden), RetentionHead(width, hidden)
+        self.interaction = InteractionHead(items, width, hidden)
+        self.retention = RetentionHead(width, hidden)
         self.register_buffer("calibration", torch.tensor([IDENTITY] * len(TASKS)))  # [3, 2] scales and shifts
 
-    def forward(self, states: Tensor, tokens: Tensor, items: Tensor, context: HeadContext) -> Tensor:
-        """Logits [n, k, 3], not calibrated, of the items being next.
+    def forward(self, states: Tensor, item_rows: Tensor, items: Tensor, context: HeadContext) -> Tensor:
+        """Return uncalibrated logits [n, k, 3] of the outcomes if each item is the user's next.
 
-        states: [n, width]; tokens: int [n, k]; items: [n, k, width], their unit vectors
+        states: [n, width]; item_rows: int [n, k]; items: [n, k, width], their unit vectors
         """
-        engagement, monetization = self.interaction(states, tokens, items, context).unbind(2)
+        engagement, monetization = self.interaction(states, item_rows, items, context).unbind(2)
         return torch.stack([engagement, self.retention(items, context.visit_frequency), monetization], dim=2)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Calibrated probabilities of logits [..., 3]."""
+        """Return calibrated probabilities of logits [..., 3]."""
         return (logits * self.calibration[:, 0] + self.calibration[:, 1]).sigmoid()
 
 
 class InteractionHead(nn.Module):
-    """What a user will do with an item: reads the state, the item and their product, the newest event, and the newest
-    events as the item sees them; on top of it every item has a bias of its own."""
+    """Predicts a user's actions on an item from the state, the item, their product, the newest event, target attention
+    over the newest events, and a bias per item."""
 
     def __init__(self, items: int, width: int, hidden: int) -> None:
         super().__init__()
@@ -108,40 +110,41 @@ class InteractionHead(nn.Module):
         self.item_bias = nn.Embedding(items, 2)
         nn.init.zeros_(self.item_bias.weight)
 
-    def forward(self, states: Tensor, tokens: Tensor, items: Tensor, context: HeadContext) -> Tensor:
-        """Logits [n, k, 2] of engagement and monetization; arguments as `Heads`."""
+    def forward(self, states: Tensor, item_rows: Tensor, items: Tensor, context: HeadContext) -> Tensor:
+        """Return logits [n, k, 2] of engagement and monetization. Arguments as in `TaskHeads.forward`."""
         newest = context.events[context.recent.rows[:, 0]].masked_fill(context.recent.missing[:, :1], 0)
-        of_user = (self.state_proj(states) + self.newest_proj(newest))[:, None]
-        of_items = (
-            self.item_proj(items) + self.product_proj(states[:, None] * items) + self._target_attention(items, context)
-        )
-        again = (
-            context.affinity[..., SAME_ITEM, None] * self.same_item_proj(newest)[:, None]
-        )  # after a cart, a purchase
-        hidden = F.silu(of_user + of_items + self.affinity_proj(context.affinity) + again)
+        user = (self.state_proj(states) + self.newest_proj(newest))[:, None]  # [n, 1, hidden]
+        item = self.item_proj(items) + self.product_proj(states[:, None] * items)  # [n, k, hidden]
+        item = item + self._target_attention(items, context)
+        # After a cart, a purchase: what the newest event was, where it was of this very item.
+        same_item = context.affinity[..., SAME_ITEM, None] * self.same_item_proj(newest)[:, None]
+        hidden = F.silu(user + item + self.affinity_proj(context.affinity) + same_item)
         hidden = F.dropout(hidden, DROPOUT, self.training)
-        return self.out(hidden) + BIAS_SCALE * self.item_bias(self._bias_rows(tokens))
+        return self.out(hidden) + BIAS_SCALE * self.item_bias(self._bias_rows(item_rows))
 
-    def _bias_rows(self, tokens: Tensor) -> Tensor:
-        """An item that came after training, with a token beyond the biases, has the unknown item's."""
-        return tokens.where(tokens < self.item_bias.num_embeddings, UNKNOWN)
+    def _bias_rows(self, item_rows: Tensor) -> Tensor:
+        """Return the rows, with the unknown item's for items that came after training and have no bias."""
+        return item_rows.where(item_rows < self.item_bias.num_embeddings, UNKNOWN)
 
     def _target_attention(self, items: Tensor, context: HeadContext) -> Tensor:
-        """[n, k, hidden]: the newest events by how much their items are like this one (target attention, as DIN: Zhou
-        et al., KDD 2018). The softmax has one more, empty place: where nothing is alike, it takes the weight."""
+        """Return [n, k, hidden]: the newest events, weighted by their items' similarity to each candidate.
+
+        Target attention as in DIN (Zhou et al., KDD 2018). The softmax has an extra, empty slot that takes the weight
+        where no item is similar.
+        """
         rows = context.recent.rows
-        alike = items @ _gathered(context.items, rows).transpose(1, 2)  # [n, k, RECENT] cosines
-        scores = self.sharpness * alike + (self.attention(context.events)[rows, 0] + self.age_bias)[:, None]
+        cosines = items @ _gather_rows(context.items, rows).transpose(1, 2)  # [n, k, N_RECENT]
+        scores = self.sharpness * cosines + (self.attention(context.events)[rows, 0] + self.age_bias)[:, None]
         scores = scores.masked_fill(context.recent.missing[:, None], -torch.inf)
         weights = F.pad(scores, (1, 0)).softmax(dim=2)[..., 1:]
-        return weights @ _gathered(self.target_attention_proj(context.events), rows)
+        return weights @ _gather_rows(self.target_attention_proj(context.events), rows)
 
 
 class RetentionHead(nn.Module):
-    """Whether a user comes back: reads the rhythm of the visits and the item.
+    """Predicts whether a user comes back, from the frequency of the visits and the item.
 
-    With all that `Taste` reads it learns who returned instead of who returns: its AUC on a simulated log was 0.740
-    then, 0.747 without (truth: 0.780).
+    With all inputs of the interaction head it learns who returned instead of who returns: its AUC on a simulated log
+    was 0.740 then, 0.747 without (truth: 0.780).
     """
 
     def __init__(self, width: int, hidden: int) -> None:
@@ -150,18 +153,19 @@ class RetentionHead(nn.Module):
         self.item_proj = nn.Linear(width, hidden, bias=False)
         self.out = nn.Linear(hidden, 1)
 
-    def forward(self, items: Tensor, rhythm: Tensor) -> Tensor:
-        """items: [n, k, width]; rhythm: [n, RHYTHMS] -> logits [n, k]"""
-        return self.out(F.silu(self.visit_mlp(rhythm)[:, None] + ITEM_SCALE * self.item_proj(items)))[..., 0]
+    def forward(self, items: Tensor, visit_frequency: Tensor) -> Tensor:
+        """Return logits [n, k]. items: [n, k, width]; visit_frequency: [n, N_VISIT_FEATURES]"""
+        hidden = F.silu(self.visit_mlp(visit_frequency)[:, None] + ITEM_SCALE * self.item_proj(items))
+        return self.out(hidden)[..., 0]
 
 
-def _gathered(x: Tensor, rows: Tensor) -> Tensor:
+def _gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     """x [m, d] at rows [n, r] -> [n, r, d]. 65 k rows of 64: `index_select` takes 1.6 ms, x[rows] 11.5 (one core)."""
     return x.index_select(0, rows.flatten()).view(*rows.shape, x.shape[1])
 
 
 def head_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean binary cross entropy of each task, [3]. logits, labels: [n, 3]; NaN labels do not count."""
-    known = labels.isfinite()
-    losses = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(), reduction="none") * known
-    return losses.sum(0) / known.sum(0).clamp(min=1)
+    """Return the mean binary cross entropy of each task, [3]. logits, labels: [n, 3]; labels of NaN are ignored."""
+    labelled = labels.isfinite()
+    losses = F.binary_cross_entropy_with_logits(logits, labels.nan_to_num(), reduction="none") * labelled
+    return losses.sum(0) / labelled.sum(0).clamp(min=1)

@@ -1,12 +1,12 @@
 """HSTU: the sequence model of "Actions Speak Louder than Words" (Zhai et al., ICML 2024, arxiv.org/abs/2402.17152).
 
-A layer is, on each user's rows X (equations 1 to 3):
+A layer computes, on each user's rows X (equations 1 to 3):
     U, V, Q, K = split(SiLU(f1(norm(X))))
     A V        = SiLU(Q K^T + bias of relative position and time) / N  @ V     causal, N = max_events, no softmax
     X'         = X + f2(norm(A V) * U)
 
-Users are packed: projections run on [total, width]; attention runs on blocks of users of like lengths (padding.py),
-on a GPU by kernels.fused_attention_layernorm. Its reference.py is the specification, padded and naive.
+Users are packed: projections run on [total, width]; attention runs on blocks of users of similar lengths (padding.py),
+on a GPU in kernels.fused_attention_layernorm. Its reference.py is the specification, padded and naive.
 """
 
 from typing import TYPE_CHECKING
@@ -33,71 +33,77 @@ from pipeline.model.session_pooling import SessionPooling
 if TYPE_CHECKING:
     from kernels.fused_attention_layernorm.plan import AttentionPlan
 
-NARROW_HEAD = 32  # of a head: the kernels' products in float32 do without the matrix units
+NARROW_HEAD = 32  # columns of a head: wider ones are slow in float32, where the kernels do not use the matrix units
 
 
 class HstuLayer(nn.Module):
-    """A layer on packed rows; with `last` only each user's newest row comes out: all that serving needs of the top."""
+    """One layer on packed rows. With `last` it returns each user's newest row only: all that serving needs of the top
+    layer."""
 
     def __init__(self, config: HstuConfig) -> None:
         super().__init__()
         self.config = config
-        self.sizes = [config.heads * d for d in (config.d_v, config.d_qk, config.d_v, config.d_qk)]  # of u, q, v, k
-        self.norm_in = make_norm(config.norm_in, config.width, config.eps)
+        # Columns of u, q, v and k.
+        self.sizes = [config.heads * d for d in (config.d_v, config.d_qk, config.d_v, config.d_qk)]
+        self.norm_in = _make_norm(config.norm_in, config.width, config.eps)
         self.project_in = nn.Linear(config.width, sum(self.sizes))
-        self.norm_out = make_norm(config.norm_out, config.heads * config.d_v, config.eps)
+        self.norm_out = _make_norm(config.norm_out, config.heads * config.d_v, config.eps)
         self.project_out = nn.Linear(config.heads * config.d_v, config.width)
         self.position_bias = nn.Parameter(torch.zeros(config.heads, config.max_events))
         self.time_bias = nn.Parameter(torch.zeros(config.heads, TIME_BUCKETS))
 
     def forward(self, x: Tensor, layout: "PaddedBlocks | AttentionPlan", last: bool = False) -> Tensor:
-        # x: [total, width] -> [total, width], or [users, width] if last
+        """[total, width] -> [total, width], or [users, width] with `last`, which needs PaddedBlocks."""
         if not isinstance(layout, PaddedBlocks):
-            return x + self.project_out(F.dropout(self._fused(x, layout), self.config.dropout, self.training))
-        rows = layout.last if last else None
-        if rows is None:
-            u, q, v, k = F.silu(self.project_in(self.norm_in(x))).split(self.sizes, dim=1)
+            return x + self._residual(self._gated_by_kernels(x, layout))
+        if last:
+            u, q, v, k = self._project_last(x, layout.last)
+            x = x[layout.last]
         else:
-            u, q, v, k = self._project_last(x, rows)
-            x = x[rows]
-        attended = self._attend(q, k, v, layout, last)  # [rows, heads * d_v]
-        gated = self.norm_out(attended) * u
-        return x + self.project_out(F.dropout(gated, self.config.dropout, self.training))
+            u, q, v, k = F.silu(self.project_in(self.norm_in(x))).split(self.sizes, dim=1)
+        blocks = [self._attend_block(q, k, v, block, last) for block in layout.blocks]
+        attended = layout.pack(blocks, last)  # [rows, heads * d_v]
+        return x + self._residual(self.norm_out(attended) * u)
 
-    def _fused(self, x: Tensor, plan: "AttentionPlan") -> Tensor:
-        """norm(A V) * U of all rows, [total, heads * d_v]."""
+    def _residual(self, gated: Tensor) -> Tensor:
+        return self.project_out(F.dropout(gated, self.config.dropout, self.training))
+
+    def _gated_by_kernels(self, x: Tensor, plan: "AttentionPlan") -> Tensor:
+        """Return norm(A V) * U of all rows, [total, heads * d_v]."""
         from kernels.fused_attention_layernorm.op import fused_attention_layernorm  # Triton
 
-        config, norm = self.config, self.norm_out
-        assert isinstance(norm, nn.LayerNorm)  # else the model is not `fusible`
+        config = self.config
+        norm = self.norm_out
+        assert isinstance(norm, nn.LayerNorm), "supports_kernels(config)"
         parts = F.silu(self.project_in(self.norm_in(x))).split(self.sizes, dim=1)
         u, q, v, k = (part.unflatten(1, (config.heads, -1)) for part in parts)
         dropout = config.attention_dropout if self.training else 0.0
+        seed = torch.randint(1 << 62, (), device=x.device) if dropout else None
+        tables = (*self.bias_tables(), norm.weight, norm.bias)
         return fused_attention_layernorm(
-            q, k, v, u, *self.tables(), norm.weight, norm.bias, plan, config.eps, config.max_events, dropout=dropout,
-            seed=torch.randint(1 << 62, (), device=x.device) if dropout else None,
-        )  # fmt: skip
+            q, k, v, u, *tables, plan, config.eps, config.max_events, dropout=dropout, seed=seed
+        )
 
-    def tables(self) -> tuple[Tensor, Tensor]:
-        """The biases of position and time, zero where the model has none."""
-        position, time = self.position_bias, self.time_bias
-        position = position if self.config.position_bias else torch.zeros_like(position)
-        return position, time if self.config.time_bias else torch.zeros_like(time)
+    def bias_tables(self) -> tuple[Tensor, Tensor]:
+        """Return the biases of position and time, zeros where the model has none."""
+        position = self.position_bias if self.config.position_bias else torch.zeros_like(self.position_bias)
+        time = self.time_bias if self.config.time_bias else torch.zeros_like(self.time_bias)
+        return position, time
 
-    def _project_last(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        weight, bias, cut = self.project_in.weight, self.project_in.bias, sum(self.sizes[:2])
+    def _project_last(self, x: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return u and q of the last rows, v and k of all rows."""
+        weight = self.project_in.weight
+        bias = self.project_in.bias
+        split = sum(self.sizes[:2])
         x = self.norm_in(x)
-        u, q = F.silu(F.linear(x[rows], weight[:cut], bias[:cut])).split(self.sizes[:2], dim=1)
-        v, k = F.silu(F.linear(x, weight[cut:], bias[cut:])).split(self.sizes[2:], dim=1)
+        u, q = F.silu(F.linear(x[last], weight[:split], bias[:split])).split(self.sizes[:2], dim=1)
+        v, k = F.silu(F.linear(x, weight[split:], bias[split:])).split(self.sizes[2:], dim=1)
         return u, q, v, k
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, layout: PaddedBlocks, last: bool) -> Tensor:
-        blocks = [self._attend_block(q, k, v, block, last) for block in layout.blocks]
-        return layout.pack(blocks, last)
 
     def _attend_block(self, q: Tensor, k: Tensor, v: Tensor, block: Block, last: bool) -> Tensor:
         heads = self.config.heads
-        k, v = _by_head(block.pad(k), heads), _by_head(block.pad(v), heads)  # [heads, users, length, d]
+        k = _by_head(block.pad(k), heads)  # [heads, users, length, d_qk]
+        v = _by_head(block.pad(v), heads)  # [heads, users, length, d_v]
         q = _by_head(q[block.users][:, None] if last else block.pad(q), heads)  # [heads, users, queries, d_qk]
         distances, buckets, mask = block.last_bias_index if last else block.bias_index
         scores = q @ k.transpose(2, 3)  # [heads, users, queries, length]
@@ -106,11 +112,12 @@ class HstuLayer(nn.Module):
         if self.config.time_bias:
             scores = scores + _gather_bias(self.time_bias, buckets)
         scores = F.dropout(F.silu(scores), self.config.attention_dropout, self.training)
-        weights = scores * self._shares(mask)  # SiLU(-inf) is NaN: a mask multiplies
+        weights = scores * self._scaled(mask)  # SiLU(-inf) is NaN: a mask multiplies
         return (weights @ v).permute(1, 2, 0, 3).flatten(2)  # [users, queries, heads * d_v]
 
-    def _shares(self, mask: Tensor) -> Tensor:
-        """The mask over N, or over the number of rows that each row sees: a user's own length would tell the future."""
+    def _scaled(self, mask: Tensor) -> Tensor:
+        """Return the mask over N, or over the number of rows that each row sees: a user's full length would leak the
+        future."""
         by_length = self.config.attention_scale == "length"
         return mask / (mask.sum(-1, keepdim=True) if by_length else self.config.max_events)
 
@@ -126,103 +133,113 @@ class Hstu(nn.Module):
         self.feature_embedding = nn.EmbeddingBag(N_FEATURE_IDS, config.width, mode="sum")
         self.log_strength = nn.EmbeddingBag(N_FEATURE_IDS, 1, mode="sum")
         self.layers = nn.ModuleList(HstuLayer(config) for _ in range(config.layers))
-        self.columns = [number for number, name in enumerate(FEATURE_COLUMNS) if name not in config.excluded_features]
+        self.columns = [column for column, name in enumerate(FEATURE_COLUMNS) if name not in config.excluded_features]
         nn.init.normal_(self.feature_embedding.weight, std=0.02)
         nn.init.zeros_(self.log_strength.weight)
-        # One vector an item, tied, but an event's is turned on the way in: else the residual path would score what is
-        # like the last item, while what follows it differs. Validation hit rate@10 on a simulated log: 0.477, as the
-        # identity 0.467, two tables 0.473 (width 128).
+        # One tied vector per item, but rotated on the way in: otherwise the residual path would score items similar to
+        # the last one, while its successors differ. Validation hit rate@10 on a simulated log: 0.477, with the identity
+        # 0.467, with two tables 0.473 (width 128).
         nn.init.orthogonal_(self.rotation.weight)
 
     def forward(self, rows: Tensor, layout: "PaddedBlocks | AttentionPlan", last: bool = False) -> Tensor:
-        """rows: of `sequences`, [total, width] -> unit states [total, width]; `last`, by a Layout: [users, width]."""
+        """Return unit states [total, width]; with `last`, which needs PaddedBlocks, [users, width].
+
+        rows: [total, width], of `sequences`
+        """
         x = F.dropout(rows, self.config.dropout, self.training)
         top = len(self.layers) - 1
-        for number, layer in enumerate(self.layers):
-            x = layer(x, layout, last and number == top)
+        for depth, layer in enumerate(self.layers):
+            x = layer(x, layout, last and depth == top)
         return F.normalize(x, dim=-1, eps=self.config.eps)
 
     def attention_layout(self, inputs: EncoderInputs) -> "PaddedBlocks | AttentionPlan":
-        """Of rows to train on, on the model's device: on a GPU for the kernels, if they know the model's options and
-        are faster, which they are not with wide heads in float32 (tests.benchmarks.training_steps)."""
+        """Return the layout of rows to train on, on the model's device.
+
+        On a GPU it is the kernels', if they support the model's options and are faster, which they are not with wide
+        heads in float32 (tests.benchmarks.training_steps).
+        """
         device = self.rotation.weight.device
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else torch.float32
-        narrow = max(self.config.d_qk, self.config.d_v) <= NARROW_HEAD
-        if device.type != "cuda" or not supports_kernels(self.config) or not (narrow or dtype.itemsize == 2):
+        is_narrow = max(self.config.d_qk, self.config.d_v) <= NARROW_HEAD
+        if device.type != "cuda" or not supports_kernels(self.config) or not (is_narrow or dtype.itemsize == 2):
             return PaddedBlocks.from_inputs(inputs, device)
         return attention_plan(inputs, self.config.max_events, dtype, device)
 
     def sequences(
-        self, items: Tensor, codes: Tensor, inputs: EncoderInputs, recent: np.ndarray | None = None
+        self, items: Tensor, feature_ids: Tensor, inputs: EncoderInputs, recent: np.ndarray | None = None
     ) -> tuple[Tensor, EncoderInputs]:
-        """The rows that attention reads, [m, width], and their offsets and seconds: one row an event, and with
-        `config.recent_events` one row a session of the older ones.
+        """Return the rows that attention reads, [m, width], and their offsets and seconds.
 
-        items, codes: see `event_rows`, of the events of `inputs`, at most `config.read_events` a user
-        recent: int64 [users], the newest events that keep a row of their own, if not `config.recent_events`
+        There is one row per event; with `config.recent_events`, one row per session of the older events.
+
+        items, feature_ids: as in `event_rows`, of the events of `inputs`, at most `config.history_length` per user
+        recent: int64 [users], newest events with a row each; None: `config.recent_events`
         """
         config = self.config
         if not config.recent_events:
-            return self.event_rows(items, codes), inputs
+            return self.event_rows(items, feature_ids), inputs
         sessions = config.max_events - config.recent_events
-        condensed = SessionPooling.from_inputs(inputs, config.recent_events if recent is None else recent, sessions)
-        return self._condensed_rows(items, codes, condensed), condensed.inputs()
+        pooling = SessionPooling.from_inputs(inputs, config.recent_events if recent is None else recent, sessions)
+        return self._pooled_rows(items, feature_ids, pooling), pooling.inputs()
 
-    def event_rows(self, items: Tensor, codes: Tensor) -> Tensor:
-        """What each event is by itself, [total, width]: its item, turned, by its strength, and its features.
+    def event_rows(self, items: Tensor, feature_ids: Tensor) -> Tensor:
+        """Return each event's own row, [total, width]: strength * rotated item + features.
 
-        items: unit vectors [total, width]; codes: int [total, FEATURES]
+        items: unit vectors [total, width]; feature_ids: int [total, N_FEATURES]
         """
-        turned, strength, features = self._event_parts(items, codes)
-        return turned * strength + features
+        rotated, strength, features = self._event_parts(items, feature_ids)
+        return rotated * strength + features
 
-    def _condensed_rows(self, items: Tensor, codes: Tensor, condensed: SessionPooling) -> Tensor:
-        """[m, width]: the newest events as `event_rows`, sessions by kernels.hierarchical_sequence_fusion: there an
-        event's strength is its weight among the others'."""
-        turned, strength, features = self._event_parts(items, codes)
-        whole = torch.from_numpy(condensed.is_recent).to(items.device)[:, None]
-        events = torch.where(whole, turned * strength, turned) + features
-        return condensed.pool(events, strength.masked_fill(whole, 1.0))
+    def _pooled_rows(self, items: Tensor, feature_ids: Tensor, pooling: SessionPooling) -> Tensor:
+        """Return [m, width]: the newest events as in `event_rows`, sessions as in kernels.hierarchical_sequence_fusion,
+        where an event's strength is its weight in its session."""
+        rotated, strength, features = self._event_parts(items, feature_ids)
+        is_recent = torch.from_numpy(pooling.is_recent).to(items.device)[:, None]
+        events = torch.where(is_recent, rotated * strength, rotated) + features
+        return pooling.pool(events, strength.masked_fill(is_recent, 1.0))
 
-    def _event_parts(self, items: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of events their turned items [total, width], their strengths [total, 1] and their features [total, width]."""
+    def _event_parts(self, items: Tensor, feature_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the events' rotated items [total, width], strengths [total, 1] and features [total, width]."""
         if self.config.excluded_features:
-            codes = codes[:, self.columns]
-        turned, kept = self.rotation(items), self._feature_mask(codes)
-        strength = turned.new_ones(len(turned), 1)
+            feature_ids = feature_ids[:, self.columns]
+        rotated = self.rotation(items)
+        mask = self._feature_mask(feature_ids)
+        strength = rotated.new_ones(len(rotated), 1)
         if self.config.strength:
-            strength = self.log_strength(codes, per_sample_weights=kept).clamp(-STRENGTH_CAP, STRENGTH_CAP).exp()
-        return turned, strength, self.feature_embedding(codes, per_sample_weights=kept)
+            log_strength = self.log_strength(feature_ids, per_sample_weights=mask)
+            strength = log_strength.clamp(-STRENGTH_CAP, STRENGTH_CAP).exp()
+        return rotated, strength, self.feature_embedding(feature_ids, per_sample_weights=mask)
 
     def scoring_table(self, vectors: Tensor) -> Tensor:
-        """Items' unit vectors [n, width] over the temperature: dot products are logits within +-1/temperature."""
+        """Return the items' unit vectors [n, width] over the temperature: a state's dot products with them are logits
+        within +-1/temperature."""
         return vectors / self.config.temperature
 
-    def _feature_mask(self, codes: Tensor) -> Tensor | None:
-        """float [total, columns]: in training some columns of some events are left out, the others count for them."""
+    def _feature_mask(self, feature_ids: Tensor) -> Tensor | None:
+        """Return the dropout mask of single features in training, float [total, columns]; None where there is none."""
         if not (self.training and self.config.feature_dropout):
             return None
-        return F.dropout(torch.ones(codes.shape, device=codes.device), self.config.feature_dropout)
+        return F.dropout(torch.ones(feature_ids.shape, device=feature_ids.device), self.config.feature_dropout)
 
 
 def attention_plan(
     inputs: EncoderInputs, max_events: int, dtype: torch.dtype, device: torch.device, kernels: bool | None = None
 ) -> "AttentionPlan":
-    """These rows as attention's kernels want them. dtype: of q, k and v; kernels: see Plan.of."""
+    """Return the rows' plan for the attention kernels. dtype: of q, k and v; kernels: see AttentionPlan.from_batch."""
     from kernels.fused_attention_layernorm.plan import AttentionPlan  # Triton, which a CPU does not need
 
-    columns = (inputs.seconds, inputs.offsets, np.array(TIME_THRESHOLDS, np.int32))
-    seconds, offsets, thresholds = (torch.from_numpy(column).to(device) for column in columns)
+    arrays = (inputs.seconds, inputs.offsets, np.array(TIME_THRESHOLDS, np.int32))
+    seconds, offsets, thresholds = (torch.from_numpy(array).to(device) for array in arrays)
     return AttentionPlan.from_batch(seconds, offsets, thresholds, max_events, dtype, kernels=kernels, trusted=True)
 
 
 def supports_kernels(config: HstuConfig) -> bool:
-    """Whether the kernels know this model's options."""
+    """Whether the kernels support this model's options."""
     plain = config.norm_in == config.norm_out == "layer" and config.attention_scale == "max_events"
     return plain and {config.d_qk, config.d_v} <= set(WIDTHS) and config.width % 8 == 0
 
 
-def make_norm(kind: Norm, width: int, eps: float) -> nn.Module:
+def _make_norm(kind: Norm, width: int, eps: float) -> nn.Module:
     match kind:
         case "layer":
             return nn.LayerNorm(width, eps)

@@ -1,4 +1,4 @@
-"""Long histories in short sequences: a user's newest events as they are, one vector a session of those before them.
+"""Long histories as short sequences: a user's newest events with a row each, older events with one row per session.
 
 A session's vector is the mean of its events weighted by their strengths; its time is its last event's. The
 specification, and the fused operator, are kernels.hierarchical_sequence_fusion.
@@ -16,12 +16,12 @@ from pipeline.jagged import ranges
 
 @dataclass(slots=True)
 class SessionPooling:
-    """Which events make each row of the short sequences. total events, n users, m rows.
+    """Assignment of `total` events of n users to the m rows of the short sequences.
 
-    rows:    int64 [total], the row that each event is part of; m: of none, its session was too old
-    whole:   bool [total], the event is a row of its own, one of its user's newest
-    seconds: int32 [m]
-    offsets: int64 [n + 1], of the rows
+    rows:      int64 [total], each event's row; m where its session was too old to have one
+    is_recent: bool [total], the event has a row of its own, as one of its user's newest
+    seconds:   int32 [m], each row's time: its last event's
+    offsets:   int64 [n + 1] of the rows
     """
 
     rows: np.ndarray
@@ -31,30 +31,33 @@ class SessionPooling:
 
     @classmethod
     def from_inputs(cls, inputs: EncoderInputs, recent: int | np.ndarray, sessions: int) -> "SessionPooling":
-        """Each user's newest `recent` events, or int64 [n], and the newest `sessions` of the sessions before them."""
-        lengths, places = np.diff(inputs.offsets), np.arange(len(inputs.seconds))
-        whole = places >= np.repeat(inputs.offsets[1:] - recent, lengths)
-        first = places == np.repeat(inputs.offsets[:-1], lengths)
-        pause = np.diff(inputs.seconds, prepend=np.int32(0)) >= SESSION_GAP_MS // 1000
-        begins = first | whole | pause
-        numbers = np.cumsum(begins) - 1  # of the row each event is part of, before the oldest sessions are left out
-        counts = np.add.reduceat(begins, inputs.offsets[:-1][lengths > 0]) if len(places) else np.zeros(0, np.int64)
-        made = np.zeros(len(lengths), np.int64)
-        made[lengths > 0] = counts
-        kept = np.minimum(made, np.minimum(lengths, recent) + sessions)
-        starts = np.concatenate([[0], np.cumsum(made)])[:-1] + made - kept
-        rows, offsets = np.full(int(made.sum()), kept.sum(), np.int64), np.concatenate([[0], np.cumsum(kept)])
-        index, _ = ranges(starts, kept)
-        rows[index] = np.arange(len(index))
-        ends = np.append(begins[1:], True)[: len(begins)]
-        return cls(rows[numbers], whole, inputs.seconds[ends][index], offsets)
+        """Assign events to rows. recent: newest events with a row each, also int64 [n]; sessions: rows at most for the
+        newest sessions before them."""
+        lengths = np.diff(inputs.offsets)
+        positions = np.arange(len(inputs.seconds))
+        is_recent = positions >= np.repeat(inputs.offsets[1:] - recent, lengths)
+        is_first = positions == np.repeat(inputs.offsets[:-1], lengths)
+        after_gap = np.diff(inputs.seconds, prepend=np.int32(0)) >= SESSION_GAP_MS // 1000
+        begins = is_first | is_recent | after_gap
+        spans = np.cumsum(begins) - 1  # each event's row before the oldest sessions are dropped
+        n_spans = np.zeros(len(lengths), np.int64)
+        if len(positions):
+            n_spans[lengths > 0] = np.add.reduceat(begins, inputs.offsets[:-1][lengths > 0])
+        n_rows = np.minimum(n_spans, np.minimum(lengths, recent) + sessions)
+        first_spans = np.concatenate([[0], np.cumsum(n_spans)])[:-1] + n_spans - n_rows
+        kept_spans, offsets = ranges(first_spans, n_rows)
+        row_of_span = np.full(int(n_spans.sum()), n_rows.sum(), np.int64)
+        row_of_span[kept_spans] = np.arange(len(kept_spans))
+        is_last = np.append(begins[1:], True)[: len(begins)]
+        return cls(row_of_span[spans], is_recent, inputs.seconds[is_last][kept_spans], offsets)
 
     def pool(self, events: Tensor, weights: Tensor) -> Tensor:
-        """events: [total, width], weights: [total, 1], above 0 -> [m, width]: of each row the weighted mean."""
+        """Return the weighted mean of each row's events, [m, width]. events: [total, width]; weights > 0: [total, 1]"""
         rows = torch.from_numpy(self.rows).to(events.device)
         sums = events.new_zeros(len(self.seconds) + 1, events.shape[1]).index_add(0, rows, events * weights)
-        return (sums / weights.new_zeros(len(sums), 1).index_add(0, rows, weights).clamp(min=1e-30))[:-1]
+        totals = weights.new_zeros(len(sums), 1).index_add(0, rows, weights)
+        return (sums / totals.clamp(min=1e-30))[:-1]
 
     def inputs(self) -> EncoderInputs:
-        """Offsets and seconds of the rows, as a Layout wants them; they have no tokens or codes of their own."""
+        """Return offsets and seconds of the rows, for PaddedBlocks; rows have no item and no features of their own."""
         return EncoderInputs(np.empty(0, np.int32), np.empty((0, 0), np.int32), self.seconds, self.offsets)

@@ -151,7 +151,7 @@ def test_all_files_are_those_of_the_folder_that_a_symlink_names(tmp_path: Path) 
 
 def test_an_item_that_is_there_twice_is_named_with_its_places(tmp_path: Path) -> None:
     artifacts.save(tmp_path / "model", draft(item_ids=["a", "b", "a"]), {}, "2026-01-01T00:00:00+00:00")
-    with pytest.raises(ArtifactError, match=r"vocabulary\.msgpack: item 'a' is there twice, at 1 and 3; .*train"):
+    with pytest.raises(ArtifactError, match=r"vocabulary\.msgpack: item 'a' is in rows 1 and 3; .*train"):
         artifacts.load(tmp_path / "model")
 
 
