@@ -1,4 +1,4 @@
-"""An encoder in another runtime's form, compared with the one it came from.
+"""Compares an encoder in another runtime's form with its reference.
 
 May import: pipeline.
 """

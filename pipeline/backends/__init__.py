@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 
 class GraphOptions(msgspec.Struct, frozen=True):
-    """On a GPU, batches of up to so many users and events run as CUDA graphs, within budget_mib; 0: none do.
+    """Limits of the batches that run as CUDA graphs on a GPU.
 
-    slate_items: what most batches ask for.
+    max_users, max_events: a larger batch runs without; budget_mib: memory of all graphs, 0 disables them
+    slate_size: the slate length of most requests
     """
 
     max_users: int = 256
@@ -28,9 +29,9 @@ class GraphOptions(msgspec.Struct, frozen=True):
 class Encoder(Protocol):
     """A trained model on one device. Not thread-safe."""
 
-    max_events: int  # the newest events it reads: histories must be cut by `tail(max_events)`
+    max_events: int  # newest events that it reads: histories must be cut by `tail(max_events)`
     table: "Tensor"  # float32 [items, width] on the device: a state's dot products with its rows score the items
 
     def encode(self, inputs: EncoderInputs) -> "Tensor":
-        """States float32 [n, width] after each user's newest event; zeros for a user without events."""
+        """Return states float32 [n, width] after each user's newest event; zeros for a user without events."""
         ...

@@ -1,5 +1,4 @@
-"""The encoder by torch: eager in float32, the reference of all other backends and the CPU's way; or, on a GPU, by this
-project's kernels in half precision."""
+"""The encoder in torch: eager float32, the reference of all other backends; on a GPU it can switch to the kernels."""
 
 from typing import TYPE_CHECKING
 
@@ -24,10 +23,10 @@ if TYPE_CHECKING:
 
 
 class TorchEncoder:
-    """HSTU and its heads from an artifact. `device`: torch's name, or 'auto' for CUDA when there is one.
+    """HSTU and its heads from an artifact, on one device.
 
-    `threads` > 0 sets the number of torch's threads, of the whole process. graphs: on a GPU the kernels run, as CUDA
-    graphs of these batches; None: eager torch there too.
+    device: torch's name, or 'auto' for CUDA when there is one; threads: > 0 sets torch's threads for the entire process
+    graphs: on a GPU, encode with the kernels, as CUDA graphs of these batches; None: eager torch
     """
 
     def __init__(
@@ -35,57 +34,66 @@ class TorchEncoder:
     ) -> None:
         if threads:
             torch.set_num_threads(threads)
+        config = artifact.config
         self.device = resolve_device(device)
-        with torch.device("meta"):  # no weights are drawn at random only to be replaced
-            self._hstu, self._heads = Hstu(artifact.config), TaskHeads(artifact.config.items, artifact.config.width)
+        with torch.device("meta"):  # skips the random initialisation, which the artifact's weights replace anyway
+            self._hstu = Hstu(config)
+            self._heads = TaskHeads(config.items, config.width)
         for module, name in ((self._hstu, "hstu"), (self._heads, "heads")):
-            _load(module, artifact, name)
+            _load_weights(module, artifact, name)
         check_calibration(self._heads.calibration.numpy(), artifact.version)
         for module in (self._hstu, self._heads):
             module.eval().requires_grad_(False).to(self.device)
         self._hstu.items.item_content = artifact.metadata.content()
-        self.max_events = artifact.config.history_length
-        self.reads_content = artifact.config.content_rows > 0
+        self.max_events = config.history_length
+        self.reads_content = config.content_rows > 0
         self._vectors = self._hstu.items()
         self.table = self._hstu.scoring_table(self._vectors)
-        self._fused = self._fused_encoder(graphs) if graphs and self.device.type == "cuda" else None
+        self._fused = self._make_fused_encoder(graphs) if graphs and self.device.type == "cuda" else None
 
     @torch.inference_mode()
     def encode(self, inputs: EncoderInputs) -> Tensor:
-        """States float32 [n, width]; see Encoder."""
+        """Return states float32 [n, width]; see Encoder.encode."""
         if self._fused is not None:
             return self._fused.encode(inputs)
         states = torch.zeros(len(inputs), self.table.shape[1], device=self.device)
         ordered, users = inputs.by_length()
         if len(users):
-            tokens, codes = (
-                torch.from_numpy(column).to(self.device) for column in (ordered.item_rows, ordered.feature_ids)
-            )
-            rows, sequences = self._hstu.sequences(F.embedding(tokens, self._vectors), codes, ordered)
+            item_rows = torch.from_numpy(ordered.item_rows).to(self.device)
+            feature_ids = torch.from_numpy(ordered.feature_ids).to(self.device)
+            rows, sequences = self._hstu.sequences(F.embedding(item_rows, self._vectors), feature_ids, ordered)
             encoded = self._hstu(rows, PaddedBlocks.from_inputs(sequences, self.device), last=True)
             states[torch.from_numpy(users).to(self.device)] = encoded
         return states
 
     @torch.inference_mode()
     def head_probabilities(
-        self, states: Tensor, inputs: EncoderInputs, rhythm: np.ndarray, affinity: np.ndarray, tokens: np.ndarray
+        self,
+        states: Tensor,
+        inputs: EncoderInputs,
+        visit_frequency: np.ndarray,
+        affinity: np.ndarray,
+        item_rows: np.ndarray,
     ) -> np.ndarray:
-        """Probabilities by labels.TASKS, float32 [n, k, 3], of items int32 [n, k] being next.
+        """Return calibrated probabilities by labels.TASKS, float32 [n, k, 3], if each item is the user's next.
 
-        states: of `encode(inputs)`; rhythm: float32 [n, RHYTHMS] and affinity: float32 [n, k, AFFINITIES] at each
+        states: of `encode(inputs)`; item_rows: int32 [n, k]
+        visit_frequency: float32 [n, N_VISIT_FEATURES], affinity: float32 [n, k, N_AFFINITY_FEATURES], both as of each
         user's newest event
         """
-        asked = torch.from_numpy(tokens).to(self.device)
-        context = self._context(inputs.tail(N_RECENT), rhythm, affinity)
-        logits = self._heads(states, asked, F.embedding(asked, self._vectors), context)
+        rows = torch.from_numpy(item_rows).to(self.device)
+        context = self._head_context(inputs.tail(N_RECENT), visit_frequency, affinity)
+        logits = self._heads(states, rows, F.embedding(rows, self._vectors), context)
         return self._heads.probabilities(logits).cpu().numpy()
 
     @torch.inference_mode()
     def set_item_vectors(self, rows: np.ndarray, content: ItemContent) -> None:
-        """These rows of the table, int64 [n], some of them perhaps beyond its end without a gap, are of items that came
-        after training, by what is known of them."""
-        further = int(rows.max(initial=0)) + 1 - len(self._vectors)
-        self._vectors = F.pad(self._vectors, (0, 0, 0, max(0, further)))
+        """Set the vectors of items that came after training from their content.
+
+        rows: int64 [n] of the table; rows after its end extend it and leave no gap
+        """
+        n_added = max(0, int(rows.max(initial=0)) + 1 - len(self._vectors))
+        self._vectors = F.pad(self._vectors, (0, 0, 0, n_added))
         self._vectors[torch.from_numpy(rows).to(self.device)] = self._hstu.items.from_content(content.to(self.device))
         self.table = self._hstu.scoring_table(self._vectors)
         if self._fused is not None:
@@ -93,43 +101,48 @@ class TorchEncoder:
 
     @torch.inference_mode()
     def warm(self) -> int:
-        """On a GPU makes the graphs of all batches within the options, so that none waits for one; their number."""
+        """Capture the CUDA graphs of all batch sizes, so that no batch waits, and return their number; 0 on a CPU."""
         return 0 if self._fused is None else self._fused.warm()
 
     @torch.inference_mode()
-    def _fused_encoder(self, graphs: GraphOptions) -> "FusedEncoder | None":
+    def _make_fused_encoder(self, graphs: GraphOptions) -> "FusedEncoder | None":
         from pipeline.backends.fused import FusedEncoder  # Triton, which a CPU does not need
 
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
         return FusedEncoder(self._hstu, self._vectors, dtype, graphs) if supports_kernels(self._hstu.config) else None
 
-    def _context(self, inputs: EncoderInputs, rhythm: np.ndarray, affinity: np.ndarray) -> HeadContext:
-        # One row more: a place to look where a batch has no events at all.
-        tokens = torch.from_numpy(np.append(inputs.item_rows, UNKNOWN)).to(self.device)
-        codes = torch.from_numpy(
-            np.concatenate([inputs.feature_ids, np.zeros_like(inputs.feature_ids, shape=(1, N_FEATURES))])
+    def _head_context(self, inputs: EncoderInputs, visit_frequency: np.ndarray, affinity: np.ndarray) -> HeadContext:
+        # One extra row, so that `recent` has a row to point to where a batch has no events.
+        no_features = np.zeros_like(inputs.feature_ids, shape=(1, N_FEATURES))
+        item_rows = torch.from_numpy(np.append(inputs.item_rows, UNKNOWN)).to(self.device)
+        feature_ids = torch.from_numpy(np.concatenate([inputs.feature_ids, no_features])).to(self.device)
+        items = F.embedding(item_rows, self._vectors)
+        return HeadContext(
+            events=self._hstu.event_rows(items, feature_ids),
+            items=items,
+            recent=RecentEvents.from_offsets(inputs.offsets, self.device),
+            visit_frequency=torch.from_numpy(visit_frequency).to(self.device),
+            affinity=torch.from_numpy(affinity).to(self.device),
         )
-        items = F.embedding(tokens, self._vectors)
-        rows = self._hstu.event_rows(items, codes.to(self.device))
-        beside = (torch.from_numpy(column).to(self.device) for column in (rhythm, affinity))
-        return HeadContext(rows, items, RecentEvents.from_offsets(inputs.offsets, self.device), *beside)
 
 
-def _load(module: nn.Module, artifact: Artifact, name: str) -> None:
+def _load_weights(module: nn.Module, artifact: Artifact, name: str) -> None:
     try:
         module.load_state_dict(artifact.module_weights(name), assign=True)
-    except RuntimeError as error:  # torch's sentence names every weight that is missing, unknown or of another shape
+    except RuntimeError as error:  # torch's message names every weight that is missing, unexpected or of another shape
         reasons = " ".join(str(error).split())
-        raise ArtifactError(f"artifact {artifact.version}: its weights are not of its config: {reasons}") from error
+        raise ArtifactError(
+            f"artifact {artifact.version}: its weights do not fit its config: {reasons}; train again"
+        ) from error
 
 
 def resolve_device(name: str) -> torch.device:
-    """Torch's device of that name; 'auto': CUDA when there is one. DeviceError when it cannot be used here."""
+    """Return torch's device of that name; 'auto': CUDA when there is one. DeviceError when it cannot be used here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # no such name; no such card; a torch that was built without it
+    except (RuntimeError, AssertionError) as error:  # unknown name, no such GPU, or a torch built without its support
         reason = str(error).partition("\n")[0]
         raise DeviceError(f"pipeline.device '{name}': {reason}; want auto, cpu, cuda or cuda:N") from error
     return torch.device(name)

@@ -109,7 +109,7 @@ def test_weights_that_are_not_of_the_config_are_one_error(tmp_path: Path) -> Non
     model = draft()
     weights = {name: weight for name, weight in model.weights.items() if "rotation" not in name}
     lacking = artifacts.draft(CONFIG, EventSchema(), weights, ITEMS, model.counters)
-    with pytest.raises(ArtifactError, match=r"its weights are not of its config: .*rotation"):
+    with pytest.raises(ArtifactError, match=r"its weights do not fit its config: .*rotation"):
         TorchEncoder(lacking, "cpu")
 
 

@@ -216,7 +216,7 @@ def test_a_model_that_is_replaced_leaves_no_memory_to_the_garbage_collector() ->
     try:
         encoder = FusedEncoder(hstu, hstu.items(), torch.float32, GRAPHS)
         encoder.warm()
-        table = weakref.ref(encoder._encoding.rotated)
+        table = weakref.ref(encoder._forward.rotated)
         del encoder
         assert table() is None
     finally:
