@@ -1,9 +1,8 @@
-"""Who goes when the vocabulary is full: withdrawn items first, then those that no event and no record has named for the
-longest.
+"""Eviction from a full vocabulary: delisted items first, then the least recently seen in an event or a record.
 
-Among equals those go that are counted least: after a start, when nothing has been named yet, counts tell who is alive,
-for they decay and survive it. A sixteenth of all goes at once, since that takes passes over everything that is kept by
-token: 3 s at a million items with 64 neighbours each (one core of an EPYC, busy with others), in which nothing ranks.
+Ties go by the lowest count: after a start, when nothing has been seen yet, counts tell which items are in use, because
+they decay and survive a restart. A sixteenth of all items is evicted at once, because it takes passes over everything
+kept by token: 3 s at a million items with 64 neighbours each (one busy core of an EPYC), in which nothing is ranked.
 """
 
 from collections.abc import Collection
@@ -14,29 +13,31 @@ from pipeline.counters.counters import Counters
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import UNKNOWN
 
-EVICTED_FRACTION = 16
+EVICTED_AT_ONCE = 16  # one item in this many
 
 
 def evict_for(item_ids: Collection[str], catalogue: Catalogue, counters: Counters) -> None:
-    """Retire as many items as these need to have tokens, but none of these, and nothing while somebody holds tokens
-    outside of the calling thread: then, as where all places are theirs, some of them stay unknown."""
+    """Evict enough items that `item_ids` can have tokens, never one of these items.
+
+    Nothing is evicted while tokens are pinned. Then, and when `item_ids` alone fill the vocabulary, some of them stay
+    unknown.
+    """
     vocabulary = catalogue.vocabulary
     if vocabulary.free_slots >= len(item_ids) or vocabulary.pinned:
         return
     tokens = np.array([vocabulary.token(item_id) for item_id in set(item_ids)], np.int64)
     missing = int((tokens == UNKNOWN).sum()) - vocabulary.free_slots
     if missing > 0:
-        kept = tokens[tokens != UNKNOWN]
-        catalogue.evict(
-            eviction_order(catalogue, counters, kept)[: max(missing, vocabulary.max_items // EVICTED_FRACTION)]
-        )
+        protected = tokens[tokens != UNKNOWN]
+        evicted = max(missing, vocabulary.max_items // EVICTED_AT_ONCE)
+        catalogue.evict(eviction_order(catalogue, counters, protected)[:evicted])
 
 
-def eviction_order(catalogue: Catalogue, counters: Counters, kept: np.ndarray) -> np.ndarray:
-    """int64 [n]: the tokens of all items but those kept, int64 [k], in the order in which they go."""
+def eviction_order(catalogue: Catalogue, counters: Counters, protected: np.ndarray) -> np.ndarray:
+    """Return the tokens of all items but the protected ones, first to evict first: int64 [n]. protected: int64 [k]"""
     vocabulary = catalogue.vocabulary
-    goes = vocabulary.hashes[: len(vocabulary)] != 0
-    goes[kept] = False
-    tokens = np.flatnonzero(goes)
+    evictable = vocabulary.hashes[: len(vocabulary)] != 0
+    evictable[protected] = False
+    tokens = np.flatnonzero(evictable)
     order = np.lexsort((counters.counts(tokens), vocabulary.last_seen[tokens], ~vocabulary.blocked[tokens]))
     return tokens[order]

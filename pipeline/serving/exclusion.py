@@ -1,4 +1,4 @@
-"""Which items a user's own history keeps off their slate: one rule for serving, replay and evaluation."""
+"""Items that a user's own history keeps off the user's slates: one rule for serving, replay and evaluation."""
 
 import msgspec
 import numpy as np
@@ -7,7 +7,7 @@ from pipeline.records import DAY_MS, EventSchema, Histories
 
 
 class Exclusion(msgspec.Struct, frozen=True):
-    """An item is excluded when the user did one of `codes` with it (None: any action) within `window_ms` (0: ever)
+    """An item is excluded when the user did one of the actions with it (None: any action) within `window_ms` (0: ever)
     before the user's newest event."""
 
     action_codes: tuple[int, ...] | None = None
@@ -15,12 +15,12 @@ class Exclusion(msgspec.Struct, frozen=True):
 
     @classmethod
     def from_names(cls, actions: tuple[str, ...] | None, window_days: float, schema: EventSchema) -> "Exclusion":
-        """From names; KeyError names an action that the schema does not have."""
+        """Return the rule for actions given by name. KeyError names an action that the schema does not have."""
         codes = schema.action_codes()
         return cls(None if actions is None else tuple(codes[name] for name in actions), int(window_days * DAY_MS))
 
     def mask(self, histories: Histories) -> np.ndarray:
-        """bool [total]: the events whose item must not be recommended to their user."""
+        """Return bool [total]: the events whose item must not be recommended to their user."""
         mask = np.ones(len(histories.events), bool)
         if self.action_codes is not None:
             mask &= np.isin(histories.actions, self.action_codes)

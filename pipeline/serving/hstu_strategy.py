@@ -1,7 +1,8 @@
-"""The `hstu` rung: a trained model's answer."""
+"""The `hstu` strategy: a trained model ranks the entire catalogue."""
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,205 +29,247 @@ from pipeline.serving.strategy import RankedItems
 NOT_RERANKED = RerankWeights()
 
 
-def warm_up_lengths(max_users: int, max_events: int) -> Iterator[list[int]]:
-    """Lengths of made-up users: batches of every power of two of users, of short ones and with a long one among them.
-    Kernels are compiled once more for multiples of 16 rows: both kinds of sums are there, where there can be."""
-    for exponent in range(max_users.bit_length()):
-        others = [1] * ((1 << exponent) - 1)
-        beyond = (len(others) + max_events) % 16 or 1  # without these the sum is such a multiple, or is none any more
-        for newest in sorted({1, min(2, max_events), max(1, max_events - beyond), max_events}):
-            yield [*others, newest]
+@dataclass(slots=True)
+class _Features:
+    """A batch of n users as the model reads it.
+
+    full: inputs of the full histories; recent: of their newest `max_events` events; is_empty: bool [n], no events
+    """
+
+    histories: Histories
+    full: EncoderInputs
+    recent: EncoderInputs
+    is_empty: np.ndarray
+
+
+@dataclass(slots=True)
+class _Candidates:
+    """Retrieved items, best first: rows int32 [n, c] of the item table, 0 = none; scores float32 [n, c].
+
+    source: as in RankedItems
+    """
+
+    rows: np.ndarray
+    scores: np.ndarray
+    source: np.ndarray | str
 
 
 class HstuStrategy:
-    """HSTU's state of each user, the nearest items of the whole catalogue, the heads on those.
+    """Encodes each user's history, retrieves the best items of the entire catalogue, applies the heads, reranks.
 
-    A user without events gets what was popular in the training log.
+    A user without events gets the popular items of the training log.
     """
 
     name = "hstu"
 
     def __init__(
-        self, artifact: Artifact, catalogue: Catalogue, exclusion: Exclusion, device: str = "auto", threads: int = 0,
-        rerank: RerankWeights = NOT_RERANKED, graphs: GraphOptions | None = None,
-    ) -> None:  # fmt: skip
-        """The catalogue's vocabulary has the artifact's items, in any order. Others are known by their records, those
-        without one are unknown to the model. graphs: on a GPU the kernels encode and retrieve; None: torch, in float32.
+        self,
+        artifact: Artifact,
+        catalogue: Catalogue,
+        exclusion: Exclusion,
+        device: str = "auto",
+        threads: int = 0,
+        rerank: RerankWeights = NOT_RERANKED,
+        graphs: GraphOptions | None = None,
+    ) -> None:
+        """catalogue: its vocabulary has the artifact's items, in any order; other items are used if they have records.
+        graphs: on a GPU, encode and retrieve with the kernels; None: torch, in float32.
 
-        Raises ArtifactError where the vocabulary had no room for one of the artifact's items.
+        Raises ArtifactError when the vocabulary lacks one of the artifact's items.
         """
-        self._encoder, self._graphs = TorchEncoder(artifact, device, threads, graphs), graphs
-        self._retrieval = make_retrieval(self._encoder.table, self._graphs is not None)
-        self._catalogue, self._vocabulary, self._exclusion = catalogue, catalogue.vocabulary, exclusion
-        self._rows, self._metadata = RowIndex(catalogue.vocabulary, artifact.item_ids), artifact.metadata
-        self._trained, self._synced_version = len(self._rows), 0  # version of the catalogue
+        self._encoder = TorchEncoder(artifact, device, threads, graphs)
+        self._graphs = graphs
+        self._retrieval = make_retrieval(self._encoder.table, fused=graphs is not None)
+        self._catalogue = catalogue
+        self._vocabulary = catalogue.vocabulary
+        self._exclusion = exclusion
+        self._row_index = RowIndex(catalogue.vocabulary, artifact.item_ids)
+        self._metadata = artifact.metadata
+        self._n_trained = len(self._row_index)  # rows from this one on are of items that came after training
+        self._synced_version = 0  # of the catalogue
         popular = np.argsort(-artifact.counters["popularity"], kind="stable")
-        self._popular = self._rows_of(artifact.counters["items"][popular])
-        self._rerank, self._schema = rerank, artifact.manifest.schema
-        self._set_values(self._values_of(artifact))
-        self._block()
+        self._popular_rows = self._rows_of_hashes(artifact.counters["items"][popular])
+        self._rerank_weights = rerank
+        self._schema = artifact.manifest.schema
+        self._set_values(self._trained_values(artifact))
+        self._block_rows()
 
     @property
     def max_events(self) -> int:
-        """The newest events that the model reads."""
+        """Number of newest events that the model reads."""
         return self._encoder.max_events
 
     def warm(self, item_ids: Sequence[str]) -> int:
-        """Makes what batches would wait for, on a GPU: the graphs, see TorchEncoder.warm, and every kernel, by answers
-        of all sizes to made-up histories of these items. Returns the number of graphs.
+        """Capture the CUDA graphs and compile every kernel, so that no batch waits; return the number of graphs.
 
-        DeviceError where the kernels do not run.
+        It ranks synthetic histories of these items in batches of all sizes. On a CPU, or without graphs, it does
+        nothing. Raises DeviceError when the kernels do not run.
         """
         if self._graphs is None or self._encoder.device.type != "cuda":
             return 0
         try:
-            made = self._encoder.warm()
+            n_graphs = self._encoder.warm()
             for lengths in warm_up_lengths(self._graphs.max_users, self.max_events):
                 self.rank(synthetic_histories(item_ids, lengths), self._graphs.slate_size)
-        except Exception as error:  # a compiler's or a driver's; too little memory
+        except Exception as error:  # from a compiler, a driver, or for lack of memory
             reason = str(error).partition("\n")[0]
             raise DeviceError(
                 f"pipeline.device '{self._encoder.device}': the kernels do not run on this card: {reason}; set"
                 " pipeline.custom_kernels = false, or less pipeline.cuda_graph_mib if its memory is too small"
             ) from error
-        return made
+        return n_graphs
 
     def rank(self, histories: Histories, k: int) -> RankedItems:
-        start = time.perf_counter()
-        self._sync_items()
-        whole, excluded = self._inputs(histories), self._exclusion.mask(histories)
-        pairs = histories.users[excluded], whole.item_rows[excluded]
-        inputs = whole.tail(self.max_events)
-        featured = time.perf_counter()
-        states = self._encoder.encode(inputs)
-        encoded = time.perf_counter()
-        rows, scores = self._retrieval.top_k(states, *pairs, self._rerank.n_candidates(k))
-        source = self._fill_empty(histories, rows, scores)
-        heads = self._probabilities(histories, whole, states, rows)
-        if self._rerank.enabled:
-            rows, scores, heads = self._reranked(rows, scores, heads, histories.lengths == 0)
-        ranked = time.perf_counter()
-        times_ms = 1e3 * np.diff([start, featured, encoded, ranked])
-        answer = RankedItems(
-            self._rows.tokens(rows), scores, heads, source, *times_ms.tolist(), values=self._values[rows]
-        )
-        return answer.first(k)
+        start_s = time.perf_counter()
+        features = self._extract_features(histories)
+        features_s = time.perf_counter()
+        states = self._encoder.encode(features.recent)
+        encoded_s = time.perf_counter()
+        candidates = self._retrieve(features, states, k)
+        probabilities = self._predict_heads(features, states, candidates.rows)
+        ranked = self._rerank(features, candidates, probabilities).first(k)
+        ranked.features_ms = 1e3 * (features_s - start_s)
+        ranked.encode_ms = 1e3 * (encoded_s - features_s)
+        ranked.rank_ms = 1e3 * (time.perf_counter() - encoded_s)
+        return ranked
 
     def scores(self, histories: Histories, tokens: np.ndarray) -> np.ndarray:
-        """float32 [n, c] of chosen items, int32 [n, c]: a row's higher ones rank earlier; -inf: the model knows none.
+        """Return scores float32 [n, c] of given items (tokens int32 [n, c]); -inf for items that the model lacks.
 
-        A user without events has what was popular in the training log, as in `rank`.
+        Higher ones rank earlier. A user without events is scored by popularity in the training log, as in `rank`.
         """
-        _, states = self._encoded(histories)
-        rows = self._rows.rows(tokens)
+        features = self._extract_features(histories)
+        states = self._encoder.encode(features.recent)
+        rows = self._row_index.rows(tokens)
         items = self._encoder.table[torch.from_numpy(rows).to(self._encoder.device)]
         logits = torch.einsum("nd,ncd->nc", states, items).cpu().numpy()
         scores = np.where(rows > UNKNOWN, logits, -np.inf)
-        empty = histories.lengths == 0
-        places = np.full(len(self._encoder.table), len(self._popular))
-        places[self._popular] = np.arange(len(self._popular))
-        scores[empty] = -places[rows[empty]]
+        popularity_ranks = np.full(len(self._encoder.table), len(self._popular_rows))
+        popularity_ranks[self._popular_rows] = np.arange(len(self._popular_rows))
+        scores[features.is_empty] = -popularity_ranks[rows[features.is_empty]]
         return scores.astype(np.float32)
 
     def probabilities(self, histories: Histories, tokens: np.ndarray) -> np.ndarray:
-        """What the heads say of these items, int32 [n, k], as each user's next: float32 [n, k, 3]."""
-        whole, states = self._encoded(histories)
-        return self._probabilities(histories, whole, states, self._rows.rows(tokens))
+        """Return the heads' probabilities float32 [n, k, 3] if each item (tokens int32 [n, k]) is the user's next."""
+        features = self._extract_features(histories)
+        states = self._encoder.encode(features.recent)
+        return self._predict_heads(features, states, self._row_index.rows(tokens))
 
-    def _probabilities(
-        self, histories: Histories, whole: EncoderInputs, states: Tensor, rows: np.ndarray
-    ) -> np.ndarray:
-        """float32 [n, k, 3]. whole: of the whole histories; rows: int32 [n, k] of the model's table"""
-        affinities = AffinityIndex.from_histories(
-            histories, whole.item_rows, self._facts(whole.item_rows), engaged(histories, self._schema)
-        )
-        affinity = affinities.latest(rows, self._facts(rows.ravel()))
-        return self._encoder.head_probabilities(
-            states, whole.tail(self.max_events), latest_visit_frequency(histories), affinity, rows
-        )
-
-    def _facts(self, rows: np.ndarray) -> ItemFacts:
-        return self._catalogue.facts(self._rows.tokens(rows))
-
-    def _encoded(self, histories: Histories) -> tuple[EncoderInputs, Tensor]:
-        """The whole histories as inputs, and the states of their newest events, [n, width]."""
+    def _extract_features(self, histories: Histories) -> _Features:
         self._sync_items()
-        whole = self._inputs(histories)
-        return whole, self._encoder.encode(whole.tail(self.max_events))
-
-    def _inputs(self, histories: Histories) -> EncoderInputs:
-        """Of whole histories; a token is a row of the model's table."""
         tokens = self._vocabulary.tokens(histories.items)
-        return encoder_inputs(
-            histories, self._rows.rows(tokens), len(self._encoder.table), self._catalogue.facts(tokens)
+        item_rows = self._row_index.rows(tokens)
+        full = encoder_inputs(histories, item_rows, len(self._encoder.table), self._catalogue.facts(tokens))
+        return _Features(histories, full, full.tail(self.max_events), histories.lengths == 0)
+
+    def _retrieve(self, features: _Features, states: Tensor, k: int) -> _Candidates:
+        """Return the best items of the catalogue that are not excluded; popular ones for users without events."""
+        mask = self._exclusion.mask(features.histories)
+        users = features.histories.users[mask]
+        item_rows = features.full.item_rows[mask]
+        rows, scores = self._retrieval.top_k(states, users, item_rows, self._rerank_weights.n_candidates(k))
+        empty = features.is_empty
+        if not empty.any():
+            return _Candidates(rows, scores, "hstu")
+        popular = self._recommendable_popular[: rows.shape[1]]
+        rows[empty] = UNKNOWN
+        rows[empty, : len(popular)] = popular
+        scores[empty] = 0.0
+        return _Candidates(rows, scores, np.where(empty[:, None], "popular", np.full(rows.shape, "hstu")))
+
+    def _predict_heads(self, features: _Features, states: Tensor, rows: np.ndarray) -> np.ndarray:
+        """Return probabilities float32 [n, k, 3] of item rows int32 [n, k]."""
+        histories = features.histories
+        item_rows = features.full.item_rows
+        index = AffinityIndex.from_histories(
+            histories, item_rows, self._facts(item_rows), engaged(histories, self._schema)
         )
+        affinity = index.latest(rows, self._facts(rows.ravel()))
+        visit_frequency = latest_visit_frequency(histories)
+        return self._encoder.head_probabilities(states, features.recent, visit_frequency, affinity, rows)
+
+    def _rerank(self, features: _Features, candidates: _Candidates, probabilities: np.ndarray) -> RankedItems:
+        """Order the candidates by the rerank weights; popular items of users without events keep their order."""
+        rows = candidates.rows
+        scores = candidates.scores
+        if self._rerank_weights.enabled:
+            blended = blend_scores(scores, probabilities, self._log_values[rows], self._rerank_weights)
+            scores = np.where(features.is_empty[:, None], scores, blended)
+            order = np.argsort(-scores, axis=1, kind="stable")
+            rows = np.take_along_axis(rows, order, axis=1)
+            scores = np.take_along_axis(scores, order, axis=1)
+            probabilities = np.take_along_axis(probabilities, order[..., None], axis=1)
+        tokens = self._row_index.tokens(rows)
+        return RankedItems(tokens, scores, probabilities, candidates.source, values=self._values[rows])
 
     def _sync_items(self) -> None:
-        """Take over what has come to pass with items since the last batch."""
-        moved, version = self._rows.sync(), self._catalogue.version
+        """Apply the catalogue's and the vocabulary's changes since the last batch."""
+        moved_rows = self._row_index.sync()
+        version = self._catalogue.version
         if version != self._synced_version and self._encoder.reads_content:
             self._add_item_vectors(np.flatnonzero(self._catalogue.changed > self._synced_version))
         self._synced_version = version
-        if moved.size:
-            self._restore_facts(moved[(moved < self._trained) & (self._rows.tokens(moved) != UNKNOWN)])
-        if moved.size or self._blocked_version != self._vocabulary.version:
-            self._block()
+        if moved_rows.size:
+            is_readmitted = self._row_index.tokens(moved_rows) != UNKNOWN
+            self._restore_facts(moved_rows[(moved_rows < self._n_trained) & is_readmitted])
+        if moved_rows.size or self._blocked_version != self._vocabulary.version:
+            self._block_rows()
 
     def _restore_facts(self, rows: np.ndarray) -> None:
-        """Of items that training knew and that are back: what the artifact says of them, int64 [n], until a record."""
+        """Restore the artifact's metadata of readmitted training items (rows int64 [n]) until they have a record."""
         facts = {name: column[rows - 1] for name, column in self._metadata.facts.items()}
-        self._catalogue.restore_facts(self._rows.tokens(rows), facts)
+        self._catalogue.restore_facts(self._row_index.tokens(rows), facts)
 
     def _add_item_vectors(self, tokens: np.ndarray) -> None:
-        """The vectors of items with new records, int64 [n], are those that the records say, unless training knew the
-        item: a vector is a function of the artifact and the newest record, whatever came before."""
-        rows = self._rows.rows(tokens)
-        self._rows.allocate(tokens[rows == UNKNOWN])
-        tokens = tokens[(rows == UNKNOWN) | (rows >= self._trained)]
+        """Compute vectors of items with new records (tokens int64 [n]) that came after training.
+
+        A vector is a function of the artifact and the newest record, whatever came before.
+        """
+        rows = self._row_index.rows(tokens)
+        self._row_index.allocate(tokens[rows == UNKNOWN])
+        tokens = tokens[(rows == UNKNOWN) | (rows >= self._n_trained)]
         if not len(tokens):
             return
-        self._encoder.set_item_vectors(
-            self._rows.rows(tokens).astype(np.int64), self._metadata.new_item_content(self._catalogue, tokens)
-        )
-        self._retrieval = make_retrieval(self._encoder.table, self._graphs is not None)
-        self._set_values(np.append(self._values, np.zeros(len(self._rows) - len(self._values), np.float32)))
-        self._block()
+        rows = self._row_index.rows(tokens).astype(np.int64)
+        self._encoder.set_item_vectors(rows, self._metadata.new_item_content(self._catalogue, tokens))
+        self._retrieval = make_retrieval(self._encoder.table, fused=self._graphs is not None)
+        self._set_values(np.append(self._values, np.zeros(len(self._row_index) - len(self._values), np.float32)))
+        self._block_rows()
 
-    def _block(self) -> None:
-        """Withdrawn and retired items are found no more, nor shown to users without events."""
-        self._blocked_version, barred = self._vocabulary.version, self._rows.blocked_rows
-        self._retrieval.block(barred)
-        self._popular_shown = self._popular[~np.isin(self._popular, barred)]
+    def _block_rows(self) -> None:
+        """Keep delisted and evicted items out of retrieval and out of the popular items."""
+        self._blocked_version = self._vocabulary.version
+        blocked = self._row_index.blocked_rows
+        self._retrieval.block(blocked)
+        self._recommendable_popular = self._popular_rows[~np.isin(self._popular_rows, blocked)]
 
     def _set_values(self, values: np.ndarray) -> None:
         """values: float32 [rows of the table], 0 = unknown"""
-        self._values, self._log_values = values, log_item_values(values)
+        self._values = values
+        self._log_values = log_item_values(values)
 
-    def _values_of(self, artifact: Artifact) -> np.ndarray:
-        """float32 [rows of the table]; an artifact that tells none knows no item's value."""
+    def _trained_values(self, artifact: Artifact) -> np.ndarray:
+        """Return the artifact's item values, float32 [rows of the table]."""
         values = np.zeros(len(self._encoder.table), np.float32)
-        values[self._rows_of(artifact.counters["items"])] = artifact.counters["values"]
+        values[self._rows_of_hashes(artifact.counters["items"])] = artifact.counters["values"]
         values[UNKNOWN] = 0
         return values
 
-    def _reranked(
-        self, rows: np.ndarray, scores: np.ndarray, odds: np.ndarray, empty: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The same, in the order of the shop's wishes; popular items stay as they are."""
-        wanted = np.where(empty[:, None], scores, blend_scores(scores, odds, self._log_values[rows], self._rerank))
-        order = np.argsort(-wanted, axis=1, kind="stable")
-        rows, wanted = (np.take_along_axis(column, order, axis=1) for column in (rows, wanted))
-        return rows, wanted, np.take_along_axis(odds, order[..., None], axis=1)
+    def _rows_of_hashes(self, hashes: np.ndarray) -> np.ndarray:
+        """uint64 [n] item hashes -> int32 [n] rows of the item table"""
+        return self._row_index.rows(self._vocabulary.tokens(hashes))
 
-    def _rows_of(self, hashes: np.ndarray) -> np.ndarray:
-        """uint64 [n] item hashes -> int32 [n] rows of the model's table"""
-        return self._rows.rows(self._vocabulary.tokens(hashes))
+    def _facts(self, rows: np.ndarray) -> ItemFacts:
+        return self._catalogue.facts(self._row_index.tokens(rows))
 
-    def _fill_empty(self, histories: Histories, rows: np.ndarray, scores: np.ndarray) -> np.ndarray | str:
-        empty = histories.lengths == 0
-        if not empty.any():
-            return "hstu"
-        popular = self._popular_shown[: rows.shape[1]]
-        rows[empty], scores[empty] = 0, 0.0
-        rows[empty, : len(popular)] = popular
-        return np.where(empty[:, None], "popular", np.full(rows.shape, "hstu"))
+
+def warm_up_lengths(max_users: int, max_events: int) -> Iterator[list[int]]:
+    """Yield history lengths of synthetic batches: each power of two of users, all short but at most one long history.
+
+    Kernels are compiled separately for multiples of 16 rows: batches of both kinds are yielded, where possible.
+    """
+    for exponent in range(max_users.bit_length()):
+        others = [1] * ((1 << exponent) - 1)
+        excess = (len(others) + max_events) % 16 or 1  # without these rows the sum becomes, or ceases to be, a multiple
+        for longest in sorted({1, min(2, max_events), max(1, max_events - excess), max_events}):
+            yield [*others, longest]

@@ -1,8 +1,8 @@
-"""What is asked of a model before it takes over from one that is serving.
+"""Checks that a model must pass before it replaces the serving one.
 
-It must answer: whole slates with finite scores. And it must not be strangely different: share items with the slates
-that were just served, and have been judged about as well in its training. Neither says that a model is better, which
-only its users can; a mix-up of item ids, a training that diverged or an empty log is caught.
+Its slates must be full, with finite scores. Its output must not differ implausibly from the serving model's: it must
+share items with the slates just served, and its validation hit rate must be similar. Passing does not mean that a model
+is better, which only users can show; it catches mixed-up item ids, a training that diverged, or an empty log.
 """
 
 from collections.abc import Sequence
@@ -17,67 +17,69 @@ from pipeline.serving.strategy import RankedItems, Strategy
 
 HIT_RATE = "validation_hit_rate"  # of a manifest's metrics
 _MINUTE_MS = 60_000
-_FIRST_ACTION = 1 << ACTION_SHIFT  # see EVENT_DTYPE
+_FIRST_ACTION = 1 << 48  # code 1 in the field of time, action and device, see EVENT_DTYPE
 
 
 class Thresholds(msgspec.Struct, frozen=True):
-    """`min_overlap`: mean share of a served slate's items; `max_hit_rate_drop`: of the serving model's hit rate."""
+    """min_overlap: mean fraction of a served slate's items that the model must also serve
+    max_hit_rate_drop: fraction of the serving model's validation hit rate that may be lost"""
 
     min_overlap: float = 0.0
     max_hit_rate_drop: float = 1.0
 
 
 def check_output(strategy: Strategy, histories: Histories, k: int, items: int) -> RankedItems:
-    """The model's slates; ArtifactError unless they are whole. items: the size of its catalogue."""
+    """Return the model's slates. ArtifactError unless they are full and finite. items: size of its catalogue"""
     ranked = strategy.rank(histories, k)
-    given = ranked.tokens > 0  # bool [n, k]
-    numbers = [ranked.scores[given]] if ranked.heads is None else [ranked.scores[given], ranked.heads[given]]
-    if not all(np.isfinite(column).all() for column in numbers):
-        raise ArtifactError("its model scores items by numbers that are not finite; train again")
-    left = np.clip(items - histories.lengths, 0, k)  # all that a user may not have touched
-    if short := int((given.sum(axis=1) < left).sum()):
+    filled = ranked.tokens > 0  # bool [n, k]
+    outputs = [ranked.scores] if ranked.heads is None else [ranked.scores, ranked.heads]
+    if not all(np.isfinite(output[filled]).all() for output in outputs):
+        raise ArtifactError("its model gives items scores that are not finite; train again")
+    available = np.clip(items - histories.lengths, 0, k)  # at least this many items are not in the user's history
+    if short := int((filled.sum(axis=1) < available).sum()):
         raise ArtifactError(f"its model leaves {short} of {len(histories)} slates shorter than {k} items; train again")
     return ranked
 
 
 def synthetic_histories(item_ids: Sequence[str], lengths: Sequence[int]) -> Histories:
-    """Users of these lengths who went through the items in their order, one a minute: all shapes, no traffic needed."""
-    places = np.concatenate([np.arange(length) for length in lengths])
+    """Return histories of these lengths that go through the items in order, one event per minute."""
+    positions = np.concatenate([np.arange(length) for length in lengths])
     hashes = np.array([item_hash(item_id) for item_id in item_ids[: max(lengths)]], np.uint64)
-    events = np.zeros(len(places), EVENT_DTYPE)
-    events["item"] = hashes[places % len(hashes)]
-    events["ts_action_device"] = places * _MINUTE_MS + _FIRST_ACTION
+    events = np.zeros(len(positions), EVENT_DTYPE)
+    events["item"] = hashes[positions % len(hashes)]
+    events["ts_action_device"] = positions * _MINUTE_MS + _FIRST_ACTION
     return Histories(events, np.concatenate([[0], np.cumsum(lengths)]))
 
 
 def slate_overlap(ranked: RankedItems, slates: Sequence[Sequence[SlateItem]], item_ids: Sequence[str]) -> float | None:
-    """The mean share of a served slate's items that the model serves to that user, too; None without slates.
+    """Return the mean fraction of a served slate's items that the model serves to that user, too; None without slates.
 
-    item_ids: by token.
+    item_ids: by token
     """
-    shares = [
+    overlaps = [
         len({item.item_id for item in slate} & {item_ids[token] for token in row[: len(slate)]}) / len(slate)
         for row, slate in zip(ranked.tokens.tolist(), slates, strict=True)
         if slate
     ]
-    return float(np.mean(shares)) if shares else None
+    return float(np.mean(overlaps)) if overlaps else None
 
 
-def check_overlap(share: float | None, thresholds: Thresholds) -> None:
-    """ArtifactError below the bar; None (nothing was served yet) is not."""
-    if share is not None and share < thresholds.min_overlap:
+def check_overlap(overlap: float | None, thresholds: Thresholds) -> None:
+    """Raise ArtifactError when the overlap is too small; None (nothing was served yet) passes."""
+    if overlap is not None and overlap < thresholds.min_overlap:
         raise ArtifactError(
-            f"its slates share {share:.1%} of their items with those just served, pipeline.min_overlap is"
-            f" {thresholds.min_overlap:.1%}; look at its log and its item ids, or restart, which does not compare"
+            f"its slates share {overlap:.1%} of their items with those just served, pipeline.min_overlap is"
+            f" {thresholds.min_overlap:.1%}; check its log and its item ids, or restart, which does not compare"
         )
 
 
 def check_hit_rate(new: Manifest, old: Manifest | None, thresholds: Thresholds) -> None:
-    """ArtifactError when training judged the new model so much worse; what a manifest does not have is not compared."""
-    before, now = (manifest.metrics.get(HIT_RATE) if manifest else None for manifest in (old, new))
-    if before is not None and now is not None and now < before * (1 - thresholds.max_hit_rate_drop):
+    """Raise ArtifactError when the new model's validation hit rate is too low; a missing rate is not compared."""
+    serving = old.metrics.get(HIT_RATE) if old else None
+    found = new.metrics.get(HIT_RATE)
+    if serving is not None and found is not None and found < serving * (1 - thresholds.max_hit_rate_drop):
         raise ArtifactError(
-            f"its validation hit rate is {now:.4f}, the serving model's {before:.4f}: more than"
-            f" pipeline.max_hit_rate_drop ({thresholds.max_hit_rate_drop:.0%}) below; look at its log, or restart,"
+            f"its validation hit rate is {found:.4f}, the serving model's {serving:.4f}: more than"
+            f" pipeline.max_hit_rate_drop ({thresholds.max_hit_rate_drop:.0%}) below; check its log, or restart,"
             " which does not compare"
         )

@@ -1,6 +1,6 @@
-"""The pipeline: packed histories in, ranked items out, by the best rung that can answer.
+"""The pipeline: packed histories in, ranked items out, by the best strategy that can answer.
 
-It is a library too:
+It is also a library:
 
     pipeline = Pipeline.load("artifact")
     for slate in pipeline.recommend([[Event("u1", "i7", "view", 1_700_000_000_000)]], k=10):
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class PipelineOptions(msgspec.Struct, frozen=True):
-    """What serving, replay and evaluation must agree on."""
+    """Options that serving, replay and evaluation must share."""
 
     schema: EventSchema = EventSchema()
     exclusion: Exclusion = Exclusion()
@@ -43,11 +43,11 @@ class PipelineOptions(msgspec.Struct, frozen=True):
     max_items: int = 1_000_000
     device: str = "auto"
     threads: int = 0
-    graphs: GraphOptions | None = None  # of the kernels on a GPU, made when a model is loaded; None: torch, in float32
+    graphs: GraphOptions | None = None  # kernels on a GPU, captured when a model is loaded; None: torch, in float32
 
 
 class Recommendation(msgspec.Struct, frozen=True):
-    """One user's ranked items and the rung that ranked them."""
+    """One user's ranked items and the strategy that ranked them."""
 
     items: list[SlateItem]
     strategy: str
@@ -55,9 +55,9 @@ class Recommendation(msgspec.Struct, frozen=True):
 
 @dataclass(slots=True)
 class BatchResult:
-    """A batch's recommendations, in the order of its users, with the milliseconds the batch took by stage.
+    """A batch's recommendations in the order of its users, and the batch's milliseconds per stage.
 
-    ranked: the same as columns
+    slates: ranked items per user; ranked: the same as columns
     """
 
     slates: list[list[SlateItem]]
@@ -68,12 +68,12 @@ class BatchResult:
     rank_ms: float
 
 
-def _ignore(rung: str, error: Exception) -> None:
-    """A library's caller sees the rung in the answer."""
+def _ignore(strategy: str, error: Exception) -> None:
+    """Do nothing: a library's caller sees the strategy in the answer."""
 
 
 class Pipeline:
-    """Catalogue, counters and the ladder of rungs. Not thread-safe: one thread ranks and observes."""
+    """Catalogue, counters and the chain of strategies. Not thread-safe: one thread ranks and observes."""
 
     def __init__(
         self,
@@ -84,9 +84,13 @@ class Pipeline:
         version: str = "none",
         on_fallback: Callable[[str, Exception], None] = _ignore,
     ) -> None:
-        self.options, self.counters, self.version = options, counters, version
-        self.catalogue, self.vocabulary = catalogue, catalogue.vocabulary
-        self._simple, self._on_fallback = SimpleStrategy(counters, options.exclusion), on_fallback
+        self.options = options
+        self.catalogue = catalogue
+        self.vocabulary = catalogue.vocabulary
+        self.counters = counters
+        self.version = version
+        self._simple = SimpleStrategy(counters, options.exclusion)
+        self._on_fallback = on_fallback
         self.strategies = self._fallback_chain(model)
 
     @classmethod
@@ -96,12 +100,15 @@ class Pipeline:
         options: PipelineOptions | None = None,
         on_fallback: Callable[[str, Exception], None] = _ignore,
     ) -> "Pipeline":
-        """From an artifact, or without one: then the simple rung answers alone. Raises ArtifactError."""
+        """Load an artifact; with None, only the simple strategy answers. Raises ArtifactError, DeviceError.
+
+        on_fallback: called with a strategy's name and its error whenever the next strategy takes over
+        """
         options = options or PipelineOptions()
         if folder is None:
             vocabulary = Vocabulary(max_items=options.max_items)
             return cls(options, Catalogue(vocabulary), new_counters(options, vocabulary), on_fallback=on_fallback)
-        from pipeline.artifact import load  # torch costs seconds and 400 MiB: only who has a model pays
+        from pipeline.artifact import load  # imports torch: seconds and 400 MiB, so only for a model
 
         artifact = load(Path(folder))
         artifact.check_schema(options.schema)
@@ -116,95 +123,114 @@ class Pipeline:
     def recommend(
         self, histories: Sequence[Iterable[Event]], k: int = 10, strategy: str | None = None
     ) -> list[Recommendation]:
-        """The k best items for each history (events of one user, any order); an empty history gets the popular ones.
+        """Return the k best items for each history (events of one user, any order); popular ones for an empty history.
 
-        strategy: the rung to start at (see strategy.LADDER); None: the best. Raises ValueError for an unknown rung,
-        k < 1, or an action that the schema does not have.
+        strategy: where to start in FALLBACK_ORDER; None: the best. Raises ValueError for an unknown strategy, k < 1, or
+        an action that the schema does not have.
         """
         histories = [list(history) for history in histories]
         self._check(histories, k, strategy)
         self.admit([event.item_id for history in histories for event in history])
-        answer = self.rank(Histories.from_events(histories, self.options.schema), k, strategy)
-        return [Recommendation(items, answer.strategy) for items in answer.slates]
+        result = self.rank(Histories.from_events(histories, self.options.schema), k, strategy)
+        return [Recommendation(items, result.strategy) for items in result.slates]
 
     def rank(self, histories: Histories, k: int, strategy: str | None = None) -> BatchResult:
-        """The batch's rows of at most k items. What a rung raises is reported to `on_fallback`, the next one answers;
-        only the last rung's error is raised."""
+        """Return slates of at most k items.
+
+        When a strategy raises, `on_fallback` gets the error and the next strategy ranks; only the last one's error is
+        raised.
+        """
         failure: Exception | None = None
-        for rung in self.strategies.candidates(strategy):
+        for candidate in self.strategies.candidates(strategy):
             try:
-                ranked = rung.rank(histories, k)
-            except Exception as error:  # any failure of a stage: the ladder's promise is an answer
+                ranked = candidate.rank(histories, k)
+            except Exception as error:  # any failure of any stage: the chain must answer
                 failure = error
-                self.strategies.record_failure(rung)
-                self._on_fallback(rung.name, error)
+                self.strategies.record_failure(candidate)
+                self._on_fallback(candidate.name, error)
                 continue
-            self.strategies.record_success(rung)
-            return self._batch_result(rung, ranked)
-        raise failure or ValueError(f"no rung at or below '{strategy}' in this process")
+            self.strategies.record_success(candidate)
+            return self._batch_result(candidate.name, ranked)
+        raise failure or ValueError(f"no strategy at or after '{strategy}' in this process")
 
     def swap_model(self, model: Strategy, version: str) -> None:
-        """From the next batch on this model ranks, its breaker closed; vocabulary and counters stay as they are.
+        """Rank with this model from the next batch on, its breaker closed; vocabulary and counters stay as they are.
 
-        model: made on this pipeline's catalogue (see `rung_of`).
+        model: made on this pipeline's catalogue (see `load_strategy`)
         """
-        self.strategies, self.version = self._fallback_chain(model), version
+        self.strategies = self._fallback_chain(model)
+        self.version = version
 
     def admit(self, item_ids: Collection[str]) -> None:
-        """The items of new events have tokens from now on; what finds no room, nor whom to retire, stays unknown."""
+        """Give the items of new events tokens, evicting others if needed; items that find no slot stay unknown."""
         evict_for(item_ids, self.catalogue, self.counters)
         self.vocabulary.touch(self.vocabulary.admit(item_ids))
 
     def load_items(self, items: Iterable[Item], delisted: Iterable[str] = ()) -> np.ndarray:
-        """Records of items, and items that nobody may be shown any more, as a process finds them at its start or in a
-        file: what features and the model know from now on. An item is in one of both. Returns the tokens, int64 [n]."""
+        """Load item records and delisted items, as found at the start or in a file; an item is in one of the two.
+
+        Features and the model use them from now on. Returns the tokens of the records, int64 [n].
+        """
         tokens = self.catalogue.upsert(items)
         self.catalogue.delist(delisted)
         return tokens
 
     def update_items(self, items: Collection[Item], delisted: Iterable[str] = ()) -> None:
-        """The same as news: an item that has just got a record is alive, and room is made for it."""
+        """Apply live changes: as `load_items`, but items with a new record count as seen, evicting others if needed."""
         evict_for([item.item_id for item in items], self.catalogue, self.counters)
         self.vocabulary.touch(self.load_items(items, delisted))
 
-    def observe(self, histories: Histories, fresh: np.ndarray) -> None:
-        """Count new events: the last fresh[i] of user i's history (int64 [n])."""
-        self.counters.observe(histories, fresh)
+    def observe(self, histories: Histories, n_new: np.ndarray) -> None:
+        """Count new events: the last n_new[i] of user i's history (int64 [n])."""
+        self.counters.observe(histories, n_new)
 
     def popular(self, k: int) -> list[SlateItem]:
-        """The k most popular items: the answer for a user without events."""
-        ids = self.vocabulary.item_ids
-        shares = zip(*(column.tolist() for column in self.counters.popular(k)), strict=True)
-        return [SlateItem(ids[token], share, None, None, None, "popular") for token, share in shares]
+        """Return the k most popular items: the slate of a user without events."""
+        item_ids = self.vocabulary.item_ids
+        tokens, scores = self.counters.popular(k)
+        return [
+            SlateItem(item_ids[token], score, None, None, None, "popular")
+            for token, score in zip(tokens.tolist(), scores.tolist(), strict=True)
+        ]
 
     def _fallback_chain(self, model: Strategy | None) -> FallbackChain:
-        rungs = [self._simple] if model is None else [model, self._simple]
-        return FallbackChain({rung.name: rung for rung in rungs}, time.monotonic)
+        strategies = [self._simple] if model is None else [model, self._simple]
+        return FallbackChain({strategy.name: strategy for strategy in strategies}, time.monotonic)
 
-    def _batch_result(self, rung: Strategy, ranked: RankedItems) -> BatchResult:
-        start = time.perf_counter()
-        rows = _slate_items(ranked, self.vocabulary.item_ids)
-        rank_ms = ranked.rank_ms + 1e3 * (time.perf_counter() - start)
-        return BatchResult(rows, rung.name, ranked, ranked.features_ms, ranked.encode_ms, rank_ms)
+    def _batch_result(self, strategy: str, ranked: RankedItems) -> BatchResult:
+        start_s = time.perf_counter()
+        slates = _slate_items(ranked, self.vocabulary.item_ids)
+        rank_ms = ranked.rank_ms + 1e3 * (time.perf_counter() - start_s)
+        return BatchResult(slates, strategy, ranked, ranked.features_ms, ranked.encode_ms, rank_ms)
 
     def _check(self, histories: list[list[Event]], k: int, strategy: str | None) -> None:
         if k < 1:
             raise ValueError(f"recommend: k = {k}, want at least 1")
         if strategy is not None and strategy not in FALLBACK_ORDER:
-            raise ValueError(f"recommend: no rung '{strategy}', want one of {', '.join(FALLBACK_ORDER)}")
+            raise ValueError(f"recommend: no strategy '{strategy}', want one of {', '.join(FALLBACK_ORDER)}")
         unknown = {event.action for history in histories for event in history} - set(self.options.schema.actions)
         if unknown:
             raise ValueError(f"recommend: unknown actions {sorted(unknown)}, want of {self.options.schema.actions}")
 
 
 def load_strategy(artifact: "Artifact", catalogue: Catalogue, options: PipelineOptions) -> Strategy:
-    """The artifact's model on a catalogue whose vocabulary has its items; ArtifactError where it had no room."""
+    """Return the artifact's model, warmed up, on a catalogue whose vocabulary has its items.
+
+    ArtifactError when the vocabulary lacks one of them; DeviceError when the kernels do not run.
+    """
     from pipeline.serving.hstu_strategy import HstuStrategy
 
-    basics = (options.exclusion, options.device, options.threads, options.rerank)
-    rung = HstuStrategy(artifact, catalogue, *basics, options.graphs)
-    rung.warm(artifact.item_ids)
-    return rung
+    strategy = HstuStrategy(
+        artifact,
+        catalogue,
+        options.exclusion,
+        device=options.device,
+        threads=options.threads,
+        rerank=options.rerank,
+        graphs=options.graphs,
+    )
+    strategy.warm(artifact.item_ids)
+    return strategy
 
 
 def new_counters(options: PipelineOptions, vocabulary: Vocabulary) -> Counters:
@@ -212,7 +238,7 @@ def new_counters(options: PipelineOptions, vocabulary: Vocabulary) -> Counters:
 
 
 def frozen_counters(options: PipelineOptions, vocabulary: Vocabulary, state: Mapping[str, np.ndarray]) -> Counters:
-    """As they were at the end of training; what comes later is not counted: the baselines of every comparison."""
+    """Return counters as of the end of training that count nothing more: the baselines of every comparison."""
     counters = new_counters(options, vocabulary)
     counters.restore(state)
     counters.frozen = True
@@ -220,7 +246,7 @@ def frozen_counters(options: PipelineOptions, vocabulary: Vocabulary, state: Map
 
 
 def _slate_items(ranked: RankedItems, item_ids: list[str]) -> list[list[SlateItem]]:
-    """Python objects at the very end: one `tolist` a column, one struct an item."""
+    """Return the slates as Python objects: one `tolist` per column, one struct per item."""
     n, k = ranked.tokens.shape
     tokens = ranked.tokens.tolist()
     scores = np.round(ranked.scores.astype(np.float64), 5).tolist()

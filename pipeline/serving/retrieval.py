@@ -1,4 +1,4 @@
-"""The k best items of the whole catalogue for each user state, without the items that are excluded."""
+"""Exact top-k of the entire catalogue for each user state, without excluded and blocked items."""
 
 import numpy as np
 import torch
@@ -15,96 +15,108 @@ from kernels.sequence_recommendation_interaction.op import (
 from pipeline.items.vocabulary import UNKNOWN
 
 CHUNK_SCORES = 1 << 24  # 64 MiB of float32 scores at a time
-RESCORE_EXTRA = 64  # candidates beyond k that are scored anew
-MIN_CANDIDATES = 128  # candidates: kernels are compiled for powers of two, and most slates need no more
-# Fewer scores than this are faster all in memory: the operator's launches take longer than the product
+RESCORE_EXTRA = 64  # candidates beyond k that are rescored in float32
+MIN_CANDIDATES = 128  # kernels are compiled for powers of two, and most slates need no more
+# With fewer scores, computing all of them in memory is faster: the operator's launches take longer than the product
 # (`tests.benchmarks.retrieval`).
 FUSED_MIN_SCORES = 16_000_000
 
 
 def make_retrieval(table: Tensor, fused: bool) -> "Retrieval | FusedRetrieval":
-    """table: float32 [items, width]; row 0 is no item. fused: by the operator, where it can."""
-    known = table.is_cuda and table.shape[1] * 4 <= MAX_ROW_BYTES
-    return FusedRetrieval(table) if fused and known else Retrieval(table)
+    """Return the retrieval from `table` [items, width]; with `fused`, by the operator where it supports the table."""
+    supported = table.is_cuda and table.shape[1] * 4 <= MAX_ROW_BYTES
+    return FusedRetrieval(table) if fused and supported else Retrieval(table)
 
 
 class FusedRetrieval:
-    """As Retrieval, by this project's operator: no scores of the whole catalogue in memory.
+    """The interface of Retrieval on this project's operator, which never holds the scores of the full catalogue.
 
-    Half precision finds k and some more, whose scores are then those of float32: an item whose score is among the k
-    best by less than half precision can tell may be missed, if 64 others lie between.
+    Half precision finds k + 64 candidates or more, which float32 then rescores. One of the k best can be missed only
+    where 64 other items score so close to it that half precision ranks them before it.
     """
 
     def __init__(self, table: Tensor, dtype: torch.dtype = torch.bfloat16) -> None:
-        self._table, self._plain = table, Retrieval(table)
-        # The kernels are compiled for a number of rows that 16 divides, and not anew when an item comes.
+        """table: float32 [items, width]; row 0 is not an item."""
+        self._table = table
+        self._in_memory = Retrieval(table)
+        # A multiple of 16 rows: kernels specialise on divisibility by 16, so a new item does not recompile them.
         self._half = F.pad(table.to(dtype), (0, 0, 0, -len(table) % 16))
         self.block(np.array([UNKNOWN]))
 
     def block(self, rows: np.ndarray) -> None:
-        """See Retrieval."""
-        self._plain.block(rows)
+        """See Retrieval.block."""
+        self._in_memory.block(rows)
         self._eligible = torch.arange(len(self._half), device=self._table.device) < len(self._table)
         self._eligible[torch.from_numpy(rows).to(self._table.device)] = False
 
-    def top_k(self, states: Tensor, rows: np.ndarray, tokens: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """See Retrieval."""
-        wanted = max(MIN_CANDIDATES, next_power_of_2(k + RESCORE_EXTRA))
-        if wanted > MAX_K or len(states) * len(self._table) < FUSED_MIN_SCORES:
-            return self._plain.top_k(states, rows, tokens, k)
-        seen, offsets = self._seen(len(states), rows, tokens)
+    def top_k(self, states: Tensor, users: np.ndarray, item_rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """See Retrieval.top_k."""
+        n_candidates = max(MIN_CANDIDATES, next_power_of_2(k + RESCORE_EXTRA))
+        if n_candidates > MAX_K or len(states) * len(self._table) < FUSED_MIN_SCORES:
+            return self._in_memory.top_k(states, users, item_rows, k)
+        seen, seen_offsets = self._excluded_by_user(len(states), users, item_rows)
         _, candidates = sequence_recommendation_interaction(
-            states.to(self._half.dtype), self._half, wanted, seen=seen, seen_offsets=offsets,
-            eligible=self._eligible, check_values=False,
-        )  # fmt: skip
+            states.to(self._half.dtype),
+            self._half,
+            n_candidates,
+            seen=seen,
+            seen_offsets=seen_offsets,
+            eligible=self._eligible,
+            check_values=False,
+        )
         scores = candidate_interaction(states, self._table, candidates, check_values=False)
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         found = candidates.gather(1, order[:, :k]).clamp(min=UNKNOWN)
         return found.int().cpu().numpy(), scores[:, :k].cpu().numpy()
 
-    def _seen(self, users: int, rows: np.ndarray, tokens: np.ndarray) -> tuple[Tensor, Tensor]:
-        """The pairs within the table by user, ascending, and where each user's begin."""
-        items, device = len(self._table), self._table.device
-        within = tokens < items
-        pairs = torch.from_numpy(rows[within].astype(np.int64) * items + tokens[within]).to(device).sort().values
-        return pairs % items, torch.searchsorted(pairs, torch.arange(users + 1, device=device) * items)
+    def _excluded_by_user(self, n_users: int, users: np.ndarray, item_rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return the excluded rows within the table, ascending per user, and the users' offsets, [n_users + 1]."""
+        items = len(self._table)
+        device = self._table.device
+        inside = item_rows < items
+        pairs = torch.from_numpy(users[inside].astype(np.int64) * items + item_rows[inside]).to(device).sort().values
+        return pairs % items, torch.searchsorted(pairs, torch.arange(n_users + 1, device=device) * items)
 
 
 class Retrieval:
     """Exact maximum inner product over the item table, on the table's device."""
 
     def __init__(self, table: Tensor) -> None:
-        """table: float32 [items, width]; row 0 is no item."""
+        """table: float32 [items, width]; row 0 is not an item."""
         self._columns = table.T if table.is_cuda else table.T.contiguous()
         self.block(np.array([UNKNOWN]))
 
     def block(self, rows: np.ndarray) -> None:
-        """From now on these rows of the table, int64 [n], are nobody's; row 0 is one of them."""
+        """Keep these rows of the table, int64 [n], which must include row 0, out of all results from now on."""
         self._blocked = torch.from_numpy(rows).to(self._columns.device)
 
-    def top_k(self, states: Tensor, rows: np.ndarray, tokens: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """states: [n, width]; rows, tokens: int [m], pairs that must not appear (tokens beyond the table are ignored).
+    def top_k(self, states: Tensor, users: np.ndarray, item_rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return each user's best rows int32 [n, k] and their scores float32 [n, k], best first.
 
-        Returns tokens int32 [n, k] and scores float32 [n, k], best first; where the catalogue has no item left the
-        token is 0 and the score -inf.
+        Where no item is left the row is 0 and the score -inf.
+
+        states: [n, width]; users, item_rows: int [m], excluded pairs (rows after the table's end are ignored)
         """
-        n, items = len(states), self._columns.shape[1]
-        found, scores = np.zeros((n, k), np.int32), np.full((n, k), -np.inf, np.float32)
-        within = tokens < items
-        rows, tokens = rows[within], tokens[within].astype(np.int64)
+        n = len(states)
+        items = self._columns.shape[1]
+        found = np.zeros((n, k), np.int32)
+        scores = np.full((n, k), -np.inf, np.float32)
+        inside = item_rows < items
+        users = users[inside]
+        item_rows = item_rows[inside].astype(np.int64)
         step = max(1, CHUNK_SCORES // items)
         for start in range(0, n, step):
-            part = (rows >= start) & (rows < start + step) if n > step else slice(None)
-            excluded = torch.from_numpy(rows[part] - start), torch.from_numpy(tokens[part])
-            best, index = self._top(states[start : start + step], excluded, min(k, items))
+            chunk = (users >= start) & (users < start + step) if n > step else slice(None)
+            excluded = torch.from_numpy(users[chunk] - start), torch.from_numpy(item_rows[chunk])
+            best, index = self._top_k_of_chunk(states[start : start + step], excluded, min(k, items))
             scores[start : start + step, : best.shape[1]] = best
             found[start : start + step, : best.shape[1]] = np.where(np.isfinite(best), index, UNKNOWN)
         return found, scores
 
-    def _top(self, states: Tensor, excluded: tuple[Tensor, Tensor], k: int) -> tuple[np.ndarray, np.ndarray]:
-        logits = states @ self._columns  # [n, items]
-        logits[:, self._blocked] = -torch.inf
-        device = logits.device
-        logits[excluded[0].to(device), excluded[1].to(device)] = -torch.inf
-        best, index = logits.topk(k, dim=1)
+    def _top_k_of_chunk(self, states: Tensor, excluded: tuple[Tensor, Tensor], k: int) -> tuple[np.ndarray, np.ndarray]:
+        scores = states @ self._columns  # [n, items]
+        scores[:, self._blocked] = -torch.inf
+        users, item_rows = (index.to(scores.device) for index in excluded)
+        scores[users, item_rows] = -torch.inf
+        best, index = scores.topk(k, dim=1)
         return best.cpu().numpy(), index.cpu().numpy()

@@ -1,4 +1,4 @@
-"""The `simple` rung: no model, so it can always answer."""
+"""The `simple` strategy: no model, so it can always answer."""
 
 import time
 
@@ -11,12 +11,13 @@ from pipeline.serving.strategy import RankedItems
 
 
 class SimpleStrategy:
-    """Popularity and co-occurrence counters, no model."""
+    """Ranks by co-occurrence with the history, then by popularity."""
 
     name = "simple"
 
     def __init__(self, counters: Counters, exclusion: Exclusion) -> None:
-        self._counters, self._exclusion = counters, exclusion
+        self._counters = counters
+        self._exclusion = exclusion
 
     def rank(self, histories: Histories, k: int) -> RankedItems:
         start = time.perf_counter()
@@ -25,5 +26,5 @@ class SimpleStrategy:
         return RankedItems(tokens, scores, None, source, rank_ms=1e3 * (time.perf_counter() - start))
 
     def scores(self, histories: Histories, tokens: np.ndarray) -> np.ndarray:
-        """float32 [n, c] of chosen items, int32 [n, c]: a row's higher ones rank earlier."""
+        """Return scores float32 [n, c] of given items (tokens int32 [n, c]); higher ones rank earlier."""
         return self._counters.score_items(histories, tokens)

@@ -1,6 +1,6 @@
-"""The ladder of rungs and who is asked next: an answer always comes.
+"""Strategies and their fallback chain: every batch gets an answer.
 
-A rung that raises is left out for a while, then probed by one batch; meanwhile the next rung answers.
+A strategy that raises is skipped for a while, then probed with one batch; meanwhile the next strategy answers.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,16 +12,17 @@ import numpy as np
 from pipeline.records import Histories
 
 FALLBACK_ORDER = ("unified", "tensorrt", "vllm", "hstu", "simple")  # best first
-COOLDOWN_S = 30.0  # a failed rung's pause before the next probe
+COOLDOWN_S = 30.0  # from a strategy's failure to its next probe
 
 
 @dataclass(slots=True)
 class RankedItems:
-    """A rung's answer to a packed batch of n users; rows are padded with token 0 where a catalogue has no k items left.
+    """A strategy's answer to a packed batch of n users, padded with token 0 where no items are left.
 
-    tokens: int32 [n, k]; scores: float32 [n, k]; heads: float32 [n, k, 3] engagement, retention, monetization, or None
-    source: object array of str [n, k] or one name for all
-    values: float32 [n, k], what each item usually brings, 0 = unknown; None: the rung does not know
+    tokens: int32 [n, k]; scores: float32 [n, k]
+    heads: float32 [n, k, 3], probabilities of engagement, retention and monetization; None: the strategy has no model
+    source: object array of str [n, k], or one name for all
+    values: float32 [n, k], each item's usual value, 0 = unknown; None: the strategy does not know values
     """
 
     COLUMNS: ClassVar = ("tokens", "scores", "heads", "source", "values")
@@ -36,23 +37,25 @@ class RankedItems:
     values: np.ndarray | None = None
 
     def first(self, k: int) -> "RankedItems":
-        """The first k ranks."""
+        """Return the first k ranks."""
         if self.tokens.shape[1] <= k:
             return self
-        cut = {name: column[:, :k] for name in self.COLUMNS if isinstance(column := getattr(self, name), np.ndarray)}
-        return replace(self, **cut)
+        columns = {name: getattr(self, name) for name in self.COLUMNS}
+        return replace(self, **{name: each[:, :k] for name, each in columns.items() if isinstance(each, np.ndarray)})
 
 
 class Strategy(Protocol):
-    """One strategy of the ladder. Raises anything when it cannot answer; the next rung is asked then."""
+    """One way to rank a batch. `name` is one of FALLBACK_ORDER."""
 
     name: str
 
-    def rank(self, histories: Histories, k: int) -> RankedItems: ...
+    def rank(self, histories: Histories, k: int) -> RankedItems:
+        """Rank k items per user. It may raise anything: then the next strategy ranks the batch."""
+        ...
 
 
 class FallbackChain:
-    """The rungs that this process has, best first, each behind a breaker."""
+    """The strategies of this process, best first, each behind a circuit breaker."""
 
     def __init__(self, strategies: Mapping[str, Strategy], monotonic: Callable[[], float]) -> None:
         self._strategies = {name: strategies[name] for name in FALLBACK_ORDER if name in strategies}
@@ -63,15 +66,15 @@ class FallbackChain:
         return name in self._strategies
 
     def candidates(self, requested: str | None) -> Iterator[Strategy]:
-        """From the asked rung (None: the best) downward; those whose breaker is open are skipped, but for the last."""
+        """Yield strategies from the requested one (None: the best) on. Open breakers are skipped, except the last."""
         start = FALLBACK_ORDER.index(requested) if requested else 0
         names = [name for name in self._strategies if FALLBACK_ORDER.index(name) >= start]
         for name in names:
             if name == names[-1] or self._monotonic() >= self._open_until_s[name]:
                 yield self._strategies[name]
 
-    def record_failure(self, rung: Strategy) -> None:
-        self._open_until_s[rung.name] = self._monotonic() + COOLDOWN_S
+    def record_failure(self, strategy: Strategy) -> None:
+        self._open_until_s[strategy.name] = self._monotonic() + COOLDOWN_S
 
-    def record_success(self, rung: Strategy) -> None:
-        self._open_until_s[rung.name] = 0.0
+    def record_success(self, strategy: Strategy) -> None:
+        self._open_until_s[strategy.name] = 0.0

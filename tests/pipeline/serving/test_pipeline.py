@@ -144,7 +144,7 @@ def test_what_cannot_be_asked_for_is_one_sentence(shop, histories):
     pipeline = Pipeline.load(shop.artifact, OPTIONS)
     with pytest.raises(ValueError, match="k = 0, want at least 1"):
         pipeline.recommend(histories, k=0)
-    with pytest.raises(ValueError, match="no rung 'best', want one of unified"):
+    with pytest.raises(ValueError, match="no strategy 'best', want one of unified"):
         pipeline.recommend(histories, strategy="best")
     with pytest.raises(ValueError, match="unknown actions"):
         pipeline.recommend([[Event("u", "i", "dance", 5)]])
