@@ -116,7 +116,7 @@ class InteractionHead(nn.Module):
         user = (self.state_proj(states) + self.newest_proj(newest))[:, None]  # [n, 1, hidden]
         item = self.item_proj(items) + self.product_proj(states[:, None] * items)  # [n, k, hidden]
         item = item + self._target_attention(items, context)
-        # After a cart, a purchase: what the newest event was, where it was of this very item.
+        # The newest event counts most for its own item: after a cart, a purchase.
         same_item = context.affinity[..., SAME_ITEM, None] * self.same_item_proj(newest)[:, None]
         hidden = F.silu(user + item + self.affinity_proj(context.affinity) + same_item)
         hidden = F.dropout(hidden, DROPOUT, self.training)

@@ -14,7 +14,7 @@ from pipeline.features.event_features import SECONDS_CAP, EncoderInputs
 
 
 class BlockPolicy(NamedTuple):
-    """How users are grouped into blocks.
+    """Rules for grouping users into blocks.
 
     max_scores: a block of length L holds max_scores / L^2 users
     dense_rows: a length with at least this many rows gets its own block, without padding

@@ -31,8 +31,11 @@ class SessionPooling:
 
     @classmethod
     def from_inputs(cls, inputs: EncoderInputs, recent: int | np.ndarray, sessions: int) -> "SessionPooling":
-        """Assign events to rows. recent: newest events with a row each, also int64 [n]; sessions: rows at most for the
-        newest sessions before them."""
+        """Assign events to rows.
+
+        recent: number of newest events with a row each, also int64 [n]; sessions: number of sessions before them that
+        have a row, at most
+        """
         lengths = np.diff(inputs.offsets)
         positions = np.arange(len(inputs.seconds))
         is_recent = positions >= np.repeat(inputs.offsets[1:] - recent, lengths)
