@@ -1,11 +1,13 @@
 """The encoder in torch: eager float32, the reference of all other backends; on a GPU it can switch to the kernels."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pipeline.artifact import Artifact
 from pipeline.backends import GraphOptions
@@ -36,7 +38,7 @@ class TorchEncoder:
             torch.set_num_threads(threads)
         config = artifact.config
         self.device = resolve_device(device)
-        with torch.device("meta"):  # skips the random initialisation, which the artifact's weights replace anyway
+        with torch.device("meta"), _SkipInitialisation():  # the artifact's weights replace the parameters
             self._hstu = Hstu(config)
             self._heads = TaskHeads(config.items, config.width)
         for module, name in ((self._hstu, "hstu"), (self._heads, "heads")):
@@ -124,6 +126,18 @@ class TorchEncoder:
             visit_frequency=torch.from_numpy(visit_frequency).to(self.device),
             affinity=torch.from_numpy(affinity).to(self.device),
         )
+
+
+class _SkipInitialisation(TorchFunctionMode):
+    """Leaves parameters as they are created; drawing them on the meta device imports sympy, 2 s of CPU."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.normal_ or getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def _load_weights(module: nn.Module, artifact: Artifact, name: str) -> None:

@@ -51,8 +51,8 @@ class ItemEmbedding(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.02)
         if content_rows:
             self.content_encoder = ContentEncoder(content_rows, width)
-            events = torch.arange(COUNT_BUCKETS).exp2() - 1  # the most in each bucket
-            self.blend = nn.Parameter((events.clamp(min=0.01) / EVEN_EVENTS).log())
+            events = np.exp2(np.arange(COUNT_BUCKETS, dtype=np.float32)) - 1  # the most in each bucket
+            self.blend = nn.Parameter((torch.from_numpy(events).clamp(min=0.01) / EVEN_EVENTS).log())
 
     def forward(self, rows: np.ndarray | None = None, cold: np.ndarray | None = None) -> Tensor:
         """Return vectors [n, width] of `rows` (int64 [n]; None: all rows). cold: bool [n], items treated as new, whose
