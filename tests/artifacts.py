@@ -1,12 +1,15 @@
-"""Artifacts made in milliseconds: relatives of one that was trained without items' records, as other versions that
-tests publish; and an untrained one of items with records."""
+"""Artifacts made in milliseconds, for tests that publish several versions of a model.
+
+`untrained` makes a model of items with records; the other functions vary a model that was trained without records.
+"""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
-from msgspec.structs import replace
 
 from pipeline import artifact as artifacts
 from pipeline.artifact import WEIGHTS, Artifact
@@ -18,90 +21,81 @@ from pipeline.records import EventSchema, Item, item_hash
 from pipeline.training.trainer import MultiTaskModel
 
 CREATED = "2026-01-01T00:00:00+00:00"
-TABLE = "hstu.items.embedding.weight"  # [1 + items, width]
-BIAS = "heads.interaction.item_bias.weight"  # [1 + items, 2]
+ITEM_EMBEDDING = "hstu.items.embedding.weight"  # [1 + items, width]
+ITEM_BIAS = "heads.interaction.item_bias.weight"  # [1 + items, 2]
 
 
 def untrained(item_ids: Sequence[str]) -> Artifact:
-    """A model that reads contents, of items with records, each usually bringing 10."""
+    """Return a model that reads content, of items with records and a usual value of 10."""
     torch.manual_seed(3)
     config = HstuConfig(items=1 + len(item_ids), width=16, heads=2, d_qk=8, d_v=8, max_events=20, content_rows=256)
     catalogue = Catalogue(Vocabulary(item_ids))
     catalogue.upsert(Item(item_id, title=f"thing {item_id}", price=10.0) for item_id in item_ids)
-    known = ItemMetadata.from_catalogue(catalogue, np.arange(1, config.items), np.full(len(item_ids), 5))
-    weights = MultiTaskModel(config, known.content()).state_dict()
-    weights["heads.interaction.item_bias.weight"] = torch.randn(config.items, 2)
-    zeros = np.zeros(0)
+    metadata = ItemMetadata.from_catalogue(catalogue, np.arange(1, config.items), np.full(len(item_ids), 5))
+    weights = MultiTaskModel(config, metadata.content()).state_dict()
+    weights[ITEM_BIAS] = torch.randn(config.items, 2)
     counters = {
         "items": np.array([item_hash(item_id) for item_id in item_ids], np.uint64),
         "popularity": np.ones(len(item_ids)),
         "values": np.full(len(item_ids), 10.0, np.float32),
         "offsets": np.zeros(config.items, np.int64),
-        "neighbours": zeros.astype(np.int32),
-        "weights": zeros.astype(np.float32),
+        "neighbours": np.zeros(0, np.int32),
+        "weights": np.zeros(0, np.float32),
         "as_of_ms": np.zeros(1, np.int64),
     }
-    return artifacts.draft(config, EventSchema(), weights, list(item_ids), counters, known)
+    return artifacts.draft(config, EventSchema(), weights, list(item_ids), counters, metadata)
 
 
 def renumbered(artifact: Artifact) -> Artifact:
-    """The same model with its items in the opposite order: another version, the same slates."""
-    tables = {name: artifact.weights[name] for name in (TABLE, BIAS)}
-    turned = {name: torch.cat([rows[:1], rows[1:].flip(0)]) for name, rows in tables.items()}
-    weights = artifact.weights | turned
-    return Artifact(artifact.manifest, weights, artifact.item_ids[::-1], artifact.counters, artifact.metadata)
+    """Return the same model with its items in reverse order: another version, the same slates."""
+    tables = {name: artifact.weights[name] for name in (ITEM_EMBEDDING, ITEM_BIAS)}
+    reversed_tables = {name: torch.cat([table[:1], table[1:].flip(0)]) for name, table in tables.items()}
+    return replace(artifact, weights=artifact.weights | reversed_tables, item_ids=artifact.item_ids[::-1])
 
 
 def mixed_up(artifact: Artifact) -> Artifact:
-    """Items have each other's ids, as after a wrong join: it loads, answers, and is wrong."""
-    return Artifact(artifact.manifest, artifact.weights, artifact.item_ids[::-1], artifact.counters, artifact.metadata)
+    """Return a model whose items have each other's ids, as after a wrong join: it loads and answers, but is wrong."""
+    return replace(artifact, item_ids=artifact.item_ids[::-1])
 
 
 def nudged(artifact: Artifact, seed: int) -> Artifact:
-    """Every weight a little off: another version, about the same slates."""
+    """Return the model with a little noise on every weight: another version, nearly the same slates."""
     torch.manual_seed(seed)
     weights = {name: weight + 1e-3 * torch.randn_like(weight) for name, weight in artifact.weights.items()}
-    return Artifact(artifact.manifest, weights, artifact.item_ids, artifact.counters, artifact.metadata)
+    return replace(artifact, weights=weights)
 
 
 def with_new_items(artifact: Artifact, item_ids: Sequence[str]) -> Artifact:
-    """Its last items are others."""
-    ids = [*artifact.item_ids[: -len(item_ids)], *item_ids]
-    return Artifact(artifact.manifest, artifact.weights, ids, artifact.counters, artifact.metadata)
+    """Return the model with its last items replaced by these."""
+    return replace(artifact, item_ids=[*artifact.item_ids[: -len(item_ids)], *item_ids])
 
 
 def not_a_number(artifact: Artifact) -> Artifact:
-    """Training diverged."""
-    return Artifact(artifact.manifest, artifact.weights | {TABLE: artifact.weights[TABLE] * float("nan")},
-                    artifact.item_ids, artifact.counters, artifact.metadata)  # fmt: skip
+    """Return the model with NaN item vectors, as after a training that diverged."""
+    diverged = {ITEM_EMBEDDING: artifact.weights[ITEM_EMBEDDING] * float("nan")}
+    return replace(artifact, weights=artifact.weights | diverged)
 
 
 def of_another_schema(artifact: Artifact) -> Artifact:
-    """The codes of actions mean something else."""
+    """Return the model with other meanings of the action codes."""
     schema = EventSchema(artifact.manifest.schema.actions[::-1])
-    return Artifact(
-        replace(artifact.manifest, schema=schema),
-        artifact.weights,
-        artifact.item_ids,
-        artifact.counters,
-        artifact.metadata,
-    )
+    return replace(artifact, manifest=msgspec.structs.replace(artifact.manifest, schema=schema))
 
 
 def save(folder: Path, artifact: Artifact, **metrics: float) -> str:
-    """The version that was written; the artifact's metrics unless others are given."""
+    """Save the artifact with its own metrics, updated by `metrics`, and return its version."""
     return artifacts.save(folder, artifact, artifact.manifest.metrics | metrics, CREATED).version
 
 
 def damage(folder: Path) -> None:
-    """A byte of the weights flips on the way."""
+    """Change one byte of the weights, as a broken copy would."""
     content = bytearray((folder / WEIGHTS).read_bytes())
     content[len(content) // 2] ^= 1
     (folder / WEIGHTS).write_bytes(content)
 
 
 def point(link: Path, folder: Path) -> None:
-    """Turn a symlink in one step, as `ln -sfn` or a registry does."""
+    """Point a symlink at the folder atomically, as `ln -sfn` or a registry does."""
     draft = link.with_name(f".{link.name}.draft")
     draft.symlink_to(folder)
     draft.replace(link)

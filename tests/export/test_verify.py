@@ -3,7 +3,6 @@ import torch
 
 from export.verify import compare, random_inputs
 from pipeline import artifact as artifacts
-from pipeline.artifact import Artifact
 from pipeline.backends.torch import TorchEncoder
 from pipeline.model.config import HstuConfig
 from pipeline.records import EventSchema
@@ -12,31 +11,33 @@ from pipeline.training.trainer import MultiTaskModel
 CONFIG = HstuConfig(items=300, width=16, heads=2, d_qk=8, d_v=8, max_events=64)
 
 
-def draft(noise: float = 0.0) -> Artifact:
+def make_encoder(noise: float = 0.0) -> TorchEncoder:
+    """Return the encoder of an untrained model, with noise on its weights."""
     torch.manual_seed(2)
     weights = MultiTaskModel(CONFIG).state_dict()
     weights = {name: weight + noise * torch.randn_like(weight) for name, weight in weights.items()}
-    return artifacts.draft(CONFIG, EventSchema(), weights, [f"i{n}" for n in range(299)], {})
+    item_ids = [f"i{number}" for number in range(299)]
+    return TorchEncoder(artifacts.draft(CONFIG, EventSchema(), weights, item_ids, {}), "cpu")
 
 
-def test_the_same_model_agrees_with_itself_whatever_the_batches() -> None:
-    random = np.random.default_rng(1)
-    batches = [random_inputs(CONFIG.items, random.integers(0, 65, 40), random) for _ in range(3)]
-    agreement = compare(TorchEncoder(draft(), "cpu"), TorchEncoder(draft(), "cpu"), batches)
+def test_model_agrees_with_itself_on_several_batches() -> None:
+    rng = np.random.default_rng(1)
+    batches = [random_inputs(CONFIG.items, rng.integers(0, 65, 40), rng) for _ in range(3)]
+    agreement = compare(make_encoder(), make_encoder(), batches)
     assert agreement.users == 120
     assert agreement.state_error < 1e-5
     assert agreement.top_overlap == 1.0
 
 
-def test_another_model_is_found_out() -> None:
-    random = np.random.default_rng(1)
-    batches = [random_inputs(CONFIG.items, random.integers(1, 65, 40), random)]
-    agreement = compare(TorchEncoder(draft(noise=0.05), "cpu"), TorchEncoder(draft(), "cpu"), batches)
+def test_different_model_is_detected() -> None:
+    rng = np.random.default_rng(1)
+    batches = [random_inputs(CONFIG.items, rng.integers(1, 65, 40), rng)]
+    agreement = compare(make_encoder(noise=0.05), make_encoder(), batches)
     assert agreement.state_error > 1e-2
     assert agreement.top_overlap < 0.9
 
 
-def test_random_inputs_keep_each_users_times_in_order_from_zero() -> None:
+def test_random_inputs_have_ascending_times_from_zero_per_user() -> None:
     inputs = random_inputs(10, [3, 0, 5, 1], np.random.default_rng(0))
     assert np.diff(inputs.offsets).tolist() == [3, 0, 5, 1]
     for start, stop in zip(inputs.offsets[:-1], inputs.offsets[1:], strict=True):
