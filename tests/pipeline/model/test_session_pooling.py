@@ -8,37 +8,56 @@ from pipeline.features.event_features import SESSION_GAP_MS, EncoderInputs
 from pipeline.model.session_pooling import SessionPooling
 
 GAP_S = SESSION_GAP_MS // 1000
+ITEMS = 9
+FEATURES = 20
+WIDTH = 4
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(0, 25), min_size=1, max_size=5), st.integers(1, 9), st.integers(1, 5), st.integers(0, 999))
-def test_rows_are_the_specifications(lengths: list[int], recent: int, sessions: int, seed: int) -> None:
-    random = np.random.default_rng(seed)
+@given(
+    lengths=st.lists(st.integers(0, 25), min_size=1, max_size=5),
+    recent=st.integers(1, 9),
+    sessions=st.integers(1, 5),
+    seed=st.integers(0, 999),
+)
+def test_rows_equal_the_specification(lengths: list[int], recent: int, sessions: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    steps = random.choice([0, 5, GAP_S - 1, GAP_S, 90_000], offsets[-1])
-    seconds = np.concatenate([np.cumsum(part) for part in np.split(steps, offsets[1:-1])]).astype(np.int32)
-    tokens = random.integers(0, 9, offsets[-1]).astype(np.int32)
-    codes = random.integers(0, 20, (offsets[-1], 3)).astype(np.int32)
-    table, features, strength = (torch.randn(*shape, generator=generator) for shape in ((9, 4), (20, 4), (20,)))
-    wanted, times, ends = hierarchical_sequence_fusion(
-        table, features, strength, *map(torch.from_numpy, (tokens, codes, seconds, offsets)), recent, sessions, GAP_S
+    steps = rng.choice([0, 5, GAP_S - 1, GAP_S, 90_000], offsets[-1])
+    inputs = EncoderInputs(
+        seconds=np.concatenate([np.cumsum(part) for part in np.split(steps, offsets[1:-1])]).astype(np.int32),
+        item_rows=rng.integers(0, ITEMS, offsets[-1]).astype(np.int32),
+        feature_ids=rng.integers(0, FEATURES, (offsets[-1], 3)).astype(np.int32),
+        offsets=offsets,
     )
-    condensed = SessionPooling.from_inputs(EncoderInputs(tokens, codes, seconds, offsets), recent, sessions)
-    assert condensed.offsets.tolist() == ends.tolist()
-    assert condensed.seconds.tolist() == times[: ends[-1]].tolist()
-    weights = strength[codes.astype(np.int64)].sum(1, keepdim=True).exp()
-    whole, items = torch.from_numpy(condensed.is_recent)[:, None], table[tokens.astype(np.int64)]
-    events = torch.where(whole, items * weights, items) + features[codes.astype(np.int64)].sum(1)
-    found = condensed.pool(events, weights.masked_fill(whole, 1.0))
-    torch.testing.assert_close(found, wanted[: ends[-1]], rtol=1e-4, atol=1e-4)
+    table = torch.randn(ITEMS, WIDTH, generator=generator)
+    features = torch.randn(FEATURES, WIDTH, generator=generator)
+    strength = torch.randn(FEATURES, generator=generator)
+    item_rows = torch.from_numpy(inputs.item_rows)
+    feature_ids = torch.from_numpy(inputs.feature_ids)
+    seconds = torch.from_numpy(inputs.seconds)
+    expected, times, ends = hierarchical_sequence_fusion(
+        table, features, strength, item_rows, feature_ids, seconds, torch.from_numpy(offsets), recent, sessions, GAP_S
+    )
+    pooling = SessionPooling.from_inputs(inputs, recent, sessions)
+    assert pooling.offsets.tolist() == ends.tolist()
+    assert pooling.seconds.tolist() == times[: ends[-1]].tolist()
+    weights = strength[feature_ids.long()].sum(1, keepdim=True).exp()
+    is_recent = torch.from_numpy(pooling.is_recent)[:, None]
+    items = table[item_rows.long()]
+    events = torch.where(is_recent, items * weights, items) + features[feature_ids.long()].sum(1)
+    pooled = pooling.pool(events, weights.masked_fill(is_recent, 1.0))
+    torch.testing.assert_close(pooled, expected[: ends[-1]], rtol=1e-4, atol=1e-4)
 
 
-def test_the_newest_events_keep_a_row_of_their_own_and_too_old_sessions_have_none() -> None:
-    seconds = np.array([0, 1, 5000, 5001, 20_000, 20_001, 20_002], np.int32)
-    nothing = np.zeros((7, 1), np.int32)
-    condensed = SessionPooling.from_inputs(
-        EncoderInputs(nothing[:, 0], nothing, seconds, np.array([0, 7])), recent=2, sessions=2
+def test_newest_events_keep_their_rows_and_the_oldest_sessions_have_none() -> None:
+    inputs = EncoderInputs(
+        item_rows=np.zeros(7, np.int32),
+        feature_ids=np.zeros((7, 1), np.int32),
+        seconds=np.array([0, 1, 5000, 5001, 20_000, 20_001, 20_002], np.int32),
+        offsets=np.array([0, 7]),
     )
-    assert condensed.rows.tolist() == [4, 4, 0, 0, 1, 2, 3]
-    assert condensed.is_recent.tolist() == [False] * 5 + [True] * 2
+    pooling = SessionPooling.from_inputs(inputs, recent=2, sessions=2)
+    assert pooling.rows.tolist() == [4, 4, 0, 0, 1, 2, 3]
+    assert pooling.is_recent.tolist() == [False] * 5 + [True] * 2
