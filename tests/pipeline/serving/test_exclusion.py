@@ -1,14 +1,14 @@
-"""One rule of exclusion: by action and by window before the user's newest event."""
+"""Exclusion by action and by window before the user's newest event."""
 
 import pytest
 
-from pipeline.records import Event, EventSchema, Histories
+from pipeline.records import DAY_MS, Event, EventSchema, Histories
 from pipeline.serving.exclusion import Exclusion
 
 SCHEMA = EventSchema()
-DAY_MS = 86_400_000
 
 
+@pytest.fixture
 def histories() -> Histories:
     first = [Event("u", "a", "view", 0), Event("u", "b", "purchase", 5 * DAY_MS), Event("u", "c", "view", 9 * DAY_MS)]
     return Histories.from_events([first, [], [Event("v", "a", "view", 0)]], SCHEMA)
@@ -23,10 +23,10 @@ def histories() -> Histories:
         (("view",), 4, [False, False, True, True]),
     ],
 )
-def test_an_item_is_excluded_by_its_actions_within_the_window(actions, days, mask):
-    assert Exclusion.from_names(actions, days, SCHEMA).mask(histories()).tolist() == mask
+def test_items_are_excluded_by_action_within_the_window(histories: Histories, actions, days, mask):
+    assert Exclusion.from_names(actions, days, SCHEMA).mask(histories).tolist() == mask
 
 
-def test_an_action_outside_the_schema_is_refused():
+def test_action_outside_the_schema_is_rejected():
     with pytest.raises(KeyError, match="dance"):
         Exclusion.from_names(("dance",), 0, SCHEMA)

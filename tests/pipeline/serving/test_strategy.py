@@ -1,15 +1,16 @@
-"""The ladder: the best healthy rung answers, a failed one rests and is probed once."""
+"""The fallback chain: the best healthy strategy answers, a failed one is skipped and then probed."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
+import pytest
 
 from pipeline.records import Histories
 from pipeline.serving.strategy import COOLDOWN_S, FallbackChain, RankedItems
 
 
 @dataclass
-class FakeRung:
+class FakeStrategy:
     name: str
 
     def rank(self, histories: Histories, k: int) -> RankedItems:
@@ -17,40 +18,44 @@ class FakeRung:
 
 
 @dataclass
-class Clock:
+class ManualClock:
     now_s: float = 0.0
-    rungs: dict = field(default_factory=lambda: {name: FakeRung(name) for name in ("simple", "hstu", "tensorrt")})
 
     def __call__(self) -> float:
         return self.now_s
 
-    def ladder(self) -> FallbackChain:
-        return FallbackChain(self.rungs, self)
+
+STRATEGIES = {name: FakeStrategy(name) for name in ("simple", "hstu", "tensorrt")}
 
 
-def names(ladder: FallbackChain, asked: str | None = None) -> list[str]:
-    return [rung.name for rung in ladder.candidates(asked)]
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
 
 
-def test_rungs_come_best_first_and_from_the_asked_one_downward():
-    ladder = Clock().ladder()
-    assert names(ladder) == ["tensorrt", "hstu", "simple"]
-    assert names(ladder, "vllm") == ["hstu", "simple"]
-    assert names(ladder, "simple") == ["simple"]
+@pytest.fixture
+def chain(clock: ManualClock) -> FallbackChain:
+    return FallbackChain(STRATEGIES, clock)
 
 
-def test_a_failed_rung_rests_until_its_cooldown_is_over():
-    clock = Clock()
-    ladder = clock.ladder()
-    ladder.record_failure(clock.rungs["tensorrt"])
-    assert names(ladder) == ["hstu", "simple"]
+def names(chain: FallbackChain, requested: str | None = None) -> list[str]:
+    return [strategy.name for strategy in chain.candidates(requested)]
+
+
+def test_candidates_come_best_first_from_the_requested_one_on(chain: FallbackChain):
+    assert names(chain) == ["tensorrt", "hstu", "simple"]
+    assert names(chain, "vllm") == ["hstu", "simple"]
+    assert names(chain, "simple") == ["simple"]
+
+
+def test_failed_strategy_is_skipped_until_its_cooldown_is_over(chain: FallbackChain, clock: ManualClock):
+    chain.record_failure(STRATEGIES["tensorrt"])
+    assert names(chain) == ["hstu", "simple"]
     clock.now_s = COOLDOWN_S
-    assert names(ladder) == ["tensorrt", "hstu", "simple"]
+    assert names(chain) == ["tensorrt", "hstu", "simple"]
 
 
-def test_the_last_rung_is_always_asked():
-    clock = Clock()
-    ladder = clock.ladder()
-    for rung in clock.rungs.values():
-        ladder.record_failure(rung)
-    assert names(ladder) == ["simple"]
+def test_last_strategy_is_never_skipped(chain: FallbackChain):
+    for strategy in STRATEGIES.values():
+        chain.record_failure(strategy)
+    assert names(chain) == ["simple"]
