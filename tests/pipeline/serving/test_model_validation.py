@@ -1,4 +1,6 @@
-"""A model that takes over answers whole slates, and is not strangely different from the one before it."""
+"""Validation of a model before it serves: full slates, and no implausible difference from the serving model."""
+
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
@@ -19,79 +21,88 @@ from pipeline.serving.model_validation import (
 )
 from pipeline.serving.strategy import RankedItems
 
-ITEMS = [f"i{number}" for number in range(5)]
+ITEM_IDS = [f"i{number}" for number in range(5)]
 
 
-class Fixed:
-    """A rung that answers every user with this row."""
+class FixedStrategy:
+    """Answers every user with the same tokens."""
 
     name = "hstu"
 
-    def __init__(self, tokens: list[int], score: float = 1.0, odds: float = 0.5) -> None:
-        self._tokens, self._score, self._odds = tokens, score, odds
+    def __init__(self, tokens: Sequence[int], score: float = 1.0, probability: float = 0.5) -> None:
+        self._tokens = tokens
+        self._score = score
+        self._probability = probability
 
     def rank(self, histories: Histories, k: int) -> RankedItems:
         tokens = np.tile(np.array(self._tokens, np.int32), (len(histories), 1))
         scores = np.where(tokens > 0, np.float32(self._score), -np.inf)
-        return RankedItems(tokens, scores, np.full((*tokens.shape, 3), self._odds, np.float32), "hstu")
+        return RankedItems(tokens, scores, np.full((*tokens.shape, 3), self._probability, np.float32), "hstu")
+
+
+def ranked(tokens: Sequence[int], users: int) -> RankedItems:
+    return FixedStrategy(tokens).rank(synthetic_histories(ITEM_IDS, [1] * users), len(tokens))
 
 
 def served(*slates: str) -> list[list[SlateItem]]:
+    """Return slates whose items are the letters of each text."""
     return [[SlateItem(item_id, 1.0, None, None, None, "hstu") for item_id in slate] for slate in slates]
 
 
-def manifest(**metrics: float) -> Manifest:
+def make_manifest(**metrics: float) -> Manifest:
     return Manifest(1, "m", "v", "", HstuConfig(), EventSchema(), metrics, {}, {}, "")
 
 
-def test_walks_have_the_lengths_asked_for_and_go_through_the_models_items():
-    histories = synthetic_histories(ITEMS, [1, 3, 12])
+def test_synthetic_histories_have_the_given_lengths_and_the_models_items_in_order():
+    histories = synthetic_histories(ITEM_IDS, [1, 3, 12])
     assert histories.lengths.tolist() == [1, 3, 12]
-    assert histories.items[1:4].tolist() == [item_hash(item_id) for item_id in ITEMS[:3]]
-    assert set(histories.items.tolist()) == {item_hash(item_id) for item_id in ITEMS}
+    assert histories.items[1:4].tolist() == [item_hash(item_id) for item_id in ITEM_IDS[:3]]
+    assert set(histories.items.tolist()) == {item_hash(item_id) for item_id in ITEM_IDS}
     assert (np.diff(histories.ts_ms[4:]) > 0).all()
     assert set(histories.actions.tolist()) == {1}
 
 
-def test_a_slate_may_be_short_only_where_the_catalogue_is_exhausted():
-    check_output(Fixed([4, 5, 0]), synthetic_histories(ITEMS, [3, 9]), 3, len(ITEMS))
+def test_slate_may_be_short_only_where_the_catalogue_is_exhausted():
+    strategy = FixedStrategy([4, 5, 0])
+    check_output(strategy, synthetic_histories(ITEM_IDS, [3, 9]), 3, len(ITEM_IDS))
     with pytest.raises(ArtifactError, match="1 of 2 slates shorter than 3 items"):
-        check_output(Fixed([4, 5, 0]), synthetic_histories(ITEMS, [2, 9]), 3, len(ITEMS))
+        check_output(strategy, synthetic_histories(ITEM_IDS, [2, 9]), 3, len(ITEM_IDS))
 
 
-@pytest.mark.parametrize("broken", [{"score": np.inf}, {"score": np.nan}, {"odds": np.nan}])
-def test_numbers_that_are_none_are_refused(broken: dict[str, float]):
+@pytest.mark.parametrize("output", [{"score": np.inf}, {"score": np.nan}, {"probability": np.nan}])
+def test_output_that_is_not_finite_is_rejected(output: dict[str, float]):
+    strategy = FixedStrategy([1, 2, 3], **output)
     with pytest.raises(ArtifactError, match="not finite"):
-        check_output(Fixed([1, 2, 3], **broken), synthetic_histories(ITEMS, [1]), 3, len(ITEMS))
+        check_output(strategy, synthetic_histories(ITEM_IDS, [1]), 3, len(ITEM_IDS))
 
 
-def test_overlap_is_the_mean_share_of_what_was_served_whatever_its_length():
-    ranked = Fixed([1, 2, 3]).rank(synthetic_histories(ITEMS, [1, 1, 1]), 3)
+def test_overlap_is_the_mean_fraction_of_served_slates_of_any_length():
+    slates = ranked([1, 2, 3], users=3)
     by_token = ["", *"abcde"]
-    assert slate_overlap(ranked, served("abc", "cde", "ax"), by_token) == pytest.approx((1 + 1 / 3 + 1 / 2) / 3)
-    assert slate_overlap(ranked, served("c", "", ""), by_token) == 0, (
-        "only the first item of a slate of one is compared"
-    )
+    assert slate_overlap(slates, served("abc", "cde", "ax"), by_token) == pytest.approx((1 + 1 / 3 + 1 / 2) / 3)
+    only_first = slate_overlap(slates, served("c", "", ""), by_token)
+    assert only_first == 0, "with a served slate of one item, the first item alone is compared"
 
 
-def test_an_overlap_below_the_bar_is_refused_and_none_at_all_is_not():
+def test_overlap_below_the_threshold_is_rejected_and_none_passes():
     check_overlap(0.1, Thresholds(min_overlap=0.1))
     check_overlap(None, Thresholds(min_overlap=0.1))
-    assert slate_overlap(Fixed([1]).rank(synthetic_histories(ITEMS, [1]), 1), served(""), ITEMS) is None
+    assert slate_overlap(ranked([1], users=1), served(""), ITEM_IDS) is None
     with pytest.raises(ArtifactError, match=r"share 9\.9% .*pipeline\.min_overlap is 10\.0%"):
         check_overlap(0.099, Thresholds(min_overlap=0.1))
 
 
-def test_a_hit_rate_that_fell_too_far_is_refused_and_one_that_is_not_known_is_not():
-    bar, old = Thresholds(max_hit_rate_drop=0.2), manifest(**{HIT_RATE: 0.25})
+def test_hit_rate_that_dropped_too_far_is_rejected_and_a_missing_one_passes():
+    thresholds = Thresholds(max_hit_rate_drop=0.2)
+    serving = make_manifest(**{HIT_RATE: 0.25})
     for metrics in ({HIT_RATE: 0.2}, {HIT_RATE: 0.9}, {}):
-        check_hit_rate(manifest(**metrics), old, bar)
-    for before in (None, manifest()):
-        check_hit_rate(manifest(**{HIT_RATE: 0.01}), before, bar)
+        check_hit_rate(make_manifest(**metrics), serving, thresholds)
+    for unknown in (None, make_manifest()):
+        check_hit_rate(make_manifest(**{HIT_RATE: 0.01}), unknown, thresholds)
     with pytest.raises(ArtifactError, match=r"0\.1900, the serving model's 0\.2500"):
-        check_hit_rate(manifest(**{HIT_RATE: 0.19}), old, bar)
+        check_hit_rate(make_manifest(**{HIT_RATE: 0.19}), serving, thresholds)
 
 
-def test_the_metric_that_is_compared_is_one_that_training_writes(shop):
-    written = msgspec.json.decode((shop.artifact / "manifest.json").read_bytes(), type=Manifest)
-    assert HIT_RATE in written.metrics
+def test_compared_metric_is_written_by_training(shop):
+    manifest = msgspec.json.decode((shop.artifact / "manifest.json").read_bytes(), type=Manifest)
+    assert HIT_RATE in manifest.metrics

@@ -10,9 +10,9 @@ from pipeline.serving.retrieval import FusedRetrieval, Retrieval
 
 def brute_force(table: np.ndarray, states: np.ndarray, excluded: set[tuple[int, int]], k: int) -> list[list[int]]:
     rows = []
-    for row, state in enumerate(states):
-        allowed = [token for token in range(1, len(table)) if (row, token) not in excluded]
-        best = sorted(allowed, key=lambda token: -float(table[token] @ state))[:k]
+    for user, state in enumerate(states):
+        allowed = [row for row in range(1, len(table)) if (user, row) not in excluded]
+        best = sorted(allowed, key=lambda row: -float(table[row] @ state))[:k]
         rows.append(best + [0] * (k - len(best)))
     return rows
 
@@ -24,46 +24,59 @@ def _small_catalogues_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", [Retrieval, FusedRetrieval])
 @settings(deadline=None)
-@given(st.integers(1, 9), st.integers(2, 12), st.integers(1, 15), st.integers(0, 999), st.integers(0, 40))
-def test_it_finds_what_looking_at_every_item_finds(
+@given(
+    users=st.integers(1, 9),
+    items=st.integers(2, 12),
+    k=st.integers(1, 15),
+    seed=st.integers(0, 999),
+    pairs=st.integers(0, 40),
+)
+def test_top_k_equals_brute_force(
     kind: type[Retrieval | FusedRetrieval], users: int, items: int, k: int, seed: int, pairs: int
 ) -> None:
-    random = np.random.default_rng(seed)
-    table, states = random.normal(size=(items, 4)).astype(np.float32), random.normal(size=(users, 4)).astype(np.float32)
-    rows, tokens = random.integers(0, users, pairs), random.integers(0, items + 3, pairs).astype(np.int32)
-    found, scores = kind(torch.from_numpy(table)).top_k(torch.from_numpy(states), rows, tokens, k)
-    excluded = set(zip(rows.tolist(), tokens.tolist(), strict=True))
+    rng = np.random.default_rng(seed)
+    table = rng.normal(size=(items, 4)).astype(np.float32)
+    states = rng.normal(size=(users, 4)).astype(np.float32)
+    excluded_users = rng.integers(0, users, pairs)
+    excluded_rows = rng.integers(0, items + 3, pairs).astype(np.int32)
+    found, scores = kind(torch.from_numpy(table)).top_k(torch.from_numpy(states), excluded_users, excluded_rows, k)
+    excluded = set(zip(excluded_users.tolist(), excluded_rows.tolist(), strict=True))
     assert found.tolist() == brute_force(table, states, excluded, k)
     assert np.isneginf(scores[found == 0]).all()
-    listed = np.where(np.isneginf(scores), -1e9, scores)
-    assert (np.diff(listed, axis=1) <= 0).all()
+    finite = np.where(np.isneginf(scores), -1e9, scores)
+    assert (np.diff(finite, axis=1) <= 0).all()
 
 
-def test_a_large_catalogue_is_scored_in_parts_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_catalogue_is_scored_in_chunks_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(1)
-    table, states = torch.randn(50, 8), torch.randn(23, 8)
-    rows, tokens = np.arange(23).repeat(4), np.tile([1, 2, 3, 49], 23)
-    whole = Retrieval(table).top_k(states, rows, tokens, 7)
+    table = torch.randn(50, 8)
+    states = torch.randn(23, 8)
+    users = np.arange(23).repeat(4)
+    rows = np.tile([1, 2, 3, 49], 23)
+    at_once = Retrieval(table).top_k(states, users, rows, 7)
     monkeypatch.setattr(retrieval, "CHUNK_SCORES", 150)
-    parts = Retrieval(table).top_k(states, rows, tokens, 7)
-    assert (parts[0] == whole[0]).all()
-    np.testing.assert_allclose(parts[1], whole[1], rtol=1e-5)
+    in_chunks = Retrieval(table).top_k(states, users, rows, 7)
+    assert (in_chunks[0] == at_once[0]).all()
+    np.testing.assert_allclose(in_chunks[1], at_once[1], rtol=1e-5)
 
 
-def test_half_precision_chooses_among_many_and_float32_orders_what_it_chose() -> None:
+def test_half_precision_finds_candidates_and_float32_orders_them() -> None:
     torch.manual_seed(2)
-    table, states = torch.randn(900, 16), torch.randn(5, 16)
-    rows, tokens = np.arange(5).repeat(3), np.tile([3, 700, 899], 5)
-    (found, scores), (wanted, exact) = (
-        each.top_k(states, rows, tokens, 10) for each in (FusedRetrieval(table), Retrieval(table))
-    )
-    assert found.tolist() == wanted.tolist()
+    table = torch.randn(900, 16)
+    states = torch.randn(5, 16)
+    users = np.arange(5).repeat(3)
+    rows = np.tile([3, 700, 899], 5)
+    found, scores = FusedRetrieval(table).top_k(states, users, rows, 10)
+    expected, exact = Retrieval(table).top_k(states, users, rows, 10)
+    assert found.tolist() == expected.tolist()
     np.testing.assert_allclose(scores, exact, rtol=1e-6, atol=1e-6)
 
 
-def test_a_slate_beyond_the_operators_reach_is_found_in_memory() -> None:
+def test_slate_longer_than_the_operators_limit_is_found_in_memory() -> None:
     torch.manual_seed(3)
-    table, states = torch.randn(900, 8), torch.randn(2, 8)
-    nothing = np.empty(0, np.int64)
-    long, wanted = (each.top_k(states, nothing, nothing, 480)[0] for each in (FusedRetrieval(table), Retrieval(table)))
-    assert long.tolist() == wanted.tolist()
+    table = torch.randn(900, 8)
+    states = torch.randn(2, 8)
+    no_pairs = np.empty(0, np.int64)
+    found, _ = FusedRetrieval(table).top_k(states, no_pairs, no_pairs, 480)
+    expected, _ = Retrieval(table).top_k(states, no_pairs, no_pairs, 480)
+    assert found.tolist() == expected.tolist()
