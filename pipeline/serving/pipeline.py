@@ -180,9 +180,9 @@ class Pipeline:
         evict_for([item.item_id for item in items], self.catalogue, self.counters)
         self.vocabulary.touch(self.load_items(items, delisted))
 
-    def observe(self, histories: Histories, n_new: np.ndarray) -> None:
-        """Count new events: the last n_new[i] of user i's history (int64 [n])."""
-        self.counters.observe(histories, n_new)
+    def observe(self, histories: Histories, new_counts: np.ndarray) -> None:
+        """Count new events: the last new_counts[i] of user i's history (int64 [n])."""
+        self.counters.observe(histories, new_counts)
 
     def popular(self, k: int) -> list[SlateItem]:
         """Return the k most popular items: the slate of a user without events."""
