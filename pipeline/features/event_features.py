@@ -78,10 +78,10 @@ FEATURE_LAYOUT = f"{REVISION}:{crc32(repr((_SIZES, TIME_THRESHOLDS, WINDOW_EVENT
 class EncoderInputs:
     """Packed model inputs of n users with `total` events.
 
-    item_rows: int32 [total], rows of the model's item table; 0 = an item without one
-    codes:   int32 [total, FEATURES], rows of the feature table
-    seconds: int32 [total], of the user's own clock; only differences are used
-    offsets: int64 [n + 1]
+    item_rows:   int32 [total], rows of the model's item table; 0 = an item without one
+    feature_ids: int32 [total, N_FEATURES], rows of the feature table
+    seconds:     int32 [total], since the user's first event; only differences are used
+    offsets:     int64 [n + 1]
     """
 
     item_rows: np.ndarray
@@ -140,13 +140,14 @@ def encoder_inputs(
         | _strength(histories)
         | _profile(histories, since_ms, starts, facts or ItemFacts.unknown(len(item_rows)))
     )
-    codes = np.empty((len(item_rows), N_FEATURES), np.int32)
-    for number, name in enumerate(FEATURE_COLUMNS):
-        codes[:, number] = columns[name]
-        codes[:, number] += _STARTS[name]
-    elapsed = (ts_ms - ts_ms[starts]) // 1000
-    seconds = np.minimum(elapsed, np.iinfo(np.int32).max).astype(np.int32)
-    return EncoderInputs(np.where(item_rows < table_rows, item_rows, UNKNOWN).astype(np.int32), codes, seconds, offsets)
+    feature_ids = np.empty((len(item_rows), N_FEATURES), np.int32)
+    for index, name in enumerate(FEATURE_COLUMNS):
+        feature_ids[:, index] = columns[name]
+        feature_ids[:, index] += _STARTS[name]
+    elapsed_s = (ts_ms - ts_ms[starts]) // 1000
+    seconds = np.minimum(elapsed_s, np.iinfo(np.int32).max).astype(np.int32)
+    item_rows = np.where(item_rows < table_rows, item_rows, UNKNOWN).astype(np.int32)
+    return EncoderInputs(item_rows, feature_ids, seconds, offsets)
 
 
 def _temporal(ts_ms: np.ndarray, since_ms: np.ndarray, starts: np.ndarray) -> dict[str, np.ndarray]:

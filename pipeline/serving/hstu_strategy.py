@@ -207,7 +207,7 @@ class HstuStrategy:
         moved_rows = self._row_index.sync()
         version = self._catalogue.version
         if version != self._synced_version and self._encoder.reads_content:
-            self._add_item_vectors(np.flatnonzero(self._catalogue.changed > self._synced_version))
+            self._add_item_vectors(np.flatnonzero(self._catalogue.changed_at > self._synced_version))
         self._synced_version = version
         if moved_rows.size:
             is_readmitted = self._row_index.tokens(moved_rows) != UNKNOWN

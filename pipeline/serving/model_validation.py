@@ -17,7 +17,7 @@ from pipeline.serving.strategy import RankedItems, Strategy
 
 HIT_RATE = "validation_hit_rate"  # of a manifest's metrics
 _MINUTE_MS = 60_000
-_FIRST_ACTION = 1 << 48  # code 1 in the field of time, action and device, see EVENT_DTYPE
+_FIRST_ACTION = 1 << ACTION_SHIFT  # action code 1, see EVENT_DTYPE
 
 
 class Thresholds(msgspec.Struct, frozen=True):

@@ -59,12 +59,13 @@ def measure(preset: str) -> list[Row]:
     capture_ms = 1e3 * (time.perf_counter() - start)
     rows = [row(preset, f"graphs: {captured} made", capture_ms, 0, None, None)]
     for users in USERS:
-        inputs = inputs_of(users)
-        name, wanted = f"{preset}: {users} users, {len(inputs.item_rows):,} events", eager.encode(inputs)
-        for how, encoder in (("torch: eager", eager), ("kernels", launched), ("kernels: graph", captured)):
-            error = round(float((encoder.encode(inputs) - wanted).norm() / wanted.norm()), 5)
-            ms = host_ms(lambda encoder=encoder, inputs=inputs: encoder.encode(inputs), ROUNDS)
-            rows.append(row(name, how, ms, users, None, error))
+        inputs = make_inputs(users)
+        name = f"{preset}: {users} users, {inputs.offsets[-1]:,} events"
+        expected = eager.encode(inputs)
+        for implementation, encoder in (("torch: eager", eager), ("kernels", kernels), ("kernels: graph", graphs)):
+            error = round(float((encoder.encode(inputs) - expected).norm() / expected.norm()), 5)
+            ms = host_ms(partial(encoder.encode, inputs), ROUNDS)
+            rows.append(row(name, implementation, ms, users, None, error))
     return rows
 
 

@@ -130,16 +130,18 @@ def operator_error(hstu: Hstu, work: Work, plan: AttentionPlan, scales: Fp8Scale
 
 
 def measure(hstu: Hstu, work: Work, thresholds: Tensor) -> Rows:
-    encode, whole = (
-        make_kernel_encoder(hstu, torch.bfloat16),
-        (work.seconds, work.offsets, thresholds, work.cap, torch.bfloat16),
-    )
-    plan = AttentionPlan.from_batch(*whole)
-    error = error_of(hstu, work, plan)
-    graph, newest = (bucketed(encode, work, thresholds, last) for last in (False, True))
-    fixed = graphed(lambda: encode(work.x, AttentionPlan.from_batch(*whole, trusted=True)))
-    attention = attention_alone(tables_of(encode), plan, operator_inputs(work)[:3], Fp8Scales())
-    encoder = (work.whole, error)
+    encode = make_kernel_encoder(hstu, torch.bfloat16)
+
+    def make_plan() -> AttentionPlan:
+        batch = (work.seconds, work.offsets, thresholds, work.max_length, torch.bfloat16)
+        return AttentionPlan.from_batch(*batch, trusted=True)
+
+    plan = AttentionPlan.from_batch(work.seconds, work.offsets, thresholds, work.max_length, torch.bfloat16)
+    error = operator_error(hstu, work, plan)
+    graph, newest = (bucket_graph(encode, work, thresholds, last) for last in (False, True))
+    exact_size = graphed(lambda: encode(work.x, make_plan()))
+    attention = attention_alone(bias_tables(encode), plan, operator_inputs(work)[:3], Fp8Scales())
+    encoder = (work.encoder, error)
     return [
         work.measured("torch: eager, padded", padded(hstu, work, thresholds, False), work.encoder),
         work.measured("torch: compiled, padded", padded(hstu, work, thresholds, True), work.encoder),
@@ -155,14 +157,15 @@ def measure(hstu: Hstu, work: Work, thresholds: Tensor) -> Rows:
 
 
 def measure_fp8(hstu: Hstu, work: Work, thresholds: Tensor, exact: Tensor) -> Rows:
-    """exact: the states with Q, K and V in bfloat16. An encoder's states_error: how far FP8's are from those."""
+    """exact: the states with Q, K and V in bfloat16, for states_error."""
     encode = make_kernel_encoder(hstu, torch.bfloat16, fp8=True)
-    plan = AttentionPlan.from_batch(work.seconds, work.offsets, thresholds, work.cap, FP8)
-    error = error_of(hstu, work, plan, SCALES)
-    more = {"states_error": relative_error(encode(work.x, plan), exact)}
-    graph, newest = (bucketed(encode, work, thresholds, last) for last in (False, True))
-    attention = attention_alone(tables_of(encode), plan, narrowed(operator_inputs(work)[:3]), SCALES)
-    flop, moved = work.attention  # one byte a value of Q, K and V
+    plan = AttentionPlan.from_batch(work.seconds, work.offsets, thresholds, work.max_length, FP8)
+    error = operator_error(hstu, work, plan, SCALES)
+    states_error = relative_error(encode(work.x, plan), exact)
+    graph, newest = (bucket_graph(encode, work, thresholds, last) for last in (False, True))
+    attention = attention_alone(bias_tables(encode), plan, to_fp8(operator_inputs(work)[:3]), SCALES)
+    flop, moved = work.attention
+    fp8_moved = moved * 5 / 8  # one byte per value of Q, K and V
     return [
         work.measured("kernels: graph, FP8", graph, None, error, states_error=states_error),
         work.measured("kernels: graph, newest rows, FP8", newest),

@@ -90,8 +90,8 @@ class SasRec(Trainable):
         """Return states [total, width] of users who have between 1 and max_events events each."""
         device = self.item_embedding.weight.device
         back = np.repeat(inputs.offsets[1:], np.diff(inputs.offsets)) - 1 - np.arange(len(inputs.item_rows))
-        item_rows, places = (torch.from_numpy(column).to(device) for column in (inputs.item_rows, back))
-        x = self.item_embedding(item_rows) * self.config.width**0.5 + self.position_embedding(places)
+        tokens, positions = (torch.from_numpy(column).to(device) for column in (inputs.item_rows, back))
+        x = self.item_embedding(tokens) * self.config.width**0.5 + self.position_embedding(positions)
         x = F.dropout(x, self.config.dropout, self.training)
         layout = PaddedBlocks.from_inputs(inputs, device)
         for layer in self.layers:

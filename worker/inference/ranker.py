@@ -136,15 +136,15 @@ class PipelineRanker:
         rings = [entry.ring for entry in batch.entries]
         histories = Histories.from_rings(rings)
         lengths = [entry.events[0].k or self._slate_size for entry in batch.entries]
-        answer = self.pipeline.rank(histories, max(lengths), batch.strategy or self._strategy)
-        if answer.strategy != SimpleStrategy.name:
-            self._served.extend(zip(rings, answer.slates, strict=True))
+        result = self.pipeline.rank(histories, max(lengths), batch.strategy or self._strategy)
+        if result.strategy != SimpleStrategy.name:
+            self._served.extend(zip(rings, result.slates, strict=True))
         metrics.BATCH_USERS.observe(len(batch.entries))
         for stage in ("features", "encode", "rank"):
-            metrics.STAGE_SECONDS.labels(stage).observe(getattr(answer, f"{stage}_ms") / 1e3)
-        _count_business_metrics(answer.ranked)
-        rows = zip(batch.entries, answer.slates, lengths, strict=True)
-        return [self._slate(batch, entry, answer, items[:k]) for entry, items, k in rows]
+            metrics.STAGE_SECONDS.labels(stage).observe(getattr(result, f"{stage}_ms") / 1e3)
+        _count_business_metrics(result.ranked)
+        rows = zip(batch.entries, result.slates, lengths, strict=True)
+        return [self._slate(batch, entry, result, items[:k]) for entry, items, k in rows]
 
     def _slate(self, batch: Batch, entry: Entry, result: BatchResult, items: list[SlateItem]) -> Slate:
         total_s = self._clock.monotonic() - entry.events[0].polled_s

@@ -56,11 +56,12 @@ def test_each_threshold_starts_a_bucket() -> None:
 @given(st.lists(events, min_size=1, max_size=12), st.integers(1, 12))
 def test_rows_never_change_when_later_events_arrive(history: list[Event], length: int) -> None:
     history = sorted(history, key=lambda event: event.ts_ms)
-    whole, part = inputs(history), inputs(history[:kept])
-    rows = len(part.item_rows)
-    assert (whole.item_rows[:rows] == part.item_rows).all()
-    assert (whole.feature_ids[:rows] == part.feature_ids).all()
-    assert (whole.seconds[:rows] == part.seconds).all()
+    full = inputs(history)
+    prefix = inputs(history[:length])
+    rows = len(prefix.item_rows)
+    assert (full.item_rows[:rows] == prefix.item_rows).all()
+    assert (full.feature_ids[:rows] == prefix.feature_ids).all()
+    assert (full.seconds[:rows] == prefix.seconds).all()
 
 
 @settings(deadline=None)
@@ -75,15 +76,17 @@ def test_rows_do_not_depend_on_other_users_in_the_batch(users: list[list[Event]]
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(1, 9))
-def test_the_tail_and_the_order_of_lengths_keep_each_users_rows(lengths: list[int], cap: int) -> None:
-    whole = inputs(*([Event("u", ITEMS[user], "view", 1000 * n) for n in range(k)] for user, k in enumerate(lengths)))
-    cut, order = whole.tail(cap).by_length()
-    kept = np.minimum(lengths, cap)
-    assert np.diff(cut.offsets).tolist() == sorted(k for k in kept if k)
-    for place, user in enumerate(order):
-        rows, wanted = slice(*cut.offsets[place : place + 2]), slice(None, whole.offsets[user + 1])
-        assert (cut.item_rows[rows] == whole.item_rows[wanted][-kept[user] :]).all()
-        assert (cut.feature_ids[rows] == whole.feature_ids[wanted][-kept[user] :]).all()
+def test_tail_and_by_length_keep_each_users_rows(lengths: list[int], cap: int) -> None:
+    full = inputs(*([Event("u", ITEMS[user], "view", 1000 * n) for n in range(k)] for user, k in enumerate(lengths)))
+    tail, users = full.tail(cap).by_length()
+    tail_lengths = np.minimum(lengths, cap)
+    assert np.diff(tail.offsets).tolist() == sorted(k for k in tail_lengths if k)
+    for index, user in enumerate(users):
+        rows = slice(*tail.offsets[index : index + 2])
+        end = full.offsets[user + 1]
+        expected = slice(end - tail_lengths[user], end)
+        assert (tail.item_rows[rows] == full.item_rows[expected]).all()
+        assert (tail.feature_ids[rows] == full.feature_ids[expected]).all()
 
 
 def test_only_rings_shorter_than_the_receptive_field_change_the_inputs() -> None:
@@ -95,8 +98,8 @@ def test_only_rings_shorter_than_the_receptive_field_change_the_inputs() -> None
     assert (full.feature_ids != short.feature_ids).any()
 
 
-def test_items_that_came_after_training_are_unknown_to_the_model() -> None:
-    history = [Event("u", item, "view", 1000 + place) for place, item in enumerate(["i4", "i9", "elsewhere"])]
+def test_items_after_training_are_unknown() -> None:
+    history = [Event("u", item, "view", 1000 + n) for n, item in enumerate(["i4", "i9", "unknown"])]
     assert inputs(history, table_rows=6).item_rows.tolist() == [5, 0, 0]
 
 

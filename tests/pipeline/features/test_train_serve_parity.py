@@ -35,7 +35,7 @@ def served(setup: TrainingSetup, monkeypatch: pytest.MonkeyPatch) -> tuple[Encod
     encoder_calls: list[EncoderInputs] = []
     heads_calls: list[np.ndarray] = []
     encode = TorchEncoder.encode
-    heads = TorchEncoder.heads
+    heads = TorchEncoder.head_probabilities
 
     def spy_encode(encoder: TorchEncoder, inputs: EncoderInputs) -> Tensor:
         encoder_calls.append(inputs)
@@ -48,7 +48,7 @@ def served(setup: TrainingSetup, monkeypatch: pytest.MonkeyPatch) -> tuple[Encod
         return heads(encoder, states, inputs, visit_frequency, *rest)
 
     monkeypatch.setattr(TorchEncoder, "encode", spy_encode)
-    monkeypatch.setattr(TorchEncoder, "heads", spy_heads)
+    monkeypatch.setattr(TorchEncoder, "head_probabilities", spy_heads)
     torch.manual_seed(0)
     strategy = setup.ranker(setup.trainer(setup.fit, 1).weights())
     strategy.rank(setup.train.histories, 5)
@@ -61,8 +61,8 @@ def test_training_and_serving_read_equal_columns_of_a_history(
     columns = setup.columns(setup.train)
     served_inputs, served_visit_frequency = served
     trained_inputs = columns.inputs.tail(MODEL.history_length)
-    assert len(trained_inputs.tokens) < len(setup.train), "some histories are longer than the model reads"
-    for name in ("tokens", "feature_ids", "seconds", "offsets"):
+    assert len(trained_inputs.item_rows) < len(setup.train), "some histories are longer than the model reads"
+    for name in ("item_rows", "feature_ids", "seconds", "offsets"):
         assert np.array_equal(getattr(trained_inputs, name), getattr(served_inputs, name)), name
     latest = setup.train.offsets[1:] - 1
     assert np.array_equal(columns.visit_frequency[latest], served_visit_frequency)

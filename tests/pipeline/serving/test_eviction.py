@@ -94,7 +94,7 @@ def test_evicted_items_record_does_not_pass_to_the_tokens_next_item():
     token = pipeline.vocabulary.token("b")
     assert pipeline.catalogue.facts(np.array([token])).price_codes.tolist() == [0]
     assert not any(map(len, pipeline.catalogue.content_hashes(token)))
-    assert pipeline.catalogue.changed[token] == 0
+    assert pipeline.catalogue.changed_at[token] == 0
 
 
 @pytest.mark.parametrize("seed", range(3))
