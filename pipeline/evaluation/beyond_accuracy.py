@@ -1,4 +1,4 @@
-"""What slates are like beyond their hits: how much of the catalogue they show, how unusual and how varied it is."""
+"""Qualities of slates beyond their hits: coverage of the catalogue, novelty, diversity."""
 
 from collections.abc import Iterable
 
@@ -9,14 +9,14 @@ from pipeline.data.sequences import UserSequences
 from pipeline.items.vocabulary import UNKNOWN, Vocabulary
 from pipeline.records import Item
 
-SKETCH = 64  # numbers that stand for an item's set; the cosine of two is off by 1/8, of a thousand slates by nothing
+SKETCH_DIM = 64  # numbers per item; a sketched cosine is off by 1/8, the mean over a thousand slates by nothing
 
 
 class BeyondAccuracyMetrics(msgspec.Struct, frozen=True):
-    """Of the slates of all scored events.
+    """Metrics over the slates of all scored events.
 
-    coverage:  share of the catalogue's items that are on any slate
-    novelty:   mean -log2 of an item's share of the training events, each item counted once more than it occurs
+    coverage:  fraction of the catalogue's items that are on any slate
+    novelty:   mean -log2 of an item's fraction of the training events (add-one smoothing)
     diversity: mean over slates of 1 - the mean cosine of two of their items; None where no slate has two
     """
 
@@ -26,8 +26,11 @@ class BeyondAccuracyMetrics(msgspec.Struct, frozen=True):
 
 
 def beyond_accuracy(slates: np.ndarray, counts: np.ndarray, vectors: np.ndarray) -> BeyondAccuracyMetrics:
-    """slates: int [n, k] tokens, 0 = none; counts: int [items], training events by token; vectors: float [items, d],
-    unit length, or zero for an item of which nothing is known: it is like none."""
+    """Measure slates.
+
+    slates: int [n, k] tokens, 0 = none; counts: int [items], training events by token; vectors: float [items, d], of
+    unit length, or zero for an item without data, which is similar to no other.
+    """
     shown = slates[slates > UNKNOWN]
     coverage = len(np.unique(shown)) / max(1, len(counts) - 1)
     bits = -np.log2((counts + 1) / (counts.sum() + len(counts)))
@@ -38,19 +41,20 @@ def beyond_accuracy(slates: np.ndarray, counts: np.ndarray, vectors: np.ndarray)
 def _diversity(slates: np.ndarray, vectors: np.ndarray) -> float | None:
     """With unit vectors v, sum over pairs i != j of v_i v_j is |sum v|^2 - sum |v|^2."""
     sizes = (slates > UNKNOWN).sum(1)
-    slates, sizes = slates[sizes > 1], sizes[sizes > 1]
+    slates = slates[sizes > 1]
+    sizes = sizes[sizes > 1]
     if not len(slates):
         return None
-    own = (vectors**2).sum(1)
-    totals = np.zeros((len(slates), vectors.shape[1]))
-    for column in slates.T:  # a pass a place of the slate: [n, d] at a time
-        totals += vectors[column]
-    likeness = ((totals**2).sum(1) - own[slates].sum(1)) / (sizes * (sizes - 1))
-    return float(1 - likeness.mean())
+    squared_norms = (vectors**2).sum(1)
+    sums = np.zeros((len(slates), vectors.shape[1]))
+    for column in slates.T:  # one pass per rank: [n, d] at a time
+        sums += vectors[column]
+    similarity = ((sums**2).sum(1) - squared_norms[slates].sum(1)) / (sizes * (sizes - 1))
+    return float(1 - similarity.mean())
 
 
 def category_vectors(items: Iterable[Item], vocabulary: Vocabulary) -> np.ndarray:
-    """float32 [items, SKETCH]: items are like each other as far as they share categories."""
+    """Return float32 [items, SKETCH_DIM] whose cosines estimate those of the items' category sets."""
     numbers: dict[str, int] = {}
     pairs = [
         (vocabulary.token(item.item_id), numbers.setdefault(name, len(numbers)))
@@ -58,23 +62,23 @@ def category_vectors(items: Iterable[Item], vocabulary: Vocabulary) -> np.ndarra
         for name in set(item.category)
     ]
     columns = np.array(pairs, np.int64).reshape(-1, 2)
-    return _sketched(columns[:, 0], columns[:, 1], len(vocabulary))
+    return _sketch(columns[:, 0], columns[:, 1], len(vocabulary))
 
 
 def cooccurrence_vectors(train: UserSequences, items: int) -> np.ndarray:
-    """float32 [items, SKETCH]: items are like each other as far as the same users touched them."""
+    """Return float32 [items, SKETCH_DIM] whose cosines estimate those of the sets of users who touched the items."""
     users = np.repeat(np.arange(len(train.offsets) - 1), np.diff(train.offsets))
-    return _sketched(train.tokens[train.is_first_touch], users[train.is_first_touch], items)
+    return _sketch(train.tokens[train.is_first_touch], users[train.is_first_touch], items)
 
 
-def _sketched(tokens: np.ndarray, members: np.ndarray, items: int) -> np.ndarray:
-    """Unit vectors whose dot products estimate the cosines of the items' sets, zeros for an empty set.
+def _sketch(tokens: np.ndarray, members: np.ndarray, items: int) -> np.ndarray:
+    """Return unit vectors whose dot products estimate the cosines of the items' sets, zeros for an empty set.
 
     tokens, members: int [pairs], distinct. A random sign projection (Achlioptas 2003) of the 0/1 set vectors.
     """
-    random = np.random.default_rng(0)
-    signs = random.choice(np.array([-1, 1], np.float32), (int(members.max(initial=-1)) + 1, SKETCH))
-    vectors = np.zeros((items, SKETCH), np.float32)
+    rng = np.random.default_rng(0)
+    signs = rng.choice(np.array([-1, 1], np.float32), (int(members.max(initial=-1)) + 1, SKETCH_DIM))
+    vectors = np.zeros((items, SKETCH_DIM), np.float32)
     np.add.at(vectors, tokens, signs[members])
     vectors[UNKNOWN] = 0
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Several rankers over the same events: their measures at each cutoff, and how sure each and each difference is."""
+"""Several rankers over the same events: metrics at each cutoff and paired differences, all with intervals."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Estimate(msgspec.Struct, frozen=True):
 
 
 class Estimates(msgspec.Struct, frozen=True):
-    """In the order of measures.gains' columns."""
+    """Estimates in the order of the columns of metrics.gains."""
 
     hit_rate: Estimate
     ndcg: Estimate
@@ -28,29 +28,37 @@ class Estimates(msgspec.Struct, frozen=True):
 
 @dataclass(slots=True)
 class Comparison:
-    """means: float64 [cutoffs, 3] of each ranker; samples: float64 [resamples, cutoffs, 3], the same users in all."""
+    """Means and bootstrap samples by ranker.
+
+    means: float64 [cutoffs, 3]; samples: float64 [resamples, cutoffs, 3], of the same users for all rankers
+    """
 
     cutoffs: tuple[int, ...]
     means: dict[str, np.ndarray]
     samples: dict[str, np.ndarray]
 
     @classmethod
-    def from_ranks(cls, ranks: Mapping[str, np.ndarray], users: np.ndarray, cutoffs: tuple[int, ...], resamples: int,
-           seed: int) -> "Comparison":  # fmt: skip
-        """ranks: int [n] of each ranker, 0 = none; users: int [n], each event's user."""
-        made = cls(cutoffs, {}, {})
-        for name, places in ranks.items():
-            values = np.concatenate([gains(places, cutoff) for cutoff in cutoffs], axis=1)  # [n, cutoffs * 3]
-            made.means[name] = values.mean(0).reshape(len(cutoffs), -1)
-            made.samples[name] = resampled_means(values, users, resamples, seed).reshape(resamples, len(cutoffs), -1)
-        return made
+    def from_ranks(
+        cls, ranks: Mapping[str, np.ndarray], users: np.ndarray, cutoffs: tuple[int, ...], resamples: int, seed: int
+    ) -> "Comparison":
+        """Compare rankers by the ranks of the targets.
+
+        ranks: int [n] per ranker, 0 = none; users: int [n], each event's user.
+        """
+        comparison = cls(cutoffs, {}, {})
+        for name, target_ranks in ranks.items():
+            values = np.concatenate([gains(target_ranks, cutoff) for cutoff in cutoffs], axis=1)  # [n, cutoffs * 3]
+            samples = resampled_means(values, users, resamples, seed)
+            comparison.means[name] = values.mean(0).reshape(len(cutoffs), -1)
+            comparison.samples[name] = samples.reshape(resamples, len(cutoffs), -1)
+        return comparison
 
     def at(self, name: str) -> dict[int, Estimates]:
-        """By cutoff."""
+        """Return a ranker's metrics by cutoff."""
         return self._estimates(self.means[name], self.samples[name])
 
     def difference(self, name: str, other: str) -> dict[int, Estimates]:
-        """By cutoff, what `name` has more than `other`: paired, so that what all find hard does not blur it."""
+        """Return by cutoff `name` minus `other`, paired by user, so shared difficulty cancels out."""
         return self._estimates(self.means[name] - self.means[other], self.samples[name] - self.samples[other])
 
     def _estimates(self, means: np.ndarray, samples: np.ndarray) -> dict[int, Estimates]:

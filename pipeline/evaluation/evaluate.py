@@ -1,8 +1,8 @@
-"""What a model and the baselines would have been worth on a part of a log that they have not seen.
+"""Offline evaluation of a model and baselines on held-out events.
 
-Every scored event is ranked from its user's preceding events, as a ring of `cap_events` holds them. Models and counters
-are frozen, the histories grow. With the online cut, the replay of the same log through the worker, one slate an event,
-gives the same numbers.
+Every scored event is ranked from its user's preceding events, as a ring of `max_events` holds them. Models and counters
+are frozen, the histories grow. With a split by time, the replay of the same log through the worker, one slate per
+event, gives the same numbers.
 """
 
 from collections.abc import Iterable, Mapping
@@ -31,8 +31,8 @@ from pipeline.evaluation.item_knn import ItemKnn, ItemKnnOptions
 from pipeline.evaluation.metrics import HeadMetrics, RankingMetrics, head_metrics, ranking_metrics, target_ranks
 from pipeline.evaluation.negatives import NegativeSampling, sample_negatives
 from pipeline.evaluation.popularity import RecentPopularity
-from pipeline.evaluation.ranking import HeldOutEvents, Recommender, ranks_among, slates_of
-from pipeline.features.labels import TASKS, compute_labels
+from pipeline.evaluation.ranking import HeldOutEvents, Recommender, rank_among_negatives, recommend_slates
+from pipeline.features.labels import TASKS, labels_of
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import UNKNOWN, Vocabulary
 from pipeline.records import EventSchema, Item
@@ -47,7 +47,7 @@ MODEL = "hstu"
 
 
 class EvaluationOptions(msgspec.Struct, frozen=True):
-    """What to score and how. negatives: None ranks all items; resamples, seed: of the intervals."""
+    """Options of `millrace evaluate`. negatives: None ranks all items; resamples, seed: for the intervals."""
 
     split: Split = Split()
     cutoffs: tuple[PositiveInt, ...] = (5, SLATE_ITEMS, 20, 50)
@@ -58,12 +58,16 @@ class EvaluationOptions(msgspec.Struct, frozen=True):
 
     @property
     def k(self) -> int:
-        """What slices and slates are measured at: the cutoff that is nearest to a slate's length from below."""
+        """Cutoff of slices and slates: the largest one that a slate is long enough for, else the smallest."""
         return max((cutoff for cutoff in self.cutoffs if cutoff <= SLATE_ITEMS), default=min(self.cutoffs))
 
 
 class RankerMetrics(msgspec.Struct, frozen=True):
-    """How one ranker fared. slates: None among sampled negatives; behind: by how much the model is ahead of it."""
+    """Metrics of one ranker.
+
+    at: by cutoff; lift: by cutoff, the model's metrics minus this ranker's; slices: at cutoff k; slates: None among
+    sampled negatives
+    """
 
     at: dict[int, Estimates]
     lift: dict[int, Estimates]
@@ -74,8 +78,8 @@ class RankerMetrics(msgspec.Struct, frozen=True):
 class EvaluationReport(msgspec.Struct, frozen=True):
     """`millrace evaluate`'s JSON.
 
-    worth: of the model's slates, see business_metrics.py, empty among negatives; warning: why the numbers may be too
-    good, or None
+    business_metrics: means over the model's slates, see business_metrics.py; empty among negatives
+    warning: why the numbers may be too good, or None
     """
 
     split: str
@@ -90,57 +94,21 @@ class EvaluationReport(msgspec.Struct, frozen=True):
     warning: str | None
 
 
-def evaluate(artifact: Artifact, log: EventLog, options: PipelineOptions, request: EvaluationOptions | None = None,
-             items: Iterable[Item] = ()) -> EvaluationReport:  # fmt: skip
-    """Every measure over the log's events behind the cut. Raises EvaluationError.
-
-    items: what is known of items, also of those that training did not have: the model ranks these by it, and categories
-    tell how varied a slate is.
-    """
-    request = request or EvaluationOptions()
-    left_out = request.split.test_mask(log)
-    warning = _check(artifact, log, left_out, request.split)
-    vocabulary = Vocabulary(dict.fromkeys([*artifact.item_ids, *log.item_ids]), options.max_items)
-    if vocabulary.rejected_count:
-        raise EvaluationError(f"evaluate: {vocabulary.overflow_message}")
-    split = TrainTest.from_log(log, left_out, vocabulary, request.max_events)
-    catalogue, items = Catalogue(vocabulary), list(items)
-    artifact.load_into(catalogue)
-    catalogue.upsert(items)
-    hstu = HstuStrategy(artifact, catalogue, options.exclusion, options.device, options.threads, options.rerank)
-    weighed = BusinessMetricsRecorder(hstu, request.k)
-    rankers = _baselines(artifact, split, options, catalogue if items else None) | {MODEL: weighed}
-    ranks, slates = _ranked(rankers, split, request, items)
-    return EvaluationReport(
-        split=str(request.split),
-        candidates="all items" if request.negatives is None else str(request.negatives),
-        version=artifact.version,
-        k=request.k,
-        events=len(split.test),
-        users=len(np.unique(split.test.users)),
-        rankings=_rankings(ranks, slates, split, request),
-        heads=evaluate_heads(hstu, split.test, options.schema),
-        business_metrics=weighed.means(),
-        warning=warning,
-    )
-
-
 @dataclass(slots=True)
 class TrainTest:
-    """A log cut in two. known: what lies before the cut; scored: what lies behind it, in the whole log."""
+    """A split log. test: the held-out events, with the full log's sequences as their context."""
 
     vocabulary: Vocabulary
     train: UserSequences
     test: HeldOutEvents
 
     @classmethod
-    def from_log(cls, log: EventLog, left_out: np.ndarray, vocabulary: Vocabulary, cap_events: int) -> "TrainTest":
-        """left_out: bool [n], the log's events behind the cut."""
-        whole, known = (
-            UserSequences.from_log(log, vocabulary),
-            UserSequences.from_log(log.select(~left_out), vocabulary),
-        )
-        return cls(vocabulary, known, HeldOutEvents(whole, np.flatnonzero(left_out[whole.log_positions]), cap_events))
+    def from_log(cls, log: EventLog, test_mask: np.ndarray, vocabulary: Vocabulary, max_events: int) -> "TrainTest":
+        """test_mask: bool [n], the log's held-out events."""
+        sequences = UserSequences.from_log(log, vocabulary)
+        train = UserSequences.from_log(log.select(~test_mask), vocabulary)
+        positions = np.flatnonzero(test_mask[sequences.log_positions])
+        return cls(vocabulary, train, HeldOutEvents(sequences, positions, max_events))
 
     @property
     def items(self) -> int:
@@ -148,88 +116,141 @@ class TrainTest:
 
     @property
     def counts(self) -> np.ndarray:
-        """int64 [items]: events before the cut by token, 0 for the unknown item."""
+        """Training events by token, int64 [items]; 0 for the unknown item."""
         counts = np.bincount(self.train.tokens, minlength=self.items)
         counts[UNKNOWN] = 0
         return counts
 
 
-def _check(artifact: Artifact, log: EventLog, left_out: np.ndarray, cut: Split) -> str | None:
-    """EvaluationError when nothing is left to score or it taught the artifact; a sentence when that cannot be told."""
-    if not left_out.any():
-        raise EvaluationError(f"evaluate: none of the log's {len(log)} events is left to score ({cut}); score more")
-    taught = artifact.manifest.trained_on
-    seen = taught.count_seen(log, left_out) if taught else None
-    if taught and seen:
+def evaluate(
+    artifact: Artifact,
+    log: EventLog,
+    options: PipelineOptions,
+    request: EvaluationOptions | None = None,
+    items: Iterable[Item] = (),
+) -> EvaluationReport:
+    """Compute every metric over the log's held-out events. Raises EvaluationError.
+
+    items: metadata, also of items that training did not have: the model ranks those by it, and categories measure the
+    diversity of slates.
+    """
+    request = request or EvaluationOptions()
+    test_mask = request.split.test_mask(log)
+    warning = _check_held_out(artifact, log, test_mask, request.split)
+    vocabulary = Vocabulary(dict.fromkeys([*artifact.item_ids, *log.item_ids]), options.max_items)
+    if vocabulary.rejected_count:
+        raise EvaluationError(f"evaluate: {vocabulary.overflow_message}")
+    data = TrainTest.from_log(log, test_mask, vocabulary, request.max_events)
+    items = list(items)
+    catalogue = Catalogue(vocabulary)
+    artifact.load_into(catalogue)
+    catalogue.upsert(items)
+    hstu = HstuStrategy(artifact, catalogue, options.exclusion, options.device, options.threads, options.rerank)
+    model = BusinessMetricsRecorder(hstu, request.k)
+    rankers = _baselines(artifact, data, options, catalogue if items else None) | {MODEL: model}
+    ranks, slates = _rank(rankers, data, request, items)
+    return EvaluationReport(
+        split=str(request.split),
+        candidates="all items" if request.negatives is None else str(request.negatives),
+        version=artifact.version,
+        k=request.k,
+        events=len(data.test),
+        users=len(np.unique(data.test.users)),
+        rankings=_measure(ranks, slates, data, request),
+        heads=evaluate_heads(hstu, data.test, options.schema),
+        business_metrics=model.means(),
+        warning=warning,
+    )
+
+
+def evaluate_heads(hstu: HstuStrategy, test: HeldOutEvents, schema: EventSchema) -> dict[str, HeadMetrics]:
+    """Compare the heads' probabilities for each event's item, predicted just before the event, with its labels.
+
+    Users' first events are left out.
+    """
+    sequences = test.sequences
+    events = HeldOutEvents(sequences, test.positions[test.lengths > 0], test.max_events)
+    labels = labels_of(sequences.histories, schema, int(sequences.histories.ts_ms.max(initial=0)))
+    labels = labels[events.positions - 1]  # an event's labels stand at its predecessor
+    probabilities = predict_heads(hstu, events)
+    return {task: head_metrics(probabilities[:, i], labels[:, i]) for i, task in enumerate(TASKS)}
+
+
+def _check_held_out(artifact: Artifact, log: EventLog, test_mask: np.ndarray, split: Split) -> str | None:
+    """Return a warning when it cannot be known whether the artifact was trained on events to score.
+
+    EvaluationError when it was, or when there is nothing to score.
+    """
+    if not test_mask.any():
+        raise EvaluationError(f"evaluate: none of the log's {len(log)} events is left to score ({split}); score more")
+    provenance = artifact.manifest.trained_on
+    seen = provenance.count_seen(log, test_mask) if provenance else None
+    if provenance and seen:
         raise EvaluationError(
-            f"evaluate: {seen} of the {int(left_out.sum())} events to score ({cut}) taught artifact {artifact.version},"
-            f" which left out {taught.split}; score those, or train with the cut that you score"
+            f"evaluate: artifact {artifact.version} was trained on {seen} of the {int(test_mask.sum())} events to score"
+            f" ({split}); it left out {provenance.split}: score those, or train with the split that you score"
         )
     if seen is None:
-        return f"artifact {artifact.version} may have been taught by events scored here: it is not of this very log"
+        return (
+            f"artifact {artifact.version} may have been trained on events scored here: it was trained on a different"
+            " log"
+        )
     return None
 
 
 def _baselines(
-    artifact: Artifact, split: TrainTest, options: PipelineOptions, records: Catalogue | None
+    artifact: Artifact, data: TrainTest, options: PipelineOptions, metadata: Catalogue | None
 ) -> dict[str, Recommender]:
-    """The counters as the artifact holds them, and rankers fitted to the events before the cut, or to items' records
-    where there are any."""
+    """Return the artifact's counters as rankers, and baselines fitted to the training events or to item metadata."""
 
-    def counted(state: Mapping[str, np.ndarray]) -> SimpleStrategy:
-        return SimpleStrategy(frozen_counters(options, split.vocabulary, state), options.exclusion)
+    def simple_strategy(state: Mapping[str, np.ndarray]) -> SimpleStrategy:
+        return SimpleStrategy(frozen_counters(options, data.vocabulary, state), options.exclusion)
 
-    recent = RecentPopularity(split.train, split.items, options.half_life_days)
-    scorers = [recent, ItemKnn.from_users(split.train, split.items, ItemKnnOptions())]
-    if records is not None:
-        scorers.append(ItemKnn.from_content(records, split.train, ItemKnnOptions(shrinkage=0.0)))
+    recent = RecentPopularity(data.train, data.items, options.half_life_days)
+    scorers = [recent, ItemKnn.from_users(data.train, data.items, ItemKnnOptions())]
+    if metadata is not None:
+        scorers.append(ItemKnn.from_content(metadata, data.train, ItemKnnOptions(shrinkage=0.0)))
     return {
-        "popularity": counted(without_neighbours(artifact.counters)),
-        "cooccurrence": counted(artifact.counters),
-        **{scorer.name: FullRanking(scorer, split.vocabulary, options.exclusion) for scorer in scorers},
+        "popularity": simple_strategy(without_neighbours(artifact.counters)),
+        "cooccurrence": simple_strategy(artifact.counters),
+        **{scorer.name: FullRanking(scorer, data.vocabulary, options.exclusion) for scorer in scorers},
     }
 
 
-def _ranked(
-    rankers: Mapping[str, Recommender], split: TrainTest, asked: EvaluationOptions, items: list[Item]
+def _rank(
+    rankers: Mapping[str, Recommender], data: TrainTest, request: EvaluationOptions, items: list[Item]
 ) -> tuple[dict[str, np.ndarray], dict[str, BeyondAccuracyMetrics]]:
-    """Each ranker's ranks, int64 [n], and, among all items, what its slates are like."""
-    scored, counts = split.test, split.counts
-    if asked.negatives is not None:
-        drawn = sample_negatives(asked.negatives, scored, counts)
-        return {name: ranks_among(ranker, scored, drawn) for name, ranker in rankers.items()}, {}
-    vectors = category_vectors(items, split.vocabulary) if items else cooccurrence_vectors(split.train, split.items)
-    ranks, measures = {}, {}
+    """Return each ranker's target ranks, int64 [n], and, unless among negatives, the metrics of its slates."""
+    counts = data.counts
+    if request.negatives is not None:
+        negatives = sample_negatives(request.negatives, data.test, counts)
+        return {name: rank_among_negatives(ranker, data.test, negatives) for name, ranker in rankers.items()}, {}
+    vectors = category_vectors(items, data.vocabulary) if items else cooccurrence_vectors(data.train, data.items)
+    ranks, slate_metrics = {}, {}
     for name, ranker in rankers.items():
-        slates = slates_of(ranker, scored, max(asked.cutoffs))
-        ranks[name] = target_ranks(slates, scored.targets)
-        measures[name] = beyond_accuracy(slates[:, : asked.k], counts, vectors)
-    return ranks, measures
+        slates = recommend_slates(ranker, data.test, max(request.cutoffs))
+        ranks[name] = target_ranks(slates, data.test.targets)
+        slate_metrics[name] = beyond_accuracy(slates[:, : request.k], counts, vectors)
+    return ranks, slate_metrics
 
 
-def _rankings(
-    ranks: dict[str, np.ndarray], slates: dict[str, BeyondAccuracyMetrics], split: TrainTest, asked: EvaluationOptions
+def _measure(
+    ranks: dict[str, np.ndarray],
+    slates: dict[str, BeyondAccuracyMetrics],
+    data: TrainTest,
+    request: EvaluationOptions,
 ) -> dict[str, RankerMetrics]:
-    comparison = Comparison.from_ranks(ranks, split.test.users, asked.cutoffs, asked.resamples, asked.seed)
+    comparison = Comparison.from_ranks(ranks, data.test.users, request.cutoffs, request.resamples, request.seed)
     slices = {
-        "cold_items": split.counts[split.test.targets] < COLD,
-        "cold_users": split.test.lengths < COLD,
+        "cold_items": data.counts[data.test.targets] < COLD,
+        "cold_users": data.test.lengths < COLD,
     }
     return {
         name: RankerMetrics(
-            comparison.at(name),
-            comparison.difference(MODEL, name) if name != MODEL else {},
-            {part: ranking_metrics(places[inside], asked.k) for part, inside in slices.items()},
-            slates.get(name),
+            at=comparison.at(name),
+            lift=comparison.difference(MODEL, name) if name != MODEL else {},
+            slices={key: ranking_metrics(own_ranks[mask], request.k) for key, mask in slices.items()},
+            slates=slates.get(name),
         )
-        for name, places in ranks.items()
+        for name, own_ranks in ranks.items()
     }
-
-
-def evaluate_heads(hstu: HstuStrategy, scored: HeldOutEvents, schema: EventSchema) -> dict[str, HeadMetrics]:
-    """The heads' odds of each event's item, asked just before the event, against what the event turned out to be."""
-    corpus = scored.sequences
-    asked = HeldOutEvents(corpus, scored.positions[scored.lengths > 0], scored.max_events)
-    labels = compute_labels(corpus.histories, schema, int(corpus.histories.ts_ms.max(initial=0)))[asked.positions - 1]
-    odds = predict_heads(hstu, asked)
-    return {task: head_metrics(odds[:, i], labels[:, i]) for i, task in enumerate(TASKS)}

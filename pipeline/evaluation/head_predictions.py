@@ -1,4 +1,4 @@
-"""The heads asked about events of a log, each just before it: what measures them, and what calibrates them."""
+"""Head predictions for logged events, each from the events before it: to measure the heads and to calibrate them."""
 
 import numpy as np
 
@@ -9,41 +9,45 @@ from pipeline.model.calibration import fit_platt
 from pipeline.records import EventSchema
 from pipeline.serving.hstu_strategy import HstuStrategy
 
-MAX_CALIBRATION_EVENTS = 8000  # at most: two numbers a head are fitted to them
+MAX_CALIBRATION_EVENTS = 8000  # two numbers per head are fitted to them
 
 
 def predict_heads(hstu: HstuStrategy, events: HeldOutEvents) -> np.ndarray:
-    """float32 [n, 3] by labels.TASKS: of each event's item, from the events before it; none is its user's first."""
-    odds = np.empty((len(events), len(TASKS)), np.float32)
-    for chosen, histories in events.batches():
-        odds[chosen] = hstu.probabilities(histories, events.targets[chosen, None])[:, 0]
-    return odds
+    """Return float32 [n, 3] probabilities by labels.TASKS for each event's item. No event may be its user's first."""
+    probabilities = np.empty((len(events), len(TASKS)), np.float32)
+    for rows, histories in events.batches():
+        probabilities[rows] = hstu.probabilities(histories, events.targets[rows, None])[:, 0]
+    return probabilities
 
 
 def fit_calibration(
-    hstu: HstuStrategy, known: UserSequences, labels: np.ndarray, seed: int
+    hstu: HstuStrategy, train: UserSequences, labels: np.ndarray, seed: int
 ) -> list[tuple[float, float]]:
-    """Scale and shift of each head. hstu: not calibrated; labels: float [total, 3], those it has not learnt from."""
+    """Return scale and shift of each head.
+
+    hstu: not calibrated; labels: float [total, 3], NaN where the model was trained on the label or none exists.
+    """
     positions = np.random.default_rng(seed).permutation(np.flatnonzero(np.isfinite(labels).any(axis=1)))
     positions = np.sort(positions[:MAX_CALIBRATION_EVENTS])
-    odds = predict_heads(hstu, HeldOutEvents(known, positions + 1, hstu.max_events)).astype(np.float64)
-    logits = np.log(np.clip(odds, 1e-6, 1 - 1e-6)) - np.log1p(-np.clip(odds, 1e-6, 1 - 1e-6))
+    events = HeldOutEvents(train, positions + 1, hstu.max_events)
+    probabilities = np.clip(predict_heads(hstu, events).astype(np.float64), 1e-6, 1 - 1e-6)
+    logits = np.log(probabilities) - np.log1p(-probabilities)
     return [fit_platt(logits[:, task], labels[positions, task]) for task in range(len(TASKS))]
 
 
 def held_out_labels(
-    known: UserSequences, fit: UserSequences, validation: np.ndarray, schema: EventSchema
+    train: UserSequences, fit: UserSequences, validation: np.ndarray, schema: EventSchema
 ) -> np.ndarray:
-    """float32 [total, 3] labels of `known`, NaN where `fit`, its part outside of `validation`, tells them already.
+    """Return float32 [total, 3], the labels of `train` with NaN where `fit`, its part before validation, has them.
 
-    validation: bool [total]. These are the labels of what happens in the validation slice; of returns, a horizon's
-    earlier ones, which the slice's end is the first to tell.
+    validation: bool [total], the validation slice. What remains are the labels of events in the slice and, for
+    retention, of events up to a horizon before it, which the slice decides.
     """
-    labels = _labels(known, schema)
-    learnt = np.zeros(labels.shape, bool)
-    learnt[~validation] = np.isfinite(_labels(fit, schema))  # both run user after user
-    return np.where(learnt, np.nan, labels)
+    labels = _labels(train, schema)
+    is_trained = np.zeros(labels.shape, bool)
+    is_trained[~validation] = np.isfinite(_labels(fit, schema))  # both are grouped by user, in the same order
+    return np.where(is_trained, np.nan, labels)
 
 
-def _labels(corpus: UserSequences, schema: EventSchema) -> np.ndarray:
-    return compute_labels(corpus.histories, schema, int(corpus.histories.ts_ms.max(initial=0)))
+def _labels(sequences: UserSequences, schema: EventSchema) -> np.ndarray:
+    return labels_of(sequences.histories, schema, int(sequences.histories.ts_ms.max(initial=0)))

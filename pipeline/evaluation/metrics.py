@@ -1,4 +1,4 @@
-"""How good a ranking or a probability was, from plain arrays."""
+"""Metrics of rankings and of predicted probabilities, from plain arrays."""
 
 import msgspec
 import numpy as np
@@ -8,7 +8,10 @@ CALIBRATION_BINS = 15  # of equal mass (Guo et al., ICML 2017, take 15 of equal 
 
 
 class RankingMetrics(msgspec.Struct, frozen=True):
-    """Over `events` events, those without a hit counting 0. One relevant item each, so NDCG is 1 / log2(1 + rank)."""
+    """Means over `events` events; an event without a hit counts 0.
+
+    Each event has one relevant item, so NDCG is 1 / log2(1 + rank).
+    """
 
     events: int
     hit_rate: float
@@ -17,7 +20,7 @@ class RankingMetrics(msgspec.Struct, frozen=True):
 
 
 class CalibrationPoint(msgspec.Struct, frozen=True):
-    """A bin of a reliability curve: of `labels` known labels, what was promised and what came true."""
+    """A bin of a reliability curve: mean probability and rate of positives among its `labels` labels."""
 
     labels: int
     probability: float
@@ -25,9 +28,9 @@ class CalibrationPoint(msgspec.Struct, frozen=True):
 
 
 class HeadMetrics(msgspec.Struct, frozen=True):
-    """Of a head's probability for the item that came next. `auc` is None where the labels are all alike.
+    """Metrics of a head's probability for the item that came next. `auc` is None where all labels are equal.
 
-    ece: the expected calibration error; reliability: its bins.
+    ece: expected calibration error; reliability: its bins.
     """
 
     labels: int
@@ -39,74 +42,92 @@ class HeadMetrics(msgspec.Struct, frozen=True):
 
 
 def target_ranks(slates: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """slates: int [n, k]; wanted: int [n], 0 = an item in no slate -> place in the slate from 1, 0 = not there."""
+    """Return int [n]: each target's rank in its slate, from 1; 0 = not there.
+
+    slates: int [n, k]; targets: int [n], 0 = an item outside the vocabulary, which is on no slate.
+    """
     hits = (slates == targets[:, None]) & (targets[:, None] > 0)
     return np.where(hits.any(1), hits.argmax(1) + 1, 0)
 
 
 def ranking_metrics(ranks: np.ndarray, cutoff: int) -> RankingMetrics:
-    """From ranks_of's ranks, int [n]; those beyond the cutoff are no hits."""
+    """Average the gains of target_ranks' ranks, int [n]; a rank beyond the cutoff is not a hit."""
     means = gains(ranks, cutoff).sum(0) / max(1, len(ranks))
     return RankingMetrics(len(ranks), *means.tolist())
 
 
 def gains(ranks: np.ndarray, cutoff: int) -> np.ndarray:
-    """float64 [n, 3]: what each rank, int [n], 0 = none, is worth as a hit, in NDCG and in MRR; 0 beyond the cutoff."""
-    within = (ranks > 0) & (ranks <= cutoff)
-    places = np.where(within, ranks, 1)
-    return np.column_stack([np.ones(len(ranks)), 1 / np.log2(1 + places), 1 / places]) * within[:, None]
+    """Return float64 [n, 3]: each rank's gain in hit rate, NDCG and MRR; 0 beyond the cutoff.
+
+    ranks: int [n], 0 = none
+    """
+    is_hit = (ranks > 0) & (ranks <= cutoff)
+    hit_ranks = np.where(is_hit, ranks, 1)
+    return np.column_stack([np.ones(len(ranks)), 1 / np.log2(1 + hit_ranks), 1 / hit_ranks]) * is_hit[:, None]
 
 
 def head_metrics(probabilities: np.ndarray, labels: np.ndarray) -> HeadMetrics:
-    """odds: float [n] in (0, 1); labels: float [n], NaN = unknown, does not count."""
-    known = np.isfinite(labels)
-    probabilities, positive = probabilities[known].astype(np.float64), labels[known] > 0.5
-    if not known.any():
+    """Measure a head. probabilities: float [n] in (0, 1); labels: float [n], NaN = unknown, does not count."""
+    is_labelled = np.isfinite(labels)
+    if not is_labelled.any():
         return HeadMetrics(0, None, None, None)
-    bounded = np.clip(probabilities, PROBABILITY_FLOOR, 1 - PROBABILITY_FLOOR)
-    log_loss = -np.where(positive, np.log(bounded), np.log1p(-bounded)).mean()
+    probabilities = probabilities[is_labelled].astype(np.float64)
+    positive = labels[is_labelled] > 0.5
+    clipped = np.clip(probabilities, PROBABILITY_FLOOR, 1 - PROBABILITY_FLOOR)
+    log_loss = -np.where(positive, np.log(clipped), np.log1p(-clipped)).mean()
     return HeadMetrics(
-        len(probabilities), float(positive.mean()), auc(probabilities, positive), float(log_loss),
-        expected_calibration_error(probabilities, positive), calibration_curve(probabilities, positive),
-    )  # fmt: skip
+        labels=len(probabilities),
+        positive_rate=float(positive.mean()),
+        auc=auc(probabilities, positive),
+        log_loss=float(log_loss),
+        ece=expected_calibration_error(probabilities, positive),
+        reliability=calibration_curve(probabilities, positive),
+    )
 
 
 def calibration_curve(
     probabilities: np.ndarray, labels: np.ndarray, bins: int = CALIBRATION_BINS
 ) -> list[CalibrationPoint]:
-    """The reliability curve, in bins of equal mass by odds, lowest first; fewer than `bins` where labels are fewer.
+    """Return the reliability curve in bins of equal mass, lowest probability first; fewer bins where labels are fewer.
 
-    odds: float [n] in [0, 1]; labels: float [n], NaN = unknown, does not count. Equal odds may meet in two bins.
+    probabilities: float [n] in [0, 1]; labels: float [n], NaN = unknown, does not count. Equal probabilities may fall
+    into two bins.
     """
-    known = np.flatnonzero(np.isfinite(labels))
-    order = known[np.argsort(probabilities[known], kind="stable")]
-    parts = np.array_split(order, min(bins, len(order))) if len(order) else []
+    labelled = np.flatnonzero(np.isfinite(labels))
+    order = labelled[np.argsort(probabilities[labelled], kind="stable")]
+    members = np.array_split(order, min(bins, len(order))) if len(order) else []
     return [
         CalibrationPoint(
-            len(part), float(probabilities[part].mean(dtype=np.float64)), float((labels[part] > 0.5).mean())
+            labels=len(rows),
+            probability=float(probabilities[rows].mean(dtype=np.float64)),
+            positive_rate=float((labels[rows] > 0.5).mean()),
         )
-        for part in parts
+        for rows in members
     ]
 
 
 def expected_calibration_error(
     probabilities: np.ndarray, labels: np.ndarray, bins: int = CALIBRATION_BINS
 ) -> float | None:
-    """Mean distance of what was promised from what came true over calibration_curve's bins; None without labels."""
+    """Return mean |probability - positive rate| over calibration_curve's bins, weighted by labels; None without any."""
     curve = calibration_curve(probabilities, labels, bins)
-    total = sum(point.labels for point in curve)
-    return (
-        sum(point.labels * abs(point.probability - point.positive_rate) for point in curve) / total if total else None
-    )
+    if not curve:
+        return None
+    errors = sum(point.labels * abs(point.probability - point.positive_rate) for point in curve)
+    return errors / sum(point.labels for point in curve)
 
 
 def auc(scores: np.ndarray, positive: np.ndarray) -> float | None:
-    """The chance that a positive scores above a negative, ties counting half (Mann-Whitney); None without both."""
-    ones = int(positive.sum())
-    zeros = len(positive) - ones
-    if not ones or not zeros:
+    """Return the probability that a positive scores above a negative, ties counting half (Mann-Whitney).
+
+    None without both.
+    """
+    positives = int(positive.sum())
+    negatives = len(positive) - positives
+    if not positives or not negatives:
         return None
     ordered = np.sort(scores)
-    below, upto = np.searchsorted(ordered, scores, "left"), np.searchsorted(ordered, scores, "right")
-    mean_ranks = (below + upto + 1) / 2  # from 1
-    return float((mean_ranks[positive].sum() - ones * (ones + 1) / 2) / (ones * zeros))
+    below = np.searchsorted(ordered, scores, "left")
+    up_to = np.searchsorted(ordered, scores, "right")
+    mean_ranks = (below + up_to + 1) / 2  # from 1
+    return float((mean_ranks[positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))

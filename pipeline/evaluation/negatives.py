@@ -1,7 +1,7 @@
-"""Sampled negatives: items that a user has not touched, among which older papers rank the wanted one.
+"""Sampled negatives: items that a user has not touched, among which older papers rank the target.
 
-Measures over a sample flatter weak rankers and can reverse the order of two (Krichene and Rendle, KDD 2020): they are
-for comparison with published tables, the full ranking is for decisions.
+Metrics over a sample flatter weak rankers and can reverse the order of two (Krichene and Rendle, KDD 2020): use them
+to compare with published tables, and the full ranking for decisions.
 """
 
 from typing import Literal
@@ -18,7 +18,7 @@ CHUNK_KEYS = 1 << 22  # 32 MiB of float64 at a time
 
 
 class NegativeSampling(msgspec.Struct, frozen=True):
-    """`count` items an event, drawn without repetition: all alike, or by their training events (and one more)."""
+    """`count` items per event, drawn without repetition: uniformly, or by training events plus one."""
 
     count: PositiveInt = 100
     seed: int = 0
@@ -29,35 +29,36 @@ class NegativeSampling(msgspec.Struct, frozen=True):
 
 
 def sample_negatives(sampling: NegativeSampling, test: HeldOutEvents, counts: np.ndarray) -> np.ndarray:
-    """int32 [n, count]: of each scored event, tokens that its user touches nowhere in the corpus.
+    """Return int32 [n, count]: for each test event, tokens that its user touches nowhere in the sequences.
 
-    counts: int [items], training events by token. EvaluationError when a user leaves too few items untouched. By
-    exponential races (Efraimidis and Spirakis 2006): the keys -log(u) / weight of all items, the lowest win.
+    counts: int [items], training events by token. EvaluationError when a user leaves too few items untouched. Draws by
+    exponential races (Efraimidis and Spirakis 2006): of the keys -log(u) / weight of all items, the lowest win.
     """
-    corpus, users, random = test.sequences, test.users, np.random.default_rng(sampling.seed)
+    rng = np.random.default_rng(sampling.seed)
+    users = test.users
     weights = np.ones(len(counts)) if sampling.distribution == "uniform" else counts + 1.0
-    drawn = np.empty((len(test), sampling.count), np.int32)
+    negatives = np.empty((len(test), sampling.count), np.int32)
     step = max(1, CHUNK_KEYS // len(counts))
     for start in range(0, len(test), step):
         rows = users[start : start + step]
-        keys = random.exponential(size=(len(rows), len(counts))) / weights
-        keys[_touched(corpus.offsets, corpus.tokens, rows)] = np.inf
+        keys = rng.exponential(size=(len(rows), len(counts))) / weights
+        keys[_touched(test.sequences.offsets, test.sequences.tokens, rows)] = np.inf
         keys[:, 0] = np.inf
         _check(sampling, np.isfinite(keys).sum(1))
-        drawn[start : start + step] = np.argpartition(keys, sampling.count - 1, axis=1)[:, : sampling.count]
-    return drawn
+        negatives[start : start + step] = np.argpartition(keys, sampling.count - 1, axis=1)[:, : sampling.count]
+    return negatives
 
 
 def _touched(offsets: np.ndarray, tokens: np.ndarray, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(row, token) of every event of these users."""
+    """Return (row, token) of every event of these users."""
     lengths = offsets[users + 1] - offsets[users]
     index, _ = ranges(offsets[users], lengths)
     return np.repeat(np.arange(len(users)), lengths), tokens[index]
 
 
-def _check(asked: NegativeSampling, untouched: np.ndarray) -> None:
-    if (fewest := int(untouched.min())) < asked.count:
+def _check(sampling: NegativeSampling, untouched: np.ndarray) -> None:
+    if (fewest := int(untouched.min())) < sampling.count:
         raise EvaluationError(
-            f"negatives: {asked.count} are asked for, but a user leaves only {fewest} of the log's items untouched;"
-            " ask for fewer, or rank all items"
+            f"negatives: {sampling.count} requested, but one user has only {fewest} untouched items in the log;"
+            " request fewer, or rank all items"
         )

@@ -1,7 +1,7 @@
-"""Events ranked as serving would have ranked them: each from its user's preceding events, by any ranker.
+"""Ranks held-out events as serving would have: each from its user's preceding events, by any recommender.
 
-The ranker is frozen, the histories grow. All events count: a user's first event is ranked without a history, and an
-item that the exclusion keeps off its user's slate is on none.
+The recommender is frozen, the histories grow. All events count: a user's first event is ranked without a history, and
+an item that is excluded for its user cannot be hit.
 """
 
 from collections.abc import Iterator
@@ -20,20 +20,23 @@ BATCH_USERS = 256
 
 
 class Recommender(Protocol):
-    """A rung of the ladder that evaluation can ask is one, and so is every baseline."""
+    """Ranks the catalogue and scores given candidates: a serving strategy or a baseline."""
 
     def rank(self, histories: Histories, k: int) -> RankedItems: ...
 
     def scores(self, histories: Histories, tokens: np.ndarray) -> np.ndarray:
-        """float32 [n, c] of chosen items, int32 [n, c]: a row's higher ones come first; -inf: not known, as token 0."""
+        """Return float32 [n, c], the scores of candidates, int32 [n, c]; higher ranks first within a row.
+
+        -inf: not in the recommender's vocabulary, as token 0.
+        """
         ...
 
 
 @dataclass(slots=True)
 class HeldOutEvents:
-    """Events of a corpus that are ranked one by one.
+    """Events of user sequences that are ranked one by one.
 
-    positions: int64 [n] in the corpus; cap_events: the newest events of a history that the ranker is given
+    positions: int64 [n] in the sequences; max_events: the latest events of a history that the recommender is given
     """
 
     sequences: UserSequences
@@ -45,49 +48,49 @@ class HeldOutEvents:
 
     @property
     def targets(self) -> np.ndarray:
-        """int32 [n]: the tokens of the events' items."""
+        """Tokens of the events' items, int32 [n]."""
         return self.sequences.tokens[self.positions]
 
     @property
     def users(self) -> np.ndarray:
-        """int64 [n]: the events' users, by their number in the corpus."""
-        return find_rows(self.sequences.offsets, self.positions)
+        """The events' users, int64 [n], by their index in the sequences."""
+        return row_of(self.sequences.offsets, self.positions)
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64 [n]: how many events came before."""
+        """Number of the user's events before each event, int64 [n]."""
         return self.positions - self.sequences.user_starts(self.positions)
 
     def batches(self) -> Iterator[tuple[np.ndarray, Histories]]:
-        """Which of the events, int64 [<= BATCH_USERS], and their histories: like lengths meet."""
+        """Yield indices of events, int64 [<= BATCH_USERS], and their histories, grouped by length."""
         order = np.argsort(np.minimum(self.lengths, self.max_events), kind="stable")
         for start in range(0, len(order), BATCH_USERS):
-            chosen = order[start : start + BATCH_USERS]
-            yield chosen, self.sequences.histories_before(self.positions[chosen], self.max_events)
+            rows = order[start : start + BATCH_USERS]
+            yield rows, self.sequences.histories_before(self.positions[rows], self.max_events)
 
 
-def slates_of(ranker: Recommender, scored: HeldOutEvents, k: int) -> np.ndarray:
-    """int32 [n, k]: the tokens of the k best items of the whole catalogue before each event, 0 where there is none."""
-    slates = np.empty((len(scored), k), np.int32)
-    for chosen, histories in scored.batches():
-        slates[chosen] = ranker.rank(histories, k).tokens
+def recommend_slates(ranker: Recommender, test: HeldOutEvents, k: int) -> np.ndarray:
+    """Return int32 [n, k]: the k best items of the full catalogue before each event, 0 where there is none."""
+    slates = np.empty((len(test), k), np.int32)
+    for rows, histories in test.batches():
+        slates[rows] = ranker.rank(histories, k).tokens
     return slates
 
 
-def ranks_among(ranker: Recommender, scored: HeldOutEvents, negatives: np.ndarray) -> np.ndarray:
-    """int64 [n]: the place from 1 of each event's item among itself and its negatives, int32 [n, c].
+def rank_among_negatives(ranker: Recommender, test: HeldOutEvents, negatives: np.ndarray) -> np.ndarray:
+    """Return int64 [n]: the rank, from 1, of each event's item among itself and its negatives, int32 [n, c].
 
-    Ties count against the item; 0 where it is not known to the ranker.
+    Ties count against the item; 0 where it is not in the recommender's vocabulary.
     """
-    ranks = np.empty(len(scored), np.int64)
-    for chosen, histories in scored.batches():
-        tokens = np.column_stack([scored.targets[chosen], negatives[chosen]])
-        scores = ranker.scores(histories, tokens)
-        places = 1 + (scores[:, 1:] >= scores[:, :1]).sum(1)
-        ranks[chosen] = np.where(np.isfinite(scores[:, 0]), places, 0)
+    ranks = np.empty(len(test), np.int64)
+    for rows, histories in test.batches():
+        candidates = np.column_stack([test.targets[rows], negatives[rows]])
+        scores = ranker.scores(histories, candidates)
+        is_ranked = np.isfinite(scores[:, 0])
+        ranks[rows] = np.where(is_ranked, 1 + (scores[:, 1:] >= scores[:, :1]).sum(1), 0)
     return ranks
 
 
-def evaluate_ranking(ranker: Recommender, scored: HeldOutEvents, k: int) -> RankingMetrics:
-    """Whether each event's item was among the k best of the whole catalogue, and where."""
-    return ranking_metrics(target_ranks(slates_of(ranker, scored, k), scored.targets), k)
+def evaluate_ranking(ranker: Recommender, test: HeldOutEvents, k: int) -> RankingMetrics:
+    """Measure whether each event's item is among the k best of the full catalogue, and at which rank."""
+    return ranking_metrics(target_ranks(recommend_slates(ranker, test, k), test.targets), k)

@@ -18,7 +18,7 @@ SUCCESSORS_UPTO, COMPLEMENTS_UPTO = np.cumsum(SUCCESSORS), np.cumsum(COMPLEMENTS
 
 
 @dataclass(slots=True)
-class States:
+class SessionStates:
     """The hidden state of n sessions, before their next event. All int [n] but the two of the taste.
 
     topic: the intent, -1 at the start; last: item, -1 = none; action: what was done with it, -1 at the start.
@@ -27,21 +27,21 @@ class States:
 
     level: np.ndarray
     interests: np.ndarray
-    taste: np.ndarray
+    interest_weights: np.ndarray
     topic: np.ndarray
     last: np.ndarray
     action: np.ndarray
     seen: np.ndarray
 
-    def select(self, rows: np.ndarray) -> "States":
-        return States(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+    def select(self, rows: np.ndarray) -> "SessionStates":
+        return SessionStates(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
 
-    def after_session(self, ended: np.ndarray | bool = True) -> "States":
+    def after_session(self, ended: np.ndarray | bool = True) -> "SessionStates":
         """Before another session, where this one has ended: no intent yet."""
         return replace(self, topic=np.where(ended, -1, self.topic), action=np.where(ended, -1, self.action))
 
 
-class Choices:
+class ChoiceModel:
     """One day's catalogue: popularity as it is, items that are there already."""
 
     def __init__(self, world: World, trend: np.ndarray, day: int) -> None:
@@ -60,7 +60,7 @@ class Choices:
         self._sums = np.concatenate([np.zeros((PRICE_LEVELS, 1)), sums], axis=1)  # [levels, items + 1]
         self._totals = np.diff(self._sums[:, self._bounds], axis=1)  # [levels, topics]
 
-    def draw(self, dice: np.random.Generator, states: States) -> tuple[np.ndarray, np.ndarray]:
+    def draw(self, dice: np.random.Generator, states: SessionStates) -> tuple[np.ndarray, np.ndarray]:
         """Next items and intents, int [n] each."""
         n = len(states.level)
         items, topics, left = np.empty(n, np.int64), np.empty(n, np.int64), np.arange(n)
@@ -73,11 +73,11 @@ class Choices:
             if not left.size:
                 return items, topics
         gone = left[~self.alive[items[left]]]
-        topics[gone] = _pick(dice, states.taste[gone], states.interests[gone])
+        topics[gone] = _pick(dice, states.interest_weights[gone], states.interests[gone])
         items[gone] = self._of_topic(dice, states.level[gone], topics[gone])
         return items, topics
 
-    def likelihood(self, states: States, over: float = 0.0) -> np.ndarray:
+    def likelihood(self, states: SessionStates, over: float = 0.0) -> np.ndarray:
         """float [n, items]: the probability of each item being next, zero for those that are passed over.
 
         over: the chance that the session has ended and the next event begins another one.
@@ -87,7 +87,7 @@ class Choices:
             states.after_session()
         )
         topics = np.zeros((len(rows), world.config.topics))  # the probability that the topic is drawn, and which
-        np.add.at(topics, (rows[:, None], states.interests), taste[:, None] * states.taste)
+        np.add.at(topics, (rows[:, None], states.interests), taste[:, None] * states.interest_weights)
         begun = states.topic >= 0
         topics[rows[begun], states.topic[begun]] += same[begun]
         topics /= self._totals[states.level]
@@ -103,7 +103,7 @@ class Choices:
         dense[places[0], states.seen[places]] = 0
         return dense
 
-    def _mixture(self, states: States) -> np.ndarray:
+    def _mixture(self, states: SessionStates) -> np.ndarray:
         """float [4, n]: weights of a sequel, a complement, the intent's topic, a topic drawn anew from the taste."""
         config, started = self._world.config, states.action >= 0
         action = np.maximum(states.action, 0)
@@ -115,10 +115,12 @@ class Choices:
         taste = np.where(started, rest * change, rest)
         return np.stack([sequel, complement, rest - taste, taste])
 
-    def _try(self, dice: np.random.Generator, states: States, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _try(
+        self, dice: np.random.Generator, states: SessionStates, bounds: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """bounds: float [3, n], where the parts of the mixture end."""
         part = (dice.random(len(states.level)) >= bounds).sum(axis=0)  # 0 sequel, 1 complement, 2 same topic, 3 taste
-        topics = np.where(part == 3, _pick(dice, states.taste, states.interests), states.topic)
+        topics = np.where(part == 3, _pick(dice, states.interest_weights, states.interests), states.topic)
         items = np.empty(len(part), np.int64)
         for which, followers, upto in (
             (0, self._world.sequels, SUCCESSORS_UPTO),
@@ -152,15 +154,17 @@ class Outcomes:
     dwell_log_ms: np.ndarray
 
 
-def appeal(world: World, states: States, items: np.ndarray) -> np.ndarray:
+def appeal(world: World, states: SessionStates, items: np.ndarray) -> np.ndarray:
     """How much users in these states care for these items: int [n, k] -> float [n, k], about -2 to 3."""
     wanted = states.interests[:, :, None] == world.topic[items][:, None]  # [n, interests, k]
-    liking = (states.taste[:, :, None] * wanted).sum(axis=1)  # 0..1
+    liking = (states.interest_weights[:, :, None] * wanted).sum(axis=1)  # 0..1
     fit = FIT[np.abs(states.level[:, None] - world.level[items])]
     return -0.9 + 2.0 * liking + 0.8 * world.quality[items] + 0.9 * (fit - 0.5)
 
 
-def choose_from_slates(dice: np.random.Generator, world: World, states: States, slates: np.ndarray) -> np.ndarray:
+def choose_from_slates(
+    dice: np.random.Generator, world: World, states: SessionStates, slates: np.ndarray
+) -> np.ndarray:
     """What users take from the slates they are shown: int [n, k] items, -1 = none -> int [n], -1 from an empty slate.
 
     An item is seen with probability 1 / rank (position bias), and of those seen one is taken by exp(appeal).
@@ -172,7 +176,7 @@ def choose_from_slates(dice: np.random.Generator, world: World, states: States, 
     return slates[np.arange(len(slates)), places]
 
 
-def outcomes(world: World, states: States, items: np.ndarray) -> Outcomes:
+def outcomes(world: World, states: SessionStates, items: np.ndarray) -> Outcomes:
     """What users in these states do with these items, int [n]."""
     cares = appeal(world, states, items[:, None])[:, 0]
     skip, rest = 0.4 * _sigmoid(-2 * cares), 1 - 0.4 * _sigmoid(-2 * cares)

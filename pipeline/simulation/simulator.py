@@ -25,8 +25,8 @@ from pipeline.simulation.choices import (
     DWELL_SIGMA,
     PURCHASE,
     SKIP,
-    Choices,
-    States,
+    ChoiceModel,
+    SessionStates,
     choose_from_slates,
     outcomes,
 )
@@ -63,9 +63,9 @@ class Simulator:
 
     def __init__(self, config: SimulatorConfig, truth_from: float = 1.0) -> None:
         """truth_from: the share of the events behind which hits are worked out (a dense row of items an event)."""
-        self.config, self.world, self._truth_from = config, World.of(config), truth_from
+        self.config, self.world, self._truth_from = config, World.from_config(config), truth_from
         self._rng = np.random.default_rng([config.seed, 3])
-        self._users = SimulatedUsers.of(config, self._rng)
+        self._users = SimulatedUsers.from_config(config, self._rng)
         self._touched = RecentItems.empty(config.users, EXCLUDED_EVENTS) if truth_from < 1 else None
         self._trend = np.zeros(config.items)  # log popularity
         self._user_ids = [user_id(number) for number in range(config.users)]
@@ -103,7 +103,7 @@ class Simulator:
         config, users = self.config, self._users
         self._drift()
         active = np.flatnonzero(self._rng.random(config.users) < -np.expm1(-users.activity * WEEK[day % 7]))
-        walk = _DaySessions(self, active, Choices(self.world, self._trend, day), day, policy)
+        walk = _DaySessions(self, active, ChoiceModel(self.world, self._trend, day), day, policy)
         steps = list(walk.steps(with_hits)) or [_no_events()]
         columns = {name: np.concatenate([step[name] for step in steps]) for name in COLUMNS[:-1]}
         users.last[active], users.action[active], users.topic[active] = walk.last, walk.action, walk.topic
@@ -155,7 +155,7 @@ class _DaySessions:
     """A day's sessions, all at the same step."""
 
     def __init__(
-        self, simulator: Simulator, active: np.ndarray, choices: Choices, day: int, shelf: SlatePolicy | None
+        self, simulator: Simulator, active: np.ndarray, choices: ChoiceModel, day: int, shelf: SlatePolicy | None
     ) -> None:
         self._sim, self._rng, self._users = simulator, simulator._rng, simulator._users
         self._active, self._choices, self._policy = active, choices, shelf
@@ -178,10 +178,10 @@ class _DaySessions:
             yield step
             rows = rows[self.events[rows] < self._lengths[rows]]
 
-    def _states(self, rows: np.ndarray, passed: RecentItems) -> States:
+    def _states(self, rows: np.ndarray, passed: RecentItems) -> SessionStates:
         """After the last event, be it of this session or of the one before."""
         users, who = self._users, self._active[rows]
-        return States(
+        return SessionStates(
             users.level[who], users.interests[who], users.interest_weights[who],
             self.topic[rows], self.last[rows], self.action[rows], passed.items[who],
         )  # fmt: skip
@@ -195,7 +195,7 @@ class _DaySessions:
         best = np.argpartition(-likelihood, TOP, axis=1)[:, :TOP]
         return np.where(np.take_along_axis(likelihood, best, axis=1) > 0, best, -1)
 
-    def _step(self, rows: np.ndarray, states: States, likely: np.ndarray | None) -> Columns:
+    def _step(self, rows: np.ndarray, states: SessionStates, likely: np.ndarray | None) -> Columns:
         dice, config, world, who = self._rng, self._sim.config, self._sim.world, self._active[rows]
         item, topic = self._next(rows, states)
         bought = (states.action == CART) & (dice.random(len(rows)) < config.checkout_rate)
@@ -216,16 +216,16 @@ class _DaySessions:
             "engaged": np.where(bought, 1.0, odds.engaged),
             "monetized": np.where(bought, 1.0, odds.monetized),
         }
-        self._users.seen.remember(who[~bought], item[~bought])
+        self._users.seen.append(who[~bought], item[~bought])
         if self._sim._touched is not None:
-            self._sim._touched.remember(who, item)
+            self._sim._touched.append(who, item)
         self.topic[rows], self.last[rows], self.action[rows] = topic, item, action
         self._ts_ms[rows] += (dwell_ms + gap_ms).astype(np.int64) + 1
         self.events[rows] += 1
         self.engaged_events[rows] += columns["engaged"]
         return columns
 
-    def _next(self, rows: np.ndarray, states: States) -> tuple[np.ndarray, np.ndarray]:
+    def _next(self, rows: np.ndarray, states: SessionStates) -> tuple[np.ndarray, np.ndarray]:
         """Items and intents: the user's own way, or from the slate, whose item's topic is the intent then."""
         item, topic = self._choices.draw(self._rng, states)
         if self._policy is None:

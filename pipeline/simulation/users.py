@@ -21,7 +21,7 @@ class RecentItems:
     def empty(cls, users: int, size: int) -> "RecentItems":
         return cls(np.full((users, size), -1, np.int32), np.zeros(users, np.int64))
 
-    def remember(self, who: np.ndarray, items: np.ndarray) -> None:
+    def append(self, who: np.ndarray, items: np.ndarray) -> None:
         self.items[who, self.counts[who] % self.items.shape[1]] = items
         self.counts[who] += 1
 
@@ -44,7 +44,7 @@ class SimulatedUsers:
     seen: RecentItems
 
     @classmethod
-    def of(cls, config: SimulatorConfig, dice: np.random.Generator) -> "SimulatedUsers":
+    def from_config(cls, config: SimulatorConfig, dice: np.random.Generator) -> "SimulatedUsers":
         n = config.users
         activity = dice.lognormal(0, config.activity_sigma, n)
         activity *= _scale(activity, config.events / (n * config.days * config.session_events))

@@ -70,7 +70,7 @@ class World:
     complements: np.ndarray
 
     @classmethod
-    def of(cls, config: SimulatorConfig) -> "World":
+    def from_config(cls, config: SimulatorConfig) -> "World":
         dice = np.random.default_rng([config.seed, 1])
         n = config.items
         topic = np.concatenate([np.arange(config.topics), dice.integers(config.topics, size=n)])[:n]  # none is empty

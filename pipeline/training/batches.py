@@ -108,34 +108,34 @@ class TrainingBatch:
     labels: np.ndarray
     visit_frequency: np.ndarray
     affinity: np.ndarray
-    target_mask: np.ndarray
+    target_rows: np.ndarray
     seen: tuple[np.ndarray, np.ndarray]
-    whole: "TrainingBatch | None" = None
+    full_batch: "TrainingBatch | None" = None
 
     @property
     def targets(self) -> np.ndarray:
         """int32 [m]: the successors of the asked rows."""
-        return self.successors[self.target_mask]
+        return self.successors[self.target_rows]
 
     @property
-    def share(self) -> np.ndarray:
+    def loss_fractions(self) -> np.ndarray:
         """float32 [1 + 3]: of the whole batch's rows that each loss is a mean of, the retrieval's and the tasks'."""
-        return (self._rows / np.maximum((self.whole or self)._rows, 1)).astype(np.float32)
+        return (self._rows / np.maximum((self.full_batch or self)._rows, 1)).astype(np.float32)
 
     @property
     def _rows(self) -> np.ndarray:
-        return np.array([len(self.target_mask), *np.isfinite(self.labels).sum(axis=0)])
+        return np.array([len(self.target_rows), *np.isfinite(self.labels).sum(axis=0)])
 
-    def part(self, rank: int, count: int) -> "TrainingBatch":
+    def shard(self, rank: int, count: int) -> "TrainingBatch":
         """Each count-th crop, from number `rank` on. Where there is none: the first crop, asked nothing."""
         crops, whole = len(self.inputs), self.inputs
         if rank >= crops:
-            idle, nothing = self.part(0, crops), np.empty(0, np.int64)
+            idle, nothing = self.shard(0, crops), np.empty(0, np.int64)
             return replace(idle, labels=np.full_like(idle.labels, np.nan), target_mask=nothing, seen=(nothing, nothing))
         rows, offsets = ranges(self.offsets[:-1][rank::count], np.diff(self.offsets)[rank::count])
         places = np.full(len(self.successors), -1)
         places[rows] = np.arange(len(rows))
-        asked = places[self.target_mask]
+        asked = places[self.target_rows]
         own = asked >= 0
         numbers, shown = (column[own[self.seen[0]]] for column in self.seen)
         return TrainingBatch(
@@ -163,7 +163,7 @@ def random_crops(offsets: np.ndarray, length: int, random: np.random.Generator) 
     return np.repeat(offsets[:-1], counts) + begins, ends - begins
 
 
-def batches(starts: np.ndarray, lengths: np.ndarray, events_per_batch: int,
+def batch_crops(starts: np.ndarray, lengths: np.ndarray, events_per_batch: int,
             random: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
     """Crops of like lengths together, about `batch_events` events a batch, in random order."""
     order = np.lexsort((random.random(len(starts)), lengths // 8))

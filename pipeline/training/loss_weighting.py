@@ -66,7 +66,7 @@ class DynamicWeightAverage(FixedWeights):
         self.history = torch.stack([self.history[1], losses.to(self.history)])
 
 
-KINDS: dict[WeightingName, type[FixedWeights]] = {
+WEIGHTINGS: dict[WeightingName, type[FixedWeights]] = {
     "fixed": FixedWeights,
     "uncertainty": UncertaintyWeights,
     "dwa": DynamicWeightAverage,
@@ -75,4 +75,4 @@ KINDS: dict[WeightingName, type[FixedWeights]] = {
 
 def make_weighting(name: WeightingName, weights: tuple[float, ...]) -> FixedWeights:
     """Of that name, from these weights, one a task. Its state_dict is what an exact resume needs."""
-    return KINDS[name](weights)
+    return WEIGHTINGS[name](weights)

@@ -207,7 +207,7 @@ def _counted(
     counters: Counters = new_counters(pipeline, vocabulary)
     values = item_values(known.histories, known.tokens, pipeline.schema, len(vocabulary))
     if base:
-        base.count(counters, known)
+        base.update_counters(counters, known)
         values = np.where(values > 0, values, base.item_values(vocabulary))
     else:
         counters.observe(known.histories, known.histories.lengths)

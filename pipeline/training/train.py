@@ -58,7 +58,7 @@ class TrainingCallback(Protocol):
 class TrainingState(msgspec.Struct):
     """The checkpoint's: what it belongs to, and how training went so far."""
 
-    setup: str
+    fingerprint: str
     reports: list[EpochReport]
     calibration: list[tuple[float, float]] = []  # of the best epoch's heads
     refitting: bool = False  # all reports are in, the checkpoint is of the training anew
@@ -199,6 +199,6 @@ def _should_stop(reports: list[EpochReport], options: TrainingOptions) -> bool:
 
 def _restored(path: Path, task: TrainingSetup) -> Saved:
     tensors, notes = checkpoint.load(path, TrainingState)
-    if notes.setup != task.fingerprint:
+    if notes.fingerprint != task.fingerprint:
         raise TrainingError(f"checkpoint {path}: it is of another log or of other options; train without --resume")
     return tensors, notes

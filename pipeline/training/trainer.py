@@ -24,7 +24,7 @@ from pipeline.jagged import ranges
 from pipeline.model.config import HstuConfig
 from pipeline.model.heads import HeadContext, RecentEvents, TaskHeads, head_losses
 from pipeline.model.hstu import Hstu
-from pipeline.training.batches import TrainingBatch, TrainingColumns, batches, make_batch, random_crops
+from pipeline.training.batches import TrainingBatch, TrainingColumns, batch_crops, make_batch, random_crops
 from pipeline.training.distributed import SINGLE_PROCESS, ProcessGroup
 from pipeline.training.loss_weighting import WeightingName, make_weighting
 from pipeline.training.losses import Candidates, next_item_loss, sample_candidates
@@ -96,11 +96,11 @@ class MultiTaskModel(Trainable):
         """See Trainable."""
         hstu, inputs, targets = self.hstu, batch.inputs, batch.targets
         device = hstu.rotation.weight.device
-        candidates = sample_candidates((batch.whole or batch).targets, shares, random)
+        candidates = sample_candidates((batch.full_batch or batch).targets, shares, random)
         cold = random.random(len(shares)) < self._item_dropout
         items = _Items.of(hstu, batch, candidates, cold)
         known = np.where(cold[batch.successors], UNKNOWN, batch.successors)  # to the heads, too, they are new
-        columns = inputs.feature_ids, batch.target_mask, known, batch.labels, batch.visit_frequency, batch.affinity
+        columns = inputs.feature_ids, batch.target_rows, known, batch.labels, batch.visit_frequency, batch.affinity
         codes, asked, known, labels, rhythm, affinity = (torch.from_numpy(each).to(device) for each in columns)
         rows, sequences = hstu.sequences(items.of_events, codes, inputs, np.diff(batch.offsets))
         states = hstu(rows, hstu.attention_layout(sequences))
@@ -150,7 +150,7 @@ class Trainer(Generic[M]):
     def __init__(self, build: Callable[[], M], items: int, options: TrainerOptions, examples: TrainingColumns,
                  device: torch.device, group: ProcessGroup = SINGLE_PROCESS) -> None:  # fmt: skip
         """build: makes the model, from torch's randomness; items: rows of its item table."""
-        self.options, self.examples, self.epochs_done = options, examples, 0
+        self.options, self.columns, self.epochs_done = options, examples, 0
         self._group, self._device = group, device
         with _seeded(device, options.seed, 0):
             self.model = build().to(device)
@@ -173,7 +173,7 @@ class Trainer(Generic[M]):
         self.model.train()
         with _seeded(self._device, self.options.seed, self.epochs_done + 1, self._group.rank):
             for done, part in enumerate(parts):
-                batch = make_batch(self.examples, *part, self.options.unknown_item_rate, random)
+                batch = make_batch(self.columns, *part, self.options.unknown_item_rate, random)
                 self._schedule(self.epochs_done + done / len(parts))
                 losses.append(self._step(self._local_part(batch), random))
                 on_batch(losses[-1][0].item(), done + 1, len(parts))
@@ -207,13 +207,13 @@ class Trainer(Generic[M]):
 
     def _parts(self, random: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray]]:
         """Crops of the epoch's batches."""
-        options, offsets = self.options, self.examples.inputs.offsets
-        parts = batches(*random_crops(offsets, options.crop_length, random), options.events_per_batch, random)
+        options, offsets = self.options, self.columns.inputs.offsets
+        parts = batch_crops(*random_crops(offsets, options.crop_length, random), options.events_per_batch, random)
         return parts[: -(-options.events_per_epoch // options.events_per_batch)] if options.events_per_epoch else parts
 
     def _local_part(self, batch: TrainingBatch) -> TrainingBatch:
         processes = self._group
-        return batch if processes.count == 1 else batch.part(processes.rank, processes.count)
+        return batch if processes.count == 1 else batch.shard(processes.rank, processes.count)
 
     def _step(self, batch: TrainingBatch, random: np.random.Generator) -> Tensor:
         """The losses before this step, [1 + tasks]: of the retrieval, then of the side tasks."""
@@ -232,9 +232,9 @@ class Trainer(Generic[M]):
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
             loss, of_tasks = self.model.losses(batch, self._shares, random)
         losses = torch.cat([loss[None], of_tasks])
-        if batch.whole is None:
+        if batch.full_batch is None:
             return losses
-        share = torch.from_numpy(batch.share[: len(losses)]).to(losses.device)
+        share = torch.from_numpy(batch.loss_fractions[: len(losses)]).to(losses.device)
         return losses * share * self._group.count
 
     def _schedule(self, epochs: float) -> None:

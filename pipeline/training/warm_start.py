@@ -44,7 +44,7 @@ class WarmStart:
         return self.artifact.config
 
     @property
-    def newest_ms(self) -> int:
+    def latest_ms(self) -> int:
         """The time of the newest event behind its counters."""
         return int(self.artifact.counters["as_of_ms"][0])
 
@@ -68,11 +68,11 @@ class WarmStart:
 
     def new_events(self, log: EventLog) -> np.ndarray:
         """bool [n]. TrainingError when there is none."""
-        new = log.ts_ms > self.newest_ms
+        new = log.ts_ms > self.latest_ms
         if not new.any():
             raise TrainingError(
                 f"--warm-start: none of the {len(log)} events before the cut is later than the newest that artifact"
-                f" {self.artifact.version} was made from (ts_ms {self.newest_ms}); give a log that goes on from there,"
+                f" {self.artifact.version} was made from (ts_ms {self.latest_ms}); give a log that goes on from there,"
                 " or cut later (--train-fraction 1)"
             )
         return new
@@ -82,15 +82,15 @@ class WarmStart:
         items = len(self.artifact.item_ids)
         catalogue.restore(np.arange(1, items + 1), self.artifact.metadata.state, np.ones(items, bool))
 
-    def count(self, counters: Counters, known: UserSequences) -> None:
+    def update_counters(self, counters: Counters, known: UserSequences) -> None:
         """Go on counting: new events alone, each after its user's earlier ones."""
         counters.restore(self.artifact.counters)
-        new = np.concatenate([[0], np.cumsum(known.histories.ts_ms > self.newest_ms)])
+        new = np.concatenate([[0], np.cumsum(known.histories.ts_ms > self.latest_ms)])
         counters.observe(known.histories, np.diff(new[known.offsets]))
 
     def item_events(self, corpus: UserSequences, items: int) -> np.ndarray:
         """int64 [items]: how many events have taught each token's item, the corpus' new ones among them."""
-        events = np.bincount(corpus.tokens[corpus.histories.ts_ms > self.newest_ms], minlength=items)
+        events = np.bincount(corpus.tokens[corpus.histories.ts_ms > self.latest_ms], minlength=items)
         events[1 : len(self.artifact.item_ids) + 1] += self.artifact.metadata.events
         return events
 

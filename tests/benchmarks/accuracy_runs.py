@@ -10,7 +10,7 @@ from pipeline.data.event_log import EventLog
 from pipeline.data.sequences import UserSequences
 from pipeline.evaluation.metrics import RankingMetrics, target_ranks
 from pipeline.evaluation.negatives import NegativeSampling, sample_negatives
-from pipeline.evaluation.ranking import HeldOutEvents, evaluate_ranking, ranks_among, slates_of
+from pipeline.evaluation.ranking import HeldOutEvents, evaluate_ranking, rank_among_negatives, recommend_slates
 from pipeline.training.preparation import TrainingSetup
 from tests.benchmarks import results
 from tests.benchmarks.accuracy_models import CONTENDERS, Options, Setting
@@ -75,8 +75,8 @@ def run_test(setting: Setting, model: str, seed: int, options: Options, epoch: i
     counts = np.bincount(setup.train.tokens, minlength=len(setup.vocabulary))
     negatives = sample_negatives(NEGATIVES, scored, counts)
     ranks = {
-        "all items": target_ranks(slates_of(ranker, scored, SLATE_SIZE), scored.targets).tolist(),
-        str(NEGATIVES): ranks_among(ranker, scored, negatives).tolist(),
+        "all items": target_ranks(recommend_slates(ranker, scored, SLATE), scored.targets).tolist(),
+        str(NEGATIVES): rank_among_negatives(ranker, scored, negatives).tolist(),
     }
     seconds = time.monotonic() - start_s
     return Outcome(name, seed, options, epoch, ranks, scored.users.tolist(), seconds, hardware())

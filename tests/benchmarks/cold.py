@@ -24,7 +24,7 @@ from pipeline.evaluation.evaluate import COLD, TrainTest
 from pipeline.evaluation.full_ranking import FullRanking
 from pipeline.evaluation.item_knn import ItemKnn, ItemKnnOptions
 from pipeline.evaluation.metrics import target_ranks
-from pipeline.evaluation.ranking import HeldOutEvents, Recommender, slates_of
+from pipeline.evaluation.ranking import HeldOutEvents, Recommender, recommend_slates
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.model.config import HstuConfig
@@ -76,7 +76,7 @@ class Bench:
         assert len(self.cold), "the shop is too small: no scored item is cold"
 
     def recall(self, ranker: Recommender) -> float:
-        ranks = target_ranks(slates_of(ranker, self.cold, RECALL), self.cold.targets)
+        ranks = target_ranks(recommend_slates(ranker, self.cold, RECALL), self.cold.targets)
         return float(np.mean(ranks > 0))
 
 

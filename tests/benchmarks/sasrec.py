@@ -101,13 +101,12 @@ class SasRec(Trainable):
     def losses(self, batch: TrainingBatch, frequency: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """See Trainable. There are no side tasks."""
         states = self(batch.inputs)
-        states = states[torch.from_numpy(batch.target_mask).to(states.device)]
-        targets = batch.targets
+        states, targets = states[torch.from_numpy(batch.target_rows).to(states.device)], batch.targets
         table = self.item_embedding.weight
         if self.config.loss == "bce":
             loss = _binary_loss(states, table, targets, batch.seen, rng)
         else:
-            candidates = sample_candidates((batch.whole or batch).targets, frequency, rng)
+            candidates = sample_candidates((batch.full_batch or batch).targets, shares, random)
             table = table if candidates.tokens is None else table[candidates.tokens.to(table.device)]
             loss = next_item_loss(states, table, targets, batch.seen, candidates)
         return loss, loss.new_zeros(0)

@@ -9,7 +9,7 @@ from pipeline.data.sequences import UserSequences
 from pipeline.evaluation.full_ranking import CatalogueScorer, FullRanking, column_top_k
 from pipeline.evaluation.item_knn import ItemKnn, ItemKnnOptions
 from pipeline.evaluation.popularity import Popularity, RecentPopularity
-from pipeline.evaluation.ranking import BATCH_USERS, HeldOutEvents, Recommender, ranks_among, slates_of
+from pipeline.evaluation.ranking import BATCH_USERS, HeldOutEvents, Recommender, rank_among_negatives, recommend_slates
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import DAY_MS, Event, EventSchema, Histories, Item
@@ -79,12 +79,12 @@ def test_a_rank_among_every_untouched_item_is_the_place_among_all_items(name: st
     """Sampled and full ranking meet where the sample is everything that serving does not exclude."""
     ranker = rankers()[name]
     scored = HeldOutEvents(KNOWN, np.flatnonzero(KNOWN.is_first_touch), 1000)
-    slates = slates_of(ranker, scored, SIZE)
+    slates = recommend_slates(ranker, scored, SIZE)
     full = np.where((slates == scored.targets[:, None]).any(1), (slates == scored.targets[:, None]).argmax(1) + 1, 0)
     for row in range(0, len(scored), 9):
         one = HeldOutEvents(KNOWN, scored.positions[row : row + 1], 1000)
         others = np.setdiff1d(slates[row], [0, scored.targets[row]])
-        assert ranks_among(ranker, one, others[None].astype(np.int32)).tolist() == [full[row]]
+        assert rank_among_negatives(ranker, one, others[None].astype(np.int32)).tolist() == [full[row]]
     assert len(scored) > BATCH_USERS // 2
 
 

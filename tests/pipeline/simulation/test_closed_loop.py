@@ -10,7 +10,7 @@ from pipeline.data.event_log import EventLog
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import EventSchema, Histories
 from pipeline.serving.strategy import RankedItems
-from pipeline.simulation.choices import PURCHASE, States, appeal, choose_from_slates
+from pipeline.simulation.choices import PURCHASE, SessionStates, appeal, choose_from_slates
 from pipeline.simulation.closed_loop import ColumnPacker, PolicyUnderTest, run, warm_up
 from pipeline.simulation.simulator import Simulator
 from pipeline.simulation.world import SimulatorConfig, World
@@ -121,9 +121,9 @@ def test_money_is_the_price_of_what_was_bought(warm) -> None:
 
 
 def test_of_a_slate_the_first_and_the_appealing_are_taken_more_often_and_no_item_never() -> None:
-    world, n = World.of(SHOP), 40_000
-    one = States(
-        level=np.array([1]), interests=np.array([[3, 7, 9]]), taste=np.array([[0.5, 0.3, 0.2]]), topic=np.array([7]),
+    world, n = World.from_config(SHOP), 40_000
+    one = SessionStates(
+        level=np.array([1]), interests=np.array([[3, 7, 9]]), interest_weights=np.array([[0.5, 0.3, 0.2]]), topic=np.array([7]),
         last=np.array([11]), action=np.array([1]), seen=np.array([[-1]]),
     )  # fmt: skip
     states, slate = one.select(np.zeros(n, np.int64)), np.array([4, 30, 60, -1])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pipeline.data.log_io import read_log, read_log_by_time
-from pipeline.simulation.choices import Choices, States
+from pipeline.simulation.choices import ChoiceModel, SessionStates
 from pipeline.simulation.ground_truth import GroundTruth, simulate
 from pipeline.simulation.simulator import EXCLUDED_EVENTS, Simulator
 from pipeline.simulation.world import SimulatorConfig, World
@@ -51,7 +51,7 @@ def test_users_come_in_sessions_with_all_kinds_of_actions(folder):
 
 
 def test_late_items_are_not_touched_before_they_are_born():
-    world = World.of(SMALL)
+    world = World.from_config(SMALL)
     start = SMALL.start_ms
     for event in (event for chunk, _ in Simulator(SMALL).chunks() for event in chunk):
         born_ms = start + int(world.born_day[int(event.item_id.removeprefix("item-"))]) * 86_400_000
@@ -83,10 +83,10 @@ def test_the_truth_hits_no_item_that_serving_excludes():
 
 
 def test_after_an_event_the_session_goes_on_or_is_over():
-    world, over = World.of(SMALL), 0.125
-    choices, nothing = Choices(world, np.zeros(SMALL.items), day=40), np.full((1, 1), -1)
-    after = States(
-        level=np.array([2]), interests=np.array([[3, 7, 9]]), taste=np.array([[0.5, 0.3, 0.2]]), topic=np.array([3]),
+    world, over = World.from_config(SMALL), 0.125
+    choices, nothing = ChoiceModel(world, np.zeros(SMALL.items), day=40), np.full((1, 1), -1)
+    after = SessionStates(
+        level=np.array([2]), interests=np.array([[3, 7, 9]]), interest_weights=np.array([[0.5, 0.3, 0.2]]), topic=np.array([3]),
         last=np.array([20]), action=np.array([4]), seen=nothing,
     )  # fmt: skip
     goes_on, begins = choices.likelihood(after), choices.likelihood(after.after_session())
@@ -96,10 +96,10 @@ def test_after_an_event_the_session_goes_on_or_is_over():
 
 
 def test_what_is_drawn_has_the_likelihood_that_the_truth_states():
-    world, dice, n = World.of(SMALL), np.random.default_rng(3), 60_000
-    choices = Choices(world, np.zeros(SMALL.items), day=40)
-    one = States(
-        level=np.array([1]), interests=np.array([[3, 7, 9]]), taste=np.array([[0.5, 0.3, 0.2]]), topic=np.array([7]),
+    world, dice, n = World.from_config(SMALL), np.random.default_rng(3), 60_000
+    choices = ChoiceModel(world, np.zeros(SMALL.items), day=40)
+    one = SessionStates(
+        level=np.array([1]), interests=np.array([[3, 7, 9]]), interest_weights=np.array([[0.5, 0.3, 0.2]]), topic=np.array([7]),
         last=np.array([11]), action=np.array([1]), seen=np.array([[11, int(world.sequels[11][0])]]),
     )  # fmt: skip
     likelihood = choices.likelihood(one)[0]

@@ -8,7 +8,7 @@ from pipeline.features.labels import compute_labels
 from pipeline.features.visit_frequency import visit_frequency
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import EVENT_DTYPE, Event, EventPacker, EventSchema
-from pipeline.training.batches import TrainingColumns, batches, make_batch, random_crops
+from pipeline.training.batches import TrainingColumns, batch_crops, make_batch, random_crops
 
 SCHEMA = EventSchema()
 logs = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5)), min_size=1, max_size=80)  # (user, item) in time order
@@ -88,7 +88,7 @@ def test_crops_cover_every_event_once_and_are_no_longer_than_asked(lengths: list
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=60), st.integers(10, 100), st.integers(0, 99))
 def test_batches_hold_every_crop_once(lengths: list[int], batch_events: int, seed: int) -> None:
     sizes, starts = np.array(lengths), np.arange(len(lengths))
-    parts = batches(starts, sizes, batch_events, np.random.default_rng(seed))
+    parts = batch_crops(starts, sizes, batch_events, np.random.default_rng(seed))
     assert sorted(np.concatenate([part[0] for part in parts]).tolist()) == starts.tolist()
     assert all((sizes[part[0]] == part[1]).all() for part in parts)
     assert all(part[1].sum() < batch_events + sizes.max() for part in parts)
@@ -118,7 +118,7 @@ def test_a_row_asks_for_the_users_next_event_and_knows_what_the_crop_showed(
             shown = batch.inputs.item_rows[batch.inputs.offsets[crop] : row + 1].tolist()
             wanted_seen |= {(len(wanted_asked), token) for token in shown}
             wanted_asked.append(row)
-    assert batch.target_mask.tolist() == wanted_asked
+    assert batch.target_rows.tolist() == wanted_asked
     assert seen == wanted_seen
 
 

@@ -109,9 +109,9 @@ def batch() -> TrainingBatch:
 @pytest.mark.parametrize("count", [1, 2, 5, 12])
 def test_the_parts_of_a_batch_are_the_batch(count: int) -> None:
     whole = batch()
-    parts = [whole.part(rank, count) for rank in range(count)]
-    assert sum(part.share for part in parts) == pytest.approx(np.ones(4))
-    assert sorted(np.concatenate([part.inputs.item_rows for part in parts])) == sorted(whole.inputs.item_rows)
+    parts = [whole.shard(rank, count) for rank in range(count)]
+    assert sum(part.loss_fractions for part in parts) == pytest.approx(np.ones(4))
+    assert sorted(np.concatenate([part.inputs.tokens for part in parts])) == sorted(whole.inputs.tokens)
     asked = np.concatenate([part.targets for part in parts])
     assert sorted(asked) == sorted(whole.targets)
     shown = {(target, *_seen(part, row)) for part in parts for row, target in enumerate(part.targets.tolist())}
@@ -121,8 +121,8 @@ def test_the_parts_of_a_batch_are_the_batch(count: int) -> None:
 
 
 def test_a_process_without_a_crop_asks_nothing() -> None:
-    idle = batch().part(rank=12, count=13)
-    assert idle.share.tolist() == [0, 0, 0, 0]
+    idle = batch().shard(rank=12, count=13)
+    assert idle.loss_fractions.tolist() == [0, 0, 0, 0]
     assert len(idle.inputs) == 1
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.training.loss_weighting import KINDS, DynamicWeightAverage, WeightingName, make_weighting
+from pipeline.training.loss_weighting import WEIGHTINGS, DynamicWeightAverage, WeightingName, make_weighting
 
 
 def loss_of(weighting: torch.nn.Module, *losses: float) -> float:
@@ -13,7 +13,7 @@ def test_fixed_weights_are_a_weighted_sum() -> None:
     assert loss_of(make_weighting("fixed", (0.5, 0.0, 2.0)), 1.0, 7.0, 3.0) == pytest.approx(6.5)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", WEIGHTINGS)
 def test_before_anything_is_learnt_every_weighting_is_the_fixed_one(name: WeightingName) -> None:
     assert loss_of(make_weighting(name, (0.3, 0.3, 0.3)), 1.0, 2.0, 3.0) == pytest.approx(1.8)
 
@@ -50,7 +50,7 @@ def test_dwa_weighs_all_alike_until_two_epochs_are_known_and_a_head_without_labe
     torch.testing.assert_close(dwa([1.0, 0.0, 1.0], [1.0, 0.0, 1.0]), torch.ones(3))
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", WEIGHTINGS)
 def test_a_weightings_state_restores_it(name: WeightingName) -> None:
     first, second = make_weighting(name, (0.1, 0.2, 0.3)), make_weighting(name, (0.1, 0.2, 0.3))
     first.epoch_ended(torch.tensor([1.0, 2.0, 3.0]))

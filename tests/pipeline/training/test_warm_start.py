@@ -141,7 +141,7 @@ def test_only_new_events_are_counted_and_only_they_judge(folder: Path) -> None:
     assert popularity["task"] == pytest.approx(popularity["whole"]), "as if all had been counted at once"
     assert task.metadata(task.train).events.sum() == len(log_of(24))
     times = task.validation_events.sequences.histories.ts_ms[task.validation_events.positions]
-    assert (times > WarmStart(old).newest_ms).all()
+    assert (times > WarmStart(old).latest_ms).all()
     assert len(times) == 96, "a fifth of the new events"
 
 

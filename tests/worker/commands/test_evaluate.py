@@ -41,7 +41,7 @@ def test_log_without_times_is_evaluated_on_each_users_newest_events(tmp_path: Pa
     assert all(f"\n {name} " in shown for name in report.rankings)
     assert f"{report.rankings['itemknn'].at[10].ndcg.value:.4f}" in shown
     assert main(words("evaluate", tmp_path / "a", log, *layout)) == 2
-    assert "taught artifact" in capsys.readouterr().err
+    assert "events to score" in capsys.readouterr().err
 
 
 def test_unreadable_records_are_reported_and_skipped(tmp_path: Path, capsys: Capture) -> None:
