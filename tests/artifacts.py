@@ -18,7 +18,7 @@ from pipeline.items.metadata import ItemMetadata
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.model.config import HstuConfig
 from pipeline.records import EventSchema, Item, item_hash
-from pipeline.training.trainer import MultiTaskModel
+from pipeline.training.multi_task_model import MultiTaskModel
 
 CREATED = "2026-01-01T00:00:00+00:00"
 ITEM_EMBEDDING = "hstu.items.embedding.weight"  # [1 + items, width]

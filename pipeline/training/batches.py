@@ -1,7 +1,7 @@
-"""Training batches: random crops of the users' sequences, each event asked for its successor.
+"""Training batches: random crops of the users' sequences, each event predicting its successor.
 
-Most users that a model meets in service were not there in training. So an epoch cuts every sequence into crops at a new
-random offset: each event is seen with long and with short contexts, and the model leans on items, not on who it is.
+Most users that a model meets in service were not in its training log. So each epoch cuts every sequence into crops at a
+new random offset: an event is seen with long and with short contexts, and the model relies on items, not on the user.
 """
 
 from dataclasses import dataclass, replace
@@ -18,22 +18,24 @@ from pipeline.items.vocabulary import UNKNOWN
 from pipeline.jagged import find_rows, ranges
 from pipeline.records import EventSchema
 
+LENGTH_BUCKET = 8  # events: crops whose lengths fall into one bucket may share a batch
+
 
 @dataclass(slots=True)
 class TrainingColumns:
-    """What the corpus shows and asks: columns [total] over its events, 123 bytes an event beside the corpus' own.
+    """Inputs and targets as columns [total] over the sequences' events, 123 bytes per event besides the sequences.
 
-    They are made once, users by users: a crop's features need all that came before it, so making them with each batch
-    would walk through the same histories in every epoch.
+    They are computed once, some users at a time: a crop's features need all events before it, so computing them per
+    batch would walk through the same histories in every epoch.
 
-    inputs:     of the whole sequences, of which crops are taken; its codes are int16
-    successors: int32, the token of the user's next event; 0 where there is none
-    asked:      bool, the retrieval is trained here: the successor is known and (unless repeats count) new to the user,
-                for what the user has touched before is excluded in service
-    labels:     float32 [total, 3], see labels.compute_labels
-    rhythm:     float32 [total, RHYTHMS], see rhythm.rhythm
+    inputs:       full sequences, of which crops are taken; feature_ids is int16
+    successors:   int32, the token of the user's next event; 0 where there is none
+    target_mask:  bool, retrieval is trained here: the successor is in the vocabulary and (unless repeats count) new to
+                  the user, since serving excludes what the user has touched before
+    labels:       float32 [total, 3], see labels.labels_of
+    visit_frequency: float32 [total, N_VISIT_FEATURES], see visit_frequency.visit_frequency
     affinities, facts: of the histories and of the events' items, see affinity.py
-    older_events: the model is shown so many of a user's events before a crop, too, in sessions
+    older_events: at most this many of a user's events before a crop are input, too, pooled into sessions
     """
 
     inputs: EncoderInputs
@@ -47,59 +49,63 @@ class TrainingColumns:
 
     @classmethod
     def from_sequences(
-        cls, corpus: UserSequences, schema: EventSchema, repeats: bool, catalogue: Catalogue = EMPTY_CATALOGUE
+        cls, sequences: UserSequences, schema: EventSchema, repeats: bool, catalogue: Catalogue = EMPTY
     ) -> "TrainingColumns":
-        total, histories, facts = len(corpus), corpus.histories, catalogue.facts(corpus.tokens)
-        codes, seconds = np.empty((total, N_FEATURES), np.int16), np.empty(total, np.int32)
-        examples = cls(
-            EncoderInputs(corpus.tokens, codes, seconds, corpus.offsets),
-            _successors(corpus),
-            np.zeros(total, bool),
-            compute_labels(histories, schema, int(histories.ts_ms.max(initial=0))),
-            np.empty((total, N_VISIT_FEATURES), np.float32),
-            AffinityIndex.from_histories(histories, corpus.tokens, facts, engaged(histories, schema)),
-            facts,
+        total = len(sequences)
+        histories = sequences.histories
+        facts = catalogue.facts(sequences.tokens)
+        feature_ids = np.empty((total, N_FEATURES), np.int16)
+        columns = cls(
+            inputs=EncoderInputs(sequences.tokens, feature_ids, np.empty(total, np.int32), sequences.offsets),
+            successors=_successors(sequences),
+            target_mask=np.zeros(total, bool),
+            labels=labels_of(histories, schema, int(histories.ts_ms.max(initial=0))),
+            visit_frequency=np.empty((total, N_VISIT_FEATURES), np.float32),
+            affinities=AffinityIndex.from_histories(histories, sequences.tokens, facts, engaged(histories, schema)),
+            facts=facts,
         )
-        for place, part in corpus.chunks():
-            examples._fill(place, part)
-            examples.target_mask[place][:-1] = True if repeats else part.is_first_touch[1:]
-        examples.target_mask &= examples.successors != UNKNOWN
-        return examples
+        for rows, chunk in sequences.chunks():
+            columns._fill(rows, chunk)
+            columns.target_mask[rows][:-1] = True if repeats else chunk.is_first_touch[1:]
+        columns.target_mask &= columns.successors != UNKNOWN
+        return columns
 
-    def _fill(self, place: slice, part: UserSequences) -> None:
-        inputs = encoder_inputs(part.histories, part.tokens, np.iinfo(np.int32).max, self.facts.select(place))
-        self.inputs.feature_ids[place], self.inputs.seconds[place] = inputs.feature_ids, inputs.seconds
-        self.visit_frequency[place] = visit_frequency(part.histories, np.arange(len(part)))
+    def _fill(self, rows: slice, chunk: UserSequences) -> None:
+        inputs = encoder_inputs(chunk.histories, chunk.tokens, np.iinfo(np.int32).max, self.facts.select(rows))
+        self.inputs.feature_ids[rows] = inputs.feature_ids
+        self.inputs.seconds[rows] = inputs.seconds
+        self.visit_frequency[rows] = visit_frequency(chunk.histories, np.arange(len(chunk)))
 
     def with_context(self, starts: np.ndarray, lengths: np.ndarray) -> EncoderInputs:
-        """Of these crops, each behind the older events of its user."""
-        begins = self.inputs.offsets[find_rows(self.inputs.offsets, starts)]
-        older = np.minimum(starts - begins, self.older_events)
+        """Return the inputs of these crops, each preceded by older events of its user."""
+        user_starts = self.inputs.offsets[row_of(self.inputs.offsets, starts)]
+        older = np.minimum(starts - user_starts, self.older_events)
         inputs = self.inputs.gather_runs(starts - older, older + lengths)
         return replace(inputs, feature_ids=inputs.feature_ids.astype(np.int32))
 
     def target_frequency(self, items: int) -> np.ndarray:
-        """float64 [items]: each token's share of the targets."""
+        """Return float64 [items]: each token's fraction of the targets."""
         counts = np.bincount(self.successors[self.target_mask], minlength=items)
         return counts / max(1, counts.sum())
 
 
-def _successors(corpus: UserSequences) -> np.ndarray:
-    successors = np.append(corpus.tokens[1:], UNKNOWN).astype(np.int32)
-    successors[corpus.offsets[1:] - 1] = UNKNOWN
+def _successors(sequences: UserSequences) -> np.ndarray:
+    successors = np.append(sequences.tokens[1:], UNKNOWN).astype(np.int32)
+    successors[sequences.offsets[1:] - 1] = UNKNOWN
     return successors
 
 
 @dataclass(slots=True)
 class TrainingBatch:
-    """Some crops, packed: columns [total] over their events.
+    """Packed crops: columns [total] over their events.
 
-    inputs:  of `Examples.shown`: a crop's events are its user's last ones there
-    offsets: int64 [crops + 1], of the crops' own events
-    successors: int32 [total]; labels: float32 [total, 3]; affinity: float32 [total, AFFINITIES], of the successors
-    asked: int64 [m], the rows that train the retrieval
-    seen:  pairs (number of the asked row, token), int64 [pairs] each: what the crop's own events show up to that row
-    whole: the batch that this is one process' part of; None: it is the whole one
+    inputs:      from TrainingColumns.with_context: a crop's own events are the last of its run there
+    offsets:     int64 [crops + 1], of the crops' own events
+    successors:  int32 [total]; labels: float32 [total, 3]; affinity: float32 [total, N_AFFINITY_FEATURES], of the
+                 successors
+    target_rows: int64 [m], the rows that train retrieval
+    seen:        pairs (index of the target row, token), int64 [pairs] each: the crop's own events up to that row
+    full_batch:  the batch that this is one process' shard of; None: this is the full batch
     """
 
     inputs: EncoderInputs
@@ -114,84 +120,108 @@ class TrainingBatch:
 
     @property
     def targets(self) -> np.ndarray:
-        """int32 [m]: the successors of the asked rows."""
+        """Successors of the target rows, int32 [m]."""
         return self.successors[self.target_rows]
 
     @property
     def loss_fractions(self) -> np.ndarray:
-        """float32 [1 + 3]: of the whole batch's rows that each loss is a mean of, the retrieval's and the tasks'."""
-        return (self._rows / np.maximum((self.full_batch or self)._rows, 1)).astype(np.float32)
+        """Fraction of each loss' rows that are in this shard, float32 [1 + 3]: retrieval, then the tasks."""
+        return (self._loss_rows / np.maximum((self.full_batch or self)._loss_rows, 1)).astype(np.float32)
 
     @property
-    def _rows(self) -> np.ndarray:
+    def _loss_rows(self) -> np.ndarray:
         return np.array([len(self.target_rows), *np.isfinite(self.labels).sum(axis=0)])
 
     def shard(self, rank: int, count: int) -> "TrainingBatch":
-        """Each count-th crop, from number `rank` on. Where there is none: the first crop, asked nothing."""
-        crops, whole = len(self.inputs), self.inputs
+        """Return every count-th crop from index `rank` on. Without one: the first crop, with nothing to train on."""
+        crops = len(self.inputs)
         if rank >= crops:
-            idle, nothing = self.shard(0, crops), np.empty(0, np.int64)
-            return replace(idle, labels=np.full_like(idle.labels, np.nan), target_mask=nothing, seen=(nothing, nothing))
+            nothing = np.empty(0, np.int64)
+            idle = self.shard(0, crops)
+            return replace(idle, labels=np.full_like(idle.labels, np.nan), target_rows=nothing, seen=(nothing, nothing))
         rows, offsets = ranges(self.offsets[:-1][rank::count], np.diff(self.offsets)[rank::count])
-        places = np.full(len(self.successors), -1)
-        places[rows] = np.arange(len(rows))
-        asked = places[self.target_rows]
-        own = asked >= 0
-        numbers, shown = (column[own[self.seen[0]]] for column in self.seen)
+        shard_rows = np.full(len(self.successors), -1)  # by row of this batch, -1 = in another shard
+        shard_rows[rows] = np.arange(len(rows))
+        target_rows = shard_rows[self.target_rows]
+        is_own = target_rows >= 0
+        own_index = np.cumsum(is_own) - 1  # of the own targets, by target of this batch
+        seen_targets, seen_tokens = self.seen
+        is_own_pair = is_own[seen_targets]
+        input_offsets = self.inputs.offsets
         return TrainingBatch(
-            whole.gather_runs(whole.offsets[:-1][rank::count], np.diff(whole.offsets)[rank::count]),
-            offsets,
-            self.successors[rows],
-            self.labels[rows],
-            self.visit_frequency[rows],
-            self.affinity[rows],
-            asked[own],
-            ((np.cumsum(own) - 1)[numbers], shown),
-            self,
+            inputs=self.inputs.gather_runs(input_offsets[:-1][rank::count], np.diff(input_offsets)[rank::count]),
+            offsets=offsets,
+            successors=self.successors[rows],
+            labels=self.labels[rows],
+            visit_frequency=self.visit_frequency[rows],
+            affinity=self.affinity[rows],
+            target_rows=target_rows[is_own],
+            seen=(own_index[seen_targets[is_own_pair]], seen_tokens[is_own_pair]),
+            full_batch=self,
         )
 
 
-def random_crops(offsets: np.ndarray, length: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Every user's run cut into crops of `length` at a random offset: starts int64 [n], lengths int64 [n]."""
+def random_crops(offsets: np.ndarray, length: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Cut every user's run into crops of at most `length` at a random offset: starts int64 [n], lengths int64 [n]."""
     lengths = np.diff(offsets)
-    shifts = np.where(lengths > length, random.integers(0, length, len(lengths)), 0)
+    shifts = np.where(lengths > length, rng.integers(0, length, len(lengths)), 0)
     counts = -(-(lengths + shifts) // length)
-    number, _ = ranges(np.zeros_like(counts), counts)  # of the crop within its user
-    begins = number * length - np.repeat(shifts, counts)
+    index, _ = ranges(np.zeros_like(counts), counts)  # of the crop within its user
+    begins = index * length - np.repeat(shifts, counts)
     ends = np.minimum(begins + length, np.repeat(lengths, counts))
     begins = np.maximum(begins, 0)
     return np.repeat(offsets[:-1], counts) + begins, ends - begins
 
 
-def batch_crops(starts: np.ndarray, lengths: np.ndarray, events_per_batch: int,
-            random: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray]]:  # fmt: skip
-    """Crops of like lengths together, about `batch_events` events a batch, in random order."""
-    order = np.lexsort((random.random(len(starts)), lengths // 8))
-    starts, lengths = starts[order], lengths[order]
-    number = (np.cumsum(lengths) - 1) // events_per_batch
-    cuts = np.flatnonzero(np.diff(number)) + 1
-    parts = list(zip(np.split(starts, cuts), np.split(lengths, cuts), strict=True))
-    random.shuffle(parts)
-    return parts
+def batch_crops(
+    starts: np.ndarray, lengths: np.ndarray, events_per_batch: int, rng: np.random.Generator
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Group crops of similar length into batches of about `events_per_batch` events, in random order.
+
+    Returns (starts, lengths) of each batch's crops.
+    """
+    order = np.lexsort((rng.random(len(starts)), lengths // LENGTH_BUCKET))
+    starts = starts[order]
+    lengths = lengths[order]
+    batch_of_crop = (np.cumsum(lengths) - 1) // events_per_batch
+    boundaries = np.flatnonzero(np.diff(batch_of_crop)) + 1
+    batches = list(zip(np.split(starts, boundaries), np.split(lengths, boundaries), strict=True))
+    rng.shuffle(batches)
+    return batches
 
 
-def make_batch(examples: TrainingColumns, starts: np.ndarray, lengths: np.ndarray, unknown_item_rate: float,
-             random: np.random.Generator) -> TrainingBatch:  # fmt: skip
-    """The crops as model inputs; a share of the input items is made unknown, as new items will be in service."""
+def make_batch(
+    columns: TrainingColumns,
+    starts: np.ndarray,
+    lengths: np.ndarray,
+    unknown_item_rate: float,
+    rng: np.random.Generator,
+) -> TrainingBatch:
+    """Pack crops as model inputs, shortest first.
+
+    A fraction `unknown_item_rate` of the input items is made unknown, as new items will be in service.
+    """
     order = np.argsort(lengths, kind="stable")
     index, offsets = ranges(starts[order], lengths[order])
-    asked = np.flatnonzero(examples.target_mask[index])
-    seen = _seen(examples.inputs.item_rows[index], offsets, asked)
-    inputs = examples.with_context(starts[order], lengths[order])
-    inputs.item_rows[random.random(len(inputs.item_rows)) < unknown_item_rate] = UNKNOWN
-    successors, labels, rhythms = examples.successors[index], examples.labels[index], examples.visit_frequency[index]
-    following = np.minimum(index + 1, len(examples.successors) - 1)
-    affinity = examples.affinities.at(index, successors, examples.facts.select(following))
-    return TrainingBatch(inputs, offsets, successors, labels, rhythms, affinity, asked, seen)
+    target_rows = np.flatnonzero(columns.target_mask[index])
+    inputs = columns.with_context(starts[order], lengths[order])
+    inputs.tokens[rng.random(len(inputs.tokens)) < unknown_item_rate] = UNKNOWN
+    successors = columns.successors[index]
+    following = np.minimum(index + 1, len(columns.successors) - 1)
+    return TrainingBatch(
+        inputs=inputs,
+        offsets=offsets,
+        successors=successors,
+        labels=columns.labels[index],
+        visit_frequency=columns.visit_frequency[index],
+        affinity=columns.affinities.at(index, successors, columns.facts.select(following)),
+        target_rows=target_rows,
+        seen=_seen(columns.inputs.tokens[index], offsets, target_rows),
+    )
 
 
-def _seen(item_rows: np.ndarray, offsets: np.ndarray, asked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    begins = np.repeat(offsets[:-1], np.diff(offsets))[asked]
-    counts = asked - begins + 1
-    index, _ = ranges(begins, counts)
-    return np.repeat(np.arange(len(asked)), counts), item_rows[index]
+def _seen(tokens: np.ndarray, offsets: np.ndarray, target_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    crop_starts = np.repeat(offsets[:-1], np.diff(offsets))[target_rows]
+    counts = target_rows - crop_starts + 1
+    index, _ = ranges(crop_starts, counts)
+    return np.repeat(np.arange(len(target_rows)), counts), tokens[index]

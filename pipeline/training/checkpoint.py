@@ -1,4 +1,4 @@
-"""Training's saved state: one safetensors file, replaced as a whole after every epoch. No pickle."""
+"""Saved training state: one safetensors file, replaced atomically after every epoch. No pickle."""
 
 import os
 from collections.abc import Mapping
@@ -13,32 +13,34 @@ from torch import Tensor
 
 from pipeline.errors import TrainingError
 
-Notes = TypeVar("Notes", bound=msgspec.Struct)
+State = TypeVar("State", bound=msgspec.Struct)
 
 
-def save(path: Path, tensors: Mapping[str, Tensor], notes: msgspec.Struct) -> None:
-    """Tensors and a struct of notes, written beside the old file and then put in its place. TrainingError where that
-    cannot be: the old file is still whole."""
+def save(path: Path, tensors: Mapping[str, Tensor], state: msgspec.Struct) -> None:
+    """Write tensors and a state struct to a draft file, then rename it over the old checkpoint.
+
+    TrainingError when either fails; the old checkpoint is then intact.
+    """
     draft = path.with_name(f".{path.name}.draft")
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file(contiguous, draft, {"notes": msgspec.json.encode(notes).decode()})
+        safetensors.torch.save_file(contiguous, draft, {"state": msgspec.json.encode(state).decode()})
         os.replace(draft, path)
     except (OSError, SafetensorError) as error:
         raise TrainingError(
-            f"checkpoint {path}: cannot be written ({error}); make room, then go on by --resume"
+            f"checkpoint {path}: cannot be written ({error}); make room, then continue with --resume"
         ) from error
 
 
-def load(path: Path, notes: type[Notes]) -> tuple[dict[str, Tensor], Notes]:
-    """What `save` wrote. TrainingError if there is nothing to resume from or it cannot be read."""
+def load(path: Path, state_type: type[State]) -> tuple[dict[str, Tensor], State]:
+    """Return the tensors and the state that `save` wrote. TrainingError if the file is missing or unreadable."""
     try:
         with safetensors.safe_open(path, "pt") as file:
-            text = (file.metadata() or {})["notes"]
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-            return tensors, msgspec.json.decode(text, type=notes)
+            text = (file.metadata() or {})["state"]
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a mapping
+            return tensors, msgspec.json.decode(text, type=state_type)
     except FileNotFoundError as error:
-        raise TrainingError(f"checkpoint {path}: there is none to resume from; train without --resume") from error
+        raise TrainingError(f"checkpoint {path}: not found, nothing to resume from; train without --resume") from error
     except (SafetensorError, KeyError, msgspec.DecodeError) as error:
         raise TrainingError(f"checkpoint {path}: cannot be read ({error}); train without --resume") from error

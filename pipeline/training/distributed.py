@@ -1,9 +1,9 @@
-"""Training in several processes, as `torchrun` starts them: each computes a part of every batch, and all step alike.
+"""Data-parallel training under `torchrun`: each process computes a shard of every batch, and all take the same steps.
 
-Every process reads the log and draws the same batches from the same seed; of a batch's crops, in order of length,
-process r of n takes each n-th, from the r-th on. One message a step adds up the gradients. So the weights are those of
-one process, up to the order in which floats are added; dropout alone is drawn by each process for its own part.
-The first process judges, writes and displays, the others wait for what it tells.
+Every process reads the log and draws the same batches from the same seed; of a batch's crops, sorted by length, process
+r of n takes every n-th from index r on. One all-reduce per step averages the gradients. So the weights are those of one
+process, up to the order of float additions; only dropout is drawn by each process for its own shard.
+The main process validates, writes and displays; the others wait for its broadcasts.
 """
 
 import os
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 @dataclass(slots=True, frozen=True)
 class ProcessGroup:
-    """This process among `count`, its number `rank` from 0; device: torch's name of where travelling tensors lie."""
+    """This process' rank, from 0, among `count`. device: torch's name of the device that holds exchanged tensors."""
 
     rank: int = 0
     count: int = 1
@@ -29,20 +29,20 @@ class ProcessGroup:
         return self.rank == 0
 
     def average(self, parameters: Iterable[nn.Parameter], losses: Tensor) -> Tensor:
-        """The gradients become their means over the processes. losses: float [n], returned as means, too."""
+        """Replace the gradients by their means over the processes. losses: float [n], returned as means, too."""
         if self.count == 1:
             return losses
-        # NOTE: every process has met the same parameters, or their messages would not fit.
-        met = [parameter for parameter in parameters if parameter.grad is not None]
-        flat = torch.cat([losses, *(parameter.grad.flatten() for parameter in met if parameter.grad is not None)])
+        # NOTE: every process must have gradients of the same parameters, or the messages would not fit.
+        trained = [parameter for parameter in parameters if parameter.grad is not None]
+        flat = torch.cat([losses, *(parameter.grad.flatten() for parameter in trained if parameter.grad is not None)])
         dist.all_reduce(flat)
-        means = (flat / self.count).split([len(losses), *(parameter.numel() for parameter in met)])
-        for parameter, mean in zip(met, means[1:], strict=True):
+        means = (flat / self.count).split([len(losses), *(parameter.numel() for parameter in trained)])
+        for parameter, mean in zip(trained, means[1:], strict=True):
             parameter.grad = mean.view_as(parameter)
         return means[0]
 
     def broadcast(self, numbers: Sequence[float]) -> list[float]:
-        """The first process' numbers, in all of them; what the others give says how many."""
+        """Return the main process' numbers in every process; all must pass the same count."""
         if self.count == 1:
             return list(numbers)
         message = torch.tensor(numbers, dtype=torch.float64, device=self.device)
@@ -55,7 +55,10 @@ SINGLE_PROCESS = ProcessGroup()
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[ProcessGroup]:
-    """Those that torchrun started (by its variables), over NCCL on CUDA, else gloo; without torchrun one alone."""
+    """Join the group that torchrun's variables describe, over NCCL on CUDA, else gloo.
+
+    Without these variables: a single process.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield SINGLE_PROCESS
         return

@@ -1,4 +1,4 @@
-"""A log made ready to train on: cut, numbered, labelled, and what every model of it needs."""
+"""Prepares a log for training: splits it, maps items to tokens, counts, labels, and builds its trainers."""
 
 import hashlib
 from collections.abc import Iterable
@@ -29,23 +29,27 @@ from pipeline.serving.hstu_strategy import HstuStrategy
 from pipeline.serving.pipeline import PipelineOptions, new_counters
 from pipeline.training.batches import TrainingColumns
 from pipeline.training.distributed import SINGLE_PROCESS, ProcessGroup
-from pipeline.training.trainer import MultiTaskModel, Trainer, TrainerOptions
+from pipeline.training.multi_task_model import MultiTaskModel
+from pipeline.training.trainer import Trainer, TrainerOptions
 from pipeline.training.warm_start import WarmStart
 from pipeline.types import Fraction, NonNegativeInt, PositiveInt
 
 
 class TrainingOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What `millrace train` may be told. The cut is by events in time order, or, with `leave_out` above 0, by user."""
+    """Options of `millrace train`.
+
+    The split is by events in time order, or, with `leave_last_out` above 0, by user.
+    """
 
     trainer: TrainerOptions = TrainerOptions()
     model: HstuConfig = HstuConfig()
     train_fraction: Annotated[float, Meta(gt=0, le=1)] = DEFAULT_TRAIN_FRACTION
-    validation_fraction: Fraction = 0.05  # of the events before the cut; of the new ones when going on from an artifact
-    leave_last_out: NonNegativeInt = 0  # of each user's events, the newest
-    validation_last_out: PositiveInt = 2  # of each user's events before such a cut
-    max_validation_events: PositiveInt = 4000  # at most, of the validation slice: 2,000 cost about a second of one core
+    validation_fraction: Fraction = 0.05  # of the training events; of the new ones in a warm start
+    leave_last_out: NonNegativeInt = 0  # number of each user's latest events that are held out
+    validation_last_out: PositiveInt = 2  # number of each user's latest training events, with such a split
+    max_validation_events: PositiveInt = 4000  # ranked per epoch: 2,000 take about a second of one core
     patience: PositiveInt = 10  # epochs without a better NDCG@10 before training stops
-    refit: bool = True  # off: the judged weights themselves are the artifact
+    refit: bool = True  # off: the best validated weights themselves are the artifact
 
     @property
     def split(self) -> Split:
@@ -53,29 +57,27 @@ class TrainingOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def validation_split(self) -> Split:
-        """Of the events before the cut."""
-        return (
-            Split(leave_last_out=self.validation_last_out)
-            if self.leave_last_out
-            else Split(1 - self.validation_fraction)
-        )
+        """Split of the training events into those to fit and the later ones to validate on."""
+        if self.leave_last_out:
+            return Split(leave_last_out=self.validation_last_out)
+        return Split(1 - self.validation_fraction)
 
 
 @dataclass(slots=True)
 class TrainingSetup:
-    """A log made ready. `known`: all events before the cut; `fit`: those before the validation slice, `judged`."""
+    """A prepared log. train: all training events; fit: those before the validation slice."""
 
     options: TrainingOptions
     pipeline: PipelineOptions
     catalogue: Catalogue
     train: UserSequences
     fit: UserSequences
-    validation_mask: np.ndarray  # bool [total] of `known`
-    validation_events: HeldOutEvents  # of the validation slice
+    validation_mask: np.ndarray  # bool [total], of `train`: the validation slice
+    validation_events: HeldOutEvents  # a random part of the slice
     counters: dict[str, np.ndarray]
     provenance: TrainingProvenance
     fingerprint: str
-    warm_start: WarmStart | None  # what training goes on from
+    warm_start: WarmStart | None  # the artifact to continue from
     group: ProcessGroup
 
     @property
@@ -84,153 +86,167 @@ class TrainingSetup:
 
     @property
     def config(self) -> HstuConfig:
-        """Of the model; a new one reads no contents where there is no record at all."""
+        """Configuration of the model. A new model has no content features when no item has metadata."""
         model = self.options.model
         content_rows = model.content_rows if self.warm_start or self.catalogue.version else 0
         return msgspec.structs.replace(model, items=len(self.vocabulary), content_rows=content_rows)
 
-    def trainer(self, corpus: UserSequences, epochs: int) -> Trainer[MultiTaskModel]:
-        """One whose learning rate falls over so many epochs. TrainingError: the corpus has nothing to learn from."""
-        config, options = self.config, self.options.trainer
-        crop_events = min(options.crop_length, config.recent_length)
-        options = msgspec.structs.replace(options, epochs=epochs, crop_length=crop_events)
-        contents = self.metadata(corpus).content() if config.content_rows else None
+    def trainer(self, sequences: UserSequences, epochs: int) -> Trainer[MultiTaskModel]:
+        """Return a trainer whose learning rate falls over `epochs`. TrainingError: the sequences have no targets."""
+        config = self.config
+        options = self.options.trainer
+        crop_length = min(options.crop_length, config.recent_length)
+        options = msgspec.structs.replace(options, epochs=epochs, crop_length=crop_length)
+        content = self.metadata(sequences).content() if config.content_rows else None
 
         def build() -> MultiTaskModel:
-            model = MultiTaskModel(config, contents, options.item_dropout)
+            model = MultiTaskModel(config, content, options.item_dropout)
             return self.warm_start.init_model(model) if self.warm_start else model
 
-        examples, device = self.columns(corpus), resolve_device(self.pipeline.device)
-        return Trainer(build, config.items, options, examples, device, self.group)
+        device = resolve_device(self.pipeline.device)
+        return Trainer(build, config.items, options, self.columns(sequences), device, self.group)
 
-    def columns(self, corpus: UserSequences) -> TrainingColumns:
-        """TrainingError when there are none."""
-        examples = TrainingColumns.from_sequences(
-            corpus, self.pipeline.schema, self.options.trainer.train_on_repeats, self.catalogue
+    def columns(self, sequences: UserSequences) -> TrainingColumns:
+        """Return the training columns. TrainingError: they have no targets."""
+        columns = TrainingColumns.from_sequences(
+            sequences, self.pipeline.schema, self.options.trainer.train_on_repeats, self.catalogue
         )
-        examples.older_events = self.config.history_length - self.config.recent_length
-        if not examples.target_mask.any():
+        columns.older_events = self.config.history_length - self.config.recent_length
+        if not columns.target_mask.any():
             raise TrainingError(
-                f"training: in the {len(corpus)} events of {len(corpus.offsets) - 1} users that are left to train on,"
-                " no user goes from one item to another; give a longer log, cut later (--train-fraction) or cut by user"
+                f"training: in the {len(sequences)} training events of {len(sequences.offsets) - 1} users no user goes"
+                " from one item to another; give a longer log, split later (--train-fraction) or by user"
                 " (--leave-last-out)"
             )
-        return examples
+        return columns
 
-    def metadata(self, corpus: UserSequences) -> ItemMetadata:
-        """What is known of the vocabulary's items when this corpus has taught."""
+    def metadata(self, sequences: UserSequences) -> ItemMetadata:
+        """Return the metadata of the vocabulary's items, with their event counts after training on these sequences."""
         tokens = np.arange(1, len(self.vocabulary))
         if self.warm_start is None:
-            return ItemMetadata.from_catalogue(
-                self.catalogue, tokens, np.bincount(corpus.tokens, minlength=len(tokens) + 1)[1:]
-            )
-        events = self.warm_start.item_events(corpus, len(self.vocabulary))[1:]
+            events = np.bincount(sequences.tokens, minlength=len(self.vocabulary))[1:]
+            return ItemMetadata.from_catalogue(self.catalogue, tokens, events)
+        events = self.warm_start.item_events(sequences, len(self.vocabulary))[1:]
         return ItemMetadata(self.catalogue.state(tokens), events, self.warm_start.artifact.metadata.scale)
 
-    def artifact(self, weights: dict[str, Tensor], corpus: UserSequences) -> Artifact:
-        """corpus: what the weights were trained on."""
-        item_ids, items = self.vocabulary.item_ids[1:], self.metadata(corpus)
+    def artifact(self, weights: dict[str, Tensor], sequences: UserSequences) -> Artifact:
+        """Return an unsaved artifact. sequences: what the weights were trained on."""
         return artifacts.draft(
-            self.config, self.pipeline.schema, weights, item_ids, self.counters, items, self.provenance
+            self.config,
+            self.pipeline.schema,
+            weights,
+            self.vocabulary.item_ids[1:],
+            self.counters,
+            self.metadata(sequences),
+            self.provenance,
         )
 
     def ranker(self, weights: dict[str, Tensor]) -> HstuStrategy:
-        """The model with these weights, as it will serve."""
-        artifact, options = self.artifact(weights, self.fit), self.pipeline
+        """Return the model with these weights as it will serve."""
+        options = self.pipeline
+        artifact = self.artifact(weights, self.fit)
         return HstuStrategy(artifact, self.catalogue, options.exclusion, options.device, options.threads)
 
 
-def prepare(log: EventLog, options: TrainingOptions, pipeline: PipelineOptions, items: Iterable[Item] = (),
-            warm_start: WarmStart | None = None, group: ProcessGroup = SINGLE_PROCESS) -> TrainingSetup:  # fmt: skip
-    """Cut, number and label the log. base: what training goes on from. Raises TrainingError."""
+def prepare(
+    log: EventLog,
+    options: TrainingOptions,
+    pipeline: PipelineOptions,
+    items: Iterable[Item] = (),
+    warm_start: WarmStart | None = None,
+    group: ProcessGroup = SINGLE_PROCESS,
+) -> TrainingSetup:
+    """Split, count and label the log. warm_start: the artifact to continue from. Raises TrainingError."""
     if warm_start:
         warm_start.check(options.model, pipeline.schema)
-    known_log = _before_cut(log, options.split)
-    validation = _validation(known_log, options, warm_start)
+    train_log = _training_events(log, options.split)
+    is_validation = _validation_mask(train_log, options, warm_start)
     old_ids = warm_start.artifact.item_ids if warm_start else []
-    vocabulary = Vocabulary(dict.fromkeys([*old_ids, *known_log.item_ids]), pipeline.max_items)
+    vocabulary = Vocabulary(dict.fromkeys([*old_ids, *train_log.item_ids]), pipeline.max_items)
     if vocabulary.rejected_count:
         raise TrainingError(f"training: {vocabulary.overflow_message}")
-    known, fit = (UserSequences.from_log(part, vocabulary) for part in (known_log, known_log.select(~validation)))
+    train = UserSequences.from_log(train_log, vocabulary)
+    validation_mask = is_validation[train.log_positions]
     catalogue = _catalogue(vocabulary, items, warm_start)
     return TrainingSetup(
         options=options,
         pipeline=pipeline,
         catalogue=catalogue,
-        train=known,
-        fit=fit,
-        validation_mask=validation[known.log_positions],
-        validation_events=_judged(known, validation[known.log_positions], options),
-        counters=_counted(known, vocabulary, pipeline, warm_start),
-        provenance=TrainingProvenance.from_log(options.split, known_log),
-        fingerprint=_fingerprint(known, catalogue, options, pipeline, warm_start),
+        train=train,
+        fit=UserSequences.from_log(train_log.select(~is_validation), vocabulary),
+        validation_mask=validation_mask,
+        validation_events=_validation_events(train, validation_mask, options),
+        counters=_counter_state(train, vocabulary, pipeline, warm_start),
+        provenance=TrainingProvenance.from_log(options.split, train_log),
+        fingerprint=_fingerprint(train, catalogue, options, pipeline, warm_start),
         warm_start=warm_start,
         group=group,
     )
 
 
-def _before_cut(log: EventLog, cut: Split) -> EventLog:
-    known_log = log.select(~cut.test_mask(log))
-    if not len(known_log):
+def _training_events(log: EventLog, split: Split) -> EventLog:
+    train_log = log.select(~split.test_mask(log))
+    if not len(train_log):
         raise TrainingError(
-            f"training: none of the {len(log)} events is left to train on: {cut} is left out, and a cut by time never"
-            " parts events of one time; give a longer log, split later (--train-fraction) or by user (--leave-last-out)"
+            f"training: none of the {len(log)} events is left to train on: {split} is held out, and a split by time"
+            " keeps events of one millisecond together; give a longer log, split later (--train-fraction) or by user"
+            " (--leave-last-out)"
         )
-    return known_log
+    return train_log
 
 
-def _validation(known_log: EventLog, options: TrainingOptions, base: WarmStart | None) -> np.ndarray:
-    """bool [n]: the validation slice, of new events alone where the others taught the base."""
-    if base is None:
-        return options.validation_split.test_mask(known_log)
-    new = base.new_events(known_log)
-    validation = np.zeros(len(known_log), bool)
-    validation[new] = options.validation_split.test_mask(known_log.select(new))
+def _validation_mask(train_log: EventLog, options: TrainingOptions, warm_start: WarmStart | None) -> np.ndarray:
+    """Return bool [n]: the validation slice, of new events alone in a warm start."""
+    if warm_start is None:
+        return options.validation_split.test_mask(train_log)
+    is_new = warm_start.new_events(train_log)
+    validation = np.zeros(len(train_log), bool)
+    validation[is_new] = options.validation_split.test_mask(train_log.select(is_new))
     return validation
 
 
-def _catalogue(vocabulary: Vocabulary, items: Iterable[Item], base: WarmStart | None) -> Catalogue:
+def _validation_events(train: UserSequences, validation_mask: np.ndarray, options: TrainingOptions) -> HeldOutEvents:
+    positions = np.random.default_rng(options.trainer.seed).permutation(np.flatnonzero(validation_mask))
+    return HeldOutEvents(train, np.sort(positions[: options.max_validation_events]), options.model.history_length)
+
+
+def _catalogue(vocabulary: Vocabulary, items: Iterable[Item], warm_start: WarmStart | None) -> Catalogue:
     catalogue = Catalogue(vocabulary)
     records = [item for item in items if vocabulary.token(item.item_id)]
-    if base:
-        base.check_records(records)
-        base.load_into(catalogue)
+    if warm_start:
+        warm_start.check_records(records)
+        warm_start.load_into(catalogue)
     if records:
         catalogue.upsert(records)
     return catalogue
 
 
-def _counted(
-    known: UserSequences, vocabulary: Vocabulary, pipeline: PipelineOptions, base: WarmStart | None
+def _counter_state(
+    train: UserSequences, vocabulary: Vocabulary, pipeline: PipelineOptions, warm_start: WarmStart | None
 ) -> dict[str, np.ndarray]:
-    """The counters' state, and the value of each of their items."""
+    """Return the counters' state, and the value of each of their items."""
     counters: Counters = new_counters(pipeline, vocabulary)
-    values = item_values(known.histories, known.tokens, pipeline.schema, len(vocabulary))
-    if base:
-        base.update_counters(counters, known)
-        values = np.where(values > 0, values, base.item_values(vocabulary))
+    values = item_values(train.histories, train.tokens, pipeline.schema, len(vocabulary))
+    if warm_start:
+        warm_start.update_counters(counters, train)
+        values = np.where(values > 0, values, warm_start.item_values(vocabulary))
     else:
-        counters.observe(known.histories, known.histories.lengths)
+        counters.observe(train.histories, train.histories.lengths)
     state = counters.state()
     return state | {"values": values[vocabulary.tokens(state["items"])]}
 
 
-def _judged(known: UserSequences, validation: np.ndarray, options: TrainingOptions) -> HeldOutEvents:
-    """A random part of the validation slice, bool [total] of `known`."""
-    positions = np.random.default_rng(options.trainer.seed).permutation(np.flatnonzero(validation))
-    return HeldOutEvents(known, np.sort(positions[: options.max_validation_events]), options.model.history_length)
-
-
 def _fingerprint(
-    known: UserSequences,
+    train: UserSequences,
     catalogue: Catalogue,
     options: TrainingOptions,
     pipeline: PipelineOptions,
-    base: WarmStart | None,
+    warm_start: WarmStart | None,
 ) -> str:
-    version = base.artifact.version if base else ""
+    """Return 16 hex digits that identify the training events, item metadata and options."""
+    version = warm_start.artifact.version if warm_start else ""
     digest = hashlib.sha256(msgspec.json.encode((options, pipeline, version), order="sorted"))
-    digest.update(known.events.data)
-    for array in (known.offsets, *catalogue.state(np.arange(len(catalogue.vocabulary))).values()):
+    digest.update(train.events.data)
+    for array in (train.offsets, *catalogue.state(np.arange(len(catalogue.vocabulary))).values()):
         digest.update(array.tobytes())
     return digest.hexdigest()[:16]

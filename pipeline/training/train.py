@@ -1,10 +1,10 @@
-"""From a log to an artifact: cut by time or by user, learn, stop early, keep the best, sign it.
+"""From a log to an artifact: split by time or by user, train, stop early, refit, save with hashes.
 
-Events behind the cut are never looked at. Of those before it the latest judge each epoch: of all, or of each user. The
-model is then trained anew on all events before the cut, for as many epochs as were best, over which its learning rate
-falls: the latest events are worth most (1.2 points of hit rate@10 on a simulated log). After every epoch a checkpoint
-is written beside the artifact; `resume` goes on from it bit for bit. Of several processes (distributed.py) the first
-one judges and writes.
+Held-out events are never read. The latest training events, of all or of each user, are the validation slice that scores
+each epoch. The model is then refitted from scratch on all training events for the best number of epochs, over which its
+learning rate falls: the latest events matter most (1.2 points of hit rate@10 on a simulated log). After every epoch a
+checkpoint is written next to the artifact; `resume` continues from it bit for bit. Of several processes
+(distributed.py) the main one validates and writes.
 """
 
 import math
@@ -37,7 +37,7 @@ K = 10
 
 
 class EpochReport(msgspec.Struct, frozen=True):
-    """`loss`: mean negative log likelihood of the next item, in nats; `judged`: on the validation slice."""
+    """loss: mean negative log likelihood of the next item, in nats; validation: metrics on the validation slice."""
 
     epoch: int
     loss: float
@@ -45,149 +45,178 @@ class EpochReport(msgspec.Struct, frozen=True):
 
 
 class TrainingCallback(Protocol):
-    """Told how training goes: before each stage, after each batch, and after each judged epoch, those before a resumed
-    one first."""
+    """Progress of training."""
 
-    def phase(self, name: str, epochs: int) -> None: ...
+    def phase(self, name: str, epochs: int) -> None:
+        """Called before each phase: "epoch", then the refit."""
 
-    def batch(self, epoch: int, loss: float, done: int, total: int) -> None: ...
+    def batch(self, epoch: int, loss: float, done: int, total: int) -> None:
+        """Called after each batch, `done` of `total` in this epoch."""
 
-    def epoch(self, report: EpochReport, best: EpochReport) -> None: ...
+    def epoch(self, report: EpochReport, best: EpochReport) -> None:
+        """Called after each validated epoch; on resume first for those of the checkpoint."""
 
 
 class TrainingState(msgspec.Struct):
-    """The checkpoint's: what it belongs to, and how training went so far."""
+    """The checkpoint's state. fingerprint: of the log and options that it belongs to."""
 
     fingerprint: str
     reports: list[EpochReport]
     calibration: list[tuple[float, float]] = []  # of the best epoch's heads
-    refitting: bool = False  # all reports are in, the checkpoint is of the training anew
+    refitting: bool = False  # all reports are in, the checkpoint's tensors belong to the refit
 
 
-Saved = tuple[dict[str, Tensor], TrainingState]
+Checkpoint = tuple[dict[str, Tensor], TrainingState]
 
 
-def train(log: EventLog, out: Path, options: TrainingOptions, pipeline: PipelineOptions, callback: TrainingCallback,
-          created: str, resume: bool = False, items: Iterable[Item] = (), warm_start: WarmStart | None = None,
-          group: ProcessGroup = SINGLE_PROCESS) -> Manifest:  # fmt: skip
-    """Train on the log's first `until_share` and write the artifact to `out`. `created`: ISO 8601, UTC.
+def train(
+    log: EventLog,
+    out: Path,
+    options: TrainingOptions,
+    pipeline: PipelineOptions,
+    callback: TrainingCallback,
+    created: str,
+    resume: bool = False,
+    items: Iterable[Item] = (),
+    warm_start: WarmStart | None = None,
+    group: ProcessGroup = SINGLE_PROCESS,
+) -> Manifest:
+    """Train on the log's training events and write the artifact to `out`. created: ISO 8601, UTC.
 
-    items: what is known of items; those that the log before the cut does not have are left out.
-    base: what training goes on from, see warm_start.py. In other processes than the first the manifest is unsigned.
+    items: item metadata; items that are not in the training events are left out
+    warm_start: the artifact to continue from, see warm_start.py
+    Returns the manifest; in processes other than the main one it is unsigned.
 
     Raises TrainingError when the log cannot train a model, or `resume` finds no checkpoint of this log and options.
     """
     if pipeline.threads:
         torch.set_num_threads(pipeline.threads)
-    task = prepare(log, options, pipeline, items, warm_start, group)
+    setup = prepare(log, options, pipeline, items, warm_start, group)
     path = out.with_name(f"{out.name}.checkpoint.safetensors")
-    saved = _restored(path, task) if resume else None
-    notes, weights = _optimise(task, path, callback, saved)
-    if not notes.calibration:
-        notes.calibration = _calibration(task, weights)
+    saved = _load_checkpoint(path, setup) if resume else None
+    state, weights = _fit(setup, path, callback, saved)
+    if not state.calibration:
+        state.calibration = _calibrate(setup, weights)
     if options.refit:
-        weights = _refit(task, path, callback, notes, saved)
-    weights[CALIBRATION] = torch.tensor(notes.calibration)
-    model = task.artifact(weights, task.train if options.refit else task.fit)
+        weights = _refit(setup, path, callback, state, saved)
+    weights[CALIBRATION] = torch.tensor(state.calibration)
+    artifact = setup.artifact(weights, setup.train if options.refit else setup.fit)
     if not group.is_main:
-        return model.manifest
-    best = _best(notes.reports)
-    metrics = {
-        "epoch": float(best.epoch), "epochs": float(len(notes.reports)), "loss": best.loss,
-        "validation_hit_rate": best.validation.hit_rate, "validation_ndcg": best.validation.ndcg,
-        "training_events": float(len(task.train)),
-    }  # fmt: skip
-    manifest = artifacts.save(out, model, metrics, created)
+        return artifact.manifest
+    manifest = artifacts.save(out, artifact, _manifest_metrics(state, setup), created)
     path.unlink()
     return manifest
 
 
-def _optimise(
-    task: TrainingSetup, path: Path, observer: TrainingCallback, saved: Saved | None
+def _manifest_metrics(state: TrainingState, setup: TrainingSetup) -> dict[str, float]:
+    best = _best(state.reports)
+    return {
+        "epoch": float(best.epoch),
+        "epochs": float(len(state.reports)),
+        "loss": best.loss,
+        "validation_hit_rate": best.validation.hit_rate,
+        "validation_ndcg": best.validation.ndcg,
+        "training_events": float(len(setup.train)),
+    }
+
+
+def _fit(
+    setup: TrainingSetup, path: Path, callback: TrainingCallback, saved: Checkpoint | None
 ) -> tuple[TrainingState, dict[str, Tensor]]:
-    """All reports, and the weights of the best epoch (none when the training anew had begun already)."""
+    """Train with early stopping. Return all reports and the best epoch's weights, empty when resuming in the refit."""
     if saved and saved[1].refitting:
-        _begin(task, saved[1].reports, observer)
+        _report_start(setup, saved[1].reports, callback)
         return saved[1], {}
-    trainer = task.trainer(task.fit, task.options.trainer.epochs)
-    notes, best_weights = TrainingState(task.fingerprint, []), trainer.weights()
+    trainer = setup.trainer(setup.fit, setup.options.trainer.epochs)
+    state = TrainingState(setup.fingerprint, [])
+    best_weights = trainer.weights()
     if saved:
-        tensors, notes = saved
+        tensors, state = saved
         trainer.restore(tensors)
         best_weights = {name.removeprefix("best."): w for name, w in tensors.items() if name.startswith("best.")}
-    _begin(task, notes.reports, observer)
-    while not _should_stop(notes.reports, task.options):
-        loss = _epoch(trainer, observer)
+    _report_start(setup, state.reports, callback)
+    while not _should_stop(state.reports, setup.options):
+        loss = _train_epoch(trainer, callback)
         weights = trainer.weights()
-        notes.reports.append(EpochReport(trainer.epochs_done, loss, _validate(task, weights)))
-        best = _best(notes.reports)
+        state.reports.append(EpochReport(trainer.epochs_done, loss, _validate(setup, weights)))
+        best = _best(state.reports)
         best_weights = weights if best.epoch == trainer.epochs_done else best_weights
-        if task.group.is_main:
+        if setup.group.is_main:
             tensors = trainer.state() | {f"best.{name}": weight for name, weight in best_weights.items()}
-            checkpoint.save(path, tensors, notes)
-        observer.epoch(notes.reports[-1], best)
-    return notes, best_weights
+            checkpoint.save(path, tensors, state)
+        callback.epoch(state.reports[-1], best)
+    return state, best_weights
 
 
-def _validate(task: TrainingSetup, weights: dict[str, Tensor]) -> RankingMetrics:
-    first = task.group.is_main
-    got = evaluate_ranking(task.ranker(weights), task.validation_events, K) if first else RankingMetrics(0, 0, 0, 0)
-    return RankingMetrics(len(task.validation_events), *task.group.broadcast([got.hit_rate, got.ndcg, got.mrr]))
+def _report_start(setup: TrainingSetup, reports: list[EpochReport], callback: TrainingCallback) -> None:
+    callback.phase("epoch", setup.options.trainer.epochs)
+    for count, report in enumerate(reports, 1):
+        callback.epoch(report, _best(reports[:count]))
 
 
-def _begin(task: TrainingSetup, reports: list[EpochReport], observer: TrainingCallback) -> None:
-    observer.phase("epoch", task.options.trainer.epochs)
-    for number, report in enumerate(reports, 1):
-        observer.epoch(report, _best(reports[:number]))
+def _validate(setup: TrainingSetup, weights: dict[str, Tensor]) -> RankingMetrics:
+    """Rank the validation events in the main process and broadcast the metrics."""
+    metrics = RankingMetrics(0, 0, 0, 0)
+    if setup.group.is_main:
+        metrics = evaluate_ranking(setup.ranker(weights), setup.validation_events, K)
+    numbers = setup.group.broadcast([metrics.hit_rate, metrics.ndcg, metrics.mrr])
+    return RankingMetrics(len(setup.validation_events), *numbers)
 
 
-def _calibration(task: TrainingSetup, weights: dict[str, Tensor]) -> list[tuple[float, float]]:
-    """Of the judged model: the one that is trained anew has learnt from all labels, so it takes over these.
+def _calibrate(setup: TrainingSetup, weights: dict[str, Tensor]) -> list[tuple[float, float]]:
+    """Return the calibration of the best validated model, in the main process alone.
 
-    Only the first process needs them.
+    The refitted model keeps it, because it has been trained on all labels.
     """
-    if not task.group.is_main:
+    if not setup.group.is_main:
         return [IDENTITY] * len(TASKS)
-    labels = held_out_labels(task.train, task.fit, task.validation_mask, task.pipeline.schema)
-    return fit_calibration(task.ranker(weights), task.train, labels, task.options.trainer.seed)
+    labels = held_out_labels(setup.train, setup.fit, setup.validation_mask, setup.pipeline.schema)
+    return fit_calibration(setup.ranker(weights), setup.train, labels, setup.options.trainer.seed)
 
 
 def _refit(
-    task: TrainingSetup, path: Path, observer: TrainingCallback, notes: TrainingState, saved: Saved | None
+    setup: TrainingSetup, path: Path, callback: TrainingCallback, state: TrainingState, saved: Checkpoint | None
 ) -> dict[str, Tensor]:
-    """Train anew on all that is known, for as many epochs as were best; the weights."""
-    epochs = _best(notes.reports).epoch
-    trainer = task.trainer(task.train, epochs)
-    if saved and notes.refitting:
-        trainer.restore(saved[0])
-    notes.refitting = True
-    observer.phase("anew on all events before the cut: epoch", epochs)
+    """Train from scratch on all training events for the best number of epochs; return the weights."""
+    epochs = _best(state.reports).epoch
+    trainer = setup.trainer(setup.train, epochs)
+    if saved and state.refitting:
+        tensors, _ = saved
+        trainer.restore(tensors)
+    state.refitting = True
+    callback.phase("refit on all training events: epoch", epochs)
     while trainer.epochs_done < epochs:
-        _epoch(trainer, observer)
-        if task.group.is_main:
-            checkpoint.save(path, trainer.state(), notes)
+        _train_epoch(trainer, callback)
+        if setup.group.is_main:
+            checkpoint.save(path, trainer.state(), state)
     return trainer.weights()
 
 
-def _epoch(trainer: Trainer, observer: TrainingCallback) -> float:
-    """One more; its mean loss. TrainingError when a loss or a weight is no number any more: nothing is written then."""
-    number = trainer.epochs_done + 1
-    why = "training has left the numbers; try a lower --learning-rate"
+def _train_epoch(trainer: Trainer, callback: TrainingCallback) -> float:
+    """Train one more epoch and return its mean loss.
+
+    TrainingError when a loss or a weight becomes infinite or NaN; no checkpoint is written then.
+    """
+    epoch = trainer.epochs_done + 1
+    diverged = "training diverged; try a lower --learning-rate"
 
     def on_batch(loss: float, done: int, total: int) -> None:
         if not math.isfinite(loss):
-            raise TrainingError(f"epoch {number}, batch {done} of {total}: the loss is {loss}: {why}")
-        observer.batch(number, loss, done, total)
+            raise TrainingError(f"epoch {epoch}, batch {done} of {total}: loss is {loss}: {diverged}")
+        callback.batch(epoch, loss, done, total)
 
     loss = trainer.train_epoch(on_batch)
     for name, weight in trainer.model.named_parameters():
         if not bool(weight.isfinite().all()):
-            raise TrainingError(f"epoch {number}: {name} holds infinity or NaN: {why}")
+            raise TrainingError(f"epoch {epoch}: {name} holds infinity or NaN: {diverged}")
     return loss
 
 
 def _best(reports: list[EpochReport]) -> EpochReport:
-    """The highest NDCG, less noisy than a hit rate of as many events; the later of equals, which has learnt more."""
+    """Return the report of the highest NDCG, the last of equals.
+
+    NDCG is less noisy than a hit rate over as many events; a later epoch has trained longer.
+    """
     return max(reports, key=lambda report: (report.validation.ndcg, report.epoch))
 
 
@@ -197,8 +226,10 @@ def _should_stop(reports: list[EpochReport], options: TrainingOptions) -> bool:
     return bool(reports) and len(reports) - _best(reports).epoch >= options.patience
 
 
-def _restored(path: Path, task: TrainingSetup) -> Saved:
-    tensors, notes = checkpoint.load(path, TrainingState)
-    if notes.fingerprint != task.fingerprint:
-        raise TrainingError(f"checkpoint {path}: it is of another log or of other options; train without --resume")
-    return tensors, notes
+def _load_checkpoint(path: Path, setup: TrainingSetup) -> Checkpoint:
+    tensors, state = checkpoint.load(path, TrainingState)
+    if state.fingerprint != setup.fingerprint:
+        raise TrainingError(
+            f"checkpoint {path}: it belongs to a different log or different options; train without --resume"
+        )
+    return tensors, state

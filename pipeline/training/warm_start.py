@@ -1,9 +1,9 @@
-"""Going on from an artifact: what a daily refresh takes over, and what is new to it.
+"""Warm start: training continues from an artifact, as in a daily refresh.
 
-The log given holds all that its events need as context: the days to learn from and the history before them. Its events
-later than the newest one behind the artifact's counters are new. All events before the cut train the model, but only
-new ones are counted (popularity, co-occurrence, events and values of items) and judge it: the artifact knows the
-others. Its items keep their tokens and stay, be they in the log or not; new items come after them.
+The log must hold everything that its events need as context: the days to train on and the history before them. Events
+later than the latest one in the artifact's counters are new. All training events train the model, but only new ones
+are counted (popularity, co-occurrence, events and values of items) and serve as validation: the artifact was trained on
+the others. Its items keep their tokens, whether they are in the log or not; new items come after them.
 """
 
 from collections.abc import Sequence
@@ -22,20 +22,15 @@ from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.model.config import HstuConfig
 from pipeline.records import EventSchema, Item
-from pipeline.training.trainer import MultiTaskModel
+from pipeline.training.multi_task_model import MultiTaskModel
 
-CHANGEABLE = (
-    "items",
-    "dropout",
-    "attention_dropout",
-    "column_dropout",
-)  # fields that are not the shape: they may change
-CALIBRATION = "heads.calibration"  # found anew behind every training
+CHANGEABLE = ("items", "dropout", "attention_dropout", "feature_dropout")  # fields that are not the model's shape
+CALIBRATION = "heads.calibration"  # fitted again after every training
 
 
 @dataclass(slots=True, frozen=True)
 class WarmStart:
-    """The artifact to go on from."""
+    """The artifact to continue from."""
 
     artifact: Artifact
 
@@ -45,77 +40,81 @@ class WarmStart:
 
     @property
     def latest_ms(self) -> int:
-        """The time of the newest event behind its counters."""
+        """Time of the latest event in the artifact's counters."""
         return int(self.artifact.counters["as_of_ms"][0])
 
     def check(self, model: HstuConfig, schema: EventSchema) -> None:
-        """TrainingError for a shape that is not the artifact's, ArtifactError for a schema that it cannot read."""
+        """Raise TrainingError for a shape other than the artifact's, ArtifactError for a schema it cannot read."""
         self.artifact.check_schema(schema)
-        got, own = (msgspec.structs.asdict(config) for config in (model, self.config))
-        if wrong := [name for name in own if got[name] != own[name] and name not in CHANGEABLE]:
-            asked, has = (", ".join(f"{name} {shape[name]}" for name in wrong) for shape in (got, own))
+        requested = msgspec.structs.asdict(model)
+        own = msgspec.structs.asdict(self.config)
+        if wrong := [name for name in own if requested[name] != own[name] and name not in CHANGEABLE]:
+            got = ", ".join(f"{name} {requested[name]}" for name in wrong)
+            want = ", ".join(f"{name} {own[name]}" for name in wrong)
             raise TrainingError(
-                f"--warm-start: artifact {self.artifact.version} has {has}, asked for is {asked}; a warm start keeps"
-                " the shape: leave these options out, or train without --warm-start"
+                f"--warm-start: artifact {self.artifact.version} has {want}, requested: {got}; a warm start keeps the"
+                " model's shape: leave these options out, or train without --warm-start"
             )
 
     def check_records(self, items: Sequence[Item]) -> None:
         if items and not self.config.content_rows:
             raise TrainingError(
-                f"--items: artifact {self.artifact.version} was trained without records of items and cannot read them;"
+                f"--items: artifact {self.artifact.version} was trained without item metadata and cannot read it;"
                 " leave --items out, or train without --warm-start"
             )
 
     def new_events(self, log: EventLog) -> np.ndarray:
-        """bool [n]. TrainingError when there is none."""
-        new = log.ts_ms > self.latest_ms
-        if not new.any():
+        """Return bool [n]: which events are new. TrainingError when none is."""
+        is_new = log.ts_ms > self.latest_ms
+        if not is_new.any():
             raise TrainingError(
-                f"--warm-start: none of the {len(log)} events before the cut is later than the newest that artifact"
-                f" {self.artifact.version} was made from (ts_ms {self.latest_ms}); give a log that goes on from there,"
-                " or cut later (--train-fraction 1)"
+                f"--warm-start: none of the {len(log)} training events is later than the latest that artifact"
+                f" {self.artifact.version} was trained on (ts_ms {self.latest_ms}); give a log that continues after it,"
+                " or split later (--train-fraction 1)"
             )
-        return new
+        return is_new
 
     def load_into(self, catalogue: Catalogue) -> None:
-        """Tell all that is known of the items; the catalogue's vocabulary begins with them."""
+        """Restore the artifact's item metadata; the catalogue's vocabulary must begin with its items."""
         items = len(self.artifact.item_ids)
         catalogue.restore(np.arange(1, items + 1), self.artifact.metadata.state, np.ones(items, bool))
 
-    def update_counters(self, counters: Counters, known: UserSequences) -> None:
-        """Go on counting: new events alone, each after its user's earlier ones."""
+    def update_counters(self, counters: Counters, train: UserSequences) -> None:
+        """Restore the artifact's counters and count new events alone, each after its user's earlier ones."""
         counters.restore(self.artifact.counters)
-        new = np.concatenate([[0], np.cumsum(known.histories.ts_ms > self.latest_ms)])
-        counters.observe(known.histories, np.diff(new[known.offsets]))
+        new_before = np.concatenate([[0], np.cumsum(train.histories.ts_ms > self.latest_ms)])
+        counters.observe(train.histories, np.diff(new_before[train.offsets]))
 
-    def item_events(self, corpus: UserSequences, items: int) -> np.ndarray:
-        """int64 [items]: how many events have taught each token's item, the corpus' new ones among them."""
-        events = np.bincount(corpus.tokens[corpus.histories.ts_ms > self.latest_ms], minlength=items)
+    def item_events(self, sequences: UserSequences, items: int) -> np.ndarray:
+        """Return int64 [items]: training events by token, the artifact's and the sequences' new ones."""
+        events = np.bincount(sequences.tokens[sequences.histories.ts_ms > self.latest_ms], minlength=items)
         events[1 : len(self.artifact.item_ids) + 1] += self.artifact.metadata.events
         return events
 
     def item_values(self, vocabulary: Vocabulary) -> np.ndarray:
-        """float32 [items]: what it says of items' values, 0 = nothing."""
-        counters, values = self.artifact.counters, np.zeros(len(vocabulary), np.float32)
+        """Return float32 [items]: item values by the artifact, 0 = none."""
+        counters = self.artifact.counters
+        values = np.zeros(len(vocabulary), np.float32)
         values[vocabulary.tokens(counters["items"])] = counters["values"]
         return values
 
     @torch.no_grad()
     def init_model(self, model: MultiTaskModel) -> MultiTaskModel:
-        """Give a new model, of as many items or more, the artifact's weights.
+        """Copy the artifact's weights into a new model of as many items or more, and return it.
 
-        A new item's row begins as the vector of its contents, as long as other rows begin; without contents as the row
-        of any new model.
+        A new item's row is initialised with the vector of its content, at the length of a random row; without content
+        it stays a random row.
         """
         weights = model.state_dict()
         for name, weight in self.artifact.weights.items():
             if name != CALIBRATION:
-                grown = weights[name].shape != weight.shape
-                (weights[name][: len(weight)] if grown else weights[name]).copy_(weight)
-        vectors, first = model.hstu.items, len(self.artifact.item_ids) + 1
-        if vectors.item_content is not None and first < len(vectors.item_content):
-            contents = vectors.item_content.select(np.arange(first, len(vectors.item_content)))
-            known = ~contents.missing.all(1)
-            rows = vectors.embedding.weight[first:]
-            rows[known] = (vectors.from_content(contents) * rows.norm(dim=1, keepdim=True))[known]
+                has_grown = weights[name].shape != weight.shape
+                (weights[name][: len(weight)] if has_grown else weights[name]).copy_(weight)
+        vectors = model.hstu.items
+        first_new = len(self.artifact.item_ids) + 1
+        if vectors.item_content is not None and first_new < len(vectors.item_content):
+            content = vectors.item_content.select(np.arange(first_new, len(vectors.item_content)))
+            has_content = ~content.missing.all(1)
+            rows = vectors.embedding.weight[first_new:]
+            rows[has_content] = (vectors.from_content(content) * rows.norm(dim=1, keepdim=True))[has_content]
         return model

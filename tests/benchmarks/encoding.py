@@ -18,7 +18,7 @@ from pipeline.backends.torch import TorchEncoder
 from pipeline.features.event_features import N_FEATURE_IDS, N_FEATURES, EncoderInputs
 from pipeline.model.config import PRESETS
 from pipeline.records import EventSchema
-from pipeline.training.trainer import MultiTaskModel
+from pipeline.training.multi_task_model import MultiTaskModel
 from tests.benchmarks import results
 from tests.benchmarks.kernel_rows import Row, arguments, card_name, host_ms, median_ms, row
 

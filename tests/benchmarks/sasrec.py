@@ -20,7 +20,7 @@ from pipeline.model.padding import Block, PaddedBlocks
 from pipeline.records import Histories
 from pipeline.training.batches import TrainingBatch
 from pipeline.training.losses import next_item_loss, sample_candidates
-from pipeline.training.trainer import Trainable
+from pipeline.training.multi_task_model import Trainable
 from pipeline.types import PositiveInt, Rate
 
 
@@ -99,14 +99,14 @@ class SasRec(Trainable):
         return self.norm(x)
 
     def losses(self, batch: TrainingBatch, frequency: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """See Trainable. There are no side tasks."""
+        """See Trainable; there are no side tasks."""
         states = self(batch.inputs)
         states, targets = states[torch.from_numpy(batch.target_rows).to(states.device)], batch.targets
         table = self.item_embedding.weight
         if self.config.loss == "bce":
             loss = _binary_loss(states, table, targets, batch.seen, rng)
         else:
-            candidates = sample_candidates((batch.full_batch or batch).targets, shares, random)
+            candidates = sample_candidates((batch.full_batch or batch).targets, frequency, rng)
             table = table if candidates.tokens is None else table[candidates.tokens.to(table.device)]
             loss = next_item_loss(states, table, targets, batch.seen, candidates)
         return loss, loss.new_zeros(0)

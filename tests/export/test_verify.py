@@ -6,7 +6,7 @@ from pipeline import artifact as artifacts
 from pipeline.backends.torch import TorchEncoder
 from pipeline.model.config import HstuConfig
 from pipeline.records import EventSchema
-from pipeline.training.trainer import MultiTaskModel
+from pipeline.training.multi_task_model import MultiTaskModel
 
 CONFIG = HstuConfig(items=300, width=16, heads=2, d_qk=8, d_v=8, max_events=64)
 

@@ -13,7 +13,7 @@ from pipeline.backends.torch import TorchEncoder
 from pipeline.errors import ArtifactError
 from pipeline.model.config import HstuConfig
 from pipeline.records import EventSchema
-from pipeline.training.trainer import MultiTaskModel
+from pipeline.training.multi_task_model import MultiTaskModel
 
 CREATED = "2026-01-01T00:00:00+00:00"
 ITEM_IDS = ["a", "b", "ü"]

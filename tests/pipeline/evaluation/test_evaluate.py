@@ -24,7 +24,7 @@ from pipeline.model.config import HstuConfig
 from pipeline.records import Event, EventSchema, Histories, Item
 from pipeline.serving.hstu_strategy import HstuStrategy
 from pipeline.serving.pipeline import Pipeline, PipelineOptions, new_counters
-from pipeline.training.trainer import MultiTaskModel
+from pipeline.training.multi_task_model import MultiTaskModel
 
 SCHEMA = EventSchema()
 OPTIONS = PipelineOptions(device="cpu", threads=1)

@@ -53,5 +53,7 @@ def test_uniform_ones_are_all_alike_and_popular_ones_come_as_often_as_they_are_p
 
 def test_too_few_untouched_items_are_one_sentence() -> None:
     scored, counts = scored_of(items=20)
-    with pytest.raises(EvaluationError, match=r"20 requested, but one user has only \d+ untouched items .* request fewer"):
+    with pytest.raises(
+        EvaluationError, match=r"20 requested, but one user has only \d+ untouched items .* request fewer"
+    ):
         sample_negatives(NegativeSampling(20), scored, counts)

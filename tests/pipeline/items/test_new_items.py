@@ -12,7 +12,7 @@ from pipeline.serving.hstu_strategy import HstuStrategy
 from pipeline.serving.pipeline import PipelineOptions
 from pipeline.serving.rerank import RerankWeights
 from pipeline.training.batches import TrainingColumns, make_batch
-from pipeline.training.trainer import MultiTaskModel
+from pipeline.training.multi_task_model import MultiTaskModel
 from tests.artifacts import untrained
 
 IDS = [f"i{number}" for number in range(30)]

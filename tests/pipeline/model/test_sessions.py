@@ -26,8 +26,9 @@ from pipeline.records import Event, EventSchema, Histories
 from pipeline.serving.hstu_strategy import HstuStrategy
 from pipeline.serving.pipeline import PipelineOptions
 from pipeline.training.batches import TrainingBatch, TrainingColumns, make_batch
+from pipeline.training.multi_task_model import MultiTaskModel
 from pipeline.training.train import TrainingOptions, train
-from pipeline.training.trainer import MultiTaskModel, TrainerOptions
+from pipeline.training.trainer import TrainerOptions
 from tests.pipeline.training.test_train import CREATED, Silent, log_of
 
 ITEM_IDS = [f"i{number}" for number in range(12)]

@@ -15,9 +15,10 @@ from pipeline.evaluation.evaluate import EvaluationOptions, evaluate
 from pipeline.model.config import HstuConfig
 from pipeline.records import Event, EventSchema, Item
 from pipeline.serving.pipeline import Pipeline, PipelineOptions
+from pipeline.training.multi_task_model import MultiTaskModel
 from pipeline.training.preparation import TrainingOptions, prepare
 from pipeline.training.train import EpochReport, train
-from pipeline.training.trainer import MultiTaskModel, TrainerOptions
+from pipeline.training.trainer import TrainerOptions
 from pipeline.training.warm_start import WarmStart
 
 SERVING = PipelineOptions(device="cpu", threads=1)
@@ -148,11 +149,11 @@ def test_only_new_events_are_counted_and_only_they_judge(folder: Path) -> None:
 def test_what_does_not_fit_the_artifact_is_one_sentence(folder: Path) -> None:
     old = old_artifact(folder)
     wider = replace(FEW, model=replace(old.config, width=32, layers=3))
-    with pytest.raises(TrainingError, match=r"has layers 2, width 16, asked for is layers 3, width 32; .* leave these"):
+    with pytest.raises(TrainingError, match=r"has layers 2, width 16, requested: layers 3, width 32; .* leave these"):
         prepare(log_of(24), wider, SERVING, (), WarmStart(old))
-    with pytest.raises(TrainingError, match=r"none of the 2400 events .* goes on from there"):
+    with pytest.raises(TrainingError, match=r"none of the 2400 training events .* continues after it"):
         refreshed(folder, old, log_of(20))
-    with pytest.raises(TrainingError, match="trained without records of items"):
+    with pytest.raises(TrainingError, match="trained without item metadata"):
         prepare(log_of(24), options_for(old), SERVING, RECORDS, WarmStart(old))
     schema = EventSchema(actions=("click", "view"))
     with pytest.raises(ArtifactError, match=r"events.actions is \['click', 'view'\]"):
