@@ -1,15 +1,15 @@
-"""A believable shop's log of any size, and what could be known of it: `millrace simulate`.
+"""The simulated shop, day by day: a realistic log of any size and its ground truth, for `millrace simulate`.
 
-Day by day; within a day all sessions walk at once, a step of numpy each. A user has a mixture of a few topics that
+Within a day all sessions advance at once, one step of numpy per event. A user has a mixture of a few topics that
 changes, a price level, and an activity that grows with good sessions. A session has an intent, a topic drawn from that
-taste, and may resume where the last one ended. The next item is a sequel of the last one, a complement of it (after a
-cart or a purchase), or something popular of the intent's topic at the user's price level; what the user had lately is
-passed over. What is done with it depends on taste, quality and price.
+mixture, and may resume where the last one ended. The next item is a sequel of the last one, a complement of it (after a
+cart or a purchase), or a popular item of the intent's topic at the user's price level; items that the user has seen
+lately are avoided. What the user does with the item depends on interest, quality and price.
 
-Truth goes with every event, worked out before it is drawn. It is that of the slate which the user's preceding event
-asks for: was the item among the ten likeliest, given the hidden state after that event, and only the chance that the
-session is over; the items of the user's last EXCLUDED_EVENTS are excluded, as in serving. With it go the probabilities
-of engagement, return and monetization, by the label definitions of pipeline/features/labels.py.
+Each event carries its ground truth, computed before the event is drawn. It refers to the slate that the user's
+preceding event requests: is the item among the ten likeliest, given the hidden state after that event and only the
+probability that the session is over? Items of the user's last EXCLUDED_EVENTS are excluded, as in serving. With it go
+the probabilities of engagement, return and monetization, by the label definitions of pipeline/features/labels.py.
 """
 
 from collections.abc import Iterator
@@ -33,113 +33,130 @@ from pipeline.simulation.choices import (
 from pipeline.simulation.users import DEVICES, RecentItems, SimulatedUsers, distinct_topics
 from pipeline.simulation.world import SimulatorConfig, World, item_id
 
-WEEK = np.array([0.9, 0.9, 0.95, 1.0, 1.15, 1.2, 0.9])  # activity by day of the week
+WEEKDAY_ACTIVITY = np.array([0.9, 0.9, 0.95, 1.0, 1.15, 1.2, 0.9])
 EXCLUDED_EVENTS = 512  # what serving excludes: the default of sequences.max_events
 HOUR_MS = 3_600_000
-TOP = 10
+HIT_RANKS = 10
 MAX_SESSION_EVENTS = 40
-USUAL_ENGAGED = 0.3  # share of events: a session above it was a good one
+USUAL_ENGAGEMENT = 0.3  # fraction of engaged events; a session above it is a good one
 COLUMNS = ("ts_ms", "user", "item", "action", "dwell_ms", "position", "hit", "engaged", "monetized", "returned")
+TRUTHS = ("engaged", "returned", "monetized")  # columns by labels.TASKS
 Columns = dict[str, np.ndarray]
 
 
 class SlatePolicy(Protocol):
-    """Where the shop shows slates, and learns what became of them (closed_loop.py)."""
+    """Shows slates to the shop's users and observes what they do (closed_loop.py)."""
 
     def slates(self, users: np.ndarray) -> np.ndarray:
-        """int [n, k]: the items shown to each of these users, best first, -1 = none."""
+        """Return int [n, k]: the items shown to each of these users, best first, -1 = none."""
         ...
 
     def record(self, step: Columns) -> None:
-        """A step's events, one a user."""
+        """Observe a step's events, one per user."""
         ...
 
 
 class Simulator:
-    """`chunks()` yields (events, truth) in event-time order, ties by (user id, item id); one seed, one log.
-
-    truth: columns hit (bool), engaged, returned, monetized (float), aligned with the events.
-    """
+    """The shop at some day. One seed gives one log."""
 
     def __init__(self, config: SimulatorConfig, truth_from: float = 1.0) -> None:
-        """truth_from: the share of the events behind which hits are worked out (a dense row of items an event)."""
-        self.config, self.world, self._truth_from = config, World.from_config(config), truth_from
+        """truth_from: fraction of the events after which hits are computed (a dense row of items per event)."""
+        self.config = config
+        self.world = World.from_config(config)
+        self._truth_from = truth_from
         self._rng = np.random.default_rng([config.seed, 3])
         self._users = SimulatedUsers.from_config(config, self._rng)
         self._touched = RecentItems.empty(config.users, EXCLUDED_EVENTS) if truth_from < 1 else None
-        self._trend = np.zeros(config.items)  # log popularity
+        self._trend = np.zeros(config.items)  # drift of log popularity
         self._user_ids = [user_id(number) for number in range(config.users)]
         self._item_ids = [item_id(number) for number in range(config.items)]
-        self._ranks = _ranks(self._user_ids), _ranks(self._item_ids)
+        self._user_ranks = _sorted_ranks(self._user_ids)
+        self._item_ranks = _sorted_ranks(self._item_ids)
 
     def items(self) -> list[Item]:
         return self.world.records()
 
     def fork(self, seed: int) -> "Simulator":
-        """The same shop and the same users at the same day, with a future of its own."""
+        """Return the same shop and users at the same day, with a future of their own."""
         other = deepcopy(self)
         other._rng = np.random.default_rng([self.config.seed, 4, seed])
         return other
 
     @property
-    def devices(self) -> np.ndarray:  # int [users], of DEVICES
+    def devices(self) -> np.ndarray:  # int [users], index into DEVICES
         return self._users.device
 
     def chunks(self) -> Iterator[tuple[list[Event], Columns]]:
-        """A day's events at a time."""
-        made, day, held = 0, 0, {name: np.empty(0) for name in COLUMNS}
-        while made < self.config.events:
-            today = self.day(day, with_hits=made >= self._truth_from * self.config.events)
-            columns = {name: np.concatenate([held[name].astype(today[name].dtype), today[name]]) for name in COLUMNS}
-            due = columns["ts_ms"] < self.config.start_ms + (day + 1) * DAY_MS
-            order = self._in_order(columns, np.flatnonzero(due))[: self.config.events - made]
-            held = {name: column[~due] for name, column in columns.items()}
-            made, day = made + len(order), day + 1
+        """Yield (events, truth), about a day's at a time, in event-time order, ties by (user id, item id).
+
+        truth: columns hit (bool), engaged, monetized, returned (float), aligned with the events
+        """
+        count = 0
+        day = 0
+        later = {name: np.empty(0) for name in COLUMNS}  # events of earlier days' sessions after midnight
+        while count < self.config.events:
+            today = self.day(day, with_hits=count >= self._truth_from * self.config.events)
+            columns = {name: np.concatenate([later[name].astype(today[name].dtype), today[name]]) for name in COLUMNS}
+            is_due = columns["ts_ms"] < self.config.start_ms + (day + 1) * DAY_MS
+            order = self._event_time_order(columns, np.flatnonzero(is_due))[: self.config.events - count]
+            later = {name: column[~is_due] for name, column in columns.items()}
+            count += len(order)
+            day += 1
             chunk = {name: column[order] for name, column in columns.items()}
             yield self._events(chunk), {name: chunk[name] for name in COLUMNS[-4:]}
 
     def day(self, day: int, with_hits: bool = False, policy: SlatePolicy | None = None) -> Columns:
-        """All sessions that begin this day, in no order. With a shelf, users take from its slates by config.follow."""
-        config, users = self.config, self._users
+        """Return the events of all sessions that begin this day, unordered.
+
+        With a policy, users take events from its slates at the rate `slate_take_rate`.
+        """
+        config = self.config
+        users = self._users
         self._drift()
-        active = np.flatnonzero(self._rng.random(config.users) < -np.expm1(-users.activity * WEEK[day % 7]))
-        walk = _DaySessions(self, active, ChoiceModel(self.world, self._trend, day), day, policy)
-        steps = list(walk.steps(with_hits)) or [_no_events()]
+        active = np.flatnonzero(self._rng.random(config.users) < -np.expm1(-users.activity * WEEKDAY_ACTIVITY[day % 7]))
+        sessions = _DaySessions(self, active, ChoiceModel(self.world, self._trend, day), day, policy)
+        steps = list(sessions.steps(with_hits)) or [_no_events()]
         columns = {name: np.concatenate([step[name] for step in steps]) for name in COLUMNS[:-1]}
-        users.last[active], users.action[active], users.topic[active] = walk.last, walk.action, walk.topic
+        users.last_item[active] = sessions.last_item
+        users.last_action[active] = sessions.last_action
+        users.intent[active] = sessions.intent
         # Good sessions make a user come back sooner, poor ones later.
-        satisfied = walk.engaged_events / np.maximum(walk.events, 1)
-        users.activity[active] *= np.exp(0.6 * (satisfied - USUAL_ENGAGED))
-        np.clip(users.activity, 0.4 * users.usual, 2.5 * users.usual, out=users.activity)
+        engagement = sessions.engaged_events / np.maximum(sessions.events, 1)
+        users.activity[active] *= np.exp(0.6 * (engagement - USUAL_ENGAGEMENT))
+        np.clip(users.activity, 0.4 * users.usual_activity, 2.5 * users.usual_activity, out=users.activity)
         # Seven days from a moment of this day end within the seventh day after it: half of that one counts.
-        ahead = sum(WEEK[(day + offset) % 7] for offset in range(1, 7)) + 0.5 * WEEK[day % 7]
+        ahead = sum(WEEKDAY_ACTIVITY[(day + offset) % 7] for offset in range(1, 7)) + 0.5 * WEEKDAY_ACTIVITY[day % 7]
         columns["returned"] = -np.expm1(-users.activity[columns["user"]] * ahead)
         return columns
 
     def _drift(self) -> None:
-        config, dice, users = self.config, self._rng, self._users
-        self._trend = 0.98 * self._trend + dice.normal(0, config.drift / np.sqrt(7), config.items)
-        who = np.flatnonzero(dice.random(config.users) < config.interest_change_rate)
-        place = dice.integers(config.interests, size=len(who))
-        old = users.interests[who, place]
-        near = (old + config.categories * dice.integers(1, 5, size=len(who))) % config.topics  # of the same category
-        new = np.where(dice.random(len(who)) < 0.5, near, distinct_topics(config, dice, len(who))[:, 0])
-        known = (users.interests[who] == new[:, None]).any(axis=1)
-        users.interests[who, place] = np.where(known, old, new)
+        """Change popularity and replace some users' interests, as of one more day."""
+        config = self.config
+        rng = self._rng
+        interests = self._users.interests
+        self._trend = 0.98 * self._trend + rng.normal(0, config.drift / np.sqrt(7), config.items)
+        users = np.flatnonzero(rng.random(config.users) < config.interest_change_rate)
+        column = rng.integers(config.interests, size=len(users))
+        old = interests[users, column]
+        same_category = (old + config.categories * rng.integers(1, 5, size=len(users))) % config.topics
+        new = np.where(rng.random(len(users)) < 0.5, same_category, distinct_topics(config, rng, len(users))[:, 0])
+        is_present = (interests[users] == new[:, None]).any(axis=1)
+        interests[users, column] = np.where(is_present, old, new)
 
-    def _in_order(self, columns: Columns, rows: np.ndarray) -> np.ndarray:
-        """By time, then by the ids as strings: the order of logfile.in_event_time."""
-        ts_ms, users, items = (columns[name][rows] for name in ("ts_ms", "user", "item"))
-        return rows[np.lexsort((self._ranks[1][items], self._ranks[0][users], ts_ms))]
+    def _event_time_order(self, columns: Columns, rows: np.ndarray) -> np.ndarray:
+        """Sort rows by time, then by the ids as strings: the order in which log_io sorts a log."""
+        users = self._user_ranks[columns["user"][rows]]
+        items = self._item_ranks[columns["item"][rows]]
+        return rows[np.lexsort((items, users, columns["ts_ms"][rows]))]
 
     def _events(self, chunk: Columns) -> list[Event]:
-        device, price = self._users.device, self.world.price
-        users, items = self._user_ids, self._item_ids
+        device = self._users.device
+        price = self.world.price
         rows = zip(*(chunk[name].tolist() for name in COLUMNS[:6]), strict=True)
         return [
             Event(
-                users[user],
-                items[item],
+                self._user_ids[user],
+                self._item_ids[item],
                 ACTIONS[action],
                 ts_ms,
                 float(price[item]) if action in (CART, PURCHASE) else None,
@@ -152,22 +169,32 @@ class Simulator:
 
 
 class _DaySessions:
-    """A day's sessions, all at the same step."""
+    """All sessions that begin on one day, advanced step by step."""
 
     def __init__(
-        self, simulator: Simulator, active: np.ndarray, choices: ChoiceModel, day: int, shelf: SlatePolicy | None
+        self, simulator: Simulator, active: np.ndarray, choices: ChoiceModel, day: int, policy: SlatePolicy | None
     ) -> None:
-        self._sim, self._rng, self._users = simulator, simulator._rng, simulator._users
-        self._active, self._choices, self._policy = active, choices, shelf
-        n, config = len(active), simulator.config
-        hour = np.clip(self._rng.normal(self._users.hour[active], 2.0), 0, 23.99)
+        """active: int [n], the users who have a session."""
+        n = len(active)
+        config = simulator.config
+        users = simulator._users
+        self._sim = simulator
+        self._rng = simulator._rng
+        self._users = users
+        self._active = active
+        self._choices = choices
+        self._policy = policy
+        hour = np.clip(self._rng.normal(users.hour[active], 2.0), 0, 23.99)
         self._ts_ms = config.start_ms + day * DAY_MS + (hour * HOUR_MS).astype(np.int64)
         self._lengths = np.minimum(self._rng.geometric(1 / config.session_events, n), MAX_SESSION_EVENTS)
-        users = self._users
-        self.last, self.action, self.topic = users.last[active], users.action[active], users.topic[active]
-        self.events, self.engaged_events = np.zeros(n), np.zeros(n)
+        self.last_item = users.last_item[active]
+        self.last_action = users.last_action[active]
+        self.intent = users.intent[active]
+        self.events = np.zeros(n)
+        self.engaged_events = np.zeros(n)
 
     def steps(self, with_hits: bool) -> Iterator[Columns]:
+        """Yield one event of each unfinished session at a time."""
         rows = np.arange(len(self._active))
         while rows.size:
             likely = self._likeliest(rows) if with_hits else None
@@ -178,62 +205,73 @@ class _DaySessions:
             yield step
             rows = rows[self.events[rows] < self._lengths[rows]]
 
-    def _states(self, rows: np.ndarray, passed: RecentItems) -> SessionStates:
-        """After the last event, be it of this session or of the one before."""
-        users, who = self._users, self._active[rows]
+    def _states(self, rows: np.ndarray, seen: RecentItems) -> SessionStates:
+        """Return the states after the last event, of this session or of the one before."""
+        users = self._active[rows]
         return SessionStates(
-            users.level[who], users.interests[who], users.interest_weights[who],
-            self.topic[rows], self.last[rows], self.action[rows], passed.items[who],
-        )  # fmt: skip
+            price_level=self._users.price_level[users],
+            interests=self._users.interests[users],
+            interest_weights=self._users.interest_weights[users],
+            intent=self.intent[rows],
+            last_item=self.last_item[rows],
+            last_action=self.last_action[rows],
+            seen=seen.items[users],
+        )
 
     def _likeliest(self, rows: np.ndarray) -> np.ndarray:
-        """int [n, TOP]; a row of no probability at all counts nothing as likely."""
-        touched, config = self._sim._touched, self._sim.config
-        assert touched is not None, "hits are worked out only behind truth_from"
-        # Lengths are geometric: after every event the session is over with the same chance.
-        likelihood = self._choices.likelihood(self._states(rows, touched), over=1 / config.session_events)
-        best = np.argpartition(-likelihood, TOP, axis=1)[:, :TOP]
+        """Return int [n, HIT_RANKS], the likeliest items, -1 for those of probability zero."""
+        touched = self._sim._touched
+        assert touched is not None, "hits are computed only after truth_from"
+        # Lengths are geometric: after every event the session is over with the same probability.
+        over = 1 / self._sim.config.session_events
+        likelihood = self._choices.likelihood(self._states(rows, touched), over)
+        best = np.argpartition(-likelihood, HIT_RANKS, axis=1)[:, :HIT_RANKS]
         return np.where(np.take_along_axis(likelihood, best, axis=1) > 0, best, -1)
 
     def _step(self, rows: np.ndarray, states: SessionStates, likely: np.ndarray | None) -> Columns:
-        dice, config, world, who = self._rng, self._sim.config, self._sim.world, self._active[rows]
-        item, topic = self._next(rows, states)
-        bought = (states.action == CART) & (dice.random(len(rows)) < config.checkout_rate)
-        item, topic = np.where(bought, states.last, item), np.where(bought, states.topic, topic)
-        odds = outcomes(world, states, item)
-        action = (dice.random(len(rows))[:, None] > np.cumsum(odds.actions, axis=1)[:, :-1]).sum(axis=1)
-        action = np.where(bought, PURCHASE, action)
-        dwell_ms = np.exp(dice.normal(odds.dwell_log_ms, DWELL_SIGMA)) * np.where(action == SKIP, 0.1, 1.0)
-        gap_ms = 1000 * config.gap_s * np.exp(dice.normal(0, 0.8, len(rows)))
+        rng = self._rng
+        config = self._sim.config
+        users = self._active[rows]
+        item, intent = self._next(rows, states)
+        is_checkout = (states.last_action == CART) & (rng.random(len(rows)) < config.checkout_rate)
+        item = np.where(is_checkout, states.last_item, item)
+        intent = np.where(is_checkout, states.intent, intent)
+        outcome = outcomes(self._sim.world, states, item)
+        action = (rng.random(len(rows))[:, None] > np.cumsum(outcome.actions, axis=1)[:, :-1]).sum(axis=1)
+        action = np.where(is_checkout, PURCHASE, action)
+        dwell_ms = np.exp(rng.normal(outcome.dwell_log_ms, DWELL_SIGMA)) * np.where(action == SKIP, 0.1, 1.0)
+        gap_ms = 1000 * config.gap_s * np.exp(rng.normal(0, 0.8, len(rows)))
         columns = {
             "ts_ms": self._ts_ms[rows],
-            "user": who,
+            "user": users,
             "item": item,
             "action": action,
             "dwell_ms": dwell_ms.astype(np.int64),
             "position": self.events[rows].astype(np.int64),
             "hit": np.zeros(len(rows), bool) if likely is None else (likely == item[:, None]).any(axis=1),
-            "engaged": np.where(bought, 1.0, odds.engaged),
-            "monetized": np.where(bought, 1.0, odds.monetized),
+            "engaged": np.where(is_checkout, 1.0, outcome.engaged),
+            "monetized": np.where(is_checkout, 1.0, outcome.monetized),
         }
-        self._users.seen.append(who[~bought], item[~bought])
+        self._users.seen.append(users[~is_checkout], item[~is_checkout])
         if self._sim._touched is not None:
-            self._sim._touched.append(who, item)
-        self.topic[rows], self.last[rows], self.action[rows] = topic, item, action
+            self._sim._touched.append(users, item)
+        self.intent[rows] = intent
+        self.last_item[rows] = item
+        self.last_action[rows] = action
         self._ts_ms[rows] += (dwell_ms + gap_ms).astype(np.int64) + 1
         self.events[rows] += 1
         self.engaged_events[rows] += columns["engaged"]
         return columns
 
     def _next(self, rows: np.ndarray, states: SessionStates) -> tuple[np.ndarray, np.ndarray]:
-        """Items and intents: the user's own way, or from the slate, whose item's topic is the intent then."""
-        item, topic = self._choices.draw(self._rng, states)
+        """Return items and intents: the user's own choice, or an item of the slate, whose topic becomes the intent."""
+        item, intent = self._choices.sample(self._rng, states)
         if self._policy is None:
-            return item, topic
-        world, config = self._sim.world, self._sim.config
+            return item, intent
+        world = self._sim.world
         offered = choose_from_slates(self._rng, world, states, self._policy.slates(self._active[rows]))
-        follows = (self._rng.random(len(rows)) < config.slate_take_rate) & (offered >= 0)
-        return np.where(follows, offered, item), np.where(follows, world.topic[offered], topic)
+        takes = (self._rng.random(len(rows)) < self._sim.config.slate_take_rate) & (offered >= 0)
+        return np.where(takes, offered, item), np.where(takes, world.topic[offered], intent)
 
 
 def user_id(number: int) -> str:
@@ -241,12 +279,12 @@ def user_id(number: int) -> str:
 
 
 def _no_events() -> Columns:
-    kinds = {"hit": bool, "engaged": float, "monetized": float}
-    return {name: np.empty(0, kinds.get(name, np.int64)) for name in COLUMNS[:-1]}
+    dtypes = {"hit": bool, "engaged": float, "monetized": float}
+    return {name: np.empty(0, dtypes.get(name, np.int64)) for name in COLUMNS[:-1]}
 
 
-def _ranks(ids: list[str]) -> np.ndarray:
-    """int [n]: each id's place among the sorted ones."""
+def _sorted_ranks(ids: list[str]) -> np.ndarray:
+    """Return int [n]: each id's index among the sorted ones."""
     ranks = np.empty(len(ids), np.int64)
     ranks[sorted(range(len(ids)), key=ids.__getitem__)] = np.arange(len(ids))
     return ranks

@@ -123,8 +123,8 @@ def test_money_is_the_price_of_what_was_bought(warm) -> None:
 def test_of_a_slate_the_first_and_the_appealing_are_taken_more_often_and_no_item_never() -> None:
     world, n = World.from_config(SHOP), 40_000
     one = SessionStates(
-        level=np.array([1]), interests=np.array([[3, 7, 9]]), interest_weights=np.array([[0.5, 0.3, 0.2]]), topic=np.array([7]),
-        last=np.array([11]), action=np.array([1]), seen=np.array([[-1]]),
+        price_level=np.array([1]), interests=np.array([[3, 7, 9]]), interest_weights=np.array([[0.5, 0.3, 0.2]]), intent=np.array([7]),
+        last_item=np.array([11]), last_action=np.array([1]), seen=np.array([[-1]]),
     )  # fmt: skip
     states, slate = one.select(np.zeros(n, np.int64)), np.array([4, 30, 60, -1])
     items = choose_from_slates(np.random.default_rng(0), world, states, np.tile(slate, (n, 1)))

@@ -86,8 +86,8 @@ def test_after_an_event_the_session_goes_on_or_is_over():
     world, over = World.from_config(SMALL), 0.125
     choices, nothing = ChoiceModel(world, np.zeros(SMALL.items), day=40), np.full((1, 1), -1)
     after = SessionStates(
-        level=np.array([2]), interests=np.array([[3, 7, 9]]), interest_weights=np.array([[0.5, 0.3, 0.2]]), topic=np.array([3]),
-        last=np.array([20]), action=np.array([4]), seen=nothing,
+        price_level=np.array([2]), interests=np.array([[3, 7, 9]]), interest_weights=np.array([[0.5, 0.3, 0.2]]), intent=np.array([3]),
+        last_item=np.array([20]), last_action=np.array([4]), seen=nothing,
     )  # fmt: skip
     goes_on, begins = choices.likelihood(after), choices.likelihood(after.after_session())
     assert not np.allclose(goes_on, begins)
@@ -99,11 +99,11 @@ def test_what_is_drawn_has_the_likelihood_that_the_truth_states():
     world, dice, n = World.from_config(SMALL), np.random.default_rng(3), 60_000
     choices = ChoiceModel(world, np.zeros(SMALL.items), day=40)
     one = SessionStates(
-        level=np.array([1]), interests=np.array([[3, 7, 9]]), interest_weights=np.array([[0.5, 0.3, 0.2]]), topic=np.array([7]),
-        last=np.array([11]), action=np.array([1]), seen=np.array([[11, int(world.sequels[11][0])]]),
+        price_level=np.array([1]), interests=np.array([[3, 7, 9]]), interest_weights=np.array([[0.5, 0.3, 0.2]]), intent=np.array([7]),
+        last_item=np.array([11]), last_action=np.array([1]), seen=np.array([[11, int(world.sequels[11][0])]]),
     )  # fmt: skip
     likelihood = choices.likelihood(one)[0]
-    drawn, _ = choices.draw(dice, one.select(np.zeros(n, np.int64)))
+    drawn, _ = choices.sample(dice, one.select(np.zeros(n, np.int64)))
     shares = np.bincount(drawn, minlength=SMALL.items) / n
     likely = np.argsort(-likelihood)[:20]
     assert np.allclose(shares[likely], likelihood[likely] / likelihood.sum(), atol=0.008)
