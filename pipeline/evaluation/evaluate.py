@@ -147,7 +147,7 @@ def evaluate(
     catalogue.upsert(items)
     hstu = HstuStrategy(artifact, catalogue, options.exclusion, options.device, options.threads, options.rerank)
     model = BusinessMetricsRecorder(hstu, request.k)
-    rankers = _baselines(artifact, data, options, catalogue if items else None) | {MODEL: model}
+    rankers = fit_baselines(artifact, data, options, catalogue if items else None) | {MODEL: model}
     ranks, slates = _rank(rankers, data, request, items)
     return EvaluationReport(
         split=str(request.split),
@@ -161,6 +161,25 @@ def evaluate(
         business_metrics=model.means(),
         warning=warning,
     )
+
+
+def fit_baselines(
+    artifact: Artifact, data: TrainTest, options: PipelineOptions, metadata: Catalogue | None
+) -> dict[str, Recommender]:
+    """Return the artifact's counters as rankers, and baselines fitted to the training events or to item metadata."""
+
+    def simple_strategy(state: Mapping[str, np.ndarray]) -> SimpleStrategy:
+        return SimpleStrategy(frozen_counters(options, data.vocabulary, state), options.exclusion)
+
+    recent = RecentPopularity(data.train, data.items, options.half_life_days)
+    scorers = [recent, ItemKnn.from_users(data.train, data.items, ItemKnnOptions())]
+    if metadata is not None:
+        scorers.append(ItemKnn.from_content(metadata, data.train, ItemKnnOptions(shrinkage=0.0)))
+    return {
+        "popularity": simple_strategy(without_neighbours(artifact.counters)),
+        "cooccurrence": simple_strategy(artifact.counters),
+        **{scorer.name: FullRanking(scorer, data.vocabulary, options.exclusion) for scorer in scorers},
+    }
 
 
 def evaluate_heads(hstu: HstuStrategy, test: HeldOutEvents, schema: EventSchema) -> dict[str, HeadMetrics]:
@@ -196,25 +215,6 @@ def _check_held_out(artifact: Artifact, log: EventLog, test_mask: np.ndarray, sp
             " log"
         )
     return None
-
-
-def _baselines(
-    artifact: Artifact, data: TrainTest, options: PipelineOptions, metadata: Catalogue | None
-) -> dict[str, Recommender]:
-    """Return the artifact's counters as rankers, and baselines fitted to the training events or to item metadata."""
-
-    def simple_strategy(state: Mapping[str, np.ndarray]) -> SimpleStrategy:
-        return SimpleStrategy(frozen_counters(options, data.vocabulary, state), options.exclusion)
-
-    recent = RecentPopularity(data.train, data.items, options.half_life_days)
-    scorers = [recent, ItemKnn.from_users(data.train, data.items, ItemKnnOptions())]
-    if metadata is not None:
-        scorers.append(ItemKnn.from_content(metadata, data.train, ItemKnnOptions(shrinkage=0.0)))
-    return {
-        "popularity": simple_strategy(without_neighbours(artifact.counters)),
-        "cooccurrence": simple_strategy(artifact.counters),
-        **{scorer.name: FullRanking(scorer, data.vocabulary, options.exclusion) for scorer in scorers},
-    }
 
 
 def _rank(

@@ -13,42 +13,44 @@ from pipeline.serving.strategy import RankedItems
 SCHEMA = EventSchema()
 
 
-def ranked(tokens: list[list[int]], odds: list[list[list[float]]], values: list[list[float]]) -> RankedItems:
+def rank(tokens: list[list[int]], probabilities: list[list[list[float]]], values: list[list[float]]) -> RankedItems:
     scores = np.zeros(np.shape(tokens), np.float32)
-    return RankedItems(np.array(tokens), scores, np.array(odds), "hstu", values=np.array(values))
+    return RankedItems(np.array(tokens), scores, np.array(probabilities), "hstu", values=np.array(values))
 
 
-TWO = ranked([[5, 6]], [[[0.5, 0.2, 0.1], [0.1, 0.4, 0.3]]], [[10.0, 20.0]])
+TWO_ITEMS = rank([[5, 6]], [[[0.5, 0.2, 0.1], [0.1, 0.4, 0.3]]], [[10.0, 20.0]])
 
 
-def test_a_slate_is_worth_what_its_items_bring_by_the_discount_of_their_ranks() -> None:
-    first, second = 1.0, 1 / np.log2(3)
-    shares = np.array([first, second]) / (first + second)
-    measures = business_metrics(TWO, 2)
-    assert measures is not None
-    assert dict(zip(BUSINESS_METRICS, measures[0].tolist(), strict=True)) == pytest.approx(
+def test_slate_metrics_average_its_items_by_rank_discount() -> None:
+    discounts = np.array([1.0, 1 / np.log2(3)])
+    weights = discounts / discounts.sum()
+    metrics = business_metrics(TWO_ITEMS, 2)
+    assert metrics is not None
+    assert dict(zip(BUSINESS_METRICS, metrics[0].tolist(), strict=True)) == pytest.approx(
         {
-            "engagement": shares @ [0.5, 0.1],
-            "retention": shares @ [0.2, 0.4],
-            "monetization": shares @ [0.1, 0.3],
-            "value": shares @ [1.0, 6.0],
+            "engagement": weights @ [0.5, 0.1],
+            "retention": weights @ [0.2, 0.4],
+            "monetization": weights @ [0.1, 0.3],
+            "value": weights @ [1.0, 6.0],
         }
     )
 
 
-def test_only_the_first_ranks_count_and_a_place_without_an_item_counts_nothing() -> None:
-    alone = business_metrics(TWO, 1)
-    assert alone is not None
-    np.testing.assert_allclose(alone[0], [0.5, 0.2, 0.1, 1.0])
-    padded = ranked([[5, 0], [0, 0]], [[[0.5, 0.2, 0.1], [0.9, 0.9, 0.9]]] * 2, [[10.0, 99.0]] * 2)
-    np.testing.assert_allclose(business_metrics(padded, 2), [[0.5, 0.2, 0.1, 1.0], [0, 0, 0, 0]])
+def test_only_the_first_k_ranks_with_an_item_count() -> None:
+    first = business_metrics(TWO_ITEMS, 1)
+    assert first is not None
+    np.testing.assert_allclose(first[0], [0.5, 0.2, 0.1, 1.0])
+    padded = rank([[5, 0], [0, 0]], [[[0.5, 0.2, 0.1], [0.9, 0.9, 0.9]]] * 2, [[10.0, 99.0]] * 2)
+    metrics = business_metrics(padded, 2)
+    assert metrics is not None
+    np.testing.assert_allclose(metrics, [[0.5, 0.2, 0.1, 1.0], [0, 0, 0, 0]])
 
 
-def test_a_rung_without_heads_has_no_worth() -> None:
+def test_strategy_without_heads_has_no_business_metrics() -> None:
     assert business_metrics(RankedItems(np.ones((1, 2), np.int32), np.zeros((1, 2)), None, "simple"), 2) is None
 
 
-def test_an_items_value_is_the_mean_of_what_was_paid_for_it() -> None:
+def test_item_value_is_the_mean_of_its_cart_and_purchase_values() -> None:
     events = [
         Event("u", "a", "cart", 1, value=10.0),
         Event("u", "a", "purchase", 2, value=20.0),
@@ -62,17 +64,18 @@ def test_an_items_value_is_the_mean_of_what_was_paid_for_it() -> None:
     assert values.tolist() == pytest.approx([0, 15, 0, 0], rel=1e-3)
 
 
-class OneSlate:
+class ConstantRecommender:
     def rank(self, histories: Histories, k: int) -> RankedItems:
-        return TWO
+        return TWO_ITEMS
 
     def scores(self, histories: Histories, tokens: np.ndarray) -> np.ndarray:
         return np.zeros(tokens.shape, np.float32)
 
 
-def test_what_is_weighed_is_passed_on_and_the_means_are_of_all_slates() -> None:
-    weighed, nobody = BusinessMetricsRecorder(OneSlate(), 1), Histories.from_events([[]], SCHEMA)
-    assert weighed.means() == {}
-    assert weighed.rank(nobody, 2) is TWO
-    weighed.rank(nobody, 2)
-    assert weighed.means() == pytest.approx(dict(zip(BUSINESS_METRICS, [0.5, 0.2, 0.1, 1.0], strict=True)))
+def test_recorder_passes_slates_on_and_averages_over_them() -> None:
+    recorder = BusinessMetricsRecorder(ConstantRecommender(), 1)
+    histories = Histories.from_events([[]], SCHEMA)
+    assert recorder.means() == {}
+    assert recorder.rank(histories, 2) is TWO_ITEMS
+    recorder.rank(histories, 2)
+    assert recorder.means() == pytest.approx(dict(zip(BUSINESS_METRICS, [0.5, 0.2, 0.1, 1.0], strict=True)))

@@ -1,40 +1,43 @@
 import numpy as np
+import pytest
 
 from pipeline.data.event_log import event_log_from_blocks
 from pipeline.data.sequences import UserSequences
 from pipeline.evaluation.head_predictions import held_out_labels
 from pipeline.features.labels import compute_labels
 from pipeline.items.vocabulary import Vocabulary
-from pipeline.records import Event, EventSchema
+from pipeline.records import DAY_MS, Event, EventSchema
 
-SCHEMA, DAY_MS = EventSchema(), 86_400_000
+SCHEMA = EventSchema()
 DAYS = 30
+Sequences = tuple[UserSequences, UserSequences, np.ndarray]  # train, fit, validation mask
 
 
-def corpora() -> tuple[UserSequences, UserSequences, np.ndarray]:
-    """Three users, one event a day and user; the last 10 days are the validation slice."""
-    rows = [Event(f"u{user}", f"i{day % 7}", "like", day * DAY_MS + user) for day in range(DAYS) for user in range(3)]
-    log = event_log_from_blocks([rows], SCHEMA)
-    vocabulary, late = Vocabulary(log.item_ids), log.ts_ms >= 20 * DAY_MS
-    known = UserSequences.from_log(log, vocabulary)
-    return known, UserSequences.from_log(log.select(~late), vocabulary), late[known.log_positions]
+@pytest.fixture
+def sequences() -> Sequences:
+    """Three users with one event per day; the last 10 days are the validation slice."""
+    events = [Event(f"u{user}", f"i{day % 7}", "like", day * DAY_MS + user) for day in range(DAYS) for user in range(3)]
+    log = event_log_from_blocks([events], SCHEMA)
+    vocabulary = Vocabulary(log.item_ids)
+    is_late = log.ts_ms >= 20 * DAY_MS
+    train = UserSequences.from_log(log, vocabulary)
+    return train, UserSequences.from_log(log.select(~is_late), vocabulary), is_late[train.log_positions]
 
 
-def test_labels_to_calibrate_on_are_those_that_only_the_validation_slice_tells() -> None:
-    known, fit, validation = corpora()
-    labels = held_out_labels(known, fit, validation, SCHEMA)
+def test_held_out_labels_are_those_that_the_validation_slice_decides(sequences: Sequences) -> None:
+    train, fit, validation = sequences
+    has_label = np.isfinite(held_out_labels(train, fit, validation, SCHEMA))
     days = np.tile(np.arange(DAYS), 3)
-    told = np.isfinite(labels)
-    assert set(days[told[:, 0]]) == set(range(19, 29)), "the next event lies in the slice"
-    assert set(days[told[:, 1]]) == set(range(12, 22)), "a week passes within the slice"
-    np.testing.assert_array_equal(told[:, 0], told[:, 2])
+    assert set(days[has_label[:, 0]]) == set(range(19, 29)), "the next event is in the slice"
+    assert set(days[has_label[:, 1]]) == set(range(12, 22)), "a week ends within the slice"
+    np.testing.assert_array_equal(has_label[:, 0], has_label[:, 2])
 
 
-def test_they_are_the_labels_of_the_whole_and_none_of_them_was_learnt() -> None:
-    known, fit, validation = corpora()
-    labels = held_out_labels(known, fit, validation, SCHEMA)
-    whole = compute_labels(known.histories, SCHEMA, 29 * DAY_MS + 2)
-    told = np.isfinite(labels)
-    np.testing.assert_array_equal(labels[told], whole[told])
-    learnt = np.isfinite(compute_labels(fit.histories, SCHEMA, 19 * DAY_MS + 2))
-    assert not told[~validation][learnt].any()
+def test_held_out_labels_equal_all_labels_without_trained_ones(sequences: Sequences) -> None:
+    train, fit, validation = sequences
+    labels = held_out_labels(train, fit, validation, SCHEMA)
+    all_labels = labels_of(train.histories, SCHEMA, 29 * DAY_MS + 2)
+    has_label = np.isfinite(labels)
+    np.testing.assert_array_equal(labels[has_label], all_labels[has_label])
+    is_trained = np.isfinite(labels_of(fit.histories, SCHEMA, 19 * DAY_MS + 2))
+    assert not has_label[~validation][is_trained].any()
