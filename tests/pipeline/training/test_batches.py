@@ -11,10 +11,11 @@ from pipeline.records import EVENT_DTYPE, Event, EventPacker, EventSchema
 from pipeline.training.batches import TrainingColumns, batch_crops, make_batch, random_crops
 
 SCHEMA = EventSchema()
-logs = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5)), min_size=1, max_size=80)  # (user, item) in time order
+Log = list[tuple[int, int]]  # (user, item) in time order
+logs = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5)), min_size=1, max_size=80)
 
 
-def corpus_of(log: list[tuple[int, int]]) -> UserSequences:
+def sequences_of(log: Log) -> UserSequences:
     packer = EventPacker(SCHEMA)
     packed = b"".join(packer.pack(Event(str(u), f"i{i}", "view", 1000 * t)) for t, (u, i) in enumerate(log))
     events = np.frombuffer(packed, EVENT_DTYPE)
@@ -22,60 +23,60 @@ def corpus_of(log: list[tuple[int, int]]) -> UserSequences:
     return UserSequences.from_columns(events, vocabulary.tokens(events["item"]), np.array([user for user, _ in log]))
 
 
-def examples_of(log: list[tuple[int, int]], repeats: bool = False) -> TrainingColumns:
-    return TrainingColumns.from_sequences(corpus_of(log), SCHEMA, repeats)
+def columns_of(log: Log, repeats: bool = False) -> TrainingColumns:
+    return TrainingColumns.from_sequences(sequences_of(log), SCHEMA, repeats)
 
 
-def walked(log: list[tuple[int, int]]) -> list[tuple[int, list[int]]]:
-    """Plain Python: users in order of their number, each with its items' tokens."""
-    return [(user, [item + 1 for u, item in log if u == user]) for user in sorted({user for user, _ in log})]
+def tokens_by_user(log: Log) -> list[list[int]]:
+    """Return each user's tokens in plain Python, by ascending user."""
+    return [[item + 1 for u, item in log if u == user] for user in sorted({user for user, _ in log})]
 
 
 @given(logs)
-def test_a_corpus_holds_every_users_events_in_the_logs_order(log: list[tuple[int, int]]) -> None:
-    corpus = corpus_of(log)
-    runs = [corpus.tokens[a:b].tolist() for a, b in zip(corpus.offsets[:-1], corpus.offsets[1:], strict=True)]
-    assert runs == [tokens for _, tokens in walked(log)]
-    assert [log[place][1] + 1 for place in corpus.log_positions] == corpus.tokens.tolist()
-    seen: set[tuple[int, int]] = set()
-    new = {place: (pair not in seen, seen.add(pair))[0] for place, pair in enumerate(log)}
-    assert corpus.is_first_touch.tolist() == [new[place] for place in corpus.log_positions.tolist()]
+def test_sequences_hold_every_users_events_in_log_order(log: Log) -> None:
+    sequences = sequences_of(log)
+    bounds = zip(sequences.offsets[:-1], sequences.offsets[1:], strict=True)
+    assert [sequences.tokens[begin:end].tolist() for begin, end in bounds] == tokens_by_user(log)
+    assert [log[position][1] + 1 for position in sequences.log_positions] == sequences.tokens.tolist()
+    is_first = [pair not in log[:position] for position, pair in enumerate(log)]
+    assert sequences.is_first_touch.tolist() == [is_first[position] for position in sequences.log_positions.tolist()]
 
 
 @given(logs, st.integers(1, 30))
-def test_columns_made_from_some_users_at_a_time_are_those_of_all_at_once(log: list[tuple[int, int]], room: int) -> None:
-    corpus = corpus_of(log)
-    whole, parts = corpus.histories, list(corpus.histories.chunks(room))
-    assert [place.start for place, _ in parts] == [0, *(place.stop for place, _ in parts[:-1])]
-    assert all(len(part.events) <= room or len(part) == 1 for _, part in parts)
-    codes = [encoder_inputs(part, corpus.tokens[place], 7).feature_ids for place, part in parts]
-    assert np.array_equal(np.concatenate(codes), encoder_inputs(whole, corpus.tokens, 7).feature_ids)
-    rhythms = [visit_frequency(part, np.arange(len(part.events))) for _, part in parts]
-    assert np.array_equal(np.concatenate(rhythms), visit_frequency(whole, np.arange(len(log))))
-    labels = [compute_labels(part, SCHEMA, 1000 * len(log)) for _, part in parts]
-    assert np.array_equal(np.concatenate(labels), compute_labels(whole, SCHEMA, 1000 * len(log)), equal_nan=True)
+def test_columns_of_chunks_equal_columns_of_all_users(log: Log, chunk_events: int) -> None:
+    sequences = sequences_of(log)
+    histories = sequences.histories
+    chunks = list(histories.chunks(chunk_events))
+    assert [rows.start for rows, _ in chunks] == [0, *(rows.stop for rows, _ in chunks[:-1])]
+    assert all(len(chunk.events) <= chunk_events or len(chunk) == 1 for _, chunk in chunks)
+    feature_ids = [encoder_inputs(chunk, sequences.tokens[rows], 7).feature_ids for rows, chunk in chunks]
+    assert np.array_equal(np.concatenate(feature_ids), encoder_inputs(histories, sequences.tokens, 7).feature_ids)
+    visits = [visit_frequency(chunk, np.arange(len(chunk.events))) for _, chunk in chunks]
+    assert np.array_equal(np.concatenate(visits), visit_frequency(histories, np.arange(len(log))))
+    labels = [labels_of(chunk, SCHEMA, 1000 * len(log)) for _, chunk in chunks]
+    assert np.array_equal(np.concatenate(labels), labels_of(histories, SCHEMA, 1000 * len(log)), equal_nan=True)
 
 
 @given(logs, st.integers(1, 5), st.data())
-def test_a_history_ends_just_before_its_event(log: list[tuple[int, int]], cap: int, data: st.DataObject) -> None:
-    corpus = corpus_of(log)
+def test_history_before_an_event_ends_just_before_it(log: Log, max_events: int, data: st.DataObject) -> None:
+    sequences = sequences_of(log)
     positions = data.draw(st.lists(st.integers(0, len(log) - 1), max_size=8))
-    histories = corpus.histories_before(np.array(positions, np.int64), cap)
+    histories = sequences.histories_before(np.array(positions, np.int64), max_events)
     for row, position in enumerate(positions):
-        place = int(corpus.log_positions[position])
-        wanted = [time * 1000 for time, (user, _) in enumerate(log[:place]) if user == log[place][0]][-cap:]
-        assert histories.ts_ms[histories.offsets[row] : histories.offsets[row + 1]].tolist() == wanted
+        end = int(sequences.log_positions[position])
+        expected = [time * 1000 for time, (user, _) in enumerate(log[:end]) if user == log[end][0]][-max_events:]
+        assert histories.ts_ms[histories.offsets[row] : histories.offsets[row + 1]].tolist() == expected
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=40).map(sorted), st.floats(0, 1))
-def test_a_cut_never_splits_one_time(times: list[int], share: float) -> None:
-    place = split_index(np.array(times), share)
-    assert place == len(times) or place == 0 or times[place - 1] < times[place]
-    assert place <= share * len(times)
+def test_split_never_separates_events_of_one_time(times: list[int], fraction: float) -> None:
+    index = split_index(np.array(times), fraction)
+    assert index == len(times) or index == 0 or times[index - 1] < times[index]
+    assert index <= fraction * len(times)
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=20), st.integers(1, 25), st.integers(0, 99))
-def test_crops_cover_every_event_once_and_are_no_longer_than_asked(lengths: list[int], length: int, seed: int) -> None:
+def test_crops_cover_every_event_once_within_their_length(lengths: list[int], length: int, seed: int) -> None:
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     starts, sizes = random_crops(offsets, length, np.random.default_rng(seed))
     covered = np.concatenate([np.arange(a, a + n) for a, n in zip(starts, sizes, strict=True)])
@@ -86,67 +87,67 @@ def test_crops_cover_every_event_once_and_are_no_longer_than_asked(lengths: list
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=60), st.integers(10, 100), st.integers(0, 99))
-def test_batches_hold_every_crop_once(lengths: list[int], batch_events: int, seed: int) -> None:
-    sizes, starts = np.array(lengths), np.arange(len(lengths))
-    parts = batch_crops(starts, sizes, batch_events, np.random.default_rng(seed))
-    assert sorted(np.concatenate([part[0] for part in parts]).tolist()) == starts.tolist()
-    assert all((sizes[part[0]] == part[1]).all() for part in parts)
-    assert all(part[1].sum() < batch_events + sizes.max() for part in parts)
+def test_batches_hold_every_crop_once(lengths: list[int], events_per_batch: int, seed: int) -> None:
+    sizes = np.array(lengths)
+    starts = np.arange(len(lengths))
+    batches = batch_crops(starts, sizes, events_per_batch, np.random.default_rng(seed))
+    assert sorted(np.concatenate([crops for crops, _ in batches]).tolist()) == starts.tolist()
+    assert all((sizes[crops] == crop_lengths).all() for crops, crop_lengths in batches)
+    assert all(crop_lengths.sum() < events_per_batch + sizes.max() for _, crop_lengths in batches)
 
 
 @settings(deadline=None)
 @given(logs, st.booleans(), st.integers(1, 20), st.integers(0, 99))
-def test_a_row_asks_for_the_users_next_event_and_knows_what_the_crop_showed(
-    log: list[tuple[int, int]], repeats: bool, length: int, seed: int
+def test_row_targets_the_next_event_and_has_seen_its_crop_so_far(
+    log: Log, repeats: bool, length: int, seed: int
 ) -> None:
-    examples, random = examples_of(log, repeats), np.random.default_rng(seed)
-    starts, sizes = random_crops(examples.inputs.offsets, length, random)
-    batch = make_batch(examples, starts, sizes, 0.0, random)
+    columns = columns_of(log, repeats)
+    rng = np.random.default_rng(seed)
+    starts, sizes = random_crops(columns.inputs.offsets, length, rng)
+    batch = make_batch(columns, starts, sizes, 0.0, rng)
     order = np.argsort(sizes, kind="stable")
     index = np.concatenate([np.arange(a, a + n) for a, n in zip(starts[order], sizes[order], strict=True)])
-    seen = {(int(row), int(token)) for row, token in zip(*batch.seen, strict=True)}
-    wanted_seen, wanted_asked = set(), []
+    expected_seen = set()
+    expected_rows = []
     for row, position in enumerate(index.tolist()):
-        user = int(np.searchsorted(examples.inputs.offsets, position, side="right")) - 1
-        start, stop = examples.inputs.offsets[user : user + 2].tolist()
-        rows = examples.inputs.item_rows[start:stop].tolist()
-        place = position - start
-        following = rows[place + 1] if place + 1 < len(rows) else 0
+        user = int(np.searchsorted(columns.inputs.offsets, position, side="right")) - 1
+        begin, end = columns.inputs.offsets[user : user + 2].tolist()
+        tokens = columns.inputs.tokens[begin:end].tolist()
+        rank = position - begin
+        following = tokens[rank + 1] if rank + 1 < len(tokens) else 0
         assert batch.successors[row] == following
-        if following and (repeats or following not in rows[: place + 1]):
+        if following and (repeats or following not in tokens[: rank + 1]):
             crop = int(np.searchsorted(batch.inputs.offsets, row, side="right")) - 1
-            shown = batch.inputs.item_rows[batch.inputs.offsets[crop] : row + 1].tolist()
-            wanted_seen |= {(len(wanted_asked), token) for token in shown}
-            wanted_asked.append(row)
-    assert batch.target_rows.tolist() == wanted_asked
-    assert seen == wanted_seen
+            crop_tokens = batch.inputs.tokens[batch.inputs.offsets[crop] : row + 1].tolist()
+            expected_seen |= {(len(expected_rows), token) for token in crop_tokens}
+            expected_rows.append(row)
+    assert batch.target_rows.tolist() == expected_rows
+    assert {(int(target), int(token)) for target, token in zip(*batch.seen, strict=True)} == expected_seen
 
 
 @settings(deadline=None)
 @given(logs, st.integers(1, 9), st.integers(0, 30), st.integers(0, 99))
-def test_a_crop_is_shown_behind_the_older_events_of_its_own_user(
-    log: list[tuple[int, int]], length: int, older: int, seed: int
-) -> None:
-    examples, random = examples_of(log), np.random.default_rng(seed)
-    examples.older_events = older
-    starts, sizes = random_crops(examples.inputs.offsets, length, random)
-    batch = make_batch(examples, starts, sizes, 0.0, random)
+def test_crop_inputs_begin_with_older_events_of_the_same_user(log: Log, length: int, older: int, seed: int) -> None:
+    columns = columns_of(log)
+    columns.older_events = older
+    rng = np.random.default_rng(seed)
+    starts, sizes = random_crops(columns.inputs.offsets, length, rng)
+    batch = make_batch(columns, starts, sizes, 0.0, rng)
     order = np.argsort(sizes, kind="stable")
     assert np.diff(batch.offsets).tolist() == sizes[order].tolist()
     for crop, (start, size) in enumerate(zip(starts[order], sizes[order], strict=True)):
-        user = int(np.searchsorted(examples.inputs.offsets, start, side="right")) - 1
-        shown = slice(max(examples.inputs.offsets[user], start - older), start + size)
+        user = int(np.searchsorted(columns.inputs.offsets, start, side="right")) - 1
+        source = slice(max(columns.inputs.offsets[user], start - older), start + size)
         rows = slice(*batch.inputs.offsets[crop : crop + 2])
-        assert batch.inputs.item_rows[rows].tolist() == examples.inputs.item_rows[shown].tolist()
-        assert batch.inputs.seconds[rows].tolist() == examples.inputs.seconds[shown].tolist()
-        assert (batch.inputs.feature_ids[rows] == examples.inputs.feature_ids[shown]).all()
-        assert batch.successors[slice(*batch.offsets[crop : crop + 2])].tolist() == (
-            examples.successors[start : start + size].tolist()
-        )
+        assert batch.inputs.tokens[rows].tolist() == columns.inputs.tokens[source].tolist()
+        assert batch.inputs.seconds[rows].tolist() == columns.inputs.seconds[source].tolist()
+        assert (batch.inputs.feature_ids[rows] == columns.inputs.feature_ids[source]).all()
+        own_rows = slice(*batch.offsets[crop : crop + 2])
+        assert batch.successors[own_rows].tolist() == columns.successors[start : start + size].tolist()
 
 
-def test_a_share_of_the_input_items_is_hidden_and_no_target() -> None:
-    examples = examples_of([(0, step % 6) for step in range(4000)], repeats=True)
-    batch = make_batch(examples, np.array([0]), np.array([4000]), 0.25, np.random.default_rng(0))
-    assert 0.22 < (batch.inputs.item_rows == 0).mean() < 0.28
-    assert (batch.successors[:-1] == examples.inputs.item_rows[1:]).all()
+def test_a_fraction_of_input_items_is_made_unknown_but_no_target() -> None:
+    columns = columns_of([(0, step % 6) for step in range(4000)], repeats=True)
+    batch = make_batch(columns, np.array([0]), np.array([4000]), 0.25, np.random.default_rng(0))
+    assert 0.22 < (batch.inputs.tokens == 0).mean() < 0.28
+    assert (batch.successors[:-1] == columns.inputs.tokens[1:]).all()

@@ -1,5 +1,6 @@
-"""Several processes train what one trains. They are started here, by their variables, as torchrun starts them."""
+"""Two processes train the same weights as one. They are started by the variables that torchrun sets."""
 
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -21,14 +22,15 @@ from pipeline.records import Event, EventSchema
 from pipeline.serving.pipeline import PipelineOptions
 from pipeline.training import losses
 from pipeline.training.batches import TrainingBatch, TrainingColumns, make_batch
-from pipeline.training.distributed import SINGLE_PROCESS, process_group
+from pipeline.training.distributed import SINGLE_PROCESS, ProcessGroup, process_group
 from pipeline.training.preparation import TrainingOptions
-from pipeline.training.train import EpochReport, train
+from pipeline.training.train import train
 from pipeline.training.trainer import TrainerOptions
+from tests.pipeline.training.callbacks import SilentCallback
 
 ROOT = Path(__file__).parents[3]
-# Without dropout, which each process draws for its own part. AdamW divides by what is near 0 in its first steps, so the
-# last bits of a sum show: the fewer steps the less.
+# Without dropout, which each process draws for its own shard. AdamW divides by what is near 0 in its first steps, so
+# the last bits of a sum show: the fewer steps the less.
 OPTIONS = TrainingOptions(
     TrainerOptions(epochs=2, crop_length=8, events_per_batch=64, weighting="uncertainty"),
     HstuConfig(width=16, heads=2, d_qk=8, d_v=8, max_events=8, dropout=0.0, attention_dropout=0.0),
@@ -36,104 +38,124 @@ OPTIONS = TrainingOptions(
 VARIANTS = {
     "events": OPTIONS,
     "sessions": replace(OPTIONS, model=replace(OPTIONS.model, recent_events=4, history_events=16)),
-    "sampled softmax": OPTIONS,
+    "sampled-softmax": OPTIONS,
 }
 
 
-class Silent:
-    """An observer."""
-
-    def phase(self, name: str, epochs: int) -> None: ...
-
-    def batch(self, epoch: int, loss: float, done: int, total: int) -> None: ...
-
-    def epoch(self, report: EpochReport, best: EpochReport) -> None: ...
-
-
-def log_of(users: int = 12) -> EventLog:
-    random = np.random.default_rng(0)
+def random_log(users: int = 12) -> EventLog:
+    rng = np.random.default_rng(0)
     actions = ("view", "click", "cart")
     events = [
-        Event(f"u{user}", f"i{random.integers(30)}", actions[random.integers(3)], 60_000 * step + user)
+        Event(f"u{user}", f"i{rng.integers(30)}", actions[rng.integers(3)], 60_000 * step + user)
         for user in range(users)
         for step in range(5 + user)
     ]
     return event_log_from_blocks([events], EventSchema())
 
 
-def train_one(out: str, variant: str) -> None:
-    """What each of the processes runs."""
-    heads.DROPOUT = 0.0
-    if variant == "sampled softmax":
-        losses.FULL_SOFTMAX_ITEMS, losses.UNIFORM_NEGATIVES = 0, 8
-    with process_group(torch.device("cpu")) as processes:
-        options, pipeline = VARIANTS[variant], PipelineOptions(device="cpu", threads=1)
-        train(log_of(), Path(out), options, pipeline, Silent(), "", False, (), None, processes)
+def train_variants(folder: Path, group: ProcessGroup) -> None:
+    """Train one artifact per variant, in every process of the group."""
+    pipeline = PipelineOptions(device="cpu", threads=1)
+    for variant, options in VARIANTS.items():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(heads, "DROPOUT", 0.0)
+            if variant == "sampled-softmax":
+                patch.setattr(losses, "FULL_SOFTMAX_ITEMS", 0)
+                patch.setattr(losses, "UNIFORM_NEGATIVES", 8)
+            train(random_log(), folder / variant, options, pipeline, SilentCallback(), created="", group=group)
 
 
-def run_processes(out: Path, count: int, variant: str) -> None:
+def run_rank(folder: str, rank: int) -> None:
+    os.environ["RANK"] = str(rank)
+    with process_group(torch.device("cpu")) as group:
+        train_variants(Path(folder), group)
+
+
+def run_two_ranks(folder: str) -> None:
+    """Fork both ranks from one fresh interpreter, so that they share its import of torch, which costs seconds."""
+    import torch._dynamo  # noqa: F401 - an optimizer imports it, too
+
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=run_rank, args=(folder, rank), daemon=True) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one-process")
+    train_variants(folder, SINGLE_PROCESS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two-processes")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
-    code = f"import runpy; runpy.run_path({__file__!r})['train_one']({str(out)!r}, {variant!r})"
-    started = [
-        subprocess.Popen([sys.executable, "-c", code], env={**os.environ, **rendezvous, **paths, "RANK": str(rank)})
-        for rank in range(count)
-    ]
-    assert [process.wait(timeout=300) for process in started] == [0] * count
+    code = f"from {__name__} import run_two_ranks; run_two_ranks({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, **rendezvous, **paths}, timeout=150, check=True)
+    return folder
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_two_processes_train_the_weights_of_one_and_the_first_alone_writes(tmp_path: Path, variant: str) -> None:
-    run_processes(tmp_path / "one", 1, variant)
-    run_processes(tmp_path / "two", 2, variant)
-    one, two = (artifacts.load(tmp_path / name) for name in ("one", "two"))
+def test_two_processes_train_the_weights_of_one(one_process: Path, two_processes: Path, variant: str) -> None:
+    one = artifacts.load(one_process / variant)
+    two = artifacts.load(two_processes / variant)
     assert one.weights.keys() == two.weights.keys()
     for name, weight in one.weights.items():
         assert torch.allclose(weight, two.weights[name], rtol=0, atol=2e-6), name
     assert two.manifest.metrics == pytest.approx(one.manifest.metrics, rel=1e-4)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"], "no checkpoint is left"
 
 
-def batch() -> TrainingBatch:
-    log = log_of()
-    corpus = UserSequences.from_log(log, Vocabulary(log.item_ids))
-    labels = np.where(np.arange(len(corpus))[:, None] % (2, 3, 5), 1.0, np.nan).astype(np.float32)
-    examples = TrainingColumns.from_sequences(corpus, EventSchema(), repeats=False)
-    examples.labels[:] = labels
-    return make_batch(examples, corpus.offsets[:-1], np.diff(corpus.offsets), 0.1, np.random.default_rng(0))
+def test_main_process_alone_writes_and_leaves_no_checkpoint(one_process: Path, two_processes: Path) -> None:
+    for folder in (one_process, two_processes):
+        assert sorted(path.name for path in folder.iterdir()) == sorted(VARIANTS)
+
+
+@pytest.fixture(scope="module")
+def full_batch() -> TrainingBatch:
+    log = random_log()
+    sequences = UserSequences.from_log(log, Vocabulary(log.item_ids))
+    columns = TrainingColumns.from_sequences(sequences, EventSchema(), repeats=False)
+    columns.labels[:] = np.where(np.arange(len(sequences))[:, None] % (2, 3, 5), 1.0, np.nan)
+    offsets = sequences.offsets
+    return make_batch(columns, offsets[:-1], np.diff(offsets), 0.1, np.random.default_rng(0))
+
+
+def seen_by_target(batch: TrainingBatch) -> set[tuple[int, ...]]:
+    """Return each target with the tokens that its row has seen."""
+    targets, tokens = batch.seen
+    return {(target, *tokens[targets == index].tolist()) for index, target in enumerate(batch.targets.tolist())}
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 12])
-def test_the_parts_of_a_batch_are_the_batch(count: int) -> None:
-    whole = batch()
-    parts = [whole.shard(rank, count) for rank in range(count)]
-    assert sum(part.loss_fractions for part in parts) == pytest.approx(np.ones(4))
-    assert sorted(np.concatenate([part.inputs.tokens for part in parts])) == sorted(whole.inputs.tokens)
-    asked = np.concatenate([part.targets for part in parts])
-    assert sorted(asked) == sorted(whole.targets)
-    shown = {(target, *_seen(part, row)) for part in parts for row, target in enumerate(part.targets.tolist())}
-    assert shown == {(target, *_seen(whole, row)) for row, target in enumerate(whole.targets.tolist())}
-    lengths = [len(part.successors) for part in parts]
-    assert max(lengths) - min(lengths) <= 16, "like lengths are dealt out in turn: nobody waits long"
+def test_shards_add_up_to_the_batch(full_batch: TrainingBatch, count: int) -> None:
+    shards = [full_batch.shard(rank, count) for rank in range(count)]
+    assert sum(shard.loss_fractions for shard in shards) == pytest.approx(np.ones(4))
+    assert sorted(np.concatenate([shard.inputs.tokens for shard in shards])) == sorted(full_batch.inputs.tokens)
+    assert sorted(np.concatenate([shard.targets for shard in shards])) == sorted(full_batch.targets)
+    assert set.union(*(seen_by_target(shard) for shard in shards)) == seen_by_target(full_batch)
+    lengths = [len(shard.successors) for shard in shards]
+    assert max(lengths) - min(lengths) <= 16, "crops of similar length are dealt in turn: no process waits long"
 
 
-def test_a_process_without_a_crop_asks_nothing() -> None:
-    idle = batch().shard(rank=12, count=13)
+def test_shard_without_a_crop_trains_nothing(full_batch: TrainingBatch) -> None:
+    idle = full_batch.shard(rank=12, count=13)
     assert idle.loss_fractions.tolist() == [0, 0, 0, 0]
     assert len(idle.inputs) == 1
 
 
-def test_one_process_alone_needs_no_variables_and_no_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_process_needs_no_variables_and_sends_no_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with process_group(torch.device("cpu")) as processes:
-        assert processes is SINGLE_PROCESS
+    with process_group(torch.device("cpu")) as group:
+        assert group is SINGLE_PROCESS
     assert SINGLE_PROCESS.broadcast([1.5]) == [1.5]
-    one = torch.tensor([1.0])
-    assert SINGLE_PROCESS.average([], one) is one
-
-
-def _seen(batch: TrainingBatch, row: int) -> tuple[int, ...]:
-    return tuple(batch.seen[1][batch.seen[0] == row].tolist())
+    losses = torch.tensor([1.0])
+    assert SINGLE_PROCESS.average([], losses) is losses

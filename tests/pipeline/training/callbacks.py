@@ -1,0 +1,13 @@
+"""A training callback that does nothing, shared by the training tests."""
+
+from pipeline.training.train import EpochReport
+
+
+class SilentCallback:
+    """Implements TrainingCallback."""
+
+    def phase(self, name: str, epochs: int) -> None: ...
+
+    def batch(self, epoch: int, loss: float, done: int, total: int) -> None: ...
+
+    def epoch(self, report: EpochReport, best: EpochReport) -> None: ...
