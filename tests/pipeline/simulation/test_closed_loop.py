@@ -1,6 +1,7 @@
-"""Users of the simulated shop react to slates: what they are shown changes what they take, do and pay."""
+"""The slates that a policy shows change what the simulated shop's users take, do and pay."""
 
 from copy import deepcopy
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from pipeline.data.event_log import EventLog
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import EventSchema, Histories
 from pipeline.serving.strategy import RankedItems
-from pipeline.simulation.choices import PURCHASE, SessionStates, appeal, choose_from_slates
+from pipeline.simulation.choices import CLICK, PURCHASE, SessionStates, appeal, choose_from_slates
 from pipeline.simulation.closed_loop import ColumnPacker, PolicyUnderTest, run, warm_up
 from pipeline.simulation.simulator import Simulator
 from pipeline.simulation.world import SimulatorConfig, World
@@ -19,63 +20,71 @@ SHOP = SimulatorConfig(events=12_000, users=150, items=100, days=30)
 DAYS = 6
 
 
-class Always:
-    """A rung that shows everyone the same items, and remembers the histories that it was asked with."""
+class ConstantStrategy:
+    """Recommends the same items to everyone and keeps the histories of its requests."""
 
-    name = "always"
+    name = "constant"
 
     def __init__(self, tokens: np.ndarray) -> None:
         self._tokens = tokens
-        self.asked: list[Histories] = []
+        self.requests: list[Histories] = []
 
     def rank(self, histories: Histories, k: int) -> RankedItems:
-        self.asked.append(histories)
+        self.requests.append(histories)
         tokens = np.tile(self._tokens[:k], (len(histories), 1)).astype(np.int32)
         return RankedItems(tokens, np.zeros(tokens.shape), None, self.name)
 
 
+@dataclass
+class WarmShop:
+    """A shop after DAYS days, and their log and truth."""
+
+    simulator: Simulator
+    log: EventLog
+    truth: dict[str, np.ndarray]
+
+    def items_by_quality(self, sign: int) -> list[str]:
+        """Return the ten items of highest (1) or lowest (-1) quality among those of the first day."""
+        world = self.simulator.world
+        order = np.argsort(-sign * np.where(world.born_day == 0, world.quality, -sign * np.inf))
+        return [f"item-{number}" for number in order[:10]]
+
+    def with_policy(self, ids: list[str]) -> tuple[Simulator, PolicyUnderTest, ConstantStrategy]:
+        """Return a copy of the shop, with a policy that always shows these items."""
+        simulator = deepcopy(self.simulator)
+        vocabulary = Vocabulary(self.log.item_ids)
+        strategy = ConstantStrategy(np.array([vocabulary.token(item_id) for item_id in ids]))
+        return simulator, PolicyUnderTest(simulator, strategy, vocabulary, self.log), strategy
+
+
 @pytest.fixture(scope="module")
-def warm() -> tuple[Simulator, EventLog]:
+def shop() -> WarmShop:
     simulator = Simulator(SHOP)
-    return simulator, warm_up(simulator, DAYS)[0]
+    return WarmShop(simulator, *warm_up(simulator, DAYS))
 
 
-def best(simulator: Simulator, sign: int) -> list[str]:
-    """The ten items of the highest (1) or lowest (-1) quality that are there from the first day on."""
-    world = simulator.world
-    order = np.argsort(-sign * np.where(world.born_day == 0, world.quality, -sign * np.inf))
-    return [f"item-{number}" for number in order[:10]]
-
-
-def shown(warm: tuple[Simulator, EventLog], ids: list[str]) -> tuple[Simulator, PolicyUnderTest, Always]:
-    simulator, log = deepcopy(warm[0]), warm[1]
-    vocabulary = Vocabulary(log.item_ids)
-    rung = Always(np.array([vocabulary.token(one) for one in ids]))
-    return simulator, PolicyUnderTest(simulator, rung, vocabulary, log), rung
-
-
-def test_a_warm_up_is_a_log_like_any_other(warm) -> None:
-    log = warm[1]
+def test_warm_up_returns_a_log_in_time_order_with_sorted_ids(shop: WarmShop) -> None:
+    log = shop.log
+    numbers = np.array([int(item_id.removeprefix("item-")) for item_id in log.item_ids])
     assert (np.diff(log.ts_ms) >= 0).all()
     assert log.user_ids == sorted(log.user_ids)
-    assert (log.events["item"] == ColumnPacker(warm[0], EventSchema()).hashes[_numbers(log.item_ids)[log.items]]).all()
+    assert (log.events["item"] == ColumnPacker(shop.simulator, EventSchema()).hashes[numbers[log.items]]).all()
     assert len(np.unique(log.users)) > 75
 
 
-def test_nobody_who_shows_nothing_changes_the_shop(warm) -> None:
-    simulator, showcase, _ = shown(warm, [])
-    assert run(deepcopy(warm[0]), DAYS, 3, None).events > 100
-    simulator = deepcopy(simulator)
+def test_slates_that_nobody_takes_change_nothing(shop: WarmShop) -> None:
+    simulator, policy, _ = shop.with_policy([])
+    assert run(deepcopy(shop.simulator), DAYS, 3, None).events > 100
     simulator.config = replace(SHOP, slate_take_rate=0.0)
-    assert run(simulator, DAYS, 1, None) == run(deepcopy(warm[0]), DAYS, 1, None)
-    assert showcase.slates(np.array([0, 1])).tolist() == [[], []]
+    assert run(simulator, DAYS, 1, None) == run(deepcopy(shop.simulator), DAYS, 1, None)
+    assert policy.slates(np.array([0, 1])).tolist() == [[], []]
 
 
-def test_good_items_on_the_slate_engage_pay_and_bring_users_back_more_than_poor_ones(warm) -> None:
-    simulator, showcase, _ = shown(warm, best(warm[0], 1))
-    good = run(simulator, DAYS, 9, showcase)
-    simulator, showcase, _ = shown(warm, best(warm[0], -1))
-    poor = run(simulator, DAYS, 9, showcase)
+def test_good_slates_raise_engagement_purchases_and_sessions(shop: WarmShop) -> None:
+    simulator, policy, _ = shop.with_policy(shop.items_by_quality(1))
+    good = run(simulator, DAYS, 9, policy)
+    simulator, policy, _ = shop.with_policy(shop.items_by_quality(-1))
+    poor = run(simulator, DAYS, 9, policy)
     assert good.engaged_share > 1.5 * poor.engaged_share
     assert good.purchases > 1.5 * poor.purchases
     assert good.sessions > poor.sessions
@@ -83,57 +92,61 @@ def test_good_items_on_the_slate_engage_pay_and_bring_users_back_more_than_poor_
     assert poor.returned_share is not None
 
 
-def test_the_model_is_asked_with_everything_that_has_happened_so_far(warm) -> None:
-    simulator, showcase, rung = shown(warm, best(warm[0], 1))
-    before = np.bincount(warm[1].users, minlength=SHOP.users)
-    reaction = run(simulator, DAYS, 2, showcase)
-    first = rung.asked[0]
-    asked = len(first)
-    assert sum(len(histories) for histories in rung.asked) == reaction.events, "one slate an event"
-    assert first.lengths.sum() <= before.sum()
-    assert set(first.lengths.tolist()) <= set(before.tolist()), "before the first step: the warm-up's histories"
-    second = rung.asked[1]
-    assert len(second) <= asked
-    assert all((np.diff(second.ts_ms[start:end]) >= 0).all()
-               for start, end in zip(second.offsets[:-1], second.offsets[1:], strict=True))  # fmt: skip
+def test_policy_ranks_from_everything_that_has_happened_so_far(shop: WarmShop) -> None:
+    simulator, policy, strategy = shop.with_policy(shop.items_by_quality(1))
+    warm_up_lengths = np.bincount(shop.log.users, minlength=SHOP.users)
+    metrics = run(simulator, DAYS, 2, policy)
+    first, second = strategy.requests[:2]
+    assert sum(len(histories) for histories in strategy.requests) == metrics.events, "one slate per event"
+    assert first.lengths.sum() <= warm_up_lengths.sum()
+    assert set(first.lengths.tolist()) <= set(warm_up_lengths.tolist()), "the warm-up's histories before the first step"
+    assert len(second) <= len(first)
+    assert all(
+        (np.diff(second.ts_ms[begin:end]) >= 0).all()
+        for begin, end in zip(second.offsets[:-1], second.offsets[1:], strict=True)
+    )
 
 
-def test_forks_of_a_shop_begin_alike_and_a_seed_has_one_future(warm) -> None:
-    one, same, other = (run(warm[0].fork(seed), DAYS, 2, None) for seed in (1, 1, 2))
+def test_forks_with_one_seed_have_one_future(shop: WarmShop) -> None:
+    one, same, other = (run(shop.simulator.fork(seed), DAYS, 2, None) for seed in (1, 1, 2))
     assert one == same != other
 
 
-def test_the_truth_of_a_warm_up_tells_its_outcomes_apart() -> None:
-    log, truth = warm_up(Simulator(SHOP), 5)
+def test_warm_up_truth_separates_paid_from_unpaid_events(shop: WarmShop) -> None:
     codes = EventSchema().action_codes()
-    paid = np.isin(Histories(log.events, np.array([0, len(log)])).actions, [codes["cart"], codes["purchase"]])
-    assert (truth["monetized"][paid].mean()) > 2 * truth["monetized"][~paid].mean()
+    actions = Histories(shop.log.events, np.array([0, len(shop.log)])).actions
+    is_paid = np.isin(actions, [codes["cart"], codes["purchase"]])
+    assert shop.truth["monetized"][is_paid].mean() > 2 * shop.truth["monetized"][~is_paid].mean()
 
 
-def test_money_is_the_price_of_what_was_bought(warm) -> None:
-    simulator = deepcopy(warm[0])
-    days = [deepcopy(simulator).day(DAYS)]
-    bought = days[0]["item"][days[0]["action"] == PURCHASE]
-    reaction = run(simulator, DAYS, 1, None)
-    assert reaction.purchases == len(bought)
-    assert reaction.money == pytest.approx(simulator.world.price[bought].sum())
-    assert reaction.returned_share is None, "a single day shows no return"
+def test_money_is_the_price_of_all_purchased_items(shop: WarmShop) -> None:
+    simulator = deepcopy(shop.simulator)
+    day = deepcopy(simulator).day(DAYS)
+    purchased = day["item"][day["action"] == PURCHASE]
+    metrics = run(simulator, DAYS, 1, None)
+    assert metrics.purchases == len(purchased)
+    assert metrics.money == pytest.approx(simulator.world.price[purchased].sum())
+    assert metrics.returned_share is None, "a single day shows no return"
 
 
-def test_of_a_slate_the_first_and_the_appealing_are_taken_more_often_and_no_item_never() -> None:
-    world, n = World.from_config(SHOP), 40_000
-    one = SessionStates(
-        price_level=np.array([1]), interests=np.array([[3, 7, 9]]), interest_weights=np.array([[0.5, 0.3, 0.2]]), intent=np.array([7]),
-        last_item=np.array([11]), last_action=np.array([1]), seen=np.array([[-1]]),
-    )  # fmt: skip
-    states, slate = one.select(np.zeros(n, np.int64)), np.array([4, 30, 60, -1])
-    items = choose_from_slates(np.random.default_rng(0), world, states, np.tile(slate, (n, 1)))
-    weights = np.exp(appeal(world, one, slate[None, :3])[0]) / np.array([1, 2, 3])
-    shares = [(items == item).mean() for item in slate[:3]]
-    np.testing.assert_allclose(shares, weights / weights.sum(), atol=0.01)
+def test_slate_items_are_taken_by_rank_and_appeal() -> None:
+    """And always one, unless the slate is empty."""
+    world = World.from_config(SHOP)
+    n = 40_000
+    session = SessionStates(
+        price_level=np.array([1]),
+        interests=np.array([[3, 7, 9]]),
+        interest_weights=np.array([[0.5, 0.3, 0.2]]),
+        intent=np.array([7]),
+        last_item=np.array([11]),
+        last_action=np.array([CLICK]),
+        seen=np.array([[-1]]),
+    )
+    slate = np.array([4, 30, 60, -1])
+    sessions = session.select(np.zeros(n, np.int64))
+    items = choose_from_slates(np.random.default_rng(0), world, sessions, np.tile(slate, (n, 1)))
+    weights = np.exp(appeal(world, session, slate[None, :3])[0]) / np.array([1, 2, 3])
+    frequency = [(items == item).mean() for item in slate[:3]]
+    np.testing.assert_allclose(frequency, weights / weights.sum(), atol=0.01)
     assert (items >= 0).all()
-    assert (choose_from_slates(np.random.default_rng(0), world, one, np.array([[-1, -1]])) == -1).all()
-
-
-def _numbers(ids: list[str]) -> np.ndarray:
-    return np.array([int(one.removeprefix("item-")) for one in ids])
+    assert (choose_from_slates(np.random.default_rng(0), world, session, np.array([[-1, -1]])) == -1).all()
