@@ -28,14 +28,14 @@ class TrainingColumns:
     They are computed once, some users at a time: a crop's features need all events before it, so computing them per
     batch would walk through the same histories in every epoch.
 
-    inputs:       full sequences, of which crops are taken; feature_ids is int16
-    successors:   int32, the token of the user's next event; 0 where there is none
-    target_mask:  bool, retrieval is trained here: the successor is in the vocabulary and (unless repeats count) new to
-                  the user, since serving excludes what the user has touched before
-    labels:       float32 [total, 3], see labels.labels_of
-    visit_frequency: float32 [total, N_VISIT_FEATURES], see visit_frequency.visit_frequency
-    affinities, facts: of the histories and of the events' items, see affinity.py
-    older_events: at most this many of a user's events before a crop are input, too, pooled into sessions
+    inputs:             full sequences, from which crops are cut; feature_ids is int16
+    successors:         int32, the token of the user's next event; 0 where there is none
+    target_mask:        bool, retrieval is trained here: the successor is in the vocabulary and (unless repeats count)
+                        new to the user, since serving excludes what the user has touched before
+    labels:             float32 [total, 3], see labels.labels_of
+    visit_frequency:    float32 [total, N_VISIT_FEATURES], see visit_frequency.visit_frequency
+    affinities, facts:  of the histories and of the events' items, see affinity.py
+    older_events:       at most this many of a user's events before a crop are input, too, pooled into sessions
     """
 
     inputs: EncoderInputs

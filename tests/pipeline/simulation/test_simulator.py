@@ -99,8 +99,8 @@ def test_truth_beats_popularity_and_its_probabilities_predict_outcomes(folder: P
 
 
 def test_truth_never_hits_an_item_that_serving_excludes() -> None:
-    # Some users have more than EXCLUDED_EVENTS, and most more than a user avoids repeating.
-    config = SimulatorConfig(events=6000, users=30, items=150, topics=10, session_events=30.0, days=30)
+    # 600 events per user: more than EXCLUDED_EVENTS, so that old items may be hit again.
+    config = SimulatorConfig(events=6000, users=10, items=300, topics=10, session_events=30.0, days=30)
     histories: dict[str, list[str]] = {}
     repeats = 0
     for chunk, truth in Simulator(config, truth_from=0.0).chunks():

@@ -161,4 +161,5 @@ def test_mismatch_with_the_artifact_is_rejected(old: Artifact, tmp_path: Path) -
 
 def test_dropout_rates_may_change_from_the_artifacts(old: Artifact) -> None:
     model = replace(old.config, dropout=0.3, attention_dropout=0.3, feature_dropout=0.3)
-    WarmStart(old).check(model, EventSchema())
+    setup = prepare(LOG, replace(FEW_EPOCHS, model=model), SERVING, warm_start=WarmStart(old))
+    assert setup.config.feature_dropout == 0.3
