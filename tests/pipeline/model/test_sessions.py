@@ -29,7 +29,7 @@ from pipeline.training.batches import TrainingBatch, TrainingColumns, make_batch
 from pipeline.training.multi_task_model import MultiTaskModel
 from pipeline.training.train import TrainingOptions, train
 from pipeline.training.trainer import TrainerOptions
-from tests.pipeline.training.test_train import CREATED, Silent, log_of
+from tests.pipeline.training.test_train import CREATED, RecordingCallback, rule_log
 
 ITEM_IDS = [f"i{number}" for number in range(12)]
 VOCABULARY = Vocabulary(ITEM_IDS)
@@ -193,9 +193,9 @@ def test_sessions_equal_the_specification_in_rows_and_gradients(strength: bool) 
 
 def test_model_with_sessions_is_trained_saved_and_evaluated(tmp_path: Path) -> None:
     trainer = TrainerOptions(epochs=2, crop_length=200, events_per_batch=256)
-    config = HstuConfig(width=16, max_events=6, recent_events=4, history_events=18)
-    log, observer = log_of(), Silent()
-    manifest = train(log, tmp_path / "model", TrainingOptions(trainer, config), SERVING, observer, CREATED)
+    shape = HstuConfig(width=16, max_events=6, recent_events=4, history_events=18)
+    log, observer = rule_log(users=80, length=25), RecordingCallback()
+    manifest = train(log, tmp_path / "model", TrainingOptions(trainer, shape), SERVING, observer, CREATED)
     loaded = artifacts.load(tmp_path / "model")
     assert loaded.version == manifest.version
     assert loaded.config.recent_events == 4
