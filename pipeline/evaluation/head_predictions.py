@@ -50,4 +50,4 @@ def held_out_labels(
 
 
 def _labels(sequences: UserSequences, schema: EventSchema) -> np.ndarray:
-    return labels_of(sequences.histories, schema, int(sequences.histories.ts_ms.max(initial=0)))
+    return compute_labels(sequences.histories, schema, int(sequences.histories.ts_ms.max(initial=0)))

@@ -54,7 +54,7 @@ class HeldOutEvents:
     @property
     def users(self) -> np.ndarray:
         """The events' users, int64 [n], by their index in the sequences."""
-        return row_of(self.sequences.offsets, self.positions)
+        return find_rows(self.sequences.offsets, self.positions)
 
     @property
     def lengths(self) -> np.ndarray:

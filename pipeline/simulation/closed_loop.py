@@ -55,12 +55,14 @@ class ColumnPacker:
 
     def pack(self, columns: Columns) -> np.ndarray:
         """Return EVENT_DTYPE [n]; carts and purchases have the item's price as value."""
-        events = np.zeros(len(columns["user"]), EVENT_DTYPE)
-        events["item"] = self.hashes[columns["item"]]
-        action = self._actions[columns["action"]]
-        device = self._devices[columns["user"]]
-        events["ts_action_device"] = (
-            columns["ts_ms"].astype(np.uint64) | action << np.uint64(48) | device << np.uint64(56)
+        return pack_columns(
+            items=self.hashes[columns["item"]],
+            ts_ms=columns["ts_ms"].astype(np.uint64),
+            actions=self._actions[columns["action"]],
+            devices=self._devices[columns["user"]],
+            dwell_ms=columns["dwell_ms"],
+            positions=columns["position"],
+            value_codes=np.where(np.isin(columns["action"], (CART, PURCHASE)), self._values[columns["item"]], 0),
         )
 
 

@@ -32,7 +32,7 @@ class TrainingColumns:
     successors:         int32, the token of the user's next event; 0 where there is none
     target_mask:        bool, retrieval is trained here: the successor is in the vocabulary and (unless repeats count)
                         new to the user, since serving excludes what the user has touched before
-    labels:             float32 [total, 3], see labels.labels_of
+    labels:             float32 [total, 3], see labels.compute_labels
     visit_frequency:    float32 [total, N_VISIT_FEATURES], see visit_frequency.visit_frequency
     affinities, facts:  of the histories and of the events' items, see affinity.py
     older_events:       at most this many of a user's events before a crop are input, too, pooled into sessions
@@ -49,7 +49,7 @@ class TrainingColumns:
 
     @classmethod
     def from_sequences(
-        cls, sequences: UserSequences, schema: EventSchema, repeats: bool, catalogue: Catalogue = EMPTY
+        cls, sequences: UserSequences, schema: EventSchema, repeats: bool, catalogue: Catalogue = EMPTY_CATALOGUE
     ) -> "TrainingColumns":
         total = len(sequences)
         histories = sequences.histories
@@ -59,7 +59,7 @@ class TrainingColumns:
             inputs=EncoderInputs(sequences.tokens, feature_ids, np.empty(total, np.int32), sequences.offsets),
             successors=_successors(sequences),
             target_mask=np.zeros(total, bool),
-            labels=labels_of(histories, schema, int(histories.ts_ms.max(initial=0))),
+            labels=compute_labels(histories, schema, int(histories.ts_ms.max(initial=0))),
             visit_frequency=np.empty((total, N_VISIT_FEATURES), np.float32),
             affinities=AffinityIndex.from_histories(histories, sequences.tokens, facts, engaged(histories, schema)),
             facts=facts,
@@ -78,7 +78,7 @@ class TrainingColumns:
 
     def with_context(self, starts: np.ndarray, lengths: np.ndarray) -> EncoderInputs:
         """Return the inputs of these crops, each preceded by older events of its user."""
-        user_starts = self.inputs.offsets[row_of(self.inputs.offsets, starts)]
+        user_starts = self.inputs.offsets[find_rows(self.inputs.offsets, starts)]
         older = np.minimum(starts - user_starts, self.older_events)
         inputs = self.inputs.gather_runs(starts - older, older + lengths)
         return replace(inputs, feature_ids=inputs.feature_ids.astype(np.int32))
@@ -205,7 +205,7 @@ def make_batch(
     index, offsets = ranges(starts[order], lengths[order])
     target_rows = np.flatnonzero(columns.target_mask[index])
     inputs = columns.with_context(starts[order], lengths[order])
-    inputs.tokens[rng.random(len(inputs.tokens)) < unknown_item_rate] = UNKNOWN
+    inputs.item_rows[rng.random(len(inputs.item_rows)) < unknown_item_rate] = UNKNOWN
     successors = columns.successors[index]
     following = np.minimum(index + 1, len(columns.successors) - 1)
     return TrainingBatch(
@@ -216,7 +216,7 @@ def make_batch(
         visit_frequency=columns.visit_frequency[index],
         affinity=columns.affinities.at(index, successors, columns.facts.select(following)),
         target_rows=target_rows,
-        seen=_seen(columns.inputs.tokens[index], offsets, target_rows),
+        seen=_seen(columns.inputs.item_rows[index], offsets, target_rows),
     )
 
 

@@ -59,11 +59,10 @@ class MultiTaskModel(Trainable):
         vectors = _ItemVectors.from_batch(self.hstu, batch, candidates, cold)
         states, context = self._encode(batch, vectors.events)
         target_states = states[torch.from_numpy(batch.target_rows).to(device)]
-        table = self.hstu.scorer(vectors.candidates)
+        table = self.hstu.scoring_table(vectors.candidates)
         loss = next_item_loss(target_states, table, batch.targets, batch.seen, candidates)
-        successors = np.where(
-            cold[batch.successors], UNKNOWN, batch.successors
-        )  # the heads, too, see cold items as new
+        # The heads, too, see cold items as new.
+        successors = np.where(cold[batch.successors], UNKNOWN, batch.successors)
         successor_tokens = torch.from_numpy(successors).to(device)
         logits = self.heads(states, successor_tokens[:, None], vectors.successors[:, None], context)
         return loss, head_losses(logits[:, 0], torch.from_numpy(batch.labels).to(device))
@@ -105,17 +104,17 @@ class _ItemVectors:
     def from_batch(cls, hstu: Hstu, batch: TrainingBatch, candidates: Candidates, cold: np.ndarray) -> "_ItemVectors":
         """Compute each item's vector once. cold: bool [items], items to represent by their content alone."""
         device = hstu.rotation.weight.device
-        tokens = batch.inputs.tokens
+        item_rows = batch.inputs.item_rows
         if candidates.tokens is None:
             vectors = hstu.items(cold=cold)
             candidate_vectors = vectors
-            event_rows = tokens
+            event_rows = item_rows
             successor_rows = batch.successors
         else:
             sampled = candidates.tokens.numpy()
-            unique, rows = np.unique(np.concatenate([sampled, tokens, batch.successors]), return_inverse=True)
+            unique, rows = np.unique(np.concatenate([sampled, item_rows, batch.successors]), return_inverse=True)
             vectors = hstu.items(unique.astype(np.int64), cold[unique])
-            bounds = np.cumsum([len(sampled), len(tokens)])
+            bounds = np.cumsum([len(sampled), len(item_rows)])
             candidate_rows, event_rows, successor_rows = np.split(rows, bounds)
             candidate_vectors = F.embedding(torch.from_numpy(candidate_rows).to(device), vectors)
         event_vectors = F.embedding(torch.from_numpy(event_rows).to(device), vectors)

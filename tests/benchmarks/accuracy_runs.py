@@ -75,7 +75,7 @@ def run_test(setting: Setting, model: str, seed: int, options: Options, epoch: i
     counts = np.bincount(setup.train.tokens, minlength=len(setup.vocabulary))
     negatives = sample_negatives(NEGATIVES, scored, counts)
     ranks = {
-        "all items": target_ranks(recommend_slates(ranker, scored, SLATE), scored.targets).tolist(),
+        "all items": target_ranks(recommend_slates(ranker, scored, SLATE_SIZE), scored.targets).tolist(),
         str(NEGATIVES): rank_among_negatives(ranker, scored, negatives).tolist(),
     }
     seconds = time.monotonic() - start_s

@@ -99,9 +99,10 @@ class SasRec(Trainable):
         return self.norm(x)
 
     def losses(self, batch: TrainingBatch, frequency: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """See Trainable; there are no side tasks."""
+        """See Trainable. There are no side tasks."""
         states = self(batch.inputs)
-        states, targets = states[torch.from_numpy(batch.target_rows).to(states.device)], batch.targets
+        states = states[torch.from_numpy(batch.target_rows).to(states.device)]
+        targets = batch.targets
         table = self.item_embedding.weight
         if self.config.loss == "bce":
             loss = _binary_loss(states, table, targets, batch.seen, rng)

@@ -20,13 +20,6 @@ from pipeline.features.event_features import FEATURE_COLUMNS, N_FEATURE_IDS, N_F
 from pipeline.model.config import HstuConfig
 from pipeline.model.hstu import Hstu, attention_plan, supports_kernels
 from pipeline.model.padding import PaddedBlocks
-from pipeline.records import EventSchema
-from pipeline.serving import retrieval
-from pipeline.serving.exclusion import Exclusion
-from pipeline.serving.hstu_strategy import HstuStrategy, batch_shapes
-from pipeline.serving.model_validation import synthetic_histories
-from pipeline.serving.retrieval import FusedRetrieval
-from pipeline.training.multi_task_model import MultiTaskModel
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CONFIG = HstuConfig(

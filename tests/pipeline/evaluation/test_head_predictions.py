@@ -36,8 +36,8 @@ def test_held_out_labels_are_those_that_the_validation_slice_decides(sequences: 
 def test_held_out_labels_equal_all_labels_without_trained_ones(sequences: Sequences) -> None:
     train, fit, validation = sequences
     labels = held_out_labels(train, fit, validation, SCHEMA)
-    all_labels = labels_of(train.histories, SCHEMA, 29 * DAY_MS + 2)
+    all_labels = compute_labels(train.histories, SCHEMA, 29 * DAY_MS + 2)
     has_label = np.isfinite(labels)
     np.testing.assert_array_equal(labels[has_label], all_labels[has_label])
-    is_trained = np.isfinite(labels_of(fit.histories, SCHEMA, 19 * DAY_MS + 2))
+    is_trained = np.isfinite(compute_labels(fit.histories, SCHEMA, 19 * DAY_MS + 2))
     assert not has_label[~validation][is_trained].any()

@@ -18,7 +18,7 @@ from pipeline.serving.exclusion import Exclusion
 from pipeline.serving.hstu_strategy import HstuStrategy, warm_up_lengths
 from pipeline.serving.model_validation import synthetic_histories
 from pipeline.serving.retrieval import FusedRetrieval
-from pipeline.training.trainer import MultiTaskModel
+from pipeline.training.multi_task_model import MultiTaskModel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONFIG = HstuConfig(items=40, layers=2, width=16, heads=2, d_qk=16, d_v=16, max_events=20, content_rows=0)

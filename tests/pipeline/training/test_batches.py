@@ -53,8 +53,8 @@ def test_columns_of_chunks_equal_columns_of_all_users(log: Log, chunk_events: in
     assert np.array_equal(np.concatenate(feature_ids), encoder_inputs(histories, sequences.tokens, 7).feature_ids)
     visits = [visit_frequency(chunk, np.arange(len(chunk.events))) for _, chunk in chunks]
     assert np.array_equal(np.concatenate(visits), visit_frequency(histories, np.arange(len(log))))
-    labels = [labels_of(chunk, SCHEMA, 1000 * len(log)) for _, chunk in chunks]
-    assert np.array_equal(np.concatenate(labels), labels_of(histories, SCHEMA, 1000 * len(log)), equal_nan=True)
+    labels = [compute_labels(chunk, SCHEMA, 1000 * len(log)) for _, chunk in chunks]
+    assert np.array_equal(np.concatenate(labels), compute_labels(histories, SCHEMA, 1000 * len(log)), equal_nan=True)
 
 
 @given(logs, st.integers(1, 5), st.data())
@@ -112,13 +112,13 @@ def test_row_targets_the_next_event_and_has_seen_its_crop_so_far(
     for row, position in enumerate(index.tolist()):
         user = int(np.searchsorted(columns.inputs.offsets, position, side="right")) - 1
         begin, end = columns.inputs.offsets[user : user + 2].tolist()
-        tokens = columns.inputs.tokens[begin:end].tolist()
+        tokens = columns.inputs.item_rows[begin:end].tolist()
         rank = position - begin
         following = tokens[rank + 1] if rank + 1 < len(tokens) else 0
         assert batch.successors[row] == following
         if following and (repeats or following not in tokens[: rank + 1]):
             crop = int(np.searchsorted(batch.inputs.offsets, row, side="right")) - 1
-            crop_tokens = batch.inputs.tokens[batch.inputs.offsets[crop] : row + 1].tolist()
+            crop_tokens = batch.inputs.item_rows[batch.inputs.offsets[crop] : row + 1].tolist()
             expected_seen |= {(len(expected_rows), token) for token in crop_tokens}
             expected_rows.append(row)
     assert batch.target_rows.tolist() == expected_rows
@@ -139,7 +139,7 @@ def test_crop_inputs_begin_with_older_events_of_the_same_user(log: Log, length: 
         user = int(np.searchsorted(columns.inputs.offsets, start, side="right")) - 1
         source = slice(max(columns.inputs.offsets[user], start - older), start + size)
         rows = slice(*batch.inputs.offsets[crop : crop + 2])
-        assert batch.inputs.tokens[rows].tolist() == columns.inputs.tokens[source].tolist()
+        assert batch.inputs.item_rows[rows].tolist() == columns.inputs.item_rows[source].tolist()
         assert batch.inputs.seconds[rows].tolist() == columns.inputs.seconds[source].tolist()
         assert (batch.inputs.feature_ids[rows] == columns.inputs.feature_ids[source]).all()
         own_rows = slice(*batch.offsets[crop : crop + 2])
@@ -149,5 +149,5 @@ def test_crop_inputs_begin_with_older_events_of_the_same_user(log: Log, length: 
 def test_a_fraction_of_input_items_is_made_unknown_but_no_target() -> None:
     columns = columns_of([(0, step % 6) for step in range(4000)], repeats=True)
     batch = make_batch(columns, np.array([0]), np.array([4000]), 0.25, np.random.default_rng(0))
-    assert 0.22 < (batch.inputs.tokens == 0).mean() < 0.28
-    assert (batch.successors[:-1] == columns.inputs.tokens[1:]).all()
+    assert 0.22 < (batch.inputs.item_rows == 0).mean() < 0.28
+    assert (batch.successors[:-1] == columns.inputs.item_rows[1:]).all()

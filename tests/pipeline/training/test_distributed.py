@@ -139,7 +139,7 @@ def seen_by_target(batch: TrainingBatch) -> set[tuple[int, ...]]:
 def test_shards_add_up_to_the_batch(full_batch: TrainingBatch, count: int) -> None:
     shards = [full_batch.shard(rank, count) for rank in range(count)]
     assert sum(shard.loss_fractions for shard in shards) == pytest.approx(np.ones(4))
-    assert sorted(np.concatenate([shard.inputs.tokens for shard in shards])) == sorted(full_batch.inputs.tokens)
+    assert sorted(np.concatenate([shard.inputs.item_rows for shard in shards])) == sorted(full_batch.inputs.item_rows)
     assert sorted(np.concatenate([shard.targets for shard in shards])) == sorted(full_batch.targets)
     assert set.union(*(seen_by_target(shard) for shard in shards)) == seen_by_target(full_batch)
     lengths = [len(shard.successors) for shard in shards]

@@ -251,7 +251,7 @@ def test_manifest_records_the_split_and_evaluation_respects_it(default_run: Run,
 def test_log_with_more_items_than_max_items_is_rejected(default_run: Run, tmp_path: Path) -> None:
     log = rule_log()
     narrow = replace(SERVING, max_items=5)
-    refused = f"{len(log.item_ids) - 5} items have no place beside 5 others; counters.max_items is 5: set it higher"
+    refused = f"{len(log.item_ids) - 5} items have no token: all 5 are taken; counters.max_items is 5: set it higher"
     with pytest.raises(TrainingError, match=refused):
         train(log, tmp_path / "model", OPTIONS, narrow, SilentCallback(), CREATED)
     with pytest.raises(EvaluationError, match=refused):

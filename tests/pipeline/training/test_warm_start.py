@@ -116,7 +116,7 @@ def test_new_rows_start_from_content_and_all_other_weights_are_kept(old_with_rec
     setup = prepare_warm_start(old_with_records, items=RECORDS)
     content = setup.metadata(setup.train).content()
     model = WarmStart(old_with_records).init_model(MultiTaskModel(setup.config, content))
-    old_weights = old_with_records.part("hstu")
+    old_weights = old_with_records.module_weights("hstu")
     items = model.hstu.items
     rows = ITEMS + 1
     assert torch.equal(items.embedding.weight[:rows], old_weights["items.embedding.weight"])
