@@ -1,8 +1,7 @@
-"""CUDA graphs of a function of packed batches, one for each bucket of sizes, within a memory budget.
+"""CUDA graphs of a function of packed batches, one per bucket of batch sizes, within a memory budget.
 
-Without a graph a small batch's dozens of launches wait for Python. A batch is copied into tensors that all graphs read,
-users without rows fill up its bucket. All graphs take their memory from one pool, for one runs at a time: a result is
-valid until the next call.
+Without a graph, a small batch waits for Python to launch dozens of kernels. A batch is copied into static tensors that
+all graphs read; users without rows pad it to its bucket.
 """
 
 import gc
@@ -19,132 +18,146 @@ from torch import Tensor
 
 from kernels.launch import ceil_div, next_power_of_2
 
-WARM_UPS = 2  # calls before a capture: kernels are compiled and loaded
-STEPS = 16  # sizes of a bucket between one power of two and the next: a sixteenth of the rows at most is padding
-MIN_ROWS = 256  # rows; a batch of fewer takes as long
-MAX_NODE_BYTES = 16 << 20  # that a graph's own nodes are taken to hold
-HALF_LIFE_CALLS = 10_000  # calls, after which those before count half
-MIN_CALLS = 3  # calls of a bucket without a graph before it gets one: a capture takes longer than a call
+WARM_UP_CALLS = 2  # before a capture, so that kernels are compiled and loaded
+STEPS_PER_DOUBLING = 16  # bucket sizes between two powers of two: at most a sixteenth of the rows is padding
+MIN_ROWS = 256  # rows; a smaller batch takes as long
+MAX_NODE_BYTES = 16 << 20  # cap on the estimate of a graph's own nodes
+HALF_LIFE_CALLS = 10_000  # after so many calls the earlier ones count half
+MIN_CALLS = 3  # calls of a bucket without a graph before one is captured: a capture takes longer than a call
 
-# One capture at a time in the process; its other threads go on launching, but must not synchronise the whole device.
-CAPTURING = threading.Lock()
+# One capture at a time per process. Other threads may keep launching, but must not synchronise the whole device.
+CAPTURE_LOCK = threading.Lock()
 
-Run = Callable[[Sequence[Tensor], Tensor, int], Tensor]
+BatchFunction = Callable[[Sequence[Tensor], Tensor, int], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """longest: the most rows of a user, as the caller classes them."""
+    """Sizes of the batches that share a graph. max_length: the length class, an upper bound of rows per user."""
 
     users: int
     rows: int
-    longest: int
+    max_length: int
 
     @classmethod
-    def of(cls, users: int, rows: int, longest: int) -> "Bucket":
-        """The smallest that takes them."""
-        return cls(next_power_of_2(users), bucket_rows(rows), longest)
+    def from_sizes(cls, users: int, rows: int, max_length: int) -> "Bucket":
+        """Return the smallest bucket that holds a batch of these sizes."""
+        return cls(next_power_of_2(users), bucket_rows(rows), max_length)
 
 
-def buckets(max_users: int, max_rows: int, classes: Sequence[int]) -> Iterator[Bucket]:
-    """Of all batches up to these sizes whose users all have rows, the largest first. classes: the most rows of a user,
-    ascending."""
+def possible_buckets(max_users: int, max_rows: int, length_classes: Sequence[int]) -> Iterator[Bucket]:
+    """Yield the bucket of every batch up to these sizes in which each user has a row, largest first.
+
+    length_classes: the upper bounds of rows per user that a batch is classed by, ascending.
+    """
     sizes = [0, bucket_rows(1)]
     while sizes[-1] < max_rows:
         sizes.append(bucket_rows(sizes[-1] + 1))
     powers = [1 << exponent for exponent in range(next_power_of_2(max_users).bit_length())]
-    for below, size in reversed(list(pairwise(sizes))):
+    for smaller_size, size in reversed(list(pairwise(sizes))):
         for users in reversed(powers):
-            for shorter, longest in zip([0, *classes], classes, strict=False):
-                fewest = users // 2 + 1 + shorter  # rows: one each, and one user who is of this class
-                if fewest <= size and below < users * longest:
-                    yield Bucket(users, size, longest)
+            for shorter, max_length in zip([0, *length_classes], length_classes, strict=False):
+                min_rows = users // 2 + 1 + shorter  # one row per user, and one user of this length class
+                if min_rows <= size and smaller_size < users * max_length:
+                    yield Bucket(users, size, max_length)
 
 
 @dataclass(slots=True)
 class CapturedGraph:
-    """A graph, called, and the memory that it holds beside the pool's."""
+    """A graph's replay function, and the memory that it holds in addition to the shared pool."""
 
     replay: Callable[[], Tensor]
     nbytes: int
 
 
 class BatchGraphs:
-    """Calls `run` by graphs, on one device, from one thread. On a CPU a graph is the call on the tensors it would read.
+    """Calls `run` by graphs, on one device, from one thread. On a CPU a graph is the call on the static tensors.
 
-    run(columns, offsets, longest) -> [users, ...] or [rows, ...]: a function of packed columns [rows, ...], offsets
-    int32 [users + 1] and the most rows of a user. It does not wait for the device, and minds nothing that rows beyond
-    the last offset hold.
-    like: the columns of any batch, for their shapes; max_users, max_rows: a larger batch has no graph.
-    budget_bytes: of all graphs together. When it is full, a bucket takes the place of the graph that is asked for
-    least, once it comes twice as often: graphs are not made over and over for more buckets than have room.
+    run(columns, offsets, max_length) -> [users, ...] or [rows, ...]: a function of packed columns [rows, ...], offsets
+    int32 [users + 1] and an upper bound of rows per user. It must not wait for the device, and must ignore rows after
+    the last offset.
+    example: the columns of any batch, for their shapes and dtypes.
+    max_users, max_rows: larger batches run without a graph.
+    budget_bytes: limit on the memory of all graphs together. When it is full, a bucket replaces the least called one
+    that has a graph, once it is called twice as often: graphs are not captured over and over when more buckets are in
+    use than fit.
     """
 
     def __init__(
-        self, run: Run, like: Sequence[Tensor], max_users: int, max_rows: int, budget_bytes: int = 8 << 30
+        self, run: BatchFunction, example: Sequence[Tensor], max_users: int, max_rows: int, budget_bytes: int = 8 << 30
     ) -> None:
-        self._run, self._budget_bytes = run, budget_bytes
-        self._max_users, self._max_rows = next_power_of_2(max_users), bucket_rows(max_rows)
-        self._columns = [column.new_zeros((self._max_rows, *column.shape[1:])) for column in like]
-        self._offsets = like[0].new_zeros(self._max_users + 1, dtype=torch.int32)
+        self._run = run
+        self._budget_bytes = budget_bytes
+        self._max_users = next_power_of_2(max_users)
+        self._max_rows = bucket_rows(max_rows)
+        self._columns = [column.new_zeros((self._max_rows, *column.shape[1:])) for column in example]
+        self._offsets = example[0].new_zeros(self._max_users + 1, dtype=torch.int32)
         self.clear()
 
-    def __call__(self, columns: Sequence[Tensor], offsets: Tensor, longest: int) -> Tensor:
-        """Of a batch on the device, as `run`; by a graph the result goes on to the bucket's end."""
-        users, rows = len(offsets) - 1, len(columns[0])
-        bucket = Bucket.of(users, rows, longest)
-        self._count(bucket)
-        held = self._graphs.get(bucket) or self._maybe_capture(bucket)
-        if held is None:
-            return self._run(columns, offsets, longest)
+    def __call__(self, columns: Sequence[Tensor], offsets: Tensor, max_length: int) -> Tensor:
+        """Return `run` of a batch on the device. The result of a graph is padded to the bucket's size.
+
+        All graphs share one memory pool, since one runs at a time: a graph's result is valid until the next call.
+        """
+        users = len(offsets) - 1
+        rows = len(columns[0])
+        bucket = Bucket.from_sizes(users, rows, max_length)
+        self._record_hit(bucket)
+        graph = self._graphs.get(bucket) or self._maybe_capture(bucket)
+        if graph is None:
+            return self._run(columns, offsets, max_length)
         for static, column in zip(self._columns, columns, strict=True):
             static[:rows].copy_(column)
         self._offsets[: users + 1].copy_(offsets)
         self._offsets[users + 1 : bucket.users + 1].fill_(rows)
-        return held.replay()
+        return graph.replay()
 
-    def warm(self, classes: Sequence[int]) -> int:
-        """Makes graphs for what batches can need, the largest first, until the budget is full; returns how many there
-        are. classes: see `buckets`."""
-        for bucket in buckets(self._max_users, self._max_rows, classes):
-            wanted = self._takes(bucket) and bucket not in self._graphs
-            if wanted and self._capture_within_budget(bucket) is None and self._graphs:
+    def warm(self, length_classes: Sequence[int]) -> int:
+        """Capture graphs for all possible batches, largest first, until the budget is full; return how many there are.
+
+        length_classes: see `possible_buckets`.
+        """
+        for bucket in possible_buckets(self._max_users, self._max_rows, length_classes):
+            missing = self._in_range(bucket) and bucket not in self._graphs
+            if missing and self._capture_within_budget(bucket) is None and self._graphs:
                 break
         return len(self._graphs)
 
     def capture(self, bucket: Bucket) -> CapturedGraph:
-        """Makes its graph, whatever the budget."""
+        """Capture the bucket's graph, ignoring the budget."""
         columns = [column[: bucket.rows] for column in self._columns]
         offsets = self._offsets[: bucket.users + 1]
-        offsets.copy_(torch.arange(bucket.users + 1).clamp(max=bucket.rows))  # any batch does
-        held = self._graphs[bucket] = self._captured(partial(self._run, columns, offsets, bucket.longest))
-        return held
+        offsets.copy_(torch.arange(bucket.users + 1).clamp(max=bucket.rows))  # any valid batch will do
+        graph = self._capture_call(partial(self._run, columns, offsets, bucket.max_length))
+        self._graphs[bucket] = graph
+        return graph
 
     def clear(self) -> None:
-        """Forgets all graphs: for when a tensor that `run` reads has moved."""
+        """Drop all graphs, as when a tensor that `run` reads has moved."""
         self._graphs: dict[Bucket, CapturedGraph] = {}
         self._hits: Counter[Bucket] = Counter()
         self._pool = torch.cuda.graph_pool_handle() if self._offsets.is_cuda else None
-        self._pool_bytes, self._full = 0, False
+        self._pool_bytes = 0
+        self._full = False
 
     @property
     def nbytes(self) -> int:
-        return self._pool_bytes + sum(held.nbytes for held in self._graphs.values())
+        return self._pool_bytes + sum(graph.nbytes for graph in self._graphs.values())
 
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def _takes(self, bucket: Bucket) -> bool:
+    def _in_range(self, bucket: Bucket) -> bool:
         return bucket.rows <= self._max_rows and bucket.users <= self._max_users
 
-    def _count(self, bucket: Bucket) -> None:
+    def _record_hit(self, bucket: Bucket) -> None:
         self._hits[bucket] += 1
-        if self._hits.total() > HALF_LIFE_CALLS:  # what was asked for long ago counts less and less
-            self._hits = Counter({each: asked // 2 for each, asked in self._hits.items() if asked > 1})
+        if self._hits.total() > HALF_LIFE_CALLS:  # halve the weight of older calls
+            self._hits = Counter({bucket: hits // 2 for bucket, hits in self._hits.items() if hits > 1})
 
     def _maybe_capture(self, bucket: Bucket) -> CapturedGraph | None:
-        """A graph for what is asked for again and again, if there is room, or another is asked for less."""
-        if not self._takes(bucket):
+        """Capture a graph for a frequent bucket if the budget has room or a less frequent bucket can be replaced."""
+        if not self._in_range(bucket):
             return None
         least = min(self._graphs, key=self._hits.__getitem__, default=None) if self._full else None
         if self._hits[bucket] <= MIN_CALLS + (0 if least is None else 2 * self._hits[least]):
@@ -154,60 +167,60 @@ class BatchGraphs:
         return self._capture_within_budget(bucket)
 
     def _capture_within_budget(self, bucket: Bucket) -> CapturedGraph | None:
-        """Its graph, within the budget; None where there is no room for it."""
+        """Capture the bucket's graph; return None if it does not fit the budget or the device."""
         try:
-            held = self.capture(bucket)
+            graph = self.capture(bucket)
         except torch.OutOfMemoryError:
             self._max_rows = bucket.rows - 1
             return None
-        if self._pool_bytes > self._budget_bytes:  # it alone is too large, and so are larger ones
+        if self._pool_bytes > self._budget_bytes:  # too large even alone, and so are larger buckets
             self.clear()
             self._max_rows = bucket.rows - 1
             return None
         if self.nbytes <= self._budget_bytes:
-            return held
+            return graph
         self._full = True
         self._drop(bucket)
         return None
 
     def _drop(self, bucket: Bucket) -> None:
         del self._graphs[bucket]
-        if not self._graphs:  # the last graph takes the pool with it
+        if not self._graphs:  # the pool is freed with its last graph
             self.clear()
 
-    def _captured(self, call: Callable[[], Tensor]) -> CapturedGraph:
+    def _capture_call(self, call: Callable[[], Tensor]) -> CapturedGraph:
         device = self._offsets.device
         if device.type != "cuda":
             return CapturedGraph(call, 0)
-        for _ in range(WARM_UPS):
+        for _ in range(WARM_UP_CALLS):
             call()
-        with CAPTURING, _gc_disabled():
-            return self._recorded(call, device)
+        with CAPTURE_LOCK, _gc_disabled():
+            return self._record(call, device)
 
-    def _recorded(self, call: Callable[[], Tensor], device: torch.device) -> CapturedGraph:
+    def _record(self, call: Callable[[], Tensor], device: torch.device) -> CapturedGraph:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info(device)[0]
-        # Another thread may serve with another model meanwhile.
+        free_bytes = torch.cuda.mem_get_info(device)[0]
+        # thread_local: another thread may be serving with another model.
         with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
-            reserved = torch.cuda.memory_reserved(device)
+            reserved_bytes = torch.cuda.memory_reserved(device)
             result = call()
-            grown = torch.cuda.memory_reserved(device) - reserved
-        self._pool_bytes += grown
+            pool_growth = torch.cuda.memory_reserved(device) - reserved_bytes
+        self._pool_bytes += pool_growth
 
         def replay() -> Tensor:
             graph.replay()
             return result
 
-        # Other processes of the card are in this difference, too.
-        own = free - torch.cuda.mem_get_info(device)[0] - grown
-        return CapturedGraph(replay, min(max(0, own), MAX_NODE_BYTES))
+        # NOTE: other processes on the same GPU also change the free memory.
+        node_bytes = free_bytes - torch.cuda.mem_get_info(device)[0] - pool_growth
+        return CapturedGraph(replay, min(max(0, node_bytes), MAX_NODE_BYTES))
 
 
 @contextmanager
 def _gc_disabled() -> Iterator[None]:
-    """A collection that happens to free another graph ends the capture that is under way."""
+    """Disable garbage collection: freeing another graph would abort the running capture."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -218,6 +231,6 @@ def _gc_disabled() -> Iterator[None]:
 
 
 def bucket_rows(size: int) -> int:
-    """Rounded up to a step of a STEPS-th of the power of two below, of SMALLEST at least."""
-    step = max(MIN_ROWS, next_power_of_2(size + 1) // 2 // STEPS)
+    """Round up to a multiple of 1/STEPS_PER_DOUBLING of the largest power of two <= size, at least MIN_ROWS."""
+    step = max(MIN_ROWS, next_power_of_2(size + 1) // 2 // STEPS_PER_DOUBLING)
     return ceil_div(size, step) * step

@@ -1,4 +1,4 @@
-"""What every launch needs, typed: Triton's own functions are typed for the code inside kernels."""
+"""Launches of Triton kernels, typed: Triton's own functions are typed for code inside kernels."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -6,26 +6,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What `shared_bytes_of` says of A100, RTX 30, RTX 40, H100 and H200, by capability (CUDA programming guide, technical
+# `max_shared_bytes` of A100, RTX 30, RTX 40, H100 and H200, by compute capability (CUDA programming guide, technical
 # specifications).
 SHARED_BYTES = {(8, 0): 166_912, (8, 6): 101_376, (8, 9): 101_376, (9, 0): 232_448}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """On the device of the first tensor among `arguments`. `options`: the kernel's constants, num_warps, num_stages."""
-    with device_of(next(part for part in arguments if isinstance(part, Tensor))):
+    """Launch on the device of the first tensor in `arguments`. options: kernel constants, num_warps, num_stages."""
+    first_tensor = next(argument for argument in arguments if isinstance(argument, Tensor))
+    with device_guard(first_tensor):
         kernel[grid](*arguments, **options)
 
 
-def device_of(x: Tensor) -> AbstractContextManager[Any]:
-    """Makes x's GPU the current one: Triton launches there, whatever its arguments' device is."""
+def device_guard(x: Tensor) -> AbstractContextManager[Any]:
+    """Make x's GPU the current one: Triton launches on the current device, wherever its arguments are."""
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(x.device)
 
 
-def shared_bytes_of(device: torch.device) -> int:
-    """That a program may take; the interpreter on a CPU knows no bound."""
+def max_shared_bytes(device: torch.device) -> int:
+    """Return the shared memory that one program may use; the interpreter on a CPU has no limit."""
     if device.type != "cuda":
         return 1 << 31
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin

@@ -1,23 +1,23 @@
-"""What the operators check at their doors."""
+"""Argument checks that the operators share. All raise ValueError."""
 
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-INTEGERS = (torch.int32, torch.int64)
-MAX_ROWS = 2**31 - 2**16  # of a call: a row's number, and that of one a few tiles further, is an int32
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INT_DTYPES = (torch.int32, torch.int64)
+MAX_ROWS = 2**31 - 2**16  # per call: a row index, and one a few tiles past it, must fit an int32
 
 
-def require(holds: bool, name: str, value: Tensor, wanted: str) -> None:
-    """Raises ValueError that names the argument, what it is and what was wanted."""
-    if not holds:
-        raise ValueError(f"{name} is {value.dtype} {list(value.shape)} on {value.device}, wanted {wanted}")
+def require(condition: bool, name: str, value: Tensor, expected: str) -> None:
+    """Raise ValueError that names the argument, its dtype, shape and device, and what was expected."""
+    if not condition:
+        raise ValueError(f"{name} is {value.dtype} {list(value.shape)} on {value.device}, expected {expected}")
 
 
 def require_values(name: str, value: Tensor, faults: dict[str, Tensor]) -> None:
-    """faults: what would be wrong -> a bool tensor of one element; each waits for the device.
+    """Raise ValueError that names the argument, its shape and the first fault found.
 
-    Raises ValueError that names the argument, its shape and the first fault.
+    faults: description of a fault -> bool tensor of one element, true if present. Reading each waits for the device.
     """
     for fault, found in faults.items():
         if bool(found):
@@ -25,7 +25,7 @@ def require_values(name: str, value: Tensor, faults: dict[str, Tensor]) -> None:
 
 
 def offset_faults(offsets: Tensor, end: int) -> dict[str, Tensor]:
-    """Of offsets that cut `end` rows into one range a user."""
+    """Return the faults of offsets that must split `end` rows into one range per user, for `require_values`."""
     return {
         f"must begin with 0 and end with {end}": (offsets[0] != 0) | (offsets[-1] != end),
         "must not decrease": (offsets.diff() < 0).any(),

@@ -1,24 +1,25 @@
 """Attention forward in Triton: O = SiLU(alpha Q K^T + position bias + time bias) V / N on packed rows.
 
-A program owns one head of one row block (plan.py) and walks over its tiles of columns. A tile costs two matrix
-products, a byte a score for its time bucket, and two look-ups in tables that stay in the multiprocessor's first cache.
+A program computes one head of one row block (plan_kernels.py) and loops over its tiles of columns. A tile costs two
+matrix products, one byte per score for its time bucket, and two look-ups in tables that stay in the L1 cache.
 """
 
 import triton
 import triton.language as tl
 
 from kernels.fused_attention_layernorm import dropout
-from kernels.fused_attention_layernorm.plan_kernels import bucket_of, tile_order
+from kernels.fused_attention_layernorm.plan_kernels import find_time_bucket, from_fragment_order
 
-ROUNDS, WHOLE = tl.constexpr(dropout.ROUNDS), tl.constexpr(dropout.WHOLE)
-HIDDEN = tl.constexpr(-1e4)  # SiLU of it is 0, in the fast form too; of -inf it is NaN
+PHILOX_ROUNDS = tl.constexpr(dropout.PHILOX_ROUNDS)
+RANDOM_RANGE = tl.constexpr(dropout.RANDOM_RANGE)
+MASKED_SCORE = tl.constexpr(-1e4)  # SiLU of it is 0, with USE_PTX too; of -inf it is NaN
 
 
 @triton.jit
-def silu(x, FAST: tl.constexpr):
-    """x * sigmoid(x). FAST: one instruction of the special unit, tanh to 2^-11, and two of the others."""
+def silu(x, USE_PTX: tl.constexpr):
+    """x * sigmoid(x). USE_PTX: one instruction of the special function unit, tanh to 2^-11, and two others."""
     half = x * 0.5
-    if FAST:
+    if USE_PTX:
         tanh = tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [half], dtype=tl.float32, is_pure=True, pack=1
         )
@@ -27,181 +28,202 @@ def silu(x, FAST: tl.constexpr):
 
 
 @triton.jit
-def read(places, FAST: tl.constexpr):
-    """What float32 pointers point to. FAST: a plain load through the first cache; the compiler would stage `tl.load`
-    as asynchronous copies of four bytes each through shared memory."""
-    if FAST:
+def load_l1(pointers, USE_PTX: tl.constexpr):
+    """Load float32 values. USE_PTX: plain loads through the L1 cache; the compiler would turn `tl.load` into
+    asynchronous copies of four bytes each through shared memory."""
+    if USE_PTX:
         return tl.inline_asm_elementwise(
-            "ld.global.nc.f32 $0, [$1];", "=f,l", [places.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1
+            "ld.global.nc.f32 $0, [$1];", "=f,l", [pointers.to(tl.int64)], dtype=tl.float32, is_pure=True, pack=1
         )
-    return tl.load(places)
+    return tl.load(pointers)
 
 
 @triton.jit
-def read_if(places, wanted, FAST: tl.constexpr):
-    """As `read`, 0 where not `wanted`."""
-    if FAST:
+def load_l1_masked(pointers, mask, USE_PTX: tl.constexpr):
+    """`load_l1` where `mask` is true, else 0."""
+    if USE_PTX:
         return tl.inline_asm_elementwise(
             "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.f32 $0, 0f00000000; @p ld.global.nc.f32 $0, [$1]; }",
-            "=f,l,r", [places.to(tl.int64), wanted.to(tl.int32)], dtype=tl.float32, is_pure=True, pack=1,
+            "=f,l,r", [pointers.to(tl.int64), mask.to(tl.int32)], dtype=tl.float32, is_pure=True, pack=1,
         )  # fmt: skip
-    return tl.load(places, mask=wanted, other=0.0)
+    return tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit
-def rows_of(user, offsets, targets, positions, HAS_TARGETS: tl.constexpr):
-    """int32 of a user: its first row, how many it has that the position table knows, the first of them that is a
-    target."""
+def load_user_range(user, offsets, num_targets, num_positions, HAS_TARGETS: tl.constexpr):
+    """Return int32 values of a user: its first row, its length (at most num_positions, the width of the position
+    table), and how many of its rows other rows may see."""
     start = tl.load(offsets + user)
-    length = tl.minimum(tl.load(offsets + user + 1) - start, positions)
-    seen = length
+    length = tl.minimum(tl.load(offsets + user + 1) - start, num_positions)
+    num_visible = length
     if HAS_TARGETS:
-        seen = length - tl.load(targets + user)
-    return start, length, seen
+        num_visible = length - tl.load(num_targets + user)
+    return start, length, num_visible
 
 
 @triton.jit
-def is_visible(row, column, seen, CONTEXTUAL: tl.constexpr, HAS_TARGETS: tl.constexpr):
-    """bool [ROWS, COLUMNS]: a row's own column and earlier ones, if they are no targets (`seen`: the first target).
+def is_visible(row, column, num_visible, NUM_CONTEXTUAL: tl.constexpr, HAS_TARGETS: tl.constexpr):
+    """Return bool [BLOCK_M, BLOCK_N]: a row sees its own column, and earlier ones below num_visible (not targets).
 
-    The first CONTEXTUAL rows describe the user, not a moment: they see all rows but the targets.
+    The first NUM_CONTEXTUAL rows describe the user, not a moment: they see all rows except the targets.
     """
     visible = row[:, None] >= column[None, :]
-    if CONTEXTUAL:
-        visible = visible | (row[:, None] < CONTEXTUAL)
-    if CONTEXTUAL or HAS_TARGETS:
-        visible = (visible & (column[None, :] < seen)) | (row[:, None] == column[None, :])
+    if NUM_CONTEXTUAL:
+        visible = visible | (row[:, None] < NUM_CONTEXTUAL)
+    if NUM_CONTEXTUAL or HAS_TARGETS:
+        visible = (visible & (column[None, :] < num_visible)) | (row[:, None] == column[None, :])
     return visible
 
 
 @triton.jit
-def is_kept(seed, row, tile, head, COLUMNS: tl.constexpr, KEPT: tl.constexpr):
-    """bool [ROWS, COLUMNS] as dropout.is_kept; row: in the packed batch. Eight columns of a thread share a draw: the
-    compiler sees that their counters are equal and draws once."""
-    column = tl.arange(0, COLUMNS)
-    group = tile * (COLUMNS // 8) + (column >> 5) * 4 + ((column >> 1) & 3)
-    words = tl.philox(seed, row[:, None], group[None, :], head, 0, ROUNDS)  # four
-    place = ((column >> 3) & 3)[None, :]
-    word = tl.where(place < 2, tl.where(place == 0, words[0], words[1]), tl.where(place == 2, words[2], words[3]))
-    return ((word >> ((column & 1) * 16)[None, :].to(tl.uint32)) & (WHOLE - 1)) < KEPT
+def keep_mask(seed, row, tile, head, BLOCK_N: tl.constexpr, KEEP_THRESHOLD: tl.constexpr):
+    """Return bool [BLOCK_M, BLOCK_N], equal to dropout.keep_mask. row: index in the packed batch.
+
+    Eight columns of a thread share a draw: the compiler sees that their counters are equal and draws once.
+    """
+    column = tl.arange(0, BLOCK_N)
+    group = tile * (BLOCK_N // 8) + (column >> 5) * 4 + ((column >> 1) & 3)
+    words = tl.philox(seed, row[:, None], group[None, :], head, 0, PHILOX_ROUNDS)  # four words
+    index = ((column >> 3) & 3)[None, :]
+    word = tl.where(index < 2, tl.where(index == 0, words[0], words[1]), tl.where(index == 2, words[2], words[3]))
+    return ((word >> ((column & 1) * 16)[None, :].to(tl.uint32)) & (RANDOM_RANGE - 1)) < KEEP_THRESHOLD
 
 
 @triton.jit
-def widened(values):
-    """FP8 becomes float16: one instruction for two values; to bfloat16 it takes five."""
+def from_fp8(values):
+    """Convert FP8 to float16: one instruction for two values; to bfloat16 it takes five. Other dtypes are unchanged."""
     return values.to(tl.float16) if values.dtype == tl.float8e4nv else values
 
 
 @triton.jit
-def attend_block(
-    q, k, v, start, row0, tiles, whole, length, seen, buckets, position_bias, time_bias, seed, alpha, head,
-    D_QK: tl.constexpr, D_V: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    CONTEXTUAL: tl.constexpr, HAS_TARGETS: tl.constexpr, KEPT: tl.constexpr, FAST: tl.constexpr,
+def attend_row_block(
+    q, k, v, start, row0, tiles, num_unmasked_tiles, length, num_visible, time_buckets, position_bias, time_bias,
+    seed, alpha, head,
+    D_QK: tl.constexpr, D_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    NUM_CONTEXTUAL: tl.constexpr, HAS_TARGETS: tl.constexpr, KEEP_THRESHOLD: tl.constexpr, USE_PTX: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """float32 [ROWS, D_V]: one head's SiLU(...) V of one row block. The first `whole` tiles need no mask."""
-    # Rows beyond the user's end are never stored; they do as the last row does.
-    row, column = tl.minimum(row0 + tl.arange(0, ROWS), length - 1), tl.arange(0, COLUMNS)
-    # Pointers minus columns: the compiler turns the columns into the loads' constant offsets.
+    """Return float32 [BLOCK_M, D_V]: SiLU(...) V of one head and one row block. The first tiles need no mask."""
+    # Rows past the user's end repeat its last row; they are never stored.
+    row = tl.minimum(row0 + tl.arange(0, BLOCK_M), length - 1)
+    column = tl.arange(0, BLOCK_N)
+    # Pointers minus columns: the compiler turns the columns into constant offsets of the loads.
     position = (position_bias + row)[:, None] - column.to(tl.int64)[None, :]
     q_tile = q.load([start + row0, head * D_QK])
-    result = tl.zeros([ROWS, D_V], tl.float32)
-    for tile in range(whole):
-        k_tile = k.load([start + tile * COLUMNS, head * D_QK])
+    result = tl.zeros([BLOCK_M, D_V], tl.float32)
+    for tile in range(num_unmasked_tiles):
+        k_tile = k.load([start + tile * BLOCK_N, head * D_QK])
         scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
-        bucket = tile_order(tl.load(buckets + tile * (ROWS * COLUMNS)), ROWS, COLUMNS).to(tl.int32)
-        bias = read(time_bias + bucket, FAST) + read(position - tile * COLUMNS, FAST)
-        weights = silu(scores * alpha + bias, FAST)
-        if KEPT < WHOLE:
-            weights = tl.where(is_kept(seed, start + row, tile, head, COLUMNS, KEPT), weights, 0.0)
-        v_tile = widened(v.load([start + tile * COLUMNS, head * D_V]))
+        bucket = tl.load(time_buckets + tile * (BLOCK_M * BLOCK_N))
+        bucket = from_fragment_order(bucket, BLOCK_M, BLOCK_N).to(tl.int32)
+        bias = load_l1(time_bias + bucket, USE_PTX) + load_l1(position - tile * BLOCK_N, USE_PTX)
+        weights = silu(scores * alpha + bias, USE_PTX)
+        if KEEP_THRESHOLD < RANDOM_RANGE:
+            weights = tl.where(keep_mask(seed, start + row, tile, head, BLOCK_N, KEEP_THRESHOLD), weights, 0.0)
+        v_tile = from_fp8(v.load([start + tile * BLOCK_N, head * D_V]))
         result = tl.dot(weights.to(v_tile.dtype), v_tile, result, input_precision=PRECISION)
-    for tile in range(whole, tiles):
-        k_tile = k.load([start + tile * COLUMNS, head * D_QK])
+    for tile in range(num_unmasked_tiles, tiles):
+        k_tile = k.load([start + tile * BLOCK_N, head * D_QK])
         scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
-        visible = is_visible(row, tile * COLUMNS + column, seen, CONTEXTUAL, HAS_TARGETS)
-        bucket = tile_order(tl.load(buckets + tile * (ROWS * COLUMNS)), ROWS, COLUMNS).to(tl.int32)
-        near = position - tile * COLUMNS
-        if CONTEXTUAL:  # columns after the row count as distance 0
-            near += tl.maximum(tile * COLUMNS + column[None, :] - row[:, None], 0)
-        bias = read(time_bias + bucket, FAST) + read_if(near, visible, FAST)
-        weights = silu(tl.where(visible, scores * alpha + bias, HIDDEN), FAST)
-        if KEPT < WHOLE:
-            weights = tl.where(is_kept(seed, start + row, tile, head, COLUMNS, KEPT), weights, 0.0)
-        v_tile = widened(v.load([start + tile * COLUMNS, head * D_V]))
-        v_tile = tl.where((tile * COLUMNS + column < length)[:, None], v_tile, 0.0)  # the next user's rows may be NaN
+        visible = is_visible(row, tile * BLOCK_N + column, num_visible, NUM_CONTEXTUAL, HAS_TARGETS)
+        bucket = tl.load(time_buckets + tile * (BLOCK_M * BLOCK_N))
+        bucket = from_fragment_order(bucket, BLOCK_M, BLOCK_N).to(tl.int32)
+        tile_position = position - tile * BLOCK_N
+        if NUM_CONTEXTUAL:  # columns after the row count as distance 0
+            tile_position += tl.maximum(tile * BLOCK_N + column[None, :] - row[:, None], 0)
+        bias = load_l1(time_bias + bucket, USE_PTX) + load_l1_masked(tile_position, visible, USE_PTX)
+        weights = silu(tl.where(visible, scores * alpha + bias, MASKED_SCORE), USE_PTX)
+        if KEEP_THRESHOLD < RANDOM_RANGE:
+            weights = tl.where(keep_mask(seed, start + row, tile, head, BLOCK_N, KEEP_THRESHOLD), weights, 0.0)
+        v_tile = from_fp8(v.load([start + tile * BLOCK_N, head * D_V]))
+        # The next user's rows may be NaN.
+        v_tile = tl.where((tile * BLOCK_N + column < length)[:, None], v_tile, 0.0)
         result = tl.dot(weights.to(v_tile.dtype), v_tile, result, input_precision=PRECISION)
     return result
 
 
 @triton.jit
 def attention_kernel(
-    q, k, v, attended, moments, items, offsets, targets, buckets, position_bias, time_bias, seed,
-    alpha, scale, positions,
-    HEADS: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr, TIMES: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CONTEXTUAL: tl.constexpr, HAS_TARGETS: tl.constexpr,
-    KEPT: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, attn_out, row_stats, row_blocks, offsets, num_targets, time_buckets, position_bias, time_bias, seed,
+    alpha, scale, num_positions,
+    HEADS: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr, TIME_BUCKETS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_CONTEXTUAL: tl.constexpr, HAS_TARGETS: tl.constexpr,
+    KEEP_THRESHOLD: tl.constexpr, USE_PTX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (heads * blocks), heads first: one axis, as the others end at 65,535 programs.
+    """Write attn_out = scale * SiLU(...) V. Grid (heads * blocks), heads first: the other axes end at 65,535 programs.
 
-    q, k, v: descriptors of [tokens, HEADS * d] in tiles; attended: [tokens, HEADS * D_V]; moments: float32 [tokens,
-    HEADS, 2], the sum and the sum of squares of each head's part of a row of `attended`.
+    q, k, v: descriptors of [tokens, HEADS * d] in tiles; attn_out: [tokens, HEADS * D_V]; row_stats: float32 [tokens,
+    HEADS, 2], sum and sum of squares of each head's part of a row of attn_out.
     """
-    head, item = tl.program_id(0) % HEADS, items + tl.program_id(0) // HEADS * 4
-    user, row0, tile0, tiles = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
+    head = tl.program_id(0) % HEADS
+    row_block = row_blocks + tl.program_id(0) // HEADS * 4
+    user = tl.load(row_block)
+    row0 = tl.load(row_block + 1)
+    tile0 = tl.load(row_block + 2)
+    tiles = tl.load(row_block + 3)
     if user < 0:
         return
-    start, length, seen = rows_of(user, offsets, targets, positions, HAS_TARGETS)  # type: ignore[misc]  # Triton's call
-    whole = tl.minimum(row0, seen) // COLUMNS  # tiles that need no mask
-    if CONTEXTUAL:
-        whole = tl.where(row0 < CONTEXTUAL, 0, whole)
-    result = scale * attend_block(
-        q, k, v, start, row0, tiles, whole, length, seen,
-        buckets + tile0.to(tl.int64) * (ROWS * COLUMNS) + tl.arange(0, ROWS * COLUMNS),
-        position_bias + head * positions, time_bias + head * TIMES, tl.load(seed), alpha, head,
-        D_QK, D_V, ROWS, COLUMNS, CONTEXTUAL, HAS_TARGETS, KEPT, FAST, PRECISION,
+    start, length, num_visible = load_user_range(user, offsets, num_targets, num_positions, HAS_TARGETS)  # type: ignore[misc]  # Triton's call
+    num_unmasked_tiles = tl.minimum(row0, num_visible) // BLOCK_N
+    if NUM_CONTEXTUAL:
+        num_unmasked_tiles = tl.where(row0 < NUM_CONTEXTUAL, 0, num_unmasked_tiles)
+    result = scale * attend_row_block(
+        q, k, v, start, row0, tiles, num_unmasked_tiles, length, num_visible,
+        time_buckets + tile0.to(tl.int64) * (BLOCK_M * BLOCK_N) + tl.arange(0, BLOCK_M * BLOCK_N),
+        position_bias + head * num_positions, time_bias + head * TIME_BUCKETS, tl.load(seed), alpha, head,
+        D_QK, D_V, BLOCK_M, BLOCK_N, NUM_CONTEXTUAL, HAS_TARGETS, KEEP_THRESHOLD, USE_PTX, PRECISION,
     )  # fmt: skip
-    row, part = row0 + tl.arange(0, ROWS), tl.arange(0, D_V)
-    at, kept = start.to(tl.int64) + row, row < length
-    out_at = attended + at[:, None] * (HEADS * D_V) + (head * D_V + part)[None, :]
-    tl.store(out_at, result.to(attended.dtype.element_ty), mask=kept[:, None])
-    moment_at = moments + (at * HEADS + head) * 2
-    tl.store(moment_at, tl.sum(result, 1), mask=kept)
-    tl.store(moment_at + 1, tl.sum(result * result, 1), mask=kept)
+    row = row0 + tl.arange(0, BLOCK_M)
+    column = tl.arange(0, D_V)
+    token = start.to(tl.int64) + row
+    valid = row < length
+    out_pointers = attn_out + token[:, None] * (HEADS * D_V) + (head * D_V + column)[None, :]
+    tl.store(out_pointers, result.to(attn_out.dtype.element_ty), mask=valid[:, None])
+    stats_pointers = row_stats + (token * HEADS + head) * 2
+    tl.store(stats_pointers, tl.sum(result, 1), mask=valid)
+    tl.store(stats_pointers + 1, tl.sum(result * result, 1), mask=valid)
 
 
 @triton.jit
 def last_attention_kernel(
-    q, k, v, attended, moments, offsets, seconds, thresholds, position_bias, time_bias,
-    q_stride, k_stride, v_stride, alpha, scale, positions,
+    q, k, v, attn_out, row_stats, offsets, seconds, thresholds, position_bias, time_bias,
+    q_stride, k_stride, v_stride, alpha, scale, num_positions,
     HEADS: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr, BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
-    TIMES: tl.constexpr, COLUMNS: tl.constexpr, FAST: tl.constexpr,
+    TIME_BUCKETS: tl.constexpr, BLOCK_N: tl.constexpr, USE_PTX: tl.constexpr,
 ):  # fmt: skip
-    """Grid (heads * users): each user's newest row alone. q: [users, HEADS * D_QK]; attended: [users, HEADS * D_V].
+    """Attention of each user's last row only. Grid (heads * users).
 
-    One row has no work for the matrix units; it reads K and V once, at the memory's speed.
+    q: [users, HEADS * D_QK]; attn_out: [users, HEADS * D_V]. One row is too little work for the matrix units; the
+    kernel reads K and V once, at the memory's speed.
     """
-    head, user = tl.program_id(0) % HEADS, (tl.program_id(0) // HEADS).to(tl.int64)
-    start, end = tl.load(offsets + user).to(tl.int64), tl.load(offsets + user + 1).to(tl.int64)
-    length = tl.minimum((end - start).to(tl.int32), positions)
-    column, d_qk, d_v = tl.arange(0, COLUMNS), tl.arange(0, BLOCK_QK), tl.arange(0, BLOCK_V)
+    head = tl.program_id(0) % HEADS
+    user = (tl.program_id(0) // HEADS).to(tl.int64)
+    start = tl.load(offsets + user).to(tl.int64)
+    end = tl.load(offsets + user + 1).to(tl.int64)
+    length = tl.minimum((end - start).to(tl.int32), num_positions)
+    column = tl.arange(0, BLOCK_N)
+    d_qk = tl.arange(0, BLOCK_QK)
+    d_v = tl.arange(0, BLOCK_V)
     q_row = tl.load(q + user * q_stride + head * D_QK + d_qk, mask=d_qk < D_QK, other=0.0).to(tl.float32)
-    now = tl.load(seconds + end - 1, mask=end > start, other=0)
-    accumulator = tl.zeros([COLUMNS, BLOCK_V], tl.float32)
-    for first in range(0, length, COLUMNS):
-        at, valid = start + first + column, first + column < length
-        k_at = k + at[:, None] * k_stride + (head * D_QK + d_qk)[None, :]
-        v_at = v + at[:, None] * v_stride + (head * D_V + d_v)[None, :]
-        k_tile = tl.load(k_at, mask=valid[:, None] & (d_qk < D_QK)[None, :], other=0.0).to(tl.float32)
-        v_tile = tl.load(v_at, mask=valid[:, None] & (d_v < D_V)[None, :], other=0.0).to(tl.float32)
-        elapsed = tl.maximum(now - tl.load(seconds + at, mask=valid, other=0), 0)
-        bias = tl.load(time_bias + head * TIMES + bucket_of(elapsed, thresholds, TIMES - 1))
+    last_seconds = tl.load(seconds + end - 1, mask=end > start, other=0)
+    accumulator = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    for first in range(0, length, BLOCK_N):
+        token = start + first + column
+        valid = first + column < length
+        k_pointers = k + token[:, None] * k_stride + (head * D_QK + d_qk)[None, :]
+        v_pointers = v + token[:, None] * v_stride + (head * D_V + d_v)[None, :]
+        k_tile = tl.load(k_pointers, mask=valid[:, None] & (d_qk < D_QK)[None, :], other=0.0).to(tl.float32)
+        v_tile = tl.load(v_pointers, mask=valid[:, None] & (d_v < D_V)[None, :], other=0.0).to(tl.float32)
+        elapsed = tl.maximum(last_seconds - tl.load(seconds + token, mask=valid, other=0), 0)
+        bucket = find_time_bucket(elapsed, thresholds, TIME_BUCKETS - 1)
+        bias = tl.load(time_bias + head * TIME_BUCKETS + bucket)
         distance = tl.maximum(length - 1 - first - column, 0)
-        bias += tl.load(position_bias + head * positions + distance)
-        scores = tl.sum(q_row[None, :] * k_tile, 1) * alpha + bias  # [COLUMNS]
-        weights = tl.where(valid, silu(scores, FAST), 0.0)
+        bias += tl.load(position_bias + head * num_positions + distance)
+        scores = tl.sum(q_row[None, :] * k_tile, 1) * alpha + bias  # [BLOCK_N]
+        weights = tl.where(valid, silu(scores, USE_PTX), 0.0)
         accumulator += weights[:, None] * v_tile
     row = tl.sum(accumulator, 0) * scale  # [BLOCK_V]
-    tl.store(attended + user * (HEADS * D_V) + head * D_V + d_v, row.to(attended.dtype.element_ty), mask=d_v < D_V)
-    tl.store(moments + (user * HEADS + head) * 2, tl.sum(row, 0))
-    tl.store(moments + (user * HEADS + head) * 2 + 1, tl.sum(row * row, 0))
+    out_pointers = attn_out + user * (HEADS * D_V) + head * D_V + d_v
+    tl.store(out_pointers, row.to(attn_out.dtype.element_ty), mask=d_v < D_V)
+    tl.store(row_stats + (user * HEADS + head) * 2, tl.sum(row, 0))
+    tl.store(row_stats + (user * HEADS + head) * 2 + 1, tl.sum(row * row, 0))

@@ -1,14 +1,14 @@
-"""The matrix products beside attention with what surrounds them fused in, for inference.
+"""The matrix products before and after attention with the operations around them fused in, for inference.
 
     project_in:   SiLU(LayerNorm(x) W^T + b)                  before attention: U, V, Q and K in one product
-    project_out:  x + (U * LayerNorm(O)) W^T + b              after it, and the moments of the result's rows
+    project_out:  x + (U * LayerNorm(O)) W^T + b              after it, and the statistics of the result's rows
 
 LayerNorm before a product needs no pass of its own: with gain g and shift s of the norm,
     LayerNorm(x) W^T + b = r * (x (g W)^T - mean * sum_k(g W)) + (W s + b),      r = 1 / deviation
-so that the product runs on x itself and the rows' moments enter afterwards (`folded`).
+so the product runs on x itself and the row statistics enter afterwards (`fold_norm`). Row statistics are the sum and
+the sum of squares of each part of a row: float32 [rows, parts, 2].
 """
 
-from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
 
@@ -17,186 +17,160 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fused_attention_layernorm.fp8 import DTYPE as FP8
+from kernels.fused_attention_layernorm.fp8 import FP8
 from kernels.fused_attention_layernorm.gate_norm import normalisation
 from kernels.fused_attention_layernorm.kernel import silu
-from kernels.fused_attention_layernorm.launch import HOPPER, given, padded, precision, tiled
-from kernels.launch import SHARED_BYTES, ceil_div, launch, shared_bytes_of
+from kernels.fused_attention_layernorm.launch import (
+    HOPPER,
+    HOPPER_ROWS,
+    LARGE_IN,
+    LARGE_OUT,
+    ROW_TILE_VALUES,
+    SMALL_ROWS,
+    ProjectionTiles,
+    can_use_ptx,
+    dot_precision,
+    or_placeholder,
+    padded_width,
+    projection_tiles_for,
+    tile_descriptor,
+)
+from kernels.launch import ceil_div, launch, max_shared_bytes
 
 
-def folded(
+def fold_norm(
     weight: Tensor, bias: Tensor, gain: Tensor, shift: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """weight [n, k], bias [n], gain and shift [k] of the norm before -> g W in `dtype`, its row sums, W s + b."""
+    """Return g W in `dtype`, its row sums, and W s + b.
+
+    weight: [n, k]; bias: [n]; gain, shift: [k] of the norm before the product.
+    """
     weight, bias, gain, shift = (part.detach().float() for part in (weight, bias, gain, shift))
     scaled = (weight * gain).to(dtype)
     return scaled, scaled.float().sum(1), weight @ shift + bias
 
 
 @triton.jit
-def moments_kernel(x, moments, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr):
-    """x: [rows, WIDTH] -> float32 [rows, 1, 2]: sum and sum of squares of each row."""
-    row, column = tl.program_id(0).to(tl.int64) * GROUP + tl.arange(0, GROUP), tl.arange(0, BLOCK)
-    kept = (row < rows)[:, None] & (column < WIDTH)[None, :]
-    value = tl.load(x + row[:, None] * WIDTH + column[None, :], mask=kept, other=0.0).to(tl.float32)
-    tl.store(moments + row * 2, tl.sum(value, 1), mask=row < rows)
-    tl.store(moments + row * 2 + 1, tl.sum(value * value, 1), mask=row < rows)
+def row_stats_kernel(x, row_stats, rows, D_MODEL: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Write row_stats, float32 [rows, 1, 2], of x [rows, D_MODEL]. Grid (rows / BLOCK_M)."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_D)
+    mask = (row < rows)[:, None] & (column < D_MODEL)[None, :]
+    value = tl.load(x + row[:, None] * D_MODEL + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(row_stats + row * 2, tl.sum(value, 1), mask=row < rows)
+    tl.store(row_stats + row * 2 + 1, tl.sum(value * value, 1), mask=row < rows)
 
 
 @triton.jit
-def product_tile(a, weight, row0, column0, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                 DEPTH: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """float32 [ROWS, COLUMNS] of a W^T; a: descriptor of [rows, WIDTH], weight: of [columns, WIDTH]."""
-    product = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for first in range(0, WIDTH, DEPTH):
-        a_tile, w_tile = a.load([row0, first]), weight.load([column0, first])
+def matmul_tile(
+    a, weight, row0, column0,
+    K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return float32 [BLOCK_M, BLOCK_N] of a W^T; a: descriptor of [rows, K], weight: of [columns, K]."""
+    product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k in range(0, K, BLOCK_K):
+        a_tile = a.load([row0, k])
+        w_tile = weight.load([column0, k])
         product = tl.dot(a_tile, w_tile.T, product, input_precision=PRECISION)
     return product
 
 
 @triton.jit
-def store_narrow(out8, factors, result, row0, column0, columns, SPLIT: tl.constexpr, COLUMNS: tl.constexpr):
-    """Columns from `column0` on, times their factors, in FP8; out8 begins with column SPLIT."""
-    column = column0 + tl.arange(0, COLUMNS)
+def store_fp8(out8, factors, result, row0, column0, columns, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Store the columns from `column0`, times their factors, in FP8; out8 begins with column SPLIT."""
+    column = column0 + tl.arange(0, BLOCK_N)
     factor = tl.load(factors + column, mask=column < columns, other=0.0)
     out8.store([row0, column0 - SPLIT], (result * factor[None, :]).to(out8.dtype))
 
 
 @triton.jit
 def project_in_kernel(
-    x, weight, out, out8, moments, weight_sums, bias, factors, rows, columns, eps,
-    SPLIT: tl.constexpr, FP8: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, FLATTEN: tl.constexpr,
-    FAST: tl.constexpr, PRECISION: tl.constexpr,
+    x, weight, out, out8, row_stats, weight_sums, bias, factors, rows, columns, eps,
+    SPLIT: tl.constexpr, TO_FP8: tl.constexpr, PARTS: tl.constexpr, D_MODEL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr,
+    USE_PTX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of the same rows run together and share them in the second cache.
+    """Write SiLU(LayerNorm(x) W^T + b). Tiles of the same rows run together and share them in the L2 cache.
 
-    Descriptors: x of [rows, WIDTH], weight of [columns, WIDTH], folded, out of [rows, columns]; moments: float32
-    [rows, PARTS, 2]. With FP8 `out` takes the first SPLIT columns and out8 the others, times `factors` [columns].
+    Descriptors: x of [rows, D_MODEL], weight of [columns, D_MODEL] from `fold_norm`, out of [rows, columns].
+    row_stats: [rows, PARTS, 2]. With TO_FP8 `out` takes the first SPLIT columns and out8 the others, times `factors`
+    [columns].
     """
-    wide = tl.cdiv(columns, COLUMNS)
-    tiles = wide * tl.cdiv(rows, ROWS)
+    row_tiles = tl.cdiv(columns, BLOCK_N)  # tiles per block of rows
+    tiles = row_tiles * tl.cdiv(rows, BLOCK_M)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):  # type: ignore[misc]  # Triton's
-        row0, column0 = tile // wide * ROWS, tile % wide * COLUMNS
-        row, column = row0 + tl.arange(0, ROWS), column0 + tl.arange(0, COLUMNS)
-        product = product_tile(x, weight, row0, column0, WIDTH, ROWS, COLUMNS, DEPTH, PRECISION)
-        mean, scale = normalisation(moments, row.to(tl.int64), row < rows, eps, PARTS, WIDTH)
+        row0 = tile // row_tiles * BLOCK_M
+        column0 = tile % row_tiles * BLOCK_N
+        row = row0 + tl.arange(0, BLOCK_M)
+        column = column0 + tl.arange(0, BLOCK_N)
+        product = matmul_tile(x, weight, row0, column0, D_MODEL, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+        mean, scale = normalisation(row_stats, row.to(tl.int64), row < rows, eps, PARTS, D_MODEL)
         sums = tl.load(weight_sums + column, mask=column < columns, other=0.0)
         shift = tl.load(bias + column, mask=column < columns, other=0.0)
-        result = silu((product - mean[:, None] * sums[None, :]) * scale[:, None] + shift[None, :], FAST)
-        if not FP8:
+        result = silu((product - mean[:, None] * sums[None, :]) * scale[:, None] + shift[None, :], USE_PTX)
+        if not TO_FP8:
             out.store([row0, column0], result.to(out.dtype))
         elif SPLIT == 0:
-            store_narrow(out8, factors, result, row0, column0, columns, SPLIT, COLUMNS)
+            store_fp8(out8, factors, result, row0, column0, columns, SPLIT, BLOCK_N)
         elif column0 < SPLIT:
             out.store([row0, column0], result.to(out.dtype))
         else:
-            store_narrow(out8, factors, result, row0, column0, columns, SPLIT, COLUMNS)
+            store_fp8(out8, factors, result, row0, column0, columns, SPLIT, BLOCK_N)
 
 
 @triton.jit
-def store_sum(
-    product, bias, x, out, moments, row0, part, rows, columns,
-    PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+def store_residual(
+    product, bias, x, out, row_stats, row0, part, rows, columns,
+    PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """x + product + bias of a tile, and the moments of its part of each row."""
-    row, column = row0 + tl.arange(0, ROWS), part * COLUMNS + tl.arange(0, COLUMNS)
+    """Store x + product + bias of a tile, and the statistics of its part of each row."""
+    row = row0 + tl.arange(0, BLOCK_M)
+    column = part * BLOCK_N + tl.arange(0, BLOCK_N)
     shift = tl.load(bias + column, mask=column < columns, other=0.0)
-    result = product + shift[None, :] + x.load([row0, part * COLUMNS]).to(tl.float32)
+    result = product + shift[None, :] + x.load([row0, part * BLOCK_N]).to(tl.float32)
     result = tl.where((column < columns)[None, :], result, 0.0)
-    out.store([row0, part * COLUMNS], result.to(out.dtype))
-    moment_at = moments + (row.to(tl.int64) * PARTS + part) * 2
-    tl.store(moment_at, tl.sum(result, 1), mask=row < rows)
-    tl.store(moment_at + 1, tl.sum(result * result, 1), mask=row < rows)
+    out.store([row0, part * BLOCK_N], result.to(out.dtype))
+    stats_pointers = row_stats + (row.to(tl.int64) * PARTS + part) * 2
+    tl.store(stats_pointers, tl.sum(result, 1), mask=row < rows)
+    tl.store(stats_pointers + 1, tl.sum(result * result, 1), mask=row < rows)
 
 
 @triton.jit
 def project_out_kernel(
-    y, weight, bias, x, out, moments, rows, columns,
-    WIDTH: tl.constexpr, PARTS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, FLATTEN: tl.constexpr,
+    y, weight, bias, x, out, row_stats, rows, columns,
+    D_ATTN: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """PARTS tiles of columns. Descriptors: y of [rows, WIDTH], weight of [columns, WIDTH], x and out of
-    [rows, columns]; moments: float32 [rows, PARTS, 2], of the result."""
-    tiles = PARTS * tl.cdiv(rows, ROWS)
+    """Write x + y W^T + b and its row statistics; a row has PARTS tiles of columns.
+
+    Descriptors: y of [rows, D_ATTN], weight of [columns, D_ATTN], x and out of [rows, columns]. row_stats: [rows,
+    PARTS, 2] of the result.
+    """
+    tiles = PARTS * tl.cdiv(rows, BLOCK_M)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):  # type: ignore[misc]  # Triton's
-        row0, part = tile // PARTS * ROWS, tile % PARTS
-        product = product_tile(y, weight, row0, part * COLUMNS, WIDTH, ROWS, COLUMNS, DEPTH, PRECISION)
-        store_sum(product, bias, x, out, moments, row0, part, rows, columns, PARTS, ROWS, COLUMNS)
+        row0 = tile // PARTS * BLOCK_M
+        part = tile % PARTS
+        product = matmul_tile(y, weight, row0, part * BLOCK_N, D_ATTN, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+        store_residual(product, bias, x, out, row_stats, row0, part, rows, columns, PARTS, BLOCK_M, BLOCK_N)
 
 
-SPARE_BYTES = 2048  # of shared memory, for what the compiler adds
-
-
-@dataclass(frozen=True, slots=True)
-class ProjectionTiles:
-    """A product's tile: rows x columns of the result, `depth` of the inner side at a time."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-    registers: int = 0
-    programs: int = 0  # a multiprocessor, each taking many tiles; 0: one program a tile
-
-    def grid(self, tiles: int, device: torch.device) -> tuple[int]:
-        if not self.programs:
-            return (tiles,)
-        return (min(tiles, self.programs * torch.cuda.get_device_properties(device).multi_processor_count),)
-
-    def within(self, width: int, columns: int, split: int = 0) -> "ProjectionTiles":
-        """No deeper than the inner side, no wider than the result, and none across column `split` of it."""
-        columns = min(self.columns, padded(columns), split & -split if split else self.columns)
-        return replace(self, depth=min(self.depth, padded(width)), columns=columns)
-
-    def shared_bytes(self, element_bytes: int) -> int:
-        """No program takes more: both factors in every stage, a tile of x and one of the result."""
-        factors = self.stages * (self.rows + self.columns) * self.depth
-        return (factors + 2 * self.rows * self.columns) * element_bytes + SPARE_BYTES
-
-    @property
-    def constants(self) -> dict[str, int]:
-        tile = {"ROWS": self.rows, "COLUMNS": self.columns, "DEPTH": self.depth, "FLATTEN": self.programs > 0}
-        options = {"num_warps": self.warps, "num_stages": self.stages}
-        return tile | options | ({"maxnreg": self.registers} if self.registers else {})
-
-
-# Of 76,727 rows, 8 layers, on an H100: in 2.73 ms, with 128 x 128 tiles 3.0 to 3.9; out 0.95 ms, 1.1 to 1.2.
-LARGE_IN, LARGE_OUT = ProjectionTiles(128, 256, 64, 8, 3, programs=1), ProjectionTiles(128, 256, 64, 8, 3)
-SMALL = ProjectionTiles(64, 64, 128, 4, 3)  # 256 rows: 0.039 ms, the large ones 0.083
-# These take up to 209 KiB on 9.0 and 64 on 8.0, in half precision; float32 has the small ones, not measured. Where
-# there is less, the following, not measured either: at most 68 KiB of 99 (compiled for 8.6, 9.0 and 12.0).
-NARROW = ProjectionTiles(64, 64, 64, 4, 2)
-ROOMY_BYTES = SHARED_BYTES[8, 0]
-# Above, projection_hopper.py's kernel wins: 600 rows 0.061 ms (with two groups), SMALL 0.074; 256: 0.059, 0.039.
-HOPPER_ROWS = 512
-SMALL_ROWS = 2048  # below, large tiles would leave multiprocessors without work
-
-
-def tiles_for(rows: int, large: ProjectionTiles, element_bytes: int, available_bytes: int) -> ProjectionTiles:
-    """available_bytes: of shared memory, for a program."""
-    if element_bytes > 2:
-        return SMALL if SMALL.shared_bytes(element_bytes) <= available_bytes else NARROW
-    if available_bytes < ROOMY_BYTES:
-        return NARROW
-    return large if rows > SMALL_ROWS else SMALL
-
-
-def row_moments(x: Tensor) -> Tensor:
-    """[rows, width] -> float32 [rows, 1, 2]: sums and sums of squares."""
+def compute_row_stats(x: Tensor) -> Tensor:
+    """Return the statistics of whole rows [rows, width]: float32 [rows, 1, 2]."""
     rows, width = x.shape
-    moments = x.new_empty((rows, 1, 2), dtype=torch.float32)
-    group = max(1, 4096 // padded(width))
+    row_stats = x.new_empty((rows, 1, 2), dtype=torch.float32)
+    block_m = max(1, ROW_TILE_VALUES // padded_width(width))
     if rows:
-        launch(moments_kernel, (ceil_div(rows, group),), x, moments, rows, width, padded(width), group, num_warps=4)
-    return moments
+        launch(
+            row_stats_kernel, (ceil_div(rows, block_m),), x, row_stats, rows, width, padded_width(width), block_m,
+            num_warps=4,
+        )  # fmt: skip
+    return row_stats
 
 
 @cache
-def hopper_kernels(device: torch.device) -> ModuleType | None:
-    """`project_in` in CuTe DSL (docs/adr/0002), on a GPU that has what it needs and where the package is installed."""
+def import_projection_hopper(device: torch.device) -> ModuleType | None:
+    """Return the module with `project_in` in CuTe DSL (docs/adr/0002); None on other GPUs or without the package."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != HOPPER:
         return None
     try:
@@ -206,64 +180,99 @@ def hopper_kernels(device: torch.device) -> ModuleType | None:
     return projection_hopper
 
 
-def project_in(x: Tensor, moments: Tensor, weight: Tensor, sums: Tensor, bias: Tensor, eps: float,
-               tiles: ProjectionTiles | None = None) -> Tensor:  # fmt: skip
-    """x [rows, k], its moments, and `folded`'s weight [n, k], sums [n] and bias [n] -> SiLU(...) [rows, n].
+def project_in(
+    x: Tensor,
+    row_stats: Tensor,
+    weight: Tensor,
+    sums: Tensor,
+    bias: Tensor,
+    eps: float,
+    tiles: ProjectionTiles | None = None,
+) -> Tensor:
+    """Return SiLU(LayerNorm(x) W^T + b) [rows, n].
 
-    tiles: of the Triton kernel; without them the faster kernel for this device and shape is chosen.
+    x: [rows, k] and its row statistics; weight: [n, k], sums: [n], bias: [n] from `fold_norm`.
+    tiles: of the Triton kernel; by default the faster kernel for this device and shape runs.
     """
-    hopper = hopper_kernels(x.device) if tiles is None and len(x) > HOPPER_ROWS else None
+    hopper = import_projection_hopper(x.device) if tiles is None and len(x) > HOPPER_ROWS else None
     if hopper and hopper.fits(x, weight):
-        return hopper.project_in(x, moments, weight, sums, bias, eps)
+        return hopper.project_in(x, row_stats, weight, sums, bias, eps)
     out = x.new_empty((len(x), len(weight)))
-    fill_in(out, None, None, x, moments, weight, sums, bias, eps, tiles)
+    launch_project_in(out, None, None, x, row_stats, weight, sums, bias, eps, tiles)
     return out
 
 
-def project_in_fp8(x: Tensor, moments: Tensor, weight: Tensor, sums: Tensor, bias: Tensor, factors: Tensor, split: int,
-                   eps: float, tiles: ProjectionTiles | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `project_in` -> the first `split` columns [rows, split], a multiple of 16, and the others in FP8, times
-    `factors` [n]."""
-    if split and len(x) > SMALL_ROWS and tiles is None:  # both results of a large tile take too much shared memory
-        out = project_in(x, moments, weight[:split], sums[:split], bias[:split], eps)
+def project_in_fp8(
+    x: Tensor,
+    row_stats: Tensor,
+    weight: Tensor,
+    sums: Tensor,
+    bias: Tensor,
+    factors: Tensor,
+    split: int,
+    eps: float,
+    tiles: ProjectionTiles | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the first `split` columns of `project_in`, a multiple of 16, and the others times `factors` [n] in FP8."""
+    if split and len(x) > SMALL_ROWS and tiles is None:  # both results of a large tile exceed the shared memory
+        out = project_in(x, row_stats, weight[:split], sums[:split], bias[:split], eps)
         rest = (weight[split:], sums[split:], bias[split:], factors[split:])
-        return out, project_in_fp8(x, moments, *rest, 0, eps)[1]
+        return out, project_in_fp8(x, row_stats, *rest, 0, eps)[1]
     out = x.new_empty((len(x), split))
     out8 = x.new_empty((len(x), len(weight) - split), dtype=FP8)
-    fill_in(out, out8, factors, x, moments, weight, sums, bias, eps, tiles)
+    launch_project_in(out, out8, factors, x, row_stats, weight, sums, bias, eps, tiles)
     return out, out8
 
 
-def fill_in(out: Tensor, out8: Tensor | None, factors: Tensor | None, x: Tensor, moments: Tensor, weight: Tensor,
-            sums: Tensor, bias: Tensor, eps: float, tiles: ProjectionTiles | None) -> None:  # fmt: skip
-    (rows, width), columns, split = x.shape, len(weight), out.shape[1]
-    tiles = tiles or tiles_for(rows, LARGE_IN, x.element_size(), shared_bytes_of(x.device))
-    tiles = tiles.within(width, columns, 0 if out8 is None else split)
-    wide, narrow = out if split else out8, out if out8 is None else out8
-    if rows and wide is not None:
-        count = ceil_div(columns, tiles.columns) * ceil_div(rows, tiles.rows)
+def launch_project_in(
+    out: Tensor,
+    out8: Tensor | None,
+    factors: Tensor | None,
+    x: Tensor,
+    row_stats: Tensor,
+    weight: Tensor,
+    sums: Tensor,
+    bias: Tensor,
+    eps: float,
+    tiles: ProjectionTiles | None,
+) -> None:
+    """Fill out, and out8 if there is one. A result that the kernel does not write is replaced by the other one."""
+    rows, width = x.shape
+    columns = len(weight)
+    split = out.shape[1]
+    tiles = tiles or projection_tiles_for(rows, LARGE_IN, x.element_size(), max_shared_bytes(x.device))
+    tiles = tiles.shrink_to(width, columns, 0 if out8 is None else split)
+    first = out if split else out8
+    rest = out if out8 is None else out8
+    if rows and first is not None:
+        count = ceil_div(columns, tiles.block_n) * ceil_div(rows, tiles.block_m)
         launch(
             project_in_kernel, tiles.grid(count, x.device),
-            tiled(x, tiles.rows, tiles.depth), tiled(weight, tiles.columns, tiles.depth),
-            tiled(wide, tiles.rows, tiles.columns), tiled(narrow, tiles.rows, tiles.columns), moments, sums, bias,
-            given(factors, bias), rows, columns, eps, SPLIT=split, FP8=out8 is not None, PARTS=moments.shape[1],
-            WIDTH=width, FAST=x.is_cuda and x.dtype != torch.float32, PRECISION=precision(x.dtype), **tiles.constants,
+            tile_descriptor(x, tiles.block_m, tiles.block_k), tile_descriptor(weight, tiles.block_n, tiles.block_k),
+            tile_descriptor(first, tiles.block_m, tiles.block_n), tile_descriptor(rest, tiles.block_m, tiles.block_n),
+            row_stats, sums, bias, or_placeholder(factors, bias), rows, columns, eps, SPLIT=split,
+            TO_FP8=out8 is not None, PARTS=row_stats.shape[1], D_MODEL=width, USE_PTX=can_use_ptx(x),
+            PRECISION=dot_precision(x.dtype), **tiles.kernel_options,
         )  # fmt: skip
 
 
-def project_out(y: Tensor, weight: Tensor, bias: Tensor, x: Tensor,
-                tiles: ProjectionTiles | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y [rows, k], weight [n, k], bias [n], x [rows, n] -> x + y W^T + b [rows, n], and its moments."""
-    (rows, width), columns = y.shape, len(weight)
-    tiles = tiles or tiles_for(rows, LARGE_OUT, x.element_size(), shared_bytes_of(x.device))
-    tiles = tiles.within(width, columns)
-    parts = ceil_div(columns, tiles.columns)
-    out, moments = torch.empty_like(x), x.new_empty((rows, parts, 2), dtype=torch.float32)
+def project_out(
+    y: Tensor, weight: Tensor, bias: Tensor, x: Tensor, tiles: ProjectionTiles | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return x + y W^T + b [rows, n] and its row statistics. y: [rows, k]; weight: [n, k]; bias: [n]; x: [rows, n]."""
+    rows, width = y.shape
+    columns = len(weight)
+    tiles = tiles or projection_tiles_for(rows, LARGE_OUT, x.element_size(), max_shared_bytes(x.device))
+    tiles = tiles.shrink_to(width, columns)
+    parts = ceil_div(columns, tiles.block_n)
+    out = torch.empty_like(x)
+    row_stats = x.new_empty((rows, parts, 2), dtype=torch.float32)
     if rows:
         launch(
-            project_out_kernel, tiles.grid(parts * ceil_div(rows, tiles.rows), x.device),
-            tiled(y, tiles.rows, tiles.depth), tiled(weight, tiles.columns, tiles.depth), bias,
-            tiled(x, tiles.rows, tiles.columns), tiled(out, tiles.rows, tiles.columns), moments, rows, columns,
-            WIDTH=width, PARTS=parts, PRECISION=precision(x.dtype), **tiles.constants,
+            project_out_kernel, tiles.grid(parts * ceil_div(rows, tiles.block_m), x.device),
+            tile_descriptor(y, tiles.block_m, tiles.block_k), tile_descriptor(weight, tiles.block_n, tiles.block_k),
+            bias, tile_descriptor(x, tiles.block_m, tiles.block_n), tile_descriptor(out, tiles.block_m, tiles.block_n),
+            row_stats, rows, columns, D_ATTN=width, PARTS=parts, PRECISION=dot_precision(x.dtype),
+            **tiles.kernel_options,
         )  # fmt: skip
-    return out, moments
+    return out, row_stats

@@ -1,4 +1,4 @@
-"""The specification: HSTU's attention, its normalisation and its gate, naive, padded, in fp32.
+"""The specification: HSTU's attention, normalisation and gate in naive, padded fp32.
 
 Equations 2 and 3 of "Actions Speak Louder than Words" (Zhai et al., ICML 2024, arxiv.org/abs/2402.17152):
     A(X) V(X) = SiLU(Q(X) K(X)^T + rab^{p,t}) V(X) / N
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.fused_attention_layernorm.dropout import is_kept, weight_of
+from kernels.fused_attention_layernorm.dropout import keep_mask, keep_scale
 
 
 def fused_attention_layernorm(
@@ -27,27 +27,28 @@ def fused_attention_layernorm(
     eps: float,
     max_events: int,
     alpha: float = 1.0,
-    contextual: int = 0,
-    targets: Tensor | None = None,
+    num_contextual: int = 0,
+    num_targets: Tensor | None = None,
     dropout: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """Norm(A V) * U of right-padded users: float32 [users, length, heads * d_v]; rows beyond a user's length are 0.
+    """Return Norm(A V) * U of right-padded users: float32 [users, length, heads * d_v], 0 in the padding.
 
-    q, k: [users, length, heads, d_qk]; v, u: [users, length, heads, d_v], all after SiLU.
-    seconds: int [users, length], times of the events, ascending within a user; lengths: int [users].
-    position_bias: [heads, max_events], by the number of events between; time_bias: [heads, thresholds + 1], by how many
-    of `time_thresholds` (int, ascending, whole seconds) are not above the time between.
+    q, k: [users, length, heads, d_qk]; v, u: [users, length, heads, d_v]; all after SiLU.
+    seconds: int [users, length], event times, ascending within a user; lengths: int [users].
+    position_bias: [heads, max_events], indexed by the distance in events; time_bias: [heads, thresholds + 1], indexed
+    by the number of `time_thresholds` (int, ascending, whole seconds) that do not exceed the elapsed time.
     norm_weight, norm_bias: [heads * d_v]. max_events: the constant N. alpha scales the dot products.
-    contextual: that many first rows describe the user, not a moment: they see all rows but the targets.
-    targets: int [users], that many last rows are candidates: no other row sees one.
-    dropout: the share of weights that are left out (to 16 bits), as seed, int64 [], says; the others count for them.
+    num_contextual: the first rows that describe the user, not a moment; they see all rows except the targets.
+    num_targets: int [users], how many of the last rows are candidates; no other row sees them.
+    dropout: fraction of the weights to drop (rounded to 16 bits), chosen by seed, int64 []; the rest is scaled up.
     """
     users, length = seconds.shape
-    slots = torch.arange(length, device=seconds.device)
-    row, column = slots[:, None], slots[None, :]
-    seen = lengths if targets is None else lengths - targets
-    earlier = ((column < row) | (row < contextual)) & (column < seen[:, None, None])
+    positions = torch.arange(length, device=seconds.device)
+    row = positions[:, None]
+    column = positions[None, :]
+    num_visible = lengths if num_targets is None else lengths - num_targets
+    earlier = ((column < row) | (row < num_contextual)) & (column < num_visible[:, None, None])
     valid = ((column == row) | earlier) & (row < lengths[:, None, None])  # [users, length, length]
     elapsed = (seconds[:, :, None] - seconds[:, None, :]).clamp(min=0)
     bucket = (elapsed[..., None] >= time_thresholds).sum(-1)  # [users, length, length]
@@ -56,16 +57,69 @@ def fused_attention_layernorm(
     weights = F.silu(scores) / max_events * valid[:, None]
     if dropout:
         assert seed is not None
-        weights = weights * kept(seed, lengths, length, scores.shape[1], dropout)
-    attended = torch.einsum("uhij,ujhd->uihd", weights, v).reshape(users, length, -1)
-    normed = F.layer_norm(attended, attended.shape[-1:], norm_weight, norm_bias, eps)
-    return normed * u.reshape(users, length, -1) * (slots < lengths[:, None])[..., None]
+        weights = weights * dropout_weights(seed, lengths, length, scores.shape[1], dropout)
+    attn_out = torch.einsum("uhij,ujhd->uihd", weights, v).reshape(users, length, -1)
+    normed = F.layer_norm(attn_out, attn_out.shape[-1:], norm_weight, norm_bias, eps)
+    return normed * u.reshape(users, length, -1) * (positions < lengths[:, None])[..., None]
 
 
-def kept(seed: Tensor, lengths: Tensor, length: int, heads: int, dropout: float) -> Tensor:
-    """float [users, heads, length, length]: 0 for a dropped weight, else what makes up for those. Users follow each
-    other: a row's number in the packed batch counts, not the padding."""
-    slots = torch.arange(length, device=lengths.device)
-    rows = (lengths.cumsum(0) - lengths)[:, None, None, None] + slots[:, None]
-    mask = is_kept(seed, rows, slots, torch.arange(heads, device=lengths.device)[:, None, None], dropout)
-    return mask * weight_of(dropout)
+def dropout_weights(seed: Tensor, lengths: Tensor, length: int, heads: int, dropout: float) -> Tensor:
+    """Return float [users, heads, length, length]: 0 for a dropped weight, else 1 / (1 - p).
+
+    The draw depends on a row's index in the packed batch, where users follow each other, not on the padding.
+    """
+    positions = torch.arange(length, device=lengths.device)
+    rows = (lengths.cumsum(0) - lengths)[:, None, None, None] + positions[:, None]
+    heads_index = torch.arange(heads, device=lengths.device)[:, None, None]
+    return keep_mask(seed, rows, positions, heads_index, dropout) * keep_scale(dropout)
+
+
+def packed_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor,
+    position_bias: Tensor,
+    time_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    seconds: Tensor,
+    offsets: Tensor,
+    thresholds: Tensor,
+    num_targets: Tensor | None,
+    seed: Tensor | None,
+    eps: float,
+    max_events: int,
+    alpha: float,
+    scale: float,
+    dropout: float,
+    num_contextual: int,
+) -> Tensor:
+    """Run the reference on packed rows: pad, compute in float32, pack again."""
+    lengths = offsets.diff().long()
+    positions = torch.arange(int(lengths.max()) if len(lengths) else 0, device=q.device)
+    valid = positions < lengths[:, None]  # [users, length]
+    rows = torch.where(valid, offsets[:-1].long()[:, None] + positions, 0)
+    if not valid.any():
+        return torch.zeros_like(u).flatten(1)
+    y = fused_attention_layernorm(
+        q[rows].float(),
+        k[rows].float(),
+        v[rows].float() * scale,
+        u[rows].float(),
+        seconds[rows].long(),
+        lengths,
+        position_bias,
+        time_bias,
+        thresholds,
+        norm_weight,
+        norm_bias,
+        eps,
+        max_events,
+        alpha,
+        num_contextual,
+        num_targets,
+        dropout,
+        seed,
+    )
+    return y[valid].to(u.dtype)

@@ -1,4 +1,4 @@
-"""The checked call: shapes at the door, Triton on a GPU, the specification elsewhere. For inference: no gradients."""
+"""The public call: checks arguments, runs Triton on a GPU and the specification elsewhere. For inference only."""
 
 from typing import Any
 
@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 
 from kernels.hierarchical_sequence_fusion import reference
-from kernels.validation import FLOATS, INTEGERS, MAX_ROWS, offset_faults, require, require_values
+from kernels.validation import FLOAT_DTYPES, INT_DTYPES, MAX_ROWS, offset_faults, require, require_values
 
 MAX_FEATURES = 32
-MAX_TOKENS = 1 << 16  # of a user
+MAX_ROWS_PER_USER = 1 << 16
 
 
 def hierarchical_sequence_fusion(
     table: Tensor,
     features: Tensor,
-    strength: Tensor,
+    log_strength: Tensor,
     tokens: Tensor,
-    codes: Tensor,
+    feature_ids: Tensor,
     seconds: Tensor,
     offsets: Tensor,
     *,
@@ -26,62 +26,112 @@ def hierarchical_sequence_fusion(
     gap_s: int,
     check_values: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Each user's newest `recent` events as they are, and one vector for each of the newest `sessions` before them.
+    """Return one vector per event for each user's last `recent` events, and one per session for the last `sessions`
+    sessions before them.
 
-    table: [items, width], float32, bfloat16 or float16; rows of the whole table, or of a cache: tokens are its slots
-    then. features: [feature rows, width] of the same dtype; strength: float32 [feature rows], log weights.
-    tokens: int32 or int64 [events]; codes: int32 or int64 [events, features], rows of `features`: action, time,
-    strength and position of an event alike; seconds: int32 [events], ascending a user; offsets: int32 or int64
-    [users + 1]. These four are the columns of pipeline.features.Inputs.
-    An event's strength is exp of the sum of its log weights, cut to -20 and 20. One of the newest events is its item's
-    row times its strength, + its features' rows. A session ends before a pause of `gap_s` or more, and before the
-    newest events; its vector is the mean of its events' items' + features' rows, weighted by their strengths, its time
-    that of the last. Sums are float32.
+    table: [items, width], float32, bfloat16 or float16; rows of the whole table, or of a cache: then tokens are its
+    slots. features: [feature rows, width] of the same dtype; log_strength: float32 [feature rows].
+    tokens: int32 or int64 [events]; feature_ids: int32 or int64 [events, features], rows of `features` for an
+    event's action, time, strength and position; seconds: int32 [events], ascending within a user; offsets: int32 or
+    int64 [users + 1]. These four are the columns of pipeline.features.event_features.EncoderInputs.
+    An event's strength is exp of its summed log strengths, clamped to -20 and 20. A recent event's vector is its
+    item's row times its strength, plus its features' rows. A session ends before a pause of `gap_s` or more, and before
+    the recent events; its vector is the mean of its events' items' + features' rows, weighted by their strengths, its
+    time that of the last event. Sums are float32.
 
     Returns fused [rows, width] of the table's dtype, seconds int32 [rows], offsets int64 [users + 1]. rows =
     min(events, users * (recent + sessions)), whatever the values are; rows from offsets[-1] on are zero.
-    `check_values` waits for the device to look at the values of all but the table, whose NaN stay in the rows of their
-    items; leave it out in graph capture and where the caller has checked them. Raises ValueError that names the
+    `check_values` waits for the device to check the values of everything but the table, whose NaN stay in the rows of
+    their items; disable it in graph capture, or if the caller has checked them. Raises ValueError that names the
     argument. No sum is atomic: equal inputs give equal bits.
     """
-    device = table.device
-    require(table.dtype in FLOATS and table.dim() == 2 and table.stride(1) == 1,
-            "table", table, "float32, bfloat16 or float16 [items, width], rows of adjacent elements")  # fmt: skip
-    require(table.shape[0] > 0, "table", table, "an item at least")
-    require(tokens.dtype in INTEGERS and tokens.dim() == 1 and tokens.device == device,
-            "tokens", tokens, f"int32 or int64 [events] on {device}")  # fmt: skip
-    width, events = table.shape[1], tokens.shape[0]
-    require(features.dtype == table.dtype and features.dim() == 2 and features.shape[1] == width and
-            features.device == device,
-            "features", features, f"{table.dtype} [feature rows, {width}] on {device}")  # fmt: skip
-    require(strength.dtype == torch.float32 and strength.shape == (features.shape[0],) and strength.device == device,
-            "strength", strength, f"torch.float32 [{features.shape[0]}] on {device}")  # fmt: skip
-    require(codes.dtype in INTEGERS and codes.dim() == 2 and codes.shape[0] == events and codes.device == device and
-            codes.shape[1] <= MAX_FEATURES,
-            "codes", codes, f"int32 or int64 [{events}, up to {MAX_FEATURES}] on {device}")  # fmt: skip
-    require(seconds.dtype == torch.int32 and seconds.shape == (events,) and seconds.device == device,
-            "seconds", seconds, f"torch.int32 [{events}] on {device}")  # fmt: skip
-    require(offsets.dtype in INTEGERS and offsets.dim() == 1 and offsets.shape[0] > 0 and offsets.device == device,
-            "offsets", offsets, f"int32 or int64 [users + 1] on {device}")  # fmt: skip
-    if recent < 0 or sessions < 0 or not 0 < recent + sessions <= MAX_TOKENS or gap_s < 1:
-        raise ValueError(f"recent = {recent}, sessions = {sessions}, gap_s = {gap_s}: "
-                         f"wanted 1 to {MAX_TOKENS} tokens a user together, and a pause of at least 1 s")  # fmt: skip
-    if (offsets.shape[0] - 1) * (recent + sessions) > MAX_ROWS:
-        raise ValueError(f"{offsets.shape[0] - 1} users of up to {recent + sessions} tokens each: wanted at most "
-                         f"{MAX_ROWS} tokens in a call; give it fewer users")  # fmt: skip
+    _check_embeddings(table, features, log_strength)
+    _check_events(tokens, feature_ids, seconds, offsets, table.device)
+    users = offsets.shape[0] - 1
+    if recent < 0 or sessions < 0 or not 0 < recent + sessions <= MAX_ROWS_PER_USER or gap_s < 1:
+        raise ValueError(
+            f"recent = {recent}, sessions = {sessions}, gap_s = {gap_s}: "
+            f"expected 1 to {MAX_ROWS_PER_USER} recent events and sessions per user, and a pause of at least 1 s"
+        )
+    if users * (recent + sessions) > MAX_ROWS:
+        raise ValueError(
+            f"{users} users of up to {recent + sessions} rows each: expected at most {MAX_ROWS} rows per call; "
+            "split the users over several calls"
+        )
     if check_values and not torch.compiler.is_compiling():
-        _check_values(table.shape[0], features, strength, tokens, codes, offsets)
-    return _fuse(table, features, strength, tokens, codes, seconds, offsets, recent, sessions, gap_s)
+        _check_values(table.shape[0], features, log_strength, tokens, feature_ids, offsets)
+    return _fuse(table, features, log_strength, tokens, feature_ids, seconds, offsets, recent, sessions, gap_s)
+
+
+def _check_embeddings(table: Tensor, features: Tensor, log_strength: Tensor) -> None:
+    device = table.device
+    require(
+        table.dtype in FLOAT_DTYPES and table.dim() == 2 and table.stride(1) == 1,
+        "table",
+        table,
+        "float32, bfloat16 or float16 [items, width], rows of adjacent elements",
+    )
+    require(table.shape[0] > 0, "table", table, "at least one item")
+    width = table.shape[1]
+    require(
+        features.dtype == table.dtype
+        and features.dim() == 2
+        and features.shape[1] == width
+        and features.device == device,
+        "features",
+        features,
+        f"{table.dtype} [feature rows, {width}] on {device}",
+    )
+    require(
+        log_strength.dtype == torch.float32
+        and log_strength.shape == (features.shape[0],)
+        and log_strength.device == device,
+        "log_strength",
+        log_strength,
+        f"torch.float32 [{features.shape[0]}] on {device}",
+    )
+
+
+def _check_events(tokens: Tensor, feature_ids: Tensor, seconds: Tensor, offsets: Tensor, device: torch.device) -> None:
+    require(
+        tokens.dtype in INT_DTYPES and tokens.dim() == 1 and tokens.device == device,
+        "tokens",
+        tokens,
+        f"int32 or int64 [events] on {device}",
+    )
+    events = tokens.shape[0]
+    require(
+        feature_ids.dtype in INT_DTYPES
+        and feature_ids.dim() == 2
+        and feature_ids.shape[0] == events
+        and feature_ids.device == device
+        and feature_ids.shape[1] <= MAX_FEATURES,
+        "feature_ids",
+        feature_ids,
+        f"int32 or int64 [{events}, up to {MAX_FEATURES}] on {device}",
+    )
+    require(
+        seconds.dtype == torch.int32 and seconds.shape == (events,) and seconds.device == device,
+        "seconds",
+        seconds,
+        f"torch.int32 [{events}] on {device}",
+    )
+    require(
+        offsets.dtype in INT_DTYPES and offsets.dim() == 1 and offsets.shape[0] > 0 and offsets.device == device,
+        "offsets",
+        offsets,
+        f"int32 or int64 [users + 1] on {device}",
+    )
 
 
 def _check_values(
-    items: int, features: Tensor, strength: Tensor, tokens: Tensor, codes: Tensor, offsets: Tensor
+    items: int, features: Tensor, log_strength: Tensor, tokens: Tensor, feature_ids: Tensor, offsets: Tensor
 ) -> None:
     too_many = {f"must end with at most {MAX_ROWS} events": offsets[-1] > MAX_ROWS}
     require_values("offsets", offsets, offset_faults(offsets, tokens.shape[0]) | too_many)
-    for name, part in (("features", features), ("strength", strength)):
+    for name, part in (("features", features), ("log_strength", log_strength)):
         require_values(name, part, {"must be finite": ~part.isfinite().all()})
-    for name, index, end in (("tokens", tokens, items), ("codes", codes, len(features))):
+    for name, index, end in (("tokens", tokens, items), ("feature_ids", feature_ids, len(features))):
         require_values(name, index, {f"must be from 0 to {end - 1}": ((index < 0) | (index >= end)).any()})
 
 
@@ -89,9 +139,9 @@ def _check_values(
 def _fuse(
     table: Tensor,
     features: Tensor,
-    strength: Tensor,
+    log_strength: Tensor,
     tokens: Tensor,
-    codes: Tensor,
+    feature_ids: Tensor,
     seconds: Tensor,
     offsets: Tensor,
     recent: int,
@@ -100,13 +150,15 @@ def _fuse(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not table.is_cuda or tokens.shape[0] == 0:
         return reference.hierarchical_sequence_fusion(
-            table, features, strength, tokens, codes, seconds, offsets, recent, sessions, gap_s
+            table, features, log_strength, tokens, feature_ids, seconds, offsets, recent, sessions, gap_s
         )
     from kernels.hierarchical_sequence_fusion import launch
 
     features = features if features.stride(1) == 1 else features.contiguous()
-    embeddings = launch.Embeddings(table, features, strength.contiguous())
-    events = launch.EventColumns(tokens.contiguous(), codes.contiguous(), seconds.contiguous(), offsets.contiguous())
+    embeddings = launch.Embeddings(table, features, log_strength.contiguous())
+    events = launch.EventColumns(
+        tokens.contiguous(), feature_ids.contiguous(), seconds.contiguous(), offsets.contiguous()
+    )
     return launch.fuse(embeddings, events, recent, sessions, gap_s)
 
 
@@ -114,9 +166,9 @@ def _fuse(
 def _(
     table: Tensor,
     features: Tensor,
-    strength: Tensor,
+    log_strength: Tensor,
     tokens: Tensor,
-    codes: Tensor,
+    feature_ids: Tensor,
     seconds: Tensor,
     offsets: Tensor,
     recent: int,
@@ -125,5 +177,5 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     users = offsets.shape[0] - 1
     rows: Any = torch.sym_min(tokens.shape[0], users * (recent + sessions))
-    times = seconds.new_empty((rows,), dtype=torch.int32)
-    return table.new_empty((rows, table.shape[1])), times, offsets.new_empty((users + 1,), dtype=torch.int64)
+    fused_seconds = seconds.new_empty((rows,), dtype=torch.int32)
+    return table.new_empty((rows, table.shape[1])), fused_seconds, offsets.new_empty((users + 1,), dtype=torch.int64)

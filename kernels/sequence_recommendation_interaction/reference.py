@@ -1,4 +1,4 @@
-"""The specification: every user's scores of the whole catalogue, naive, in fp32, then sorted."""
+"""The specification in naive fp32: every user's scores of the whole catalogue, sorted."""
 
 import torch
 from torch import Tensor
@@ -13,22 +13,23 @@ def sequence_recommendation_interaction(
     eligible: Tensor | None = None,
     scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The k best rows of `table` for every state: scores float32 [users, k], rows int64 [users, k], best first.
+    """Return the k best rows of `table` per state: scores float32 [users, k], rows int64 [users, k], best first.
 
-    states: [users, width]; table: [items, width], or int8 with `scales` float32 [items], one a row.
-    seen: int [n], rows that a user must not get, those of user i in seen[seen_offsets[i] : seen_offsets[i + 1]].
-    eligible: bool [items], rows that anyone may get. Of equal scores the lower row comes first. A score that is no
-    number is never an answer. Where no item is left the score is -inf and the row -1.
+    states: [users, width]; table: [items, width], or int8 with `scales` float32 [items], one per row.
+    seen: int [n], rows excluded per user, those of user i in seen[seen_offsets[i] : seen_offsets[i + 1]].
+    eligible: bool [items], rows that may be returned to any user. Of equal scores the lower row comes first. A score of
+    NaN is never returned. If too few items remain, the results end with score -inf and row -1.
     """
     scores = states.float() @ _rows(table, scales).T  # [users, items]
-    banned = scores.isnan()
+    excluded = scores.isnan()
     if eligible is not None:
-        banned |= ~eligible
+        excluded |= ~eligible
     if seen is not None and seen_offsets is not None:
         owners = torch.arange(len(states), device=seen.device).repeat_interleave(seen_offsets.diff())
-        banned[owners, seen.long()] = True
-    best, rows = scores.masked_fill(banned, -torch.inf).sort(dim=1, descending=True, stable=True)
-    best, rows = best[:, :k], rows[:, :k]
+        excluded[owners, seen.long()] = True
+    best, rows = scores.masked_fill(excluded, -torch.inf).sort(dim=1, descending=True, stable=True)
+    best = best[:, :k]
+    rows = rows[:, :k]
     missing = k - best.shape[1]
     best = torch.nn.functional.pad(best, (0, missing), value=-torch.inf)
     rows = torch.nn.functional.pad(rows, (0, missing), value=-1)
@@ -36,7 +37,7 @@ def sequence_recommendation_interaction(
 
 
 def candidate_interaction(states: Tensor, table: Tensor, rows: Tensor, scales: Tensor | None = None) -> Tensor:
-    """Scores float32 [users, candidates] of each user's own rows: int [users, candidates], -1 for none (-inf)."""
+    """Return scores float32 [users, candidates] of each user's rows: int [users, candidates], -1 for none (-inf)."""
     items = _rows(table, scales)[rows.clamp(min=0).long()]  # [users, candidates, width]
     scores = torch.einsum("uw,ucw->uc", states.float(), items)
     return scores.masked_fill(rows < 0, -torch.inf)

@@ -1,61 +1,63 @@
-"""Tiles of the pass over the catalogue: a table of measured ones, and for all else what shared memory allows."""
+"""Tiles of the pass over the catalogue: a table of measured ones; otherwise what shared memory allows."""
 
 from dataclasses import dataclass, replace
 
 import torch
 
-from kernels.launch import next_power_of_2, shared_bytes_of
+from kernels.launch import max_shared_bytes, next_power_of_2
 
-PACK = 8  # scores of a thread that the inline code (append.py) takes at a time
-SPARE_BYTES = 3072  # of shared memory, for what the compiler adds
+PACK = 8  # scores of a thread that the inline code (compaction.py) handles at a time
+SPARE_BYTES = 3072  # shared memory that the compiler adds
 
 
 @dataclass(frozen=True, slots=True)
 class TopKTiles:
-    """Items x users of a step, its warps, its load stages, programs an SM."""
+    """block_items x block_users scores per step, warps and load stages of a program, programs per multiprocessor."""
 
-    items: int
-    users: int
+    block_items: int
+    block_users: int
     warps: int
     stages: int
-    programs: int = 1
+    programs_per_sm: int = 1
 
     @property
-    def whole_packs(self) -> bool:
-        """Whether the inline code gets its PACK scores from every thread; it must not append what pads them."""
-        return self.items * self.users % (32 * self.warps * PACK) == 0
+    def fills_packs(self) -> bool:
+        """Whether every thread holds a multiple of PACK scores; the inline code must not append padding."""
+        return self.block_items * self.block_users % (32 * self.warps * PACK) == 0
 
-    def shared_bytes(self, row_bytes: int, group: int = 0) -> int:
-        """What a program takes: its users' states, and items in every stage. group: scores of which it writes the
-        greatest, by way of shared memory."""
-        maxima = 4 * self.users * self.items // group if group else 0
-        return (self.users + self.stages * self.items) * row_bytes + max(SPARE_BYTES, maxima)
+    def shared_bytes(self, row_bytes: int, group_size: int = 0) -> int:
+        """Return the bytes per program: its users' states, and items in every stage.
 
-    def of_sample(self, group: int, row_bytes: int, shared_bytes: int) -> "TopKTiles":
-        """With stages, then items, fewer by what the maxima take."""
+        group_size: scores per maximum, which is written by way of shared memory; 0 without maxima.
+        """
+        maxima = 4 * self.block_users * self.block_items // group_size if group_size else 0
+        return (self.block_users + self.stages * self.block_items) * row_bytes + max(SPARE_BYTES, maxima)
+
+    def for_sample(self, group_size: int, row_bytes: int, shared_bytes: int) -> "TopKTiles":
+        """Reduce stages, then items, until the maxima fit too."""
         tiles = self
-        while tiles.shared_bytes(row_bytes, group) > shared_bytes and tiles.items > group:
-            fewer = {"stages": tiles.stages - 1} if tiles.stages > 1 else {"items": tiles.items // 2}
-            tiles = replace(tiles, **fewer)
+        while tiles.shared_bytes(row_bytes, group_size) > shared_bytes and tiles.block_items > group_size:
+            smaller = {"stages": tiles.stages - 1} if tiles.stages > 1 else {"block_items": tiles.block_items // 2}
+            tiles = replace(tiles, **smaller)
         return tiles
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """What the tiles depend on: capability as (major, minor), the shared memory that one program may take."""
+    """A GPU's limits on tiles: compute capability (major, minor), and shared memory per program."""
 
     capability: tuple[int, int]
     shared_bytes: int
 
     @classmethod
-    def of(cls, device: torch.device) -> "Card":
-        return cls(torch.cuda.get_device_capability(device), shared_bytes_of(device))
+    def from_device(cls, device: torch.device) -> "Card":
+        return cls(torch.cuda.get_device_capability(device), max_shared_bytes(device))
 
 
-# (capability, bytes of an element, columns, users at once from ... on). Hopper's are measured, by
-# `python -m tests.benchmarks.kernels_retrieval --tune`; those of Ampere and Ada are what `fitting_tiles` says, compiled
-# for them (128 and 64 KiB of shared memory) and not run.
-MANY = 129
+# (capability, bytes per element, columns, large batch). Hopper's are measured, by
+# `python -m tests.benchmarks.kernels_retrieval --tune`; those of Ampere and Ada are what `fitting_tiles` returns,
+# compiled for them (128 and 64 KiB of shared memory) and not run.
+LARGE_BATCH_USERS = 129  # users of a large batch, at least
 TILES = {
     ((9, 0), 2, 256, True): TopKTiles(64, 256, 16, 3),  # a million items in 0.27 ms (H100); others: docs/kernels.md
     ((8, 0), 2, 256, True): TopKTiles(64, 128, 8, 3),
@@ -65,15 +67,16 @@ TILES = {
 
 
 def tiles_for(users: int, width: int, element_bytes: int, card: Card) -> TopKTiles:
+    """Return the table's tiles if they fit the card, else `fitting_tiles`."""
     columns = next_power_of_2(width)
-    tabled = TILES.get((card.capability, element_bytes, columns, users >= MANY))
+    tabled = TILES.get((card.capability, element_bytes, columns, users >= LARGE_BATCH_USERS))
     if tabled and tabled.shared_bytes(columns * element_bytes) <= card.shared_bytes:
         return tabled
     return fitting_tiles(users, columns * element_bytes, card.shared_bytes)
 
 
 def fitting_tiles(users: int, row_bytes: int, shared_bytes: int) -> TopKTiles:
-    """States stay in shared memory for the whole pass, in four sevenths of it; items stream through the rest."""
+    """Derive tiles: states take at most four sevenths of shared memory for the whole pass, items the rest."""
     block_users = min(256, max(16, next_power_of_2(users)))
     while block_users > 16 and block_users * row_bytes > shared_bytes * 4 // 7:
         block_users //= 2

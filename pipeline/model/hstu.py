@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.fused_attention_layernorm.validation import WIDTHS
+from kernels.fused_attention_layernorm.validation import HEAD_WIDTHS
 from kernels.hierarchical_sequence_fusion.reference import STRENGTH_CAP
 from pipeline.features.event_features import (
     FEATURE_COLUMNS,
@@ -236,7 +236,7 @@ def attention_plan(
 def supports_kernels(config: HstuConfig) -> bool:
     """Whether the kernels support this model's options."""
     plain = config.norm_in == config.norm_out == "layer" and config.attention_scale == "max_events"
-    return plain and {config.d_qk, config.d_v} <= set(WIDTHS) and config.width % 8 == 0
+    return plain and {config.d_qk, config.d_v} <= set(HEAD_WIDTHS) and config.width % 8 == 0
 
 
 def _make_norm(kind: Norm, width: int, eps: float) -> nn.Module:

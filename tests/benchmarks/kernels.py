@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.fused_attention_layernorm.encoder import KernelEncoder
-from kernels.fused_attention_layernorm.fp8 import DTYPE as FP8
-from kernels.fused_attention_layernorm.fp8 import LARGEST, Fp8Scales
-from kernels.fused_attention_layernorm.launch import SHORT, KernelConfig, attend, fits
-from kernels.fused_attention_layernorm.op import fused_attention_layernorm, packed_reference
+from kernels.fused_attention_layernorm.fp8 import FP8, FP8_MAX, Fp8Scales
+from kernels.fused_attention_layernorm.launch import SHORT_LENGTH, KernelConfig, attend, fits
+from kernels.fused_attention_layernorm.op import fused_attention_layernorm
 from kernels.fused_attention_layernorm.plan import AttentionPlan
+from kernels.fused_attention_layernorm.reference import packed_reference
 from kernels.graphs import BatchGraphs, Bucket
 from pipeline.backends.fused import make_kernel_encoder
 from pipeline.features.event_features import TIME_THRESHOLDS
@@ -33,18 +33,14 @@ from tests.benchmarks import results
 from tests.benchmarks.kernel_rows import Row, arguments, card_name, device_ms, graphed, median_ms, relative_error
 from tests.benchmarks.kernel_work import CONFIG, HEADS, WIDTH, WORKLOADS, D, Work
 
-SCALES = Fp8Scales(*[WIDTH**0.5 / LARGEST] * 3)  # those of weights of norm one, which fit `operator_inputs`
-CONFIGS = (
-    KernelConfig(64, 32, 2),
-    KernelConfig(64, 32, 3),
-    KernelConfig(64, 32, 2, 168),
-    KernelConfig(64, 32, 3, 168),
-    KernelConfig(64, 64, 2),
-    KernelConfig(64, 64, 3),
-    KernelConfig(64, 64, 2, 168),
-    KernelConfig(128, 64, 2, 128),
-    KernelConfig(128, 32, 3, 128),
-)
+SCALES = Fp8Scales(*[WIDTH**0.5 / FP8_MAX] * 3)  # as of weights of norm one, which `operator_inputs` look like
+LAUNCHES = tuple(
+    KernelConfig(*numbers)
+    for numbers in (
+        (64, 32, 2), (64, 32, 3), (64, 32, 2, 168), (64, 32, 3, 168), (64, 64, 2), (64, 64, 3), (64, 64, 2, 168),
+        (128, 64, 2, 128), (128, 32, 3, 128),
+    )
+)  # fmt: skip
 Rows = list[Row]
 
 
@@ -185,7 +181,7 @@ def attention_alone(
 
     def call() -> None:
         for _ in range(CONFIG.layers):
-            attend(*rows, plan.offsets, None, plan.items, plan.buckets, *tables, *factors, 0, plan.launch)
+            attend(*rows, plan.offsets, None, plan.row_blocks, plan.time_buckets, *tables, *factors, 0, plan.config)
 
     return graphed(call)
 
@@ -195,18 +191,18 @@ def bucket_graph(encode: KernelEncoder, work: Work, thresholds: Tensor, last: bo
 
     def run(columns: Sequence[Tensor], offsets: Tensor, longest: int) -> Tensor:
         x, seconds = columns
-        dtype = encode.narrowed(x.dtype)
+        dtype = encode.qkv_dtype(x.dtype)
         return encode(x, AttentionPlan.from_batch(seconds, offsets, thresholds, longest, dtype, trusted=True), last)
 
     columns = (work.x, work.seconds)
     graphs = BatchGraphs(run, columns, work.users, len(work.x))
-    graphs.capture(Bucket.of(work.users, len(work.x), work.max_length))
-    return lambda: graphs(columns, work.offsets, work.max_length)
+    graphs.capture(Bucket.from_sizes(work.users, len(work.x), work.cap))
+    return lambda: graphs(columns, work.offsets, work.cap)
 
 
 def tune(work: Work, thresholds: Tensor) -> None:
-    """Print every configuration's time on this device, and the best one as its line of launch.LAUNCHES."""
-    qkv = operator_inputs(work)[:3]
+    """Prints every launch's time on this device, and the best one as the line of launch.KERNEL_CONFIGS."""
+    wide = operator_inputs(work)[:3]
     tables = (torch.randn(HEADS, CONFIG.max_events, device="cuda"), torch.randn(HEADS, 49, device="cuda"))
     for rows in (qkv, to_fp8(qkv), tuple(part.float() for part in qkv)):
         dtype = rows[0].dtype
@@ -215,15 +211,15 @@ def tune(work: Work, thresholds: Tensor) -> None:
             if not fits(config, D, dtype.itemsize, work.x.device):
                 continue
             plan = AttentionPlan.from_batch(
-                work.seconds, work.offsets, thresholds, work.max_length, dtype, launch=config
+                work.seconds, work.offsets, thresholds, work.cap, rows[0].dtype, config=launch
             )
-            call = attention_alone(tables, plan, rows, Fp8Scales())
-            timed.append((device_ms(call), config))
-        timed.sort(key=lambda pair: pair[0])
-        for ms, config in timed:
-            print(f"{work.name}: {ms / CONFIG.layers:.4f} ms per layer of {dtype}, {config}", flush=True)
-        key = (torch.cuda.get_device_capability()[0], dtype.itemsize, work.max_length <= SHORT)
-        print(f"    {key}: {timed[0][1]},", flush=True)
+            timed.append(
+                (float(do_bench(attention_alone(tables, plan, rows, Fp8Scales()), return_mode="median")), launch)
+            )
+        for ms, launch in sorted(timed, key=lambda pair: pair[0]):
+            print(f"{work.name}: {ms / CONFIG.layers:.4f} ms a layer of {rows[0].dtype}, {launch}", flush=True)
+        key = (torch.cuda.get_device_capability()[0], size, work.cap <= SHORT_LENGTH)
+        print(f"    {key}: {min(timed, key=lambda pair: pair[0])[1]},", flush=True)
 
 
 def main() -> None:

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from kernels.fused_attention_layernorm.gate_projection import LARGE, MIDDLE, project_gated, tiles_of
-from kernels.fused_attention_layernorm.launch import normalise_and_gate
-from kernels.fused_attention_layernorm.projection import ProjectionTiles, project_out
+from kernels.fused_attention_layernorm.gate_norm import normalise_and_gate
+from kernels.fused_attention_layernorm.gate_projection import LARGE, MIDDLE, measured_tiles, project_gated
+from kernels.fused_attention_layernorm.launch import ProjectionTiles
+from kernels.fused_attention_layernorm.projection import project_out
 from tests.benchmarks import results
 from tests.benchmarks.kernel_rows import (
     Row,
@@ -44,7 +45,7 @@ TILES = (
     ProjectionTiles(128, 256, 64, 8, 2),
     ProjectionTiles(128, 256, 32, 8, 3),
     ProjectionTiles(128, 256, 32, 8, 4),
-    ProjectionTiles(128, 256, 64, 8, 2, programs=1),
+    ProjectionTiles(128, 256, 64, 8, 2, programs_per_sm=1),
     ProjectionTiles(64, 256, 64, 4, 3),
     ProjectionTiles(64, 256, 128, 4, 2),
     ProjectionTiles(64, 256, 64, 8, 3),
@@ -109,9 +110,9 @@ def measure_ms(call: Callable[[], object]) -> float:
 def measure(users: int, rows: int) -> dict[str, Row]:
     inputs = Inputs.generate(rows, WIDTH, HEADS, WIDTH, torch.bfloat16)
     calls = {
-        "two launches": inputs.two_launches,
-        "one launch": lambda: inputs.one_launch(tiles_of(rows)),
-        "chosen": inputs.one_launch,
+        "two launches": inputs.in_two,
+        "one launch": lambda: inputs.in_one(measured_tiles(rows)),
+        "chosen": inputs.in_one,
     }
     expected = inputs.reference()
     measured: dict[str, Row] = {}

@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.fused_attention_layernorm.projection import LARGE_IN, project_in, row_moments
+from kernels.fused_attention_layernorm import projection_hopper
+from kernels.fused_attention_layernorm.launch import LARGE_IN
+from kernels.fused_attention_layernorm.projection import compute_row_stats, project_in
 from tests.benchmarks import results
 from tests.benchmarks.kernel_rows import (
     Row,
@@ -56,7 +58,7 @@ class Work:
         weights = [(torch.randn(COLUMNS, WIDTH, device="cuda") * WIDTH**-0.5).bfloat16() for _ in range(LAYERS)]
         layers = [(weight, weight.float().sum(1), torch.randn(COLUMNS, device="cuda")) for weight in weights]
         halves = x.view(2 * rows, WIDTH // 2)
-        return cls(users, x, row_moments(halves).view(rows, 2, 2), layers)
+        return cls(users, x, compute_row_stats(halves).view(rows, 2, 2), layers)
 
     @property
     def needed(self) -> tuple[float, float]:

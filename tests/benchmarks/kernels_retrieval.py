@@ -23,7 +23,7 @@ from triton.testing import do_bench_cudagraph
 from kernels.hierarchical_sequence_fusion.op import hierarchical_sequence_fusion
 from kernels.sequence_recommendation_interaction import launch
 from kernels.sequence_recommendation_interaction.op import candidate_interaction, sequence_recommendation_interaction
-from kernels.sequence_recommendation_interaction.tiles import MANY, Card, TopKTiles
+from kernels.sequence_recommendation_interaction.tiles import LARGE_BATCH_USERS, Card, TopKTiles
 from tests.benchmarks import results
 from tests.benchmarks.kernel_rows import PEAKS, arguments, card_name, device_ms, ratio, row
 
@@ -126,34 +126,30 @@ def quantised(states: Tensor, table: Tensor, work: Work) -> Rows:
 
 
 def tune(users: int) -> None:
-    """Print the full call's time with every choice of tiles, and the best one as its line of tiles.TILES."""
-    states = unit_rows(users)
-    table = unit_rows(1_000_000)
-    card = Card.of(torch.device("cuda", 0))
+    """Prints the whole call's time with every choice of tiles, and the best one as the line of tiles.TILES."""
+    states, table, card = unit_rows(users), unit_rows(1_000_000), Card.from_device(torch.device("cuda", 0))
     processors = torch.cuda.get_device_properties(0).multi_processor_count
-    plan = launch.plan(len(table), users, WIDTH, K, 2, card)
-    rows = launch.ItemRows(table, None, None)
-    timed: list[tuple[float, TopKTiles]] = []
+    plan, catalogue = launch.make_plan(len(table), users, WIDTH, K, 2, card), launch.ItemRows(table, None, None)
+    timed = []
     for tiles in tiles_to_try(users, card):
-        tiled = replace(plan, tiles=tiles, group=min(plan.group, tiles.items))
-        call = partial(launch.top_k, states, rows, K, None, tiled, processors)
-        timed.append((replay_ms(call, rep=50), tiles))
+        tried = replace(plan, tiles=tiles, group_size=min(plan.group_size, tiles.block_items))
+        ms = do_bench_cudagraph(
+            lambda tried=tried: launch.top_k(states, catalogue, K, None, tried, processors),
+            rep=50,
+            return_mode="median",
+        )
+        timed.append((float(ms), tiles))
         print(f"{users} users: {timed[-1][0]:.4f} ms, {tiles}", flush=True)
     best = min(timed, key=lambda pair: pair[0])[1]
-    print(f"    ({card.capability}, 2, {WIDTH}, {users >= MANY}): {best},", flush=True)
+    print(f"    ({card.capability}, 2, {WIDTH}, {users >= LARGE_BATCH_USERS}): {best},", flush=True)
 
 
 def tiles_to_try(users: int, card: Card) -> list[TopKTiles]:
     """Return all tiles that fit the card and fill the inline PTX code's packs."""
     sizes = itertools.product((32, 64, 128), (16, 64, 128, 256), (4, 8, 16), (2, 3), (1, 2))
     tiles = [TopKTiles(*numbers) for numbers in sizes if min(64, max(16, users)) <= numbers[1] <= max(16, users)]
-    return [
-        each
-        for each in tiles
-        if each.whole_packs
-        and each.programs * each.shared_bytes(2 * WIDTH) <= card.shared_bytes
-        and each.warps == max(4, each.users // 16)
-    ]
+    return [each for each in tiles if each.fills_packs and each.programs_per_sm * each.shared_bytes(2 * WIDTH) <=
+            card.shared_bytes and each.warps == max(4, each.block_users // 16)]  # fmt: skip
 
 
 def candidates(per_user: int) -> Rows:
@@ -186,26 +182,25 @@ def events(items: int) -> dict[str, Tensor]:
     return {
         "table": unit_rows(items),
         "features": torch.randn(sum(FEATURE_SIZES), WIDTH, device="cuda").bfloat16() * 0.1,
-        "strength": torch.randn(sum(FEATURE_SIZES), device="cuda") * 0.1,
+        "log_strength": torch.randn(sum(FEATURE_SIZES), device="cuda") * 0.1,
         "tokens": torch.randint(items, (total,), device="cuda", dtype=torch.int32),
-        "codes": torch.stack(codes, 1).int(),
+        "feature_ids": torch.stack(codes, 1).int(),
         "seconds": pauses.cumsum(1).flatten().int(),
         "offsets": torch.arange(USERS + 1, device="cuda") * EVENTS,
     }
 
 
-def unfused(
-    table: Tensor, features: Tensor, strength: Tensor, tokens: Tensor, codes: Tensor, seconds: Tensor, offsets: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the same with torch's own operators, one launch or more for each."""
-    weights = strength[codes].sum(1).clamp(-20, 20).exp()
-    position = torch.arange(len(tokens), device="cuda")
-    user = torch.searchsorted(offsets, position, right=True) - 1
-    is_recent = position >= offsets[user + 1] - RECENT
-    strengths = torch.where(is_recent, weights, 1.0)[:, None].to(table.dtype)
-    vectors = table[tokens] * strengths + F.embedding_bag(codes, features, mode="sum")  # [events, width]
-    weights = torch.where(is_recent, 1.0, weights)
-    begins = is_recent | (position == offsets[user]) | (seconds.diff(prepend=seconds[:1]) >= GAP_S)
+def unfused(table: Tensor, features: Tensor, log_strength: Tensor, tokens: Tensor, feature_ids: Tensor,
+            seconds: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The same by torch's own operators, a launch or more for each."""
+    weights = log_strength[feature_ids].sum(1).clamp(-20, 20).exp()
+    place = torch.arange(len(tokens), device="cuda")
+    user = torch.searchsorted(offsets, place, right=True) - 1
+    newest = place >= offsets[user + 1] - RECENT
+    strengths = torch.where(newest, weights, 1.0)[:, None].to(table.dtype)
+    vectors = table[tokens] * strengths + F.embedding_bag(feature_ids, features, mode="sum")  # [events, width]
+    weights = torch.where(newest, 1.0, weights)
+    begins = newest | (place == offsets[user]) | (seconds.diff(prepend=seconds[:1]) >= GAP_S)
     token = begins.cumsum(0) - 1
     sums = torch.zeros(int(token[-1]) + 1, WIDTH, device="cuda").index_add_(0, token, vectors * weights[:, None])
     means = sums / torch.zeros(len(sums), device="cuda").index_add_(0, token, weights)[:, None]

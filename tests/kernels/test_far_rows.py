@@ -17,7 +17,7 @@ from kernels.sequence_recommendation_interaction.tiles import TopKTiles
 from tests.kernels.fused_attention_layernorm.test_op import DEVICE, Case, case_of
 
 REACH = 2**31 + 2**20
-TILES = TopKTiles(items=16, users=16, warps=4, stages=1)
+TILES = TopKTiles(block_items=16, block_users=16, warps=4, stages=1)
 
 
 def far_apart(dense: Tensor, reach: int = REACH) -> Tensor:
@@ -36,9 +36,9 @@ def whole_numbers(seed: int, *shape: int) -> Tensor:
 @pytest.mark.parametrize("far", ["states", "table"])
 def test_far_states_and_a_far_table_have_the_same_best_items(plan: TopKPlan, far: str):
     states, table = whole_numbers(1, 3, 24), whole_numbers(2, 90, 24)
-    wanted = retrieval.top_k(states, ItemRows(table, None, None), 5, None, plan, processors=1)
+    wanted = retrieval.top_k(states, ItemRows(table, None, None), 5, None, plan, num_sms=1)
     states, table = (far_apart(states), table) if far == "states" else (states, far_apart(table))
-    found = retrieval.top_k(states, ItemRows(table, None, None), 5, None, plan, processors=1)
+    found = retrieval.top_k(states, ItemRows(table, None, None), 5, None, plan, num_sms=1)
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
 
 
@@ -48,7 +48,7 @@ def test_far_rows_of_an_int8_table_have_the_same_best_items_and_candidates():
     rows = torch.arange(90, device=DEVICE).repeat(3, 1)
     near, far = (ItemRows(each, scales, None) for each in (table, far_apart(table)))
     plan = TopKPlan(0, 0, TILES, 512)
-    found, wanted = (retrieval.top_k(states, each, 5, None, plan, processors=1) for each in (far, near))
+    found, wanted = (retrieval.top_k(states, each, 5, None, plan, num_sms=1) for each in (far, near))
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
     found = retrieval.candidate_scores(far_apart(states), far, rows)
     assert torch.equal(found, retrieval.candidate_scores(states, near, rows))
@@ -113,7 +113,7 @@ def test_fusion_reads_the_codes_of_events_behind_many_others():
     embeddings, near = fusion_inputs()
     before = REACH // 32
     columns = []
-    for column in (near.tokens, near.codes, near.seconds):
+    for column in (near.tokens, near.feature_ids, near.seconds):
         columns.append(torch.empty((before + 30, *column.shape[1:]), dtype=column.dtype, device=DEVICE))
         columns[-1][before:] = column
     far = EventColumns(*columns, near.offsets + before)

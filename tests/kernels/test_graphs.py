@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kernels import graphs as graphs_module
 from kernels.fused_attention_layernorm.plan import AttentionPlan
-from kernels.graphs import MIN_CALLS, BatchGraphs, Bucket, CapturedGraph, bucket_rows, buckets
-from pipeline.backends.fused import make_kernel_encoder
+from kernels.graphs import MIN_CALLS, BatchGraphs, Bucket, CapturedGraph, bucket_rows, possible_buckets
+from pipeline.backends.fused import encoder_of
 from pipeline.features.event_features import TIME_THRESHOLDS
 from tests.kernels.fused_attention_layernorm.test_encoder import DEVICE, WIDE
 from tests.kernels.fused_attention_layernorm.test_op_reference import inputs_of_lengths, model
@@ -41,20 +41,20 @@ def batch_of(lengths: list[int]) -> tuple[list[Tensor], Tensor]:
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=20))
 def test_every_batch_finds_its_bucket_among_those_that_are_warmed(lengths: list[int]) -> None:
     longest = next(most for most in CLASSES if max(lengths) <= most)
-    assert Bucket.of(len(lengths), sum(lengths), longest) in set(buckets(20, 6000, CLASSES))
+    assert Bucket.from_sizes(len(lengths), sum(lengths), longest) in set(possible_buckets(20, 6000, CLASSES))
 
 
 def test_no_bucket_is_warmed_that_no_batch_can_have() -> None:
-    for bucket in buckets(20, 6000, CLASSES):
-        lengths = [1] * (bucket.users // 2) + [CLASSES[0] + 1 if bucket.longest == CLASSES[1] else 1]
+    for bucket in possible_buckets(20, 6000, CLASSES):
+        lengths = [1] * (bucket.users // 2) + [CLASSES[0] + 1 if bucket.max_length == CLASSES[1] else 1]
         assert sum(lengths) <= bucket.rows, bucket  # the smallest such batch is within it
-        assert Bucket.of(bucket.users, bucket.users * bucket.longest, 0).rows >= bucket.rows, bucket  # the largest not
+        assert Bucket.from_sizes(bucket.users, bucket.users * bucket.max_length, 0).rows >= bucket.rows, bucket  # the largest not
 
 
 def test_a_batch_is_padded_to_its_bucket_and_gives_the_same() -> None:
     run = Summed()
     graphs = BatchGraphs(run, [torch.zeros(1)], 20, 6000)
-    assert graphs.warm(CLASSES) == len(set(buckets(20, 6000, CLASSES)))
+    assert graphs.warm(CLASSES) == len(set(possible_buckets(20, 6000, CLASSES)))
     for lengths in ([3], [300, 1, 7], [64] * 5, [1] * 20):
         columns, offsets = batch_of(lengths)
         longest = CLASSES[max(lengths) > CLASSES[0]]
@@ -103,7 +103,7 @@ def test_more_buckets_than_room_do_not_make_graphs_over_and_over_but_the_often_c
         assert graphs.made == 4
     graphs(*batch_of([16] * 16), 256)  # twice as often as those that have graphs
     assert graphs.made == 5
-    assert Bucket.of(16, 256, 256) in graphs._graphs
+    assert Bucket.from_sizes(16, 256, 256) in graphs._graphs
 
 
 def test_what_was_asked_for_long_ago_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +112,7 @@ def test_what_was_asked_for_long_ago_gives_way(monkeypatch: pytest.MonkeyPatch) 
     for rows in (300, 600):
         for _ in range(200):
             graphs(*batch_of([rows // 16] * 16), 256)
-    assert set(graphs._graphs) == {Bucket.of(16, 600, 256)}
+    assert set(graphs._graphs) == {Bucket.from_sizes(16, 600, 256)}
 
 
 def test_where_the_device_has_no_room_the_batch_is_called_as_it_is() -> None:
@@ -159,7 +159,7 @@ def test_on_a_gpu_graphs_give_the_encoders_states_and_keep_to_their_budget() -> 
 
     like = [torch.zeros(1, WIDE.width, device=DEVICE).half(), torch.zeros(1, device=DEVICE).int()]
     graphs, none = BatchGraphs(run, like, 16, 600), BatchGraphs(run, like, 16, 600, budget_bytes=1)
-    assert graphs.warm([40]) == len(set(buckets(16, 600, [40])))
+    assert graphs.warm([40]) == len(set(possible_buckets(16, 600, [40])))
     assert none.warm([40]) == 0
     assert 0 < graphs.nbytes < 1 << 30
     for lengths in ([1, 7, 39, 23], [40, 40, 3], [40] * 9, [1, 7, 39, 23]):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels.fused_attention_layernorm.projection import HOPPER_ROWS, folded, project_in, row_moments
+from kernels.fused_attention_layernorm.projection import HOPPER_ROWS, fold_norm, project_in, compute_row_stats
 from kernels.launch import launch
 
 
@@ -54,6 +54,6 @@ def test_on_a_gpu_that_is_not_the_current_one_a_product_is_what_it_is_on_that(ro
     for device in ("cuda:0", "cuda:1"):
         x, weight, bias, gain, shift = (part.to(device) for part in parts)
         x = x.bfloat16()
-        weights = folded(weight, bias, gain, shift, torch.bfloat16)
-        found.append(project_in(x, row_moments(x), *weights, 1e-6).cpu())
+        weights = fold_norm(weight, bias, gain, shift, torch.bfloat16)
+        found.append(project_in(x, compute_row_stats(x), *weights, 1e-6).cpu())
     assert torch.equal(*found)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.fused_attention_layernorm import dropout
-from kernels.fused_attention_layernorm.launch import SAFE, KernelConfig
+from kernels.fused_attention_layernorm.launch import SAFE_CONFIG, KernelConfig
 from kernels.fused_attention_layernorm.op import fused_attention_layernorm
 from kernels.fused_attention_layernorm.plan import AttentionPlan
 from tests.kernels.fused_attention_layernorm.test_op import (
@@ -27,7 +27,7 @@ SEED = 0x1234_5678_9ABC_DEF
 def mask(share: float, seed: int = SEED, rows: int = 300, columns: int = 300, heads: int = 4) -> Tensor:
     """bool [heads, rows, columns]"""
     row, column, head = (torch.arange(n) for n in (rows, columns, heads))
-    return dropout.is_kept(torch.tensor(seed), row[:, None], column, head[:, None, None], share)
+    return dropout.keep_mask(torch.tensor(seed), row[:, None], column, head[:, None, None], share)
 
 
 def gradients(result: Tensor, case: Case) -> list[Tensor]:
@@ -37,7 +37,7 @@ def gradients(result: Tensor, case: Case) -> list[Tensor]:
 
 @pytest.mark.parametrize("share", [0.1, 0.6])
 @pytest.mark.parametrize(
-    ("lengths", "launch"), [([1, 70, 3, 90], SAFE), ([0, 65, 150, 2], SAFE), ([5, 129, 70], KernelConfig(128, 64, 2))]
+    ("lengths", "launch"), [([1, 70, 3, 90], SAFE_CONFIG), ([0, 65, 150, 2], SAFE_CONFIG), ([5, 129, 70], KernelConfig(128, 64, 2))]
 )
 def test_kernels_and_their_gradients_drop_what_the_specification_drops(
     lengths: list[int], launch: KernelConfig, share: float

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from triton.runtime import interpreter
 
-from kernels.fused_attention_layernorm.fp8 import DTYPE, LARGEST, Fp8Scales, scale_of
-from kernels.fused_attention_layernorm.launch import SAFE, KernelConfig
+from kernels.fused_attention_layernorm.fp8 import DTYPE, FP8_MAX, Fp8Scales, compute_scale
+from kernels.fused_attention_layernorm.launch import SAFE_CONFIG, KernelConfig
 from kernels.fused_attention_layernorm.plan import AttentionPlan
-from kernels.fused_attention_layernorm.projection import ProjectionTiles, project_in, project_in_fp8, row_moments
-from pipeline.backends.fused import make_kernel_encoder
+from kernels.fused_attention_layernorm.projection import ProjectionTiles, project_in, project_in_fp8, compute_row_stats
+from pipeline.backends.fused import encoder_of
 from pipeline.features.event_features import TIME_THRESHOLDS
 from tests.kernels.fused_attention_layernorm.test_op import DEVICE, Case, case_of, error
 from tests.kernels.fused_attention_layernorm.test_op_reference import CONFIG, inputs_of_lengths, model
@@ -35,7 +35,7 @@ def _rounded() -> Iterator[None]:
 
     def convert(values: Any, source: Any, wanted: Any, mode: Any) -> Any:
         if source == tl.float32 and wanted == tl.float8e4nv:
-            return torch.from_numpy(values.copy()).clamp(-LARGEST, LARGEST).to(DTYPE).view(torch.uint8).numpy()
+            return torch.from_numpy(values.copy()).clamp(-FP8_MAX, FP8_MAX).to(DTYPE).view(torch.uint8).numpy()
         return cast(values, source, wanted, mode)
 
     interpreter._convert_float = convert
@@ -55,10 +55,10 @@ def narrow(case: Case) -> tuple[Case, Case]:
 @pytest.mark.parametrize(
     ("lengths", "launch"),
     [
-        ([1], SAFE),
-        ([0, 0, 3], SAFE),
-        ([63, 64, 65], SAFE),
-        ([150, 1, 1, 0, 2, 1], SAFE),
+        ([1], SAFE_CONFIG),
+        ([0, 0, 3], SAFE_CONFIG),
+        ([63, 64, 65], SAFE_CONFIG),
+        ([150, 1, 1, 0, 2, 1], SAFE_CONFIG),
         ([5, 129], KernelConfig(64, 64, 2)),
     ],
 )
@@ -133,23 +133,23 @@ def test_no_row_reaches_beyond_the_largest_fp8_value(seed: int, size: float, wid
     weight, bias = (torch.randn(*shape, generator=random) * size for shape in ((16, width), (16,)))
     rows = torch.cat([weight, -weight, torch.randn(50, width, generator=random)])  # along a weight z is largest
     normed = torch.nn.functional.layer_norm(rows, (width,))
-    values = torch.nn.functional.silu(normed @ weight.T + bias) / scale_of(weight, bias)
-    assert float(values.abs().max()) <= LARGEST * (1 + 1e-5)
+    values = torch.nn.functional.silu(normed @ weight.T + bias) / compute_scale(weight, bias)
+    assert float(values.abs().max()) <= FP8_MAX * (1 + 1e-5)
     if width > 8 and size > 1:  # and the bound is no looser than the mean of a weight's row makes it
-        assert float(values.max()) > LARGEST / 2
+        assert float(values.max()) > FP8_MAX / 2
 
 
 @pytest.mark.parametrize(("rows", "split"), [(1, 64), (70, 64), (70, 0), (130, 16)])
 def test_a_projection_narrows_what_it_else_writes(rows: int, split: int) -> None:
     random = torch.Generator().manual_seed(rows)
     x, weight, bias = (torch.randn(*shape, generator=random).to(DEVICE) for shape in ((rows, 48), (192, 48), (192,)))
-    factors, moments = torch.linspace(0.5, 20, 192, device=DEVICE), row_moments(x)
+    factors, moments = torch.linspace(0.5, 20, 192, device=DEVICE), compute_row_stats(x)
     rest = (weight, weight.sum(1), bias)
     wanted = project_in(x, moments, *rest, 1e-6)
     out, out8 = project_in_fp8(x, moments, *rest, factors, split, 1e-6, ProjectionTiles(64, 64, 16, 4, 2))
     torch.testing.assert_close(out, wanted[:, :split])
     assert out8.dtype == DTYPE
-    held = (wanted * factors)[:, split:].clamp(max=LARGEST).to(DTYPE).float()
+    held = (wanted * factors)[:, split:].clamp(max=FP8_MAX).to(DTYPE).float()
     # A sum in another order may cross the middle between two FP8 values: one step, an eighth, of a few.
     torch.testing.assert_close(out8.float(), held, rtol=0.13, atol=2**-9)
     assert float((out8.float() != held).float().mean()) < 1e-3
@@ -162,7 +162,7 @@ def test_an_encoder_in_fp8_stays_near_the_one_without() -> None:
     seconds, offsets, thresholds = (torch.as_tensor(column).int().to(DEVICE) for column in columns)
     exact, encode = make_kernel_encoder(hstu, torch.float16), make_kernel_encoder(hstu, torch.float16, fp8=True)
     plan = AttentionPlan.from_batch(
-        seconds, offsets, thresholds, WIDE.max_events, encode.narrowed(x.dtype), kernels=True
+        seconds, offsets, thresholds, WIDE.max_events, encode.qkv_dtype(x.dtype), kernels=True
     )
     wanted, states = exact(x, plan), encode(x, plan)
     # An FP8 value is off by 2^-4 at most and by 2.6 % in the mean; three of them meet in a score and its value.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.fused_attention_layernorm.gate_projection import LARGE, MANY, MIDDLE, MOST, tiles_for
+from kernels.fused_attention_layernorm.gate_projection import LARGE, MAX_ROWS_TWO_LAUNCHES, MIDDLE, MAX_ROWS_MIDDLE, select_tiles
 from kernels.fused_attention_layernorm.projection import SMALL, ProjectionTiles
 from tests.benchmarks.kernels_gated import Inputs
 from tests.kernels.fused_attention_layernorm.test_op_reference import DEVICE
@@ -25,17 +25,17 @@ def test_one_launch_gives_what_two_give(dtype, rows, width, heads, columns, tile
 
 def test_where_it_was_not_measured_there_are_two_launches():
     for dtype in (torch.float32, torch.bfloat16):
-        rows = torch.zeros(MOST + 1, LARGE.columns, dtype=dtype)
-        assert tiles_for(rows, rows) is None  # a CPU
+        rows = torch.zeros(MAX_ROWS_MIDDLE + 1, LARGE.block_n, dtype=dtype)
+        assert select_tiles(rows, rows) is None  # a CPU
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize(("rows", "tiles"), [(MANY, None), (MANY + 1, MIDDLE), (MOST + 7, LARGE)])
+@pytest.mark.parametrize(("rows", "tiles"), [(MAX_ROWS_TWO_LAUNCHES, None), (MAX_ROWS_TWO_LAUNCHES + 1, MIDDLE), (MAX_ROWS_MIDDLE + 7, LARGE)])
 def test_on_a_hopper_gpu_many_rows_take_one_launch(rows, tiles):
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("not measured on this card")
     given = Inputs.of(rows, 512, 4, 512, torch.bfloat16, DEVICE)
-    assert tiles_for(given.attended, given.x) == tiles
+    assert select_tiles(given.attended, given.x) == tiles
     found, wanted = given.in_one()[0], given.specified()
     assert (found - wanted).norm() <= 2**-8 * wanted.norm()

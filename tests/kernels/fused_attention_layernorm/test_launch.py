@@ -6,27 +6,27 @@ import pytest
 import torch
 
 from kernels.fused_attention_layernorm import projection
-from kernels.fused_attention_layernorm.launch import AMPERE, HOPPER, LAUNCHES, SAFE, shared_bytes
+from kernels.fused_attention_layernorm.launch import AMPERE, HOPPER, KERNEL_CONFIGS, SAFE_CONFIG, shared_memory_bytes
 from kernels.fused_attention_layernorm.projection import LARGE_IN, LARGE_OUT, SMALL, SMALL_ROWS
 from kernels.launch import SHARED_BYTES
-from kernels.sequence_recommendation_interaction.launch import USERS_AT_ONCE, plan
-from kernels.sequence_recommendation_interaction.launch import plan as plan_of
+from kernels.sequence_recommendation_interaction.launch import USERS_PER_PASS, make_plan
+from kernels.sequence_recommendation_interaction.launch import make_plan as plan_of
 from kernels.sequence_recommendation_interaction.tiles import TILES, Card, TopKTiles, fitting_tiles, tiles_for
 
 SMALLEST = min(SHARED_BYTES.values())
 
 
-@pytest.mark.parametrize(("key", "launch"), LAUNCHES.items(), ids=str)
+@pytest.mark.parametrize(("key", "launch"), KERNEL_CONFIGS.items(), ids=str)
 def test_attentions_launches_fit_every_card_of_their_generation(key, launch):
     major, element_bytes, _ = key
     for (generation, _), available in SHARED_BYTES.items():
-        assert generation != major or shared_bytes(launch, 128, element_bytes) <= available
+        assert generation != major or shared_memory_bytes(launch, 128, element_bytes) <= available
 
 
 def test_attention_has_a_launch_for_hopper_and_ampere_and_one_that_fits_anywhere():
-    assert {(major, 2, short) for major in (HOPPER, AMPERE) for short in (False, True)} <= set(LAUNCHES)
-    assert shared_bytes(SAFE, 128, 4) <= SMALLEST
-    assert shared_bytes(SAFE, 256, 2) <= SMALLEST
+    assert {(major, 2, short) for major in (HOPPER, AMPERE) for short in (False, True)} <= set(KERNEL_CONFIGS)
+    assert shared_memory_bytes(SAFE_CONFIG, 128, 4) <= SMALLEST
+    assert shared_memory_bytes(SAFE_CONFIG, 256, 2) <= SMALLEST
 
 
 @pytest.mark.parametrize("available", sorted(set(SHARED_BYTES.values())))
@@ -38,7 +38,7 @@ def test_the_products_have_the_measured_tiles_where_they_fit_and_else_ones_that_
         if element_bytes == 2 and available in (SHARED_BYTES[8, 0], SHARED_BYTES[9, 0]):
             assert tiles == (large if rows > SMALL_ROWS else SMALL)
         else:
-            assert tiles.within(width, width).shared_bytes(element_bytes) <= available
+            assert tiles.shrink_to(width, width).shared_bytes(element_bytes) <= available
 
 
 def test_a_card_with_less_shared_memory_than_80_multiplies_in_narrow_tiles(monkeypatch):
@@ -49,7 +49,7 @@ def test_a_card_with_less_shared_memory_than_80_multiplies_in_narrow_tiles(monke
     moments = projection.project_out(x, weight, bias, x)[1]
     projection.project_in(x, moments, weight, bias, bias, 1e-6)
     assert len(launched) == 2
-    assert all(projection.NARROW.constants.items() <= options.items() for options in launched)
+    assert all(projection.LOW_MEMORY.kernel_options.items() <= options.items() for options in launched)
 
 
 @pytest.mark.parametrize(("key", "tiles"), TILES.items(), ids=str)
@@ -75,13 +75,13 @@ def test_packs_are_whole_where_each_thread_has_a_multiple_of_8_scores(tiles, who
 
 def test_the_sample_gives_a_stage_for_its_maxima_and_then_items():
     hopper = Card((9, 0), SHARED_BYTES[9, 0])
-    sampled = plan(items=9_000, users=256, width=256, k=1, element_bytes=2, card=hopper)
-    assert (sampled.tiles, sampled.group) == (TopKTiles(64, 256, 16, 3), 8)
+    sampled = make_plan(items=9_000, users=256, width=256, k=1, element_bytes=2, card=hopper)
+    assert (sampled.tiles, sampled.group_size) == (TopKTiles(64, 256, 16, 3), 8)
     # (256 users + 192 items) * 512 bytes + 8 maxima of 4 bytes a user are 237,568, with two stages 204,800.
-    assert sampled.sample == TopKTiles(64, 256, 16, 2)
-    assert sampled.tiles.of_sample(8, 512, 237_568) == sampled.tiles
-    assert sampled.tiles.of_sample(8, 512, 237_567) == sampled.sample
-    assert sampled.tiles.of_sample(8, 512, 160_000) == TopKTiles(32, 256, 16, 1)
+    assert sampled.sample_tiles == TopKTiles(64, 256, 16, 2)
+    assert sampled.tiles.for_sample(8, 512, 237_568) == sampled.tiles
+    assert sampled.tiles.for_sample(8, 512, 237_567) == sampled.sample_tiles
+    assert sampled.tiles.for_sample(8, 512, 160_000) == TopKTiles(32, 256, 16, 1)
 
 
 def test_top_k_has_tiles_for_every_card_that_is_known():
@@ -108,13 +108,13 @@ def test_an_unknown_card_gets_tiles_that_fit_and_less_shared_memory_than_the_tab
 def test_every_plan_fits_the_machine_and_its_own_buffers(items, k, width, users, card, element_bytes):
     plan = plan_of(items, users, width, k, element_bytes, card)
     tiles, row_bytes = plan.tiles, width * element_bytes
-    assert (tiles.users + tiles.stages * tiles.items) * row_bytes < card.shared_bytes
-    if plan.stride:
-        groups, sample = items // plan.stride // plan.group, plan.sample
+    assert (tiles.block_users + tiles.stages * tiles.block_items) * row_bytes < card.shared_bytes
+    if plan.sample_stride:
+        groups, sample = items // plan.sample_stride // plan.group_size, plan.sample_tiles
         assert sample is not None
-        assert sample.items % plan.group == 0
-        maxima = 4 * sample.users * sample.items // plan.group
-        assert (sample.users + sample.stages * sample.items) * row_bytes + maxima <= card.shared_bytes
-        assert k * plan.stride <= plan.capacity // 2
+        assert sample.block_items % plan.group_size == 0
+        maxima = 4 * sample.block_users * sample.block_items // plan.group_size
+        assert (sample.block_users + sample.stages * sample.block_items) * row_bytes + maxima <= card.shared_bytes
+        assert k * plan.sample_stride <= plan.capacity // 2
         assert 2 * k <= groups
-        assert items > 1_000_000 or groups * USERS_AT_ONCE * 4 <= 32 << 20
+        assert items > 1_000_000 or groups * USERS_PER_PASS * 4 <= 32 << 20

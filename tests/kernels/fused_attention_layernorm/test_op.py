@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.fused_attention_layernorm.launch import SAFE, KernelConfig
+from kernels.fused_attention_layernorm.launch import SAFE_CONFIG, KernelConfig
 from kernels.fused_attention_layernorm.op import fused_attention_layernorm, packed_reference
 from kernels.fused_attention_layernorm.plan import AttentionPlan
 
@@ -66,10 +66,10 @@ def error(result: Tensor, wanted: Tensor) -> float:
 @pytest.mark.parametrize(
     ("lengths", "launch"),
     [
-        ([1], SAFE),
-        ([0, 0, 3], SAFE),
-        ([63, 64, 65], SAFE),
-        ([150, 1, 1, 0, 2, 1], SAFE),
+        ([1], SAFE_CONFIG),
+        ([0, 0, 3], SAFE_CONFIG),
+        ([63, 64, 65], SAFE_CONFIG),
+        ([150, 1, 1, 0, 2, 1], SAFE_CONFIG),
         ([5, 129, 70], KernelConfig(128, 64, 2)),
     ],
 )
@@ -187,11 +187,11 @@ def sound(operator: Any, arguments: tuple[Any, ...]) -> bool:
 def test_torch_finds_no_fault_with_the_operators_it_is_told_of(kernels: bool) -> None:
     case, ops = case_of([3, 20], heads=1), torch.ops.millrace
     plan, (q, k, v, u) = case.plan(kernels=kernels), case.rows
-    launch, batch = plan.launch, (plan.seconds, plan.offsets, plan.thresholds)
-    one = (plan.seconds[:20], on_device(0, 20).int(), THRESHOLDS, SAFE.rows)  # in one tile: no byte is left unwritten
-    assert sound(ops.attention_plan.default, (*one, SAFE.rows, SAFE.columns, 0, kernels))
-    prepared = (plan.targets, plan.items, plan.buckets, torch.tensor(5, device=DEVICE))
-    numbers, tile = (EPS, EVENTS, 0.5), [launch.rows, launch.columns, launch.stages, launch.registers]
+    launch, batch = plan.config, (plan.seconds, plan.offsets, plan.thresholds)
+    one = (plan.seconds[:20], on_device(0, 20).int(), THRESHOLDS, SAFE_CONFIG.block_m)  # in one tile: no byte is left unwritten
+    assert sound(ops.attention_plan.default, (*one, SAFE_CONFIG.block_m, SAFE_CONFIG.block_n, 0, kernels))
+    prepared = (plan.num_targets, plan.row_blocks, plan.time_buckets, torch.tensor(5, device=DEVICE))
+    numbers, tile = (EPS, EVENTS, 0.5), [launch.block_m, launch.block_n, launch.stages, launch.max_registers]
     whole = (*batch, *prepared, *numbers, 1.0, 0.25, 0, EVENTS, tile, kernels)
     leaves = tuple(part.clone().requires_grad_(kernels) for part in (*case.rows, *case.weights))
     assert sound(ops.attention_layernorm.default, (*leaves, *whole))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.fused_attention_layernorm.projection import SMALL_ROWS, hopper_kernels, project_in
+from kernels.fused_attention_layernorm.projection import SMALL_ROWS, import_projection_hopper, project_in
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 HAS_CUTE = find_spec("cutlass") is not None
@@ -73,4 +73,4 @@ def test_the_kernel_that_runs_everywhere_gives_the_specification() -> None:
 
 
 def test_another_device_than_hopper_has_no_such_kernel() -> None:
-    assert hopper_kernels(torch.device("cpu")) is None
+    assert import_projection_hopper(torch.device("cpu")) is None

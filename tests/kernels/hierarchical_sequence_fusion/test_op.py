@@ -46,15 +46,15 @@ def specified(
     embeddings: Embeddings, events: EventColumns, recent: int, sessions: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     return reference(
-        embeddings.table, embeddings.features, embeddings.strength, events.tokens, events.codes, events.seconds,
+        embeddings.table, embeddings.features, embeddings.log_strength, events.tokens, events.feature_ids, events.seconds,
         events.offsets, recent, sessions, GAP_S,
     )  # fmt: skip
 
 
 def called(embeddings: Embeddings, events: EventColumns, **changes: object) -> tuple[Tensor, Tensor, Tensor]:
     arguments: dict = {
-        "table": embeddings.table, "features": embeddings.features, "strength": embeddings.strength,
-        "tokens": events.tokens, "codes": events.codes, "seconds": events.seconds, "offsets": events.offsets,
+        "table": embeddings.table, "features": embeddings.features, "strength": embeddings.log_strength,
+        "tokens": events.tokens, "codes": events.feature_ids, "seconds": events.seconds, "offsets": events.offsets,
         "recent": 4, "sessions": 3, "gap_s": GAP_S,
     } | changes  # fmt: skip
     return hierarchical_sequence_fusion(
@@ -104,7 +104,7 @@ def test_the_result_has_the_same_bits_every_time():
 
 def test_a_session_of_equal_weights_is_its_events_mean():
     embeddings, packed = embeddings_of(8, torch.float32), events_of([6], seed=2)
-    embeddings.strength.zero_()
+    embeddings.log_strength.zero_()
     packed.seconds.copy_(torch.arange(6))
     fused, seconds, offsets = called(embeddings, packed, recent=2, sessions=1)
     events = called(embeddings, packed, recent=6, sessions=1)[0]
@@ -117,13 +117,13 @@ def test_a_session_of_equal_weights_is_its_events_mean():
 def test_strengths_beyond_the_cap_are_equal(sign):
     """72 and 30 count as 20, -72 and -30 as -20: such a session is its events' mean, and no weight is lost."""
     embeddings, packed = embeddings_of(8, torch.float32), events_of([6], seed=2)
-    embeddings.strength[:3] = torch.tensor([0.0, 72.0, 30.0]) * sign
-    packed.codes.zero_()
-    packed.codes[:, 0] = torch.tensor([1, 2, 2, 1, 1, 2])
+    embeddings.log_strength[:3] = torch.tensor([0.0, 72.0, 30.0]) * sign
+    packed.feature_ids.zero_()
+    packed.feature_ids[:, 0] = torch.tensor([1, 2, 2, 1, 1, 2])
     packed.seconds.copy_(torch.arange(6))
     fused = launch.fuse(embeddings, packed, 2, 1, GAP_S)
     assert_close(fused, specified(embeddings, packed, 2, 1))
-    items, beside = embeddings.table[packed.tokens.long()], embeddings.features[packed.codes.long()].sum(1)
+    items, beside = embeddings.table[packed.tokens.long()], embeddings.features[packed.feature_ids.long()].sum(1)
     torch.testing.assert_close(fused[0][0], (items + beside)[:4].mean(0))
     torch.testing.assert_close(fused[0][1:3], items[4:] * torch.tensor(20.0 * sign).exp() + beside[4:])
 
@@ -135,7 +135,7 @@ def test_a_user_of_several_looks_keeps_the_newest_of_all_its_sessions(sessions):
     starts = torch.zeros(5, sessions + 1, dtype=torch.int32, device=DEVICE)
     counts = torch.zeros(5, dtype=torch.int32, device=DEVICE)
     launch.launch(
-        launch.kernel.span_kernel, (5,), packed.seconds, packed.offsets, starts, counts, GAP_S,
+        launch.kernel.session_kernel, (5,), packed.seconds, packed.offsets, starts, counts, GAP_S,
         RECENT=recent, SESSIONS=sessions, BLOCK=1024,
     )  # fmt: skip
     begins = [*range(0, 2600, 100)][-sessions:]
@@ -148,7 +148,7 @@ def test_a_later_session_changes_no_vector_before_it():
     packed.seconds[20:] += GAP_S
     whole = called(embeddings, packed, recent=1, sessions=30)[0]
     part = EventColumns(
-        packed.tokens[:21], packed.codes[:21], packed.seconds[:21], torch.tensor([0, 21], device=DEVICE)
+        packed.tokens[:21], packed.feature_ids[:21], packed.seconds[:21], torch.tensor([0, 21], device=DEVICE)
     )
     before, _, offsets = called(embeddings, part, recent=1, sessions=30)
     pooled = int(offsets[1]) - 1
@@ -170,12 +170,12 @@ def test_compile_and_export_pass_the_call_through():
         def forward(self, *columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             return called(embeddings, EventColumns(*columns))
 
-    columns = (packed.tokens, packed.codes, packed.seconds, packed.offsets)
+    columns = (packed.tokens, packed.feature_ids, packed.seconds, packed.offsets)
     exported = torch.export.export(Fused(), columns).module()
     compiled = torch.compile(Fused(), backend="aot_eager", fullgraph=True)
     for run in (exported, compiled):
         assert_close(run(*columns), called(embeddings, packed))
-    arguments = (embeddings.table, embeddings.features, embeddings.strength, *columns, 4, 3, GAP_S)
+    arguments = (embeddings.table, embeddings.features, embeddings.log_strength, *columns, 4, 3, GAP_S)
     torch.library.opcheck(torch.ops.millrace.hierarchical_sequence_fusion.default, arguments)
 
 
@@ -227,7 +227,7 @@ def test_on_a_gpu_a_captured_graph_fuses_new_events():
     new = events_of([1, 70, 2], seed=9)
     for column, values in (
         (packed.tokens, new.tokens),
-        (packed.codes, new.codes),
+        (packed.feature_ids, new.feature_ids),
         (packed.seconds, new.seconds),
         (packed.offsets, new.offsets),
     ):

@@ -15,7 +15,7 @@ from kernels.sequence_recommendation_interaction.reference import sequence_recom
 from kernels.sequence_recommendation_interaction.tiles import TopKTiles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-TILES = TopKTiles(items=16, users=16, warps=4, stages=1)
+TILES = TopKTiles(block_items=16, block_users=16, warps=4, stages=1)
 WHOLE, SAMPLED = TopKPlan(0, 0, TILES, capacity=512), TopKPlan(2, 4, TILES, capacity=512)
 OVERFLOWING = TopKPlan(2, 4, TILES, capacity=16)
 SCARCE = TopKPlan(2, 1, TILES, capacity=64)
@@ -40,7 +40,7 @@ def on_device(*numbers: int) -> Tensor:
 
 
 def kernels(states: Tensor, catalogue: ItemRows, k: int, seen: Seen | None, plan: TopKPlan) -> tuple[Tensor, Tensor]:
-    return launch.top_k(states, catalogue, k, seen, plan, processors=1)
+    return launch.top_k(states, catalogue, k, seen, plan, num_sms=1)
 
 
 def specified(states: Tensor, catalogue: ItemRows, k: int, seen: Seen | None) -> tuple[Tensor, Tensor]:

@@ -95,5 +95,5 @@ def test_only_whole_packs_on_nvidias_gpus_are_appended_by_the_inline_code(tiles,
     monkeypatch.setattr(launch, "FAST", nvidia)
     with FakeTensorMode():
         states, table = (torch.empty(rows, 16, device="cuda") for rows in (40, 100))
-        launch.top_k(states, ItemRows(table, None, None), 5, None, TopKPlan(0, 0, tiles), processors=1)
+        launch.top_k(states, ItemRows(table, None, None), 5, None, TopKPlan(0, 0, tiles), num_sms=1)
     assert launched[launch.kernel.filter_kernel]["FAST"] is fast
