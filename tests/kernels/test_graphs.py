@@ -48,7 +48,9 @@ def test_no_bucket_is_warmed_that_no_batch_can_have() -> None:
     for bucket in possible_buckets(20, 6000, CLASSES):
         lengths = [1] * (bucket.users // 2) + [CLASSES[0] + 1 if bucket.max_length == CLASSES[1] else 1]
         assert sum(lengths) <= bucket.rows, bucket  # the smallest such batch is within it
-        assert Bucket.from_sizes(bucket.users, bucket.users * bucket.max_length, 0).rows >= bucket.rows, bucket  # the largest not
+        assert Bucket.from_sizes(bucket.users, bucket.users * bucket.max_length, 0).rows >= bucket.rows, (
+            bucket
+        )  # the largest not
 
 
 def test_a_batch_is_padded_to_its_bucket_and_gives_the_same() -> None:

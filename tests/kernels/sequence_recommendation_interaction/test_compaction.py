@@ -154,7 +154,11 @@ def test_compiled_for_hopper_a_thread_begins_once_appends_its_packs_and_ends_onc
     stored = "st.global.b64 [address], pending_key;"
     assert ptx.count(".reg .b32 pending_slot") == before.count("mov.b32 pending_slot, -1;") == 1
     assert before.count(stored) == 0
-    assert inside.count(stored) == inside.count("atom.global") == tiles.block_items * tiles.block_users // (32 * tiles.warps)
+    assert (
+        inside.count(stored)
+        == inside.count("atom.global")
+        == tiles.block_items * tiles.block_users // (32 * tiles.warps)
+    )
     assert inside.count("@!any bra done;") == tiles.block_items * tiles.block_users // (32 * tiles.warps * PACK)
     assert after.count(stored) == 1
 
