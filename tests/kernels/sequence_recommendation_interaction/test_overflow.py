@@ -1,7 +1,10 @@
-"""Who is answered from the candidates and who is rescued, at the edges; the answers are the specification's."""
+"""When candidates suffice and when the overflow pass runs, at the boundaries; results equal the specification's."""
+
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels.sequence_recommendation_interaction import launch
@@ -14,86 +17,90 @@ from tests.kernels.sequence_recommendation_interaction.test_op import (
     SAMPLED,
     SCARCE,
     TILES,
-    WHOLE,
-    assert_same,
-    kernels,
+    UNSAMPLED,
+    assert_run_equals_specification,
     on_device,
+    random_integers,
     random_seen,
-    specified,
-    whole_numbers,
 )
 
 
-def ascending(items: int) -> torch.Tensor:
+def ascending(items: int) -> Tensor:
     """float32 [items, 1]: for the state 1 the last row is the best, and the interpreter appends it last."""
     return torch.arange(float(items), device=DEVICE)[:, None]
 
 
-def ones(users: int) -> torch.Tensor:
+def ones(users: int) -> Tensor:
     return torch.ones(users, 1, device=DEVICE)
 
 
-def test_a_rescue_leaves_out_rows_that_nobody_may_get():
+def test_overflow_pass_excludes_ineligible_rows() -> None:
     catalogue = ItemRows(ascending(90), None, torch.arange(90, device=DEVICE) < 80)
-    found = kernels(ones(1), catalogue, 6, None, OVERFLOWING)
-    assert_same(found, specified(ones(1), catalogue, 6, None))
-    assert found[1].tolist() == [[79, 78, 77, 76, 75, 74]]
+    _, rows = assert_run_equals_specification(ones(1), catalogue, 6, None, OVERFLOWING)
+    assert rows.tolist() == [[79, 78, 77, 76, 75, 74]]
 
 
-def test_a_user_is_rescued_who_has_one_candidate_less_than_wanted():
-    """Each user has seen the best rows, the next one more of them: k are left above the bound, and k - 1."""
-    k, counts = 5, [45, 46]
-    catalogue, states = ItemRows(ascending(300), None, None), ones(2)
+def test_user_with_one_candidate_too_few_takes_the_overflow_pass() -> None:
+    """Both users have seen the best rows, the second one more: k are left above the bound, and k - 1."""
+    k = 5
+    counts = [45, 46]
+    states = ones(2)
+    catalogue = ItemRows(ascending(300), None, None)
     seen = Seen(torch.cat([torch.arange(300 - count, 300) for count in counts]).to(DEVICE), on_device(0, 45, 91))
     bounds = launch._bounds(states, catalogue, k, seen, SCARCE, 1)
     reached = (states @ catalogue.table.T >= bounds[:, None]).sum(1)
     assert (reached - on_device(*counts)).tolist() == [k, k - 1]
-    assert_same(kernels(states, catalogue, k, seen, SCARCE), specified(states, catalogue, k, seen))
+    assert_run_equals_specification(states, catalogue, k, seen, SCARCE)
 
 
-def test_a_user_without_a_bound_is_rescued_when_places_run_out():
-    catalogue, plan = ItemRows(ascending(90), None, None), TopKPlan(2, 16, TILES, capacity=16)
+def test_user_without_a_bound_takes_the_overflow_pass_beyond_the_capacity() -> None:
+    catalogue = ItemRows(ascending(90), None, None)
+    plan = TopKPlan(2, 16, TILES, capacity=16)
     assert launch._bounds(ones(1), catalogue, 16, None, plan, 1).item() == NO_BOUND.value
-    assert_same(kernels(ones(1), catalogue, 16, None, plan), specified(ones(1), catalogue, 16, None))
+    assert_run_equals_specification(ones(1), catalogue, 16, None, plan)
 
 
-@pytest.mark.parametrize("plan", [WHOLE, SAMPLED, OVERFLOWING])
-@pytest.mark.parametrize("lowest", [0, 50])
-def test_minus_zero_is_zero_and_minus_infinity_no_score(plan, lowest):
-    """Zeros of either sign go by row. Rows before `lowest` score -inf: with 50, six zeros stay unseen, of k = 12."""
-    row, k = torch.arange(90, device=DEVICE), 12
-    table, scales = (row < lowest).to(torch.int8)[:, None], torch.where(row % 3 == 0, -2.0, 2.0)
-    scales[:lowest] = -torch.inf
-    catalogue, seen = ItemRows(table, scales, row < 80), Seen(row[50:74], on_device(0, 24))
-    scores, rows = kernels(ones(1), catalogue, k, seen, plan)
-    assert_same((scores, rows), specified(ones(1), catalogue, k, seen))
-    zeros = [*range(lowest, 50), *range(74, 80)]
+@pytest.mark.parametrize("plan", [UNSAMPLED, SAMPLED, OVERFLOWING])
+@pytest.mark.parametrize("num_infinite", [0, 50])
+def test_minus_zero_equals_zero_and_minus_infinity_is_never_returned(plan: TopKPlan, num_infinite: int) -> None:
+    """Zeros of either sign are ordered by row. The first rows score -inf: with 50, six zeros remain for k = 12."""
+    k = 12
+    row = torch.arange(90, device=DEVICE)
+    table = (row < num_infinite).to(torch.int8)[:, None]
+    scales = torch.where(row % 3 == 0, -2.0, 2.0)
+    scales[:num_infinite] = -torch.inf
+    catalogue = ItemRows(table, scales, row < 80)
+    seen = Seen(row[50:74], on_device(0, 24))
+    _, rows = assert_run_equals_specification(ones(1), catalogue, k, seen, plan)
+    zeros = [*range(num_infinite, 50), *range(74, 80)]
     assert rows[0].tolist() == (zeros + [-1] * k)[:k]
 
 
-def test_users_of_a_later_batch_keep_their_own_seen_rows(monkeypatch):
-    monkeypatch.setattr(launch, "USERS_AT_ONCE", 3)
+def test_users_of_a_later_pass_keep_their_own_seen_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "USERS_PER_PASS", 3)
     users, items = 8, 20
-    states, catalogue = whole_numbers(1, users, 4), ItemRows(whole_numbers(2, items, 4), None, None)
+    catalogue = ItemRows(random_integers(2, items, 4), None, None)
     seen = random_seen(3, users, items, 8)
-    assert_same(kernels(states, catalogue, 4, seen, WHOLE), specified(states, catalogue, 4, seen))
+    assert_run_equals_specification(random_integers(1, users, 4), catalogue, 4, seen, UNSAMPLED)
 
 
 @pytest.mark.parametrize(
-    ("tiles", "nvidia", "fast"),
+    ("tiles", "has_ptx", "expected"),
     [
         (TopKTiles(64, 256, 16, 3), True, True),
         (TopKTiles(64, 256, 16, 3), False, False),
         (TopKTiles(32, 16, 4, 1), True, False),
         (TopKTiles(64, 16, 4, 1), True, True),
     ],
-)  # fmt: skip
-def test_only_whole_packs_on_nvidias_gpus_are_appended_by_the_inline_code(tiles, nvidia, fast, monkeypatch):
+)
+def test_only_filled_packs_on_nvidia_gpus_use_the_inline_code(
+    tiles: TopKTiles, has_ptx: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The inline code would append the scores that pad a pack."""
-    launched = {}
+    launched: dict[Any, dict[str, Any]] = {}
     monkeypatch.setattr(launch, "launch", lambda kernel, grid, *_, **options: launched.update({kernel: options}))
-    monkeypatch.setattr(launch, "FAST", nvidia)
+    monkeypatch.setattr(launch, "HAS_PTX", has_ptx)
     with FakeTensorMode():
         states, table = (torch.empty(rows, 16, device="cuda") for rows in (40, 100))
         launch.top_k(states, ItemRows(table, None, None), 5, None, TopKPlan(0, 0, tiles), num_sms=1)
-    assert launched[launch.kernel.filter_kernel]["FAST"] is fast
+    assert launched[launch.kernel.filter_kernel]["USE_PTX"] is expected
