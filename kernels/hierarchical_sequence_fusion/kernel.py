@@ -124,8 +124,7 @@ def fuse_kernel(
     # A user's rows have no gaps; empty slots are numbered after the rows of all users.
     user_row = tl.where(pooled, slot, slot - SESSIONS + sessions)
     empty_slot = tl.where(pooled, slot - sessions, SESSIONS - sessions + recent_event - stop)
-    empty_row = total + user * (RECENT + SESSIONS) - before + empty_slot
-    row = tl.where(filled, before + user_row, empty_row).to(tl.int64)
+    row = tl.where(filled, before + user_row, total + user * (RECENT + SESSIONS) - before + empty_slot).to(tl.int64)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = None if EVEN_D else column < width
     tokens += event

@@ -89,8 +89,7 @@ def sample_kernel(
     for start in range(tl.program_id(1) * BLOCK_ITEMS, groups * GROUP_SIZE, tl.num_programs(1) * BLOCK_ITEMS):
         sample = start + tl.arange(0, BLOCK_ITEMS)
         # A multiplicative hash picks the row within its stride, so that no period of the table biases the sample.
-        offset = ((sample.to(tl.int64) * 2654435761 >> 20) % SAMPLE_STRIDE).to(tl.int32)
-        row = sample * SAMPLE_STRIDE + offset
+        row = sample * SAMPLE_STRIDE + ((sample.to(tl.int64) * 2654435761 >> 20) % SAMPLE_STRIDE).to(tl.int32)
         valid = row < items
         score = _scores(state, table, scales, row, valid, table_stride, D_MODEL, QUANTISED)
         if HAS_ELIGIBLE:
@@ -115,8 +114,8 @@ def bound_kernel(
     rank = k
     if HAS_SEEN:
         seen = (tl.load(seen_offsets + user + 1) - tl.load(seen_offsets + user)).to(tl.int32)
-        in_sample = seen // SAMPLE_STRIDE + seen // (4 * SAMPLE_STRIDE) + 8 * (seen > 0).to(tl.int32)
-        rank = tl.minimum(k + in_sample, max_rank)
+        rank = k + seen // SAMPLE_STRIDE + seen // (4 * SAMPLE_STRIDE) + 8 * (seen > 0).to(tl.int32)
+        rank = tl.minimum(rank, max_rank)
     group = tl.arange(0, BLOCK)
     best = tl.load(maxima + user.to(tl.int64) * groups + group, mask=group < groups, other=-float("inf"))
     key = _sortable_bits(tl.where(best == best, best, -float("inf")))
