@@ -1,9 +1,8 @@
 """The product before attention, `projection.project_in`, for Hopper in CuTe DSL.
 
-A program keeps one panel of W, 128 columns of full depth, in shared memory for its whole life, and the rows of x stream
-past it: nothing else is read twice. Warps are specialised. One produces: it loads. The others consume, in groups of
-four that take tiles of rows in turn: while one group multiplies, the others scale, activate and store their tiles, so
-the matrix units need not wait.
+A program keeps one panel of W, 128 columns of full depth, in shared memory, and the rows of x stream past it: nothing
+else is read twice. Warps are specialised. One produces: it loads. The others consume, in groups of four that take tiles
+of rows in turn: while one group multiplies, the others activate and store, so the matrix units need not wait.
 """
 
 from functools import cache
@@ -39,7 +38,7 @@ COMPILE_LOCK = Lock()  # NOTE: one of two simultaneous compilations fails
 
 
 @cute.jit
-def load(x_global: Any, x_smem: Any, x_atom: Any, weight_global: Any, panel_smem: Any, weight_atom: Any, mbars: Any,
+def load(x_global: Any, x_smem: Any, x_atom: Any, w_global: Any, panel_smem: Any, weight_atom: Any, mbars: Any,
          panel_mbars: Any, tile0: Int32, tiles: Int32, step: Int32) -> None:  # fmt: skip
     """Load in one warp: each block of the panel goes before the first block of x that is multiplied by it."""
     full = mbars
@@ -50,9 +49,7 @@ def load(x_global: Any, x_smem: Any, x_atom: Any, weight_global: Any, panel_smem
             if index < D_MODEL // BLOCK_K:
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive_and_expect_tx(panel_mbars + block, BLOCK_N * BLOCK_K * 2)
-                cute.copy(
-                    weight_atom, weight_global[None, block], panel_smem[None, block], tma_bar_ptr=panel_mbars + block
-                )
+                cute.copy(weight_atom, w_global[None, block], panel_smem[None, block], tma_bar_ptr=panel_mbars + block)
             stage = index % STAGES
             cute.arch.mbarrier_wait(empty + stage, 1 - index // STAGES % 2)
             with cute.arch.elect_one():
@@ -93,8 +90,7 @@ def release(empty: Any) -> None:
 
 @cute.jit
 def normalisation(row_stats: Any, eps: Float32) -> Any:
-    """Return half a row's reciprocal deviation, and minus the mean times that. row_stats: sum and sum of squares of
-    each of its parts, alternating."""
+    """Return half a row's reciprocal deviation r, and -mean * r. row_stats: sum and sum of squares of each part."""
     total = Float32(0)
     squares = Float32(0)
     for part in cutlass.range_constexpr(cute.size(row_stats) // 2):
@@ -187,9 +183,12 @@ def project_in_kernel(
 ) -> Any:  # fmt: skip
     """Grid: programs of one panel each, a multiple of `panels`. x: [rows, D_MODEL], weight: [columns, D_MODEL],
     out: [rows, columns] as the copy engine sees them; row_stats: [rows, 2 * parts]; sums, bias: [columns]."""
-    thread, program, programs = cute.arch.thread_idx()[0], cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
+    thread = cute.arch.thread_idx()[0]
+    program = cute.arch.block_idx()[0]
     warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-    panel, tile0, step = program % panels, program // panels, programs // panels
+    panel = program % panels
+    tile0 = program // panels
+    step = cute.arch.grid_dim()[0] // panels
     tiles = (row_stats.shape[0] + BLOCK_M - 1) // BLOCK_M
     memory = SmemAllocator()
     # [BLOCK_N, BLOCK_K, blocks], [BLOCK_M, BLOCK_K, STAGES], [STORE_TILE, STORE_TILE, GROUPS * BUFFERS]
@@ -201,8 +200,10 @@ def project_in_kernel(
     panel_mbars = memory.allocate_array(cutlass.Int64, D_MODEL // BLOCK_K, byte_alignment=8)
     if thread < BLOCK_N:
         column = panel * BLOCK_N + thread
-        columns_smem[thread % 2, thread // 2] = sums[column]
-        columns_smem[2 + thread % 2, thread // 2] = 0.5 * bias[column]
+        column_sum = sums[column]
+        half_bias = 0.5 * bias[column]
+        columns_smem[thread % 2, thread // 2] = column_sum
+        columns_smem[2 + thread % 2, thread // 2] = half_bias
     if thread == 0:
         for stage in cutlass.range_constexpr(STAGES):
             cute.arch.mbarrier_init(mbars + stage, 1)
@@ -218,11 +219,11 @@ def project_in_kernel(
                 x_atom, 0, cute.make_layout(1), cute.group_modes(x_smem, 0, 2),
                 cute.group_modes(cute.local_tile(x, (BLOCK_M, BLOCK_K), (None, None)), 0, 2),
             )  # fmt: skip
-            panel_to, weight_global = cpasync.tma_partition(
+            panel_to, w_global = cpasync.tma_partition(
                 weight_atom, 0, cute.make_layout(1), cute.group_modes(panel_smem, 0, 2),
                 cute.group_modes(cute.local_tile(weight, (BLOCK_N, BLOCK_K), (panel, None)), 0, 2),
             )  # fmt: skip
-            load(x_global, x_to, x_atom, weight_global, panel_to, weight_atom, mbars, panel_mbars, tile0, tiles, step)
+            load(x_global, x_to, x_atom, w_global, panel_to, weight_atom, mbars, panel_mbars, tile0, tiles, step)
     else:
         cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
         consume(mma, x_smem, panel_smem, out_smem, out_atom, out, row_stats, columns_smem, eps, mbars, panel_mbars,
@@ -268,9 +269,8 @@ def make_pointer(address: int, dtype: Any) -> Any:
 def compile_kernel(device: torch.device, columns: int, parts: int) -> Any:
     """Compile in two to three seconds, once per process, device and shape: the result only runs on its first device."""
     pointers = [make_pointer(16, BFloat16)] * 3 + [make_pointer(16, Float32)] * 3
-    numbers = (Int32(1), Float32(1e-5), Int32(1), cuda.CUstream(0))
     with COMPILE_LOCK:
-        return cute.compile(launch_kernel, *pointers, *numbers, columns, parts)
+        return cute.compile(launch_kernel, *pointers, Int32(1), Float32(1), Int32(1), cuda.CUstream(0), columns, parts)
 
 
 @cache
@@ -288,13 +288,13 @@ def fits(x: Tensor, weight: Tensor) -> bool:
 
 def project_in(x: Tensor, row_stats: Tensor, weight: Tensor, sums: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Return `projection.project_in` of input that `fits`."""
-    rows, columns = len(x), len(weight)
-    out = x.new_empty((rows, columns))
+    columns = len(weight)
+    out = x.new_empty((len(x), columns))
     stream = cuda.CUstream(torch.cuda.current_stream(x.device).cuda_stream)
     with device_guard(x):
         compile_kernel(x.device, columns, row_stats.shape[1])(
             *(make_pointer(part.data_ptr(), BFloat16) for part in (x, weight, out)),
             *(make_pointer(part.data_ptr(), Float32) for part in (row_stats, sums, bias)),
-            rows, eps, count_programs(x.device, columns // BLOCK_N), stream,
+            len(x), eps, count_programs(x.device, columns // BLOCK_N), stream,
         )  # fmt: skip
     return out
