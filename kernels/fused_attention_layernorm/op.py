@@ -54,22 +54,18 @@ def fused_attention_layernorm(
     Raises ValueError that names the argument, its shape, and what was expected.
     The specification is reference.py: equations 2 and 3 of arxiv.org/abs/2402.17152.
     """
-    total = len(plan.seconds)
-    device = plan.seconds.device
     tables = (position_bias, time_bias, norm_weight, norm_bias)
-    validation.check_rows(q, k, v, u, total, len(plan.offsets) - 1 if last else total, device)
-    validation.check_tables(q.shape[1], v.shape[2], max_events, len(plan.thresholds) + 1, *tables, device)
-    validation.check_length(plan.max_length, max_events)
+    _check_shapes(q, k, v, u, tables, plan, max_events, last)
     validation.check_numbers(eps, alpha)
     validation.check_fp8(q, scales, k, v, u, *tables)
     scales = scales or Fp8Scales()
-    seed = validation.resolve_seed(dropout, seed, device)
+    seed = validation.resolve_seed(dropout, seed, plan.seconds.device)
     tables = (position_bias.contiguous(), time_bias.contiguous(), norm_weight.contiguous(), norm_bias.contiguous())
     if debug:
         biases = {"position_bias": position_bias, "time_bias": time_bias}
         validation.check_finite(q=q, k=k, v=v, u=u, **biases, norm_weight=norm_weight, norm_bias=norm_bias)
     kernels = plan.kernels and has_kernel(q) and has_kernel(v)
-    kernels = kernels and fits(plan.config, max(q.shape[2], v.shape[2]), q.element_size(), device)
+    kernels = kernels and fits(plan.config, max(q.shape[2], v.shape[2]), q.element_size(), q.device)
     batch = (plan.seconds, plan.offsets, plan.thresholds)
     numbers = (eps, max_events, alpha * scales.q * scales.k, scales.v)
     if last:
@@ -84,6 +80,24 @@ def fused_attention_layernorm(
     prepared = (plan.num_targets, plan.row_blocks, plan.time_buckets, seed)
     options = (dropout, plan.num_contextual, plan.max_length, config, kernels)
     return attention(q, k, v, u, *tables, *batch, *prepared, *numbers, *options)[0]
+
+
+def _check_shapes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor,
+    tables: tuple[Tensor, Tensor, Tensor, Tensor],
+    plan: AttentionPlan,
+    max_events: int,
+    last: bool,
+) -> None:
+    total = len(plan.seconds)
+    queries = len(plan.offsets) - 1 if last else total
+    device = plan.seconds.device
+    validation.check_rows(q, k, v, u, total, queries, device)
+    validation.check_tables(q.shape[1], v.shape[2], max_events, len(plan.thresholds) + 1, *tables, device)
+    validation.check_length(plan.max_length, max_events)
 
 
 @torch.library.custom_op("millrace::attention_layernorm", mutates_args=())

@@ -156,7 +156,7 @@ def project_out_kernel(
 
 
 def compute_row_stats(x: Tensor) -> Tensor:
-    """Return the statistics of whole rows [rows, width]: float32 [rows, 1, 2]."""
+    """Return the row statistics of x [rows, width]: float32 [rows, 1, 2]."""
     rows, width = x.shape
     row_stats = x.new_empty((rows, 1, 2), dtype=torch.float32)
     block_m = max(1, ROW_TILE_VALUES // padded_width(width))

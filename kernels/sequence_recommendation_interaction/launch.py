@@ -18,7 +18,7 @@ HAS_PTX = torch.version.cuda is not None  # the inline code is NVIDIA's
 
 @dataclass(frozen=True, slots=True)
 class TopKPlan:
-    """How a call samples and which tiles it uses.
+    """Sample and tiles of one call.
 
     sample_stride: one row of so many is sampled, 0 without a sample; group_size: sampled rows per maximum; tiles: of
     the pass; sample_tiles: of the sample, if different.

@@ -18,7 +18,8 @@ def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def test_scores_of_many_candidates_equal_those_of_the_last_user_alone() -> None:
-    users, candidates = 2**15 + 1, 2**16
+    users = 2**15 + 1
+    candidates = 2**16
     states = normal(users, 16)
     table = normal(1000, 16)
     rows = (torch.arange(candidates, device="cuda", dtype=torch.int32) % 1000).repeat(users, 1)
@@ -28,7 +29,9 @@ def test_scores_of_many_candidates_equal_those_of_the_last_user_alone() -> None:
 
 
 def test_fusion_of_many_events_equals_that_of_the_last_user_alone() -> None:
-    users, length, width = 1025, 4096, 512
+    users = 1025
+    length = 4096
+    width = 512
     events = users * length
     embeddings = (normal(1000, width), normal(9, width), normal(9, dtype=torch.float32))
     tokens = torch.randint(1000, (events,), device="cuda", dtype=torch.int32)
@@ -43,7 +46,11 @@ def test_fusion_of_many_events_equals_that_of_the_last_user_alone() -> None:
 
 
 def test_attention_and_gradients_of_many_users_equal_those_of_the_last_user_alone() -> None:
-    users, length, heads, d_qk, d_v = 65_600, 64, 2, 16, 256
+    users = 65_600
+    length = 64
+    heads = 2
+    d_qk = 16
+    d_v = 256
     total = users * length
     rows = [normal(total, heads, d).requires_grad_() for d in (d_qk, d_qk, d_v, d_v)]
     thresholds = torch.tensor([1, 10, 100], device="cuda", dtype=torch.int32)

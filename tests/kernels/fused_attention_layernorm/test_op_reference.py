@@ -75,13 +75,13 @@ def reference_states(hstu: Hstu, inputs: EncoderInputs) -> Tensor:
     positions = torch.arange(int(lengths.max()), device=DEVICE)
     valid = positions < lengths[:, None]
     rows = torch.where(valid, offsets[:-1, None] + positions, 0)
-    tokens, feature_ids, seconds = tokens[rows], feature_ids[rows], seconds[rows].long()
-    items = torch.nn.functional.normalize(hstu.items.embedding(tokens), dim=-1, eps=CONFIG.eps)
+    feature_ids = feature_ids[rows]
+    items = torch.nn.functional.normalize(hstu.items.embedding(tokens[rows]), dim=-1, eps=CONFIG.eps)
     strength = hstu.log_strength.weight[feature_ids].sum(2).exp()  # [users, length, 1]
     x = hstu.rotation(items) * strength + hstu.feature_embedding.weight[feature_ids].sum(2)
     for layer in hstu.layers:
         assert isinstance(layer, HstuLayer)
-        x = reference_layer(layer, x, seconds, lengths)
+        x = reference_layer(layer, x, seconds[rows].long(), lengths)
     return torch.nn.functional.normalize(x[valid], dim=-1, eps=CONFIG.eps)
 
 

@@ -84,7 +84,9 @@ def key_kernel(scores, rows, keys, COUNT: tl.constexpr):
 @pytest.mark.parametrize("capacity", [3, 1000])
 def test_thread_stores_each_score_that_reaches_its_bound_once_within_the_capacity(seed: int, capacity: int) -> None:
     rng = torch.Generator().manual_seed(seed)
-    steps, items, users = 64, 200, 2
+    steps = 64
+    items = 200
+    users = 2
     scores = torch.randint(-3, 4, (steps, PACK), generator=rng) * 0.75
     scores[torch.rand(steps, PACK, generator=rng) < 0.1] = -0.0
     scores[torch.rand(steps, PACK, generator=rng) < 0.8] = -9.0  # most packs have no score to append, or one

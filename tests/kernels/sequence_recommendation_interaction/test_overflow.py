@@ -78,7 +78,8 @@ def test_minus_zero_equals_zero_and_minus_infinity_is_never_returned(plan: TopKP
 
 def test_users_of_a_later_pass_keep_their_own_seen_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "USERS_PER_PASS", 3)
-    users, items = 8, 20
+    users = 8
+    items = 20
     catalogue = ItemRows(random_integers(2, items, 4), None, None)
     seen = random_seen(3, users, items, 8)
     assert_run_equals_specification(random_integers(1, users, 4), catalogue, 4, seen, UNSAMPLED)
