@@ -84,8 +84,8 @@ class FusedEncoder:
         # NOTE: the graphs refer to the forward pass, not to this object: no cycle keeps a replaced model's memory.
         self._graphs = BatchGraphs(self._forward, like, graphs.max_users, max_events, graphs.budget_mib << 20)
         longest = self._config.history_length
-        self._classes = [longest] if self._config.max_events <= SHORT_LENGTH else [SHORT_LENGTH, longest]
-        self.place(np.arange(len(vectors)), vectors)
+        self._length_buckets = [longest] if self._config.max_events <= SHORT_LENGTH else [SHORT_LENGTH, longest]
+        self.set_item_vectors(np.arange(len(vectors)), vectors)
 
     def set_item_vectors(self, rows: np.ndarray, vectors: Tensor) -> None:
         """Take over the vectors of these item rows, int64 [n], from `vectors` [items, width], which holds all items."""
@@ -98,9 +98,9 @@ class FusedEncoder:
         self._forward.rotated[index] = self._hstu.rotation(vectors[index]).to(rotated.dtype)
 
     def warm(self) -> int:
-        """Makes the graphs of all batches to come, before they come; returns their number."""
-        with device_guard(self._encoding.rotated):
-            return self._graphs.warm(self._classes)
+        """Capture the graphs of all batch sizes ahead of time and return their number."""
+        with device_guard(self._forward.rotated):
+            return self._graphs.warm(self._length_buckets)
 
     def encode(self, inputs: EncoderInputs) -> Tensor:
         """Return states float32 [n, width]; see Encoder.encode."""
@@ -119,11 +119,13 @@ class FusedEncoder:
         excluded = self._config.excluded_features
         feature_ids = inputs.feature_ids[:, self._hstu.columns] if excluded else inputs.feature_ids
         longest = int(np.diff(inputs.offsets).max())
-        assert longest <= self._classes[-1], "histories are cut by `tail(max_events)`"
-        with device_guard(self._encoding.rotated):  # streams and graphs are of the current GPU
-            *columns, offsets = self._stage(inputs.tokens, codes, inputs.seconds, inputs.offsets.astype(np.int32))
-            longest = next(events for events in self._classes if longest <= events)
-            return self._graphs(columns, offsets, longest)[: len(inputs)]
+        assert longest <= self._length_buckets[-1], "histories are cut by `tail(max_events)`"
+        with device_guard(self._forward.rotated):  # streams and graphs belong to the current GPU
+            *columns, offsets = self._stage(
+                inputs.item_rows, feature_ids, inputs.seconds, inputs.offsets.astype(np.int32)
+            )
+            bucket = next(length for length in self._length_buckets if longest <= length)
+            return self._graphs(columns, offsets, bucket)[: len(inputs)]
 
 
 def make_kernel_encoder(hstu: Hstu, dtype: torch.dtype, fp8: bool = False) -> KernelEncoder:
@@ -131,10 +133,9 @@ def make_kernel_encoder(hstu: Hstu, dtype: torch.dtype, fp8: bool = False) -> Ke
     layers = []
     for layer in hstu.layers:
         assert isinstance(layer, HstuLayer)
-        norms = layer.norm_in, layer.norm_out
-        assert isinstance(norms[0], LayerNorm)
-        assert isinstance(norms[1], LayerNorm)
-        modules = norms[0], layer.project_in, norms[1], layer.project_out
-        layers.append(LayerWeights.from_modules(*modules, *layer.tables(), dtype, fp8))
+        assert isinstance(layer.norm_in, LayerNorm)
+        assert isinstance(layer.norm_out, LayerNorm)
+        modules = layer.norm_in, layer.project_in, layer.norm_out, layer.project_out
+        layers.append(LayerWeights.from_modules(*modules, *layer.bias_tables(), dtype, fp8))
     config = hstu.config
     return KernelEncoder(layers, config.heads, config.d_qk, config.d_v, config.max_events, config.eps)

@@ -33,14 +33,18 @@ from tests.benchmarks import results
 from tests.benchmarks.kernel_rows import Row, arguments, card_name, device_ms, graphed, median_ms, relative_error
 from tests.benchmarks.kernel_work import CONFIG, HEADS, WIDTH, WORKLOADS, D, Work
 
-SCALES = Fp8Scales(*[WIDTH**0.5 / FP8_MAX] * 3)  # as of weights of norm one, which `operator_inputs` look like
-LAUNCHES = tuple(
-    KernelConfig(*numbers)
-    for numbers in (
-        (64, 32, 2), (64, 32, 3), (64, 32, 2, 168), (64, 32, 3, 168), (64, 64, 2), (64, 64, 3), (64, 64, 2, 168),
-        (128, 64, 2, 128), (128, 32, 3, 128),
-    )
-)  # fmt: skip
+SCALES = Fp8Scales(*[WIDTH**0.5 / FP8_MAX] * 3)  # those of weights of norm one, which fit `operator_inputs`
+CONFIGS = (
+    KernelConfig(64, 32, 2),
+    KernelConfig(64, 32, 3),
+    KernelConfig(64, 32, 2, 168),
+    KernelConfig(64, 32, 3, 168),
+    KernelConfig(64, 64, 2),
+    KernelConfig(64, 64, 3),
+    KernelConfig(64, 64, 2, 168),
+    KernelConfig(128, 64, 2, 128),
+    KernelConfig(128, 32, 3, 128),
+)
 Rows = list[Row]
 
 
@@ -196,13 +200,13 @@ def bucket_graph(encode: KernelEncoder, work: Work, thresholds: Tensor, last: bo
 
     columns = (work.x, work.seconds)
     graphs = BatchGraphs(run, columns, work.users, len(work.x))
-    graphs.capture(Bucket.from_sizes(work.users, len(work.x), work.cap))
-    return lambda: graphs(columns, work.offsets, work.cap)
+    graphs.capture(Bucket.from_sizes(work.users, len(work.x), work.max_length))
+    return lambda: graphs(columns, work.offsets, work.max_length)
 
 
 def tune(work: Work, thresholds: Tensor) -> None:
-    """Prints every launch's time on this device, and the best one as the line of launch.KERNEL_CONFIGS."""
-    wide = operator_inputs(work)[:3]
+    """Print every configuration's time on this device, and the best one as its line of launch.KERNEL_CONFIGS."""
+    qkv = operator_inputs(work)[:3]
     tables = (torch.randn(HEADS, CONFIG.max_events, device="cuda"), torch.randn(HEADS, 49, device="cuda"))
     for rows in (qkv, to_fp8(qkv), tuple(part.float() for part in qkv)):
         dtype = rows[0].dtype
@@ -211,15 +215,15 @@ def tune(work: Work, thresholds: Tensor) -> None:
             if not fits(config, D, dtype.itemsize, work.x.device):
                 continue
             plan = AttentionPlan.from_batch(
-                work.seconds, work.offsets, thresholds, work.cap, rows[0].dtype, config=launch
+                work.seconds, work.offsets, thresholds, work.max_length, dtype, config=config
             )
-            timed.append(
-                (float(do_bench(attention_alone(tables, plan, rows, Fp8Scales()), return_mode="median")), launch)
-            )
-        for ms, launch in sorted(timed, key=lambda pair: pair[0]):
-            print(f"{work.name}: {ms / CONFIG.layers:.4f} ms a layer of {rows[0].dtype}, {launch}", flush=True)
-        key = (torch.cuda.get_device_capability()[0], size, work.cap <= SHORT_LENGTH)
-        print(f"    {key}: {min(timed, key=lambda pair: pair[0])[1]},", flush=True)
+            call = attention_alone(tables, plan, rows, Fp8Scales())
+            timed.append((device_ms(call), config))
+        timed.sort(key=lambda pair: pair[0])
+        for ms, config in timed:
+            print(f"{work.name}: {ms / CONFIG.layers:.4f} ms per layer of {dtype}, {config}", flush=True)
+        key = (torch.cuda.get_device_capability()[0], dtype.itemsize, work.max_length <= SHORT_LENGTH)
+        print(f"    {key}: {timed[0][1]},", flush=True)
 
 
 def main() -> None:

@@ -110,9 +110,9 @@ def measure_ms(call: Callable[[], object]) -> float:
 def measure(users: int, rows: int) -> dict[str, Row]:
     inputs = Inputs.generate(rows, WIDTH, HEADS, WIDTH, torch.bfloat16)
     calls = {
-        "two launches": inputs.in_two,
-        "one launch": lambda: inputs.in_one(measured_tiles(rows)),
-        "chosen": inputs.in_one,
+        "two launches": inputs.two_launches,
+        "one launch": lambda: inputs.one_launch(measured_tiles(rows)),
+        "chosen": inputs.one_launch,
     }
     expected = inputs.reference()
     measured: dict[str, Row] = {}

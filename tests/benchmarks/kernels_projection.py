@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.fused_attention_layernorm import projection_hopper
 from kernels.fused_attention_layernorm.launch import LARGE_IN
 from kernels.fused_attention_layernorm.projection import compute_row_stats, project_in
 from tests.benchmarks import results

@@ -126,19 +126,18 @@ def quantised(states: Tensor, table: Tensor, work: Work) -> Rows:
 
 
 def tune(users: int) -> None:
-    """Prints the whole call's time with every choice of tiles, and the best one as the line of tiles.TILES."""
-    states, table, card = unit_rows(users), unit_rows(1_000_000), Card.from_device(torch.device("cuda", 0))
+    """Print the full call's time with every choice of tiles, and the best one as its line of tiles.TILES."""
+    states = unit_rows(users)
+    table = unit_rows(1_000_000)
+    card = Card.from_device(torch.device("cuda", 0))
     processors = torch.cuda.get_device_properties(0).multi_processor_count
-    plan, catalogue = launch.make_plan(len(table), users, WIDTH, K, 2, card), launch.ItemRows(table, None, None)
-    timed = []
+    plan = launch.make_plan(len(table), users, WIDTH, K, 2, card)
+    rows = launch.ItemRows(table, None, None)
+    timed: list[tuple[float, TopKTiles]] = []
     for tiles in tiles_to_try(users, card):
-        tried = replace(plan, tiles=tiles, group_size=min(plan.group_size, tiles.block_items))
-        ms = do_bench_cudagraph(
-            lambda tried=tried: launch.top_k(states, catalogue, K, None, tried, processors),
-            rep=50,
-            return_mode="median",
-        )
-        timed.append((float(ms), tiles))
+        tiled = replace(plan, tiles=tiles, group_size=min(plan.group_size, tiles.block_items))
+        call = partial(launch.top_k, states, rows, K, None, tiled, processors)
+        timed.append((replay_ms(call, rep=50), tiles))
         print(f"{users} users: {timed[-1][0]:.4f} ms, {tiles}", flush=True)
     best = min(timed, key=lambda pair: pair[0])[1]
     print(f"    ({card.capability}, 2, {WIDTH}, {users >= LARGE_BATCH_USERS}): {best},", flush=True)
@@ -148,8 +147,13 @@ def tiles_to_try(users: int, card: Card) -> list[TopKTiles]:
     """Return all tiles that fit the card and fill the inline PTX code's packs."""
     sizes = itertools.product((32, 64, 128), (16, 64, 128, 256), (4, 8, 16), (2, 3), (1, 2))
     tiles = [TopKTiles(*numbers) for numbers in sizes if min(64, max(16, users)) <= numbers[1] <= max(16, users)]
-    return [each for each in tiles if each.fills_packs and each.programs_per_sm * each.shared_bytes(2 * WIDTH) <=
-            card.shared_bytes and each.warps == max(4, each.block_users // 16)]  # fmt: skip
+    return [
+        each
+        for each in tiles
+        if each.fills_packs
+        and each.programs_per_sm * each.shared_bytes(2 * WIDTH) <= card.shared_bytes
+        and each.warps == max(4, each.block_users // 16)
+    ]
 
 
 def candidates(per_user: int) -> Rows:
@@ -190,17 +194,24 @@ def events(items: int) -> dict[str, Tensor]:
     }
 
 
-def unfused(table: Tensor, features: Tensor, log_strength: Tensor, tokens: Tensor, feature_ids: Tensor,
-            seconds: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The same by torch's own operators, a launch or more for each."""
+def unfused(
+    table: Tensor,
+    features: Tensor,
+    log_strength: Tensor,
+    tokens: Tensor,
+    feature_ids: Tensor,
+    seconds: Tensor,
+    offsets: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the same with torch's own operators, one launch or more for each."""
     weights = log_strength[feature_ids].sum(1).clamp(-20, 20).exp()
-    place = torch.arange(len(tokens), device="cuda")
-    user = torch.searchsorted(offsets, place, right=True) - 1
-    newest = place >= offsets[user + 1] - RECENT
-    strengths = torch.where(newest, weights, 1.0)[:, None].to(table.dtype)
+    position = torch.arange(len(tokens), device="cuda")
+    user = torch.searchsorted(offsets, position, right=True) - 1
+    is_recent = position >= offsets[user + 1] - RECENT
+    strengths = torch.where(is_recent, weights, 1.0)[:, None].to(table.dtype)
     vectors = table[tokens] * strengths + F.embedding_bag(feature_ids, features, mode="sum")  # [events, width]
-    weights = torch.where(newest, 1.0, weights)
-    begins = newest | (place == offsets[user]) | (seconds.diff(prepend=seconds[:1]) >= GAP_S)
+    weights = torch.where(is_recent, 1.0, weights)
+    begins = is_recent | (position == offsets[user]) | (seconds.diff(prepend=seconds[:1]) >= GAP_S)
     token = begins.cumsum(0) - 1
     sums = torch.zeros(int(token[-1]) + 1, WIDTH, device="cuda").index_add_(0, token, vectors * weights[:, None])
     means = sums / torch.zeros(len(sums), device="cuda").index_add_(0, token, weights)[:, None]

@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels import graphs as graphs_module
 from kernels.fused_attention_layernorm.plan import AttentionPlan
 from kernels.graphs import MIN_CALLS, BatchGraphs, Bucket, CapturedGraph, bucket_rows, possible_buckets
-from pipeline.backends.fused import encoder_of
+from pipeline.backends.fused import make_kernel_encoder
 from pipeline.features.event_features import TIME_THRESHOLDS
 from tests.kernels.fused_attention_layernorm.test_encoder import DEVICE, WIDE
 from tests.kernels.fused_attention_layernorm.test_op_reference import make_inputs, make_model
@@ -154,7 +154,7 @@ def test_frequent_bucket_gets_a_graph_and_clear_drops_it() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="no GPU")
 def test_on_gpu_graphs_give_the_encoders_states_within_their_budget() -> None:
-    encoder = encoder_of(make_model(1, WIDE).to(DEVICE), torch.float16)
+    encoder = make_kernel_encoder(make_model(1, WIDE).to(DEVICE), torch.float16)
     thresholds = torch.tensor(TIME_THRESHOLDS, dtype=torch.int32, device=DEVICE)
 
     def run(columns: Sequence[Tensor], offsets: Tensor, max_length: int) -> Tensor:

@@ -54,7 +54,7 @@ def test_results_and_gradients_with_dropout_equal_the_specification(
     assert_all_near(gradients(result, case), gradients(expected, case), TOLERANCES[torch.float32])
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.lists(st.integers(0, 70), min_size=1, max_size=3), st.floats(0.01, 0.99), st.integers(-(2**63), 2**63 - 1))
 def test_any_lengths_rate_and_seed_equal_the_specification(lengths: list[int], rate: float, seed: int) -> None:
     case = make_case(lengths, heads=1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.fused_attention_layernorm.encoder import KernelEncoder
 from kernels.fused_attention_layernorm.plan import AttentionPlan
-from pipeline.backends.fused import encoder_of
+from pipeline.backends.fused import make_kernel_encoder
 from pipeline.features.event_features import TIME_THRESHOLDS, EncoderInputs
 from pipeline.model.padding import PaddedBlocks
 from tests.kernels.fused_attention_layernorm.test_op_reference import CONFIG, DEVICE, make_inputs, make_model
@@ -25,7 +25,7 @@ def make_plan(inputs: EncoderInputs) -> AttentionPlan:
 
 
 def make_encoder_and_input(lengths: list[int]) -> tuple[KernelEncoder, Tensor, AttentionPlan]:
-    encoder = encoder_of(make_model(1, WIDE), torch.float32)
+    encoder = make_kernel_encoder(make_model(1, WIDE), torch.float32)
     x = torch.randn(sum(lengths), WIDE.width, device=DEVICE)
     return encoder, x, make_plan(make_inputs(lengths, seed=1))
 
@@ -35,7 +35,7 @@ def test_plan_of_longer_users_than_the_encoders_tables_is_rejected() -> None:
     plan = AttentionPlan.from_batch(
         seconds, torch.tensor([0, 3], device=DEVICE), thresholds, WIDE.max_events + 1, torch.float32
     )
-    encoder = encoder_of(make_model(1, WIDE), torch.float32)
+    encoder = make_kernel_encoder(make_model(1, WIDE), torch.float32)
     message = f"max_length is {WIDE.max_events + 1}, expected at most .* {WIDE.max_events}$"
     with pytest.raises(ValueError, match=message):
         encoder(torch.zeros(3, WIDE.width, device=DEVICE), plan)
@@ -50,7 +50,7 @@ def test_encoder_gives_the_models_states_and_its_last_states() -> None:
         for layer in hstu.layers:
             expected = layer(expected, PaddedBlocks.from_inputs(inputs, DEVICE))
     plan = make_plan(inputs)
-    encoder = encoder_of(hstu, torch.float32)
+    encoder = make_kernel_encoder(hstu, torch.float32)
     torch.testing.assert_close(encoder(x, plan), expected, rtol=1e-4, atol=1e-4)
     expected_last = expected[plan.offsets[1:].long() - 1]
     torch.testing.assert_close(encoder(x, plan, last=True), expected_last, rtol=1e-4, atol=1e-4)

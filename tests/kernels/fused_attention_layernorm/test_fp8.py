@@ -17,7 +17,7 @@ from kernels.fused_attention_layernorm.fp8 import FP8, FP8_MAX, Fp8Scales, compu
 from kernels.fused_attention_layernorm.launch import SAFE_CONFIG, KernelConfig, ProjectionTiles
 from kernels.fused_attention_layernorm.plan import AttentionPlan
 from kernels.fused_attention_layernorm.projection import compute_row_stats, project_in, project_in_fp8
-from pipeline.backends.fused import encoder_of
+from pipeline.backends.fused import make_kernel_encoder
 from pipeline.features.event_features import TIME_THRESHOLDS
 from tests.kernels.fused_attention_layernorm.test_op import DEVICE, Case, make_case, relative_error
 from tests.kernels.fused_attention_layernorm.test_op_reference import CONFIG, make_inputs, make_model
@@ -71,7 +71,7 @@ def test_fp8_attention_equals_the_specification_on_the_represented_values(
     assert relative_error(result, exact.reference()) < TOLERANCE
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(st.lists(st.integers(0, 70), min_size=1, max_size=4), st.integers(0, 1000))
 def test_fp8_attention_with_targets_and_contextual_rows_equals_the_specification(lengths: list[int], seed: int) -> None:
     case, exact = to_fp8(make_case(lengths, seed=seed, heads=1, d=32))
@@ -132,7 +132,7 @@ def test_unsupported_use_of_fp8_is_rejected(message: str, change: Callable[..., 
         invalid.run(invalid.plan(), scales=SCALES)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 1000), st.floats(0.01, 100), st.sampled_from([8, 48, 512]))
 def test_scale_keeps_every_row_within_the_fp8_maximum(seed: int, size: float, width: int) -> None:
     rng = torch.Generator().manual_seed(seed)
@@ -169,8 +169,8 @@ def test_fp8_encoder_is_near_the_exact_one() -> None:
     x = torch.randn(70, WIDE.width, generator=torch.Generator().manual_seed(1)).half().to(DEVICE)
     columns = (inputs.seconds, inputs.offsets, TIME_THRESHOLDS)
     seconds, offsets, thresholds = (torch.as_tensor(column).int().to(DEVICE) for column in columns)
-    exact = encoder_of(hstu, torch.float16)
-    encoder = encoder_of(hstu, torch.float16, fp8=True)
+    exact = make_kernel_encoder(hstu, torch.float16)
+    encoder = make_kernel_encoder(hstu, torch.float16, fp8=True)
     plan = AttentionPlan.from_batch(
         seconds, offsets, thresholds, WIDE.max_events, encoder.qkv_dtype(x.dtype), kernels=True
     )

@@ -123,7 +123,7 @@ def test_attention_equals_the_specification(lengths: list[int], config: KernelCo
     assert relative_error(result, case.reference()) < TOLERANCES[dtype]
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.lists(st.integers(0, 70), min_size=1, max_size=4), st.integers(0, 1000))
 def test_attention_of_any_lengths_equals_the_specification(lengths: list[int], seed: int) -> None:
     case = make_case(lengths, seed=seed, heads=1)

@@ -41,7 +41,7 @@ def model_states(hstu: Hstu, inputs: EncoderInputs, last: bool = False) -> Tenso
 
 
 def event_rows(hstu: Hstu, inputs: EncoderInputs) -> Tensor:
-    tokens, feature_ids = (torch.from_numpy(column).to(DEVICE) for column in (inputs.tokens, inputs.feature_ids))
+    tokens, feature_ids = (torch.from_numpy(column).to(DEVICE) for column in (inputs.item_rows, inputs.feature_ids))
     return hstu.event_rows(hstu.items()[tokens], feature_ids)
 
 
@@ -69,7 +69,7 @@ def reference_layer(layer: HstuLayer, x: Tensor, seconds: Tensor, lengths: Tenso
 
 def reference_states(hstu: Hstu, inputs: EncoderInputs) -> Tensor:
     """Run the specification on padded users and pack the result again: [total, width]."""
-    columns = (inputs.offsets, inputs.tokens, inputs.feature_ids, inputs.seconds)
+    columns = (inputs.offsets, inputs.item_rows, inputs.feature_ids, inputs.seconds)
     offsets, tokens, feature_ids, seconds = (torch.from_numpy(column).to(DEVICE) for column in columns)
     lengths = offsets.diff()
     positions = torch.arange(int(lengths.max()), device=DEVICE)
@@ -85,7 +85,7 @@ def reference_states(hstu: Hstu, inputs: EncoderInputs) -> Tensor:
     return torch.nn.functional.normalize(x[valid], dim=-1, eps=CONFIG.eps)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(0, 1000))
 def test_packed_model_equals_the_padded_specification(lengths: list[int], seed: int) -> None:
     hstu = make_model(seed)
@@ -99,7 +99,7 @@ def test_packed_model_equals_the_padded_specification(lengths: list[int], seed: 
     torch.testing.assert_close(packed_last, expected[last], rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(0, 1000))
 def test_block_policy_changes_no_state(lengths: list[int], seed: int) -> None:
     hstu = make_model(seed)
@@ -110,7 +110,7 @@ def test_block_policy_changes_no_state(lengths: list[int], seed: int) -> None:
         for last in (False, True):
             fine, coarse = (
                 hstu(rows, PaddedBlocks.from_inputs(inputs, DEVICE, policy), last)
-                for policy in (one_block_per_user, GPU)
+                for policy in (one_block_per_user, GPU_POLICY)
             )
             torch.testing.assert_close(fine, coarse, rtol=1e-4, atol=1e-5)
 
@@ -128,7 +128,7 @@ def test_packed_gradients_equal_those_of_the_specification() -> None:
         torch.testing.assert_close(gradients[0][name], expected, rtol=1e-3, atol=1e-4, msg=name)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(2, 40), st.data())
 def test_later_event_never_changes_an_earlier_state(length: int, data: st.DataObject) -> None:
     hstu = make_model(5)
@@ -136,7 +136,7 @@ def test_later_event_never_changes_an_earlier_state(length: int, data: st.DataOb
     with torch.no_grad():
         before = model_states(hstu, inputs)
         position = data.draw(st.integers(1, length - 1))
-        inputs.tokens[position:] = (inputs.tokens[position:] + 7) % CONFIG.items
+        inputs.item_rows[position:] = (inputs.item_rows[position:] + 7) % CONFIG.items
         inputs.feature_ids[position:] = (inputs.feature_ids[position:] + 11) % N_FEATURE_IDS
         inputs.seconds[position:] += 77
         after = model_states(hstu, inputs)
@@ -144,7 +144,7 @@ def test_later_event_never_changes_an_earlier_state(length: int, data: st.DataOb
     assert not torch.allclose(after[position], before[position])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.integers(1, 40), min_size=2, max_size=20), st.data())
 def test_state_does_not_depend_on_the_rest_of_the_batch(lengths: list[int], data: st.DataObject) -> None:
     hstu = make_model(9)

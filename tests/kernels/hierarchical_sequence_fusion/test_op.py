@@ -116,7 +116,7 @@ def test_kernels_equal_the_specification(
     assert_near(result, specified(embeddings, events, recent, sessions))
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(
     st.lists(st.integers(0, 12), min_size=1, max_size=5).filter(any),
     st.integers(0, 3),

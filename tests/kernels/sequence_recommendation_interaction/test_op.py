@@ -87,7 +87,7 @@ def test_kernels_equal_the_specification_including_ties(
     assert_run_equals_specification(states, ItemRows(table, None, None), k, None, plan)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(st.integers(0, 1000), st.integers(1, 4), st.integers(1, 60), st.integers(1, 12), st.booleans())
 def test_seen_and_ineligible_rows_are_excluded(seed: int, users: int, items: int, k: int, quantised: bool) -> None:
     states = random_integers(seed, users, 8)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from msgspec.structs import replace
 from torch import Tensor, nn
 
+from kernels import graphs
 from kernels.graphs import possible_buckets
-from pipeline.artifact import draft
 from pipeline.backends import GraphOptions
 from pipeline.backends.fused import FusedEncoder
 from pipeline.features.event_features import FEATURE_COLUMNS, N_FEATURE_IDS, N_FEATURES, EncoderInputs
@@ -155,7 +155,7 @@ def test_gpu_serves_one_model_while_another_captures_its_graphs() -> None:
             for inputs, states in zip(batches, expected, strict=True):
                 torch.testing.assert_close(serving.encode(inputs), states, rtol=5e-2, atol=5e-2)
     assert warming.result() == len(set(possible_buckets(64, 1024, [CONFIG.max_events])))
-    for inputs, states in zip(batches, wanted, strict=True):
+    for inputs, states in zip(batches, expected, strict=True):
         torch.testing.assert_close(coming.encode(inputs), states, rtol=5e-2, atol=5e-2)
 
 
