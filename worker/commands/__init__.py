@@ -3,5 +3,5 @@
 Heavy imports (torch, aiokafka, redis) belong inside `run`, so that --help answers at once.
 
 May import: errors, clock, malloc_tuning, config, logging, kafka, redis, inference, lookup, operations, process, replay,
-pipeline.
+output, pipeline.
 """

@@ -21,7 +21,7 @@ def add_config(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     from worker import config
-    from worker.commands.tables import print_tables, table
+    from worker.output.tables import print_tables, table
 
     rows = table("key", "value", "source")
     for row in config.show(config.load(args.config), args.config):

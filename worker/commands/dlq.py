@@ -75,7 +75,7 @@ def _show(letters: "list[DeadLetterRecord]", as_json: bool) -> None:
 
     import msgspec
 
-    from worker.commands.tables import print_tables, table
+    from worker.output.tables import print_tables, table
 
     if as_json:
         sys.stdout.write("".join(msgspec.json.encode(letter).decode() + "\n" for letter in letters))

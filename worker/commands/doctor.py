@@ -19,8 +19,8 @@ def run(args: Namespace) -> int:
     import asyncio
 
     from worker import config
-    from worker.commands.tables import print_tables, table
     from worker.operations.doctor import run_checks
+    from worker.output.tables import print_tables, table
 
     findings = asyncio.run(run_checks(config.load(args.config)))
     rows = table("", "part", "finding")

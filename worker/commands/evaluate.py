@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from worker.commands.arguments import cutoffs, fraction, positive, seed
 from worker.commands.config import add_config
 from worker.commands.log_arguments import LOG_HELP, add_items, add_log_layout, read_events, read_records
-from worker.commands.output_paths import check_file
+from worker.output.paths import check_file
 
 if TYPE_CHECKING:
     from pipeline.evaluation.evaluate import EvaluationOptions
@@ -71,8 +71,8 @@ def run(args: Namespace) -> int:
     from pipeline.artifact import load
     from pipeline.evaluation.evaluate import evaluate
     from worker import config
-    from worker.commands.evaluation_display import print_report
     from worker.inference.load import pipeline_options
+    from worker.output.evaluation_display import print_report
 
     loaded = config.load(args.config)
     request = evaluation_options(args, loaded.sequences.max_events)

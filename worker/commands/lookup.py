@@ -44,7 +44,7 @@ def run(args: Namespace) -> int:
 def _print_table(slate: "Slate") -> None:
     from datetime import UTC, datetime
 
-    from worker.commands.tables import print_tables, table
+    from worker.output.tables import print_tables, table
 
     created = datetime.fromtimestamp(slate.created_ms / 1000, UTC).isoformat(" ", "seconds")
     title = f"{slate.user_id}: {slate.strategy}, model {slate.model_version}, {created}"

@@ -16,7 +16,7 @@ from pathlib import Path
 from worker.commands.arguments import fraction, positive, rate, speed
 from worker.commands.config import add_config
 from worker.commands.log_arguments import LOG_HELP, add_log_layout, log_layout
-from worker.commands.output_paths import check_file
+from worker.output.paths import check_file
 
 
 def configure(parser: ArgumentParser) -> None:

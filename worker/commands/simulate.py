@@ -11,7 +11,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from worker.commands.arguments import positive, seed
-from worker.commands.output_paths import check_folder
+from worker.output.paths import check_folder
 
 
 def configure(parser: ArgumentParser) -> None:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 from worker.commands.arguments import positive, rate, seed
 from worker.commands.config import add_config
 from worker.commands.log_arguments import LOG_HELP, add_items, add_log_layout, read_events, read_records
-from worker.commands.output_paths import check_folder
+from worker.output.paths import check_folder
 
 if TYPE_CHECKING:
     from pipeline.artifact import Manifest
@@ -141,8 +141,8 @@ def _train(
     from rich.console import Console
 
     from pipeline.training.train import train
-    from worker.commands.learning_curves import LearningCurves
-    from worker.commands.training_display import TrainingDisplay
+    from worker.output.learning_curves import LearningCurves
+    from worker.output.training_display import TrainingDisplay
 
     created = datetime.now(UTC).isoformat(timespec="seconds")
     with ExitStack() as stack:

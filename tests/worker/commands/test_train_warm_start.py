@@ -7,7 +7,7 @@ import pytest
 
 from pipeline import artifact as artifacts
 from worker.cli import main
-from worker.commands.learning_curves import Point
+from worker.output.learning_curves import Point
 
 
 def words(*line: object) -> list[str]:

@@ -4,7 +4,7 @@ from rich.table import Table
 
 from pipeline.evaluation.comparison import Estimate
 from pipeline.evaluation.evaluate import MODEL, EvaluationReport
-from worker.commands.tables import print_tables, table
+from worker.output.tables import print_tables, table
 
 
 def print_report(report: EvaluationReport) -> None:

@@ -7,8 +7,8 @@ from typing import Self
 import msgspec
 
 from pipeline.training.train import EpochReport, TrainingCallback
-from worker.commands.output_paths import check_file
 from worker.errors import ConfigError
+from worker.output.paths import check_file
 
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
