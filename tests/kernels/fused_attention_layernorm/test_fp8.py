@@ -44,9 +44,13 @@ def _exact_rounding() -> Iterator[None]:
 
 
 def to_fp8(case: Case) -> tuple[Case, Case]:
-    """Return the case with q, k, v in FP8, divided by SCALES, and the case of the values they represent, in float32."""
+    """Return the case with q, k, v in FP8, divided by SCALES, and the case of the values they represent, in float32.
+
+    A value beyond FP8's range becomes its largest: a cast makes it NaN on a GPU.
+    """
     scales = (SCALES.q, SCALES.k, SCALES.v)
-    stored = tuple((part / scale).to(FP8) for part, scale in zip(case.rows, scales, strict=False))
+    scaled = (part / scale for part, scale in zip(case.rows, scales, strict=False))
+    stored = tuple(part.clamp(-FP8_MAX, FP8_MAX).to(FP8) for part in scaled)
     exact = tuple(part.float() * scale for part, scale in zip(stored, scales, strict=True))
     gate = case.rows[3].half()
     return replace(case, rows=(*stored, gate)), replace(case, rows=(*exact, gate.float()))

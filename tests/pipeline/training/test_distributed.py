@@ -98,9 +98,9 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **rendezvous, "OMP_NUM_THREADS": "1"}
     code = f"from {__name__} import run_two_ranks; run_two_ranks({str(folder)!r})"
-    subprocess.run([sys.executable, "-c", code], env={**os.environ, **rendezvous, **paths}, timeout=150, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, timeout=150, check=True)
     return folder
 
 
