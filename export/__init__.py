@@ -1,4 +1,4 @@
-"""Compares an encoder in another runtime's form with its reference.
+"""Comparison of an encoder exported to another runtime with its reference.
 
 May import: pipeline.
 """

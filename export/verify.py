@@ -23,7 +23,7 @@ class Agreement(msgspec.Struct, frozen=True):
 
 
 def compare(candidate: Encoder, reference: Encoder, batches: Iterable[EncoderInputs], k: int = 10) -> Agreement:
-    """Encode the same batches with both; compare the states, and the items that each retrieves from its own table."""
+    """Encode the same batches with both; compare the states, and the k items that each retrieves from its own table."""
     users = 0
     error = 0.0
     overlap = 0.0
@@ -42,7 +42,10 @@ def compare(candidate: Encoder, reference: Encoder, batches: Iterable[EncoderInp
 
 
 def random_inputs(items: int, lengths: Iterable[int], rng: np.random.Generator) -> EncoderInputs:
-    """Return inputs of users of these lengths with random item rows, features and times: harder than any log."""
+    """Return random item rows, features and times, more varied than any log's.
+
+    items: number of rows of the item table; lengths: events per user, 0 for a user without events
+    """
     offsets = np.concatenate([[0], np.cumsum(np.fromiter(lengths, np.int64))])
     total = int(offsets[-1])
     clock = np.concatenate([[0], np.cumsum(rng.choice(STEPS_S, total))])

@@ -1,4 +1,4 @@
-"""The process: everything that knows Kafka, Redis, asyncio and time.
+"""The worker process: everything that depends on Kafka, Redis, asyncio and time.
 
 May import: export, pipeline, kernels.
 """

@@ -32,7 +32,7 @@ exit codes:
       1  internal error
       2  bad usage, configuration or log
       3  artifact missing or failed verification
-      4  Kafka away, or it rejected a request
+      4  Kafka unreachable, or it rejected a request
       5  Redis unreachable, or it rejected a command
       6  dead-letter limit reached
       7  stalled: lag without progress, tasks dumped
@@ -43,6 +43,7 @@ exit codes:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run `millrace ARGV...` (default: the process's arguments) and return its exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _top_level()
     if not argv or argv[0] not in COMMANDS:

@@ -15,7 +15,7 @@ class WallClock:
 
 
 class VirtualClock:
-    """A log's time. Dates are the log's; durations (`monotonic`) stay real, so a latency in a replay is a latency.
+    """A log's time. Dates are the log's; durations (`monotonic`) stay real, so a replay measures real latencies.
 
     speed: log seconds per real second; None: the clock stands still between calls of `advance_to` (`--speed max`)
     """
@@ -24,7 +24,7 @@ class VirtualClock:
         self.speed = speed
         self._monotonic = monotonic
         self._set_ms: int | None = None  # the time it was set to
-        self._set_at_s = 0.0  # and when that was, by `monotonic`
+        self._set_at_s = 0.0  # `monotonic` when it was set
 
     def now_ms(self) -> int:
         if self._set_ms is None:

@@ -4,6 +4,7 @@ An unknown key is an error that names its path. Each default carries its reason.
 source, secrets masked.
 """
 
+import json
 import os
 import tomllib
 from pathlib import Path
@@ -27,10 +28,10 @@ class KafkaConfig(Struct, frozen=True, forbid_unknown_fields=True):
     events_topic: str = "events"
     recommendations_topic: str = "recommendations"
     dead_letter_topic: str = "events.dead"
-    items_topic: str = "items"  # compacted, key = item id; without it items are known by their events alone
+    items_topic: str = "items"  # compacted, key = item id; without the topic, items are known from events only
     create_topics: bool = False  # a typo must not create a topic; the demo and the tests turn it on
-    partitions: PositiveInt = 8  # of topics that millrace creates
-    replication_factor: PositiveInt = 1
+    partitions: PositiveInt = 8  # for topics that millrace creates
+    replication_factor: PositiveInt = 1  # for topics that millrace creates
     group_instance_id: str | None = None  # the pod's ordinal: a restart within the session keeps its partitions
     max_poll_records: PositiveInt = 2000  # 8 k events/s need 4 polls per second; more delays a poll's first event
     start_timeout_s: PositiveFloat = 60.0  # aiokafka's start() can hang; dlq, rebuild and replay use 8 s unless set
@@ -51,7 +52,7 @@ class RedisConfig(Struct, frozen=True, forbid_unknown_fields=True):
     url: str = "redis://localhost:6379/0"  # rediss:// for TLS; user and password in the URL are masked when printed
     cluster: bool = False
     timeout_s: PositiveFloat = 2.0  # per round trip; redis-py's own default is 5 s and 10 retries
-    retry_backoff_s: PositiveFloat = 0.2  # first delay, doubled up to 5 s; retries never end, so nothing is dropped
+    retry_backoff_s: PositiveFloat = 0.2  # first delay, doubled up to 5 s; no event is dropped, however long it takes
 
 
 class EventsConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -64,16 +65,16 @@ class EventsConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
 class SequencesConfig(Struct, frozen=True, forbid_unknown_fields=True):
     max_events: Annotated[int, Meta(ge=1, le=65535)] = 512  # per user, 12 KiB; at least the model's receptive field
-    ttl_days: PositiveFloat = 90.0
+    ttl_days: PositiveFloat = 90.0  # since the user's last event
     topic_generation: str = "1"  # change it after re-creating the events topic: offsets start again from 0
     cache_mib: PositiveInt = 64  # rings of owned partitions kept in the process
 
 
 class BatcherConfig(Struct, frozen=True, forbid_unknown_fields=True):
-    max_users: PositiveInt = 256
-    max_tokens: PositiveInt = 32768
+    max_users: PositiveInt = 256  # per batch
+    max_tokens: PositiveInt = 32768  # events per batch
     length_buckets: tuple[PositiveInt, ...] = (32, 64, 128, 256, 512, 1024)  # events per user
-    slo_ms: PositiveInt = 100
+    slo_ms: PositiveInt = 100  # time from poll to slate to aim for: it sets the batches' deadlines
     max_pending_events: PositiveInt = 4096  # admitted and unanswered; above it partitions are paused
     coalesce: bool = True  # false: one slate per event, for evaluation
     max_in_flight_batches: PositiveInt = 4  # batches whose slates are not yet acknowledged
@@ -82,7 +83,7 @@ class BatcherConfig(Struct, frozen=True, forbid_unknown_fields=True):
 class PipelineConfig(Struct, frozen=True, forbid_unknown_fields=True):
     artifact: str | None = None  # folder written by `millrace train`; unset: the simple strategy alone
     strategy: str | None = None  # where the fallback order starts; unset: with the best healthy strategy
-    slate_size: Annotated[int, Meta(ge=1, le=512)] = 10
+    slate_size: Annotated[int, Meta(ge=1, le=512)] = 10  # items per slate, unless a record's header `k` says otherwise
     exclude_actions: tuple[str, ...] | None = None  # actions that keep an item off its user's slates; unset: any action
     exclude_window_days: NonNegativeFloat = 0.0  # 0: as far back as the ring reaches
     threads: NonNegativeInt = 0  # torch threads; 0: torch's default
@@ -90,13 +91,12 @@ class PipelineConfig(Struct, frozen=True, forbid_unknown_fields=True):
     custom_kernels: bool = True  # on a GPU: this project's kernels in half precision; false: torch in float32
     cuda_graph_mib: NonNegativeInt = 4096  # GPU memory for CUDA graphs of batches; 0: no graphs
     artifact_poll_interval_s: NonNegativeFloat = 5.0  # a new artifact must look the same at two checks; 0: never check
-    min_overlap: Fraction = 0.02  # with the slates just served: another seed after one epoch 0.13, mixed-up ids 0.002
-    max_hit_rate_drop: Fraction = (
-        0.2  # relative to the serving model's validation hit rate; a failed training loses more
-    )
-    state_dir: str | None = (
-        None  # journal of items, for this worker alone; unset: each start reads the whole items topic
-    )
+    # mean, with the slates just served; another seed after one epoch has 0.13, a model with mixed-up ids 0.002
+    min_overlap: Fraction = 0.02
+    # relative to the serving model's validation hit rate; a failed training loses more
+    max_hit_rate_drop: Fraction = 0.2
+    # folder for the journal of items, for this worker alone; unset: each start reads the whole items topic
+    state_dir: str | None = None
 
     def __post_init__(self) -> None:
         if self.strategy is not None and self.strategy not in FALLBACK_ORDER:
@@ -104,7 +104,7 @@ class PipelineConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CountersConfig(Struct, frozen=True, forbid_unknown_fields=True):
-    half_life_days: PositiveFloat = 30.0
+    half_life_days: PositiveFloat = 30.0  # a count loses half of its weight in this time
     neighbours: PositiveInt = 64  # co-occurring items kept per item
     window_events: PositiveInt = 10  # an event is paired with this many preceding events of its user
     merge_interval_s: PositiveFloat = 15.0  # between merges through Redis, which also rewrite rec:popular
@@ -112,12 +112,12 @@ class CountersConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SlatesConfig(Struct, frozen=True, forbid_unknown_fields=True):
-    ttl_days: PositiveFloat = 30.0
+    ttl_days: PositiveFloat = 30.0  # in Redis, since the slate was written
 
 
 class DeadLettersConfig(Struct, frozen=True, forbid_unknown_fields=True):
-    max_ratio: Fraction = 0.05  # of the last `window_records`; above it something upstream is broken: halt
-    max_consecutive: PositiveInt = 1000
+    max_ratio: Fraction = 0.05  # of the last `window_records`; above it the worker halts: something upstream is broken
+    max_consecutive: PositiveInt = 1000  # bad records in a row; above it the worker halts
     window_records: PositiveInt = 10000
 
 
@@ -125,7 +125,7 @@ class HealthConfig(Struct, frozen=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 9108  # /livez /readyz /metrics; 0: a free port
     stall_timeout_s: PositiveFloat = 300.0  # lag without progress: dump the tasks and exit
-    commit_interval_s: PositiveFloat = 1.0
+    commit_interval_s: PositiveFloat = 1.0  # records after the last commit are read again after a kill
     drain_timeout_s: PositiveFloat = 20.0  # on SIGTERM and on revoke; keep it below rebalance_timeout_ms
 
 
@@ -136,7 +136,7 @@ class LogConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
 class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
-    port: Annotated[int, Meta(ge=0, le=65535)] = 8080
+    port: Annotated[int, Meta(ge=0, le=65535)] = 8080  # 0: a free port
 
 
 class Config(Struct, frozen=True, forbid_unknown_fields=True):
@@ -166,7 +166,7 @@ def load(path: str | Path | None = None, env: dict[str, str] | None = None) -> C
     for name, text in sorted((os.environ if env is None else env).items()):
         if name.startswith("MILLRACE__"):
             _put(tree, name, text)
-            config = _convert(tree, f"environment {name}")  # valid before this variable, so the error is its own
+            config = _convert(tree, f"environment {name}")  # valid before this variable, so an error is the variable's
     if unknown := set(config.events.trigger_actions or ()) - set(config.events.actions):
         actions = ", ".join(config.events.actions)
         where = "environment" if path is None else f"config {path}"
@@ -177,7 +177,7 @@ def load(path: str | Path | None = None, env: dict[str, str] | None = None) -> C
 
 
 def show(config: Config, path: str | Path | None, env: dict[str, str] | None = None) -> list[tuple[str, str, str]]:
-    """Return (key, value, source) of every value; the source is 'default', the file or the variable."""
+    """Return (key, value, source) for every key; the source is 'default', the file or the variable."""
     env = dict(os.environ) if env is None else env
     in_file = _read(path)
     rows = []
@@ -235,4 +235,6 @@ def _masked(key: str, value: Any) -> str:
     if isinstance(value, str) and "://" in value and "@" in value:
         scheme, rest = value.split("://", 1)
         return f"{scheme}://***@{rest.rsplit('@', 1)[1]}"
-    return "" if value is None else str(value)
+    if value is None or isinstance(value, str):
+        return value or ""
+    return json.dumps(value, ensure_ascii=False)  # booleans, numbers and lists are written as in TOML

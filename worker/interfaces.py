@@ -1,6 +1,6 @@
-"""The data that crosses the worker's folders, and the contracts of those who pass it on.
+"""Data passed between the worker's folders, and the protocols of its components.
 
-One event's way through these types:
+One event's path through these types:
     Record ─ codec ─► ConsumedEvent (event + offset) ─ Store.push ─► the same with its ring ─ batcher ─► Entry, Batch
     ─ Ranker ─► Slate ─ Sink.send ─ tracker.complete(record offsets)
 """
@@ -58,7 +58,7 @@ class PolledRecords:
 
 @dataclass(slots=True)
 class ConsumedEvent:
-    """One decoded event on its way. It copies three values of its poll, whose raw records can then be freed."""
+    """One decoded event. It copies three values of its poll, so that the poll's raw records can be freed."""
 
     event: Event
     packed: bytes  # the event's 24 ring bytes
@@ -105,7 +105,7 @@ class Batch:
     """Entries of distinct users, ranked together."""
 
     entries: list[Entry]
-    bucket: int  # no ring in the batch is longer (events)
+    bucket: int  # events: the length bucket of its longest ring; the last bucket has no upper limit
     strategy: str | None = None
     opened_s: float = 0.0
 
@@ -118,7 +118,7 @@ OnDelivered = Callable[[Batch, Sequence[Slate]], None]
 
 
 class Clock(Protocol):
-    """Time is passed in: the wall's, or a log's virtual one."""
+    """The source of time: the machine's clocks, or a log's virtual time."""
 
     def now_ms(self) -> int: ...
 
@@ -162,7 +162,7 @@ class Source(Protocol):
 
     @property
     def exhausted(self) -> bool:
-        """Whether a recorded log is at its end; a topic never is."""
+        """Whether nothing more can be read: a log is at its end, or a topic's next record cannot be decoded."""
         ...
 
     async def stop(self) -> None: ...
@@ -182,12 +182,12 @@ class Store(Protocol):
         ...
 
     def forget(self, partition: Partition) -> None:
-        """Drop what is cached of a partition that is no longer owned."""
+        """Drop the cached rings of a partition that is no longer owned."""
         ...
 
 
 class Ranker(Protocol):
-    """From batches to slates; the pipeline behind it runs in a thread of its own."""
+    """Ranks batches into slates; the pipeline behind it runs in a thread of its own."""
 
     async def rank(self, batch: Batch) -> list[Slate]:
         """Return one slate per entry, in the batch's order, by the best strategy that can answer."""

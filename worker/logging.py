@@ -25,7 +25,7 @@ def configure(config: LogConfig) -> None:
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         wrapper_class=structlog.make_filtering_bound_logger(config.level),
         logger_factory=structlog.stdlib.LoggerFactory(),
-        cache_logger_on_first_use=True,
+        cache_logger_on_first_use=False,  # a later command in the same process may have another level
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(

@@ -1,4 +1,4 @@
-"""Builds a worker from its configuration, runs it under signals, and takes it apart again."""
+"""Build a worker from its configuration, run it until a signal, and close its components."""
 
 import asyncio
 import os
@@ -33,7 +33,7 @@ log = logging.get("process")
 
 
 def _ignore(*_: object) -> None:
-    """A deployment has nobody to tell of a delivery."""
+    """Do nothing: only a replay observes deliveries."""
 
 
 @dataclass(slots=True)
@@ -64,7 +64,7 @@ class Components:
 
 @asynccontextmanager
 async def build_components(config: Config, clock: Clock) -> AsyncIterator[Components]:
-    """Load the artifact, connect to Redis and load its functions; close both at the end."""
+    """Load the artifact, connect to Redis and load its functions; close the ranker and the connection at the end."""
     pipeline = load_pipeline(config)
     ranker = PipelineRanker(pipeline, config.pipeline.slate_size, clock, config.pipeline.strategy)
     client = await connect(config.redis)
@@ -81,7 +81,7 @@ async def build_components(config: Config, clock: Clock) -> AsyncIterator[Compon
 
 
 async def consume(config: Config) -> None:
-    """Run `millrace run` until a signal. Raises the error that ended it."""
+    """Consume events until a signal: `millrace run`. Raises the error that ended the worker."""
     clock = WallClock()
     health = HealthState(clock, clock.monotonic())
     server = HealthServer(config.health, health)
@@ -100,7 +100,8 @@ async def consume(config: Config) -> None:
 @asynccontextmanager
 async def follow_items(config: Config, components: Components) -> AsyncIterator[None]:
     """Read the whole items topic before the body runs, and follow it meanwhile."""
-    ranker, clock = components.ranker, components.clock
+    ranker = components.ranker
+    clock = components.clock
     folder = config.pipeline.state_dir
     following: asyncio.Task | None = None
     journal = ItemJournal(Path(folder), config.kafka.items_topic, ranker, clock) if folder else None
@@ -119,7 +120,7 @@ async def follow_items(config: Config, components: Components) -> AsyncIterator[
 
 
 async def supervise(worker: Worker, components: Components) -> None:
-    """Run the worker and its background tasks; raise what ended it as it was, not inside exception groups."""
+    """Run the worker and its background tasks; raise the error that ended it, outside of its exception groups."""
     background = [asyncio.create_task(components.counters.run(), name="counters")]
     if components.hot_swap is not None:
         background.append(asyncio.create_task(components.hot_swap.run(), name="hotswap"))
@@ -134,6 +135,7 @@ async def supervise(worker: Worker, components: Components) -> None:
 
 
 def first_error(group: BaseExceptionGroup) -> BaseException:
+    """Return the first error that is not itself a group."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

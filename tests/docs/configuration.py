@@ -17,7 +17,7 @@ import msgspec
 from worker.config import Config
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
-HEAD = "| key | default | reason |\n|---|---|---|\n"
+HEAD = "| key | default | meaning, or reason for the default |\n|---|---|---|\n"
 
 
 def reasons(struct: type) -> dict[str, str]:
@@ -54,7 +54,7 @@ def table(section: str, struct: type) -> str:
 
 
 def rewritten(page: str) -> str:
-    """Return the page with the table below each `## section` heading made new. KeyError for a section without one."""
+    """Return the page with new tables below its `## section` headings. KeyError for a section without a heading."""
     for section in msgspec.structs.fields(Config):
         below = re.compile(rf"(?m)(^## {section.name}\n(?:[^|#\n].*\n|\n)*)(?:\|.*\n)*")
         page, count = below.subn(lambda match, each=section: match[1] + table(each.name, each.type), page)

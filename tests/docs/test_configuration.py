@@ -32,7 +32,7 @@ def test_page_shows_every_key_with_its_default_and_reason() -> None:
             assert f"| `{section.name}.{key.name}` | {default} | {reason} |\n" in page
 
 
-def test_reason_is_the_comment_beside_or_above_a_field() -> None:
+def test_reason_is_the_comment_next_to_or_above_a_field() -> None:
     assert reasons(Example) == {
         "plain": "",
         "short": "at the end of the line",
@@ -53,8 +53,11 @@ def test_table_writes_defaults_as_toml_does() -> None:
     ("old", "new"),
     [
         ("| `redis.cluster` | `false` |", "| `redis.cluster` | `true` |"),
-        ("| `sequences.ttl_days` | `90.0` |  |", "| `sequences.ttl_days` | `90.0` | a quarter |"),
-        ("| `serve.port` | `8080` |  |\n", ""),
+        (
+            "| `sequences.ttl_days` | `90.0` | since the user's last event |",
+            "| `sequences.ttl_days` | `90.0` | a quarter |",
+        ),
+        ("| `serve.port` | `8080` | 0: a free port |\n", ""),
     ],
 )
 def test_stale_row_is_rewritten(old: str, new: str) -> None:

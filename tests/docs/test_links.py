@@ -1,4 +1,4 @@
-"""What the documents name exists: files, modules, link targets and headings."""
+"""Files, modules, link targets and headings that the documents name exist."""
 
 import re
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ def named_paths(text: str) -> Iterator[str]:
 
 
 def exists(name: str, page: Path) -> bool:
-    """Return whether a named path lies below the root or beside the page, or a bare file name anywhere."""
+    """Return whether a named path exists below the root or next to the page, or a bare file name anywhere."""
     return name in NAMES or (ROOT / name).exists() or (page.parent / name).exists()
 
 
@@ -52,7 +52,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def broken(page: Path, text: str) -> list[str]:
-    """Return what a page's text names that does not exist."""
+    """Return the names in a page's text of things that do not exist."""
     wrong = [name for name in named_paths(text) if not exists(name, page)]
     wrong += [module for module in MODULE.findall(text) if not module_exists(module)]
     for link in LINK.findall(FENCE.sub("", text)):

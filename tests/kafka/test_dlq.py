@@ -16,7 +16,7 @@ from worker.operations.dead_letter_topic import DeadLetterRecord, DeadLetterTopi
 
 
 async def send_dead_letters(broker: Broker, reasons: list[str], value: bytes = b"v") -> KafkaConfig:
-    """Fill a dead-letter topic with one letter per reason, from partition 1 of an events topic."""
+    """Fill a dead-letter topic with one dead letter per reason, from partition 1 of an events topic."""
     events = await broker.topic(3)
     config = await sink_config(broker, partitions=1, events_topic=events)
     headers = (("schema", b"event/2"), ("trace", b"abc"))
@@ -60,7 +60,7 @@ async def test_requeue_by_reason_leaves_the_others_for_later(broker: Broker):
     assert len(await broker.read(kafka.events_topic, 5)) == 5
 
 
-async def test_truncated_letter_is_never_requeued(broker: Broker):
+async def test_truncated_dead_letter_is_never_requeued(broker: Broker):
     kafka = await send_dead_letters(broker, ["large"], value=b"x" * 1_000_000)
     letters = await DeadLetterTopic(kafka).read()
     assert letters[0].not_requeueable
@@ -76,9 +76,9 @@ def test_dlq_command_lists_and_requeues(run, broker: Broker, monkeypatch, capsys
     assert f"{kafka.events_topic}-1@0" in listing
     assert "unknown action 'dance'" in listing
     assert main(["dlq", "requeue", "--reason", "dance", "--dry-run"]) == 0
-    assert "1 letter would be requeued" in capsys.readouterr().out
+    assert "1 dead letter would be requeued" in capsys.readouterr().out
     assert main(["dlq", "requeue", "--reason", "dance"]) == 0
-    assert f"1 letter requeued; position: group {kafka.group_id}.requeue" in capsys.readouterr().out
+    assert f"1 dead letter requeued; position: group {kafka.group_id}.requeue" in capsys.readouterr().out
     assert main(["dlq", "ls", "--json"]) == 0
     letters = [msgspec.json.decode(line, type=DeadLetterRecord) for line in capsys.readouterr().out.splitlines()]
     assert [(letter.value, letter.requeued) for letter in letters] == [(b"\xff{", True), (b"\xff{", False)]

@@ -18,7 +18,9 @@ def test_environment_overrides_the_file_and_the_file_the_default(tmp_path) -> No
     shown = shown_rows(file, {"MILLRACE__REDIS__URL": "redis://env"})
     assert shown["redis.url"] == ("redis://env", "MILLRACE__REDIS__URL")
     assert shown["redis.timeout_s"] == ("1.5", str(file))
-    assert shown["redis.cluster"] == ("False", "default")
+    assert shown["redis.cluster"] == ("false", "default")
+    assert shown["batcher.length_buckets"] == ("[32, 64, 128, 256, 512, 1024]", "default")
+    assert shown["pipeline.artifact"] == ("", "default")
 
 
 @pytest.mark.parametrize(

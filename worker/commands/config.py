@@ -13,7 +13,7 @@ def configure(parser: ArgumentParser) -> None:
 
 
 def add_config(parser: ArgumentParser) -> None:
-    """Add the option of every command that has a configuration."""
+    """Add --config, the option of every command that reads the configuration."""
     parser.add_argument(
         "--config", metavar="FILE", help="TOML file; MILLRACE__SECTION__FIELD variables override it (default: none)"
     )

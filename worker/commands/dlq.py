@@ -38,11 +38,17 @@ def configure(parser: ArgumentParser) -> None:
     requeue = add_action(
         "requeue", "send records back to where they came from", 'requeue --reason "unknown action" --dry-run'
     )
-    requeue.add_argument("--reason", default="", metavar="TEXT", help="only dead letters whose reason contains it")
-    requeue.add_argument("--limit", type=positive, metavar="N", help="at most N, oldest first (default: all)")
+    requeue.add_argument(
+        "--reason", default="", metavar="TEXT", help="text that a reason must contain (default: any reason)"
+    )
+    requeue.add_argument(
+        "--limit", type=positive, metavar="N", help="largest number of records, oldest first (default: all)"
+    )
     requeue.add_argument("--dry-run", action="store_true", help="show the records without sending them")
     for each in (ls, requeue):
-        each.add_argument("--json", action="store_true", help="JSON lines; keys and values in base64")
+        each.add_argument(
+            "--json", action="store_true", help="print JSON lines, keys and values in base64 (default: a table)"
+        )
         add_config(each)
 
 
@@ -65,7 +71,7 @@ def run(args: Namespace) -> int:
     _show(letters, args.json)
     if args.action == "requeue" and not args.json:
         would = "would be " if args.dry_run else ""
-        print(f"{len(letters)} letter{'s' * (len(letters) != 1)} {would}requeued; position: group {topic.group}")
+        print(f"{len(letters)} dead letter{'s' * (len(letters) != 1)} {would}requeued; position: group {topic.group}")
     return 0
 
 

@@ -1,10 +1,10 @@
 """Measure a model against the baselines on the part of a log that it was not trained on, ranked as serving would.
 
-Each held-out event is ranked from its user's preceding events. The model and the counters are those of the artifact,
-the histories grow; every event counts. --protocol temporal scores the events after a fraction of the log in time:
+Each held-out event is ranked from its user's preceding events. The model and the counters stay as they are in the
+artifact; the histories grow by every event. --protocol temporal scores the events after a fraction of the log in time:
 `millrace replay` gives the same numbers, slower, through the whole worker. --protocol leave-last-out scores each user's
 newest events, with an artifact from `millrace train --leave-last-out N`; --leave-last-out 1 is the classic
-leave-one-out. Events that the artifact was trained on are refused.
+leave-one-out. Events that the artifact was trained on are rejected.
 
 examples:
   millrace evaluate artifact log.jsonl.gz --report evaluation.json
@@ -33,16 +33,26 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument("artifact", type=Path, help="folder written by `millrace train`")
     parser.add_argument("log", type=Path, help=LOG_HELP)
     parser.add_argument(
-        "--protocol", choices=PROTOCOLS, default=TEMPORAL, help="which events are held out (default temporal)"
+        "--protocol", choices=PROTOCOLS, default=TEMPORAL, help="choice of the held-out events (default temporal)"
     )
     parser.add_argument(
-        "--train-fraction", type=fraction, metavar="X", help="temporal: fraction of the events before it (default 0.8)"
+        "--train-fraction",
+        type=fraction,
+        metavar="X",
+        help="temporal: fraction of the events before the held-out ones (default 0.8)",
     )
     parser.add_argument(
-        "--leave-last-out", type=positive, metavar="N", help="leave-last-out: newest events per user (default 10)"
+        "--leave-last-out",
+        type=positive,
+        metavar="N",
+        help="leave-last-out: number of newest events held out per user (default 10)",
     )
     parser.add_argument(
-        "--cutoffs", type=cutoffs, default=(5, 10, 20, 50), metavar="K,…", help="cutoffs (default 5,10,20,50)"
+        "--cutoffs",
+        type=cutoffs,
+        default=(5, 10, 20, 50),
+        metavar="K,…",
+        help="cutoffs k of the metrics (default 5,10,20,50)",
     )
     parser.add_argument(
         "--negatives",

@@ -1,4 +1,4 @@
-"""Options of the commands that read a recorded log and its items, and the reading itself."""
+"""Options of the commands that read a recorded log and its items, and functions that read them."""
 
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -24,6 +24,7 @@ def add_log_layout(parser: ArgumentParser) -> None:
 
 
 def add_items(parser: ArgumentParser) -> None:
+    """Add --items."""
     parser.add_argument(
         "--items",
         type=Path,
@@ -55,11 +56,11 @@ def read_events(args: Namespace, schema: "EventSchema") -> "EventLog":
     from pipeline.errors import LogFileError
 
     log = read_event_log(args.log, log_layout(args), schema)
-    skipped = (
+    reason = (
         f"{log.unreadable:,} records cannot be read, the first: {log.first_error}" if log.unreadable else "it is empty"
     )
     if not len(log):
-        raise LogFileError(f"{args.log}: no event in it could be read: {skipped}")
+        raise LogFileError(f"{args.log}: no event in it could be read: {reason}")
     if log.unreadable:
-        print(f"{args.log}: {skipped}; they are skipped, {len(log):,} events are read", file=sys.stderr)
+        print(f"{args.log}: {reason}; they are skipped, {len(log):,} events are read", file=sys.stderr)
     return log

@@ -22,7 +22,7 @@ from worker.output.paths import check_file
 def configure(parser: ArgumentParser) -> None:
     parser.add_argument("log", type=Path, help=LOG_HELP)
     parser.add_argument("--artifact", help="folder written by `millrace train` (default: pipeline.artifact, or none)")
-    parser.add_argument("--speed", type=speed, metavar="10x|max", help="log time over real time (default max)")
+    parser.add_argument("--speed", type=speed, metavar="10x|max", help="log seconds per real second (default max)")
     parser.add_argument(
         "--train-fraction",
         type=fraction,

@@ -14,7 +14,7 @@ from argparse import ArgumentParser, Namespace
 from worker.commands.arguments import port
 from worker.commands.config import add_config
 
-GRACE_S = 10
+GRACE_S = 10  # for pending requests, after a signal
 
 
 def configure(parser: ArgumentParser) -> None:

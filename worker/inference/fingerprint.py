@@ -8,7 +8,7 @@ Fingerprint = tuple[str, ...]
 def fingerprint(folder: Path) -> Fingerprint:
     """Return a value that stays equal until the symlink, the folder or a file directly in it changes.
 
-    Its first text is the real path. A folder that is missing or unreadable has one too: the path and the reason.
+    Its first element is the real path. For a missing or unreadable folder it is the path and the reason.
     """
     try:
         real_path = folder.resolve(strict=True)

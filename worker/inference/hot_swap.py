@@ -2,9 +2,9 @@
 
     check ─► complete? ─► another version? ─► load, validate ─► its items get tokens ─► compare slates ─► swap
 
-The path is a symlink that is turned to another folder, or a folder that is replaced. All of it happens in a thread of
-its own, except for two steps that the pipeline's thread takes between two batches: new items get tokens, and at the end
-the model is exchanged, which takes microseconds. Vocabulary and counters belong to the process and stay: an artifact
+The path is a symlink that is set to another folder, or a folder that is replaced. A thread of its own does all of it,
+except for two steps that the pipeline's thread takes between two batches: new items get tokens, and at the end the
+model is replaced, which takes microseconds. Vocabulary and counters belong to the process and stay: an artifact
 brings rows for items, not tokens, so no count is touched. Until the swap no token loses its item.
 """
 
@@ -29,11 +29,11 @@ from worker.inference.ranker import PipelineRanker, ServedSample
 from worker.interfaces import Clock
 
 log = logging.get("hotswap")
-ADMIT_CHUNK_ITEMS = 1024  # new items per call in the pipeline's thread: it delays ranking by 4 ms
+ADMIT_CHUNK_ITEMS = 1024  # new items per call in the pipeline's thread: a call delays ranking by 4 ms
 
 
 class HotSwap:
-    """Follows `pipeline.artifact`. One task calls it."""
+    """Follows `pipeline.artifact`. For one task."""
 
     def __init__(self, config: Config, ranker: PipelineRanker, clock: Clock) -> None:
         assert config.pipeline.artifact is not None, "without an artifact there is nothing to follow"

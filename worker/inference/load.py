@@ -1,4 +1,4 @@
-"""The pipeline that a configuration describes: options, artifact, reports of fallbacks."""
+"""Load the pipeline that a configuration describes, and report its fallbacks."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ log = logging.get("pipeline")
 
 
 def load_pipeline(config: Config) -> Pipeline:
-    """Load the configured pipeline. Raises ArtifactError, ConfigError for an excluding action that is not defined."""
+    """Load the configured pipeline. Raises ArtifactError, DeviceError, and the errors of `pipeline_options`."""
     batcher = config.batcher
     served = config.pipeline
     graphs = GraphOptions(batcher.max_users, batcher.max_tokens, served.cuda_graph_mib, served.slate_size)

@@ -83,7 +83,7 @@ class PipelineRanker:
                 self.pipeline.vocabulary.pinned = False
 
     async def served_samples(self) -> list[ServedSample]:
-        """Return the latest slates of the serving model with their rings, at most SERVED_USERS."""
+        """Return the serving model's latest slates with their rings, at most SERVED_USERS."""
         return await self._executor.run(list, self._served)
 
     async def swap_model(self, model: Strategy, version: str) -> None:

@@ -13,7 +13,7 @@ _HEADER = struct.Struct("<II")
 
 
 class AppendOnlyFile:
-    """For one thread at a time. Every method raises OSError."""
+    """Used by one thread at a time. Every method may raise OSError."""
 
     def __init__(self, path: Path, magic: bytes) -> None:
         """Open the file; start it from scratch when it is missing or in another format."""
@@ -32,7 +32,7 @@ class AppendOnlyFile:
     def entries(self) -> Iterator[bytes]:
         """Yield the entries' contents, oldest first; then truncate the file after the last complete entry.
 
-        What is appended after an incomplete entry could not be read again.
+        An entry appended after an incomplete one could not be read again.
         """
         position = self._start
         while (content := self._read_entry(position)) is not None:

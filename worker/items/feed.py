@@ -23,7 +23,7 @@ from worker.stream.codec import InvalidRecord, decoder_named, decoders_for, head
 log = logging.get("items")
 POLL_MS = 500
 SAVE_INTERVAL_S = 10.0  # between two saves: a restart reads at most this much of the topic again
-CHUNK_ITEMS = 500  # items per call in the pipeline's thread: it delays ranking by 20 ms
+CHUNK_ITEMS = 500  # items per call in the pipeline's thread: a call delays ranking by 20 ms
 RETRY_S = 2.0  # until the next poll of a broker that does not answer
 DECODERS = decoders_for(Item)
 Change = tuple[str, Item | None]  # an item's id and its record; None: delisted
@@ -51,7 +51,7 @@ class ItemFeed:
     async def start(self) -> None:
         """Return when the whole topic has been read, or does not exist. SourceError, SourceUnavailable."""
         if not (partitions := await list_partitions(self._config, self._clock, self._config.items_topic)):
-            log.info("no items topic: items are known by their events alone", topic=self._config.items_topic)
+            log.info("no items topic: items are known from events only", topic=self._config.items_topic)
             return
         self._consumer = AIOKafkaConsumer(
             **client_options(self._config),
@@ -101,7 +101,7 @@ class ItemFeed:
         """Poll once and return the number of records."""
         assert self._consumer is not None, "started"
         polled = await self._consumer.getmany(timeout_ms=POLL_MS, max_records=self._config.max_poll_records)
-        records = [record for of_partition in polled.values() for record in of_partition]
+        records = [record for partition_records in polled.values() for record in partition_records]
         changes = list(self._changes(records))
         for start in range(0, len(changes), CHUNK_ITEMS):
             latest = dict(changes[start : start + CHUNK_ITEMS])

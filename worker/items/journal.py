@@ -33,7 +33,7 @@ from worker.items.append_only_file import AppendOnlyFile
 
 log = logging.get("items")
 MAGIC = b"MLRITEM2"  # change the number when an entry's fields or the hashes of Catalogue change
-CHUNK_ITEMS = 2000  # items per call in the pipeline's thread: it delays ranking by 10 ms
+CHUNK_ITEMS = 2000  # items per call in the pipeline's thread: a call delays ranking by 10 ms
 SLACK_BYTES = 1 << 20  # changes below this size are never worth a compaction
 HEARTBEAT_MS = 600_000  # a save without changes is written this often: it proves that nothing was missed until then
 # Kafka drops a tombstone `delete.retention.ms` after it was written, by default a day later: a worker that has not read
@@ -56,7 +56,7 @@ class JournalEntry(JournalHeader, frozen=True):
 
 
 class ItemJournal:
-    """One task restores once, then saves. ConfigError unless this worker alone can write the folder."""
+    """Used by one task: restore once, then save. ConfigError for a folder that is not writable or already used."""
 
     def __init__(self, folder: Path, topic: str, ranker: PipelineRanker, clock: Clock) -> None:
         self._path = folder / "items.journal"
@@ -93,7 +93,7 @@ class ItemJournal:
         return {TopicPartition(self._topic, partition): offset for partition, offset in header.offsets.items()}
 
     async def save(self, positions: Offsets) -> None:
-        """Append the changes since the last save. A failure is logged, and the next save makes up for it.
+        """Append the changes since the last save. A failure is logged, and the next save writes everything.
 
         positions: next offset to read, by partition
         """

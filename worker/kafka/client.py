@@ -1,4 +1,4 @@
-"""Connecting to Kafka: client options, retries at start, topics, group coordinators, permanent errors."""
+"""Connect to Kafka: client options, retries at start, topics, group coordinators, permanent errors."""
 
 import asyncio
 import ssl

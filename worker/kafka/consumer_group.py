@@ -1,4 +1,4 @@
-"""Membership of this process in the consumer group, on aiokafka: numbered assignments and fenced commits.
+"""This process's membership in the consumer group, built on aiokafka: numbered assignments and fenced commits.
 
 aiokafka logs and swallows the exceptions of rebalance listeners, so they are kept here and raised by the next poll.
 """

@@ -1,6 +1,6 @@
-"""Locates a record that aiokafka cannot decode: a header name that is not UTF-8, a batch with a wrong checksum.
+"""Locate a record that aiokafka cannot decode: a header name that is not UTF-8, a batch with a wrong checksum.
 
-aiokafka raises in the middle of a batch. It neither says where nor returns the records that it had read before in that
+aiokafka raises in the middle of a batch. It neither says where nor returns the records that it had read earlier in that
 call, and no fetch can begin after the record, because a broker returns entire batches.
 """
 
@@ -34,7 +34,8 @@ class CorruptRecord(NamedTuple):
 
     def to_error(self, config: KafkaConfig, error: Exception) -> SourceError:
         """Return an error that says where, why, and how to skip the batch."""
-        (topic, partition), end = self.tp, self.next_batch - 1
+        topic, partition = self.tp
+        end = self.next_batch - 1
         return SourceError(
             f"topic {topic}, partition {partition}, offset {self.offset}: the record cannot be decoded ({error}); all "
             f"records before it are answered and committed; its batch, offsets {self.offset} to {end}, must be skipped:"

@@ -1,8 +1,8 @@
-"""Produces entire batches: one idempotent producer, one request per broker, every batch acknowledged by all replicas.
+"""Produce entire batches: one idempotent producer, one request per broker, every batch acknowledged by all replicas.
 
 The producer retries by itself for as long as a broker is unavailable, in order and without duplicates; so a late
 delivery is never started a second time. Only a producer that failed permanently is replaced, and it is aborted first:
-a batch that it still sent could overtake the one that is sent again.
+a batch that it still sends could overtake the one that is sent again.
 """
 
 import asyncio

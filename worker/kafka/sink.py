@@ -1,4 +1,4 @@
-"""Writes slates to their topic and to Redis, and dead letters to theirs."""
+"""Write slates to their topic and to Redis, and dead letters to theirs."""
 
 import asyncio
 from collections.abc import Iterator, Sequence

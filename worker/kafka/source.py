@@ -98,7 +98,7 @@ class KafkaSource:
 
     @property
     def exhausted(self) -> bool:
-        """Whether a record cannot be decoded: the records before it are still to be answered, then `stop` raises."""
+        """Whether a record cannot be decoded: the worker answers the records before it, then `stop` raises."""
         return self._corrupt is not None
 
     async def stop(self) -> None:

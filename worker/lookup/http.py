@@ -1,7 +1,7 @@
 """Lookup over HTTP: GET /v1/slates/{user_id}, /livez, /readyz.
 
-404 {"error": ...} when there is neither a slate nor a popular one, 503 while Redis is unreachable. Ids are
-percent-decoded.
+Errors are {"error": ...}: 404 when there is neither a slate nor a popular one, 503 while Redis is unreachable. User ids
+are percent-decoded.
 """
 
 import contextlib

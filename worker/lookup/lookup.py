@@ -1,7 +1,8 @@
-"""A user's slate, for product backends:
+"""Look up a user's slate, for product backends.
 
-async with Lookup(config.redis) as lookup:
-    slate = await lookup.slate("u1")
+example:
+  async with Lookup(config.redis) as lookup:
+      slate = await lookup.slate("u1")
 """
 
 import msgspec

@@ -52,7 +52,7 @@ class DeadLetterTopic:
         self.group = f"{config.group_id}.requeue"
 
     async def read(self, newest: int | None = None) -> list[DeadLetterRecord]:
-        """Return the dead letters in order of time. newest: this many of each partition; None: all."""
+        """Return the dead letters in time order. newest: this many of each partition; None: all."""
         await ensure_topics(self._config, self._clock, [self._config.dead_letter_topic])
         progress = await self._progress()
         records = await retry_at_start(self._config, self._clock, lambda: self._read(newest))
@@ -136,7 +136,7 @@ class DeadLetterTopic:
             polled = await consumer.getmany(timeout_ms=self._config.request_timeout_ms)
             if not polled:
                 raise SourceUnavailable(f"kafka {self._config.bootstrap_servers} stopped answering; run it again")
-            records += [record for of_partition in polled.values() for record in of_partition]
+            records += [record for partition_records in polled.values() for record in partition_records]
         return records
 
 
@@ -150,7 +150,7 @@ class RequeueProgress(msgspec.Struct, frozen=True):
         return offset < self.offset or any(first <= offset <= last for first, last in self.runs)
 
     def extended(self, sent: set[int], remaining: Sequence[DeadLetterRecord]) -> "RequeueProgress":
-        """Return the progress after `sent` was requeued, too.
+        """Return the progress after the offsets in `sent` were requeued as well.
 
         remaining: the partition's dead letters from `offset` on, by offset; those not requeueable count as handled
         """

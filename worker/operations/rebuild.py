@@ -38,6 +38,8 @@ class RebuildPlan:
 
 @dataclass(slots=True)
 class RebuildReport:
+    """The counts of a rebuild, so far."""
+
     offsets: int = 0  # read so far, including gaps (transaction markers)
     events: int = 0
     unreadable: int = 0

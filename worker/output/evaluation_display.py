@@ -8,6 +8,7 @@ from worker.output.tables import print_tables, table
 
 
 def print_report(report: EvaluationReport) -> None:
+    """Print the report's tables to stdout."""
     tables = [_rankings(report), _slates(report), _heads(report)]
     if report.business_metrics:
         tables.append(_business_metrics(report))
@@ -25,7 +26,7 @@ def _rankings(report: EvaluationReport) -> Table:
 
 
 def _slates(report: EvaluationReport) -> Table:
-    """Return each ranking's distance to the model, hit rates on cold items and users, beyond-accuracy metrics."""
+    """Return the model's lift over each ranking, its hit rates on cold items and users, its beyond-accuracy metrics."""
     k = report.k
     rows = table(
         "ranking",

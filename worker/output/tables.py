@@ -9,6 +9,7 @@ PIPED_WIDTH = 1000
 
 
 def table(*columns: str, title: str | None = None) -> Table:
+    """Return a table without rows; long cells wrap."""
     empty = Table(title=title, title_justify="left", box=None)
     for column in columns:
         empty.add_column(column, overflow="fold")

@@ -53,7 +53,7 @@ class RedisClient:
     """One server or one cluster. Every method raises StoreUnavailable (may be retried) or StoreError."""
 
     def __init__(self, config: RedisConfig) -> None:
-        """Connects lazily. Raises ConfigError for an invalid URL."""
+        """Connect at the first call. Raises ConfigError for an invalid URL."""
         self._timeout_s = config.timeout_s
         self._cluster: RedisCluster | None = None
         # RESP2: no feature of RESP3 is used. No socket timeouts: one deadline per pipeline, not one per reply.
@@ -88,8 +88,8 @@ class RedisClient:
         without_function = [index for index in failed if FUNCTION_NOT_FOUND in str(replies[index])]
         if without_function:
             await self.load_functions()
-            again = await self._with_deadline(self._send([commands[index] for index in without_function]))
-            for index, reply in zip(without_function, again, strict=True):
+            repeated = await self._with_deadline(self._send([commands[index] for index in without_function]))
+            for index, reply in zip(without_function, repeated, strict=True):
                 replies[index] = reply
         for index in failed:
             if isinstance(replies[index], Exception):

@@ -27,8 +27,8 @@ from worker.redis.slates import SlateStore
 
 log = logging.get("counters")
 INDEX_SHARDS = 16  # at one per round every row is read again within 4 minutes
-MERGE_BATCH_ROWS = 32  # per pipeline: it keeps Redis from the rings' pushes for 3 ms
-READ_BATCH_ROWS = 512  # per pipeline and replacement: it keeps the counters' thread from ranking for 3 ms
+MERGE_BATCH_ROWS = 32  # per pipeline: one keeps Redis from the rings' pushes for 3 ms
+READ_BATCH_ROWS = 512  # per pipeline and replacement: one keeps the pipeline's thread from ranking for 3 ms
 MIN_FREE_FRACTION = 1 / 8  # of the vocabulary: indexed but inactive items must not replace those that were evicted
 TTL_HALF_LIVES = 12  # a row that was not touched for so long has lost all but 1/4096 of its weight: it expires
 T = TypeVar("T")
@@ -53,9 +53,11 @@ class CounterStore:
         version: Callable[[], str] = lambda: "none",
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
     ) -> None:
-        """run_in_thread: runs a function in the thread that owns the counters.
-        pin_items: while its context is open no token loses its item, which a round needs.
-        version: returns the serving model's version, for the popular slate.
+        """Take over the artifact's counts.
+
+        run_in_thread: runs a function in the thread that owns the counters
+        pin_items: while its context is open no token loses its item, which a round needs
+        version: returns the serving model's version, for the popular slate
         """
         self._client = client
         self._config = config

@@ -1,4 +1,4 @@
-"""Rings of owned partitions, the most recently pushed ones, bounded in bytes."""
+"""A cache of the most recently pushed rings of owned partitions, bounded in bytes."""
 
 from collections import OrderedDict
 
@@ -10,7 +10,7 @@ ENTRY_BYTES = 600
 
 
 class RingCache:
-    """The least recently pushed rings are evicted beyond `limit_bytes`."""
+    """Evicts the least recently pushed rings beyond `limit_bytes`."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.bytes = 0
@@ -35,5 +35,6 @@ class RingCache:
             self.bytes -= self._rings.popitem(last=False)[1][2]
 
     def forget(self, partition: Partition) -> None:
+        """Drop the rings of a partition."""
         for user_id in [user_id for user_id, (_, owner, _) in self._rings.items() if owner == partition]:
             self.bytes -= self._rings.pop(user_id)[2]

@@ -1,4 +1,4 @@
-"""The users' rings: stored in Redis, cached here while their partition is owned. Implements interfaces.Store.
+"""The users' rings: stored in Redis, cached here while their partition is owned.
 
 A batch is one pipeline, with one command per user and partition. Each command names the version (header) of the ring
 that is cached here; only when Redis holds another version does the reply carry the ring. Either way the events are then
@@ -44,7 +44,7 @@ class UserPush:
 
 
 class SequenceStore:
-    """Runs one push at a time."""
+    """Implements Store. Runs one push at a time."""
 
     def __init__(
         self,

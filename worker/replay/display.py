@@ -1,4 +1,4 @@
-"""The live display of `replay` and `demo`, and the summary at their end."""
+"""The live display of `millrace replay` and `millrace demo`, and the summary at the end."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -37,7 +37,7 @@ class LatencyRecorder:
     started_s: float = field(default_factory=time.monotonic)
     latencies_ms: list[float] = field(default_factory=list)
     recent: Percentiles = field(default_factory=lambda: Percentiles.from_samples([]))
-    events_per_s: float = 0.0  # since the tick before
+    events_per_s: float = 0.0  # since the previous tick
     _ticked_s: float = 0.0
     _ticked_events: int = 0
 

@@ -22,7 +22,7 @@ def at_once(_: Event) -> float:
 
 
 def at_rate(events_per_s: float) -> Wait:
-    """Return a wait that spaces events evenly, counted from now."""
+    """Return a Wait that spaces events evenly, counted from now."""
     start_s = time.monotonic()
     count = 0
 

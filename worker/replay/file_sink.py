@@ -15,7 +15,7 @@ _encode = msgspec.json.Encoder().encode
 class FileSink:
     """Implements Sink for replays: slates into `slates.jsonl`, dead letters into `slates.dead.jsonl` next to it.
 
-    store: writes the slates, too; None: nothing else does
+    store: gets the slates as well; None: only the file does
     """
 
     def __init__(self, path: str | Path, store: SlateWriter | None = None) -> None:

@@ -1,4 +1,4 @@
-"""A recorded log as a Source: one partition, in event-time order, as fast as its clock runs.
+"""A recorded log as a Source: one partition, in event-time order, at the speed of its clock.
 
 Every event is encoded again and goes through the same codec as one from Kafka. An entry that the log's reader could not
 read becomes a record that the codec dead-letters with the reader's reason.

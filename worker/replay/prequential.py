@@ -32,7 +32,7 @@ class PrequentialEvaluator:
         self._baselines = baselines
         self._score_from_ms = score_from_ms
         self._popular = list(popular[:CUTOFF])
-        self._shown: dict[str, dict[str, list[str]]] = {}  # by user: the items of each ranking, as shown now
+        self._shown: dict[str, dict[str, list[str]]] = {}  # by user and ranking: the items last shown
         self._pending: dict[str, dict[str, list[str]]] = {}  # the same of the baselines, not yet delivered
         self.answered = 0  # distinct events with a slate
         self.scored = 0

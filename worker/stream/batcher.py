@@ -16,7 +16,7 @@ from pipeline.records import EVENT_BYTES
 from worker.config import BatcherConfig
 from worker.interfaces import Batch, Clock, ConsumedEvent, Entry
 
-Lane = tuple[str, int]  # (requested strategy or "", length bucket): what may share a batch
+Lane = tuple[str, int]  # (requested strategy or "", length bucket)
 HeapEntry = tuple[int, int, Entry]  # (deadline_ms, order of admission, entry)
 
 
@@ -80,8 +80,9 @@ class Batcher:
             self._enqueue(queue[0])
 
     def _deadline_ms(self, event: ConsumedEvent) -> int:
-        """clamp(event ts, polled - slo/2, polled) + slo: a client's clock can neither jump the queue nor starve."""
-        slo_ms, polled_ms = self._config.slo_ms, event.polled_ms
+        """Return clamp(event ts, polled - slo/2, polled) + slo: a client's clock moves it by at most slo/2."""
+        slo_ms = self._config.slo_ms
+        polled_ms = event.polled_ms
         return min(max(event.event.ts_ms, polled_ms - slo_ms // 2), polled_ms) + slo_ms
 
     def _enqueue(self, entry: Entry) -> None:
@@ -93,7 +94,7 @@ class Batcher:
         return self._buckets[min(index, len(self._buckets) - 1)]
 
     def _take(self) -> Batch:
-        """Batch around the earliest deadline: it sets strategy and bucket, shorter entries of that strategy fill up."""
+        """Return a batch: the earliest deadline sets strategy and bucket; entries of at most that length fill it up."""
         strategy, bucket = self._first_lane()
         batch = Batch([], bucket, strategy or None, opened_s=self._clock.monotonic())
         tokens = 0
@@ -133,7 +134,7 @@ class Batcher:
 
 
 def _same_slate(one: ConsumedEvent, other: ConsumedEvent) -> bool:
-    """Whether one slate can answer both events: its `covers` names one partition, it has one strategy and length."""
+    """Whether one slate can answer both events: it names one partition and has one strategy and length."""
     return (
         one.record_offset[:2] == other.record_offset[:2]  # partition and assignment
         and one.strategy == other.strategy

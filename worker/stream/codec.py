@@ -1,6 +1,6 @@
 """Decode records into events, or into dead letters with one clear sentence. Bad records never raise.
 
-Headers (names are case-sensitive, as Kafka's are; of two with one name the last counts):
+Headers (names are case-sensitive, as Kafka's are; of two with the same name the last counts):
           content-type   application/json (default) or application/msgpack, application/x-msgpack
           schema         event/1 (default), event/1.x is read too; another major version is not
           strategy       where to start in the fallback order;  k   a slate length, 1 to 512
@@ -32,8 +32,9 @@ Decoder = msgspec.json.Decoder[Wire] | msgspec.msgpack.Decoder[Wire]
 
 
 def decoders_for(kind: type[Wire]) -> dict[str, Decoder[Wire]]:
-    """Return a decoder of such records for every known content-type."""
-    as_json, as_msgpack = msgspec.json.Decoder(kind), msgspec.msgpack.Decoder(kind)
+    """Return the decoders of records of this type, by content-type."""
+    as_json = msgspec.json.Decoder(kind)
+    as_msgpack = msgspec.msgpack.Decoder(kind)
     return dict.fromkeys(JSON, as_json) | dict.fromkeys(MSGPACK, as_msgpack)
 
 
@@ -41,11 +42,11 @@ DECODERS = decoders_for(Event)
 
 
 class InvalidRecord(ValueError):
-    """Its text is the dead letter's reason."""
+    """A record that cannot be used. The message becomes a dead letter's reason."""
 
 
 class RequestHeaders(msgspec.Struct, frozen=True):
-    """A record's headers, checked: its encoding and what it requests."""
+    """A record's validated headers: its decoder, and the strategy and slate length that it requests."""
 
     decoder: Decoder[Event]
     strategy: str | None
@@ -111,11 +112,11 @@ class Codec:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise InvalidRecord(f"not an event: {error}") from error
         if event.action not in self._actions:
-            known = ", ".join(sorted(self._actions))
-            raise InvalidRecord(f"unknown action {event.action!r}; events.actions has {known}")
+            actions = ", ".join(sorted(self._actions))
+            raise InvalidRecord(f"unknown action {event.action!r}; events.actions has {actions}")
         if not oldest_ms <= event.ts_ms <= newest_ms:
             raise InvalidRecord(_out_of_time(event.ts_ms, oldest_ms, newest_ms))
-        if event.value is not None and not math.isfinite(event.value):  # MessagePack can say infinity
+        if event.value is not None and not math.isfinite(event.value):  # MessagePack can encode infinity
             raise InvalidRecord(f"value is {event.value}; want a finite number of at least 0")
         if record.key is not None and record.key != event.user_id.encode():
             self._count_key_mismatch(record, event)
@@ -175,8 +176,8 @@ def _k(values: dict[str, bytes]) -> int | None:
     return int(text)
 
 
-def _text(values: dict[str, bytes], name: str, absent: str) -> str:
-    return values[name].decode("utf-8", "backslashreplace") if name in values else absent
+def _text(values: dict[str, bytes], name: str, default: str) -> str:
+    return values[name].decode("utf-8", "backslashreplace") if name in values else default
 
 
 def _out_of_time(ts_ms: int, oldest_ms: int, newest_ms: int) -> str:

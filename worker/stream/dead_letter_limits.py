@@ -7,8 +7,8 @@ from worker.config import DeadLettersConfig
 from worker.errors import DeadLetterLimit
 from worker.interfaces import DeadLetter
 
-REASONS = 3  # the most frequent of the last ones, named in the error
-KEPT_REASONS = 100
+REASONS = 3  # named in the error: the most frequent of the kept ones
+KEPT_REASONS = 100  # of the latest dead letters
 
 
 class DeadLetterLimits:
@@ -35,8 +35,8 @@ class DeadLetterLimits:
         self._run = self._run + bad if bad == records else 0
         self._slide(records, bad)
         if self._bad > self._config.max_ratio * self._config.window_records:
-            ratio = f"{self._bad} of the last {self._config.window_records} records"
-            raise self._error(ratio, f"max_ratio is {self._config.max_ratio:g}")
+            excess = f"{self._bad} of the last {self._config.window_records} records"
+            raise self._error(excess, f"max_ratio is {self._config.max_ratio:g}")
         if self._run > self._config.max_consecutive:
             raise self._error(f"{self._run} records in a row", f"max_consecutive is {self._config.max_consecutive}")
 
@@ -49,10 +49,10 @@ class DeadLetterLimits:
             self._records -= old_records
             self._bad -= old_bad
 
-    def _error(self, ratio: str, limit: str) -> DeadLetterLimit:
+    def _error(self, excess: str, limit: str) -> DeadLetterLimit:
         frequent = Counter(self._reasons).most_common(REASONS)
         reasons = "; ".join(f"{reason} ({times} times)" for reason, times in frequent)
         return DeadLetterLimit(
-            f"{ratio} were dead letters (dead_letters.{limit}); most frequent reasons: {reasons}. All are in the "
+            f"{excess} were dead letters (dead_letters.{limit}); most frequent reasons: {reasons}. All are in the "
             f"dead-letter topic: see `millrace dlq ls`, fix their producer, restart, then `millrace dlq requeue`"
         )

@@ -1,4 +1,4 @@
-"""/livez, /readyz and /metrics from a thread of their own, and the watchdog that ends a process that stands still.
+"""/livez, /readyz and /metrics from a thread of their own, and the watchdog that ends a stalled process.
 
 They answer while the event loop is blocked: that is when they are needed.
 """
@@ -27,16 +27,16 @@ HEARTBEAT_S = 0.5
 
 @dataclass(slots=True)
 class HealthState:
-    """The state that the probes report. `ready` is set once partitions or a log are polled."""
+    """The state that the probes report. `ready` is set once the source has started."""
 
     clock: Clock
-    heartbeat_s: float = 0.0  # set by the loop
+    heartbeat_s: float = 0.0  # Clock.monotonic() of the event loop's last heartbeat
     ready: bool = False
     problems: dict[str, str] = field(default_factory=dict)  # by part: why the worker waits
 
     def alive(self) -> tuple[bool, str]:
         late_s = self.clock.monotonic() - self.heartbeat_s
-        return late_s < LOOP_BLOCKED_S, f"event loop turned {late_s:.1f} s ago"
+        return late_s < LOOP_BLOCKED_S, f"last event loop heartbeat {late_s:.1f} s ago"
 
     def serving(self) -> tuple[bool, str]:
         if self.problems:
@@ -107,6 +107,7 @@ class Watchdog:
             self._export_lag({})
 
     def check(self) -> None:
+        """Set the heartbeat and export the gauges. Raises Stalled."""
         now_s = self._clock.monotonic()
         self._health.heartbeat_s = now_s
         self._export(now_s)

@@ -1,4 +1,4 @@
-"""Commits completed offsets: when partitions are assigned and revoked, and periodically in between."""
+"""Commit completed offsets: periodically, and when partitions are revoked."""
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
@@ -21,7 +21,7 @@ class OffsetCommitter:
         source: Source,
         forget: Callable[[Partition], None] = lambda _: None,
     ) -> None:
-        """forget: called with each revoked partition, to drop what is cached of it."""
+        """forget: called with each revoked partition, to drop its cached rings."""
         self._config = config
         self._tracker = tracker
         self._source = source
@@ -33,7 +33,7 @@ class OffsetCommitter:
         log.info("partitions assigned", partitions=_names(partitions))
 
     async def revoked(self, partitions: Iterable[Partition]) -> None:
-        """Wait until they are completed, at most `drain_timeout_s`; their next owner reads the rest again."""
+        """Wait until nothing is open, at most `drain_timeout_s`, then commit; the next owner reads the rest again."""
         partitions = list(partitions)
         try:
             await asyncio.wait_for(self._tracker.wait_drained(partitions), self._config.drain_timeout_s)

@@ -1,4 +1,4 @@
-"""Which offsets are completed, and how far each partition may be committed.
+"""Track completed offsets, and how far each partition may be committed.
 
 The committable offset of a partition is one past the newest record before which nothing is open. Offsets may have gaps
 (transaction markers, compaction): only records that were opened count. An assignment is one ownership of a partition;
@@ -35,7 +35,7 @@ class _PartitionOffsets:
 
 
 class OffsetTracker:
-    """Opens and completes a record in constant time. Used by one event loop's tasks; nothing in it blocks."""
+    """Opens and completes a record in constant time. For the tasks of one event loop; no method blocks."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
