@@ -22,10 +22,10 @@ WARM_UP_CALLS = 2  # before a capture, so that kernels are compiled and loaded
 STEPS_PER_DOUBLING = 16  # bucket sizes between two powers of two: at most a sixteenth of the rows is padding
 MIN_ROWS = 256  # rows; a smaller batch takes as long
 MAX_NODE_BYTES = 16 << 20  # cap on the estimate of a graph's own nodes
-HALF_LIFE_CALLS = 10_000  # after so many calls the earlier ones count half
+HALF_LIFE_CALLS = 10_000  # when the buckets' hits exceed this in total, all are halved
 MIN_CALLS = 3  # calls of a bucket without a graph before one is captured: a capture takes longer than a call
 
-# One capture at a time per process. Other threads may keep launching, but must not synchronise the whole device.
+# One capture at a time per process. Other threads may keep launching, but must not synchronise the entire device.
 CAPTURE_LOCK = threading.Lock()
 
 BatchFunction = Callable[[Sequence[Tensor], Tensor, int], Tensor]
@@ -142,6 +142,7 @@ class BatchGraphs:
 
     @property
     def nbytes(self) -> int:
+        """Memory of all graphs, the shared pool included."""
         return self._pool_bytes + sum(graph.nbytes for graph in self._graphs.values())
 
     def __len__(self) -> int:

@@ -43,7 +43,7 @@ _COPY_AGAIN = "copy the whole folder again, or make one with `millrace train LOG
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """The description of an artifact; the file that vouches for all others.
+    """The description of an artifact, with the hash of each of its other files.
 
     version: hash of the content, 16 hex digits: equal versions rank equally; created: ISO 8601, UTC
     """
@@ -62,7 +62,7 @@ class Manifest(msgspec.Struct, frozen=True):
 
 
 class _Format(msgspec.Struct):
-    """The field to check before the others: in another format they may mean anything."""
+    """The field to check first: in another format the others may have another meaning."""
 
     format: int
 
@@ -126,7 +126,7 @@ def draft(
 def save(folder: Path, artifact: Artifact, metrics: Mapping[str, float], created: str) -> Manifest:
     """Write the artifact, completely or not at all, and return its manifest. An older artifact is replaced.
 
-    ArtifactError when something else is in the folder.
+    Raises ArtifactError when the folder has other content.
     """
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)

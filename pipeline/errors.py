@@ -1,8 +1,8 @@
-"""Errors that the model side raises on purpose; worker/errors.py draws the full tree."""
+"""Errors that the pipeline raises on purpose; worker/errors.py draws the full tree."""
 
 
 class MillraceError(Exception):
-    """A message says what, where, got, want, and the next step. `exit_code` is the command's exit status."""
+    """Base of all errors. A message says what, where, got, wanted and the next step; `exit_code`: exit status."""
 
     exit_code = 1
     retriable = False
@@ -21,7 +21,7 @@ class LogFileError(MillraceError):
 
 
 class DeviceError(MillraceError):
-    """Torch does not have this device on this machine."""
+    """The requested device does not exist or cannot run the model."""
 
     exit_code = 2
 

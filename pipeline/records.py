@@ -121,7 +121,7 @@ class Slate(msgspec.Struct, frozen=True):
 
 
 class EventSchema(msgspec.Struct, frozen=True):
-    """The names behind the ring's one-byte codes; code 0 is 'unknown', name i has code i + 1.
+    """The names of the ring's one-byte codes; code 0 is 'unknown', name i has code i + 1.
 
     The lists may only grow at their end, or rings in Redis would change their meaning.
     """
@@ -160,6 +160,7 @@ class EventPacker:
         self._devices = schema.device_codes()
 
     def pack(self, event: Event) -> bytes:
+        """Return the event as EVENT_DTYPE holds it: EVENT_BYTES bytes."""
         action = self._actions[event.action]
         device = self._devices.get(event.device or "", 0)
         return _PACK.pack(

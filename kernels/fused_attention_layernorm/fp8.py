@@ -34,7 +34,7 @@ def compute_scale(weight: Tensor, bias: Tensor) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Fp8Weights:
-    """One layer's scales. factors: float32 [rows of its weight], multiply the results so that they fit FP8."""
+    """One layer's scales. factors: float32 [rows of its weight], by which results are multiplied to fit FP8."""
 
     scales: Fp8Scales
     factors: Tensor

@@ -19,7 +19,7 @@ from kernels.launch import ceil_div, launch
 # `python -m tests.benchmarks.kernels_gated`, on an H100: 74,108 rows and 8 layers take 1.28 ms, in two launches 1.53;
 # 5,601 rows 0.138 and 0.146; 2,300 rows 0.125 in one launch, 0.120 in two.
 MAX_ROWS_TWO_LAUNCHES = 4096  # more rows take one launch
-MAX_ROWS_MIDDLE = 12_288  # up to so many rows with MIDDLE's deeper stages, beyond with LARGE
+MAX_ROWS_MIDDLE = 12_288  # up to this many rows use MIDDLE's deeper stages, more use LARGE
 LARGE = ProjectionTiles(64, 512, 32, 8, 4)
 MIDDLE = ProjectionTiles(64, 512, 64, 8, 2)
 

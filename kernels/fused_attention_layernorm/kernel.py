@@ -17,7 +17,7 @@ MASKED_SCORE = tl.constexpr(-1e4)  # SiLU of it is 0, with USE_PTX too; of -inf 
 
 @triton.jit
 def silu(x, USE_PTX: tl.constexpr):
-    """x * sigmoid(x). USE_PTX: one instruction of the special function unit, tanh to 2^-11, and two others."""
+    """Return x * sigmoid(x). USE_PTX: one instruction of the special function unit, tanh to 2^-11, and two others."""
     half = x * 0.5
     if USE_PTX:
         tanh = tl.inline_asm_elementwise(
@@ -40,7 +40,7 @@ def load_l1(pointers, USE_PTX: tl.constexpr):
 
 @triton.jit
 def load_l1_masked(pointers, mask, USE_PTX: tl.constexpr):
-    """`load_l1` where `mask` is true, else 0."""
+    """Return `load_l1` where `mask` is true, else 0."""
     if USE_PTX:
         return tl.inline_asm_elementwise(
             "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.f32 $0, 0f00000000; @p ld.global.nc.f32 $0, [$1]; }",
@@ -191,7 +191,7 @@ def last_attention_kernel(
     HEADS: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr, BLOCK_QK: tl.constexpr, BLOCK_V: tl.constexpr,
     TIME_BUCKETS: tl.constexpr, BLOCK_N: tl.constexpr, USE_PTX: tl.constexpr,
 ):  # fmt: skip
-    """Attention of each user's last row only. Grid (heads * users).
+    """Write attn_out and row_stats of each user's last row only. Grid (heads * users).
 
     q: [users, HEADS * D_QK]; attn_out: [users, HEADS * D_V]. One row is too little work for the matrix units; the
     kernel reads K and V once, at the memory's speed.

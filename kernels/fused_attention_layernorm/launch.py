@@ -97,6 +97,7 @@ class ProjectionTiles:
     programs_per_sm: int = 0  # persistent programs that loop over tiles; 0: one program per tile
 
     def grid(self, tiles: int, device: torch.device) -> tuple[int]:
+        """Return the grid for this number of tiles."""
         if not self.programs_per_sm:
             return (tiles,)
         processors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -114,6 +115,7 @@ class ProjectionTiles:
 
     @property
     def kernel_options(self) -> dict[str, int]:
+        """The kernel's constants and launch options."""
         options = {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,

@@ -23,7 +23,7 @@ def max_row_blocks(total: int, users: int, block_m: int) -> int:
 
 
 def max_tiles(blocks: int, max_length: int, block_m: int, block_n: int, num_contextual: int) -> int:
-    """Return an upper bound of the tiles of any batch with so many row blocks."""
+    """Return an upper bound of the tiles of any batch with `blocks` row blocks."""
     blocks_per_user = ceil_div(max_length, block_m)
     tiles_per_block = block_m // block_n
     if num_contextual:
@@ -97,7 +97,7 @@ def fill_row_blocks(
 
 @triton.jit
 def to_fragment_order(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """[BLOCK_M, BLOCK_N] -> [BLOCK_M * BLOCK_N] as the threads of BLOCK_M / 16 warps hold a matrix unit's result.
+    """Return [BLOCK_M, BLOCK_N] as [BLOCK_M * BLOCK_N], as the threads of BLOCK_M / 16 warps hold a product's result.
 
     Thread t of a warp holds rows t / 4 and t / 4 + 8, and of every 8 columns 2 * (t % 4) and the next one; 16 values
     (32 columns) are contiguous.
@@ -108,7 +108,7 @@ def to_fragment_order(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def from_fragment_order(values, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """[BLOCK_M * BLOCK_N] -> [BLOCK_M, BLOCK_N]: the inverse of `to_fragment_order`."""
+    """Return [BLOCK_M * BLOCK_N] as [BLOCK_M, BLOCK_N]: the inverse of `to_fragment_order`."""
     parts = tl.reshape(values, [BLOCK_N // 32, BLOCK_M // 16, 8, 4, 4, 2, 2])
     return tl.reshape(tl.permute(parts, (1, 5, 2, 0, 4, 3, 6)), [BLOCK_M, BLOCK_N])
 

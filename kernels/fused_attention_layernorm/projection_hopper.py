@@ -1,8 +1,8 @@
 """The product before attention, `projection.project_in`, for Hopper in CuTe DSL.
 
 A program keeps one panel of W, 128 columns of full depth, in shared memory, and the rows of x stream past it: nothing
-else is read twice. Warps are specialised. One produces: it loads. The others consume, in groups of four that take tiles
-of rows in turn: while one group multiplies, the others activate and store, so the matrix units need not wait.
+else is read twice. Warps are specialised: one produces (loads), the others consume, in groups of four that take tiles
+of rows in turn. While one group multiplies, the others activate and store, so the matrix units need not wait.
 """
 
 from functools import cache
@@ -181,8 +181,9 @@ def project_in_kernel(
     x_layout: cute.ComposedLayout, panel_layout: cute.ComposedLayout, out_layout: cute.ComposedLayout,
     panels: Constexpr,
 ) -> Any:  # fmt: skip
-    """Grid: programs of one panel each, a multiple of `panels`. x: [rows, D_MODEL], weight: [columns, D_MODEL],
-    out: [rows, columns] as the copy engine sees them; row_stats: [rows, 2 * parts]; sums, bias: [columns]."""
+    """Write out, tile by tile. Grid: programs of one panel each, a multiple of `panels`. x: [rows, D_MODEL], weight:
+    [columns, D_MODEL], out: [rows, columns] as the copy engine sees them; row_stats: [rows, 2 * parts]; sums, bias:
+    [columns]."""
     thread = cute.arch.thread_idx()[0]
     program = cute.arch.block_idx()[0]
     warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())

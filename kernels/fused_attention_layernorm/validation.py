@@ -14,6 +14,7 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def check_rows(q: Tensor, k: Tensor, v: Tensor, u: Tensor, total: int, queries: int, device: torch.device) -> None:
+    """Check q and u of `queries` rows, k and v of `total` rows: dtypes, shapes and device."""
     require(
         q.dtype in (*FLOAT_DTYPES, FP8) and q.dim() == 3 and q.shape[0] == queries and q.device == device,
         "q",
@@ -48,6 +49,7 @@ def check_tables(
     norm_bias: Tensor,
     device: torch.device,
 ) -> None:
+    """Check the bias tables and the norm's parameters: float32, their shapes and device."""
     for name, table, shape in (
         ("position_bias", position_bias, (heads, max_events)),
         ("time_bias", time_bias, (heads, times)),
@@ -63,11 +65,13 @@ def check_tables(
 
 
 def check_numbers(eps: float, alpha: float) -> None:
+    """Check that eps is above 0 and both are finite."""
     if not (0.0 < eps < math.inf and math.isfinite(alpha)):
         raise ValueError(f"eps is {eps} and alpha {alpha}, expected a finite eps above 0 and a finite alpha")
 
 
 def check_plan(dtype: torch.dtype, max_length: int, num_contextual: int) -> None:
+    """Check a plan's dtype and numbers of rows."""
     if dtype not in (*FLOAT_DTYPES, FP8):
         raise ValueError(f"dtype is {dtype}, expected float32, bfloat16, float16 or float8_e4m3fn")
     if max_length < 0 or num_contextual < 0:
@@ -164,6 +168,7 @@ def resolve_seed(dropout: float, seed: Tensor | int | None, device: torch.device
 
 
 def check_fp8(q: Tensor, scales: Fp8Scales | None, *others: Tensor) -> None:
+    """Check that scales come with FP8 only, and FP8 without gradients. others: every other tensor of the call."""
     if q.dtype != FP8 and scales is not None:
         raise ValueError(f"scales are for q, k and v of {FP8}, expected none with {q.dtype}")
     if q.dtype == FP8 and torch.is_grad_enabled() and any(part.requires_grad for part in (q, *others)):
@@ -171,6 +176,7 @@ def check_fp8(q: Tensor, scales: Fp8Scales | None, *others: Tensor) -> None:
 
 
 def check_last(num_targets: Tensor | None, num_contextual: int, dropout: float) -> None:
+    """Check that the batch and the options are ones that `last` supports."""
     if num_targets is not None or num_contextual:
         raise ValueError("last=True supports neither targets nor contextual rows, expected a plan without them")
     if dropout:

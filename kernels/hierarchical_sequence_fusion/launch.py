@@ -16,7 +16,10 @@ LANE_BYTES = 16
 
 @dataclass(frozen=True, slots=True)
 class EventColumns:
-    """tokens: int [events]; feature_ids: int [events, features]; seconds: int32 [events]; offsets: int [users + 1]."""
+    """Columns of a packed batch.
+
+    tokens: int [events]; feature_ids: int [events, features]; seconds: int32 [events]; offsets: int [users + 1]
+    """
 
     tokens: Tensor
     feature_ids: Tensor
@@ -26,7 +29,10 @@ class EventColumns:
 
 @dataclass(frozen=True, slots=True)
 class Embeddings:
-    """table: [items, width]; features: [feature rows, width]; log_strength: float32 [feature rows]."""
+    """Tables of item and feature embeddings.
+
+    table: [items, width]; features: [feature rows, width]; log_strength: float32 [feature rows]
+    """
 
     table: Tensor
     features: Tensor
@@ -47,7 +53,7 @@ def pack_pairs(rows: Tensor) -> Tensor:
 def fuse(
     embeddings: Embeddings, events: EventColumns, recent: int, sessions: int, gap_s: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Launch the kernels on checked input of at least one user and one event."""
+    """Launch the kernels on checked input of at least one user and one event; the result is that of the reference."""
     device = embeddings.table.device
     width = embeddings.table.shape[1]
     users = len(events.offsets) - 1

@@ -29,7 +29,7 @@ def hierarchical_sequence_fusion(
     """Return one vector per event for each user's last `recent` events, and one per session for the last `sessions`
     sessions before them.
 
-    table: [items, width], float32, bfloat16 or float16; rows of the whole table, or of a cache: then tokens are its
+    table: [items, width], float32, bfloat16 or float16; rows of the full table, or of a cache: then tokens are its
     slots. features: [feature rows, width] of the same dtype; log_strength: float32 [feature rows].
     tokens: int32 or int64 [events]; feature_ids: int32 or int64 [events, features], rows of `features` for an
     event's action, time, strength and position; seconds: int32 [events], ascending within a user; offsets: int32 or

@@ -1,4 +1,4 @@
-"""Exact top-k of a catalogue for each user, without the scores of the whole catalogue in memory.
+"""Exact top-k of a catalogue for each user, without the scores of the full catalogue in memory.
 
 May import: launch, validation.
 """

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from kernels.sequence_recommendation_interaction.tiles import PACK
 
-# The registers are declared for the whole function, outside of braces, and so keep their values from tile to tile. A
+# The registers are declared for the entire function, outside of braces, and so keep their values from tile to tile. A
 # slot of -1 is beyond every capacity: nothing is pending.
 _DECLARE = ".reg .b32 pending_slot; .reg .b64 pending_key, pending_first; mov.b32 pending_slot, -1; mov.b32 $0, 0;"
 

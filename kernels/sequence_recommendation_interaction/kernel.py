@@ -18,7 +18,7 @@ NO_BOUND = tl.constexpr(-3.4028234663852886e38)  # the lowest finite float32: a 
 
 @triton.jit
 def _sortable_bits(score):
-    """float32 -> int32 of the same order; its own inverse on bits. -0 and 0 are equal."""
+    """Return int32 in the order of float32 scores; the function is its own inverse on bits. -0 and 0 are equal."""
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 

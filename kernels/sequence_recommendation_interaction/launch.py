@@ -20,8 +20,8 @@ HAS_PTX = torch.version.cuda is not None  # the inline code is NVIDIA's
 class TopKPlan:
     """Sample and tiles of one call.
 
-    sample_stride: one row of so many is sampled, 0 without a sample; group_size: sampled rows per maximum; tiles: of
-    the pass; sample_tiles: of the sample, if different.
+    sample_stride: rows per sampled row, 0 without a sample; group_size: sampled rows per maximum; tiles: of the pass;
+    sample_tiles: of the sample, if different.
     """
 
     sample_stride: int
@@ -53,7 +53,7 @@ def make_plan(items: int, users: int, width: int, k: int, element_bytes: int, ca
 
 @dataclass(frozen=True, slots=True)
 class ItemRows:
-    """table: [items, width]; scales: float32 [items] of an int8 table; eligible: bool [items]."""
+    """The catalogue. table: [items, width]; scales: float32 [items] of an int8 table; eligible: bool [items]."""
 
     table: Tensor
     scales: Tensor | None
@@ -67,12 +67,13 @@ class ItemRows:
 
     @property
     def flags(self) -> dict[str, bool]:
+        """The kernels' constants that say which of the optional tensors are present."""
         return {"QUANTISED": self.scales is not None, "HAS_ELIGIBLE": self.eligible is not None}
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """rows: int [n], ascending within a user; offsets: int [users + 1]."""
+    """Rows to exclude. rows: int [n], ascending within a user; offsets: int [users + 1]."""
 
     rows: Tensor
     offsets: Tensor

@@ -1,4 +1,4 @@
-"""The specification in naive fp32: every user's scores of the whole catalogue, sorted."""
+"""The specification in naive fp32: every user's scores of the full catalogue, sorted."""
 
 import torch
 from torch import Tensor

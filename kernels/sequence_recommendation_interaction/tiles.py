@@ -76,7 +76,7 @@ def tiles_for(users: int, width: int, element_bytes: int, card: Card) -> TopKTil
 
 
 def fitting_tiles(users: int, row_bytes: int, shared_bytes: int) -> TopKTiles:
-    """Derive tiles: states take at most four sevenths of shared memory for the whole pass, items the rest."""
+    """Derive tiles: states take at most four sevenths of shared memory for the entire pass, items the rest."""
     block_users = min(256, max(16, next_power_of_2(users)))
     while block_users > 16 and block_users * row_bytes > shared_bytes * 4 // 7:
         block_users //= 2

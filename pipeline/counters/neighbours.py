@@ -15,7 +15,10 @@ CHUNK_PAIRS = 8192
 
 
 class NeighbourTable:
-    """tokens: int32 [rows, slots], 0 = empty; weights: float32 [rows, slots]. Row 0 stays empty: the unknown item."""
+    """Neighbours and their weights; row 0, the unknown item's, stays empty.
+
+    tokens: int32 [rows, slots], 0 = empty; weights: float32 [rows, slots]
+    """
 
     __slots__ = ("tokens", "weights")
 

@@ -132,5 +132,5 @@ class _IdColumn:
         """Return the distinct ids, sorted, and the column as indices into them: int32 [n]."""
         ids = sorted(self._numbers)
         ranks = np.empty(len(ids), np.int32)
-        ranks[[self._numbers[one] for one in ids]] = np.arange(len(ids), dtype=np.int32)
+        ranks[[self._numbers[id_] for id_ in ids]] = np.arange(len(ids), dtype=np.int32)
         return ids, ranks[np.concatenate(self._blocks)]

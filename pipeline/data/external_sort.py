@@ -27,6 +27,7 @@ class SortEntry(msgspec.Struct, frozen=True, array_like=True):
     key: Key = NO_KEY
 
     def keyed(self) -> tuple[Key, LogEntry]:
+        """Return the sort key and the entry."""
         if self.event is not None:
             return _key(self.event), self.event
         assert self.bad is not None
@@ -50,6 +51,7 @@ class SortedRun:
         return len(self.entries) + len(self.early)
 
     def add(self, entry: LogEntry) -> None:
+        """Add the log's next entry."""
         if isinstance(entry, Event):
             self.last = _key(entry)
         elif self.last is None:
@@ -61,6 +63,7 @@ class SortedRun:
             self._add_early(self.last)
 
     def in_order(self) -> Iterator[tuple[Key, LogEntry]]:
+        """Return the entries sorted by key, with their keys; ties stay in the log's order."""
         if self.early:  # no event so far
             self._add_early(NO_KEY)
         keys = self.keys

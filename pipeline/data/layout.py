@@ -1,4 +1,4 @@
-"""Layouts of recorded logs: formats, column names, and the stand-in for a record that cannot be read."""
+"""Layouts of recorded logs: formats, column names, and the placeholder for a record that cannot be read."""
 
 import math
 import re
@@ -45,7 +45,7 @@ LogEntry = Event | BadRecord
 
 
 class InvalidLine(ValueError):
-    """Its text is the bad record's reason."""
+    """A line that does not hold an event; the message is the bad record's reason."""
 
 
 class LogLayout(msgspec.Struct, frozen=True):
@@ -57,7 +57,7 @@ class LogLayout(msgspec.Struct, frozen=True):
     header:    whether the first line names the columns
     unit:      `s` or `ms`; when detected, per timestamp: below 1e11 it counts seconds
     action:    action of every event when no column holds one
-    Raises LogFileError for an unknown word.
+    Raises LogFileError for an unknown format, field or unit.
     """
 
     format: str | None = None
@@ -78,7 +78,7 @@ class LogLayout(msgspec.Struct, frozen=True):
         header: bool | None = None,
         format: str | None = None,
     ) -> "LogLayout":
-        """Parse the command line's words; `columns` is comma-separated."""
+        """Parse the command line's options; `columns` is comma-separated."""
         names = None if columns is None else tuple(name.strip() for name in columns.split(","))
         return cls(format, names, separator, header, unit, action or "rate")
 
@@ -117,7 +117,7 @@ def check_value(event: Event) -> Event:
 
 
 def detect_format(name: str, start: bytes) -> str:
-    """Return the format by the file's suffix (before `.gz`) or its first bytes. LogFileError when neither tells."""
+    """Return the format by the file's suffix (before `.gz`) or its first bytes. LogFileError for an unknown one."""
     suffix = name.lower().removesuffix(".gz").rpartition(".")[2]
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     detected = _SUFFIXES.get(suffix) or _format_by_content(start, text)

@@ -1,4 +1,4 @@
-"""Parse a log's bytes into entries, a block at a time: every record once, as an event or as a bad record.
+"""Parse a log's bytes into entries, block by block: every record once, as an event or as a bad record.
 
 A blank line is not a record. A file that ends early (a truncated gzip stream, a failing disk) ends with a bad record
 that says so.
@@ -37,6 +37,7 @@ class Stream:
     broken: str = ""
 
     def chunks(self) -> Iterator[bytes]:
+        """Yield the file's bytes; close it at the end."""
         try:
             with self.file:
                 while chunk := self.file.read1(CHUNK_BYTES):  # read() would lose the data before the error
@@ -59,6 +60,7 @@ class Stream:
 
 
 def json_blocks(stream: Stream) -> Iterator[list[LogEntry]]:
+    """Yield blocks of entries from JSON lines."""
     return _line_blocks(stream.lines(), _from_json)
 
 

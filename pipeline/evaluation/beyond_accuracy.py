@@ -9,7 +9,7 @@ from pipeline.data.sequences import UserSequences
 from pipeline.items.vocabulary import UNKNOWN, Vocabulary
 from pipeline.records import Item
 
-SKETCH_DIM = 64  # numbers per item; a sketched cosine is off by 1/8, the mean over a thousand slates by nothing
+SKETCH_DIM = 64  # numbers per item; a sketched cosine is off by 1/8, the mean over a thousand slates is nearly exact
 
 
 class BeyondAccuracyMetrics(msgspec.Struct, frozen=True):
@@ -39,7 +39,7 @@ def beyond_accuracy(slates: np.ndarray, counts: np.ndarray, vectors: np.ndarray)
 
 
 def _diversity(slates: np.ndarray, vectors: np.ndarray) -> float | None:
-    """With unit vectors v, sum over pairs i != j of v_i v_j is |sum v|^2 - sum |v|^2."""
+    """Return 1 - the mean cosine: for unit vectors v, the sum over pairs i != j of v_i v_j is |sum v|^2 - sum |v|^2."""
     sizes = (slates > UNKNOWN).sum(1)
     slates = slates[sizes > 1]
     sizes = sizes[sizes > 1]

@@ -1,4 +1,4 @@
-"""Bootstrap confidence of a mean over events: whole users are resampled, since one user's events are dependent.
+"""Bootstrap confidence of a mean over events, resampled by user, since one user's events are dependent.
 
 The same seed draws the same users, so two columns of one call are paired: the difference of their resampled means has
 the interval of the difference (Efron and Tibshirani 1993, chapters 13 and 22).

@@ -1,7 +1,7 @@
 """Expected business outcome of slates: engagement, retention, monetization and value by the heads' probabilities.
 
 The user takes the item at rank r with a probability in proportion to 1 / log2(1 + r), NDCG's discount. Then
-    engagement, retention, monetization   probability that this one taken item engages, brings a return, is paid
+    engagement, retention, monetization   probability that the taken item engages, brings a return, is paid
     value                                 expected revenue: monetization probability times the item's value
 An item's value is the mean value of its carts and purchases in the training log; 0 where it has none.
 """
@@ -44,6 +44,7 @@ class BusinessMetricsRecorder:
         self._slates = 0
 
     def rank(self, histories: Histories, k: int) -> RankedItems:
+        """Rank by the recommender and add the slates' metrics to the totals."""
         ranked = self._ranker.rank(histories, k)
         if (metrics := business_metrics(ranked, self._k)) is not None:
             self._total += metrics.sum(axis=0)

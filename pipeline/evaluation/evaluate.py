@@ -104,7 +104,7 @@ class TrainTest:
 
     @classmethod
     def from_log(cls, log: EventLog, test_mask: np.ndarray, vocabulary: Vocabulary, max_events: int) -> "TrainTest":
-        """test_mask: bool [n], the log's held-out events."""
+        """Split the log. test_mask: bool [n], the held-out events."""
         sequences = UserSequences.from_log(log, vocabulary)
         train = UserSequences.from_log(log.select(~test_mask), vocabulary)
         positions = np.flatnonzero(test_mask[sequences.log_positions])
@@ -190,7 +190,7 @@ def evaluate_heads(hstu: HstuStrategy, test: HeldOutEvents, schema: EventSchema)
     sequences = test.sequences
     events = HeldOutEvents(sequences, test.positions[test.lengths > 0], test.max_events)
     labels = compute_labels(sequences.histories, schema, int(sequences.histories.ts_ms.max(initial=0)))
-    labels = labels[events.positions - 1]  # an event's labels stand at its predecessor
+    labels = labels[events.positions - 1]  # an event's labels are stored at its predecessor
     probabilities = predict_heads(hstu, events)
     return {task: head_metrics(probabilities[:, i], labels[:, i]) for i, task in enumerate(TASKS)}
 
@@ -207,7 +207,7 @@ def _check_held_out(artifact: Artifact, log: EventLog, test_mask: np.ndarray, sp
     if provenance and seen:
         raise EvaluationError(
             f"evaluate: artifact {artifact.version} was trained on {seen} of the {int(test_mask.sum())} events to score"
-            f" ({split}); it left out {provenance.split}: score those, or train with the split that you score"
+            f" ({split}); it held out {provenance.split}: score those, or train with the split that you score"
         )
     if seen is None:
         return (
@@ -226,7 +226,8 @@ def _rank(
         negatives = sample_negatives(request.negatives, data.test, counts)
         return {name: rank_among_negatives(ranker, data.test, negatives) for name, ranker in rankers.items()}, {}
     vectors = category_vectors(items, data.vocabulary) if items else cooccurrence_vectors(data.train, data.items)
-    ranks, slate_metrics = {}, {}
+    ranks = {}
+    slate_metrics = {}
     for name, ranker in rankers.items():
         slates = recommend_slates(ranker, data.test, max(request.cutoffs))
         ranks[name] = target_ranks(slates, data.test.targets)

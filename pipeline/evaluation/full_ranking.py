@@ -1,4 +1,4 @@
-"""A ranker from any scorer of the whole catalogue: the baselines' common part."""
+"""A ranker from any scorer of the full catalogue: the baselines' common part."""
 
 import time
 from typing import Protocol
@@ -33,6 +33,7 @@ class FullRanking:
         self._exclusion = exclusion
 
     def rank(self, histories: Histories, k: int) -> RankedItems:
+        """See Recommender."""
         start_s = time.perf_counter()
         tokens = self._vocabulary.tokens(histories.items)
         excluded = self._exclusion.mask(histories)

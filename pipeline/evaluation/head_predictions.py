@@ -1,4 +1,4 @@
-"""Head predictions for logged events, each from the events before it: to measure the heads and to calibrate them."""
+"""Head predictions for logged events, each from the events before it, for the heads' metrics and calibration."""
 
 import numpy as np
 
@@ -40,8 +40,8 @@ def held_out_labels(
 ) -> np.ndarray:
     """Return float32 [total, 3], the labels of `train` with NaN where `fit`, its part before validation, has them.
 
-    validation: bool [total], the validation slice. What remains are the labels of events in the slice and, for
-    retention, of events up to a horizon before it, which the slice decides.
+    validation: bool [total], the validation slice. The remaining labels are those of events in the slice
+    and, for retention, of events up to a horizon before it, which the slice decides.
     """
     labels = _labels(train, schema)
     is_trained = np.zeros(labels.shape, bool)

@@ -4,7 +4,8 @@
 
 `itemknn`: f are the users of the training log, w is 1 where a user touched an item (Sarwar et al., WWW 2001; the
 shrinkage of Bell and Koren, ICDM 2007). `contentknn`: f are the hashes of the items' texts, categories, brands and
-tags, w is log(items / items that have it), so that rare words count (IDF). It can rank items that no user has touched.
+tags, w is log(items / items that have it), so that rare words weigh more (IDF). It can rank items that no user has
+touched.
 
 Each item keeps its `neighbours` most similar ones; a candidate's score is the sum over the user's events of
 similarity * recency^age, the latest event having age 0. Candidates without a vote follow by popularity.
@@ -29,9 +30,9 @@ CHUNK_USERS = 32  # of 512 events, each with 200 neighbours: 50 MiB of votes
 
 
 class ItemKnnOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """With `recency` 1 all events of a history count equally.
+    """Options of an item-kNN; with `recency` 1 all events of a history count equally.
 
-    Defaults: among the best of a search on a film-rating log.
+    The defaults are among the best of a search on a film-rating log.
     """
 
     neighbours: PositiveInt = 200

@@ -4,7 +4,7 @@ import msgspec
 import numpy as np
 
 PROBABILITY_FLOOR = 1e-6  # keeps the log loss of a float32 sigmoid finite
-CALIBRATION_BINS = 15  # of equal mass (Guo et al., ICML 2017, take 15 of equal width: most would lie empty here)
+CALIBRATION_BINS = 15  # of equal mass (Guo et al., ICML 2017, take 15 of equal width: most would be empty here)
 
 
 class RankingMetrics(msgspec.Struct, frozen=True):
@@ -42,7 +42,7 @@ class HeadMetrics(msgspec.Struct, frozen=True):
 
 
 def target_ranks(slates: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Return int [n]: each target's rank in its slate, from 1; 0 = not there.
+    """Return int [n]: each target's rank in its slate, from 1; 0 = not on it.
 
     slates: int [n, k]; targets: int [n], 0 = an item outside the vocabulary, which is on no slate.
     """

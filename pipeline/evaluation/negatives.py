@@ -18,7 +18,7 @@ CHUNK_KEYS = 1 << 22  # 32 MiB of float64 at a time
 
 
 class NegativeSampling(msgspec.Struct, frozen=True):
-    """`count` items per event, drawn without repetition: uniformly, or by training events plus one."""
+    """`count` items per event, without repetition: uniform, or in proportion to training events plus one."""
 
     count: PositiveInt = 100
     seed: int = 0

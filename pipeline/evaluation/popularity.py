@@ -8,7 +8,7 @@ from pipeline.records import DAY_MS, Histories
 
 
 class Popularity:
-    """Every training event counts 1."""
+    """Popularity in which every training event counts 1."""
 
     name = "popularity"
 
@@ -22,7 +22,7 @@ class Popularity:
 
 
 class RecentPopularity:
-    """A training event's count halves with every half life between it and the user's latest event.
+    """Popularity in which a training event's count halves with every half-life before the user's latest event.
 
     Training events after that time do not count: serving would not have had them yet. A user without events is ranked
     as of the end of training.

@@ -1,4 +1,4 @@
-"""Ranks held-out events as serving would have: each from its user's preceding events, by any recommender.
+"""Rank held-out events as serving would have: each from its user's preceding events, by any recommender.
 
 The recommender is frozen, the histories grow. All events count: a user's first event is ranked without a history, and
 an item that is excluded for its user cannot be hit.
@@ -22,7 +22,9 @@ BATCH_USERS = 256
 class Recommender(Protocol):
     """Ranks the catalogue and scores given candidates: a serving strategy or a baseline."""
 
-    def rank(self, histories: Histories, k: int) -> RankedItems: ...
+    def rank(self, histories: Histories, k: int) -> RankedItems:
+        """Return the k best items of the catalogue for each user."""
+        ...
 
     def scores(self, histories: Histories, tokens: np.ndarray) -> np.ndarray:
         """Return float32 [n, c], the scores of candidates, int32 [n, c]; higher ranks first within a row.

@@ -1,4 +1,4 @@
-"""User-item affinity features: how an item relates to what its user did lately.
+"""User-item affinity features: how an item relates to its user's latest events.
 
 Counts and means over the user's latest events up to a given one, by the item's most specific category and its price.
 The heads read them alongside the vectors, because a softmax over the latest events cannot count and a state counts only

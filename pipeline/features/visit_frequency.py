@@ -1,4 +1,4 @@
-"""Visit frequency: how many sessions a user began lately. The main input of the retention head.
+"""Visit frequency: how many sessions a user began recently. The main input of the retention head.
 
 HSTU's states describe what a user likes; the chance of a return depends mostly on how often the user came before.
 """

@@ -15,10 +15,11 @@ import numpy as np
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import Item, encode_value
 
-TEXT, CATEGORY, BRAND, TAGS = FIELDS = ("text", "category", "brand", "tags")
+FIELDS = ("text", "category", "brand", "tags")
+TEXT, CATEGORY, BRAND, TAGS = FIELDS
 COLUMN_DTYPES = {"price_codes": np.uint16, "categories": np.int32, "created_ms": np.int64, "changed_at": np.int64}
 NO_HASHES = tuple(np.empty(0, np.uint32) for _ in FIELDS)
-MAX_WORDS = 32  # a text's first ones
+MAX_WORDS = 32  # per text; later words are ignored
 MAX_HASHES = 96  # per field
 _WORD = re.compile(r"\w+")
 

@@ -10,7 +10,7 @@ Slots = tuple[np.ndarray, np.ndarray]  # keys uint64, 0 = empty; values int32
 
 
 class HashIndex:
-    """At most half full, so that three rounds of linear probing find nearly all of a column."""
+    """A table that is at most half full, so that three rounds of linear probing find nearly all of a column."""
 
     def __init__(self) -> None:
         self._slots = _empty(FIRST_SLOTS)
@@ -31,6 +31,7 @@ class HashIndex:
         return tokens
 
     def insert(self, key: int, token: int) -> None:
+        """Insert an item hash (not 0) that the table does not have."""
         keys, values = self._slots
         self._used += 1
         if 2 * self._used > len(keys):

@@ -66,7 +66,7 @@ class Vocabulary:
 
     @property
     def overflow_message(self) -> str:
-        """A sentence for commands to which unknown items are an error."""
+        """Error text for commands that need a token for every item."""
         return (
             f"{self.rejected_count} items have no token: all {len(self._tokens)} are taken; counters.max_items is"
             f" {self.max_items}: set it higher"

@@ -29,7 +29,7 @@ class HstuConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     attention_dropout: Rate = 0.5  # of single (row, earlier row) weights
     temperature: PositiveFloat = 0.1
     content_rows: NonNegativeInt = 16_384  # rows of the table of hashed content; 0: items by their ids alone
-    strength: bool = True  # an event's item is weighted by the learnt strength of the action
+    strength: bool = True  # an event's item is weighted by the learned strength of the action
     feature_dropout: Rate = 0.0  # of single features of single events
     time_bias: bool = True
     position_bias: bool = True

@@ -160,7 +160,10 @@ class RetentionHead(nn.Module):
 
 
 def _gather_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """x [m, d] at rows [n, r] -> [n, r, d]. 65 k rows of 64: `index_select` takes 1.6 ms, x[rows] 11.5 (one core)."""
+    """Return x [m, d] at rows [n, r]: [n, r, d].
+
+    65 k rows of 64: `index_select` takes 1.6 ms, x[rows] 11.5 ms (one core).
+    """
     return x.index_select(0, rows.flatten()).view(*rows.shape, x.shape[1])
 
 

@@ -32,6 +32,7 @@ class ContentEncoder(nn.Module):
         nn.init.normal_(self.words.weight, std=0.02)
 
     def forward(self, content: ItemContent) -> Tensor:
+        """Return content vectors [n, width], not normalised."""
         fields = self.words(content.ids % self.rows, content.offsets).unflatten(0, (-1, len(FIELDS)))
         fields = torch.cat([fields, self.price_proj(content.numbers)[:, None]], dim=1)  # [n, fields, width]
         fields = torch.where(content.missing[:, :, None], self.missing_embedding, fields)
@@ -40,7 +41,7 @@ class ContentEncoder(nn.Module):
 
 
 class ItemEmbedding(nn.Module):
-    """Unit vectors by item row; row 0, the unknown item, is learnt like any other. With `content_rows` = 0 content is
+    """Unit vectors by item row; row 0, the unknown item, is learned like any other. With `content_rows` = 0 content is
     not read."""
 
     def __init__(self, items: int, width: int, content_rows: int, eps: float) -> None:

@@ -41,7 +41,7 @@ class Block:
     rows: int64 [users, length], each slot's packed row; slots after a user's end repeat its last row
     ends: int64 [users], the slot of each user's last row
     seconds: int32 [users, length]
-    dense_from: the first packed row, if the users lie there one after the other and have one length: a view pads them
+    dense_from: the first packed row, if the users follow each other there and have one length: a view is enough
     """
 
     users: Tensor
@@ -53,7 +53,7 @@ class Block:
     _last_bias_index: BiasIndex | None = None
 
     def pad(self, packed: Tensor) -> Tensor:
-        """[total, d] -> [users, length, d]"""
+        """Return packed rows [total, d] as [users, length, d]."""
         if self.dense_from is not None:
             return packed[self.dense_from : self.dense_from + self.rows.numel()].view(*self.rows.shape, -1)
         return packed.index_select(0, self.rows.view(-1)).view(*self.rows.shape, -1)

@@ -7,8 +7,10 @@ from pipeline.records import DAY_MS, EventSchema, Histories
 
 
 class Exclusion(msgspec.Struct, frozen=True):
-    """An item is excluded when the user did one of the actions with it (None: any action) within `window_ms` (0: ever)
-    before the user's newest event."""
+    """The rule that excludes an item: the user did one of the actions with it (None: any) in the last `window_ms`.
+
+    The window ends with the user's newest event; 0: no limit.
+    """
 
     action_codes: tuple[int, ...] | None = None
     window_ms: int = 0

@@ -72,7 +72,9 @@ class HstuStrategy:
         rerank: RerankWeights = NOT_RERANKED,
         graphs: GraphOptions | None = None,
     ) -> None:
-        """catalogue: its vocabulary has the artifact's items, in any order; other items are used if they have records.
+        """Load the artifact's model on the device.
+
+        catalogue: its vocabulary has the artifact's items, in any order; other items are used if they have records.
         graphs: on a GPU, encode and retrieve with the kernels; None: torch, in float32.
 
         Raises ArtifactError when the vocabulary lacks one of the artifact's items.
@@ -120,6 +122,7 @@ class HstuStrategy:
         return n_graphs
 
     def rank(self, histories: Histories, k: int) -> RankedItems:
+        """See Strategy."""
         start_s = time.perf_counter()
         features = self._extract_features(histories)
         features_s = time.perf_counter()
@@ -244,7 +247,7 @@ class HstuStrategy:
         self._recommendable_popular = self._popular_rows[~np.isin(self._popular_rows, blocked)]
 
     def _set_values(self, values: np.ndarray) -> None:
-        """values: float32 [rows of the table], 0 = unknown"""
+        """Set the items' values, float32 [rows of the table], 0 = unknown."""
         self._values = values
         self._log_values = log_item_values(values)
 
@@ -256,7 +259,7 @@ class HstuStrategy:
         return values
 
     def _rows_of_hashes(self, hashes: np.ndarray) -> np.ndarray:
-        """uint64 [n] item hashes -> int32 [n] rows of the item table"""
+        """Return the rows of the item table, int32 [n], of item hashes, uint64 [n]."""
         return self._row_index.rows(self._vocabulary.tokens(hashes))
 
     def _facts(self, rows: np.ndarray) -> ItemFacts:

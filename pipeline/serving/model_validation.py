@@ -21,8 +21,11 @@ _FIRST_ACTION = 1 << ACTION_SHIFT  # action code 1, see EVENT_DTYPE
 
 
 class Thresholds(msgspec.Struct, frozen=True):
-    """min_overlap: mean fraction of a served slate's items that the model must also serve
-    max_hit_rate_drop: fraction of the serving model's validation hit rate that may be lost"""
+    """Limits on how much a new model may differ from the serving one.
+
+    min_overlap: mean fraction of a served slate's items that the model must also serve
+    max_hit_rate_drop: fraction of the serving model's validation hit rate that may be lost
+    """
 
     min_overlap: float = 0.0
     max_hit_rate_drop: float = 1.0

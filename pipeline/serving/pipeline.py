@@ -167,7 +167,7 @@ class Pipeline:
         self.vocabulary.touch(self.vocabulary.admit(item_ids))
 
     def load_items(self, items: Iterable[Item], delisted: Iterable[str] = ()) -> np.ndarray:
-        """Load item records and delisted items, as found at the start or in a file; an item is in one of the two.
+        """Load item records and delisted items, as found at the start or in a file; no item is in both.
 
         Features and the model use them from now on. Returns the tokens of the records, int64 [n].
         """

@@ -20,10 +20,10 @@ PROBABILITY_FLOOR = 1e-6
 class RerankWeights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Weights of the heads' probabilities and of the item's value in the order of a slate."""
 
-    engagement: NonNegativeFloat = 0.0
-    retention: NonNegativeFloat = 0.0
-    monetization: NonNegativeFloat = 0.0
-    # See business_metrics.item_values; an item without a value counts as the median of the others.
+    engagement: NonNegativeFloat = 0.0  # off: a trade-off against relevance that only a business can choose
+    retention: NonNegativeFloat = 0.0  # off, as above; its head depends on the item only slightly
+    monetization: NonNegativeFloat = 0.0  # off, as above; with monetization = value = 1, the order by expected money
+    # Off, as above; see business_metrics.item_values. An item without a value counts as the median of the others.
     value: NonNegativeFloat = 0.0
     candidates: Annotated[int, Meta(ge=1, le=10_000)] = 100  # per slate, when any weight is above 0
 

@@ -20,6 +20,7 @@ class SimpleStrategy:
         self._exclusion = exclusion
 
     def rank(self, histories: Histories, k: int) -> RankedItems:
+        """See Strategy."""
         start = time.perf_counter()
         tokens, scores, cooccurring = self._counters.top_k(histories, self._exclusion.mask(histories), k)
         source = np.where(cooccurring, "cooccurrence", "popular")

@@ -41,7 +41,8 @@ class RankedItems:
         if self.tokens.shape[1] <= k:
             return self
         columns = {name: getattr(self, name) for name in self.COLUMNS}
-        return replace(self, **{name: each[:, :k] for name, each in columns.items() if isinstance(each, np.ndarray)})
+        arrays = {name: column for name, column in columns.items() if isinstance(column, np.ndarray)}
+        return replace(self, **{name: column[:, :k] for name, column in arrays.items()})
 
 
 class Strategy(Protocol):

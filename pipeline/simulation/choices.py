@@ -1,4 +1,4 @@
-"""The choice model of simulated users: distributions of the next item and of the action, to sample and to state."""
+"""The choice model of simulated users: distributions of the next item and of the action, sampled or evaluated."""
 
 from dataclasses import dataclass, replace
 from math import log
@@ -10,8 +10,8 @@ from pipeline.simulation.world import COMPLEMENT_WEIGHTS, PRICE_LEVELS, SEQUEL_W
 ACTIONS = ("view", "click", "like", "cart", "purchase", "skip")
 VIEW, CLICK, LIKE, CART, PURCHASE, SKIP = range(len(ACTIONS))
 PRICE_FIT = np.array([1.0, 0.5, 0.2])  # weight of an item by the distance of its price level from the user's
-MAX_DRAWS = 4  # then an item is taken even if the user has seen it lately
-SKIP_SWITCH_FACTOR = 10  # the topic changes so many times more often after a skip
+MAX_DRAWS = 4  # then an item is taken even if the user has seen it recently
+SKIP_SWITCH_FACTOR = 10  # how many times more often the topic changes after a skip
 LONG_DWELL_MS = 30_000
 DWELL_SIGMA = 0.8
 SEQUEL_BOUNDS = np.cumsum(SEQUEL_WEIGHTS)
@@ -92,14 +92,16 @@ class ChoiceModel:
         items[rows] = self._draw_from_topic(rng, states.price_level[rows], intents[rows])
         return items, intents
 
-    def likelihood(self, states: SessionStates, over: float = 0.0) -> np.ndarray:
+    def likelihood(self, states: SessionStates, end_probability: float = 0.0) -> np.ndarray:
         """Return float [n, items]: the probability of each item being next, zero for seen ones.
 
-        over: probability that the session has ended and the next event begins another one.
+        end_probability: probability that the session has ended and the next event begins another one.
         """
         world = self._world
         rows = np.arange(len(states.price_level))
-        mixture = (1 - over) * self._mixture(states) + over * self._mixture(states.after_session())
+        continuing = self._mixture(states)
+        ended = self._mixture(states.after_session())
+        mixture = (1 - end_probability) * continuing + end_probability * ended
         sequel, complement, same_topic, new_topic = mixture
         topics = np.zeros((len(rows), world.config.topics))  # probability that an item is drawn from the topic
         np.add.at(topics, (rows[:, None], states.interests), new_topic[:, None] * states.interest_weights)

@@ -6,7 +6,7 @@
     metrics = run(simulator, 60, 14, PolicyUnderTest(simulator, strategy, vocabulary, log))
 
 At every step of a session the user takes an item of the slate at the rate `slate_take_rate`, else makes their own
-choice; what is taken enters their history and changes the next slate. Good sessions bring users back sooner.
+choice; the item taken enters their history and changes the next slate. Good sessions bring users back sooner.
 """
 
 import msgspec
@@ -31,7 +31,7 @@ class ClosedLoopMetrics(msgspec.Struct, frozen=True):
 
     engaged_share: fraction of engaged events; money: paid for all purchases
     returned_share: fraction of (user, day) pairs with a session that are followed by another session within
-    RETURN_DAYS, over the days that have so many after them; None without such days
+    RETURN_DAYS, over the days with at least RETURN_DAYS days after them; None without such days
     """
 
     events: int
@@ -85,6 +85,7 @@ class PolicyUnderTest:
         self._append(_parse_numbers(log.user_ids)[log.users], log.events)
 
     def slates(self, users: np.ndarray) -> np.ndarray:
+        """See SlatePolicy."""
         size = self._rings.shape[1]
         lengths = np.minimum(self._counts[users], size)
         index, offsets = ranges(self._counts[users] - lengths, lengths)
@@ -93,6 +94,7 @@ class PolicyUnderTest:
         return self._numbers[self._strategy.rank(Histories.from_rings(rings), self._k).tokens]
 
     def record(self, step: Columns) -> None:
+        """See SlatePolicy."""
         self._append(step["user"], self._packer.pack(step))
 
     def _append(self, users: np.ndarray, events: np.ndarray) -> None:

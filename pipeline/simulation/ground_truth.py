@@ -62,7 +62,7 @@ def _measure(config: SimulatorConfig, path: Path, truth: Columns) -> GroundTruth
     sequences = UserSequences.from_columns(log.events, np.ones(len(log), np.int32), log.users)
     start = split_index(log.ts_ms, SCORED_FROM)
     labels = compute_labels(sequences.histories, schema, int(log.ts_ms[-1]))
-    # Labels stand at an event's predecessor, as the heads predict them.
+    # Labels are stored at an event's predecessor, where the heads predict them.
     positions = sequences.log_positions
     predecessors = np.flatnonzero((positions[1:] >= start) & (sequences.starts[1:] == sequences.starts[:-1]))
     following = positions[predecessors + 1]

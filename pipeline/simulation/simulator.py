@@ -4,12 +4,12 @@ Within a day all sessions advance at once, one step of numpy per event. A user h
 changes, a price level, and an activity that grows with good sessions. A session has an intent, a topic drawn from that
 mixture, and may resume where the last one ended. The next item is a sequel of the last one, a complement of it (after a
 cart or a purchase), or a popular item of the intent's topic at the user's price level; items that the user has seen
-lately are avoided. What the user does with the item depends on interest, quality and price.
+recently are avoided. The user's action depends on interest, quality and price.
 
 Each event carries its ground truth, computed before the event is drawn. It refers to the slate that the user's
 preceding event requests: is the item among the ten likeliest, given the hidden state after that event and only the
-probability that the session is over? Items of the user's last EXCLUDED_EVENTS are excluded, as in serving. With it go
-the probabilities of engagement, return and monetization, by the label definitions of pipeline/features/labels.py.
+probability that the session has ended? Items of the user's last EXCLUDED_EVENTS are excluded, as in serving. It also
+has the probabilities of engagement, return and monetization, by the label definitions of pipeline/features/labels.py.
 """
 
 from collections.abc import Iterator
@@ -57,7 +57,7 @@ class SlatePolicy(Protocol):
 
 
 class Simulator:
-    """The shop at some day. One seed gives one log."""
+    """The shop, advanced day by day. A seed determines the log."""
 
     def __init__(self, config: SimulatorConfig, truth_from: float = 1.0) -> None:
         """truth_from: fraction of the events after which hits are computed (a dense row of items per event)."""
@@ -222,9 +222,9 @@ class _DaySessions:
         """Return int [n, HIT_RANKS], the likeliest items, -1 for those of probability zero."""
         touched = self._sim._touched
         assert touched is not None, "hits are computed only after truth_from"
-        # Lengths are geometric: after every event the session is over with the same probability.
-        over = 1 / self._sim.config.session_events
-        likelihood = self._choices.likelihood(self._states(rows, touched), over)
+        # Lengths are geometric: after every event the session ends with the same probability.
+        end_probability = 1 / self._sim.config.session_events
+        likelihood = self._choices.likelihood(self._states(rows, touched), end_probability)
         best = np.argpartition(-likelihood, HIT_RANKS, axis=1)[:, :HIT_RANKS]
         return np.where(np.take_along_axis(likelihood, best, axis=1) > 0, best, -1)
 

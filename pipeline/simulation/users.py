@@ -6,7 +6,7 @@ import numpy as np
 
 from pipeline.simulation.world import PRICE_LEVELS, SimulatorConfig
 
-SEEN_ITEMS = 128  # a user does not choose the last so many items again
+SEEN_ITEMS = 128  # most recent items that a user does not choose again
 DEVICES = ("mobile", "desktop", "tablet")
 
 
@@ -50,6 +50,7 @@ class SimulatedUsers:
 
     @classmethod
     def from_config(cls, config: SimulatorConfig, rng: np.random.Generator) -> "SimulatedUsers":
+        """Draw the users' initial state."""
         n = config.users
         activity = rng.lognormal(0, config.activity_sigma, n)
         activity *= _activity_scale(activity, config.events / (n * config.days * config.session_events))

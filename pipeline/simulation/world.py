@@ -25,7 +25,7 @@ class SimulatorConfig(msgspec.Struct, frozen=True):
     users: PositiveInt = 5_000
     items: PositiveInt = 2_000
     seed: int = 7
-    days: PositiveInt = 90  # the events spread over about so many days
+    days: PositiveInt = 90  # approximate number of days that the events span
     start_ms: int = 1_735_689_600_000  # 1 January 2025, UTC
     topics: PositiveInt = 40
     categories: PositiveInt = 8  # of topics
@@ -70,6 +70,7 @@ class World:
 
     @classmethod
     def from_config(cls, config: SimulatorConfig) -> "World":
+        """Draw the shop; the same configuration gives the same shop."""
         rng = np.random.default_rng([config.seed, 1])
         n = config.items
         # Every topic has an item.

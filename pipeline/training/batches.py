@@ -1,6 +1,6 @@
 """Training batches: random crops of the users' sequences, each event predicting its successor.
 
-Most users that a model meets in service were not in its training log. So each epoch cuts every sequence into crops at a
+Most users that a model serves were not in its training log. So each epoch cuts every sequence into crops at a
 new random offset: an event is seen with long and with short contexts, and the model relies on items, not on the user.
 """
 
@@ -51,6 +51,7 @@ class TrainingColumns:
     def from_sequences(
         cls, sequences: UserSequences, schema: EventSchema, repeats: bool, catalogue: Catalogue = EMPTY_CATALOGUE
     ) -> "TrainingColumns":
+        """Compute the columns. repeats: retrieval is also trained on items that the user has touched before."""
         total = len(sequences)
         histories = sequences.histories
         facts = catalogue.facts(sequences.tokens)
@@ -105,7 +106,7 @@ class TrainingBatch:
                  successors
     target_rows: int64 [m], the rows that train retrieval
     seen:        pairs (index of the target row, token), int64 [pairs] each: the crop's own events up to that row
-    full_batch:  the batch that this is one process' shard of; None: this is the full batch
+    full_batch:  the batch that this is one process's shard of; None: this is the full batch
     """
 
     inputs: EncoderInputs
@@ -125,7 +126,7 @@ class TrainingBatch:
 
     @property
     def loss_fractions(self) -> np.ndarray:
-        """Fraction of each loss' rows that are in this shard, float32 [1 + 3]: retrieval, then the tasks."""
+        """Fraction of each loss's rows that are in this shard, float32 [1 + 3]: retrieval, then the tasks."""
         return (self._loss_rows / np.maximum((self.full_batch or self)._loss_rows, 1)).astype(np.float32)
 
     @property
@@ -199,7 +200,7 @@ def make_batch(
 ) -> TrainingBatch:
     """Pack crops as model inputs, shortest first.
 
-    A fraction `unknown_item_rate` of the input items is made unknown, as new items will be in service.
+    A fraction `unknown_item_rate` of the input items is made unknown, as new items will be when serving.
     """
     order = np.argsort(lengths, kind="stable")
     index, offsets = ranges(starts[order], lengths[order])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 @dataclass(slots=True, frozen=True)
 class ProcessGroup:
-    """This process' rank, from 0, among `count`. device: torch's name of the device that holds exchanged tensors."""
+    """This process's rank, from 0, among `count`. device: torch's name of the device that holds exchanged tensors."""
 
     rank: int = 0
     count: int = 1
@@ -42,7 +42,7 @@ class ProcessGroup:
         return means[0]
 
     def broadcast(self, numbers: Sequence[float]) -> list[float]:
-        """Return the main process' numbers in every process; all must pass the same count."""
+        """Return the main process's numbers in every process; all must pass the same count."""
         if self.count == 1:
             return list(numbers)
         message = torch.tensor(numbers, dtype=torch.float64, device=self.device)

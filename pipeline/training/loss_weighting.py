@@ -1,7 +1,7 @@
 """Weights of the heads' losses. The retrieval loss has weight 1: it anchors the scale.
 
 fixed        the options' weights as they are
-uncertainty  each weight times exp(-s) of a learnt log-variance s, plus the regulariser s / 2
+uncertainty  each weight times exp(-s) of a learned log-variance s, plus the regulariser s / 2
 dwa          each weight times a factor that grows the more slowly its loss falls, updated per epoch
 """
 
@@ -28,13 +28,13 @@ class FixedWeights(nn.Module):
         return self.weights @ losses
 
     def epoch_ended(self, losses: Tensor) -> None:
-        """Take note of an epoch's mean losses, float [tasks]."""
+        """Record an epoch's mean losses, float [tasks]."""
 
 
 class UncertaintyWeights(FixedWeights):
     """Homoscedastic uncertainty for classification (Kendall, Gal & Cipolla, CVPR 2018, section 3.2).
 
-    A task's loss L becomes L / sigma^2 + log sigma, with s = log sigma^2 learnt; at the optimum exp(-s) is 1 / (2 L).
+    A task's loss L becomes L / sigma^2 + log sigma, with s = log sigma^2 learned; at the optimum exp(-s) is 1 / (2 L).
     """
 
     def __init__(self, weights: tuple[float, ...]) -> None:

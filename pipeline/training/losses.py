@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Up to so many items the full softmax is used: exact, and on two cores as fast as a sample (2,048 rows against 20 k
+# Up to this many items the full softmax is used: exact, and on two cores as fast as a sample (2,048 rows against 20 k
 # items of width 64: 0.2 s forward and backward; against 4 k sampled ones 0.05 s, but the same hit rate takes more
 # epochs).
 FULL_SOFTMAX_ITEMS = 20_000

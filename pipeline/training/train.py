@@ -37,7 +37,10 @@ K = 10
 
 
 class EpochReport(msgspec.Struct, frozen=True):
-    """loss: mean negative log likelihood of the next item, in nats; validation: metrics on the validation slice."""
+    """Metrics of one epoch.
+
+    loss: mean negative log likelihood of the next item, in nats; validation: metrics on the validation slice
+    """
 
     epoch: int
     loss: float
@@ -85,7 +88,7 @@ def train(
 
     items: item metadata; items that are not in the training events are left out
     warm_start: the artifact to continue from, see warm_start.py
-    Returns the manifest; in processes other than the main one it is unsigned.
+    Returns the manifest; in processes other than the main one that of an unsaved draft.
 
     Raises TrainingError when the log cannot train a model, or `resume` finds no checkpoint of this log and options.
     """
@@ -213,7 +216,7 @@ def _train_epoch(trainer: Trainer, callback: TrainingCallback) -> float:
 
 
 def _best(reports: list[EpochReport]) -> EpochReport:
-    """Return the report of the highest NDCG, the last of equals.
+    """Return the report of the highest NDCG; of equal ones the last.
 
     NDCG is less noisy than a hit rate over as many events; a later epoch has trained longer.
     """

@@ -37,7 +37,7 @@ class TrainerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     clip_norm: PositiveFloat = 1.0
     # Items per batch that have content alone, as if new (DropoutNet): the content vector learns to replace their own.
     item_dropout: Fraction = 0.1
-    # Input items made unknown: the model learns to handle items that are new in service.
+    # Input items made unknown: the model learns to handle items that are new when serving.
     unknown_item_rate: Fraction = 0.05
     # Weights of the heads' losses by labels.TASKS; retrieval has 1.
     head_weights: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = (1.0, 1.0, 1.0)
@@ -116,6 +116,7 @@ class Trainer(Generic[M]):
         return state | {"epochs_done": torch.tensor(self.epochs_done)}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Load the output of `state`."""
         self.model.load_state_dict(_below("model.", state))
         self._weighting.load_state_dict(_below("weighting.", state))
         moments: dict[int, dict[str, Tensor]] = {}

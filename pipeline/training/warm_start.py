@@ -57,6 +57,7 @@ class WarmStart:
             )
 
     def check_records(self, items: Sequence[Item]) -> None:
+        """Raise TrainingError for item records that the artifact's model cannot read."""
         if items and not self.config.content_rows:
             raise TrainingError(
                 f"--items: artifact {self.artifact.version} was trained without item metadata and cannot read it;"
