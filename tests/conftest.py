@@ -5,6 +5,7 @@ GPU the kernels run in Triton's interpreter, which must be chosen before Triton 
 """
 
 import asyncio
+import logging
 import os
 import re
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
@@ -18,6 +19,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from worker.cli import main
+from worker.config import LogConfig
+from worker.logging import configure
 from worker.replay.local_servers import LocalKafka, LocalValkey, missing_requirement
 
 T = TypeVar("T")
@@ -26,7 +29,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # On the tests' small tensors more threads take up to eight times the CPU, most of it waiting for one another.
 torch.set_num_threads(1)
-# What an example takes depends on what else the machine does: no verdict by the clock.
+# The time that an example takes depends on what else the machine does, so it is never a reason to fail.
 settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
 
@@ -74,7 +77,8 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
 @pytest.fixture
 def topics(request: pytest.FixtureRequest) -> Callable[[str], str]:
     """Return a function that makes topic (or group) names no other test has, a new one per call."""
-    test, number = re.sub(r"[^A-Za-z0-9_-]", "-", request.node.name)[:160], count()
+    test = re.sub(r"[^A-Za-z0-9_-]", "-", request.node.name)[:160]
+    number = count()
     return lambda name: f"{name}.{test}.{next(number)}"
 
 
@@ -86,6 +90,20 @@ def run() -> Callable[..., Any]:
         return asyncio.run(asyncio.wait_for(coroutine, timeout_s))
 
     return within
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> Callable[[], list[dict[str, Any]]]:
+    """Return `logged()`: the lines logged since the last call, as dicts. For logs of the test's body."""
+    configure(LogConfig())
+    logging.getLogger().handlers.clear()  # its stderr is closed after the set-up; pytest adds its own handler
+
+    def take() -> list[dict[str, Any]]:
+        lines = [record.msg for record in caplog.records]
+        caplog.clear()
+        return lines  # pyright: ignore[reportReturnType] - structlog passes its dict as the message
+
+    return take
 
 
 @pytest.fixture

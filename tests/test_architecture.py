@@ -1,4 +1,4 @@
-"""The walls of the house: import order, file list and class names, as docs/architecture.md states them."""
+"""Import order, file list and class names are as docs/architecture.md states them."""
 
 import ast
 import re
@@ -11,30 +11,32 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
-ROOMS = ("worker", "export", "pipeline", "kernels")  # a room imports itself and the rooms after it
+PACKAGES = ("worker", "export", "pipeline", "kernels")  # each imports only itself and those after it
+INIT_FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("__init__.py"))
 MAY_IMPORT = re.compile(r"May import: ([^.]*)\.")
 
-Order = dict[str, int]  # "room/folder" or "room/file": its rank in the room; equal ranks must not import each other
+# Rank in its package by "package/folder" or "package/file"; units of equal rank must not import each other.
+Order = dict[str, int]
 
 
 def read_order(page: str) -> Order:
-    """Return the ranks of the `import-order` block: one line per room, `a b < c` puts a and b before c."""
+    """Return the ranks of the `import-order` block: one line per package, `a b < c` puts a and b before c."""
     (block,) = re.findall(r"```import-order\n(.*?)```", page, re.DOTALL)
     order: Order = {}
-    room = ""
+    package = ""
     for line in block.splitlines():
         named = re.match(r"(\w+):", line)
-        rank = 0 if named else max(order[node] for node in order if node.startswith(f"{room}/"))
-        room = named[1] if named else room
-        for group in line.removeprefix(f"{room}:").split("<"):
-            order |= {f"{room}/{name}": rank for name in group.split()}
+        rank = 0 if named else max(order[node] for node in order if node.startswith(f"{package}/"))
+        package = named[1] if named else package
+        for group in line.removeprefix(f"{package}:").split("<"):
+            order |= {f"{package}/{name}": rank for name in group.split()}
             rank += 1
     return order
 
 
 def modules(root: Path = ROOT) -> dict[str, Path]:
-    """Return every module of the four rooms by its dotted name."""
-    paths = (path for room in ROOMS for path in sorted((root / room).rglob("*.py")))
+    """Return every module of the four packages by its dotted name."""
+    paths = (path for package in PACKAGES for path in sorted((root / package).rglob("*.py")))
     return {".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
 
 
@@ -42,7 +44,7 @@ def imports(module: str, tree: ast.AST, known: dict[str, Path]) -> Iterator[str]
     """Yield the project modules that a module imports anywhere: at the top, lazily, or for types alone."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{module}: relative imports hide where they lead"
+            assert node.level == 0, f"{module}: a relative import hides its target"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
             yield from (name if name in known else node.module or "" for name in names)
         elif isinstance(node, ast.Import):
@@ -50,7 +52,7 @@ def imports(module: str, tree: ast.AST, known: dict[str, Path]) -> Iterator[str]
 
 
 def node_of(module: str) -> str:
-    """Return the unit that the order ranks: a room's folder or its loose file."""
+    """Return the unit that the order ranks: a package's folder or its loose file."""
     return "/".join(module.split(".")[:2])
 
 
@@ -61,8 +63,8 @@ def arrows(root: Path = ROOT) -> dict[tuple[str, str], list[str]]:
     known = modules(root)
     for module, path in known.items():
         for name in imports(module, ast.parse(path.read_text()), known):
-            room = name.split(".")[0]
-            if room in ROOMS and "." in name and node_of(name) != node_of(module):
+            package = name.split(".")[0]
+            if package in PACKAGES and "." in name and node_of(name) != node_of(module):
                 found[node_of(module), node_of(name)].append(f"{module} imports {name}")
     return found
 
@@ -71,9 +73,9 @@ def violations(found: dict[tuple[str, str], list[str]], order: Order) -> list[st
     """Return the imports against the order."""
     wrong: list[str] = []
     for (importer, imported), where in found.items():
-        room, other = importer.split("/")[0], imported.split("/")[0]
-        within_order = room == other and order[imported] < order[importer]
-        allowed = within_order or ROOMS.index(other) > ROOMS.index(room)
+        package, other = importer.split("/")[0], imported.split("/")[0]
+        within_order = package == other and order[imported] < order[importer]
+        allowed = within_order or PACKAGES.index(other) > PACKAGES.index(package)
         wrong += [] if allowed else where
     return wrong
 
@@ -107,14 +109,14 @@ def test_folders_have_no_import_cycle() -> None:
     assert cycle(arrows()) == []
 
 
-def test_a_reversed_arrow_is_reported(order: Order) -> None:
-    """Every single arrow, turned round, is caught: the check can fail."""
+def test_reversed_arrow_is_reported(order: Order) -> None:
+    """Reverse every arrow in turn: the check can fail."""
     for importer, imported in arrows():
-        turned = {(imported, importer): [f"{imported} imports {importer}"]}
-        assert violations(turned, order), f"{imported} -> {importer}"
+        reversed_arrow = {(imported, importer): [f"{imported} imports {importer}"]}
+        assert violations(reversed_arrow, order), f"{imported} -> {importer}"
 
 
-def test_a_cycle_is_reported() -> None:
+def test_cycle_is_reported() -> None:
     assert cycle({("a", "b"): [], ("b", "c"): [], ("c", "a"): [], ("d", "a"): []}) == ["a", "b", "c", "d"]
 
 
@@ -124,7 +126,7 @@ def test_lazy_and_type_only_imports_count() -> None:
     assert set(imports("m", ast.parse(code), known)) == {"pipeline.records", "worker.cli"}
 
 
-@pytest.mark.parametrize("init", sorted(path for room in ROOMS for path in (ROOT / room).rglob("__init__.py")), ids=str)
+@pytest.mark.parametrize("init", INIT_FILES, ids=str)
 def test_each_folder_says_what_it_holds_and_imports_only_what_it_declares(init: Path) -> None:
     docstring = ast.get_docstring(ast.parse(init.read_text())) or ""
     assert docstring, "an __init__.py says in two lines what lives in its folder and what it may import"
@@ -133,16 +135,16 @@ def test_each_folder_says_what_it_holds_and_imports_only_what_it_declares(init: 
     names = set(declared[1].replace(",", " ").split()) - {"nothing", "of", "ours"}
     folder = ".".join(init.parent.relative_to(ROOT).parts)
     if "." not in folder:
-        assert names <= set(ROOMS)
+        assert names <= set(PACKAGES)
         return
-    room = folder.split(".")[0]
+    package = folder.split(".")[0]
     units = [imported.split("/") for importer, imported in arrows() if importer == node_of(folder)]
-    got = {unit if imported_room == room else imported_room for imported_room, unit in units}
+    got = {unit if imported_package == package else imported_package for imported_package, unit in units}
     assert got <= names, f"{folder} imports {sorted(got - names)} beyond what it declares"
     assert names <= got, f"{folder} declares {sorted(names - got)} and imports none of it"
 
 
-def test_every_file_is_listed_where_it_lies() -> None:
+def test_every_file_is_listed_under_its_folder() -> None:
     listed: set[str] = set()
     folder = ""
     for line in PAGE.read_text().splitlines():
@@ -152,17 +154,17 @@ def test_every_file_is_listed_where_it_lies() -> None:
             listed.add(f"{folder}/{row[1]}")
     present = {
         path.relative_to(ROOT).as_posix()
-        for room in ROOMS
-        for path in (ROOT / room).rglob("*")
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*")
         if path.suffix in (".py", ".lua") and path.name != "__init__.py" and "__pycache__" not in path.parts
     }
     assert listed == present
 
 
 def test_no_class_name_is_defined_twice() -> None:
-    places: dict[str, list[str]] = defaultdict(list)
+    definitions: dict[str, list[str]] = defaultdict(list)
     for module, path in modules().items():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ClassDef):
-                places[node.name].append(module)
-    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+                definitions[node.name].append(module)
+    assert {name: where for name, where in definitions.items() if len(where) > 1} == {}

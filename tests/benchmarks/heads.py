@@ -180,7 +180,7 @@ def weighting_row(setting: Setting, weighting: str) -> dict[str, Cell]:
 def head_row(
     head: str, calibrated: np.ndarray, raw: np.ndarray, truth: np.ndarray, labels: np.ndarray
 ) -> dict[str, Cell]:
-    """calibrated, raw, truth: probabilities, float [n]; labels: float32 [n]."""
+    """Return the row of one head. calibrated, raw, truth: probabilities, float [n]; labels: float32 [n]."""
     got, uncalibrated, best = (head_metrics(each, labels) for each in (calibrated, raw, truth))
     assert got.auc is not None, f"the shop is too small: {head} has labels of one kind"
     assert best.auc is not None

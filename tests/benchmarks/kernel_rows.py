@@ -72,8 +72,8 @@ def ratio(slow: Row, fast: Row) -> float:
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
     """Return ||got - expected|| / ||expected||, to three digits."""
-    got, expected = got.float(), expected.float()
-    return float(f"{float((got - expected).norm() / expected.norm()):.2e}")
+    error = (got.float() - expected.float()).norm() / expected.float().norm()
+    return float(f"{float(error):.2e}")
 
 
 def graphed(call: Callable[[], object]) -> Callable[[], None]:

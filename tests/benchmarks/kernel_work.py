@@ -12,7 +12,9 @@ from tests.benchmarks import results
 from tests.benchmarks.kernel_rows import Row, device_ms, row
 
 CONFIG = HstuConfig(items=2, layers=8, width=512, heads=4, d_qk=128, d_v=128, max_events=1024)
-HEADS, D, WIDTH = CONFIG.heads, CONFIG.d_qk, CONFIG.width
+HEADS = CONFIG.heads
+D = CONFIG.d_qk
+WIDTH = CONFIG.width
 WORKLOADS = ((256, 290, 1024), (64, 88, 256), (1, 256, 256))  # users, mean and largest number of events
 
 

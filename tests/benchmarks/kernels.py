@@ -157,7 +157,7 @@ def measure(hstu: Hstu, work: Work, thresholds: Tensor) -> Rows:
 
 
 def measure_fp8(hstu: Hstu, work: Work, thresholds: Tensor, exact: Tensor) -> Rows:
-    """exact: the states with Q, K and V in bfloat16, for states_error."""
+    """Return the rows of FP8. exact: the states with Q, K and V in bfloat16, for states_error."""
     encode = make_kernel_encoder(hstu, torch.bfloat16, fp8=True)
     plan = AttentionPlan.from_batch(work.seconds, work.offsets, thresholds, work.max_length, FP8)
     error = operator_error(hstu, work, plan, SCALES)

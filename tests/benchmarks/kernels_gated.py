@@ -80,7 +80,9 @@ class Inputs(NamedTuple):
     @property
     def needed(self) -> tuple[float, float]:
         """Operations and bytes of all layers."""
-        rows, width, columns = len(self.x), self.attn_out.shape[1], len(self.weight)
+        rows = len(self.x)
+        width = self.attn_out.shape[1]
+        columns = len(self.weight)
         return LAYERS * 2.0 * rows * width * columns, LAYERS * 2.0 * rows * (2 * width + 2 * columns)
 
     def one_launch(self, tiles: ProjectionTiles | None = None) -> Product:

@@ -82,14 +82,16 @@ def score_error(states: Tensor, table: Tensor, found: tuple[Tensor, Tensor]) -> 
     worst = 0.0
     for part in range(0, len(states), 16):
         exact = states[part : part + 16].float() @ table.float().T  # [16, items]
-        scores, rows = found[0][part : part + 16], found[1][part : part + 16]
+        scores = found[0][part : part + 16]
+        rows = found[1][part : part + 16]
         for expected in (exact.topk(K, dim=1).values, exact.gather(1, rows)):
             worst = max(worst, float((scores - expected).abs().max()))
     return worst
 
 
 def catalogue(items: int, users: int) -> Rows:
-    states, table = unit_rows(users), unit_rows(items)
+    states = unit_rows(users)
+    table = unit_rows(items)
     work = Work(f"{items:,} x {WIDTH}, {users} users, top-{K}", users, 2.0 * users * items * WIDTH, items * WIDTH * 2)
 
     def fused(**masks: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 usage: python -m tests.benchmarks.plots
 """
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,6 +112,7 @@ PICTURES |= {f"{name}_{card}": rooflines for name in roofline.PANELS for card in
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for name, draw in PICTURES.items():
         path = results.FOLDER / f"{name}.json"
         if path.exists():

@@ -64,11 +64,13 @@ def points(result: Result, panel: Panel) -> list[Point]:
     """Return the points of the panel's rows."""
     found = []
     for row in result.rows:
-        workload, implementation = str(row["workload"]), str(row["implementation"])
+        workload = str(row["workload"])
+        implementation = str(row["implementation"])
         is_other = "events" in workload and panel.workloads != "events"  # workloads of events name users too
         if panel.workloads not in workload or is_other or implementation not in panel.implementations:
             continue
-        tflops, gb_per_s = _number(row["tflops"]), _number(row["gb_per_s"])
+        tflops = _number(row["tflops"])
+        gb_per_s = _number(row["gb_per_s"])
         if tflops and gb_per_s:
             found.append(Point(workload, implementation, 1e3 * tflops / gb_per_s, tflops))
     return found
@@ -96,7 +98,8 @@ def draw(axis: Axes, panel: Panel, measured: list[Point], peak: Peak) -> None:
         own = [point for point in measured if point.implementation == implementation]
         if own:
             color = OURS if own[0].ours else OTHERS
-            x, y = [point.intensity for point in own], [point.tflops for point in own]
+            x = [point.intensity for point in own]
+            y = [point.tflops for point in own]
             axis.plot(x, y, marker, color=color, mfc=color if own[0].ours else "white", ms=6, label=implementation)
     axis.set(xlabel="operations per byte", ylabel="TFLOP/s", ylim=(None, limit * 3))
     axis.set_title(panel.title, fontsize=9)

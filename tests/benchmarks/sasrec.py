@@ -56,7 +56,9 @@ class SasRecLayer(nn.Module):
     def forward(self, x: Tensor, layout: PaddedBlocks) -> Tensor:
         # x: [total, width] -> [total, width]
         normed = self.norm_attention(x)
-        q, k, v = self.query(normed), self.key(x), self.value(x)
+        q = self.query(normed)
+        k = self.key(x)
+        v = self.value(x)
         attn_out = layout.pack([self._attend(q, k, v, block) for block in layout.blocks], last=False)
         x = self.norm_forward(normed + self.out(attn_out))
         hidden = self._dropout(F.relu(self.inner(x)))

@@ -121,7 +121,8 @@ def steady_rate(samples: list[Sample], total: int) -> float:
     inside = [sample for sample in samples if 0.2 * total <= sample.slates <= 0.9 * total]
     if len(inside) < 2:
         raise RuntimeError(f"only {len(inside)} of {len(samples)} samples are in the steady part; measure longer")
-    first, last = inside[0], inside[-1]
+    first = inside[0]
+    last = inside[-1]
     return (last.slates - first.slates) / (last.at_s - first.at_s)
 
 

@@ -33,7 +33,8 @@ def measure_pair(pair: int, before: Path, after: Path, events: int) -> dict[str,
     row: dict[str, results.Cell] = {"pair": pair + 1, "first": "before" if order[0] == before else "after"}
     row |= {"before_commit": measured[before].commit, "after_commit": measured[after].commit}
     for rate in RATES:
-        old, new = measured[before].metrics[rate], measured[after].metrics[rate]
+        old = measured[before].metrics[rate]
+        new = measured[after].metrics[rate]
         row |= {f"before_{rate}": old, f"after_{rate}": new, f"ratio_{rate}": round(new / old, 4)}
     console.print(row)
     return row

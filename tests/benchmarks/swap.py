@@ -76,7 +76,7 @@ class ReceivedSlates:
         return np.array(self.latency_ms)[inside]
 
     async def wait_for(self, events: int) -> None:
-        """Wait until so many events are covered. TimeoutError after a minute."""
+        """Wait until this many events are covered. TimeoutError after a minute."""
         async with asyncio.timeout(60):
             while self.events < events:  # noqa: ASYNC110 - the counter is the condition
                 await asyncio.sleep(0.05)

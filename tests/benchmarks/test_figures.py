@@ -140,7 +140,8 @@ def accuracy_means(model: str) -> list[float]:
 def closed_loop_means(weighting: str, rerank: str) -> list[float]:
     """Return money per event and its standard error, engaged and returned percentages."""
     [row] = [row for row in LOOP.rows if (row["weighting"], row["rerank"]) == (weighting, rerank)]
-    money, money_se = float(row["money_per_event"] or 0), float(row["money_per_event_se"] or 0)
+    money = float(row["money_per_event"] or 0)
+    money_se = float(row["money_per_event_se"] or 0)
     return [money, money_se, 100 * float(row["engaged_share"] or 0), 100 * float(row["returned_share"] or 0)]
 
 

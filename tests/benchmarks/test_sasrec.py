@@ -46,7 +46,9 @@ def paper_states(model: SasRec, tokens: list[int]) -> torch.Tensor:
     for layer in model.layers:
         assert isinstance(layer, SasRecLayer)
         normed = layer.norm_attention(x)
-        q, k, v = layer.query(normed), layer.key(x), layer.value(x)
+        q = layer.query(normed)
+        k = layer.key(x)
+        v = layer.value(x)
         heads = []
         for part in torch.arange(config.width).chunk(config.heads):
             scores = q[:, part] @ k[:, part].T / len(part) ** 0.5 + mask
@@ -78,7 +80,8 @@ def test_loss_equals_its_definition_over_the_target_rows(loss: str) -> None:
     logits = model(inputs)[target_rows] @ model.item_embedding.weight.T
     targets = torch.tensor([4, 5, 8])
     if loss == "softmax":
-        logits[:, 0] = logits[seen] = -torch.inf
+        logits[:, 0] = -torch.inf
+        logits[seen] = -torch.inf
         expected = F.cross_entropy(logits, targets)
     else:
         negatives = torch.from_numpy(np.random.default_rng(5).integers(1, ITEMS, 3))

@@ -16,7 +16,7 @@ def launch(log: Path, **settings: object) -> subprocess.Popen:
 
 def run_to_end(**settings: object) -> subprocess.CompletedProcess:
     """Run a worker until it exits by itself."""
-    return subprocess.run(COMMAND, env=environment(settings), capture_output=True, text=True, timeout=60)
+    return subprocess.run(COMMAND, env=environment(settings), capture_output=True, text=True, timeout=120)
 
 
 def environment(settings: dict[str, object]) -> dict[str, str]:

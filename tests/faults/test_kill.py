@@ -21,7 +21,7 @@ from tests.faults.processes import launch
 
 PARTITIONS = 3
 USERS = 300
-EVENTS = 40_000  # more than any test consumes
+EVENTS = 100_000  # in bursts for four minutes: more than any test consumes
 BURST_EVENTS = 400  # a member is killed while it answers a burst, with hundreds of events in flight
 RING_EVENTS = 16
 INVALID = [b"{", b"[]", b'{"user_id": "u1"}', b'{"user_id":"u1","item_id":"i","action":"dance","ts_ms":5}', b"\xff\xfe"]

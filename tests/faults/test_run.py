@@ -111,7 +111,7 @@ async def test_second_signal_exits_during_a_drain_that_cannot_end(
             await eventually(lambda: '"draining"' in log.read_text())
             assert worker.poll() is None
             worker.send_signal(number)
-            await eventually(lambda: worker.poll() is not None, 5)
+            await eventually(lambda: worker.poll() is not None, 15)
         finally:
             os.kill(server.pid, signal.SIGCONT)
             worker.kill()

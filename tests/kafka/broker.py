@@ -95,7 +95,8 @@ class BreakableKafka(LocalKafka):
 
     def __init__(self, data_dir: Path) -> None:
         port, sasl_port, controller_port = free_ports(3)
-        plain, sasl = f"PLAINTEXT://{HOST}:{port}", f"SASL://{HOST}:{sasl_port}"
+        plain = f"PLAINTEXT://{HOST}:{port}"
+        sasl = f"SASL://{HOST}:{sasl_port}"
         settings = {
             "listeners": f"{plain},{sasl},CONTROLLER://{HOST}:{controller_port}",
             "advertised.listeners": f"{plain},{sasl}",

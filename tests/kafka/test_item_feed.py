@@ -105,7 +105,7 @@ async def test_all_items_are_read_at_the_start_and_later_ones_followed(
         assert count_invalid() == 2
         updates.updated.clear()
         await send(kafka, item_record("new", title="later"))
-        await asyncio.wait_for(updates.updated.wait(), 10)
+        await asyncio.wait_for(updates.updated.wait(), 30)
         assert updates.content_size("new") > 0
         assert updates.live_items == ["new"]
 

@@ -27,7 +27,7 @@ SEED = 0x1234_5678_9ABC_DEF
 
 
 def keep_mask(rate: float, seed: int = SEED) -> Tensor:
-    """bool [4 heads, 300 rows, 300 columns]."""
+    """Return the mask, bool [4 heads, 300 rows, 300 columns]."""
     head, row, column = (torch.arange(size) for size in (4, 300, 300))
     return dropout.keep_mask(torch.tensor(seed), row[:, None], column, head[:, None, None], rate)
 

@@ -37,6 +37,7 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(*, rows: int, width: int, heads: int, columns: int, dtype: torch.dtype) -> Inputs:
+    torch.manual_seed(rows)
     attn_out, x = (torch.randn(rows, size, device=DEVICE).to(dtype) for size in (width, columns))
     u = torch.randn(rows, 4 * width, device=DEVICE).to(dtype)[:, :width]  # a slice of the product before attention
     parts = attn_out.float().unflatten(1, (heads, -1))

@@ -35,7 +35,7 @@ class Case:
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
-        """Everything that has a gradient."""
+        """All tensors that have a gradient."""
         return *self.rows, *self.tables
 
     @property
@@ -218,7 +218,7 @@ def test_export_and_compile_keep_the_operator_intact() -> None:
 
 
 def passes_opcheck(operator: Any, arguments: tuple[Any, ...]) -> bool:
-    """Whether the operator's schema, fake and gradients pass torch's checks; raises where they do not."""
+    """Return whether the operator's schema, fake and gradients pass torch's checks; raises where they do not."""
     return set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}
 
 

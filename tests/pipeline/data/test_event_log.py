@@ -4,7 +4,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.data.log_io import read_event_log, read_log_by_time, write_log
@@ -27,7 +27,6 @@ events = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(events, max_size=30))
 def test_columns_equal_the_logs_events_in_event_time_order(log: list[Event]) -> None:
     with TemporaryDirectory() as folder:

@@ -5,7 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.data.external_sort import sorted_by_time
@@ -23,14 +23,12 @@ def _key(event: Event) -> tuple[int, str, str]:
     return event.ts_ms, event.user_id, event.item_id
 
 
-@settings(deadline=None)
 @given(st.lists(events, max_size=40), st.integers(1, 9))
 def test_sort_is_stable_on_disk_and_in_memory(log: list[Event], run_entries: int) -> None:
     assert list(sorted_by_time(log, run_entries)) == sorted(log, key=_key)
     assert list(sorted_by_time(log, 1000)) == sorted(log, key=_key)
 
 
-@settings(deadline=None)
 @given(st.lists(events | bad_records, max_size=40), st.integers(1, 9))
 def test_bad_records_are_all_kept_and_follow_the_first_event(log: list[LogEntry], run_entries: int) -> None:
     ordered = list(sorted_by_time(log, run_entries))

@@ -40,7 +40,7 @@ def _write(path: Path, content: bytes) -> Path:
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "msgpack", "msgpack.gz", "tsv", "tsv.gz"])
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(log=st.lists(events, max_size=6))
 def test_written_log_is_read_back_unchanged(suffix: str, log: list[Event]) -> None:
     with TemporaryDirectory() as folder:

@@ -1,6 +1,3 @@
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -9,7 +6,6 @@ from msgspec.structs import replace
 from pipeline import artifact as artifacts
 from pipeline.artifact import Artifact
 from pipeline.data.event_log import EventLog, event_log_from_blocks
-from pipeline.data.log_io import read_event_log
 from pipeline.data.sequences import UserSequences, split_index
 from pipeline.data.split import Split, TrainingProvenance
 from pipeline.errors import EvaluationError
@@ -226,11 +222,8 @@ def test_evaluation_does_not_change_the_counters() -> None:
     assert all((model.counters[name] == array).all() for name, array in before.items())
 
 
-def test_baselines_on_a_real_log_reach_their_usual_hit_rates() -> None:
-    path = Path(os.environ.get("MILLRACE_DATA", "../shared/data")) / "ml-100k" / "ml-100k.inter"
-    if not path.exists():
-        pytest.skip(f"no log at {path}: set MILLRACE_DATA to the folder that holds ml-100k")
-    log = read_event_log(path)
+def test_baselines_on_a_real_log_reach_their_usual_hit_rates(movielens_log: EventLog) -> None:
+    log = movielens_log
     test_mask = Split().test_mask(log)
     model = untrained_model(log.select(~test_mask), TINY)
     data = TrainTest.from_log(log, test_mask, Vocabulary(dict.fromkeys([*model.item_ids, *log.item_ids])), 512)

@@ -1,7 +1,7 @@
 """Event features: buckets, causality, independence of users, and calendar columns."""
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.features.event_features import (
@@ -52,7 +52,6 @@ def test_each_threshold_starts_a_bucket() -> None:
     assert bucket_seconds(np.array([SECONDS_CAP, 2**31 - 1])).tolist() == [TIME_BUCKETS - 1] * 2
 
 
-@settings(deadline=None)
 @given(st.lists(events, min_size=1, max_size=12), st.integers(1, 12))
 def test_rows_never_change_when_later_events_arrive(history: list[Event], length: int) -> None:
     history = sorted(history, key=lambda event: event.ts_ms)
@@ -64,7 +63,6 @@ def test_rows_never_change_when_later_events_arrive(history: list[Event], length
     assert (full.seconds[:rows] == prefix.seconds).all()
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(events, max_size=6), min_size=1, max_size=6))
 def test_rows_do_not_depend_on_other_users_in_the_batch(users: list[list[Event]]) -> None:
     together = inputs(*users)

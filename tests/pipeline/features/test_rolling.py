@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.features import rolling
@@ -20,7 +20,6 @@ def before(history: list[int], position: int, size: int) -> list[int]:
     return history[max(0, position - size + 1) : position]
 
 
-@settings(deadline=None)
 @given(users, st.integers(1, 8))
 def test_repeats_count_within_the_users_window(histories: list[list[int]], size: int) -> None:
     values, offsets = packed(histories)
@@ -28,7 +27,6 @@ def test_repeats_count_within_the_users_window(histories: list[list[int]], size:
     assert RollingWindows(offsets, size).repeats(values * np.uint64(0x9E3779B97F4A7C15)).tolist() == expected
 
 
-@settings(deadline=None)
 @given(users, st.integers(1, 8))
 def test_sums_and_means_cover_the_users_window(histories: list[list[int]], size: int) -> None:
     column, offsets = packed(histories)

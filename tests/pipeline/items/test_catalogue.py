@@ -3,7 +3,7 @@
 from dataclasses import asdict
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.items.catalogue import FIELDS, Catalogue
@@ -27,7 +27,6 @@ def facts(catalogue: Catalogue, item_ids: str) -> dict[str, list[int]]:
     return {name: column.tolist() for name, column in asdict(catalogue.facts(tokens)).items()}
 
 
-@settings(deadline=None)
 @given(st.lists(items, max_size=8))
 def test_saved_facts_are_restored_under_another_vocabulary(records: list[Item]) -> None:
     first = Catalogue(Vocabulary(["a", "b", "c", "d"]))

@@ -1,4 +1,4 @@
-"""Items whose records came after training: their vectors, probabilities and places in the ranking."""
+"""Items whose records came after training: their vectors, probabilities and ranks."""
 
 import numpy as np
 import pytest

@@ -46,7 +46,7 @@ def test_token_keeps_its_item_until_evicted(steps: list[tuple[str, str]]):
             assert tokens.setdefault(item, token) == token
         elif step == "evict" and item in tokens:
             vocabulary.evict(np.array([tokens.pop(item)]))
-        elif step == "delist" and len(delisted | {item}) <= vocabulary.max_items:  # it remembers no more
+        elif step == "delist" and len(delisted | {item}) <= vocabulary.max_items:  # it remembers max_items
             delisted.add(item)
             vocabulary.delist([item])
         elif step == "relist":

@@ -1,6 +1,6 @@
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels.hierarchical_sequence_fusion.reference import hierarchical_sequence_fusion
@@ -13,7 +13,6 @@ FEATURES = 20
 WIDTH = 4
 
 
-@settings(deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 25), min_size=1, max_size=5),
     recent=st.integers(1, 9),

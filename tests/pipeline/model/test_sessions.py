@@ -117,7 +117,7 @@ def test_heads_are_trained_on_the_crops_own_events() -> None:
     torch.testing.assert_close(context.events, model.hstu.event_rows(items, torch.from_numpy(inputs.feature_ids)))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(position=st.integers(1, 4), seed=st.integers(0, 99))
 def test_later_events_never_change_an_earlier_state(position: int, seed: int) -> None:
     model = make_model()
@@ -194,8 +194,9 @@ def test_sessions_equal_the_specification_in_rows_and_gradients(strength: bool) 
 def test_model_with_sessions_is_trained_saved_and_evaluated(tmp_path: Path) -> None:
     trainer = TrainerOptions(epochs=2, crop_length=200, events_per_batch=256)
     shape = HstuConfig(width=16, max_events=6, recent_events=4, history_events=18)
-    log, observer = rule_log(users=80, length=25), RecordingCallback()
-    manifest = train(log, tmp_path / "model", TrainingOptions(trainer, shape), SERVING, observer, CREATED)
+    log = rule_log(users=80, length=25)
+    callback = RecordingCallback()
+    manifest = train(log, tmp_path / "model", TrainingOptions(trainer, shape), SERVING, callback, CREATED)
     loaded = artifacts.load(tmp_path / "model")
     assert loaded.version == manifest.version
     assert loaded.config.recent_events == 4

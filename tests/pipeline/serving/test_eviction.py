@@ -17,7 +17,7 @@ def make_pipeline(max_items: int) -> Pipeline:
 
 
 def observe(pipeline: Pipeline, item_ids: Iterable[str]) -> None:
-    """Take in one user's events, as a worker does."""
+    """Admit and count one user's events, as a worker does."""
     item_ids = list(item_ids)
     pipeline.admit(item_ids)
     events = [Event("u", item_id, "view", 1_000 * number) for number, item_id in enumerate(item_ids, 1)]
@@ -99,7 +99,7 @@ def test_evicted_items_record_does_not_pass_to_the_tokens_next_item():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_small_vocabulary_with_evictions_ranks_as_a_large_one(seed: int):
-    """Where the small one has the same items, its co-occurring items are those of the large one."""
+    """Among the items that both have, co-occurring items are the same."""
     small = make_pipeline(12)
     large = make_pipeline(1000)
     rng = np.random.default_rng(seed)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.serving import retrieval
@@ -23,7 +23,6 @@ def _small_catalogues_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", [Retrieval, FusedRetrieval])
-@settings(deadline=None)
 @given(
     users=st.integers(1, 9),
     items=st.integers(2, 12),

@@ -73,10 +73,18 @@ def test_warm_up_returns_a_log_in_time_order_with_sorted_ids(shop: WarmShop) -> 
 
 
 def test_slates_that_nobody_takes_change_nothing(shop: WarmShop) -> None:
-    simulator, policy, _ = shop.with_policy([])
     assert run(deepcopy(shop.simulator), DAYS, 3, None).events > 100
-    simulator.config = replace(SHOP, slate_take_rate=0.0)
-    assert run(simulator, DAYS, 1, None) == run(deepcopy(shop.simulator), DAYS, 1, None)
+    futures = []
+    for item_ids, take_rate in (
+        (shop.items_by_quality(1), 0.0),
+        (shop.items_by_quality(-1), 0.0),
+        (["no such item"] * 10, SHOP.slate_take_rate),
+    ):
+        simulator, policy, _ = shop.with_policy(item_ids)
+        simulator.config = replace(SHOP, slate_take_rate=take_rate)
+        futures.append(run(simulator, DAYS, 3, policy))
+    assert futures[0] == futures[1] == futures[2]
+    simulator, policy, _ = shop.with_policy([])
     assert policy.slates(np.array([0, 1])).tolist() == [[], []]
 
 
@@ -130,7 +138,7 @@ def test_money_is_the_price_of_all_purchased_items(shop: WarmShop) -> None:
 
 
 def test_slate_items_are_taken_by_rank_and_appeal() -> None:
-    """And always one, unless the slate is empty."""
+    """One item is always taken, unless the slate is empty."""
     world = World.from_config(SHOP)
     n = 40_000
     session = SessionStates(

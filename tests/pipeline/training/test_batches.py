@@ -1,5 +1,5 @@
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.data.sequences import UserSequences, split_index
@@ -96,7 +96,6 @@ def test_batches_hold_every_crop_once(lengths: list[int], events_per_batch: int,
     assert all(crop_lengths.sum() < events_per_batch + sizes.max() for _, crop_lengths in batches)
 
 
-@settings(deadline=None)
 @given(logs, st.booleans(), st.integers(1, 20), st.integers(0, 99))
 def test_row_targets_the_next_event_and_has_seen_its_crop_so_far(
     log: Log, repeats: bool, length: int, seed: int
@@ -125,7 +124,6 @@ def test_row_targets_the_next_event_and_has_seen_its_crop_so_far(
     assert {(int(target), int(token)) for target, token in zip(*batch.seen, strict=True)} == expected_seen
 
 
-@settings(deadline=None)
 @given(logs, st.integers(1, 9), st.integers(0, 30), st.integers(0, 99))
 def test_crop_inputs_begin_with_older_events_of_the_same_user(log: Log, length: int, older: int, seed: int) -> None:
     columns = columns_of(log)
@@ -146,7 +144,7 @@ def test_crop_inputs_begin_with_older_events_of_the_same_user(log: Log, length: 
         assert batch.successors[own_rows].tolist() == columns.successors[start : start + size].tolist()
 
 
-def test_a_fraction_of_input_items_is_made_unknown_but_no_target() -> None:
+def test_fraction_of_input_items_is_made_unknown_but_no_target() -> None:
     columns = columns_of([(0, step % 6) for step in range(4000)], repeats=True)
     batch = make_batch(columns, np.array([0]), np.array([4000]), 0.25, np.random.default_rng(0))
     assert 0.22 < (batch.inputs.item_rows == 0).mean() < 0.28

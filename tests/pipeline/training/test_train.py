@@ -63,7 +63,7 @@ class RecordingCallback(SilentCallback):
 
 
 def rule_log(users: int = USERS, length: int = LENGTH, random: bool = False) -> EventLog:
-    """Users walk through the catalogue: a view leads 7 items on, a click 13; or (random) anywhere."""
+    """Return a log in which an event is 7 items after a view, 13 after a click; or (random) anywhere."""
     rng = np.random.default_rng(0)
     events = []
     for user in range(users):
@@ -251,10 +251,10 @@ def test_manifest_records_the_split_and_evaluation_respects_it(default_run: Run,
 def test_log_with_more_items_than_max_items_is_rejected(default_run: Run, tmp_path: Path) -> None:
     log = rule_log()
     narrow = replace(SERVING, max_items=5)
-    refused = f"{len(log.item_ids) - 5} items have no token: all 5 are taken; counters.max_items is 5: set it higher"
-    with pytest.raises(TrainingError, match=refused):
+    message = f"{len(log.item_ids) - 5} items have no token: all 5 are taken; counters.max_items is 5: set it higher"
+    with pytest.raises(TrainingError, match=message):
         train(log, tmp_path / "model", OPTIONS, narrow, SilentCallback(), CREATED)
-    with pytest.raises(EvaluationError, match=refused):
+    with pytest.raises(EvaluationError, match=message):
         evaluate(artifacts.load(default_run.folder), log, narrow, EvaluationOptions())
 
 

@@ -36,7 +36,7 @@ RECORDS = [Item(f"i{number}", title=f"word{number % 7}") for number in range(ITE
 
 
 def rule_log(days: int) -> EventLog:
-    """Every user goes 3 items on, or 7 after a click; from day 20 on the catalogue has NEW_ITEMS more."""
+    """Return a log in which an event is 3 items after a view, 7 after a click; NEW_ITEMS are added on day 20."""
     rng = np.random.default_rng(0)
     events = []
     for user in range(USERS):
@@ -85,7 +85,7 @@ def hit_rate(artifact: Artifact, split: Split) -> float:
     return evaluate(artifact, LOG, SERVING, EvaluationOptions(split, (1,))).rankings["hstu"].at[1].hit_rate.value
 
 
-def test_a_few_epochs_from_an_artifact_beat_as_many_from_scratch(old: Artifact, tmp_path: Path) -> None:
+def test_few_epochs_from_an_artifact_beat_as_many_from_scratch(old: Artifact, tmp_path: Path) -> None:
     options = replace(FEW_EPOCHS, train_fraction=22 / 24)
     warm = continue_training(old, tmp_path / "warm", options=options)
     train(LOG, tmp_path / "scratch", options, SERVING, SilentCallback(), "")
@@ -103,7 +103,7 @@ def test_warm_started_model_serves_new_items(old: Artifact, tmp_path: Path) -> N
 
 
 def test_old_items_keep_their_tokens_and_new_items_follow(old: Artifact, tmp_path: Path) -> None:
-    """Also old items that the log does not have."""
+    """Include old items that the log does not have."""
     late = LOG.select(LOG.ts_ms > DAY_MS * 12)
     late = late.select(late.items != late.item_ids.index("i5"))
     new = continue_training(old, tmp_path / "model", late)

@@ -17,7 +17,8 @@ def words(*line: object) -> list[str]:
 def test_warm_start_keeps_shape_and_items_and_plots_learning_curves(shop, tmp_path: Path) -> None:
     options = ["--train-fraction", 1, "--epochs", 2, "--learning-curves", tmp_path / "curves.png"]
     assert main(words("train", shop.log, "--warm-start", shop.artifact, "--out", tmp_path / "new", *options)) == 0
-    old, new = artifacts.load(shop.artifact), artifacts.load(tmp_path / "new")
+    old = artifacts.load(shop.artifact)
+    new = artifacts.load(tmp_path / "new")
     assert new.config.width == old.config.width == 16
     assert new.item_ids[: len(old.item_ids)] == old.item_ids
     assert new.manifest.metrics["training_events"] > old.manifest.metrics["training_events"]

@@ -20,7 +20,7 @@ def write(path: Path, contents: list[bytes]) -> None:
     file.close()
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(st.lists(st.binary(max_size=20), max_size=6), st.integers(0, 200))
 def test_truncated_file_yields_its_complete_entries_and_appends_after_them(
     tmp_path: Path, contents: list[bytes], size: int

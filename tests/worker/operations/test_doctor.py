@@ -1,9 +1,9 @@
 """`millrace doctor` tries every part for real, and names the next step for each gap."""
 
-import asyncio
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,14 +68,14 @@ def test_missing_topics_are_named(
 
 
 def test_unreachable_redis_and_an_evicting_one_are_gaps(
-    kafka: str, configure: Configure, lines: Lines, tmp_path: Path
+    run: Callable[..., Any], kafka: str, configure: Configure, lines: Lines, tmp_path: Path
 ) -> None:
     configure(KAFKA__BOOTSTRAP_SERVERS=kafka, KAFKA__CREATE_TOPICS="true", REDIS__URL="redis://127.0.0.1:1")
     assert main(["doctor"]) == 5
     assert "Redis at 127.0.0.1:1 is unreachable" in lines()["redis"]
     with LocalValkey(tmp_path) as server:
         configure(REDIS__URL=server.url)
-        asyncio.run(enable_eviction(config.load(None).redis))
+        run(enable_eviction(config.load(None).redis))
         assert main(["doctor"]) == 5
     assert "maxmemory-policy is allkeys-lru" in lines()["redis"]
 

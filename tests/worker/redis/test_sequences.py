@@ -1,20 +1,18 @@
 """Rings in a real Valkey against a plain Python model, byte for byte; replays, losses, migrations."""
 
-import asyncio
 import struct
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable
 from hashlib import blake2b
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.records import Event
-from worker.config import RedisConfig, SequencesConfig
+from worker.config import SequencesConfig
 from worker.errors import StoreError, TopicRecreated
 from worker.interfaces import ConsumedEvent, Partition, RecordOffset
-from worker.redis.client import RedisClient, connect
+from worker.redis.client import RedisClient
 from worker.redis.ring import MAX_COUNT, Ring
 from worker.redis.sequences import SequenceStore
 
@@ -119,20 +117,13 @@ async def check_against_reference(client: RedisClient, users: list[str], plan: l
             assert ring.value() == stored
 
 
-@pytest.fixture
-def run_with_client(valkey: str) -> Iterator[Callable[[Callable[[RedisClient], Coroutine[Any, Any, None]]], None]]:
-    """Return a function that runs coroutines in one loop with one client: examples connect once."""
-    with asyncio.Runner() as runner:
-        client = runner.run(connect(RedisConfig(url=valkey)))
-        yield lambda check: runner.run(check(client))
-        runner.run(client.aclose())
-
-
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(plan=st.lists(steps, min_size=1, max_size=12), cached=st.booleans())
-def test_rings_equal_the_reference_byte_for_byte(run_with_client, new_user: NewUser, plan: list, cached: bool):
+async def test_rings_equal_the_reference_byte_for_byte(
+    client: RedisClient, new_user: NewUser, plan: list, cached: bool
+):
     users = [new_user() for _ in range(3)]
-    run_with_client(lambda client: check_against_reference(client, users, plan, cached))
+    await check_against_reference(client, users, plan, cached)
 
 
 def test_ring_is_restored_from_its_stored_value():

@@ -161,6 +161,6 @@ async def is_ready(http: httpx.AsyncClient) -> bool:
 
 
 async def test_lookup_without_a_server_is_unavailable():
-    async with asyncio.timeout(5), Lookup(RedisConfig(url="redis://127.0.0.1:9/0")) as lookup:
+    async with asyncio.timeout(20), Lookup(RedisConfig(url="redis://127.0.0.1:9/0")) as lookup:
         with pytest.raises(StoreUnavailable):
             await lookup.slate("u1")

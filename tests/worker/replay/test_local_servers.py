@@ -32,7 +32,8 @@ def is_listening(port: int) -> bool:
 
 def test_restarted_valkey_has_its_port_and_no_data(tmp_path: Path) -> None:
     with LocalValkey(tmp_path) as server:
-        client, port = redis.Redis.from_url(server.url), server.port
+        client = redis.Redis.from_url(server.url)
+        port = server.port
         client.set("key", "value")
         server.kill()
         assert not is_listening(port)

@@ -33,8 +33,8 @@ def consumed(
     )
 
 
-def take(batcher: Batcher) -> Batch:
-    batch = asyncio.run(asyncio.wait_for(batcher.next(), 1))
+async def take(batcher: Batcher) -> Batch:
+    batch = await asyncio.wait_for(batcher.next(), 10)
     assert batch is not None
     return batch
 
@@ -43,104 +43,104 @@ def users(batch: Batch) -> list[str]:
     return [entry.user_id for entry in batch.entries]
 
 
-def test_events_of_one_user_coalesce_into_one_entry_with_the_latest_ring():
+async def test_events_of_one_user_coalesce_into_one_entry_with_the_latest_ring():
     batcher = Batcher(BatcherConfig(), StillClock())
     batcher.add([consumed("a", 1, events=1), consumed("b", 2), consumed("a", 3, events=2)])
-    batch = take(batcher)
+    batch = await take(batcher)
     assert users(batch) == ["a", "b"]
     assert [len(batch.entries[0].events), len(batch.entries[0].ring)] == [2, 2 * EVENT_BYTES]
     assert {record_offset.offset for record_offset in batch.record_offsets} == {1, 2, 3}
 
 
-def test_user_of_an_unfinished_batch_waits_until_it_finishes():
+async def test_user_of_an_unfinished_batch_waits_until_it_finishes():
     batcher = Batcher(BatcherConfig(), StillClock())
     batcher.add([consumed("a", 1)])
-    first = take(batcher)
+    first = await take(batcher)
     batcher.add([consumed("a", 2), consumed("a", 3)])
-    with pytest.raises(asyncio.TimeoutError):
-        asyncio.run(asyncio.wait_for(batcher.next(), 0.01))
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(batcher.next(), 0.01)
     batcher.finish(first)
-    assert [len(entry.events) for entry in take(batcher).entries] == [2]
+    assert [len(entry.events) for entry in (await take(batcher)).entries] == [2]
 
 
-def test_without_coalescing_each_event_has_its_own_entry_in_order():
+async def test_without_coalescing_each_event_has_its_own_entry_in_order():
     batcher = Batcher(BatcherConfig(coalesce=False), StillClock())
     batcher.add([consumed("a", offset) for offset in range(3)])
     seen = []
     while batcher.pending:
-        batch = take(batcher)
+        batch = await take(batcher)
         seen += [record_offset.offset for record_offset in batch.record_offsets]
         batcher.finish(batch)
     assert seen == [0, 1, 2]
 
 
 @pytest.mark.parametrize("other", [{"strategy": "simple"}, {"k": 3}, {"partition": 1}])
-def test_events_with_different_requests_never_share_a_slate(other: dict):
+async def test_events_with_different_requests_never_share_a_slate(other: dict):
     batcher = Batcher(BatcherConfig(), StillClock())
     batcher.add([consumed("a", 1), consumed("a", 2, **other)])
-    first = take(batcher)
+    first = await take(batcher)
     assert len(list(first.record_offsets)) == 1
     batcher.finish(first)
-    assert len(list(take(batcher).record_offsets)) == 1
+    assert len(list((await take(batcher)).record_offsets)) == 1
 
 
-def test_earliest_deadline_first_and_client_clocks_gain_at_most_half_the_slo():
+async def test_earliest_deadline_first_and_client_clocks_gain_at_most_half_the_slo():
     batcher = Batcher(BatcherConfig(max_users=1, slo_ms=100), StillClock())
     batcher.add([consumed("late", 1), consumed("future", 2, ts_ms=9_999_999), consumed("early", 3, ts_ms=999_970)])
     batcher.add([consumed("ancient", 4, ts_ms=5)])
-    order = [take(batcher).entries[0] for _ in range(4)]
+    order = [(await take(batcher)).entries[0] for _ in range(4)]
     assert [entry.user_id for entry in order] == ["ancient", "early", "late", "future"]
     assert [entry.deadline_ms for entry in order] == [1_000_050, 1_000_070, 1_000_100, 1_000_100]
 
 
-def test_batch_keeps_its_bucket_and_shorter_rings_fill_it():
+async def test_batch_keeps_its_bucket_and_shorter_rings_fill_it():
     batcher = Batcher(BatcherConfig(length_buckets=(4, 16)), StillClock())
     batcher.add([consumed("short", 1, events=4), consumed("long", 2, events=5), consumed("short2", 3, events=1)])
-    first = take(batcher)
+    first = await take(batcher)
     assert (first.bucket, users(first)) == (4, ["short", "short2"])
-    assert (second := take(batcher)).bucket == 16
+    assert (second := await take(batcher)).bucket == 16
     assert users(second) == ["long"]
 
 
-def test_entry_that_outgrows_its_bucket_moves_to_the_next():
+async def test_entry_that_outgrows_its_bucket_moves_to_the_next():
     batcher = Batcher(BatcherConfig(length_buckets=(4, 16)), StillClock())
     batcher.add([consumed("grows", 1, events=4), consumed("grows", 2, events=5), consumed("short", 3)])
-    batch = take(batcher)
+    batch = await take(batcher)
     assert batch.bucket == 16
     assert users(batch) == ["grows", "short"]
 
 
-def test_token_budget_closes_a_batch_but_one_ring_always_fits():
+async def test_token_budget_closes_a_batch_but_one_ring_always_fits():
     batcher = Batcher(BatcherConfig(max_tokens=10), StillClock())
     batcher.add([consumed("huge", 1, events=30), consumed("a", 2, events=6), consumed("b", 3, events=6)])
-    assert [users(take(batcher)) for _ in range(3)] == [["huge"], ["a"], ["b"]]
+    assert [users(await take(batcher)) for _ in range(3)] == [["huge"], ["a"], ["b"]]
 
 
-def test_closed_batcher_returns_waiting_entries_then_none():
+async def test_closed_batcher_returns_waiting_entries_then_none():
     batcher = Batcher(BatcherConfig(), StillClock())
     batcher.add([consumed("a", 1)])
-    batch = take(batcher)
+    batch = await take(batcher)
     batcher.add([consumed("a", 2)])
     batcher.close()
     batcher.finish(batch)
-    batcher.finish(take(batcher))
-    assert asyncio.run(asyncio.wait_for(batcher.next(), 1)) is None
+    batcher.finish(await take(batcher))
+    assert await asyncio.wait_for(batcher.next(), 10) is None
 
 
 moves = st.lists(st.tuples(st.sampled_from("abcde"), st.integers(1, 40), st.booleans()), max_size=60)
 
 
 @given(moves, st.integers(1, 3), st.integers(1, 64), st.booleans())
-def test_every_event_is_batched_once_in_order_and_users_never_overlap(
+async def test_every_event_is_batched_once_in_order_and_users_never_overlap(
     plan: list, max_users: int, max_tokens: int, coalesce: bool
 ):
     batcher = Batcher(BatcherConfig(max_users, max_tokens, length_buckets=(8, 32), coalesce=coalesce), StillClock())
     unfinished: list[Batch] = []
     answered: dict[str, list[int]] = {}
 
-    def step_out() -> None:
+    async def take_or_finish() -> None:
         if batcher._lanes:
-            batch = take(batcher)
+            batch = await take(batcher)
             busy = {user for other in unfinished for user in users(other)}
             assert not busy & set(users(batch))
             assert len(batch.entries) <= max_users
@@ -157,7 +157,7 @@ def test_every_event_is_batched_once_in_order_and_users_never_overlap(
         batcher.add([consumed(user, offset, events=events)])
         expected.setdefault(user, []).append(offset)
         if step:
-            step_out()
+            await take_or_finish()
     while batcher.pending:
-        step_out()
+        await take_or_finish()
     assert answered == expected

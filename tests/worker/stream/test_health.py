@@ -1,4 +1,4 @@
-"""The probes answer from their own thread; the watchdog ends a worker that stands still, and no other."""
+"""The probes answer from their own thread; the watchdog stops a worker that makes no progress, and no other."""
 
 import asyncio
 import urllib.error
@@ -30,7 +30,7 @@ class ManualClock:
 
 @dataclass
 class FakeSource:
-    """The part of a source that the watchdog looks at."""
+    """The part of a source that the watchdog reads."""
 
     records: dict = field(default_factory=dict)
 
@@ -45,7 +45,7 @@ class FakeRecord:
 
 def get(port: int, page: str) -> tuple[int, str]:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{page}", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{page}", timeout=30) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -90,14 +90,15 @@ def test_metrics_are_text_and_other_pages_are_not_found(served):
     assert get(port, "/nothing")[0] == 404
 
 
-def test_port_in_use_is_one_clear_sentence(served, clock: ManualClock):
+def test_port_in_use_is_one_clear_sentence(served):
     port, state = served
     with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}.*health.port"):
         HealthServer(HealthConfig(port=port), state)
 
 
 def watched(clock: ManualClock) -> tuple[OffsetTracker, FakeSource, Watchdog]:
-    tracker, source = OffsetTracker(clock), FakeSource()
+    tracker = OffsetTracker(clock)
+    source = FakeSource()
     tracker.assign(PARTITION, 1)
     watchdog = Watchdog(HealthConfig(stall_timeout_s=60), tracker, source, HealthState(clock), clock)  # type: ignore[arg-type]
     watchdog.check()
@@ -112,7 +113,7 @@ def test_idle_worker_never_stalls(clock: ManualClock):
 
 
 @pytest.mark.parametrize("where", ["open", "lag"])
-def test_waiting_events_without_progress_stall_the_worker(clock: ManualClock, where: str, capfd):
+async def test_waiting_events_without_progress_stall_the_worker(clock: ManualClock, where: str, capfd):
     tracker, source, watchdog = watched(clock)
     if where == "open":
         tracker.open(PolledRecords(PARTITION, 1, 6, 0, 0.0, [FakeRecord(5)]))  # type: ignore[list-item]
@@ -122,7 +123,7 @@ def test_waiting_events_without_progress_stall_the_worker(clock: ManualClock, wh
     watchdog.check()
     clock.now_s += 2
     with pytest.raises(Stalled, match=r"no event was completed for 61 s"):
-        asyncio.run(watchdog.run())
+        await watchdog.run()
     assert "test_waiting_events" in capfd.readouterr().err  # the stacks
 
 
@@ -137,7 +138,7 @@ def test_progress_resets_the_watchdog(clock: ManualClock):
     assert tracker.open_count == 1
 
 
-def test_lag_of_a_revoked_partition_is_no_longer_exported(clock: ManualClock):
+async def test_lag_of_a_revoked_partition_is_no_longer_exported(clock: ManualClock):
     _, source, watchdog = watched(clock)
     source.records = {PARTITION: 7, Partition("events", 1): 3}
     watchdog.check()
@@ -146,7 +147,7 @@ def test_lag_of_a_revoked_partition_is_no_longer_exported(clock: ManualClock):
     watchdog.check()
     assert exported_lag() == {"1": 2}
     with pytest.raises(TimeoutError):
-        asyncio.run(asyncio.wait_for(watchdog.run(), 0.01))
+        await asyncio.wait_for(watchdog.run(), 0.01)
     assert exported_lag() == {}
 
 

@@ -30,10 +30,10 @@ def health() -> HealthState:
 
 
 async def test_retriable_error_is_retried_until_the_write_succeeds(health: HealthState):
-    store = FlakyStore(health, StoreUnavailable("away"), StoreUnavailable("still away"))
+    store = FlakyStore(health, StoreUnavailable("down"), StoreUnavailable("still down"))
     await Retry(0.001, health)(store.write, ["slate"])
     assert store.written == [["slate"]]
-    assert store.problems == [[], ["away"], ["still away"]]
+    assert store.problems == [[], ["down"], ["still down"]]
     assert health.problems == {}
 
 
