@@ -181,9 +181,8 @@ def project_in_kernel(
     x_layout: cute.ComposedLayout, panel_layout: cute.ComposedLayout, out_layout: cute.ComposedLayout,
     panels: Constexpr,
 ) -> Any:  # fmt: skip
-    """Write out, tile by tile. Grid: programs of one panel each, a multiple of `panels`. x: [rows, D_MODEL], weight:
-    [columns, D_MODEL], out: [rows, columns] as the copy engine sees them; row_stats: [rows, 2 * parts]; sums, bias:
-    [columns]."""
+    """Write out. Grid: programs of one panel each, a multiple of `panels`. x: [rows, D_MODEL], weight: [columns,
+    D_MODEL], out: [rows, columns] as the copy engine sees them; row_stats: [rows, 2 * parts]; sums, bias: [columns]."""
     thread = cute.arch.thread_idx()[0]
     program = cute.arch.block_idx()[0]
     warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
