@@ -63,9 +63,6 @@ class FallbackChain:
         self._monotonic = monotonic
         self._open_until_s = dict.fromkeys(self._strategies, 0.0)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._strategies
-
     def candidates(self, requested: str | None) -> Iterator[Strategy]:
         """Yield strategies from the requested one (None: the best) on. Open breakers are skipped, except the last."""
         start = FALLBACK_ORDER.index(requested) if requested else 0
