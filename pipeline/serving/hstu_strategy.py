@@ -228,13 +228,14 @@ class HstuStrategy:
 
         A vector is a function of the artifact and the newest record, whatever came before.
         """
-        rows = self._row_index.rows(tokens)
-        self._row_index.allocate(tokens[rows == UNKNOWN])
-        tokens = tokens[(rows == UNKNOWN) | (rows >= self._n_trained)]
-        if not len(tokens):
-            return
         rows = self._row_index.rows(tokens).astype(np.int64)
-        self._encoder.set_item_vectors(rows, self._metadata.new_item_content(self._catalogue, tokens))
+        is_new = rows == UNKNOWN
+        rows[is_new] = self._row_index.allocate(tokens[is_new])
+        came_after_training = rows >= self._n_trained
+        if not came_after_training.any():
+            return
+        content = self._metadata.new_item_content(self._catalogue, tokens[came_after_training])
+        self._encoder.set_item_vectors(rows[came_after_training], content)
         self._retrieval = make_retrieval(self._encoder.table, fused=self._graphs is not None)
         self._set_values(np.append(self._values, np.zeros(len(self._row_index) - len(self._values), np.float32)))
         self._block_rows()
