@@ -68,7 +68,8 @@ def category_vectors(items: Iterable[Item], vocabulary: Vocabulary) -> np.ndarra
 def cooccurrence_vectors(train: UserSequences, items: int) -> np.ndarray:
     """Return float32 [items, SKETCH_DIM] whose cosines estimate those of the sets of users who touched the items."""
     users = np.repeat(np.arange(len(train.offsets) - 1), np.diff(train.offsets))
-    return _sketch(train.tokens[train.is_first_touch], users[train.is_first_touch], items)
+    is_first = train.is_first_touch
+    return _sketch(train.tokens[is_first], users[is_first], items)
 
 
 def _sketch(tokens: np.ndarray, members: np.ndarray, items: int) -> np.ndarray:

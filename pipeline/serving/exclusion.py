@@ -27,6 +27,7 @@ class Exclusion(msgspec.Struct, frozen=True):
         if self.action_codes is not None:
             mask &= np.isin(histories.actions, self.action_codes)
         if self.window_ms:
-            newest = np.repeat(histories.ts_ms[histories.offsets[1:] - 1], histories.lengths)
-            mask &= histories.ts_ms >= newest - self.window_ms
+            ts_ms = histories.ts_ms
+            newest = np.repeat(ts_ms[histories.offsets[1:] - 1], histories.lengths)
+            mask &= ts_ms >= newest - self.window_ms
         return mask
