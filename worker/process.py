@@ -24,16 +24,12 @@ from worker.redis.counters import CounterStore
 from worker.redis.sequences import SequenceStore
 from worker.redis.slates import SlateStore
 from worker.stream.health import HealthServer, HealthState
-from worker.stream.loop import Worker
+from worker.stream.loop import Worker, ignore_delivery
 
 if TYPE_CHECKING:
     from worker.inference.hot_swap import HotSwap
 
 log = logging.get("process")
-
-
-def _ignore(*_: object) -> None:
-    """Do nothing: only a replay observes deliveries."""
 
 
 @dataclass(slots=True)
@@ -54,7 +50,7 @@ class Components:
         sink: Sink,
         health: HealthState,
         ranker: Ranker | None = None,
-        on_delivered: OnDelivered = _ignore,
+        on_delivered: OnDelivered = ignore_delivery,
     ) -> Worker:
         """Build the worker. ranker: instead of the pipeline's own."""
         return Worker(
@@ -71,7 +67,7 @@ async def build_components(config: Config, clock: Clock) -> AsyncIterator[Compon
     try:
         slates = SlateStore(client, config.slates, config.sequences.topic_generation)
         counters = CounterStore(
-            client, config, pipeline.counters, ranker.run_in_thread, ranker.pin_items, lambda: pipeline.version
+            client, config, pipeline.counters, slates, ranker.run_in_thread, ranker.pin_items, lambda: pipeline.version
         )
         sequences = SequenceStore(client, config.sequences)
         yield Components(config, clock, ranker, sequences, slates, counters, _hot_swap(config, ranker, clock))

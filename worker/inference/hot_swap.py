@@ -1,11 +1,11 @@
 """Replace the model while the worker runs, when a new artifact appears at the configured path and passes validation.
 
-    check ─► complete? ─► another version? ─► load, validate ─► its items get tokens ─► compare slates ─► swap
+    check ─► complete? ─► another version? ─► load ─► its items get tokens ─► validate, compare slates ─► swap
 
-The path is a symlink that is set to another folder, or a folder that is replaced. A thread of its own does all of it,
-except for two steps that the pipeline's thread takes between two batches: new items get tokens, and at the end the
-model is replaced, which takes microseconds. Vocabulary and counters belong to the process and stay: an artifact
-brings rows for items, not tokens, so no count is touched. Until the swap no token loses its item.
+The path is a symlink that is set to another folder, or a folder that is replaced. Loading and validation run in a
+thread of their own. What touches the vocabulary runs in the pipeline's thread between two batches, in short chunks; the
+swap itself takes microseconds. Vocabulary and counters belong to the process and stay: an artifact brings rows for
+items, not tokens, so no count is touched. Until the swap no token loses its item.
 """
 
 import asyncio

@@ -48,6 +48,7 @@ class CounterStore:
         client: RedisClient,
         config: Config,
         counters: Counters,
+        slates: SlateStore,
         run_in_thread: RunInThread,
         pin_items: PinItems = nullcontext,
         version: Callable[[], str] = lambda: "none",
@@ -55,6 +56,7 @@ class CounterStore:
     ) -> None:
         """Take over the artifact's counts.
 
+        slates: writes the popular slate
         run_in_thread: runs a function in the thread that owns the counters
         pin_items: while its context is open no token loses its item, which a round needs
         version: returns the serving model's version, for the popular slate
@@ -67,7 +69,7 @@ class CounterStore:
         self._pin_items = pin_items
         self._version = version
         self._now_ms = now_ms
-        self._slates = SlateStore(client, config.slates)
+        self._slates = slates
         self._shared_items: set[str] = set()
         self._failing = False
         self._round = 0

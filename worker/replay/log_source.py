@@ -8,7 +8,6 @@ import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -19,7 +18,7 @@ from worker.interfaces import Partition, PolledRecords, RebalanceListener
 from worker.stream.codec import UNREADABLE
 
 if TYPE_CHECKING:
-    from pipeline.data.log_io import BadRecord, LogLayout
+    from pipeline.data.log_io import BadRecord
 
 ASSIGNMENT = 1  # a log is assigned once
 # A log's length is not known before its end. No offset in Redis is past this one, so no log looks like a re-created
@@ -57,15 +56,6 @@ class LogSource:
         self._last_ts_ms = NO_TIME  # of the last event read; bad records after it get the same
         self._ended = False
         self._paused = False
-
-    @classmethod
-    def open(
-        cls, path: str | Path, clock: VirtualClock, layout: "LogLayout | None" = None, max_records: int = 2000
-    ) -> "LogSource":
-        """Open a log file. LogFileError when it cannot be read at all."""
-        from pipeline.data.log_io import read_log_by_time
-
-        return cls(read_log_by_time(path, layout), clock, Path(path).name, max_records)
 
     async def start(self, rebalance: RebalanceListener) -> None:
         await rebalance.assigned({self.partition: ASSIGNMENT})

@@ -29,6 +29,10 @@ PUSH_CHUNK_EVENTS = 1000  # per round trip: pushing a whole backlog at once woul
 POLL_S = 0.2  # how late a stop or a resume may be noticed; new records end the wait at once
 
 
+def ignore_delivery(batch: Batch, slates: list[Slate]) -> None:
+    """Do nothing: only a replay observes deliveries."""
+
+
 @dataclass(eq=False)
 class Worker:
     """Runs until the source is exhausted or `stop` is called, then drains. Raises any error that a retry cannot fix."""
@@ -40,7 +44,7 @@ class Worker:
     ranker: Ranker
     sink: Sink
     health: HealthState
-    on_delivered: OnDelivered = lambda batch, slates: None
+    on_delivered: OnDelivered = ignore_delivery
 
     def __post_init__(self) -> None:
         self.codec = Codec(self.config, self.clock)

@@ -13,6 +13,7 @@ from worker.config import Config, CountersConfig, RedisConfig
 from worker.lookup.lookup import Lookup
 from worker.redis.client import RedisClient
 from worker.redis.counters import INDEX_SHARDS, CounterStore
+from worker.redis.slates import SlateStore
 from worker.replay.local_servers import LocalValkey
 
 HALF_LIFE_DAYS = 10.0
@@ -31,7 +32,7 @@ class Process:
         self.counters = Counters(vocabulary, HALF_LIFE_DAYS, neighbours, window_events=3)
         if state:
             self.counters.restore(state)
-        self.store = CounterStore(client, config, self.counters, self.run)
+        self.store = CounterStore(client, config, self.counters, SlateStore(client, config.slates), self.run)
 
     async def run(self, function: Callable):
         return function()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import msgspec
 
-from pipeline.data.log_io import BadRecord
+from pipeline.data.log_io import BadRecord, read_log_by_time
 from pipeline.records import Event
 from worker.clock import VirtualClock
 from worker.config import Config
@@ -118,7 +118,7 @@ async def test_recorded_file_is_read_in_event_time_order(tmp_path: Path) -> None
     early = event(2, START_MS)
     path.write_bytes(b"\n".join([msgspec.json.encode(late), b"{", msgspec.json.encode(early)]))
     clock = VirtualClock()
-    events, dead_letters = await decode_all(LogSource.open(path, clock), clock)
+    events, dead_letters = await decode_all(LogSource(read_log_by_time(path), clock), clock)
     assert [letter.value for letter in dead_letters] == [b"{"]
     assert [consumed.event for consumed in events] == [early, late]
 
