@@ -81,13 +81,3 @@ class UserSequences:
         starts = np.maximum(self.user_starts(positions), positions - max_events)
         index, offsets = ranges(starts, positions - starts)
         return Histories(self.events[index], offsets)
-
-
-def split_index(ts_ms: np.ndarray, fraction: float) -> int:
-    """Return the position where the log's part after its first `fraction` begins; ts_ms: int64 [n], ascending.
-
-    It begins with a new millisecond, so events of equal time are on one side: a worker scores from a given time.
-    """
-    if fraction >= 1 or not len(ts_ms):
-        return len(ts_ms)
-    return int(np.searchsorted(ts_ms, ts_ms[int(fraction * len(ts_ms))], "left"))

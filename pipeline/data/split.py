@@ -6,7 +6,6 @@ import msgspec
 import numpy as np
 
 from pipeline.data.event_log import EventLog
-from pipeline.data.sequences import split_index
 from pipeline.jagged import rank_in_run
 from pipeline.types import Fraction, NonNegativeInt
 
@@ -61,6 +60,16 @@ class TrainingProvenance(msgspec.Struct, frozen=True):
         if log_digest(log.select(train)) == self.digest:
             return int((train & scored).sum())
         return 0 if (log.ts_ms[scored] > self.newest_ms).all() else None
+
+
+def split_index(ts_ms: np.ndarray, fraction: float) -> int:
+    """Return the position where the log's part after its first `fraction` begins; ts_ms: int64 [n], ascending.
+
+    It begins with a new millisecond, so events of equal time are on one side: a worker scores from a given time.
+    """
+    if fraction >= 1 or not len(ts_ms):
+        return len(ts_ms)
+    return int(np.searchsorted(ts_ms, ts_ms[int(fraction * len(ts_ms))], "left"))
 
 
 def position_from_end(users: np.ndarray) -> np.ndarray:

@@ -7,7 +7,8 @@ import msgspec
 import numpy as np
 
 from pipeline.data.log_io import read_event_log, write_log
-from pipeline.data.sequences import UserSequences, split_index
+from pipeline.data.sequences import UserSequences
+from pipeline.data.split import split_index
 from pipeline.evaluation.metrics import HeadMetrics, head_metrics
 from pipeline.features.labels import TASKS, compute_labels
 from pipeline.records import Event, EventSchema

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pipeline.data.event_log import EventLog, event_log_from_blocks
 from pipeline.data.layout import LogEntry
-from pipeline.data.split import Split, TrainingProvenance, position_from_end
+from pipeline.data.split import Split, TrainingProvenance, position_from_end, split_index
 from pipeline.records import Event, EventSchema
 
 logs = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5)), max_size=60)  # (user, item) in time order
@@ -36,6 +36,13 @@ def test_split_by_time_holds_out_the_end_and_splits_no_millisecond() -> None:
     log = make_log([(0, item) for item in range(10)])
     assert Split(0.7).test_mask(log).tolist() == [False] * 7 + [True] * 3
     assert Split(0.7).test_mask(make_log([(0, item) for item in range(6)], step_ms=0)).all(), "all times are equal"
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=40).map(sorted), st.floats(0, 1))
+def test_split_never_separates_events_of_one_time(times: list[int], fraction: float) -> None:
+    index = split_index(np.array(times), fraction)
+    assert index == len(times) or index == 0 or times[index - 1] < times[index]
+    assert index <= fraction * len(times)
 
 
 @given(logs, st.data())

@@ -6,8 +6,8 @@ from msgspec.structs import replace
 from pipeline import artifact as artifacts
 from pipeline.artifact import Artifact
 from pipeline.data.event_log import EventLog, event_log_from_blocks
-from pipeline.data.sequences import UserSequences, split_index
-from pipeline.data.split import Split, TrainingProvenance
+from pipeline.data.sequences import UserSequences
+from pipeline.data.split import Split, TrainingProvenance, split_index
 from pipeline.errors import EvaluationError
 from pipeline.evaluation.evaluate import EvaluationOptions, EvaluationReport, TrainTest, evaluate, fit_baselines
 from pipeline.evaluation.negatives import NegativeSampling

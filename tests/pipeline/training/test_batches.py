@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data.sequences import UserSequences, split_index
+from pipeline.data.sequences import UserSequences
 from pipeline.features.event_features import encoder_inputs
 from pipeline.features.labels import compute_labels
 from pipeline.features.visit_frequency import visit_frequency
@@ -66,13 +66,6 @@ def test_history_before_an_event_ends_just_before_it(log: Log, max_events: int, 
         end = int(sequences.log_positions[position])
         expected = [time * 1000 for time, (user, _) in enumerate(log[:end]) if user == log[end][0]][-max_events:]
         assert histories.ts_ms[histories.offsets[row] : histories.offsets[row + 1]].tolist() == expected
-
-
-@given(st.lists(st.integers(0, 50), min_size=1, max_size=40).map(sorted), st.floats(0, 1))
-def test_split_never_separates_events_of_one_time(times: list[int], fraction: float) -> None:
-    index = split_index(np.array(times), fraction)
-    assert index == len(times) or index == 0 or times[index - 1] < times[index]
-    assert index <= fraction * len(times)
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=20), st.integers(1, 25), st.integers(0, 99))

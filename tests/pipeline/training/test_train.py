@@ -11,8 +11,8 @@ from msgspec.structs import replace
 from pipeline import artifact as artifacts
 from pipeline.artifact import Manifest
 from pipeline.data.event_log import EventLog, event_log_from_blocks
-from pipeline.data.sequences import UserSequences, split_index
-from pipeline.data.split import Split
+from pipeline.data.sequences import UserSequences
+from pipeline.data.split import Split, split_index
 from pipeline.errors import EvaluationError, TrainingError
 from pipeline.evaluation.evaluate import EvaluationOptions, evaluate
 from pipeline.model.config import HstuConfig
