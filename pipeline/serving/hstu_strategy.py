@@ -1,7 +1,7 @@
 """The `hstu` strategy: a trained model ranks the entire catalogue."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,10 +21,10 @@ from pipeline.items.row_index import RowIndex
 from pipeline.items.vocabulary import UNKNOWN
 from pipeline.records import Histories
 from pipeline.serving.exclusion import Exclusion
-from pipeline.serving.model_validation import synthetic_histories
 from pipeline.serving.rerank import RerankWeights, blend_scores, log_item_values
 from pipeline.serving.retrieval import make_retrieval
 from pipeline.serving.strategy import RankedItems
+from pipeline.serving.warm_up import synthetic_histories, warm_up_lengths
 
 NOT_RERANKED = RerankWeights()
 
@@ -265,15 +265,3 @@ class HstuStrategy:
 
     def _facts(self, rows: np.ndarray) -> ItemFacts:
         return self._catalogue.facts(self._row_index.tokens(rows))
-
-
-def warm_up_lengths(max_users: int, max_events: int) -> Iterator[list[int]]:
-    """Yield history lengths of synthetic batches: each power of two of users, all short but at most one long history.
-
-    Kernels are compiled separately for multiples of 16 rows: batches of both kinds are yielded, where possible.
-    """
-    for exponent in range(max_users.bit_length()):
-        others = [1] * ((1 << exponent) - 1)
-        excess = (len(others) + max_events) % 16 or 1  # without these rows the sum becomes, or ceases to be, a multiple
-        for longest in sorted({1, min(2, max_events), max(1, max_events - excess), max_events}):
-            yield [*others, longest]

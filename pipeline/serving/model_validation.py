@@ -12,12 +12,10 @@ import numpy as np
 
 from pipeline.artifact import Manifest
 from pipeline.errors import ArtifactError
-from pipeline.records import ACTION_SHIFT, EVENT_DTYPE, Histories, SlateItem, item_hash
+from pipeline.records import Histories, SlateItem
 from pipeline.serving.strategy import RankedItems, Strategy
 
 HIT_RATE = "validation_hit_rate"  # of a manifest's metrics
-_MINUTE_MS = 60_000
-_FIRST_ACTION = 1 << ACTION_SHIFT  # action code 1, see EVENT_DTYPE
 
 
 class Thresholds(msgspec.Struct, frozen=True):
@@ -42,16 +40,6 @@ def check_output(strategy: Strategy, histories: Histories, k: int, items: int) -
     if short := int((filled.sum(axis=1) < available).sum()):
         raise ArtifactError(f"its model leaves {short} of {len(histories)} slates shorter than {k} items; train again")
     return ranked
-
-
-def synthetic_histories(item_ids: Sequence[str], lengths: Sequence[int]) -> Histories:
-    """Return histories of these lengths that go through the items in order, one event per minute."""
-    positions = np.concatenate([np.arange(length) for length in lengths])
-    hashes = np.array([item_hash(item_id) for item_id in item_ids[: max(lengths)]], np.uint64)
-    events = np.zeros(len(positions), EVENT_DTYPE)
-    events["item"] = hashes[positions % len(hashes)]
-    events["ts_action_device"] = positions * _MINUTE_MS + _FIRST_ACTION
-    return Histories(events, np.concatenate([[0], np.cumsum(lengths)]))
 
 
 def slate_overlap(ranked: RankedItems, slates: Sequence[Sequence[SlateItem]], item_ids: Sequence[str]) -> float | None:

@@ -19,6 +19,7 @@ from pipeline.serving import model_validation
 from pipeline.serving.model_validation import Thresholds
 from pipeline.serving.pipeline import load_strategy
 from pipeline.serving.strategy import Strategy
+from pipeline.serving.warm_up import synthetic_histories
 from worker import logging, metrics
 from worker.config import Config
 from worker.errors import MillraceError
@@ -121,7 +122,7 @@ class HotSwap:
         tokens = [pipeline.vocabulary.token(item_id) for item_id in artifact.item_ids]
         items = int((~pipeline.vocabulary.blocked[tokens]).sum())
         model = load_strategy(artifact, pipeline.catalogue, pipeline.options)
-        synthetic = model_validation.synthetic_histories(artifact.item_ids, [1, *config.batcher.length_buckets])
+        synthetic = synthetic_histories(artifact.item_ids, [1, *config.batcher.length_buckets])
         model_validation.check_output(model, synthetic, config.pipeline.slate_size, items)
         rings = [ring for ring, _ in served]
         slates = [slate for _, slate in served]

@@ -15,9 +15,9 @@ from pipeline.model.config import HstuConfig
 from pipeline.records import EventSchema
 from pipeline.serving import retrieval
 from pipeline.serving.exclusion import Exclusion
-from pipeline.serving.hstu_strategy import HstuStrategy, warm_up_lengths
-from pipeline.serving.model_validation import synthetic_histories
+from pipeline.serving.hstu_strategy import HstuStrategy
 from pipeline.serving.retrieval import FusedRetrieval
+from pipeline.serving.warm_up import synthetic_histories
 from pipeline.training.multi_task_model import MultiTaskModel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,19 +48,6 @@ def test_strategy_on_kernels_gives_the_slates_of_torch(monkeypatch: pytest.Monke
     expected = in_torch.rank(histories, 10)
     assert found.tokens.tolist() == expected.tokens.tolist()
     np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-4, atol=1e-4)
-
-
-def test_warm_up_lengths_cover_all_sizes_once() -> None:
-    batches = list(warm_up_lengths(6, 9))
-    assert {len(lengths) for lengths in batches} == {1, 2, 4}
-    assert {max(lengths) for lengths in batches} == {1, 2, 9}
-    assert len({tuple(lengths) for lengths in batches}) == len(batches)
-
-
-@pytest.mark.parametrize("users", [1, 2, 16, 256])
-def test_warm_up_lengths_have_row_counts_divisible_by_16_and_others(users: int) -> None:
-    batches = [lengths for lengths in warm_up_lengths(256, 200) if len(lengths) == users and max(lengths) > 100]
-    assert {sum(lengths) % 16 == 0 for lengths in batches} == {True, False}
 
 
 def test_warm_up_on_a_card_that_cannot_run_the_kernels_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

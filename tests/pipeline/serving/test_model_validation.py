@@ -9,7 +9,7 @@ import pytest
 from pipeline.artifact import Manifest
 from pipeline.errors import ArtifactError
 from pipeline.model.config import HstuConfig
-from pipeline.records import EventSchema, Histories, SlateItem, item_hash
+from pipeline.records import EventSchema, Histories, SlateItem
 from pipeline.serving.model_validation import (
     HIT_RATE,
     Thresholds,
@@ -17,9 +17,9 @@ from pipeline.serving.model_validation import (
     check_output,
     check_overlap,
     slate_overlap,
-    synthetic_histories,
 )
 from pipeline.serving.strategy import RankedItems
+from pipeline.serving.warm_up import synthetic_histories
 
 ITEM_IDS = [f"i{number}" for number in range(5)]
 
@@ -51,15 +51,6 @@ def served(*slates: str) -> list[list[SlateItem]]:
 
 def make_manifest(**metrics: float) -> Manifest:
     return Manifest(1, "m", "v", "", HstuConfig(), EventSchema(), metrics, {}, {}, "")
-
-
-def test_synthetic_histories_have_the_given_lengths_and_the_models_items_in_order():
-    histories = synthetic_histories(ITEM_IDS, [1, 3, 12])
-    assert histories.lengths.tolist() == [1, 3, 12]
-    assert histories.items[1:4].tolist() == [item_hash(item_id) for item_id in ITEM_IDS[:3]]
-    assert set(histories.items.tolist()) == {item_hash(item_id) for item_id in ITEM_IDS}
-    assert (np.diff(histories.ts_ms[4:]) > 0).all()
-    assert set(histories.actions.tolist()) == {1}
 
 
 def test_slate_may_be_short_only_where_the_catalogue_is_exhausted():
