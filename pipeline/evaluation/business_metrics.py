@@ -3,15 +3,15 @@
 The user takes the item at rank r with a probability in proportion to 1 / log2(1 + r), NDCG's discount. Then
     engagement, retention, monetization   probability that the taken item engages, brings a return, is paid
     value                                 expected revenue: monetization probability times the item's value
-An item's value is the mean value of its carts and purchases in the training log; 0 where it has none.
+Items' values are those of the training log, see features/item_values.py.
 """
 
 import numpy as np
 
 from pipeline.evaluation.ranking import Recommender
-from pipeline.features.labels import MONETIZING, TASKS, action_codes
+from pipeline.features.labels import TASKS
 from pipeline.items.vocabulary import UNKNOWN
-from pipeline.records import EventSchema, Histories, decode_values
+from pipeline.records import Histories
 from pipeline.serving.strategy import RankedItems
 
 BUSINESS_METRICS = (*TASKS, "value")
@@ -57,16 +57,3 @@ class BusinessMetricsRecorder:
     def means(self) -> dict[str, float]:
         """Return the means over all slates, by BUSINESS_METRICS; empty when nothing was ranked."""
         return dict(zip(BUSINESS_METRICS, (self._total / self._slates).tolist(), strict=True)) if self._slates else {}
-
-
-def item_values(histories: Histories, tokens: np.ndarray, schema: EventSchema, items: int) -> np.ndarray:
-    """Return float32 [items]: mean value of each token's carts and purchases; 0 where none has one.
-
-    tokens: int [total], of the histories' events
-    """
-    paid = np.isin(histories.actions, action_codes(MONETIZING, schema)) & (histories.events["value"] > 0)
-    sums = np.bincount(tokens[paid], decode_values(histories.events["value"][paid]), minlength=items)
-    counts = np.bincount(tokens[paid], minlength=items)
-    values = (sums / np.maximum(counts, 1)).astype(np.float32)
-    values[UNKNOWN] = 0
-    return values

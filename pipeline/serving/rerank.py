@@ -23,7 +23,7 @@ class RerankWeights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     engagement: NonNegativeFloat = 0.0  # off: a trade-off against relevance that only a business can choose
     retention: NonNegativeFloat = 0.0  # off, as above; its head depends on the item only slightly
     monetization: NonNegativeFloat = 0.0  # off, as above; with monetization = value = 1, the order by expected money
-    # Off, as above; see business_metrics.item_values. An item without a value counts as the median of the others.
+    # Off, as above; see pipeline/features/item_values.py. An item without a value counts as the median of the others.
     value: NonNegativeFloat = 0.0
     candidates: Annotated[int, Meta(ge=1, le=10_000)] = 100  # per slate, when any weight is above 0
 

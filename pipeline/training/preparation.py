@@ -18,8 +18,8 @@ from pipeline.data.event_log import EventLog
 from pipeline.data.sequences import UserSequences
 from pipeline.data.split import DEFAULT_TRAIN_FRACTION, Split, TrainingProvenance
 from pipeline.errors import TrainingError
-from pipeline.evaluation.business_metrics import item_values
 from pipeline.evaluation.ranking import HeldOutEvents
+from pipeline.features.item_values import item_values
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.metadata import ItemMetadata
 from pipeline.items.vocabulary import Vocabulary

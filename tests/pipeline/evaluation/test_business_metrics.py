@@ -1,13 +1,8 @@
 import numpy as np
 import pytest
 
-from pipeline.evaluation.business_metrics import (
-    BUSINESS_METRICS,
-    BusinessMetricsRecorder,
-    business_metrics,
-    item_values,
-)
-from pipeline.records import Event, EventSchema, Histories
+from pipeline.evaluation.business_metrics import BUSINESS_METRICS, BusinessMetricsRecorder, business_metrics
+from pipeline.records import EventSchema, Histories
 from pipeline.serving.strategy import RankedItems
 
 SCHEMA = EventSchema()
@@ -48,20 +43,6 @@ def test_only_the_first_k_ranks_with_an_item_count() -> None:
 
 def test_strategy_without_heads_has_no_business_metrics() -> None:
     assert business_metrics(RankedItems(np.ones((1, 2), np.int32), np.zeros((1, 2)), None, "simple"), 2) is None
-
-
-def test_item_value_is_the_mean_of_its_cart_and_purchase_values() -> None:
-    events = [
-        Event("u", "a", "cart", 1, value=10.0),
-        Event("u", "a", "purchase", 2, value=20.0),
-        Event("u", "a", "view", 3, value=500.0),
-        Event("u", "b", "purchase", 4),
-        Event("u", "c", "view", 5),
-        Event("u", "unknown", "purchase", 6, value=3.0),
-    ]
-    histories = Histories.from_events([events], SCHEMA)
-    values = item_values(histories, np.array([1, 1, 1, 2, 3, 0]), SCHEMA, 4)
-    assert values.tolist() == pytest.approx([0, 15, 0, 0], rel=1e-3)
 
 
 class ConstantRecommender:
