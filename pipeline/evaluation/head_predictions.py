@@ -3,6 +3,7 @@
 import numpy as np
 
 from pipeline.data.sequences import UserSequences
+from pipeline.evaluation.metrics import PROBABILITY_FLOOR
 from pipeline.evaluation.ranking import HeldOutEvents
 from pipeline.features.labels import TASKS, compute_labels
 from pipeline.model.calibration import fit_platt
@@ -30,7 +31,8 @@ def fit_calibration(
     positions = np.random.default_rng(seed).permutation(np.flatnonzero(np.isfinite(labels).any(axis=1)))
     positions = np.sort(positions[:MAX_CALIBRATION_EVENTS])
     events = HeldOutEvents(train, positions + 1, hstu.max_events)
-    probabilities = np.clip(predict_heads(hstu, events).astype(np.float64), 1e-6, 1 - 1e-6)
+    probabilities = predict_heads(hstu, events).astype(np.float64)
+    probabilities = np.clip(probabilities, PROBABILITY_FLOOR, 1 - PROBABILITY_FLOOR)
     logits = np.log(probabilities) - np.log1p(-probabilities)
     return [fit_platt(logits[:, task], labels[positions, task]) for task in range(len(TASKS))]
 
