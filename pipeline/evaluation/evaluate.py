@@ -32,7 +32,7 @@ from pipeline.evaluation.metrics import HeadMetrics, RankingMetrics, head_metric
 from pipeline.evaluation.negatives import NegativeSampling, sample_negatives
 from pipeline.evaluation.popularity import RecentPopularity
 from pipeline.evaluation.ranking import HeldOutEvents, Recommender, rank_among_negatives, recommend_slates
-from pipeline.features.labels import TASKS, compute_labels
+from pipeline.features.labels import TASKS, compute_log_labels
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import UNKNOWN, Vocabulary
 from pipeline.records import EventSchema, Item
@@ -189,7 +189,7 @@ def evaluate_heads(hstu: HstuStrategy, test: HeldOutEvents, schema: EventSchema)
     """
     sequences = test.sequences
     events = HeldOutEvents(sequences, test.positions[test.lengths > 0], test.max_events)
-    labels = compute_labels(sequences.histories, schema, int(sequences.histories.ts_ms.max(initial=0)))
+    labels = compute_log_labels(sequences.histories, schema)
     labels = labels[events.positions - 1]  # an event's labels are stored at its predecessor
     probabilities = predict_heads(hstu, events)
     return {task: head_metrics(probabilities[:, i], labels[:, i]) for i, task in enumerate(TASKS)}

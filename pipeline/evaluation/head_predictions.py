@@ -5,7 +5,7 @@ import numpy as np
 from pipeline.data.sequences import UserSequences
 from pipeline.evaluation.metrics import PROBABILITY_FLOOR
 from pipeline.evaluation.ranking import HeldOutEvents
-from pipeline.features.labels import TASKS, compute_labels
+from pipeline.features.labels import TASKS, compute_log_labels
 from pipeline.model.calibration import fit_platt
 from pipeline.records import EventSchema
 from pipeline.serving.hstu_strategy import HstuStrategy
@@ -45,11 +45,8 @@ def held_out_labels(
     validation: bool [total], the validation slice. The remaining labels are those of events in the slice
     and, for retention, of events up to a horizon before it, which the slice decides.
     """
-    labels = _labels(train, schema)
+    labels = compute_log_labels(train.histories, schema)
     is_trained = np.zeros(labels.shape, bool)
-    is_trained[~validation] = np.isfinite(_labels(fit, schema))  # both are grouped by user, in the same order
+    # `fit` has the rows before validation in the same order: both are grouped by user.
+    is_trained[~validation] = np.isfinite(compute_log_labels(fit.histories, schema))
     return np.where(is_trained, np.nan, labels)
-
-
-def _labels(sequences: UserSequences, schema: EventSchema) -> np.ndarray:
-    return compute_labels(sequences.histories, schema, int(sequences.histories.ts_ms.max(initial=0)))

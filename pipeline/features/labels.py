@@ -32,6 +32,11 @@ def compute_labels(histories: Histories, schema: EventSchema, end_ms: int) -> np
     return labels
 
 
+def compute_log_labels(histories: Histories, schema: EventSchema) -> np.ndarray:
+    """Return the labels of a full log, which ends with its newest event; see `compute_labels`."""
+    return compute_labels(histories, schema, int(histories.ts_ms.max(initial=0)))
+
+
 def _fill_labels(labels: np.ndarray, histories: Histories, schema: EventSchema, end_ms: int) -> None:
     users = histories.users
     labelled = np.flatnonzero(users[1:] == users[:-1])

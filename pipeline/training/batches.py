@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.data.sequences import UserSequences
 from pipeline.features.affinity import AffinityIndex
 from pipeline.features.event_features import N_FEATURES, EncoderInputs, encoder_inputs
-from pipeline.features.labels import compute_labels, engaged
+from pipeline.features.labels import compute_log_labels, engaged
 from pipeline.features.visit_frequency import N_VISIT_FEATURES, visit_frequency
 from pipeline.items.catalogue import EMPTY_CATALOGUE, Catalogue, ItemFacts
 from pipeline.items.vocabulary import UNKNOWN
@@ -60,7 +60,7 @@ class TrainingColumns:
             inputs=EncoderInputs(sequences.tokens, feature_ids, np.empty(total, np.int32), sequences.offsets),
             successors=_successors(sequences),
             target_mask=np.zeros(total, bool),
-            labels=compute_labels(histories, schema, int(histories.ts_ms.max(initial=0))),
+            labels=compute_log_labels(histories, schema),
             visit_frequency=np.empty((total, N_VISIT_FEATURES), np.float32),
             affinities=AffinityIndex.from_histories(histories, sequences.tokens, facts, engaged(histories, schema)),
             facts=facts,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.features.labels import compute_labels
+from pipeline.features.labels import compute_labels, compute_log_labels
 from pipeline.records import DAY_MS, Event, EventSchema, Histories
 
 SCHEMA = EventSchema()
@@ -54,6 +54,15 @@ def test_retention_is_unknown_until_the_log_covers_the_horizon() -> None:
     assert np.isnan(labels(history, end_ms=horizon_ms - 1)[0][1]), "even when it shows a return"
     assert labels(history, end_ms=horizon_ms)[0][1] == 1
     assert labels(history[:2], end_ms=horizon_ms)[0][1] == 0
+
+
+def test_log_ends_with_the_newest_event_of_any_user() -> None:
+    horizon_ms = MINUTE_MS + 7 * DAY_MS
+    for newest_ms, retention in ((horizon_ms - 1, np.nan), (horizon_ms, 0)):
+        users = [[event(0), event(MINUTE_MS)], [event(newest_ms, user="v")], []]
+        found = compute_log_labels(Histories.from_events(users, SCHEMA), SCHEMA)
+        np.testing.assert_array_equal(found[0], [0, retention, 0])
+    assert compute_log_labels(Histories.from_events([[]], SCHEMA), SCHEMA).shape == (0, 3)
 
 
 def test_labels_never_cross_users() -> None:
