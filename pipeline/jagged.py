@@ -17,6 +17,11 @@ def find_rows(offsets: np.ndarray, positions: np.ndarray) -> np.ndarray:
     return np.searchsorted(offsets, positions, side="right") - 1
 
 
+def row_starts(offsets: np.ndarray) -> np.ndarray:
+    """Return where the row of each position begins: int64 [total]. offsets: int64 [rows + 1], from 0 to total."""
+    return np.repeat(offsets[:-1], np.diff(offsets))
+
+
 def run_starts(keys: np.ndarray) -> np.ndarray:
     """Return where each run of equal values begins: int64 [runs]."""
     return np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]])[: len(keys)])

@@ -7,7 +7,7 @@ import numpy as np
 
 from pipeline.data.event_log import EventLog
 from pipeline.items.vocabulary import Vocabulary
-from pipeline.jagged import find_rows, ranges
+from pipeline.jagged import find_rows, ranges, row_starts
 from pipeline.records import Histories
 
 
@@ -48,7 +48,7 @@ class UserSequences:
     @property
     def starts(self) -> np.ndarray:
         """Start of the run of each event's user: int64 [total]."""
-        return np.repeat(self.offsets[:-1], np.diff(self.offsets))
+        return row_starts(self.offsets)
 
     def user_starts(self, positions: np.ndarray) -> np.ndarray:
         """Return where the runs of these events' users begin: int64 [n]."""

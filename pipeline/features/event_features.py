@@ -23,7 +23,7 @@ import numpy as np
 from pipeline.features.rolling import WINDOW_EVENTS, RollingWindows
 from pipeline.items.catalogue import ItemFacts
 from pipeline.items.vocabulary import UNKNOWN
-from pipeline.jagged import ranges
+from pipeline.jagged import ranges, row_starts
 from pipeline.records import DAY_MS, Histories
 
 SECONDS_CAP = (1 << 24) - 1  # 194 days: the largest time that float32 holds to the second
@@ -133,7 +133,7 @@ def encoder_inputs(
     """
     ts_ms = histories.ts_ms
     offsets = histories.offsets
-    starts = np.repeat(offsets[:-1], np.diff(offsets))  # [total] start of the run of each event's user
+    starts = row_starts(offsets)  # [total] start of the run of each event's user
     since_ms = np.diff(ts_ms, prepend=ts_ms[:1])  # since the previous event; meaningless at a user's first
     columns = (
         _temporal(ts_ms, since_ms, starts)

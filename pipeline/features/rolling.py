@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from pipeline.jagged import row_starts
+
 WINDOW_EVENTS = 127
 # A sort key is the user's number in its chunk, the low bits of the value, and the event's position in the chunk. Values
 # that differ only in higher bits count as equal: two of 127 items collide in one of 17 million windows.
@@ -23,7 +25,7 @@ class RollingWindows:
     def __init__(self, offsets: np.ndarray, size: int = WINDOW_EVENTS) -> None:
         self._offsets = offsets
         positions = np.arange(offsets[-1])
-        self._starts = np.maximum(np.repeat(offsets[:-1], np.diff(offsets)), positions - (size - 1))
+        self._starts = np.maximum(row_starts(offsets), positions - (size - 1))
         self.lengths = positions - self._starts + 1  # int64 [total]: events in each window
 
     def sums(self, column: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ HSTU's states describe what a user likes; the chance of a return depends mostly 
 import numpy as np
 
 from pipeline.features.event_features import SESSION_GAP_MS
+from pipeline.jagged import row_starts
 from pipeline.records import DAY_S, Histories
 
 WINDOWS_DAYS = (7, 30, 90)
@@ -20,7 +21,7 @@ def visit_frequency(histories: Histories, positions: np.ndarray) -> np.ndarray:
     the days since the user's first event, at most the longest window. positions: int64 [n].
     """
     ts_ms = histories.ts_ms
-    starts = np.repeat(histories.offsets[:-1], histories.lengths)
+    starts = row_starts(histories.offsets)
     starts_session = np.diff(ts_ms, prepend=ts_ms[:1]) >= SESSION_GAP_MS
     starts_session[histories.offsets[:-1][histories.lengths > 0]] = True
     sessions = np.cumsum(starts_session)  # [total] sessions begun up to and including each event

@@ -14,6 +14,7 @@ from pipeline.features.affinity import N_AFFINITY_FEATURES, SAME_ITEM
 from pipeline.features.labels import TASKS
 from pipeline.features.visit_frequency import N_VISIT_FEATURES
 from pipeline.items.vocabulary import UNKNOWN
+from pipeline.jagged import row_starts
 from pipeline.model.calibration import IDENTITY
 
 N_RECENT = 32  # newest events that the heads read one by one
@@ -41,7 +42,7 @@ class RecentEvents:
     @classmethod
     def from_each_event(cls, offsets: np.ndarray, device: torch.device) -> "RecentEvents":
         """Return the newest events as of every packed row, each as the newest of its user: n is the number of rows."""
-        return cls._ending_at(np.arange(offsets[-1]), np.repeat(offsets[:-1], np.diff(offsets)), device)
+        return cls._ending_at(np.arange(offsets[-1]), row_starts(offsets), device)
 
     @classmethod
     def _ending_at(cls, ends: np.ndarray, starts: np.ndarray, device: torch.device) -> "RecentEvents":

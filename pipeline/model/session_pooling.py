@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.features.event_features import SESSION_GAP_MS, EncoderInputs
-from pipeline.jagged import ranges
+from pipeline.jagged import ranges, row_starts
 
 
 @dataclass(slots=True)
@@ -39,7 +39,7 @@ class SessionPooling:
         lengths = np.diff(inputs.offsets)
         positions = np.arange(len(inputs.seconds))
         is_recent = positions >= np.repeat(inputs.offsets[1:] - recent, lengths)
-        is_first = positions == np.repeat(inputs.offsets[:-1], lengths)
+        is_first = positions == row_starts(inputs.offsets)
         after_gap = np.diff(inputs.seconds, prepend=np.int32(0)) >= SESSION_GAP_MS // 1000
         begins = is_first | is_recent | after_gap
         spans = np.cumsum(begins) - 1  # each event's row before the oldest sessions are dropped

@@ -15,7 +15,7 @@ from pipeline.features.labels import compute_log_labels, engaged
 from pipeline.features.visit_frequency import N_VISIT_FEATURES, visit_frequency
 from pipeline.items.catalogue import EMPTY_CATALOGUE, Catalogue, ItemFacts
 from pipeline.items.vocabulary import UNKNOWN
-from pipeline.jagged import find_rows, ranges
+from pipeline.jagged import find_rows, ranges, row_starts
 from pipeline.records import EventSchema
 
 LENGTH_BUCKET = 8  # events: crops whose lengths fall into one bucket may share a batch
@@ -222,7 +222,7 @@ def make_batch(
 
 
 def _seen(tokens: np.ndarray, offsets: np.ndarray, target_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    crop_starts = np.repeat(offsets[:-1], np.diff(offsets))[target_rows]
+    crop_starts = row_starts(offsets)[target_rows]
     counts = target_rows - crop_starts + 1
     index, _ = ranges(crop_starts, counts)
     return np.repeat(np.arange(len(target_rows)), counts), tokens[index]
