@@ -55,16 +55,15 @@ class Recommendation(msgspec.Struct, frozen=True):
 
 @dataclass(slots=True)
 class BatchResult:
-    """A batch's recommendations in the order of its users, and the batch's milliseconds per stage.
+    """A batch's recommendations in the order of its users.
 
-    slates: ranked items per user; ranked: the same as columns
+    slates: ranked items per user; ranked: the same as columns, with the milliseconds of the first two stages
+    rank_ms: the last stage's, from the strategy's retrieval to these slates
     """
 
     slates: list[list[SlateItem]]
     strategy: str
     ranked: RankedItems
-    features_ms: float
-    encode_ms: float
     rank_ms: float
 
 
@@ -201,7 +200,7 @@ class Pipeline:
         start_s = time.perf_counter()
         slates = _slate_items(ranked, self.vocabulary.item_ids)
         rank_ms = ranked.rank_ms + 1e3 * (time.perf_counter() - start_s)
-        return BatchResult(slates, strategy, ranked, ranked.features_ms, ranked.encode_ms, rank_ms)
+        return BatchResult(slates, strategy, ranked, rank_ms)
 
     def _check(self, histories: list[list[Event]], k: int, strategy: str | None) -> None:
         if k < 1:

@@ -140,9 +140,11 @@ class PipelineRanker:
         if result.strategy != SimpleStrategy.name:
             self._served.extend(zip(rings, result.slates, strict=True))
         metrics.BATCH_USERS.observe(len(batch.entries))
-        for stage in ("features", "encode", "rank"):
-            metrics.STAGE_SECONDS.labels(stage).observe(getattr(result, f"{stage}_ms") / 1e3)
-        _count_business_metrics(result.ranked)
+        ranked = result.ranked
+        stages_ms = {"features": ranked.features_ms, "encode": ranked.encode_ms, "rank": result.rank_ms}
+        for stage, stage_ms in stages_ms.items():
+            metrics.STAGE_SECONDS.labels(stage).observe(stage_ms / 1e3)
+        _count_business_metrics(ranked)
         rows = zip(batch.entries, result.slates, lengths, strict=True)
         return [self._slate(batch, entry, result, items[:k]) for entry, items, k in rows]
 
@@ -151,8 +153,8 @@ class PipelineRanker:
         metrics.SLATE_SECONDS.observe(total_s)
         latency = Latency(
             queue=round(1e3 * (batch.opened_s - entry.events[0].polled_s), 3),
-            features=round(result.features_ms, 3),
-            encode=round(result.encode_ms, 3),
+            features=round(result.ranked.features_ms, 3),
+            encode=round(result.ranked.encode_ms, 3),
             rank=round(result.rank_ms, 3),
             total=round(1e3 * total_s, 3),
         )
