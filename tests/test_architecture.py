@@ -13,6 +13,16 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "architecture.md"
 PACKAGES = ("worker", "export", "pipeline", "kernels")  # each imports only itself and those after it
 INIT_FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("__init__.py"))
+IMPORTERS_BY_NAME = ("worker.commands.dispatch",)  # imports the sub-command that the command line names
+# Libraries that a folder must not know, lazily either; the package table and the docstrings of folders say so.
+FORBIDDEN = {
+    "kernels": ("aiokafka", "asyncio", "redis"),
+    "pipeline": ("aiokafka", "asyncio", "redis"),
+    "export": ("aiokafka", "redis"),
+    "worker.stream": ("aiokafka", "redis", "torch"),
+    "pipeline.data": ("torch",),
+    "pipeline.features": ("torch",),
+}
 MAY_IMPORT = re.compile(r"May import: ([^.]*)\.")
 
 # Rank in its package by "package/folder" or "package/file"; units of equal rank must not import each other.
@@ -43,6 +53,8 @@ def modules(root: Path = ROOT) -> dict[str, Path]:
 def imports(module: str, tree: ast.AST, known: dict[str, Path]) -> Iterator[str]:
     """Yield the project modules that a module imports anywhere: at the top, lazily, or for types alone."""
     for node in ast.walk(tree):
+        by_name = {"import_module", "__import__"} & {getattr(node, field, None) for field in ("id", "attr", "name")}
+        assert not by_name or module in IMPORTERS_BY_NAME, f"{module}: an import by name hides its target"
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}: a relative import hides its target"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
@@ -64,6 +76,7 @@ def arrows(root: Path = ROOT) -> dict[tuple[str, str], list[str]]:
     for module, path in known.items():
         for name in imports(module, ast.parse(path.read_text()), known):
             package = name.split(".")[0]
+            assert name not in set(PACKAGES) - {module.split(".")[0]}, f"{module}: imports all of {name}"
             if package in PACKAGES and "." in name and node_of(name) != node_of(module):
                 found[node_of(module), node_of(name)].append(f"{module} imports {name}")
     return found
@@ -126,6 +139,30 @@ def test_lazy_and_type_only_imports_count() -> None:
     assert set(imports("m", ast.parse(code), known)) == {"pipeline.records", "worker.cli"}
 
 
+def test_import_by_name_is_reported() -> None:
+    for code in ("import importlib\nimportlib.import_module('worker.cli')", "from importlib import import_module"):
+        with pytest.raises(AssertionError, match="hides its target"):
+            list(imports("pipeline.records", ast.parse(code), {}))
+
+
+@pytest.mark.parametrize("folder", FORBIDDEN)
+def test_folder_does_not_know_other_layers_libraries(folder: str) -> None:
+    known = modules()
+    found = {
+        f"{module} imports {name}"
+        for module, path in known.items()
+        if f"{module}.".startswith(f"{folder}.")
+        for name in imports(module, ast.parse(path.read_text()), known)
+        if name.split(".")[0] in FORBIDDEN[folder]
+    }
+    assert not found
+
+
+def test_model_is_imported_by_commands_alone() -> None:
+    users = {importer for importer, imported in arrows() if imported == "pipeline/model" and "worker/" in importer}
+    assert users == {"worker/commands"}
+
+
 @pytest.mark.parametrize("init", INIT_FILES, ids=str)
 def test_each_folder_says_what_it_holds_and_imports_only_what_it_declares(init: Path) -> None:
     docstring = ast.get_docstring(ast.parse(init.read_text())) or ""
@@ -156,7 +193,7 @@ def test_every_file_is_listed_under_its_folder() -> None:
         path.relative_to(ROOT).as_posix()
         for package in PACKAGES
         for path in (ROOT / package).rglob("*")
-        if path.suffix in (".py", ".lua") and path.name != "__init__.py" and "__pycache__" not in path.parts
+        if path.is_file() and path.name not in ("__init__.py", "py.typed") and "__pycache__" not in path.parts
     }
     assert listed == present
 

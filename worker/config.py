@@ -1,4 +1,4 @@
-"""The configuration: one tree of frozen structs, read from TOML, overridden by `MILLRACE__SECTION__FIELD`.
+"""The configuration: one tree of frozen structs, read from TOML, overridden by `MILLRACE__SECTION__KEY`.
 
 An unknown key is an error that names its path. Each default carries its reason. `show` returns every value with its
 source, secrets masked.
@@ -203,7 +203,7 @@ def _read(path: str | Path | None) -> dict[str, Any]:
 def _put(tree: dict[str, Any], name: str, text: str) -> None:
     parts = name.lower().split("__")[1:]
     if len(parts) != 2 or not isinstance(tree.setdefault(parts[0], {}), dict):
-        raise ConfigError(f"environment {name}: want MILLRACE__SECTION__FIELD, for example MILLRACE__REDIS__URL")
+        raise ConfigError(f"environment {name}: want MILLRACE__SECTION__KEY, for example MILLRACE__REDIS__URL")
     tree[parts[0]][parts[1]] = text if _is_text(*parts) else _value(text)
 
 

@@ -7,8 +7,8 @@ LATENCY_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.
 
 # Events
 EVENTS = Counter("millrace_events_total", "Events decoded and stored in their users' rings")
-REPLAYED_EVENTS = Counter("millrace_events_replayed_total", "Events that were already in the user's ring")
-IN_FLIGHT_EVENTS = Gauge("millrace_in_flight_events", "Events admitted and not yet completed")
+REDELIVERED_EVENTS = Counter("millrace_events_redelivered_total", "Events that were already in the user's ring")
+IN_FLIGHT_EVENTS = Gauge("millrace_in_flight_events", "Records polled and not yet completed")
 KEY_MISMATCHES = Counter("millrace_key_mismatches_total", "Events whose record key is not their user id")
 DEAD_LETTERS = Counter("millrace_dead_letters_total", "Records sent to the dead-letter topic")
 LOST_RINGS = Counter("millrace_rings_lost_total", "Rings that Redis had lost when they were pushed to")
@@ -34,7 +34,7 @@ EXPECTED_VALUE = Counter(
 
 # Flow
 LAG = Gauge("millrace_lag_records", "Records after the last polled one", ["topic", "partition"])
-LAG_SECONDS = Gauge("millrace_lag_seconds", "Age of the oldest event in flight since its poll")
+OLDEST_IN_FLIGHT_SECONDS = Gauge("millrace_oldest_in_flight_seconds", "Time since the oldest open record was polled")
 PAUSED = Gauge("millrace_paused", "1 while partitions are paused by backpressure")
 RETRIES = Counter("millrace_retries_total", "Attempts repeated after a retriable error", ["error"])
 COMMITS = Counter("millrace_commits_total", "Offset commits sent")

@@ -27,7 +27,9 @@ def read_items(path: Path) -> list[Item]:
     """Read every record. LogFileError names the line of an invalid one, or says that none has any metadata."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise LogFileError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
         raise LogFileError(f"{path}: cannot be read: {error}") from error
     read = _read_json if lines and lines[0].lstrip().startswith("{") else _read_text
     items = list(read(path, lines))

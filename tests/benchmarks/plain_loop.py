@@ -58,7 +58,7 @@ async def until_sigterm(settings: Config) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", metavar="FILE", help="TOML file; MILLRACE__SECTION__FIELD variables override it")
+    parser.add_argument("--config", metavar="FILE", help="TOML file; MILLRACE__SECTION__KEY variables override it")
     args = parser.parse_args()
     asyncio.run(until_sigterm(config.load(args.config)))
 

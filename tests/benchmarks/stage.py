@@ -23,7 +23,7 @@ SAMPLE_S = 0.25
 WORKER = [sys.executable, "-m", "worker.cli", "run"]
 PLAIN = [sys.executable, "-m", "tests.benchmarks.plain_loop"]
 
-Settings = dict[str, object]  # SECTION__FIELD: value
+Settings = dict[str, object]  # SECTION__KEY: value
 
 
 class Sample(NamedTuple):

@@ -9,7 +9,7 @@ COMMAND = [sys.executable, "-m", "worker.cli", "run"]
 
 
 def launch(log: Path, **settings: object) -> subprocess.Popen:
-    """Start a worker with settings (SECTION__FIELD=value); its output goes to `log`."""
+    """Start a worker with settings (SECTION__KEY=value); its output goes to `log`."""
     with log.open("wb") as out:
         return subprocess.Popen(COMMAND, env=environment(settings), stdout=out, stderr=out)
 

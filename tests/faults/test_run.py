@@ -26,7 +26,7 @@ Start = Callable[..., Ended]
 
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Start]:
-    """Return `start(SECTION__FIELD=value)`, which runs `millrace run` in this process until it ends."""
+    """Return `start(SECTION__KEY=value)`, which runs `millrace run` in this process until it ends."""
     monkeypatch.setattr("worker.malloc_tuning.trim_large_blocks", lambda: None)  # it lasts for the whole session
 
     def run(*arguments: str, **settings: object) -> Ended:

@@ -59,7 +59,7 @@ def test_trigger_action_may_be_added_by_the_environment(tmp_path) -> None:
 def test_unknown_variable_and_missing_file_are_rejected() -> None:
     with pytest.raises(ConfigError, match="nosuch"):
         config.load(None, {"MILLRACE__NOSUCH__KEY": "1"})
-    with pytest.raises(ConfigError, match="MILLRACE__SECTION__FIELD"):
+    with pytest.raises(ConfigError, match="MILLRACE__SECTION__KEY"):
         config.load(None, {"MILLRACE__REDIS": "1"})
     with pytest.raises(ConfigError, match="No such file"):
         config.load("nowhere.toml", {})

@@ -15,7 +15,7 @@ def configure(parser: ArgumentParser) -> None:
 def add_config(parser: ArgumentParser) -> None:
     """Add --config, the option of every command that reads the configuration."""
     parser.add_argument(
-        "--config", metavar="FILE", help="TOML file; MILLRACE__SECTION__FIELD variables override it (default: none)"
+        "--config", metavar="FILE", help="TOML file; MILLRACE__SECTION__KEY variables override it (default: none)"
     )
 
 

@@ -8,7 +8,8 @@ example:
   millrace demo --out out/demo --rate 400
 """
 
-from argparse import ArgumentParser, Namespace
+import sys
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,12 +20,15 @@ if TYPE_CHECKING:
 
 EVENTS_PER_USER = 30
 EVENTS_PER_ITEM = 60  # enough to train on
+MIN_EVENTS = 1000
 EPOCHS = 12  # two more minutes of training would gain two more points of hit rate
 
 
 def configure(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="output folder (default out/demo)")
-    parser.add_argument("--events", type=positive, default=60_000, help="number of simulated events (default 60000)")
+    parser.add_argument(
+        "--events", type=_enough, default=60_000, metavar="N", help="number of simulated events (default 60000)"
+    )
     parser.add_argument("--rate", type=rate, default=400.0, help="events per second of the live part (default 400)")
     parser.add_argument("--seed", type=seed, default=7, help="random seed (default 7)")
 
@@ -45,6 +49,12 @@ def run(args: Namespace) -> int:
             return status
     _list_files(console, args.out, through_kafka=not missing)
     return 0
+
+
+def _enough(text: str) -> int:
+    if (number := positive(text)) < MIN_EVENTS:
+        raise ArgumentTypeError(f"{number} are too few to train on and to score; want at least {MIN_EVENTS}")
+    return number
 
 
 def _steps(args: Namespace, through_kafka: bool) -> list[tuple[str, str, list[str]]]:
@@ -81,4 +91,4 @@ def _list_files(console: "Console", out: Path, through_kafka: bool) -> None:
     console.rule("files", align="left")
     for name, kind in kinds.items():
         console.print(f"  {out / name}  [dim]{kind}[/]", soft_wrap=True)
-    console.print(f"next: millrace evaluate {out / 'artifact'} {out / 'shop' / 'events.jsonl'}", soft_wrap=True)
+    console.print(f"next: {sys.argv[0]} evaluate {out / 'artifact'} {out / 'shop' / 'events.jsonl'}", soft_wrap=True)

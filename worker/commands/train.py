@@ -23,6 +23,7 @@ examples:
 """
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
     from pipeline.training.preparation import TrainingOptions
     from pipeline.training.warm_start import WarmStart
 
-# Option: (type, help). The option's name is the struct's field; omitted options keep the struct's default.
+NORMS = ("layer", "rms", "none")
+# Option: (type or choices, help). The option's name is the struct's field; omitted options keep the struct's default.
 TRAINER = {
     "epochs": (int, "largest number of passes over the log"),
     "seed": (seed, "random seed of the weights, the crops and the dropout"),
@@ -46,8 +48,8 @@ TRAINER = {
     "events-per-batch": (int, "number of events per optimizer step, over all processes"),
     "learning-rate": (rate, "peak learning rate"),
     "events-per-epoch": (int, "number of events per epoch, different ones each time (default: all)"),
-    "precision": (str, "precision of the matrix products: fp32 or bf16"),
-    "weighting": (str, "weighting of the task heads' losses: fixed, uncertainty or dwa"),
+    "precision": (("fp32", "bf16"), "precision of the matrix products"),
+    "weighting": (("fixed", "uncertainty", "dwa"), "weighting of the task heads' losses"),
 }
 MODEL = {
     "layers": (int, "number of encoder layers"),
@@ -64,9 +66,9 @@ MODEL = {
     "dropout": (float, "dropout rate of embeddings and layers"),
     "attention-dropout": (float, "dropout rate of attention weights"),
     "temperature": (rate, "temperature of the item scores; a lower one separates items more sharply"),
-    "norm-in": (str, "norm before a layer's projection: layer, rms or none"),
-    "norm-out": (str, "norm of the attention output, before the gate: layer, rms or none"),
-    "attention-scale": (str, "divisor of attention's sums: max_events, or length (the number of visible rows)"),
+    "norm-in": (NORMS, "norm before a layer's projection"),
+    "norm-out": (NORMS, "norm of the attention output, before the gate"),
+    "attention-scale": (("max_events", "length"), "divisor of attention's sums; length: the number of visible rows"),
 }
 SPLIT = ("train-fraction", "leave-last-out", "refit")
 WARM_START_EPOCHS = 3
@@ -85,7 +87,9 @@ def configure(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--no-refit", dest="refit", action="store_false", help="keep the validated weights")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint next to ARTIFACT")
-    parser.add_argument("--preset", help="model shape by its layers' parameters: tiny (default), 1m, 10m or 100m")
+    parser.add_argument(
+        "--preset", choices=("tiny", "1m", "10m", "100m"), help="model shape by its layers' parameters (default tiny)"
+    )
     parser.add_argument(
         "--learning-curves",
         type=Path,
@@ -93,7 +97,10 @@ def configure(parser: ArgumentParser) -> None:
         help="file for loss, hit rate and NDCG per epoch: a .json, or a .png with the .json next to it",
     )
     for name, (kind, text) in (TRAINER | MODEL).items():
-        parser.add_argument(f"--{name}", type=kind, metavar="N" if kind in (int, seed) else "X", help=text)
+        if isinstance(kind, tuple):
+            parser.add_argument(f"--{name}", choices=kind, help=text)
+        else:
+            parser.add_argument(f"--{name}", type=kind, metavar="N" if kind in (int, seed) else "X", help=text)
     add_items(parser)
     add_log_layout(parser)
     add_config(parser)
@@ -180,16 +187,11 @@ def _preset(name: str | None) -> dict[str, object]:
     """Return the fields of the named shape; none without a name."""
     import msgspec
 
-    from pipeline.errors import TrainingError
     from pipeline.model.config import PRESETS
 
-    if name is None:
-        return {}
-    if name not in PRESETS:
-        raise TrainingError(f"options: --preset {name}: no such shape; want one of {', '.join(PRESETS)}")
-    return msgspec.structs.asdict(PRESETS[name])
+    return {} if name is None else msgspec.structs.asdict(PRESETS[name])
 
 
-def _given(args: Namespace, names: "tuple[str, ...] | dict[str, tuple[type, str]]") -> dict[str, object]:
+def _given(args: Namespace, names: Iterable[str]) -> dict[str, object]:
     fields = (name.replace("-", "_") for name in names)
     return {field: value for field in fields if (value := getattr(args, field)) is not None}

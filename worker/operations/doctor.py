@@ -55,7 +55,8 @@ async def _kafka(config: Config) -> str:
         topics = await asyncio.wait_for(consumer.topics(), 8)
     except (TimeoutError, KafkaError, OSError) as error:
         raise SourceError(
-            f"no broker answers at {kafka.bootstrap_servers} ({error!r}); start one or set kafka.bootstrap_servers"
+            f"no broker answers at {kafka.bootstrap_servers} ({type(error).__name__}); start one, or set"
+            " kafka.bootstrap_servers"
         ) from error
     finally:
         await consumer.stop()

@@ -26,6 +26,8 @@ def check_folder(path: Path, option: str) -> None:
         path.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=path):
             pass
+    except (FileExistsError, NotADirectoryError) as error:
+        raise _error(path, option, f"{error.filename} is a file, not a folder") from error
     except OSError as error:
         raise _error(path, option, error.strerror or str(error)) from error
 

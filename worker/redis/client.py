@@ -162,7 +162,7 @@ class RedisClient:
             return StoreError(f"Redis at {self.address} has no functions: Redis 7 or Valkey is needed ({error})")
         if isinstance(error, redis_errors.ResponseError):
             return StoreError(f"Redis at {self.address} rejected a command: {error}")
-        return StoreUnavailable(f"Redis at {self.address} is unreachable: {error}")
+        return StoreUnavailable(f"Redis at {self.address} is unreachable: {error}; start it or set redis.url")
 
 
 async def connect(config: RedisConfig) -> RedisClient:

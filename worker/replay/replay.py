@@ -277,6 +277,6 @@ def summary(report: ReplayReport) -> list[tuple[str, str]]:
             f"p50 {latency.p50_ms:.1f} ms  p95 {latency.p95_ms:.1f} ms  p99 {latency.p99_ms:.1f} ms",
         ),
         ("strategies", format_strategies(report.strategies)),
-        ("scored", f"{report.scored:,} events, {report.scored_fraction:.1%} of the part after --train-fraction"),
+        ("scored", f"{report.scored:,} events, {report.scored_fraction:.1%} of those to score"),
         *((f"hit rate@{CUTOFF}, {ranking}", f"{rate:.4f}") for ranking, rate in report.hit_rates.items()),
     ]

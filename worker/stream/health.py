@@ -125,7 +125,7 @@ class Watchdog:
     def _export(self, now_s: float) -> None:
         metrics.IN_FLIGHT_EVENTS.set(self._tracker.open_count)
         oldest_s = self._tracker.oldest_open_s
-        metrics.LAG_SECONDS.set(0.0 if oldest_s is None else now_s - oldest_s)
+        metrics.OLDEST_IN_FLIGHT_SECONDS.set(0.0 if oldest_s is None else now_s - oldest_s)
         self._export_lag(self._source.lag())
 
     def _export_lag(self, lag: Mapping[Partition, int]) -> None:

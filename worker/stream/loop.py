@@ -29,7 +29,7 @@ PUSH_CHUNK_EVENTS = 1000  # per round trip: pushing a whole backlog at once woul
 POLL_S = 0.2  # how late a stop or a resume may be noticed; new records end the wait at once
 
 
-def ignore_delivery(batch: Batch, slates: list[Slate]) -> None:
+def ignore_delivery(batch: Batch, slates: Sequence[Slate]) -> None:
     """Do nothing: only a replay observes deliveries."""
 
 
@@ -125,7 +125,7 @@ class Worker:
         if events:
             await self.ranker.observe(events)
             metrics.EVENTS.inc(len(events))
-            metrics.REPLAYED_EVENTS.inc(sum(not event.is_new for event in events))
+            metrics.REDELIVERED_EVENTS.inc(sum(not event.is_new for event in events))
             self.tracker.complete(event.record_offset for event in events if not event.trigger)
 
     async def dead_letter(self, dead_letters: list[DeadLetter], among: int) -> None:

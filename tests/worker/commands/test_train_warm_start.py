@@ -34,7 +34,6 @@ def test_warm_start_keeps_shape_and_items_and_plots_learning_curves(shop, tmp_pa
         (["--warm-start", "ARTIFACT", "--layers", "5"], "has layers 2, requested: layers 5"),
         (["--warm-start", "ARTIFACT"], "split later (--train-fraction 1)"),
         (["--learning-curves", "curves.gif"], "want a name that ends in .png, .svg, .pdf or .json"),
-        (["--precision", "fp8"], "fp8"),
     ],
 )
 def test_impossible_options_are_one_sentence(

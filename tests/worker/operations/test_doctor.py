@@ -18,7 +18,7 @@ Lines = Callable[[], dict[str, str]]
 
 @pytest.fixture
 def configure(monkeypatch: pytest.MonkeyPatch) -> Configure:
-    """Return `configure(SECTION__FIELD=value)`."""
+    """Return `configure(SECTION__KEY=value)`."""
 
     def set_variables(**values: object) -> None:
         for name, value in values.items():
