@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import msgspec
 import numpy as np
 
-from pipeline.backends import Encoder
+from pipeline.backends.encoder import Encoder
 from pipeline.features.event_features import N_FEATURE_IDS, N_FEATURES, EncoderInputs
 from pipeline.serving.retrieval import Retrieval
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.sequence_recommendation_interaction import reference
-from kernels.sequence_recommendation_interaction.tiles import Card
+from kernels.sequence_recommendation_interaction.tiles import TileLimits
 from kernels.validation import FLOAT_DTYPES, INT_DTYPES, offset_faults, require, require_values
 
 MAX_K = 512
@@ -158,13 +158,13 @@ def _top_k(
         return reference.sequence_recommendation_interaction(states, table, k, seen, seen_offsets, eligible, scales)
     from kernels.sequence_recommendation_interaction import launch
 
-    num_sms, card = _device_limits(states.device)
+    num_sms, limits = _device_limits(states.device)
     states = states if states.stride(1) == 1 else states.contiguous()
     catalogue = launch.ItemRows(table, _contiguous(scales), _contiguous(eligible))
     seen_rows = None
     if seen is not None and seen_offsets is not None:
-        seen_rows = launch.Seen(seen.contiguous(), seen_offsets.contiguous())
-    plan = launch.make_plan(table.shape[0], states.shape[0], table.shape[1], k, states.element_size(), card)
+        seen_rows = launch.ExcludedRows(seen.contiguous(), seen_offsets.contiguous())
+    plan = launch.make_plan(table.shape[0], states.shape[0], table.shape[1], k, states.element_size(), limits)
     return launch.top_k(states, catalogue, k, seen_rows, plan, num_sms)
 
 
@@ -204,6 +204,6 @@ def _contiguous(vector: Tensor | None) -> Tensor | None:
 
 
 @lru_cache
-def _device_limits(device: torch.device) -> tuple[int, Card]:
+def _device_limits(device: torch.device) -> tuple[int, TileLimits]:
     """Return the number of multiprocessors, and the limits on tiles."""
-    return torch.cuda.get_device_properties(device).multi_processor_count, Card.from_device(device)
+    return torch.cuda.get_device_properties(device).multi_processor_count, TileLimits.from_device(device)

@@ -43,14 +43,14 @@ class TopKTiles:
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
+class TileLimits:
     """A GPU's limits on tiles: compute capability (major, minor), and shared memory per program."""
 
     capability: tuple[int, int]
     shared_bytes: int
 
     @classmethod
-    def from_device(cls, device: torch.device) -> "Card":
+    def from_device(cls, device: torch.device) -> "TileLimits":
         return cls(torch.cuda.get_device_capability(device), max_shared_bytes(device))
 
 
@@ -66,13 +66,13 @@ TILES = {
 }
 
 
-def tiles_for(users: int, width: int, element_bytes: int, card: Card) -> TopKTiles:
-    """Return the table's tiles if they fit the card, else `fitting_tiles`."""
+def tiles_for(users: int, width: int, element_bytes: int, limits: TileLimits) -> TopKTiles:
+    """Return the table's tiles if they fit the limits, else `fitting_tiles`."""
     columns = next_power_of_2(width)
-    tabled = TILES.get((card.capability, element_bytes, columns, users >= LARGE_BATCH_USERS))
-    if tabled and tabled.shared_bytes(columns * element_bytes) <= card.shared_bytes:
+    tabled = TILES.get((limits.capability, element_bytes, columns, users >= LARGE_BATCH_USERS))
+    if tabled and tabled.shared_bytes(columns * element_bytes) <= limits.shared_bytes:
         return tabled
-    return fitting_tiles(users, columns * element_bytes, card.shared_bytes)
+    return fitting_tiles(users, columns * element_bytes, limits.shared_bytes)
 
 
 def fitting_tiles(users: int, row_bytes: int, shared_bytes: int) -> TopKTiles:

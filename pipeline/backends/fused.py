@@ -19,7 +19,7 @@ from kernels.fused_attention_layernorm.plan import AttentionPlan
 from kernels.graphs import BatchGraphs
 from kernels.hierarchical_sequence_fusion.op import hierarchical_sequence_fusion
 from kernels.launch import device_guard
-from pipeline.backends import GraphOptions
+from pipeline.backends.encoder import GraphOptions
 from pipeline.backends.staging import Staging
 from pipeline.features.event_features import SESSION_GAP_MS, TIME_THRESHOLDS, EncoderInputs
 from pipeline.model.hstu import Hstu, HstuLayer

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pipeline.artifact import Artifact
-from pipeline.backends import GraphOptions
+from pipeline.backends.encoder import GraphOptions
 from pipeline.errors import ArtifactError, DeviceError
 from pipeline.features.event_features import N_FEATURES, EncoderInputs
 from pipeline.items.content import ItemContent

@@ -16,7 +16,7 @@ import msgspec
 from pipeline.data.event_log import EventLog, event_log_from_blocks
 from pipeline.data.external_sort import RUN_ENTRIES, sorted_by_time
 from pipeline.data.layout import BadRecord, LogEntry, LogLayout, detect_format
-from pipeline.data.parser import READ_ERRORS, Stream, json_blocks, msgpack_blocks, text_blocks
+from pipeline.data.parser import READ_ERRORS, ChunkedFile, json_blocks, msgpack_blocks, text_blocks
 from pipeline.errors import LogFileError
 from pipeline.records import Event, EventSchema
 
@@ -92,10 +92,10 @@ def _blocks(path: Path, layout: LogLayout | None) -> Iterator[list[LogEntry]]:
         raise LogFileError(f"{path}: cannot be read: {reason or error}") from error
     if format != "text" and layout.columns is not None:
         raise LogFileError(f"{path}: holds {format}, whose fields have names; --columns is for delimited text")
-    stream = Stream(file)
+    chunked = ChunkedFile(file)
     if format == "msgpack":
-        return msgpack_blocks(stream)
-    return json_blocks(stream) if format == "json" else text_blocks(stream, layout, path.name)
+        return msgpack_blocks(chunked)
+    return json_blocks(chunked) if format == "json" else text_blocks(chunked, layout, path.name)
 
 
 def _open(path: Path) -> BufferedReader | gzip.GzipFile:

@@ -30,7 +30,7 @@ _from_msgpack = msgspec.msgpack.Decoder(Event).decode
 
 
 @dataclass(slots=True)
-class Stream:
+class ChunkedFile:
     """A file in chunks. `broken` says, after the last one, why reading stopped before the file's end."""
 
     file: BufferedReader | gzip.GzipFile
@@ -59,14 +59,14 @@ class Stream:
             yield [tail]
 
 
-def json_blocks(stream: Stream) -> Iterator[list[LogEntry]]:
+def json_blocks(file: ChunkedFile) -> Iterator[list[LogEntry]]:
     """Yield blocks of entries from JSON lines."""
-    return _line_blocks(stream.lines(), _from_json)
+    return _line_blocks(file.lines(), _from_json)
 
 
-def text_blocks(stream: Stream, layout: LogLayout, name: str) -> Iterator[list[LogEntry]]:
+def text_blocks(file: ChunkedFile, layout: LogLayout, name: str) -> Iterator[list[LogEntry]]:
     """Return the blocks' iterator. LogFileError when the first line does not have the columns."""
-    blocks = stream.lines()
+    blocks = file.lines()
     head: list[list[bytes] | BadRecord] = []
     for block in blocks:
         head.append(block)
@@ -142,11 +142,11 @@ def _decode_error(line: bytes, error: Exception) -> str:
     return f"not an event: {error}" + (f", at '{text}'" if text else "")
 
 
-def msgpack_blocks(stream: Stream) -> Iterator[list[LogEntry]]:
+def msgpack_blocks(file: ChunkedFile) -> Iterator[list[LogEntry]]:
     """Yield entries from a stream of maps. After an invalid byte the start of the next record cannot be found."""
     number = 1
     tail = b""
-    for chunk in stream.chunks():
+    for chunk in file.chunks():
         tail += chunk
         entries, end, is_corrupt = _msgpack_entries(tail, number)
         number += len(entries)
@@ -155,8 +155,8 @@ def msgpack_blocks(stream: Stream) -> Iterator[list[LogEntry]]:
         if is_corrupt or len(tail) > MAX_RECORD_BYTES:
             yield [BadRecord(number, tail, "not MessagePack from here on: the rest of the file cannot be read")]
             return
-    if tail or stream.broken:
-        yield [BadRecord(number, tail, stream.broken or "the file ends within this record")]
+    if tail or file.broken:
+        yield [BadRecord(number, tail, file.broken or "the file ends within this record")]
 
 
 def _msgpack_entries(data: bytes, number: int) -> tuple[list[LogEntry], int, bool]:

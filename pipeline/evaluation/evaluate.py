@@ -65,12 +65,12 @@ class EvaluationOptions(msgspec.Struct, frozen=True):
 class RankerMetrics(msgspec.Struct, frozen=True):
     """Metrics of one ranker.
 
-    at: by cutoff; lift: by cutoff, the model's metrics minus this ranker's; slices: at cutoff k; slates: None among
-    sampled negatives
+    at: by cutoff; difference: by cutoff, the model's metrics minus this ranker's; slices: at cutoff k; slates: None
+    among sampled negatives
     """
 
     at: dict[int, Estimates]
-    lift: dict[int, Estimates]
+    difference: dict[int, Estimates]
     slices: dict[str, RankingMetrics]
     slates: BeyondAccuracyMetrics | None
 
@@ -139,7 +139,7 @@ def evaluate(
     warning = _check_held_out(artifact, log, test_mask, request.split)
     vocabulary = Vocabulary(dict.fromkeys([*artifact.item_ids, *log.item_ids]), options.max_items)
     if vocabulary.rejected_count:
-        raise EvaluationError(f"evaluate: {vocabulary.overflow_message}")
+        raise EvaluationError(vocabulary.overflow_message)
     data = TrainTest.from_log(log, test_mask, vocabulary, request.max_events)
     items = list(items)
     catalogue = Catalogue(vocabulary)
@@ -201,12 +201,12 @@ def _check_held_out(artifact: Artifact, log: EventLog, test_mask: np.ndarray, sp
     EvaluationError when it was, or when there is nothing to score.
     """
     if not test_mask.any():
-        raise EvaluationError(f"evaluate: none of the log's {len(log)} events is left to score ({split}); score more")
+        raise EvaluationError(f"none of the log's {len(log)} events is left to score ({split}); score more")
     provenance = artifact.manifest.trained_on
     seen = provenance.count_seen(log, test_mask) if provenance else None
     if provenance and seen:
         raise EvaluationError(
-            f"evaluate: artifact {artifact.version} was trained on {seen} of the {int(test_mask.sum())} events to score"
+            f"artifact {artifact.version} was trained on {seen} of the {int(test_mask.sum())} events to score"
             f" ({split}); it held out {provenance.split}: score those, or train with the split that you score"
         )
     if seen is None:
@@ -249,7 +249,7 @@ def _measure(
     return {
         name: RankerMetrics(
             at=comparison.at(name),
-            lift=comparison.difference(MODEL, name) if name != MODEL else {},
+            difference=comparison.difference(MODEL, name) if name != MODEL else {},
             slices={key: ranking_metrics(own_ranks[mask], request.k) for key, mask in slices.items()},
             slates=slates.get(name),
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.artifact import Artifact
-from pipeline.backends import GraphOptions
+from pipeline.backends.encoder import GraphOptions
 from pipeline.backends.torch import TorchEncoder
 from pipeline.errors import DeviceError
 from pipeline.features.affinity import AffinityIndex

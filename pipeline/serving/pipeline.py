@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from pipeline.backends import GraphOptions
+from pipeline.backends.encoder import GraphOptions
 from pipeline.counters.counters import Counters
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary

@@ -13,7 +13,7 @@ import torch
 from msgspec.structs import replace
 
 from pipeline import artifact as artifacts
-from pipeline.backends import GraphOptions
+from pipeline.backends.encoder import GraphOptions
 from pipeline.backends.torch import TorchEncoder
 from pipeline.features.event_features import N_FEATURE_IDS, N_FEATURES, EncoderInputs
 from pipeline.model.config import PRESETS

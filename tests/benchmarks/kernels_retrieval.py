@@ -23,7 +23,7 @@ from triton.testing import do_bench_cudagraph
 from kernels.hierarchical_sequence_fusion.op import hierarchical_sequence_fusion
 from kernels.sequence_recommendation_interaction import launch
 from kernels.sequence_recommendation_interaction.op import candidate_interaction, sequence_recommendation_interaction
-from kernels.sequence_recommendation_interaction.tiles import LARGE_BATCH_USERS, Card, TopKTiles
+from kernels.sequence_recommendation_interaction.tiles import LARGE_BATCH_USERS, TileLimits, TopKTiles
 from tests.benchmarks import results
 from tests.benchmarks.kernel_rows import PEAKS, arguments, card_name, device_ms, ratio, row
 
@@ -131,29 +131,29 @@ def tune(users: int) -> None:
     """Print the full call's time with every choice of tiles, and the best one as its line of tiles.TILES."""
     states = unit_rows(users)
     table = unit_rows(1_000_000)
-    card = Card.from_device(torch.device("cuda", 0))
+    limits = TileLimits.from_device(torch.device("cuda", 0))
     processors = torch.cuda.get_device_properties(0).multi_processor_count
-    plan = launch.make_plan(len(table), users, WIDTH, K, 2, card)
+    plan = launch.make_plan(len(table), users, WIDTH, K, 2, limits)
     rows = launch.ItemRows(table, None, None)
     timed: list[tuple[float, TopKTiles]] = []
-    for tiles in tiles_to_try(users, card):
+    for tiles in tiles_to_try(users, limits):
         tiled = replace(plan, tiles=tiles, group_size=min(plan.group_size, tiles.block_items))
         call = partial(launch.top_k, states, rows, K, None, tiled, processors)
         timed.append((replay_ms(call, rep=50), tiles))
         print(f"{users} users: {timed[-1][0]:.4f} ms, {tiles}", flush=True)
     best = min(timed, key=lambda pair: pair[0])[1]
-    print(f"    ({card.capability}, 2, {WIDTH}, {users >= LARGE_BATCH_USERS}): {best},", flush=True)
+    print(f"    ({limits.capability}, 2, {WIDTH}, {users >= LARGE_BATCH_USERS}): {best},", flush=True)
 
 
-def tiles_to_try(users: int, card: Card) -> list[TopKTiles]:
-    """Return all tiles that fit the card and fill the inline PTX code's packs."""
+def tiles_to_try(users: int, limits: TileLimits) -> list[TopKTiles]:
+    """Return all tiles that fit the limits and fill the inline PTX code's packs."""
     sizes = itertools.product((32, 64, 128), (16, 64, 128, 256), (4, 8, 16), (2, 3), (1, 2))
     tiles = [TopKTiles(*numbers) for numbers in sizes if min(64, max(16, users)) <= numbers[1] <= max(16, users)]
     return [
         each
         for each in tiles
         if each.fills_packs
-        and each.programs_per_sm * each.shared_bytes(2 * WIDTH) <= card.shared_bytes
+        and each.programs_per_sm * each.shared_bytes(2 * WIDTH) <= limits.shared_bytes
         and each.warps == max(4, each.block_users // 16)
     ]
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from pipeline.backends import GraphOptions
+from pipeline.backends.encoder import GraphOptions
 from pipeline.serving.exclusion import Exclusion
 from pipeline.serving.pipeline import Pipeline, PipelineOptions
 from worker import logging, metrics

@@ -26,11 +26,11 @@ def _rankings(report: EvaluationReport) -> Table:
 
 
 def _slates(report: EvaluationReport) -> Table:
-    """Return the model's lift over each ranking, its hit rates on cold items and users, its beyond-accuracy metrics."""
+    """Return the model's difference to each ranking, hit rates on cold items and users, beyond-accuracy metrics."""
     k = report.k
     rows = table(
         "ranking",
-        f"{MODEL}'s gain in NDCG@{k}",
+        f"{MODEL}'s NDCG@{k} minus this",
         f"cold items' hit rate@{k}",
         f"cold users' hit rate@{k}",
         "coverage",
@@ -39,11 +39,11 @@ def _slates(report: EvaluationReport) -> Table:
         title="",
     )
     for name, ranking in report.rankings.items():
-        gain = _interval(ranking.lift[k].ndcg) if ranking.lift else "–"
+        difference = _interval(ranking.difference[k].ndcg) if ranking.difference else "–"
         cold = [f"{part.hit_rate:.4f} of {part.events:,}" for part in ranking.slices.values()]
         slates = ranking.slates
         beyond_accuracy = (slates.coverage, slates.novelty, slates.diversity) if slates else (None, None, None)
-        rows.add_row(name, gain, *cold, *map(_number, beyond_accuracy))
+        rows.add_row(name, difference, *cold, *map(_number, beyond_accuracy))
     return rows
 
 

@@ -13,7 +13,7 @@ from worker.output.paths import check_file
 PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 
 
-class Point(msgspec.Struct, frozen=True):
+class EpochPoint(msgspec.Struct, frozen=True):
     """One validated epoch. loss: in nats; hit_rate, ndcg: at 10, on the validation slice"""
 
     epoch: int
@@ -40,7 +40,7 @@ class LearningCurves:
         check_file(file, "--learning-curves")
         self._file = file
         self._inner = inner
-        self.points: list[Point] = []
+        self.points: list[EpochPoint] = []
 
     def __enter__(self) -> Self:
         return self
@@ -60,11 +60,11 @@ class LearningCurves:
         self._inner.batch(epoch, loss, done, total)
 
     def epoch(self, report: EpochReport, best: EpochReport) -> None:
-        self.points.append(Point(report.epoch, report.loss, report.validation.hit_rate, report.validation.ndcg))
+        self.points.append(EpochPoint(report.epoch, report.loss, report.validation.hit_rate, report.validation.ndcg))
         self._inner.epoch(report, best)
 
 
-def plot(points: list[Point], file: Path) -> None:
+def plot(points: list[EpochPoint], file: Path) -> None:
     """Plot the loss per epoch, and next to it the validation metrics with the best epoch marked."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

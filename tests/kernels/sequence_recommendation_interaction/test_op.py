@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.sequence_recommendation_interaction import launch
-from kernels.sequence_recommendation_interaction.launch import ItemRows, Seen, TopKPlan
+from kernels.sequence_recommendation_interaction.launch import ExcludedRows, ItemRows, TopKPlan
 from kernels.sequence_recommendation_interaction.op import candidate_interaction, sequence_recommendation_interaction
 from kernels.sequence_recommendation_interaction.reference import candidate_interaction as reference_candidates
 from kernels.sequence_recommendation_interaction.reference import sequence_recommendation_interaction as reference
@@ -32,24 +32,24 @@ def random_integers(seed: int, *shape: int) -> Tensor:
     return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed)).float().to(DEVICE)
 
 
-def random_seen(seed: int, users: int, items: int, max_seen: int) -> Seen:
+def random_seen(seed: int, users: int, items: int, max_seen: int) -> ExcludedRows:
     rng = torch.Generator().manual_seed(seed)
     counts = torch.randint(0, max_seen + 1, (users,), generator=rng)
     rows = [torch.randperm(items, generator=rng)[:count].sort().values for count in counts.tolist()]
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-    return Seen(torch.cat(rows).int().to(DEVICE), offsets.to(DEVICE))
+    return ExcludedRows(torch.cat(rows).int().to(DEVICE), offsets.to(DEVICE))
 
 
 def on_device(*numbers: int) -> Tensor:
     return torch.tensor(numbers, device=DEVICE)
 
 
-def run(states: Tensor, catalogue: ItemRows, k: int, seen: Seen | None, plan: TopKPlan) -> TopK:
+def run(states: Tensor, catalogue: ItemRows, k: int, seen: ExcludedRows | None, plan: TopKPlan) -> TopK:
     """The result of the kernels."""
     return launch.top_k(states, catalogue, k, seen, plan, num_sms=1)
 
 
-def specified(states: Tensor, catalogue: ItemRows, k: int, seen: Seen | None) -> TopK:
+def specified(states: Tensor, catalogue: ItemRows, k: int, seen: ExcludedRows | None) -> TopK:
     """The result of the specification."""
     rows, offsets = (None, None) if seen is None else (seen.rows, seen.offsets)
     return reference(states, catalogue.table, k, rows, offsets, catalogue.eligible, catalogue.scales)
@@ -61,7 +61,7 @@ def assert_equal(result: TopK, expected: TopK) -> None:
 
 
 def assert_run_equals_specification(
-    states: Tensor, catalogue: ItemRows, k: int, seen: Seen | None, plan: TopKPlan
+    states: Tensor, catalogue: ItemRows, k: int, seen: ExcludedRows | None, plan: TopKPlan
 ) -> TopK:
     result = run(states, catalogue, k, seen, plan)
     assert_equal(result, specified(states, catalogue, k, seen))
@@ -103,7 +103,7 @@ def test_bound_of_a_long_seen_list_does_not_count_seen_items() -> None:
     states = random_integers(4, 3, 8)
     table = random_integers(5, 300, 8)
     best = (states[1] @ table.T).argsort(descending=True)[:60].sort().values
-    seen = Seen(torch.cat([on_device(7), best]).int(), on_device(0, 1, 61, 61))
+    seen = ExcludedRows(torch.cat([on_device(7), best]).int(), on_device(0, 1, 61, 61))
     assert_run_equals_specification(states, ItemRows(table, None, None), 5, seen, SAMPLED)
 
 
@@ -112,7 +112,7 @@ def test_more_candidates_than_capacity_take_the_overflow_pass() -> None:
     table = random_integers(7, 90, 8)
     states[0] = 0  # all scores are equal: the first rows are the best
     catalogue = ItemRows(table, None, random_integers(8, 90) > -3)
-    seen = Seen(on_device(0, 2, 3), on_device(0, 2, 3))
+    seen = ExcludedRows(on_device(0, 2, 3), on_device(0, 2, 3))
     assert_run_equals_specification(states, catalogue, 6, seen, OVERFLOWING)
 
 
@@ -126,7 +126,7 @@ def test_best_rows_appended_after_the_capacity_are_found() -> None:
 def test_bound_that_leaves_too_few_candidates_takes_the_overflow_pass() -> None:
     """All rows above the bound have been seen: the best of the others are below it."""
     table = torch.arange(300.0, device=DEVICE)[:, None]
-    seen = Seen(torch.arange(100, 300, device=DEVICE), on_device(0, 200))
+    seen = ExcludedRows(torch.arange(100, 300, device=DEVICE), on_device(0, 200))
     states = torch.ones(1, 1, device=DEVICE)
     assert_run_equals_specification(states, ItemRows(table, None, None), 5, seen, SCARCE)
 
@@ -134,7 +134,7 @@ def test_bound_that_leaves_too_few_candidates_takes_the_overflow_pass() -> None:
 def test_user_who_has_seen_everything_gets_no_rows() -> None:
     states = random_integers(9, 2, 8)
     table = random_integers(10, 20, 8)
-    seen = Seen(torch.arange(20, device=DEVICE), on_device(0, 20, 20))
+    seen = ExcludedRows(torch.arange(20, device=DEVICE), on_device(0, 20, 20))
     scores, rows = run(states, ItemRows(table, None, None), 4, seen, UNSAMPLED)
     assert (scores[0] == -torch.inf).all()
     assert (rows[0] == -1).all()

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels.sequence_recommendation_interaction import launch
 from kernels.sequence_recommendation_interaction.kernel import NO_BOUND
-from kernels.sequence_recommendation_interaction.launch import ItemRows, Seen, TopKPlan
+from kernels.sequence_recommendation_interaction.launch import ExcludedRows, ItemRows, TopKPlan
 from kernels.sequence_recommendation_interaction.tiles import TopKTiles
 from tests.kernels.sequence_recommendation_interaction.test_op import (
     DEVICE,
@@ -46,7 +46,9 @@ def test_user_with_one_candidate_too_few_takes_the_overflow_pass() -> None:
     counts = [45, 46]
     states = ones(2)
     catalogue = ItemRows(ascending(300), None, None)
-    seen = Seen(torch.cat([torch.arange(300 - count, 300) for count in counts]).to(DEVICE), on_device(0, 45, 91))
+    seen = ExcludedRows(
+        torch.cat([torch.arange(300 - count, 300) for count in counts]).to(DEVICE), on_device(0, 45, 91)
+    )
     bounds = launch._bounds(states, catalogue, k, seen, SCARCE, 1)
     reached = (states @ catalogue.table.T >= bounds[:, None]).sum(1)
     assert (reached - on_device(*counts)).tolist() == [k, k - 1]
@@ -70,7 +72,7 @@ def test_minus_zero_equals_zero_and_minus_infinity_is_never_returned(plan: TopKP
     scales = torch.where(row % 3 == 0, -2.0, 2.0)
     scales[:num_infinite] = -torch.inf
     catalogue = ItemRows(table, scales, row < 80)
-    seen = Seen(row[50:74], on_device(0, 24))
+    seen = ExcludedRows(row[50:74], on_device(0, 24))
     _, rows = assert_run_equals_specification(ones(1), catalogue, k, seen, plan)
     zeros = [*range(num_infinite, 50), *range(74, 80)]
     assert rows[0].tolist() == (zeros + [-1] * k)[:k]

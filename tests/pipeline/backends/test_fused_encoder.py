@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kernels import graphs
 from kernels.graphs import possible_buckets
-from pipeline.backends import GraphOptions
+from pipeline.backends.encoder import GraphOptions
 from pipeline.backends.fused import FusedEncoder
 from pipeline.features.event_features import FEATURE_COLUMNS, N_FEATURE_IDS, N_FEATURES, EncoderInputs
 from pipeline.model.config import HstuConfig

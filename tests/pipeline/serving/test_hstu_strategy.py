@@ -6,7 +6,7 @@ import torch
 
 from kernels import graphs
 from pipeline.artifact import draft
-from pipeline.backends import GraphOptions
+from pipeline.backends.encoder import GraphOptions
 from pipeline.backends.fused import FusedEncoder
 from pipeline.errors import DeviceError
 from pipeline.items.catalogue import Catalogue

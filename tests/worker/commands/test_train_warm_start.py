@@ -7,7 +7,7 @@ import pytest
 
 from pipeline import artifact as artifacts
 from worker.cli import main
-from worker.output.learning_curves import Point
+from worker.output.learning_curves import EpochPoint
 
 
 def words(*line: object) -> list[str]:
@@ -22,7 +22,7 @@ def test_warm_start_keeps_shape_and_items_and_plots_learning_curves(shop, tmp_pa
     assert new.config.width == old.config.width == 16
     assert new.item_ids[: len(old.item_ids)] == old.item_ids
     assert new.manifest.metrics["training_events"] > old.manifest.metrics["training_events"]
-    points = msgspec.json.decode((tmp_path / "curves.json").read_bytes(), type=list[Point])
+    points = msgspec.json.decode((tmp_path / "curves.json").read_bytes(), type=list[EpochPoint])
     assert [point.epoch for point in points] == [1, 2]
     assert max(point.ndcg for point in points) == new.manifest.metrics["validation_ndcg"]
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

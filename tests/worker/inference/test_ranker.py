@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from prometheus_client import REGISTRY
 
-from pipeline.backends import GraphOptions
+from pipeline.backends.encoder import GraphOptions
 from pipeline.evaluation.business_metrics import BUSINESS_METRICS
 from pipeline.records import Event, EventPacker, EventSchema, Item
 from pipeline.serving.pipeline import Pipeline, PipelineOptions
