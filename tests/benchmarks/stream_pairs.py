@@ -1,13 +1,15 @@
 """Compare the stream benchmark of two checkouts, run in turn on one idle machine: A B A B …
 
 The machine's speed drifts, so the ratio is taken pair by pair and its median is quoted. Each checkout needs its own
-virtual environment (`make setup`) and is run with it; the results file `stream.json` of both is overwritten.
+virtual environment (`make setup`) and is run with it; the results file `stream.json` of both is overwritten, which
+marks their commits as changed from the second pair on. The result names the commits instead of the folders.
 
 usage: python -m tests.benchmarks.stream_pairs BEFORE AFTER [--pairs 5] [--events 200000]
 """
 
 import argparse
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +51,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = [measure_pair(pair, args.before.resolve(), args.after.resolve(), args.events) for pair in range(args.pairs)]
     ratios = {f"median_ratio_{rate}": float(np.median([row[f"ratio_{rate}"] for row in rows])) for rate in RATES}  # pyright: ignore[reportArgumentType]
+    sys.argv[1:3] = [str(rows[0]["before_commit"]), str(rows[0]["after_commit"])]  # not this machine's folders
     console.print(ratios, f"written: {results.write('stream_pairs', ratios, rows)}")
 
 

@@ -16,6 +16,7 @@ STREAM, REPLAY, SWAP, TRAINING, ACCURACY, HEADS, COLD, LOOP, TRAINING_GPU = (
     results.load(results.FOLDER / f"{name}.json")
     for name in ("stream", "replay", "swap", "training", "accuracy", "heads", "cold", "closed_loop", "training_gpu")
 )
+PAIRS = results.load(results.FOLDER / "stream_pairs.json")
 KERNELS, PROJECTION, RETRIEVAL, ENCODING, TRAINING_STEPS = (
     results.load(results.FOLDER / f"{name}_h100.json")
     for name in ("kernels", "kernels_projection", "kernels_retrieval", "encoding", "training_steps")
@@ -71,6 +72,14 @@ BENCHMARKS = {
         RUNS["a quarter of the rate"][name] for name in ("latency_rate_per_s", "p50_ms", "p95_ms", "p99_ms")
     ],
     rf"grew by {N} %": [STREAM.metrics["rss_growth_pct"]],
+    rf"ratio of the rates is {N} with `hstu` and {N} with `simple`": [
+        PAIRS.metrics[f"median_ratio_slates_per_s_{strategy}"] for strategy in ("hstu", "simple")
+    ],
+    rf"single pairs range from {N} to {N} and from {N} to\s+{N},": [
+        extreme(float(row[f"ratio_slates_per_s_{strategy}"] or 0) for row in PAIRS.rows)
+        for strategy in ("hstu", "simple")
+        for extreme in (min, max)
+    ],
     rf"full log through Kafka: {N} slates, {N} lost \| {N} \| {N} \| {N} \| {N} times": [
         REPLAY.metrics["slates"], REPLAY.metrics["lost"],
         *(REPLAY.metrics[name] for name in RANKINGS),
