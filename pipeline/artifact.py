@@ -8,6 +8,7 @@ counters.safetensors  popularity and co-occurrence of the training log, for pipe
 """
 
 import hashlib
+import os
 import platform
 import shutil
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from pipeline.data.split import TrainingProvenance
 from pipeline.errors import ArtifactError
+from pipeline.exchange import exchange
 from pipeline.features.event_features import FEATURE_LAYOUT
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.metadata import ItemMetadata
@@ -136,6 +138,8 @@ def save(folder: Path, artifact: Artifact, metrics: Mapping[str, float], created
         manifest = _make_manifest(staging, folder.name, artifact, metrics, created)
         (staging / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
         staging.chmod(0o755)
+        for path in (*staging.iterdir(), staging):
+            _sync(path)
         _replace(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -153,18 +157,36 @@ def check_target(folder: Path) -> None:
 def load(folder: Path) -> Artifact:
     """Read an artifact and check every file against its manifest. ArtifactError names file, fault and next step.
 
-    A symlink is resolved once: all files come from the folder that it pointed to then.
+    A symlink is resolved once: all files come from the folder that it pointed to then. An artifact that is replaced
+    meanwhile is read again.
     """
     folder = folder.resolve()
+    while True:
+        before = _identity(folder)
+        try:
+            return _read(folder)
+        except ArtifactError:
+            if _identity(folder) == before:
+                raise
+
+
+def _identity(folder: Path) -> int | None:
+    """Return a number that another folder in this place would not have; None without a folder."""
+    return folder.stat().st_ino if folder.exists() else None
+
+
+def _read(folder: Path) -> Artifact:
     manifest = read_manifest(folder)
-    for name, expected in manifest.files.items():
-        _check_hash(folder / name, expected)
+
+    def read(name: str) -> bytes:
+        return _read_checked(folder / name, manifest.files[name])
+
     return Artifact(
         manifest=manifest,
-        weights=_read_weights(folder / WEIGHTS),
-        item_ids=_read_item_ids(folder / VOCABULARY),
-        counters=safetensors.numpy.load_file(folder / COUNTERS),
-        metadata=ItemMetadata.from_arrays(safetensors.numpy.load_file(folder / ITEMS)),
+        weights=_decode_weights(folder / WEIGHTS, read(WEIGHTS)),
+        item_ids=_decode_item_ids(folder / VOCABULARY, read(VOCABULARY)),
+        counters=safetensors.numpy.load(read(COUNTERS)),
+        metadata=ItemMetadata.from_arrays(safetensors.numpy.load(read(ITEMS))),
     )
 
 
@@ -202,8 +224,8 @@ def _decode_manifest(path: Path) -> Manifest:
         raise ArtifactError(f"artifact {path}: not a manifest ({error}); {_COPY_AGAIN}") from error
 
 
-def _read_item_ids(path: Path) -> list[str]:
-    item_ids = msgspec.msgpack.decode(path.read_bytes(), type=list[str])
+def _decode_item_ids(path: Path, content: bytes) -> list[str]:
+    item_ids = msgspec.msgpack.decode(content, type=list[str])
     rows: dict[str, int] = {}
     for row, item_id in enumerate(item_ids, 1):
         if (first := rows.setdefault(item_id, row)) != row:
@@ -211,24 +233,26 @@ def _read_item_ids(path: Path) -> list[str]:
     return item_ids
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    # NOTE: load_file maps the file. Without the copy, overwriting it in place would change or kill a serving process.
-    weights = {name: weight.clone() for name, weight in safetensors.torch.load_file(path).items()}
+def _decode_weights(path: Path, content: bytes) -> dict[str, Tensor]:
+    weights = safetensors.torch.load(content)
     for name, weight in weights.items():
         if not weight.isfinite().all():
             raise ArtifactError(f"artifact {path}: {name} has numbers that are not finite; train again")
     return weights
 
 
-def _check_hash(path: Path, expected: str) -> None:
+def _read_checked(path: Path, expected: str) -> bytes:
+    """Return the file's bytes. They are read once: a file that is replaced meanwhile is not a mixture of both."""
     try:
-        found = _sha256(path)
+        content = path.read_bytes()
     except OSError as error:
         raise ArtifactError(f"artifact {path}: {error.strerror}; {_COPY_AGAIN}") from error
+    found = hashlib.sha256(content).hexdigest()
     if found != expected:
         raise ArtifactError(
             f"artifact {path}: SHA-256 is {found[:16]}…, the manifest says {expected[:16]}…; {_COPY_AGAIN}"
         )
+    return content
 
 
 def _write_content(folder: Path, artifact: Artifact) -> None:
@@ -270,10 +294,20 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _sync(path: Path) -> None:
+    """Return when the file or the folder's list of names is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _replace(staging: Path, folder: Path) -> None:
+    """Put the new folder in the old one's place in one step: at no time is there no artifact, or half of one."""
     check_target(folder)
-    old = staging.with_name(f"{staging.name}.old")
     if folder.exists():
-        folder.rename(old)
-    staging.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+        exchange(staging, folder)
+    else:
+        staging.rename(folder)
+    _sync(folder.parent)

@@ -21,7 +21,7 @@ from kernels.hierarchical_sequence_fusion.op import hierarchical_sequence_fusion
 from kernels.launch import device_guard
 from pipeline.backends.encoder import GraphOptions
 from pipeline.backends.staging import Staging
-from pipeline.features.event_features import SESSION_GAP_MS, TIME_THRESHOLDS, EncoderInputs
+from pipeline.features.event_features import SESSION_GAP_S, TIME_THRESHOLDS, EncoderInputs
 from pipeline.model.hstu import Hstu, HstuLayer
 
 GROWTH = 1.25  # a growing table gets this many times its rows: moving it invalidates all graphs
@@ -57,7 +57,7 @@ class FusedForward:
             offsets,
             recent=self.config.recent_length,
             sessions=self.config.max_events - self.config.recent_length,
-            gap_s=SESSION_GAP_MS // 1000,
+            gap_s=SESSION_GAP_S,
             check_values=False,
         )
         longest = min(longest, self.config.max_events)

@@ -30,7 +30,7 @@ SECONDS_CAP = (1 << 24) - 1  # 194 days: the largest time that float32 holds to 
 # A time's bucket is the number of these thresholds that it has reached: 2^j - 1 and 1.5 * 2^j - 1 seconds, rounded up.
 TIME_THRESHOLDS = tuple(-(-(2 + half) * 2**j // 2) - 1 for j in range(25) for half in (0, 1))[1:49]
 TIME_BUCKETS = len(TIME_THRESHOLDS) + 1
-SESSION_GAP_MS = 30 * 60_000  # a pause of this length begins a new session
+SESSION_GAP_S = 30 * 60  # a pause of this length begins a new session
 COUNT_CAP = 2 * WINDOW_EVENTS + 1  # events counted back; trimming a ring changes nothing (HstuConfig.receptive_field)
 _COUNT_BUCKETS = 17  # for counts from 0 to COUNT_CAP
 _LEVELS = 16  # of a fraction or a difference; code 0 is reserved for unknown
@@ -70,7 +70,7 @@ N_FEATURE_IDS = sum(_SIZES.values())
 N_FEATURES = len(_SIZES)
 assert N_FEATURE_IDS < 1 << 15, "training keeps feature ids as int16"
 # Identifies what a model was trained on: raise REVISION when a column changes its meaning but not its size.
-REVISION = 1
+REVISION = 2
 FEATURE_LAYOUT = f"{REVISION}:{crc32(repr((_SIZES, TIME_THRESHOLDS, WINDOW_EVENTS)).encode()):08x}"
 
 
@@ -123,6 +123,14 @@ def bucket_seconds(seconds: np.ndarray) -> np.ndarray:
     return (capped.astype(np.float32).view(np.int32) >> 22) - 254
 
 
+def after_pause(ts_ms: np.ndarray) -> np.ndarray:
+    """Return which events of a packed batch come SESSION_GAP_S or more after the one before: bool [total].
+
+    In whole seconds of the clock, which is all that the encoder's inputs keep. Meaningless at a user's first event.
+    """
+    return np.diff(ts_ms // 1000, prepend=ts_ms[:1] // 1000) >= SESSION_GAP_S
+
+
 def encoder_inputs(
     histories: Histories, item_rows: np.ndarray, table_rows: int, facts: ItemFacts | None = None
 ) -> EncoderInputs:
@@ -144,7 +152,8 @@ def encoder_inputs(
     for index, name in enumerate(FEATURE_COLUMNS):
         feature_ids[:, index] = columns[name]
         feature_ids[:, index] += _STARTS[name]
-    elapsed_s = (ts_ms - ts_ms[starts]) // 1000
+    # Whole seconds of the clock, not since the user's first event: where a ring was trimmed must change no difference.
+    elapsed_s = ts_ms // 1000 - ts_ms[starts] // 1000
     seconds = np.minimum(elapsed_s, np.iinfo(np.int32).max).astype(np.int32)
     item_rows = np.where(item_rows < table_rows, item_rows, UNKNOWN).astype(np.int32)
     return EncoderInputs(item_rows, feature_ids, seconds, offsets)
@@ -156,7 +165,7 @@ def _temporal(ts_ms: np.ndarray, since_ms: np.ndarray, starts: np.ndarray) -> di
         "hour": ts_ms // _HOUR_MS % 24,
         "weekday": (ts_ms // DAY_MS + _EPOCH_WEEKDAY) % 7,
         "events_before": _count_buckets(starts),
-        "events_in_session": _count_buckets(_session_starts(since_ms, starts)),
+        "events_in_session": _count_buckets(_session_starts(ts_ms, starts)),
     }
 
 
@@ -229,10 +238,10 @@ def _gap_codes(since_ms: np.ndarray, starts: np.ndarray) -> np.ndarray:
     return np.where(np.arange(len(starts)) == starts, 0, codes)
 
 
-def _session_starts(since_ms: np.ndarray, starts: np.ndarray) -> np.ndarray:
+def _session_starts(ts_ms: np.ndarray, starts: np.ndarray) -> np.ndarray:
     """Return the position where the session of each event begins, within its user's run: int64 [total]."""
     positions = np.arange(len(starts))
-    starts_session = (since_ms >= SESSION_GAP_MS) | (positions == starts)
+    starts_session = after_pause(ts_ms) | (positions == starts)
     return np.maximum.accumulate(np.where(starts_session, positions, 0))
 
 

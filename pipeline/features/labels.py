@@ -9,7 +9,7 @@ Logs do not hold items that were shown and ignored: the heads rank outcomes amon
 
 import numpy as np
 
-from pipeline.features.event_features import SESSION_GAP_MS
+from pipeline.features.event_features import after_pause
 from pipeline.records import DAY_MS, DWELL_STEP_MS, EventSchema, Histories, encode_value
 
 TASKS = ("engagement", "retention", "monetization")
@@ -67,7 +67,7 @@ def _returned(histories: Histories, end_ms: int) -> np.ndarray:
     """
     ts_ms = histories.ts_ms
     users = histories.users
-    session_starts = np.flatnonzero((users[1:] == users[:-1]) & (np.diff(ts_ms) >= SESSION_GAP_MS)) + 1
+    session_starts = np.flatnonzero((users[1:] == users[:-1]) & after_pause(ts_ms)[1:]) + 1
     after = np.searchsorted(session_starts, np.arange(len(ts_ms)), side="right")
     has_next = after < len(session_starts)
     next_start = (

@@ -5,7 +5,7 @@ HSTU's states describe what a user likes; the chance of a return depends mostly 
 
 import numpy as np
 
-from pipeline.features.event_features import SESSION_GAP_MS
+from pipeline.features.event_features import after_pause
 from pipeline.jagged import row_starts
 from pipeline.records import DAY_S, Histories
 
@@ -22,10 +22,10 @@ def visit_frequency(histories: Histories, positions: np.ndarray) -> np.ndarray:
     """
     ts_ms = histories.ts_ms
     starts = row_starts(histories.offsets)
-    starts_session = np.diff(ts_ms, prepend=ts_ms[:1]) >= SESSION_GAP_MS
+    starts_session = after_pause(ts_ms)
     starts_session[histories.offsets[:-1][histories.lengths > 0]] = True
     sessions = np.cumsum(starts_session)  # [total] sessions begun up to and including each event
-    elapsed_s = (ts_ms - ts_ms[starts]) // 1000
+    elapsed_s = ts_ms // 1000 - ts_ms[starts] // 1000
     keys = (histories.users << _SECONDS_BITS) + elapsed_s  # ascending
     columns = np.empty((len(positions), N_VISIT_FEATURES), np.float32)
     for column, days in enumerate(WINDOWS_DAYS):

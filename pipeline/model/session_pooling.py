@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.features.event_features import SESSION_GAP_MS, EncoderInputs
+from pipeline.features.event_features import SESSION_GAP_S, EncoderInputs
 from pipeline.jagged import ranges, row_starts
 
 
@@ -40,7 +40,7 @@ class SessionPooling:
         positions = np.arange(len(inputs.seconds))
         is_recent = positions >= np.repeat(inputs.offsets[1:] - recent, lengths)
         is_first = positions == row_starts(inputs.offsets)
-        after_gap = np.diff(inputs.seconds, prepend=np.int32(0)) >= SESSION_GAP_MS // 1000
+        after_gap = np.diff(inputs.seconds, prepend=np.int32(0)) >= SESSION_GAP_S
         begins = is_first | is_recent | after_gap
         spans = np.cumsum(begins) - 1  # each event's row before the oldest sessions are dropped
         n_spans = np.zeros(len(lengths), np.int64)

@@ -1,3 +1,4 @@
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,46 @@ def test_saving_again_replaces_the_old_artifact_and_leaves_nothing_else(tmp_path
     second = artifacts.load(save_draft(tmp_path / "model", seed=1)).version
     assert first != second
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_artifact_is_never_absent_while_it_is_replaced(tmp_path: Path) -> None:
+    folder = save_draft(tmp_path / "model")
+    versions = {artifacts.load(folder).version, artifacts.load(save_draft(tmp_path / "other", seed=1)).version}
+    found: set[str] = set()
+    errors: list[ArtifactError] = []
+    replacing = threading.Event()
+
+    def read() -> None:
+        while not replacing.is_set():
+            try:
+                found.add(artifacts.load(folder).version)
+            except ArtifactError as error:
+                errors.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for seed in range(20):
+        save_draft(folder, seed % 2)
+    replacing.set()
+    reader.join()
+    assert errors == []
+    assert found <= versions
+
+
+def test_artifact_that_is_replaced_while_it_is_read_is_read_again(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = artifacts.load(save_draft(saved.parent / "other", seed=1))
+    read_manifest = artifacts.read_manifest
+
+    def replace_after_reading(folder: Path) -> artifacts.Manifest:
+        manifest = read_manifest(folder)
+        if manifest.version != other.version:
+            save_draft(saved, seed=1)
+        return manifest
+
+    monkeypatch.setattr(artifacts, "read_manifest", replace_after_reading)
+    loaded = artifacts.load(saved)
+    assert loaded.version == other.version
+    assert all(torch.equal(loaded.weights[name], weight) for name, weight in other.weights.items())
 
 
 def test_folder_of_other_files_is_not_replaced(tmp_path: Path) -> None:

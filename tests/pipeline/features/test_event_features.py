@@ -15,6 +15,7 @@ from pipeline.features.event_features import (
 )
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.model.config import HstuConfig
+from pipeline.model.session_pooling import SessionPooling
 from pipeline.records import EVENT_DTYPE, Event, EventSchema, Histories
 
 SCHEMA = EventSchema()
@@ -89,11 +90,29 @@ def test_tail_and_by_length_keep_each_users_rows(lengths: list[int], cap: int) -
 
 def test_only_rings_shorter_than_the_receptive_field_change_the_inputs() -> None:
     reach = HstuConfig(max_events=50).receptive_field
-    history = [Event("u", ITEMS[n % 20], "view", 40_000 * n) for n in range(reach + 60)]
+    history = [Event("u", ITEMS[n % 20], "view", 40_123 * n) for n in range(reach + 60)]
     full, enough, short = (inputs(history[-length:]).tail(50) for length in (len(history), reach, reach - 1))
     assert (full.feature_ids == enough.feature_ids).all()
     assert (np.diff(full.seconds) == np.diff(enough.seconds)).all()
     assert (full.feature_ids != short.feature_ids).any()
+
+
+@given(st.lists(st.integers(0, 40_000_000), min_size=2, max_size=30), st.integers(1, 29))
+def test_where_a_ring_was_trimmed_changes_no_time_difference(times_ms: list[int], trimmed: int) -> None:
+    history = [Event("u", "i1", "view", ts_ms) for ts_ms in sorted(times_ms)]
+    rest = history[min(trimmed, len(history) - 1) :]
+    assert (np.diff(inputs(history).seconds)[len(history) - len(rest) :] == np.diff(inputs(rest).seconds)).all()
+
+
+def test_session_of_the_features_begins_where_that_of_the_pooled_rows_does() -> None:
+    pause_ms = 1_799_500  # less than half an hour; by the clock's whole seconds half an hour or less, by its phase
+    times_ms = np.cumsum([0, 700, *[pause_ms] * 9])
+    encoded = inputs([Event("u", "i1", "view", int(ts_ms)) for ts_ms in times_ms])
+    codes = encoded.feature_ids[:, FEATURE_COLUMNS.index("events_in_session")]
+    starts = np.flatnonzero(codes == codes[0])
+    pooled = SessionPooling.from_inputs(encoded, 0, sessions=20)
+    assert starts.tolist() == np.flatnonzero(np.diff(pooled.rows, prepend=-1)).tolist()
+    assert 1 < len(starts) < len(times_ms)
 
 
 def test_items_after_training_are_unknown() -> None:

@@ -4,10 +4,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels.hierarchical_sequence_fusion.reference import hierarchical_sequence_fusion
-from pipeline.features.event_features import SESSION_GAP_MS, EncoderInputs
+from pipeline.features.event_features import SESSION_GAP_S, EncoderInputs
 from pipeline.model.session_pooling import SessionPooling
 
-GAP_S = SESSION_GAP_MS // 1000
+GAP_S = SESSION_GAP_S
 ITEMS = 9
 FEATURES = 20
 WIDTH = 4

@@ -16,7 +16,7 @@ from pipeline import artifact as artifacts
 from pipeline.backends.torch import TorchEncoder
 from pipeline.data.sequences import UserSequences
 from pipeline.evaluation.evaluate import EvaluationOptions, evaluate
-from pipeline.features.event_features import N_FEATURE_IDS, SESSION_GAP_MS, EncoderInputs, encoder_inputs
+from pipeline.features.event_features import N_FEATURE_IDS, SESSION_GAP_S, EncoderInputs, encoder_inputs
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.model.config import HstuConfig
@@ -54,7 +54,7 @@ def make_histories(lengths: tuple[int, ...] = LENGTHS) -> Histories:
     rng = np.random.default_rng(1)
     users = []
     for length in lengths:
-        ts_ms = np.cumsum(rng.choice([0, 60_000, SESSION_GAP_MS, 90_000_000], length)).tolist()
+        ts_ms = np.cumsum(rng.choice([0, 60_000, 1000 * SESSION_GAP_S, 90_000_000], length)).tolist()
         actions = rng.choice(["view", "like", "cart"], length).tolist()
         users.append(
             [Event("u", str(rng.choice(ITEM_IDS)), action, ts) for action, ts in zip(actions, ts_ms, strict=True)]
@@ -169,7 +169,7 @@ def test_sessions_equal_the_specification_in_rows_and_gradients(strength: bool) 
         offsets,
         recent=5,
         sessions=4,
-        gap_s=SESSION_GAP_MS // 1000,
+        gap_s=SESSION_GAP_S,
     )
     assert short.offsets.tolist() == ends.tolist()
     assert short.seconds.tolist() == times[: ends[-1]].tolist()
