@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import msgspec
 import numpy as np
+from torch import Tensor
 
 from pipeline.backends.encoder import Encoder
 from pipeline.features.event_features import N_FEATURE_IDS, N_FEATURES, EncoderInputs
@@ -22,19 +23,23 @@ class Agreement(msgspec.Struct, frozen=True):
     top_overlap: float
 
 
-def compare(candidate: Encoder, reference: Encoder, batches: Iterable[EncoderInputs], k: int = 10) -> Agreement:
-    """Encode the same batches with both; compare the states, and the k items that each retrieves from its own table."""
+def compare(
+    candidate: Encoder, reference: Encoder, vectors: Tensor, batches: Iterable[EncoderInputs], k: int = 10
+) -> Agreement:
+    """Encode the same batches with both; compare the states, and the k items that each retrieves.
+
+    vectors: float32 [items, width], of the table that both share
+    """
     users = 0
     error = 0.0
     overlap = 0.0
-    retrievals = Retrieval(candidate.table), Retrieval(reference.table)
+    retrieval = Retrieval(vectors)
     for inputs in batches:
         states = candidate.encode(inputs), reference.encode(inputs)
         difference = (states[0].cpu() - states[1].cpu()).abs().amax().item()
         error = max(error, difference) if np.isfinite(difference) else float("inf")
         found, expected = (
-            retrieval.top_k(state, NO_PAIRS, NO_PAIRS, k)[0]
-            for retrieval, state in zip(retrievals, states, strict=True)
+            retrieval.top_k(state.to(vectors.device), NO_PAIRS, NO_PAIRS, k)[0] for state in states
         )  # int32 [users, k] each
         overlap += (found[:, :, None] == expected[:, None, :]).any(1).mean(1).sum()
         users += len(inputs)

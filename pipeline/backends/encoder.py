@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
+import numpy as np
 
 from pipeline.features.event_features import EncoderInputs
 
@@ -23,12 +24,32 @@ class GraphOptions(msgspec.Struct, frozen=True):
     slate_size: int = 10
 
 
-class Encoder(Protocol):
-    """A trained model on one device. Not thread-safe."""
+class ItemVectors(Protocol):
+    """What an encoder and the heads need of an ItemTable."""
 
+    @property
+    def vectors(self) -> "Tensor":
+        """The items' unit vectors on the model's device, row 0 of the unknown item: float32 [rows, width]."""
+        ...
+
+
+class Encoder(Protocol):
+    """A trained model on one device, on an ItemTable that it shares with others. Not thread-safe."""
+
+    name: str  # of the backend
     max_events: int  # newest events that it reads: histories must be cut by `tail(max_events)`
-    table: "Tensor"  # float32 [items, width] on the device: a state's dot products with its rows score the items
 
     def encode(self, inputs: EncoderInputs) -> "Tensor":
-        """Return states float32 [n, width] after each user's newest event; zeros for a user without events."""
+        """Return unit states float32 [n, width] after each user's newest event; zeros for a user without events.
+
+        A state's dot products with the table's vectors order the items.
+        """
+        ...
+
+    def update_items(self, rows: np.ndarray) -> None:
+        """Take over the new vectors of these rows of the table, int64 [n]."""
+        ...
+
+    def warm(self) -> int:
+        """Compile and capture everything ahead of time, so that no batch waits; return the number of graphs."""
         ...

@@ -19,7 +19,7 @@ from kernels.fused_attention_layernorm.plan import AttentionPlan
 from kernels.graphs import BatchGraphs
 from kernels.hierarchical_sequence_fusion.op import hierarchical_sequence_fusion
 from kernels.launch import device_guard
-from pipeline.backends.encoder import GraphOptions
+from pipeline.backends.encoder import GraphOptions, ItemVectors
 from pipeline.backends.staging import Staging
 from pipeline.features.event_features import SESSION_GAP_S, TIME_THRESHOLDS, EncoderInputs
 from pipeline.model.hstu import Hstu, HstuLayer
@@ -68,15 +68,17 @@ class FusedForward:
 
 
 class FusedEncoder:
-    """`hstu` on its device, with products in `dtype`.
+    """Implements Encoder on the kernels, with products in `dtype`. On a CPU they need Triton's interpreter."""
 
-    vectors: float32 [items, width] of all items. On a CPU the kernels need Triton's interpreter.
-    """
+    name = "kernels"
 
-    def __init__(self, hstu: Hstu, vectors: Tensor, dtype: torch.dtype, graphs: GraphOptions) -> None:
+    @torch.inference_mode()
+    def __init__(self, hstu: Hstu, table: ItemVectors, dtype: torch.dtype, graphs: GraphOptions) -> None:
         self._hstu = hstu
+        self._table = table
         self._config = hstu.config
-        self._device = vectors.device
+        self.max_events = hstu.config.history_length
+        self._device = table.vectors.device
         self._forward = FusedForward(hstu, dtype)
         self._stage = Staging(self._device)
         like = self._stage(np.zeros(1, np.int32), np.zeros((1, len(hstu.columns)), np.int32), np.zeros(1, np.int32))
@@ -85,10 +87,12 @@ class FusedEncoder:
         self._graphs = BatchGraphs(self._forward, like, graphs.max_users, max_events, graphs.budget_mib << 20)
         longest = self._config.history_length
         self._length_buckets = [longest] if self._config.max_events <= SHORT_LENGTH else [SHORT_LENGTH, longest]
-        self.set_item_vectors(np.arange(len(vectors)), vectors)
+        self.update_items(np.arange(len(table.vectors)))
 
-    def set_item_vectors(self, rows: np.ndarray, vectors: Tensor) -> None:
-        """Take over the vectors of these item rows, int64 [n], from `vectors` [items, width], which holds all items."""
+    @torch.inference_mode()
+    def update_items(self, rows: np.ndarray) -> None:
+        """See Encoder.update_items."""
+        vectors = self._table.vectors
         rotated = self._forward.rotated
         if len(vectors) > len(rotated):
             self._forward.rotated = rotated.new_zeros((int(len(vectors) * GROWTH), self._config.width))
@@ -97,13 +101,15 @@ class FusedEncoder:
         index = torch.from_numpy(rows).to(self._device)
         self._forward.rotated[index] = self._hstu.rotation(vectors[index]).to(rotated.dtype)
 
+    @torch.inference_mode()
     def warm(self) -> int:
         """Capture the graphs of all batch sizes ahead of time and return their number."""
         with device_guard(self._forward.rotated):
             return self._graphs.warm(self._length_buckets)
 
+    @torch.inference_mode()
     def encode(self, inputs: EncoderInputs) -> Tensor:
-        """Return states float32 [n, width]; see Encoder.encode."""
+        """See Encoder.encode."""
         lengths = np.diff(inputs.offsets)
         users = np.flatnonzero(lengths)
         if len(users) == len(lengths) > 0:

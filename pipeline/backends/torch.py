@@ -1,7 +1,8 @@
-"""The encoder in torch: eager float32, the reference of all other backends; on a GPU it can switch to the kernels."""
+"""The model in torch: its weights on a device, and the eager float32 encoder, the reference of all other backends."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,122 +11,75 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pipeline.artifact import Artifact
-from pipeline.backends.encoder import GraphOptions
+from pipeline.backends.encoder import ItemVectors
 from pipeline.errors import ArtifactError, DeviceError
-from pipeline.features.event_features import N_FEATURES, EncoderInputs
-from pipeline.items.content import ItemContent
-from pipeline.items.vocabulary import UNKNOWN
+from pipeline.features.event_features import EncoderInputs
 from pipeline.model.calibration import check_calibration
-from pipeline.model.heads import N_RECENT, HeadContext, RecentEvents, TaskHeads
-from pipeline.model.hstu import Hstu, supports_kernels
+from pipeline.model.heads import TaskHeads
+from pipeline.model.hstu import Hstu
 from pipeline.model.padding import PaddedBlocks
 
-if TYPE_CHECKING:
-    from pipeline.backends.fused import FusedEncoder
 
+@dataclass(slots=True)
+class TorchModel:
+    """An artifact's modules on one device, for inference."""
 
-class TorchEncoder:
-    """HSTU and its heads from an artifact, on one device.
+    hstu: Hstu
+    heads: TaskHeads
+    device: torch.device
 
-    device: torch's name, or 'auto' for CUDA when there is one; threads: > 0 sets torch's threads for the entire process
-    graphs: on a GPU, encode with the kernels, as CUDA graphs of these batches; None: eager torch
-    """
+    @classmethod
+    def from_artifact(cls, artifact: Artifact, device: str = "auto", threads: int = 0) -> "TorchModel":
+        """Load the weights. Raises ArtifactError, DeviceError.
 
-    def __init__(
-        self, artifact: Artifact, device: str = "auto", threads: int = 0, graphs: GraphOptions | None = None
-    ) -> None:
+        device: torch's name, or 'auto' for CUDA when there is one; threads: > 0 sets torch's threads for the process
+        """
         if threads:
             torch.set_num_threads(threads)
         config = artifact.config
-        self.device = resolve_device(device)
+        resolved = resolve_device(device)
         with torch.device("meta"), _SkipInitialisation():  # the artifact's weights replace the parameters
-            self._hstu = Hstu(config)
-            self._heads = TaskHeads(config.items, config.width)
-        for module, name in ((self._hstu, "hstu"), (self._heads, "heads")):
+            hstu = Hstu(config)
+            heads = TaskHeads(config.items, config.width)
+        for module, name in ((hstu, "hstu"), (heads, "heads")):
             _load_weights(module, artifact, name)
-        check_calibration(self._heads.calibration.numpy(), artifact.version)
-        for module in (self._hstu, self._heads):
-            module.eval().requires_grad_(False).to(self.device)
-        self._hstu.items.item_content = artifact.metadata.content()
-        self.max_events = config.history_length
-        self.reads_content = config.content_rows > 0
-        self._vectors = self._hstu.items()
-        self.table = self._hstu.scoring_table(self._vectors)
-        self._fused = self._make_fused_encoder(graphs) if graphs and self.device.type == "cuda" else None
+        check_calibration(heads.calibration.numpy(), artifact.version)
+        for module in (hstu, heads):
+            module.eval().requires_grad_(False).to(resolved)
+        hstu.items.item_content = artifact.metadata.content()
+        return cls(hstu, heads, resolved)
+
+
+class TorchEncoder:
+    """Implements Encoder in eager float32."""
+
+    name = "torch"
+
+    def __init__(self, hstu: Hstu, table: ItemVectors) -> None:
+        self._hstu = hstu
+        self._table = table
+        self.max_events = hstu.config.history_length
 
     @torch.inference_mode()
     def encode(self, inputs: EncoderInputs) -> Tensor:
-        """Return states float32 [n, width]; see Encoder.encode."""
-        if self._fused is not None:
-            return self._fused.encode(inputs)
-        states = torch.zeros(len(inputs), self.table.shape[1], device=self.device)
+        """See Encoder.encode."""
+        vectors = self._table.vectors
+        states = torch.zeros(len(inputs), vectors.shape[1], device=vectors.device)
         ordered, users = inputs.by_length()
         if len(users):
-            item_rows = torch.from_numpy(ordered.item_rows).to(self.device)
-            feature_ids = torch.from_numpy(ordered.feature_ids).to(self.device)
-            rows, sequences = self._hstu.sequences(F.embedding(item_rows, self._vectors), feature_ids, ordered)
-            encoded = self._hstu(rows, PaddedBlocks.from_inputs(sequences, self.device), last=True)
-            states[torch.from_numpy(users).to(self.device)] = encoded
+            item_rows = torch.from_numpy(ordered.item_rows).to(vectors.device)
+            feature_ids = torch.from_numpy(ordered.feature_ids).to(vectors.device)
+            rows, sequences = self._hstu.sequences(F.embedding(item_rows, vectors), feature_ids, ordered)
+            encoded = self._hstu(rows, PaddedBlocks.from_inputs(sequences, vectors.device), last=True)
+            states[torch.from_numpy(users).to(vectors.device)] = encoded
         return states
 
-    @torch.inference_mode()
-    def head_probabilities(
-        self,
-        states: Tensor,
-        inputs: EncoderInputs,
-        visit_frequency: np.ndarray,
-        affinity: np.ndarray,
-        item_rows: np.ndarray,
-    ) -> np.ndarray:
-        """Return calibrated probabilities by labels.TASKS, float32 [n, k, 3], if each item is the user's next.
+    def update_items(self, rows: np.ndarray) -> None:
+        """Do nothing: the table's vectors are read at each call."""
 
-        states: of `encode(inputs)`; item_rows: int32 [n, k]
-        visit_frequency: float32 [n, N_VISIT_FEATURES], affinity: float32 [n, k, N_AFFINITY_FEATURES], both as of each
-        user's newest event
-        """
-        rows = torch.from_numpy(item_rows).to(self.device)
-        context = self._head_context(inputs.tail(N_RECENT), visit_frequency, affinity)
-        logits = self._heads(states, rows, F.embedding(rows, self._vectors), context)
-        return self._heads.probabilities(logits).cpu().numpy()
-
-    @torch.inference_mode()
-    def set_item_vectors(self, rows: np.ndarray, content: ItemContent) -> None:
-        """Set the vectors of items that came after training from their content.
-
-        rows: int64 [n] of the table; rows after its end extend it and leave no gap
-        """
-        n_added = max(0, int(rows.max(initial=0)) + 1 - len(self._vectors))
-        self._vectors = F.pad(self._vectors, (0, 0, 0, n_added))
-        self._vectors[torch.from_numpy(rows).to(self.device)] = self._hstu.items.from_content(content.to(self.device))
-        self.table = self._hstu.scoring_table(self._vectors)
-        if self._fused is not None:
-            self._fused.set_item_vectors(rows, self._vectors)
-
-    @torch.inference_mode()
     def warm(self) -> int:
-        """Capture the CUDA graphs of all batch sizes, so that no batch waits, and return their number; 0 on a CPU."""
-        return 0 if self._fused is None else self._fused.warm()
-
-    @torch.inference_mode()
-    def _make_fused_encoder(self, graphs: GraphOptions) -> "FusedEncoder | None":
-        from pipeline.backends.fused import FusedEncoder  # Triton, which a CPU does not need
-
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-        return FusedEncoder(self._hstu, self._vectors, dtype, graphs) if supports_kernels(self._hstu.config) else None
-
-    def _head_context(self, inputs: EncoderInputs, visit_frequency: np.ndarray, affinity: np.ndarray) -> HeadContext:
-        # One extra row, so that `recent` has a row to point to where a batch has no events.
-        no_features = np.zeros_like(inputs.feature_ids, shape=(1, N_FEATURES))
-        item_rows = torch.from_numpy(np.append(inputs.item_rows, UNKNOWN)).to(self.device)
-        feature_ids = torch.from_numpy(np.concatenate([inputs.feature_ids, no_features])).to(self.device)
-        items = F.embedding(item_rows, self._vectors)
-        return HeadContext(
-            events=self._hstu.event_rows(items, feature_ids),
-            items=items,
-            recent=RecentEvents.from_offsets(inputs.offsets, self.device),
-            visit_frequency=torch.from_numpy(visit_frequency).to(self.device),
-            affinity=torch.from_numpy(affinity).to(self.device),
-        )
+        """Return 0: there is nothing to capture."""
+        return 0
 
 
 class _SkipInitialisation(TorchFunctionMode):

@@ -36,7 +36,7 @@ from pipeline.features.labels import TASKS, compute_log_labels
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import UNKNOWN, Vocabulary
 from pipeline.records import EventSchema, Item
-from pipeline.serving.hstu_strategy import HstuStrategy
+from pipeline.serving.hstu_strategy import HstuStrategy, load_hstu_strategy
 from pipeline.serving.pipeline import PipelineOptions, frozen_counters
 from pipeline.serving.simple_strategy import SimpleStrategy
 from pipeline.types import PositiveInt
@@ -145,7 +145,7 @@ def evaluate(
     catalogue = Catalogue(vocabulary)
     artifact.load_into(catalogue)
     catalogue.upsert(items)
-    hstu = HstuStrategy(artifact, catalogue, options.exclusion, options.device, options.threads, options.rerank)
+    hstu = load_hstu_strategy(artifact, catalogue, options.exclusion, options.device, options.threads, options.rerank)
     model = BusinessMetricsRecorder(hstu, request.k)
     rankers = fit_baselines(artifact, data, options, catalogue if items else None) | {MODEL: model}
     ranks, slates = _rank(rankers, data, request, items)

@@ -12,6 +12,7 @@ from zlib import crc32
 
 import numpy as np
 
+from pipeline.items.change_log import ChangeLog
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import Item, encode_value
 
@@ -49,11 +50,13 @@ class Catalogue:
     """Columns that grow with the vocabulary. One thread writes and reads.
 
     version: number of updates so far; changed_at: int64 [>= tokens], the version that wrote the item's record, 0 = none
+    records: tokens whose item got a record
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
         self.version = 0
+        self.records = ChangeLog()
         self._hashes: list[tuple[np.ndarray, ...]] = []  # by token and field: uint32 hashes
         self._columns = {name: np.zeros(0, dtype) for name, dtype in COLUMN_DTYPES.items()}
 
@@ -66,8 +69,10 @@ class Catalogue:
         for token, item in zip(tokens.tolist(), items, strict=True):
             if token:  # a full vocabulary has none for a new item
                 self._write(token, item)
-        self.version += 1  # last: a reader in another thread that sees the new version sees all of its changes
-        return np.unique(tokens[tokens > 0]).astype(np.int64)
+        self.version += 1
+        written = np.unique(tokens[tokens > 0]).astype(np.int64)
+        self.records.add(written.tolist())  # last: a reader in another thread that sees a change sees its record
+        return written
 
     def delist(self, item_ids: Iterable[str]) -> None:
         """Clear these items' metadata and block them until they get a new record."""
@@ -125,6 +130,14 @@ class Catalogue:
         self.changed_at[tokens] = self.version + 1
         self.vocabulary.relist(self.vocabulary.item_ids[token] for token in tokens.tolist())
         self.version += 1
+        self.records.add(tokens.tolist())
+
+    def recorded_since(self, position: int) -> np.ndarray:
+        """Return the tokens, int64 [n], that got a record after this position of `records`, and have one."""
+        tokens = self.records.since(position)
+        if tokens is None:
+            return np.flatnonzero(self.changed_at)
+        return tokens[self.has_records(tokens)]
 
     def has_records(self, tokens: np.ndarray) -> np.ndarray:
         """Return which of these tokens have a record: bool [n]."""

@@ -15,60 +15,78 @@ NO_ROWS = np.empty(0, np.int64)
 
 
 class RowIndex:
-    """Row r of the table is item_ids[r - 1], row 0 the unknown item. Models come and go while tokens stay."""
+    """Row r of the table is item_ids[r - 1], row 0 the unknown item. Models come and go while tokens stay.
+
+    Every call costs what has changed, not what the table holds; arrays grow by doubling.
+    """
 
     def __init__(self, vocabulary: Vocabulary, item_ids: Sequence[str]) -> None:
         """Index items that the vocabulary has admitted. ArtifactError when it had no token for one of them."""
-        self._tokens = np.array([UNKNOWN, *map(vocabulary.token, item_ids)], np.int32)  # [rows]
+        self._followed = vocabulary.changes.end
+        self._tokens = np.array([UNKNOWN, *map(vocabulary.token, item_ids)], np.int32)  # [>= rows]
         if unassigned := int((self._tokens[1:] == UNKNOWN).sum()):
             raise ArtifactError(
                 f"artifact: {unassigned} of its {len(item_ids)} items have no token: the vocabulary is full;"
                 f" counters.max_items is {vocabulary.max_items}: set it higher and restart"
             )
         self._vocabulary = vocabulary
-        self._trained_rows = len(self._tokens)  # row 0 and the training items'
-        self._hashes = vocabulary.hashes[self._tokens]  # uint64 [rows]
-        self._rows = np.zeros(1, np.int32)  # [tokens + 1], the last one for all later tokens
-        self._has_unassigned = False  # a training item has no token
-        self._synced = (vocabulary.version, 0)
-        self._attach(np.arange(self._trained_rows), self._tokens)
+        self._size = len(self._tokens)
+        self._trained_rows = self._size  # row 0 and the training items'
+        self._hashes = vocabulary.hashes[self._tokens]  # uint64 [>= rows]
+        self._blocked = vocabulary.blocked[self._tokens]  # bool [>= rows]
+        self._rows = np.zeros(1, np.int32)  # [> tokens], the last one for all later tokens
+        self._detached: dict[int, int] = {}  # item hash to row, of training items without a token
+        self._free: list[int] = []  # rows of evicted items that came after training, ascending
+        self._attach(np.arange(self._size), self._tokens)
 
     def __len__(self) -> int:
         """Return the number of rows."""
-        return len(self._tokens)
+        return self._size
 
-    def sync(self) -> np.ndarray:
-        """Detach the rows of evicted items, attach those of items that are back. Returns these rows, int64 [n]."""
-        if self._sync_state() == self._synced:
-            return NO_ROWS
-        changed = np.flatnonzero(self._vocabulary.hashes[self._tokens] != self._hashes)
-        self._rows[self._tokens[changed]] = UNKNOWN
-        self._hashes[changed[changed >= self._trained_rows]] = 0  # a new item's record was cleared at its eviction
-        self._tokens[changed] = self._vocabulary.tokens(self._hashes[changed])
-        self._attach(changed, self._tokens[changed])
-        self._has_unassigned = bool((self._tokens[1 : self._trained_rows] == UNKNOWN).any())
-        self._synced = self._sync_state()
-        return changed
+    def sync(self) -> tuple[np.ndarray, np.ndarray]:
+        """Follow the vocabulary. Returns the rows that got or lost a token, and those (un)blocked, too: int64 [n] each.
+
+        The rows of evicted items are detached, those of items that are back attached; both are ascending.
+        """
+        end = self._vocabulary.changes.end
+        if end == self._followed:
+            return NO_ROWS, NO_ROWS
+        tokens = self._vocabulary.changes.since(self._followed)
+        if tokens is None:
+            tokens = np.arange(len(self._vocabulary))
+        self._followed = end
+        lost = self._detach_evicted(tokens)
+        found = self._attach_returned(tokens)
+        touched = np.unique(np.concatenate([lost, found, self.rows(tokens)])).astype(np.int64)
+        touched = touched[touched != UNKNOWN]
+        is_blocked = self._vocabulary.blocked[self._tokens[touched]]
+        changed = touched[is_blocked != self._blocked[touched]]
+        self._blocked[touched] = is_blocked
+        return np.union1d(lost, found), changed
 
     def allocate(self, tokens: np.ndarray) -> np.ndarray:
         """Return rows, int64 [n], for tokens, int [n], that have none.
 
         Rows of evicted items that came after training are used first, then new ones at the end.
         """
-        free = self._trained_rows + np.flatnonzero(self._tokens[self._trained_rows :] == UNKNOWN)
-        appended = np.arange(len(self), len(self) + max(0, len(tokens) - len(free)))
-        rows = np.concatenate([free, appended])[: len(tokens)]
-        self._tokens = np.append(self._tokens, np.zeros(len(appended), np.int32))
-        self._hashes = np.append(self._hashes, np.zeros(len(appended), np.uint64))
+        reused = self._free[: len(tokens)]
+        del self._free[: len(tokens)]
+        appended = np.arange(self._size, self._size + len(tokens) - len(reused))
+        rows = np.concatenate([np.array(reused, np.int64), appended])
+        self._size += len(appended)
+        self._tokens = grown(self._tokens, self._size)
+        self._hashes = grown(self._hashes, self._size)
+        self._blocked = grown(self._blocked, self._size)
         self._tokens[rows] = tokens
         self._hashes[rows] = self._vocabulary.hashes[tokens]
+        self._blocked[rows] = self._vocabulary.blocked[tokens]
         self._attach(rows, tokens)
         return rows
 
     @property
-    def blocked_rows(self) -> np.ndarray:
-        """Rows that must not be recommended: row 0, those of delisted items and detached ones: int64."""
-        return np.flatnonzero(self._vocabulary.blocked[self._tokens])
+    def blocked(self) -> np.ndarray:
+        """Which rows must not be recommended, row 0, those of delisted items and detached ones: bool [rows]."""
+        return self._blocked[: self._size]
 
     def rows(self, tokens: np.ndarray) -> np.ndarray:
         """Return the rows of tokens, 0 for an item that the model does not have: int32 of the tokens' shape."""
@@ -78,12 +96,39 @@ class RowIndex:
         """Return the tokens of rows: int32 of the rows' shape."""
         return self._tokens[rows]
 
-    def _sync_state(self) -> tuple[int, int]:
-        return self._vocabulary.version, self._vocabulary.admitted_count if self._has_unassigned else 0
+    def _detach_evicted(self, tokens: np.ndarray) -> np.ndarray:
+        """Detach the rows whose items have lost one of these tokens; return them, int64 [n]."""
+        rows = self.rows(tokens).astype(np.int64)
+        lost = rows[(rows != UNKNOWN) & (self._hashes[rows] != self._vocabulary.hashes[tokens])]
+        self._rows[self._tokens[lost]] = UNKNOWN
+        self._tokens[lost] = UNKNOWN
+        is_trained = lost < self._trained_rows
+        trained = lost[is_trained]
+        self._detached |= zip(self._hashes[trained].tolist(), trained.tolist(), strict=True)
+        self._free = sorted([*self._free, *lost[~is_trained].tolist()])  # a new item's record went with its token
+        return lost
+
+    def _attach_returned(self, tokens: np.ndarray) -> np.ndarray:
+        """Attach the detached rows whose items have one of these tokens now; return them, int64 [n]."""
+        if not self._detached:
+            return NO_ROWS
+        hashes = self._vocabulary.hashes[tokens].tolist()
+        is_back = np.array([key in self._detached for key in hashes], bool)
+        rows = np.array([self._detached.pop(key) for key in hashes if key in self._detached], np.int64)
+        self._tokens[rows] = tokens[is_back]
+        self._attach(rows, self._tokens[rows])
+        return rows
 
     def _attach(self, rows: np.ndarray, tokens: np.ndarray) -> None:
-        size = int(tokens.max(initial=0)) + 2
-        if size > len(self._rows):
-            self._rows = np.append(self._rows, np.zeros(size - len(self._rows), np.int32))
+        self._rows = grown(self._rows, int(tokens.max(initial=0)) + 2)
         self._rows[tokens] = rows
         self._rows[UNKNOWN] = UNKNOWN
+
+
+def grown(array: np.ndarray, size: int) -> np.ndarray:
+    """Return the array, or where it is smaller than `size` a copy of at least double its length, zeros at its end."""
+    if size <= len(array):
+        return array
+    larger = np.zeros((max(size, 2 * len(array)), *array.shape[1:]), array.dtype)
+    larger[: len(array)] = array
+    return larger

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from pipeline.items.change_log import ChangeLog
 from pipeline.items.hash_index import HashIndex
 from pipeline.records import item_hash
 
@@ -36,6 +37,7 @@ class Vocabulary:
     item_ids: by token, "" for a free token; max_items: the most items with tokens at a time
     admitted_count, evicted_count, rejected_count: how often an item got a token, lost it, or found no free one
     version: grows when anything is delisted, relisted or evicted; pinned: another thread holds tokens
+    changes: tokens that were given to an item, taken from it, blocked or unblocked
     """
 
     def __init__(self, item_ids: Iterable[str] = (), max_items: int = 1_000_000) -> None:
@@ -46,6 +48,7 @@ class Vocabulary:
         self.rejected_count = 0
         self.version = 0
         self.pinned = False
+        self.changes = ChangeLog()
         self._tokens: dict[str, int] = {}
         self._index = HashIndex()
         self._free: list[int] = []
@@ -113,7 +116,9 @@ class Vocabulary:
         for item_id in item_ids:
             self._delisted.pop(item_id, None)
             self._delisted[item_id] = self.version + 1
-            self.blocked[self.token(item_id)] = True
+            token = self.token(item_id)
+            self.blocked[token] = True
+            self.changes.add([token])
         while len(self._delisted) > self.max_items:
             del self._delisted[next(iter(self._delisted))]
         self.version += 1  # last: a reader that sees the new version sees all of its changes
@@ -122,7 +127,9 @@ class Vocabulary:
         """Unblock those of these items that are delisted."""
         relisted = [item_id for item_id in item_ids if self._delisted.pop(item_id, None)]
         if relisted:
-            self.blocked[[token for token in map(self.token, relisted) if token]] = False
+            tokens = [token for token in map(self.token, relisted) if token]
+            self.blocked[tokens] = False
+            self.changes.add(tokens)
             self.version += 1
 
     def delisted_since(self, version: int) -> list[str]:
@@ -142,6 +149,7 @@ class Vocabulary:
         evicted = {"hash": 0, "admitted_at": 0, "last_seen": 0, "evicted_at": self.version, "blocked": True}
         for name, value in evicted.items():
             self._columns[name][tokens] = value
+        self.changes.add(tokens.tolist())
 
     def evicted_since(self, version: int) -> np.ndarray:
         """Return the tokens that lost their item after that version, some of which may have a new one: int64."""
@@ -160,6 +168,7 @@ class Vocabulary:
         self.blocked[token] = item_id in self._delisted
         self._tokens[item_id] = token
         self._index.insert(key, token)
+        self.changes.add([token])
         return token
 
     def _new_token(self) -> int:

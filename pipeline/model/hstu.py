@@ -217,7 +217,7 @@ class Hstu(nn.Module):
 
     def scoring_table(self, vectors: Tensor) -> Tensor:
         """Return the items' unit vectors [n, width] over the temperature: a state's dot products with them are logits
-        within +-1/temperature."""
+        within +-1/temperature. Serving divides the states instead, which are fewer."""
         return vectors / self.config.temperature
 
     def _feature_mask(self, feature_ids: Tensor) -> Tensor | None:

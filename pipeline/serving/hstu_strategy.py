@@ -9,20 +9,21 @@ import torch
 from torch import Tensor
 
 from pipeline.artifact import Artifact
-from pipeline.backends.encoder import GraphOptions
-from pipeline.backends.torch import TorchEncoder
-from pipeline.errors import DeviceError
+from pipeline.backends.encoder import Encoder, GraphOptions
+from pipeline.backends.head_scorer import HeadScorer
+from pipeline.backends.item_table import ItemTable
+from pipeline.backends.torch import TorchEncoder, TorchModel
 from pipeline.features.affinity import AffinityIndex
 from pipeline.features.event_features import EncoderInputs, encoder_inputs
 from pipeline.features.labels import engaged
 from pipeline.features.visit_frequency import latest_visit_frequency
-from pipeline.items.catalogue import Catalogue, ItemFacts
-from pipeline.items.row_index import RowIndex
+from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import UNKNOWN
-from pipeline.records import Histories
+from pipeline.model.hstu import Hstu, supports_kernels
+from pipeline.records import EventSchema, Histories
 from pipeline.serving.exclusion import Exclusion
-from pipeline.serving.rerank import RerankWeights, blend_scores, log_item_values
-from pipeline.serving.retrieval import make_retrieval
+from pipeline.serving.rerank import RerankWeights, blend_scores, log_item_values, median_value
+from pipeline.serving.retrieval import FusedRetrieval, Retrieval, make_retrieval
 from pipeline.serving.strategy import RankedItems
 from pipeline.serving.warm_up import synthetic_histories, warm_up_lengths
 
@@ -64,61 +65,44 @@ class HstuStrategy:
 
     def __init__(
         self,
-        artifact: Artifact,
-        catalogue: Catalogue,
+        table: ItemTable,
+        encoder: Encoder,
+        heads: HeadScorer,
+        retrieval: Retrieval | FusedRetrieval,
+        popular_rows: np.ndarray,
+        schema: EventSchema,
         exclusion: Exclusion,
-        device: str = "auto",
-        threads: int = 0,
         rerank: RerankWeights = NOT_RERANKED,
-        graphs: GraphOptions | None = None,
     ) -> None:
-        """Load the artifact's model on the device.
-
-        catalogue: its vocabulary has the artifact's items, in any order; other items are used if they have records.
-        graphs: on a GPU, encode and retrieve with the kernels; None: torch, in float32.
-
-        Raises ArtifactError when the vocabulary lacks one of the artifact's items.
-        """
-        self._encoder = TorchEncoder(artifact, device, threads, graphs)
-        self._graphs = graphs
-        self._retrieval = make_retrieval(self._encoder.table, fused=graphs is not None)
-        self._catalogue = catalogue
-        self._vocabulary = catalogue.vocabulary
+        """Rank by these parts, which share the table. popular_rows: int [n], the training items, most popular first"""
+        self._table = table
+        self._encoder = encoder
+        self._heads = heads
+        self._retrieval = retrieval
+        self._popular_rows = popular_rows
+        self._median_value = median_value(table.values)
+        self._schema = schema
         self._exclusion = exclusion
-        self._row_index = RowIndex(catalogue.vocabulary, artifact.item_ids)
-        self._metadata = artifact.metadata
-        self._n_trained = len(self._row_index)  # rows from this one on are of items that came after training
-        self._synced_version = 0  # of the catalogue
-        popular = np.argsort(-artifact.counters["popularity"], kind="stable")
-        self._popular_rows = self._rows_of_hashes(artifact.counters["items"][popular])
         self._rerank_weights = rerank
-        self._schema = artifact.manifest.schema
-        self._set_values(self._trained_values(artifact))
-        self._block_rows()
+        retrieval.block(table.blocked_rows)
 
     @property
     def max_events(self) -> int:
         """Number of newest events that the model reads."""
         return self._encoder.max_events
 
-    def warm(self, item_ids: Sequence[str]) -> int:
+    @property
+    def on_gpu(self) -> bool:
+        return self._table.vectors.is_cuda
+
+    def warm(self, item_ids: Sequence[str], graphs: GraphOptions) -> int:
         """Capture the CUDA graphs and compile every kernel, so that no batch waits; return the number of graphs.
 
-        It ranks synthetic histories of these items in batches of all sizes. On a CPU, or without graphs, it does
-        nothing. Raises DeviceError when the kernels do not run.
+        It ranks synthetic histories of these items in batches of all sizes up to the graphs' limits.
         """
-        if self._graphs is None or self._encoder.device.type != "cuda":
-            return 0
-        try:
-            n_graphs = self._encoder.warm()
-            for lengths in warm_up_lengths(self._graphs.max_users, self.max_events):
-                self.rank(synthetic_histories(item_ids, lengths), self._graphs.slate_size)
-        except Exception as error:  # from a compiler, a driver, or for lack of memory
-            reason = str(error).partition("\n")[0]
-            raise DeviceError(
-                f"pipeline.device '{self._encoder.device}': the kernels do not run on this card: {reason}; set"
-                " pipeline.custom_kernels = false, or less pipeline.cuda_graph_mib if its memory is too small"
-            ) from error
+        n_graphs = self._encoder.warm()
+        for lengths in warm_up_lengths(graphs.max_users, self.max_events):
+            self.rank(synthetic_histories(item_ids, lengths), graphs.slate_size)
         return n_graphs
 
     def rank(self, histories: Histories, k: int) -> RankedItems:
@@ -143,11 +127,9 @@ class HstuStrategy:
         """
         features = self._extract_features(histories)
         states = self._encoder.encode(features.recent)
-        rows = self._row_index.rows(tokens)
-        items = self._encoder.table[torch.from_numpy(rows).to(self._encoder.device)]
-        logits = torch.einsum("nd,ncd->nc", states, items).cpu().numpy()
-        scores = np.where(rows > UNKNOWN, logits, -np.inf)
-        popularity_ranks = np.full(len(self._encoder.table), len(self._popular_rows))
+        rows = self._table.rows(tokens)
+        scores = np.where(rows > UNKNOWN, self._retrieval.scores(states, rows), -np.inf)
+        popularity_ranks = np.full(len(self._table), len(self._popular_rows))
         popularity_ranks[self._popular_rows] = np.arange(len(self._popular_rows))
         scores[features.is_empty] = -popularity_ranks[rows[features.is_empty]]
         return scores.astype(np.float32)
@@ -156,13 +138,12 @@ class HstuStrategy:
         """Return the heads' probabilities float32 [n, k, 3] if each item (tokens int32 [n, k]) is the user's next."""
         features = self._extract_features(histories)
         states = self._encoder.encode(features.recent)
-        return self._predict_heads(features, states, self._row_index.rows(tokens))
+        return self._predict_heads(features, states, self._table.rows(tokens))
 
     def _extract_features(self, histories: Histories) -> _Features:
         self._sync_items()
-        tokens = self._vocabulary.tokens(histories.items)
-        item_rows = self._row_index.rows(tokens)
-        full = encoder_inputs(histories, item_rows, len(self._encoder.table), self._catalogue.facts(tokens))
+        tokens, facts = self._table.look_up(histories.items)
+        full = encoder_inputs(histories, self._table.rows(tokens), len(self._table), facts)
         return _Features(histories, full, full.tail(self.max_events), histories.lengths == 0)
 
     def _retrieve(self, features: _Features, states: Tensor, k: int) -> _Candidates:
@@ -174,94 +155,95 @@ class HstuStrategy:
         empty = features.is_empty
         if not empty.any():
             return _Candidates(rows, scores, "hstu")
-        popular = self._recommendable_popular[: rows.shape[1]]
+        popular = self._popular(rows.shape[1])
         rows[empty] = UNKNOWN
         rows[empty, : len(popular)] = popular
         scores[empty] = 0.0
         return _Candidates(rows, scores, np.where(empty[:, None], "popular", np.full(rows.shape, "hstu")))
+
+    def _popular(self, k: int) -> np.ndarray:
+        """Return the k most popular rows that may be recommended, fewer where there are none left."""
+        blocked = self._table.blocked
+        examined = k
+        while True:
+            rows = self._popular_rows[:examined]
+            rows = rows[~blocked[rows]]
+            if len(rows) >= k or examined >= len(self._popular_rows):
+                return rows[:k]
+            examined *= 2
 
     def _predict_heads(self, features: _Features, states: Tensor, rows: np.ndarray) -> np.ndarray:
         """Return probabilities float32 [n, k, 3] of item rows int32 [n, k]."""
         histories = features.histories
         item_rows = features.full.item_rows
         index = AffinityIndex.from_histories(
-            histories, item_rows, self._facts(item_rows), engaged(histories, self._schema)
+            histories, item_rows, self._table.facts(item_rows), engaged(histories, self._schema)
         )
-        affinity = index.latest(rows, self._facts(rows.ravel()))
+        affinity = index.latest(rows, self._table.facts(rows.ravel()))
         visit_frequency = latest_visit_frequency(histories)
-        return self._encoder.head_probabilities(states, features.recent, visit_frequency, affinity, rows)
+        return self._heads.probabilities(states, features.recent, visit_frequency, affinity, rows)
 
     def _rerank(self, features: _Features, candidates: _Candidates, probabilities: np.ndarray) -> RankedItems:
         """Order the candidates by the rerank weights; popular items of users without events keep their order."""
         rows = candidates.rows
         scores = candidates.scores
         if self._rerank_weights.enabled:
-            blended = blend_scores(scores, probabilities, self._log_values[rows], self._rerank_weights)
+            log_values = log_item_values(self._table.values[rows], self._median_value)
+            blended = blend_scores(scores, probabilities, log_values, self._rerank_weights)
             scores = np.where(features.is_empty[:, None], scores, blended)
             order = np.argsort(-scores, axis=1, kind="stable")
             rows = np.take_along_axis(rows, order, axis=1)
             scores = np.take_along_axis(scores, order, axis=1)
             probabilities = np.take_along_axis(probabilities, order[..., None], axis=1)
-        tokens = self._row_index.tokens(rows)
-        return RankedItems(tokens, scores, probabilities, candidates.source, values=self._values[rows])
+        tokens = self._table.tokens(rows)
+        return RankedItems(tokens, scores, probabilities, candidates.source, values=self._table.values[rows])
 
     def _sync_items(self) -> None:
         """Apply the catalogue's and the vocabulary's changes since the last batch."""
-        moved_rows = self._row_index.sync()
-        version = self._catalogue.version
-        if version != self._synced_version and self._encoder.reads_content:
-            self._add_item_vectors(np.flatnonzero(self._catalogue.changed_at > self._synced_version))
-        self._synced_version = version
-        if moved_rows.size:
-            is_readmitted = self._row_index.tokens(moved_rows) != UNKNOWN
-            self._restore_facts(moved_rows[(moved_rows < self._n_trained) & is_readmitted])
-        if moved_rows.size or self._blocked_version != self._vocabulary.version:
-            self._block_rows()
+        change = self._table.sync()
+        if change.rewritten.size:
+            self._encoder.update_items(change.rewritten)
+            self._retrieval.set_vectors(self._table.vectors, change.rewritten)
+        if change.blocked:
+            self._retrieval.block(self._table.blocked_rows)
 
-    def _restore_facts(self, rows: np.ndarray) -> None:
-        """Restore the artifact's metadata of readmitted training items (rows int64 [n]) until they have a record."""
-        facts = {name: column[rows - 1] for name, column in self._metadata.facts.items()}
-        self._catalogue.restore_facts(self._row_index.tokens(rows), facts)
 
-    def _add_item_vectors(self, tokens: np.ndarray) -> None:
-        """Compute vectors of items with new records (tokens int64 [n]) that came after training.
+def load_hstu_strategy(
+    artifact: Artifact,
+    catalogue: Catalogue,
+    exclusion: Exclusion,
+    device: str = "auto",
+    threads: int = 0,
+    rerank: RerankWeights = NOT_RERANKED,
+    graphs: GraphOptions | None = None,
+) -> HstuStrategy:
+    """Load the artifact's model on the device.
 
-        A vector is a function of the artifact and the newest record, whatever came before.
-        """
-        rows = self._row_index.rows(tokens).astype(np.int64)
-        is_new = rows == UNKNOWN
-        rows[is_new] = self._row_index.allocate(tokens[is_new])
-        came_after_training = rows >= self._n_trained
-        if not came_after_training.any():
-            return
-        content = self._metadata.new_item_content(self._catalogue, tokens[came_after_training])
-        self._encoder.set_item_vectors(rows[came_after_training], content)
-        self._retrieval = make_retrieval(self._encoder.table, fused=self._graphs is not None)
-        self._set_values(np.append(self._values, np.zeros(len(self._row_index) - len(self._values), np.float32)))
-        self._block_rows()
+    catalogue: its vocabulary has the artifact's items, in any order; other items are used if they have records.
+    graphs: on a GPU, encode and retrieve with the kernels; None: torch, in float32.
 
-    def _block_rows(self) -> None:
-        """Keep delisted and evicted items out of retrieval and out of the popular items."""
-        self._blocked_version = self._vocabulary.version
-        blocked = self._row_index.blocked_rows
-        self._retrieval.block(blocked)
-        self._recommendable_popular = self._popular_rows[~np.isin(self._popular_rows, blocked)]
+    Raises ArtifactError when the vocabulary lacks one of the artifact's items, DeviceError.
+    """
+    model = TorchModel.from_artifact(artifact, device, threads)
+    table = ItemTable(artifact, catalogue, model.hstu.items, model.device)
+    popular = np.argsort(-artifact.counters["popularity"], kind="stable")
+    return HstuStrategy(
+        table,
+        _make_encoder(model.hstu, table, graphs),
+        HeadScorer(model.hstu, model.heads, table),
+        make_retrieval(table.vectors, artifact.config.temperature, fused=graphs is not None),
+        table.rows_of_hashes(artifact.counters["items"][popular]),
+        artifact.manifest.schema,
+        exclusion,
+        rerank,
+    )
 
-    def _set_values(self, values: np.ndarray) -> None:
-        """Set the items' values, float32 [rows of the table], 0 = unknown."""
-        self._values = values
-        self._log_values = log_item_values(values)
 
-    def _trained_values(self, artifact: Artifact) -> np.ndarray:
-        """Return the artifact's item values, float32 [rows of the table]."""
-        values = np.zeros(len(self._encoder.table), np.float32)
-        values[self._rows_of_hashes(artifact.counters["items"])] = artifact.counters["values"]
-        values[UNKNOWN] = 0
-        return values
+def _make_encoder(hstu: Hstu, table: ItemTable, graphs: GraphOptions | None) -> Encoder:
+    """Return the kernels' encoder where they are wanted, on a GPU, and support the model; else torch's."""
+    if graphs is None or not table.vectors.is_cuda or not supports_kernels(hstu.config):
+        return TorchEncoder(hstu, table)
+    from pipeline.backends.fused import FusedEncoder  # Triton, which a CPU does not need
 
-    def _rows_of_hashes(self, hashes: np.ndarray) -> np.ndarray:
-        """Return the rows of the item table, int32 [n], of item hashes, uint64 [n]."""
-        return self._row_index.rows(self._vocabulary.tokens(hashes))
-
-    def _facts(self, rows: np.ndarray) -> ItemFacts:
-        return self._catalogue.facts(self._row_index.tokens(rows))
+    dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return FusedEncoder(hstu, table, dtype, graphs)

@@ -18,6 +18,7 @@ import numpy as np
 
 from pipeline.backends.encoder import GraphOptions
 from pipeline.counters.counters import Counters
+from pipeline.errors import DeviceError
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import Event, EventSchema, Histories, Item, SlateItem
@@ -217,9 +218,9 @@ def load_strategy(artifact: "Artifact", catalogue: Catalogue, options: PipelineO
 
     ArtifactError when the vocabulary lacks one of them; DeviceError when the kernels do not run.
     """
-    from pipeline.serving.hstu_strategy import HstuStrategy
+    from pipeline.serving.hstu_strategy import load_hstu_strategy
 
-    strategy = HstuStrategy(
+    strategy = load_hstu_strategy(
         artifact,
         catalogue,
         options.exclusion,
@@ -228,7 +229,16 @@ def load_strategy(artifact: "Artifact", catalogue: Catalogue, options: PipelineO
         rerank=options.rerank,
         graphs=options.graphs,
     )
-    strategy.warm(artifact.item_ids)
+    if options.graphs is None or not strategy.on_gpu:
+        return strategy
+    try:
+        strategy.warm(artifact.item_ids, options.graphs)
+    except Exception as error:  # from a compiler, a driver, or for lack of memory
+        reason = str(error).partition("\n")[0]
+        raise DeviceError(
+            f"pipeline.device '{options.device}': the kernels do not run on this card: {reason}; set"
+            " pipeline.custom_kernels = false, or less pipeline.cuda_graph_mib if its memory is too small"
+        ) from error
     return strategy
 
 

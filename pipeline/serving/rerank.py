@@ -49,8 +49,12 @@ def blend_scores(
     return (scores + task_scores + np.float32(weights.value) * log_values).astype(np.float32)
 
 
-def log_item_values(values: np.ndarray) -> np.ndarray:
-    """Return the logarithms of all items' values, float32 [items]; an unknown value, 0, counts as the median."""
+def median_value(values: np.ndarray) -> float:
+    """Return the median of the known values of all items, float [items], 0 = unknown; 1 when none is known."""
     known = values[values > 0]
-    median = np.median(known) if known.size else 1.0
+    return float(np.median(known)) if known.size else 1.0
+
+
+def log_item_values(values: np.ndarray, median: float) -> np.ndarray:
+    """Return the logarithms of items' values, float32 of their shape; an unknown value, 0, counts as the median."""
     return np.log(np.where(values > 0, values, median)).astype(np.float32)

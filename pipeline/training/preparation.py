@@ -25,7 +25,7 @@ from pipeline.items.metadata import ItemMetadata
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.model.config import HstuConfig
 from pipeline.records import Item
-from pipeline.serving.hstu_strategy import HstuStrategy
+from pipeline.serving.hstu_strategy import HstuStrategy, load_hstu_strategy
 from pipeline.serving.pipeline import PipelineOptions, new_counters
 from pipeline.training.batches import TrainingColumns
 from pipeline.training.distributed import SINGLE_PROCESS, ProcessGroup
@@ -145,7 +145,7 @@ class TrainingSetup:
         """Return the model with these weights as it will serve."""
         options = self.pipeline
         artifact = self.artifact(weights, self.fit)
-        return HstuStrategy(artifact, self.catalogue, options.exclusion, options.device, options.threads)
+        return load_hstu_strategy(artifact, self.catalogue, options.exclusion, options.device, options.threads)
 
 
 def prepare(

@@ -28,7 +28,7 @@ from pipeline.evaluation.ranking import HeldOutEvents, Recommender, recommend_sl
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.model.config import HstuConfig
-from pipeline.serving.hstu_strategy import HstuStrategy
+from pipeline.serving.hstu_strategy import load_hstu_strategy
 from pipeline.serving.pipeline import PipelineOptions
 from pipeline.simulation.closed_loop import warm_up
 from pipeline.simulation.simulator import Simulator
@@ -105,7 +105,7 @@ def hstu(setting: Setting, seed: int) -> dict[str, Cell]:
     with TemporaryDirectory(prefix="millrace-cold-") as folder:
         train(bench.log, Path(folder) / "artifact", options, bench.pipeline, SilentCallback(), "", items=bench.items)
         artifact = artifacts.load(Path(folder) / "artifact")
-    strategy = HstuStrategy(artifact, bench.catalogue, bench.pipeline.exclusion, setting.device)
+    strategy = load_hstu_strategy(artifact, bench.catalogue, bench.pipeline.exclusion, setting.device)
     return {"model": "hstu", "seed": seed, "recall50": bench.recall(strategy), "events": len(bench.cold)}
 
 

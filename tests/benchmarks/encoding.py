@@ -14,8 +14,12 @@ from msgspec.structs import replace
 
 from pipeline import artifact as artifacts
 from pipeline.backends.encoder import GraphOptions
-from pipeline.backends.torch import TorchEncoder
+from pipeline.backends.fused import FusedEncoder
+from pipeline.backends.item_table import ItemTable
+from pipeline.backends.torch import TorchEncoder, TorchModel
 from pipeline.features.event_features import N_FEATURE_IDS, N_FEATURES, EncoderInputs
+from pipeline.items.catalogue import Catalogue
+from pipeline.items.vocabulary import Vocabulary
 from pipeline.model.config import PRESETS
 from pipeline.records import EventSchema
 from pipeline.training.multi_task_model import MultiTaskModel
@@ -51,9 +55,11 @@ def make_inputs(users: int) -> EncoderInputs:
 
 def measure(preset: str) -> list[Row]:
     artifact = make_artifact(preset)
-    eager = TorchEncoder(artifact, "cuda")
-    kernels = TorchEncoder(artifact, "cuda", graphs=GraphOptions(budget_mib=0))
-    graphs = TorchEncoder(artifact, "cuda", graphs=GraphOptions(max(USERS), MAX_EVENTS))
+    model = TorchModel.from_artifact(artifact, "cuda")
+    table = ItemTable(artifact, Catalogue(Vocabulary(artifact.item_ids)), model.hstu.items, model.device)
+    eager = TorchEncoder(model.hstu, table)
+    kernels = FusedEncoder(model.hstu, table, torch.bfloat16, GraphOptions(budget_mib=0))
+    graphs = FusedEncoder(model.hstu, table, torch.bfloat16, GraphOptions(max(USERS), MAX_EVENTS))
     start = time.perf_counter()
     captured = graphs.warm()
     capture_ms = 1e3 * (time.perf_counter() - start)

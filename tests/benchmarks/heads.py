@@ -42,7 +42,7 @@ from pipeline.items.vocabulary import Vocabulary
 from pipeline.model.calibration import IDENTITY
 from pipeline.model.config import HstuConfig
 from pipeline.records import EventSchema
-from pipeline.serving.hstu_strategy import HstuStrategy
+from pipeline.serving.hstu_strategy import HstuStrategy, load_hstu_strategy
 from pipeline.serving.pipeline import PipelineOptions
 from pipeline.serving.rerank import RerankWeights
 from pipeline.simulation.closed_loop import TRUTHS, ClosedLoopMetrics, PolicyUnderTest, run, warm_up
@@ -132,7 +132,7 @@ class Bench:
 
     def strategy(self, artifact: Artifact, rerank: RerankWeights = RERANKS["off"]) -> HstuStrategy:
         options = self.pipeline
-        return HstuStrategy(artifact, self.catalogue, options.exclusion, options.device, options.threads, rerank)
+        return load_hstu_strategy(artifact, self.catalogue, options.exclusion, options.device, options.threads, rerank)
 
     @cached_property
     def scored(self) -> HeldOutEvents:

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from pipeline import artifact as artifacts
 from pipeline.artifact import COUNTERS, MANIFEST, VOCABULARY, WEIGHTS, Artifact
-from pipeline.backends.torch import TorchEncoder
+from pipeline.backends.torch import TorchModel
 from pipeline.errors import ArtifactError
 from pipeline.model.config import HstuConfig
 from pipeline.records import EventSchema
@@ -116,7 +116,7 @@ def test_weights_that_do_not_fit_the_config_are_an_artifact_error() -> None:
     weights = {name: weight for name, weight in draft.weights.items() if "rotation" not in name}
     incomplete = artifacts.draft(CONFIG, EventSchema(), weights, ITEM_IDS, draft.counters)
     with pytest.raises(ArtifactError, match=r"its weights do not fit its config: .*rotation"):
-        TorchEncoder(incomplete, "cpu")
+        TorchModel.from_artifact(incomplete, "cpu")
 
 
 def test_saving_again_replaces_the_old_artifact_and_leaves_nothing_else(tmp_path: Path) -> None:

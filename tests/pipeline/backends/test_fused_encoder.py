@@ -3,6 +3,7 @@
 import gc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -46,8 +47,15 @@ def make_model(config: HstuConfig) -> Hstu:
     return hstu.eval().requires_grad_(False).to(DEVICE)
 
 
+@dataclass
+class Items:
+    """Implements ItemVectors."""
+
+    vectors: Tensor
+
+
 def make_encoder(hstu: Hstu, graphs: GraphOptions = GRAPHS, dtype: torch.dtype = torch.float32) -> FusedEncoder:
-    return FusedEncoder(hstu, hstu.items(), dtype, graphs)
+    return FusedEncoder(hstu, Items(hstu.items()), dtype, graphs)
 
 
 def make_inputs(lengths: list[int], seed: int = 0) -> EncoderInputs:
@@ -124,14 +132,16 @@ def test_batches_of_changing_sizes_equal_torch() -> None:
 def test_new_item_vectors_are_encoded_from_then_on(added: int) -> None:
     hstu = make_model(CONFIG)
     inputs = make_inputs(LENGTHS)
-    encoder = make_encoder(hstu)
+    items = Items(hstu.items())
+    encoder = FusedEncoder(hstu, items, torch.float32, GRAPHS)
     encoder.warm()
     before = encoder.encode(inputs)
     vectors = torch.cat([hstu.items(), torch.randn(added, CONFIG.width, device=DEVICE)])
     rows = np.array([5, len(vectors) - 1])
     vectors[torch.from_numpy(rows).to(DEVICE)] = F.normalize(torch.randn(2, CONFIG.width, device=DEVICE))
     inputs.item_rows[::3] = rows[1]
-    encoder.set_item_vectors(rows, vectors)
+    items.vectors = vectors
+    encoder.update_items(rows if added == 0 else np.append(rows, np.arange(CONFIG.items, len(vectors))))
     after = encoder.encode(inputs)
     torch.testing.assert_close(after, encode_in_torch(hstu, vectors, inputs), rtol=1e-3, atol=1e-4)
     assert not torch.allclose(before, after, atol=1e-2)

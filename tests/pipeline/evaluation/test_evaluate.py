@@ -16,7 +16,7 @@ from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.model.config import HstuConfig
 from pipeline.records import Event, EventSchema, Histories, Item
-from pipeline.serving.hstu_strategy import HstuStrategy
+from pipeline.serving.hstu_strategy import load_hstu_strategy
 from pipeline.serving.pipeline import Pipeline, PipelineOptions, new_counters
 from pipeline.training.multi_task_model import MultiTaskModel
 
@@ -123,7 +123,7 @@ def test_leave_last_out_scores_each_event_from_all_events_before_it(model: Artif
 
 def test_model_scores_order_items_as_its_slates_do(model: Artifact) -> None:
     vocabulary = Vocabulary([*model.item_ids, "new"])
-    strategy = HstuStrategy(model, Catalogue(vocabulary), OPTIONS.exclusion, "cpu", 1)
+    strategy = load_hstu_strategy(model, Catalogue(vocabulary), OPTIONS.exclusion, "cpu", 1)
     histories = Histories.from_events([EVENTS[:9], [], EVENTS[20:21]], SCHEMA)
     slates = strategy.rank(histories, len(model.item_ids)).tokens
     scores = strategy.scores(histories, slates)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.backends.head_scorer import HeadScorer
 from pipeline.backends.torch import TorchEncoder
 from pipeline.features.event_features import FEATURE_COLUMNS, EncoderInputs, encoder_inputs
 from pipeline.features.visit_frequency import visit_frequency
@@ -35,20 +36,20 @@ def served(setup: TrainingSetup, monkeypatch: pytest.MonkeyPatch) -> tuple[Encod
     encoder_calls: list[EncoderInputs] = []
     heads_calls: list[np.ndarray] = []
     encode = TorchEncoder.encode
-    heads = TorchEncoder.head_probabilities
+    heads = HeadScorer.probabilities
 
     def spy_encode(encoder: TorchEncoder, inputs: EncoderInputs) -> Tensor:
         encoder_calls.append(inputs)
         return encode(encoder, inputs)
 
     def spy_heads(
-        encoder: TorchEncoder, states: Tensor, inputs: EncoderInputs, visit_frequency: np.ndarray, *rest
+        scorer: HeadScorer, states: Tensor, inputs: EncoderInputs, visit_frequency: np.ndarray, *rest
     ) -> np.ndarray:
         heads_calls.append(visit_frequency)
-        return heads(encoder, states, inputs, visit_frequency, *rest)
+        return heads(scorer, states, inputs, visit_frequency, *rest)
 
     monkeypatch.setattr(TorchEncoder, "encode", spy_encode)
-    monkeypatch.setattr(TorchEncoder, "head_probabilities", spy_heads)
+    monkeypatch.setattr(HeadScorer, "probabilities", spy_heads)
     torch.manual_seed(0)
     strategy = setup.ranker(setup.trainer(setup.fit, 1).weights())
     strategy.rank(setup.train.histories, 5)

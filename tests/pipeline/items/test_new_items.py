@@ -8,7 +8,7 @@ from pipeline.data.sequences import UserSequences
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import Event, EventSchema, Histories, Item, encode_value
-from pipeline.serving.hstu_strategy import HstuStrategy
+from pipeline.serving.hstu_strategy import HstuStrategy, load_hstu_strategy
 from pipeline.serving.pipeline import PipelineOptions
 from pipeline.serving.rerank import RerankWeights
 from pipeline.training.batches import TrainingColumns, make_batch
@@ -33,7 +33,7 @@ def load(model: Artifact, rerank: RerankWeights | None = None) -> tuple[HstuStra
     catalogue = Catalogue(Vocabulary(IDS))
     model.load_into(catalogue)
     exclusion = PipelineOptions().exclusion
-    return HstuStrategy(model, catalogue, exclusion, "cpu", 1, rerank or RerankWeights()), catalogue
+    return load_hstu_strategy(model, catalogue, exclusion, "cpu", 1, rerank or RerankWeights()), catalogue
 
 
 def new_item_probabilities(strategy: HstuStrategy, catalogue: Catalogue) -> np.ndarray:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from kernels.hierarchical_sequence_fusion.reference import hierarchical_sequence_fusion
 from pipeline import artifact as artifacts
-from pipeline.backends.torch import TorchEncoder
+from pipeline.backends.item_table import ItemTable
+from pipeline.backends.torch import TorchEncoder, TorchModel
 from pipeline.data.sequences import UserSequences
 from pipeline.evaluation.evaluate import EvaluationOptions, evaluate
 from pipeline.features.event_features import N_FEATURE_IDS, SESSION_GAP_S, EncoderInputs, encoder_inputs
@@ -23,7 +24,7 @@ from pipeline.model.config import HstuConfig
 from pipeline.model.heads import HeadContext
 from pipeline.model.hstu import Hstu
 from pipeline.records import Event, EventSchema, Histories
-from pipeline.serving.hstu_strategy import HstuStrategy
+from pipeline.serving.hstu_strategy import load_hstu_strategy
 from pipeline.serving.pipeline import PipelineOptions
 from pipeline.training.batches import TrainingBatch, TrainingColumns, make_batch
 from pipeline.training.multi_task_model import MultiTaskModel
@@ -101,7 +102,7 @@ def test_training_and_serving_give_the_same_state_of_a_history() -> None:
     model = make_model()
     histories = make_histories()
     states, _ = states_and_context(model, batch_of_newest(histories, 5))
-    strategy = HstuStrategy(make_artifact(model), Catalogue(Vocabulary(ITEM_IDS)), SERVING.exclusion, "cpu", 1)
+    strategy = load_hstu_strategy(make_artifact(model), Catalogue(Vocabulary(ITEM_IDS)), SERVING.exclusion, "cpu", 1)
     tokens = np.tile(np.arange(1, CONFIG.items, dtype=np.int32), (len(histories), 1))
     logits = torch.stack([crop[-1] for crop in states]) @ model.hstu.scoring_table(model.hstu.items())[1:].T
     np.testing.assert_allclose(strategy.scores(histories, tokens), logits.detach().numpy(), rtol=1e-4, atol=1e-4)
@@ -136,7 +137,9 @@ def test_later_events_never_change_an_earlier_state(position: int, seed: int) ->
 
 
 def test_state_depends_on_the_history_length_and_no_more() -> None:
-    encoder = TorchEncoder(make_artifact(make_model()), "cpu", 1)
+    artifact = make_artifact(make_model())
+    hstu = TorchModel.from_artifact(artifact, "cpu", 1).hstu
+    encoder = TorchEncoder(hstu, ItemTable(artifact, Catalogue(Vocabulary(ITEM_IDS)), hstu.items, torch.device("cpu")))
     inputs = make_inputs(make_histories((40,)))
     inputs.seconds[:] = np.arange(40) // 10 * 90_000  # four sessions: there are rows for all of them
     matters = []

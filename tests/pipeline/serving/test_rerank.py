@@ -6,7 +6,7 @@ from pipeline import artifact as artifacts
 from pipeline.features.labels import TASKS
 from pipeline.records import Event
 from pipeline.serving.pipeline import Pipeline, PipelineOptions
-from pipeline.serving.rerank import RerankWeights, blend_scores, log_item_values
+from pipeline.serving.rerank import RerankWeights, blend_scores, log_item_values, median_value
 
 OPTIONS = PipelineOptions(device="cpu", threads=1)
 
@@ -16,7 +16,8 @@ def blended_order(
 ) -> list[int]:
     """Return the order of three candidates whose retrieval scores are 1, 0.5 and 0."""
     scores = np.array([[1.0, 0.5, 0.0]])
-    log_values = log_item_values(np.array(values or [0.0, 0.0, 0.0]))
+    known = np.array(values or [0.0, 0.0, 0.0])
+    log_values = log_item_values(known, median_value(known))
     blended = blend_scores(scores, np.array([probabilities]), log_values[None], weights)
     return np.argsort(-blended)[0].tolist()
 
@@ -59,8 +60,9 @@ def test_full_weights_order_by_the_expected_money() -> None:
 
 
 def test_unknown_value_counts_as_the_median_and_padding_stays_last() -> None:
-    np.testing.assert_allclose(np.exp(log_item_values(np.array([1.0, 0.0, 4.0, 2.0]))), [1, 2, 4, 2], rtol=1e-6)
-    np.testing.assert_array_equal(log_item_values(np.zeros(3)), np.zeros(3))
+    values = np.array([1.0, 0.0, 4.0, 2.0])
+    np.testing.assert_allclose(np.exp(log_item_values(values, median_value(values))), [1, 2, 4, 2], rtol=1e-6)
+    np.testing.assert_array_equal(log_item_values(np.zeros(3), median_value(np.zeros(3))), np.zeros(3))
     padding = blend_scores(np.array([[-np.inf]]), np.zeros((1, 1, 3)), np.zeros((1, 1)), RerankWeights(engagement=1.0))
     assert padding[0, 0] == -np.inf
 

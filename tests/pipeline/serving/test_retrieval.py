@@ -37,7 +37,7 @@ def test_top_k_equals_brute_force(
     table = rng.normal(size=(items, 4)).astype(np.float32)
     states = rng.normal(size=(users, 4)).astype(np.float32)
     excluded_users = rng.integers(0, users, pairs)
-    excluded_rows = rng.integers(0, items + 3, pairs).astype(np.int32)
+    excluded_rows = rng.integers(0, items, pairs).astype(np.int32)
     found, scores = kind(torch.from_numpy(table)).top_k(torch.from_numpy(states), excluded_users, excluded_rows, k)
     excluded = set(zip(excluded_users.tolist(), excluded_rows.tolist(), strict=True))
     assert found.tolist() == brute_force(table, states, excluded, k)
@@ -69,6 +69,37 @@ def test_half_precision_finds_candidates_and_float32_orders_them() -> None:
     expected, exact = Retrieval(table).top_k(states, users, rows, 10)
     assert found.tolist() == expected.tolist()
     np.testing.assert_allclose(scores, exact, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [Retrieval, FusedRetrieval])
+def test_new_and_rewritten_vectors_are_found_from_then_on(kind: type[Retrieval | FusedRetrieval]) -> None:
+    torch.manual_seed(4)
+    table = torch.randn(70, 8)
+    states = torch.randn(6, 8)
+    no_pairs = np.empty(0, np.int64)
+    grown = kind(table[:20].clone(), 0.5)
+    for end in (21, 22, 70):
+        vectors = torch.cat([table[:3], -table[3:4], table[4:end]])
+        grown.set_vectors(vectors, np.array([3, *range(end - (48 if end == 70 else 1), end)]))
+        grown.block(np.array([0, 5]))
+        at_once = kind(vectors, 0.5)
+        at_once.block(np.array([0, 5]))
+        for found, expected in zip(
+            grown.top_k(states, no_pairs, no_pairs, 9), at_once.top_k(states, no_pairs, no_pairs, 9), strict=True
+        ):
+            assert (found == expected).all()
+
+
+@pytest.mark.parametrize("kind", [Retrieval, FusedRetrieval])
+def test_scores_are_products_over_the_temperature(kind: type[Retrieval | FusedRetrieval]) -> None:
+    torch.manual_seed(5)
+    table = torch.randn(40, 8)
+    states = torch.randn(3, 8)
+    no_pairs = np.empty(0, np.int64)
+    each = kind(table, 0.25)
+    found, scores = each.top_k(states, no_pairs, no_pairs, 7)
+    np.testing.assert_allclose(scores, (4 * states @ table.T).gather(1, torch.from_numpy(found).long()), rtol=1e-5)
+    np.testing.assert_allclose(each.scores(states, found), scores, rtol=1e-5)
 
 
 def test_slate_longer_than_the_operators_limit_is_found_in_memory() -> None:
