@@ -15,14 +15,15 @@ from pipeline.items.row_index import NO_ROWS, RowIndex, grown
 from pipeline.items.vocabulary import UNKNOWN
 from pipeline.model.item_embedding import ItemEmbedding
 
-GROWTH = 1.25  # a growing table gets this many times its rows, so that most new items move nothing
+GROWTH = 1.25  # a table has room for this many times its rows, so that most new items move nothing
+MAX_SPARE_GPU_ROWS = 1 << 16  # spare rows take memory on a GPU; on a CPU they do so only once they are written
 CHUNK_ITEMS = 4096  # encoded at a time: the content encoder holds several times their vectors
 UNKNOWN_VALUE = 0.0
 
 
 @dataclass(slots=True)
 class TableChange:
-    """What a `sync` changed. rewritten: int64 [n], rows with new vectors; blocked: whether `blocked_rows` changed."""
+    """The effect of a `sync`. rewritten: int64 [n], rows with new vectors; blocked: whether `blocked_rows` changed"""
 
     rewritten: np.ndarray
     blocked: bool
@@ -135,15 +136,21 @@ class ItemTable:
     def _reserve(self, rows: int) -> None:
         self._values = grown(self._values, rows)
         if rows > len(self._buffer):
-            buffer = self._buffer.new_zeros((int(rows * GROWTH), self._buffer.shape[1]))
+            buffer = _empty_buffer(rows, self._buffer.shape[1], self._device)
             buffer[: len(self._buffer)] = self._buffer
             self._buffer = buffer
 
 
+def _empty_buffer(rows: int, width: int, device: torch.device) -> Tensor:
+    """Return float32 [>= rows, width] with room for more."""
+    spare = int(rows * GROWTH) - rows
+    return torch.empty(rows + (spare if device.type == "cpu" else min(spare, MAX_SPARE_GPU_ROWS)), width, device=device)
+
+
 def _encode_trained(items: ItemEmbedding, device: torch.device) -> Tensor:
-    """Return the vectors of all training items, float32 [rows, width]."""
+    """Return the vectors of all training items, float32 [>= rows, width]."""
     n = items.embedding.num_embeddings
-    vectors = torch.empty(n, items.embedding.embedding_dim, device=device)
+    vectors = _empty_buffer(n, items.embedding.embedding_dim, device)
     for start in range(0, n, CHUNK_ITEMS):
         rows = np.arange(start, min(start + CHUNK_ITEMS, n))
         vectors[start : start + len(rows)] = items(rows)
