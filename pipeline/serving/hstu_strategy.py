@@ -5,21 +5,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from pipeline.artifact import Artifact
+from pipeline.backends.choice import make_encoder
 from pipeline.backends.encoder import Encoder, GraphOptions
 from pipeline.backends.head_scorer import HeadScorer
 from pipeline.backends.item_table import ItemTable
-from pipeline.backends.torch import TorchEncoder, TorchModel
+from pipeline.backends.torch import TorchModel
 from pipeline.features.affinity import AffinityIndex
 from pipeline.features.event_features import EncoderInputs, encoder_inputs
 from pipeline.features.labels import engaged
 from pipeline.features.visit_frequency import latest_visit_frequency
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import UNKNOWN
-from pipeline.model.hstu import Hstu, supports_kernels
 from pipeline.records import EventSchema, Histories
 from pipeline.serving.exclusion import Exclusion
 from pipeline.serving.rerank import RerankWeights, blend_scores, log_item_values, median_value
@@ -229,7 +228,7 @@ def load_hstu_strategy(
     popular = np.argsort(-artifact.counters["popularity"], kind="stable")
     return HstuStrategy(
         table,
-        _make_encoder(model.hstu, table, graphs),
+        make_encoder(model.hstu, table, graphs),
         HeadScorer(model.hstu, model.heads, table),
         make_retrieval(table.vectors, artifact.config.temperature, fused=graphs is not None),
         table.rows_of_hashes(artifact.counters["items"][popular]),
@@ -237,13 +236,3 @@ def load_hstu_strategy(
         exclusion,
         rerank,
     )
-
-
-def _make_encoder(hstu: Hstu, table: ItemTable, graphs: GraphOptions | None) -> Encoder:
-    """Return the kernels' encoder where they are wanted, on a GPU, and support the model; else torch's."""
-    if graphs is None or not table.vectors.is_cuda or not supports_kernels(hstu.config):
-        return TorchEncoder(hstu, table)
-    from pipeline.backends.fused import FusedEncoder  # Triton, which a CPU does not need
-
-    dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return FusedEncoder(hstu, table, dtype, graphs)
