@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from hashlib import blake2b
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
@@ -18,6 +18,14 @@ from msgspec import Meta
 from pipeline.jagged import ranges
 
 Id = Annotated[str, Meta(min_length=1, max_length=256)]
+# Why a strategy ranked a slate:
+#   best       nothing was requested, and it is the first strategy of the fallback order in this process
+#   requested  a header or `pipeline.strategy` named it
+#   missing    the requested strategy is not in this process; this is the next one that is
+#   failed     an earlier strategy raised an error on this batch
+#   cooling    an earlier strategy is skipped for a while, because it failed on an older batch
+#   default    the popular slate, which stands for users without a slate of their own
+Why = Literal["best", "requested", "missing", "failed", "cooling", "default"]
 DAY_MS = 86_400_000
 DAY_S = 86_400
 
@@ -108,12 +116,18 @@ class Latency(msgspec.Struct, frozen=True):
     total: float = 0.0
 
 
-class Slate(msgspec.Struct, frozen=True):
-    """The ranked answer to a user's events (topic `recommendations`, key = user id, and Redis `rec:{u:<user>}`)."""
+class Slate(msgspec.Struct, frozen=True, kw_only=True):
+    """The ranked answer to a user's events (topic `recommendations`, key = user id, and Redis `rec:{u:<user>}`).
+
+    backend: the runtime that `strategy` ranked with; why: a value of `Why`. Both are plain text with a default, so that
+    slates which a worker of another version stored can be read
+    """
 
     user_id: str
     items: list[SlateItem]
     strategy: str
+    backend: str = "unknown"
+    why: str = "unknown"
     model_version: str
     covers: Covers
     created_ms: int

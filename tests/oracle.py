@@ -12,6 +12,8 @@ from hashlib import blake2b
 
 ACTIONS = ("view", "click", "like", "cart", "purchase", "rate", "share", "skip")
 DEVICES = ("mobile", "desktop", "tablet", "tv")
+BACKENDS = {"hstu": {"torch", "kernels"}, "simple": {"numpy"}}
+REASONS = {"best", "requested", "missing", "failed", "cooling"}
 
 
 def hash64(text: str) -> bytes:
@@ -71,12 +73,14 @@ class Oracle:
     def check_slates(self, slates: list[dict]) -> None:
         """Check that slates cover every triggering event, and no event before an earlier one of its user.
 
-        slates: those of each user in topic order
+        Each names a backend of its strategy and a reason. slates: those of each user in topic order
         """
         last_covered: dict[str, int] = defaultdict(lambda: -1)
         for slate in slates:
             user = slate["user_id"]
             covers = slate["covers"]
+            assert slate["backend"] in BACKENDS[slate["strategy"]], f"{user}: {slate}"
+            assert slate["why"] in REASONS, f"{user}: {slate}"
             offsets = {offset for partition, offset in self.to_answer[user] if partition == covers["partition"]}
             covered = {offset for offset in offsets if covers["first_offset"] <= offset <= covers["last_offset"]}
             skipped = {offset for offset in offsets if last_covered[user] < offset < covers["first_offset"]}

@@ -36,7 +36,7 @@ class ItemVectors(Protocol):
 class Encoder(Protocol):
     """A trained model on one device, on an ItemTable that it shares with others. Not thread-safe."""
 
-    name: str  # of the backend
+    backend: str  # the runtime's name on slates and in metrics
     max_events: int  # newest events that it reads: histories must be cut by `tail(max_events)`
 
     def encode(self, inputs: EncoderInputs) -> "Tensor":

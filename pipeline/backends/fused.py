@@ -70,7 +70,7 @@ class FusedForward:
 class FusedEncoder:
     """Implements Encoder on the kernels, with products in `dtype`. On a CPU they need Triton's interpreter."""
 
-    name = "kernels"
+    backend = "kernels"
 
     @torch.inference_mode()
     def __init__(self, hstu: Hstu, table: ItemVectors, dtype: torch.dtype, graphs: GraphOptions) -> None:

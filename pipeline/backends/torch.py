@@ -53,7 +53,7 @@ class TorchModel:
 class TorchEncoder:
     """Implements Encoder in eager float32."""
 
-    name = "torch"
+    backend = "torch"
 
     def __init__(self, hstu: Hstu, table: ItemVectors) -> None:
         self._hstu = hstu

@@ -91,6 +91,11 @@ class HstuStrategy:
         return self._encoder.max_events
 
     @property
+    def backend(self) -> str:
+        """The encoder's runtime, as slates and metrics name it."""
+        return self._encoder.backend
+
+    @property
     def on_gpu(self) -> bool:
         return self._table.vectors.is_cuda
 

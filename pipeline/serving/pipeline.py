@@ -21,7 +21,7 @@ from pipeline.counters.counters import Counters
 from pipeline.errors import DeviceError
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
-from pipeline.records import Event, EventSchema, Histories, Item, SlateItem
+from pipeline.records import Event, EventSchema, Histories, Item, SlateItem, Why
 from pipeline.serving.eviction import evict_for
 from pipeline.serving.exclusion import Exclusion
 from pipeline.serving.rerank import RerankWeights
@@ -48,10 +48,12 @@ class PipelineOptions(msgspec.Struct, frozen=True):
 
 
 class Recommendation(msgspec.Struct, frozen=True):
-    """One user's ranked items and the strategy that ranked them."""
+    """One user's ranked items, the strategy that ranked them, its backend, and why it was taken."""
 
     items: list[SlateItem]
     strategy: str
+    backend: str
+    why: Why
 
 
 @dataclass(slots=True)
@@ -59,11 +61,14 @@ class BatchResult:
     """A batch's recommendations in the order of its users.
 
     slates: ranked items per user; ranked: the same as columns, with the milliseconds of the first two stages
+    strategy, backend, why: see Recommendation
     rank_ms: the last stage's, from the strategy's retrieval to these slates
     """
 
     slates: list[list[SlateItem]]
     strategy: str
+    backend: str
+    why: Why
     ranked: RankedItems
     rank_ms: float
 
@@ -132,7 +137,7 @@ class Pipeline:
         self._check(histories, k, strategy)
         self.admit([event.item_id for history in histories for event in history])
         result = self.rank(Histories.from_events(histories, self.options.schema), k, strategy)
-        return [Recommendation(items, result.strategy) for items in result.slates]
+        return [Recommendation(items, result.strategy, result.backend, result.why) for items in result.slates]
 
     def rank(self, histories: Histories, k: int, strategy: str | None = None) -> BatchResult:
         """Return slates of at most k items.
@@ -141,7 +146,7 @@ class Pipeline:
         raised.
         """
         failure: Exception | None = None
-        for candidate in self.strategies.candidates(strategy):
+        for candidate, why in self.strategies.candidates(strategy):
             try:
                 ranked = candidate.rank(histories, k)
             except Exception as error:  # any failure of any stage: the chain must answer
@@ -150,7 +155,7 @@ class Pipeline:
                 self._on_fallback(candidate.name, error)
                 continue
             self.strategies.record_success(candidate)
-            return self._batch_result(candidate.name, ranked)
+            return self._batch_result(candidate, why, ranked)
         raise failure or ValueError(f"no strategy at or after '{strategy}' in this process")
 
     def swap_model(self, model: Strategy, version: str) -> None:
@@ -197,11 +202,11 @@ class Pipeline:
         strategies = [self._simple] if model is None else [model, self._simple]
         return FallbackChain({strategy.name: strategy for strategy in strategies}, time.monotonic)
 
-    def _batch_result(self, strategy: str, ranked: RankedItems) -> BatchResult:
+    def _batch_result(self, strategy: Strategy, why: Why, ranked: RankedItems) -> BatchResult:
         start_s = time.perf_counter()
         slates = _slate_items(ranked, self.vocabulary.item_ids)
         rank_ms = ranked.rank_ms + 1e3 * (time.perf_counter() - start_s)
-        return BatchResult(slates, strategy, ranked, rank_ms)
+        return BatchResult(slates, strategy.name, strategy.backend, why, ranked, rank_ms)
 
     def _check(self, histories: list[list[Event]], k: int, strategy: str | None) -> None:
         if k < 1:

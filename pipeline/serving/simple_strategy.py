@@ -14,6 +14,7 @@ class SimpleStrategy:
     """Ranks by co-occurrence with the history, then by popularity."""
 
     name = "simple"
+    backend = "numpy"
 
     def __init__(self, counters: Counters, exclusion: Exclusion) -> None:
         self._counters = counters

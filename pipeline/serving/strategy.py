@@ -9,7 +9,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 
-from pipeline.records import Histories
+from pipeline.records import Histories, Why
 
 FALLBACK_ORDER = ("unified", "tensorrt", "vllm", "hstu", "simple")  # best first
 COOLDOWN_S = 30.0  # from a strategy's failure to its next probe
@@ -46,9 +46,13 @@ class RankedItems:
 
 
 class Strategy(Protocol):
-    """One way to rank a batch. `name` is one of FALLBACK_ORDER."""
+    """One way to rank a batch. `name` is one of FALLBACK_ORDER.
+
+    backend: the runtime it ranks with, such as `torch`, `kernels` or `numpy`; fixed once it is loaded
+    """
 
     name: str
+    backend: str
 
     def rank(self, histories: Histories, k: int) -> RankedItems:
         """Rank k items per user. It may raise anything: then the next strategy ranks the batch."""
@@ -63,16 +67,28 @@ class FallbackChain:
         self._monotonic = monotonic
         self._open_until_s = dict.fromkeys(self._strategies, 0.0)
 
-    def candidates(self, requested: str | None) -> Iterator[Strategy]:
-        """Yield strategies from the requested one (None: the best) on. Open breakers are skipped, except the last."""
+    def candidates(self, requested: str | None) -> Iterator[tuple[Strategy, Why]]:
+        """Yield strategies from the requested one (None: the best) on, each with the reason why it is its turn.
+
+        Taking the next one means that the last one failed. Open breakers are skipped, except the last.
+        """
         start = FALLBACK_ORDER.index(requested) if requested else 0
         names = [name for name in self._strategies if FALLBACK_ORDER.index(name) >= start]
+        why = self._first_reason(requested)
         for name in names:
             if name == names[-1] or self._monotonic() >= self._open_until_s[name]:
-                yield self._strategies[name]
+                yield self._strategies[name], why
+                why = "failed"
+            elif why != "failed":
+                why = "cooling"
 
     def record_failure(self, strategy: Strategy) -> None:
         self._open_until_s[strategy.name] = self._monotonic() + COOLDOWN_S
 
     def record_success(self, strategy: Strategy) -> None:
         self._open_until_s[strategy.name] = 0.0
+
+    def _first_reason(self, requested: str | None) -> Why:
+        if requested is None:
+            return "best"
+        return "requested" if requested in self._strategies else "missing"

@@ -26,7 +26,17 @@ class MemoryStore:
 
 def make_slate(user_id: str, offset: int = 0, items: int = 10) -> Slate:
     ranked = [SlateItem(f"item-{number}", 0.5, 0.1, 0.2, 0.3, "retrieval") for number in range(items)]
-    return Slate(user_id, ranked, "hstu", "v1", Covers("events", 0, offset, offset, 1, 5), 1_700_000_000_000, Latency())
+    return Slate(
+        user_id=user_id,
+        items=ranked,
+        strategy="hstu",
+        backend="torch",
+        why="best",
+        model_version="v1",
+        covers=Covers("events", 0, offset, offset, 1, 5),
+        created_ms=1_700_000_000_000,
+        latency_ms=Latency(),
+    )
 
 
 def make_dead_letter(

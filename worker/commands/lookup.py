@@ -47,7 +47,8 @@ def _print_table(slate: "Slate") -> None:
     from worker.output.tables import print_tables, table
 
     created = datetime.fromtimestamp(slate.created_ms / 1000, UTC).isoformat(" ", "seconds")
-    title = f"{slate.user_id}: {slate.strategy}, model {slate.model_version}, {created}"
+    strategy = f"{slate.strategy} on {slate.backend} ({slate.why})"
+    title = f"{slate.user_id}: {strategy}, model {slate.model_version}, {created}"
     rows = table("", "item", "score", "engagement", "retention", "monetization", "source", title=title)
     for rank, item in enumerate(slate.items, 1):
         heads = [item.engagement, item.retention, item.monetization]

@@ -159,7 +159,15 @@ class PipelineRanker:
             total=round(1e3 * total_s, 3),
         )
         return Slate(
-            entry.user_id, items, result.strategy, self.pipeline.version, _covers(entry), self._clock.now_ms(), latency
+            user_id=entry.user_id,
+            items=items,
+            strategy=result.strategy,
+            backend=result.backend,
+            why=result.why,
+            model_version=self.pipeline.version,
+            covers=_covers(entry),
+            created_ms=self._clock.now_ms(),
+            latency_ms=latency,
         )
 
 

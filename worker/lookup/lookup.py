@@ -27,7 +27,7 @@ class Lookup:
         await self.aclose()
 
     async def slate(self, user_id: str) -> Slate:
-        """Return the user's last slate, else the popular one (strategy 'popular').
+        """Return the user's last slate, else the popular one (strategy `popular`, why `default`).
 
         Raises UnknownUser when there is neither, StoreUnavailable when Redis is unreachable, StoreError.
         """

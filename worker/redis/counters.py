@@ -18,6 +18,7 @@ import numpy as np
 from pipeline.counters.counters import Counters
 from pipeline.counters.deltas import CountDeltas, DeltaLog
 from pipeline.records import DAY_MS, Covers, Latency, Slate, SlateItem
+from pipeline.serving.simple_strategy import SimpleStrategy
 from worker import logging
 from worker.config import Config
 from worker.errors import StoreError
@@ -225,7 +226,17 @@ class CounterStore:
         ]
         if items:
             covers = Covers(self._config.kafka.events_topic, -1, -1, -1, 0, as_of_ms)
-            slate = Slate("", items, "popular", self._version(), covers, self._now_ms(), Latency())
+            slate = Slate(
+                user_id="",
+                items=items,
+                strategy="popular",
+                backend=SimpleStrategy.backend,
+                why="default",
+                model_version=self._version(),
+                covers=covers,
+                created_ms=self._now_ms(),
+                latency_ms=Latency(),
+            )
             await self._slates.put_popular(slate, as_of_ms)
 
 

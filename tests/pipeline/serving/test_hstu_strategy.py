@@ -50,10 +50,13 @@ def test_strategy_on_kernels_gives_the_slates_of_torch(monkeypatch: pytest.Monke
     monkeypatch.setattr(graphs, "MIN_ROWS", 16)
     on_kernels = make_strategy(DEVICE)
     in_torch = make_strategy("cpu")
+    assert in_torch.backend == "torch"
+    assert on_kernels.backend == {"cpu": "torch", "cuda": "kernels"}[DEVICE]
     table = on_kernels._table
     on_kernels._encoder = FusedEncoder(make_model(DEVICE).hstu, table, torch.float32, GRAPHS)
     on_kernels._retrieval = FusedRetrieval(table.vectors, CONFIG.temperature)
     on_kernels._retrieval.block(table.blocked_rows)
+    assert on_kernels.backend == "kernels"
     histories = synthetic_histories(ITEM_IDS[:19], [1, 0, 17, 7])
     found = on_kernels.rank(histories, 10)
     expected = in_torch.rank(histories, 10)

@@ -28,6 +28,7 @@ class FixedStrategy:
     """Answers every user with the same tokens."""
 
     name = "hstu"
+    backend = "torch"
 
     def __init__(self, tokens: Sequence[int], score: float = 1.0, probability: float = 0.5) -> None:
         self._tokens = tokens

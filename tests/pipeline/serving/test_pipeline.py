@@ -37,7 +37,7 @@ def item_ids(recommendation: Recommendation) -> list[str]:
 def test_model_recommends_untouched_items_with_head_probabilities(pipeline, histories):
     slates = pipeline.recommend(histories, k=7)
     for history, slate in zip(histories, slates, strict=True):
-        assert slate.strategy == "hstu"
+        assert (slate.strategy, slate.backend, slate.why) == ("hstu", "torch", "best")
         assert len(set(item_ids(slate))) == 7
         assert not set(item_ids(slate)) & {event.item_id for event in history}
         scores = [item.score for item in slate.items]
@@ -67,9 +67,9 @@ def test_failing_model_is_reported_once_and_the_counters_answer(shop, histories,
 
     monkeypatch.setattr(TorchEncoder, "encode", fail)
     slates = pipeline.recommend(histories, k=5)
-    assert {slate.strategy for slate in slates} == {"simple"}
+    assert {(slate.strategy, slate.backend, slate.why) for slate in slates} == {("simple", "numpy", "failed")}
     assert all(len(slate.items) == 5 for slate in slates)
-    pipeline.recommend(histories, k=5)
+    assert {slate.why for slate in pipeline.recommend(histories, k=5)} == {"cooling"}
     assert failures == [("hstu", "CUDA error: out of memory")], "the failed strategy is skipped during its cooldown"
 
 
@@ -100,7 +100,7 @@ def test_swapped_model_ranks_at_once_even_if_the_old_one_had_failed(shop, pipeli
 
 def test_requested_strategy_answers(pipeline, histories):
     slates = pipeline.recommend(histories, k=5, strategy="simple")
-    assert {slate.strategy for slate in slates} == {"simple"}
+    assert {(slate.strategy, slate.backend, slate.why) for slate in slates} == {("simple", "numpy", "requested")}
     assert {item.source for slate in slates for item in slate.items} <= {"cooccurrence", "popular"}
 
 
@@ -131,8 +131,10 @@ def test_pipeline_without_an_artifact_answers_with_the_simple_strategy():
     pipeline = Pipeline.load(None, OPTIONS)
     assert pipeline.recommend([[]], k=3)[0].items == []
     [slate] = pipeline.recommend([[Event("u", "i1", "view", 5)]], k=3)
-    assert slate.strategy == "simple"
+    assert (slate.strategy, slate.why) == ("simple", "best")
     assert slate.items == []
+    [slate] = pipeline.recommend([[]], k=3, strategy="hstu")
+    assert (slate.strategy, slate.why) == ("simple", "missing")
 
 
 @pytest.mark.parametrize("device", ["quantum", "cuda:999"])

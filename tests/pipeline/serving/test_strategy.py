@@ -12,6 +12,7 @@ from pipeline.serving.strategy import COOLDOWN_S, FallbackChain, RankedItems
 @dataclass
 class FakeStrategy:
     name: str
+    backend: str = "fake"
 
     def rank(self, histories: Histories, k: int) -> RankedItems:
         return RankedItems(np.zeros((0, k), np.int32), np.zeros((0, k), np.float32), None, self.name)
@@ -39,7 +40,12 @@ def chain(clock: ManualClock) -> FallbackChain:
 
 
 def names(chain: FallbackChain, requested: str | None = None) -> list[str]:
-    return [strategy.name for strategy in chain.candidates(requested)]
+    return [strategy.name for strategy, _ in chain.candidates(requested)]
+
+
+def reasons(chain: FallbackChain, requested: str | None = None) -> dict[str, str]:
+    """Return why each strategy would be taken if all those before it failed."""
+    return {strategy.name: why for strategy, why in chain.candidates(requested)}
 
 
 def test_candidates_come_best_first_from_the_requested_one_on(chain: FallbackChain):
@@ -53,6 +59,34 @@ def test_failed_strategy_is_skipped_until_its_cooldown_is_over(chain: FallbackCh
     assert names(chain) == ["hstu", "simple"]
     clock.now_s = COOLDOWN_S
     assert names(chain) == ["tensorrt", "hstu", "simple"]
+
+
+def test_first_candidate_is_the_best_the_requested_or_the_next_after_a_missing_one(chain: FallbackChain):
+    assert reasons(chain)["tensorrt"] == "best"
+    assert reasons(chain, "tensorrt")["tensorrt"] == "requested"
+    assert reasons(chain, "unified")["tensorrt"] == "missing"
+
+
+@pytest.mark.parametrize("requested", [None, "tensorrt", "unified"])
+def test_candidates_after_one_that_raised_are_taken_because_it_failed(chain: FallbackChain, requested: str | None):
+    taken = reasons(chain, requested)
+    assert (taken["hstu"], taken["simple"]) == ("failed", "failed")
+
+
+@pytest.mark.parametrize("requested", [None, "tensorrt", "unified"])
+def test_skipped_strategy_is_the_reason_until_another_one_raises(
+    chain: FallbackChain, clock: ManualClock, requested: str | None
+):
+    chain.record_failure(STRATEGIES["tensorrt"])
+    assert reasons(chain, requested) == {"hstu": "cooling", "simple": "failed"}
+    assert reasons(chain, "hstu")["hstu"] == "requested", "the skipped one was not requested"
+    clock.now_s = COOLDOWN_S
+    assert reasons(chain)["tensorrt"] == "best"
+
+
+def test_raising_strategy_outweighs_a_skipped_one(chain: FallbackChain):
+    chain.record_failure(STRATEGIES["hstu"])
+    assert reasons(chain) == {"tensorrt": "best", "simple": "failed"}
 
 
 def test_last_strategy_is_never_skipped(chain: FallbackChain):

@@ -24,6 +24,7 @@ class ConstantStrategy:
     """Recommends the same items to everyone and keeps the histories of its requests."""
 
     name = "constant"
+    backend = "numpy"
 
     def __init__(self, tokens: np.ndarray) -> None:
         self._tokens = tokens

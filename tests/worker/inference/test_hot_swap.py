@@ -294,7 +294,7 @@ async def test_replaced_model_is_freed(serving: Serving, original: Artifact, bat
     await serving.ranker.rank(batch)
     await serving.check()
     strategies = serving.ranker.pipeline.strategies.candidates(None)
-    old = [weakref.ref(strategy) for strategy in strategies if strategy.name == "hstu"]
+    old = [weakref.ref(strategy) for strategy, _ in strategies if strategy.name == "hstu"]
     del strategies
     serving.publish("second", relatives.nudged(original, 1))
     await serving.check()

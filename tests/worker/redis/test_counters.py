@@ -206,6 +206,7 @@ async def test_popular_items_answer_users_without_a_slate(server: LocalValkey, s
         slate = await lookup.slate("nobody")
     assert [item.item_id for item in slate.items] == ["b", "a"]
     assert (slate.user_id, slate.strategy) == ("nobody", "popular")
+    assert (slate.backend, slate.why) == ("numpy", "default")
 
 
 async def test_last_counts_are_merged_when_the_process_stops(server_client: RedisClient, eventually):

@@ -29,6 +29,8 @@ def slate(user: str, last_offset: int, partition: int = 0, item: str = "i1") -> 
         user_id=user,
         items=[SlateItem(item, 0.5, 0.25, None, None, "retrieval")],
         strategy="hstu",
+        backend="torch",
+        why="best",
         model_version="v1",
         covers=Covers("events", partition, last_offset, last_offset, 1, 5),
         created_ms=1_700_000_000_000,
@@ -77,6 +79,18 @@ async def test_invalid_slate_is_an_error_that_names_the_key(client: RedisClient,
         await lookup.slate(user)
 
 
+async def test_slate_stored_before_slates_named_their_backend_is_still_read(
+    client: RedisClient, lookup: Lookup, new_user: NewUser
+):
+    user = new_user()
+    await SlateStore(client, SlatesConfig()).put([slate(user, 7)])
+    value = await client.call("GET", f"rec:{{u:{user}}}")
+    older = value.replace(b'"backend":"torch","why":"best",', b"")
+    assert len(older) < len(value)
+    await client.call("SET", f"rec:{{u:{user}}}", older)
+    assert await lookup.slate(user) == msgspec.structs.replace(slate(user, 7), backend="unknown", why="unknown")
+
+
 async def test_popular_slate_answers_unknown_users_and_is_replaced_only_by_a_later_one(
     server: LocalValkey, server_client: RedisClient
 ):
@@ -101,7 +115,9 @@ def test_lookup_command_prints_a_slate_and_exits_44_for_an_unknown_user(run, ser
     assert main(["lookup", "u 1", "--json"]) == 0
     assert msgspec.json.decode(capsys.readouterr().out, type=Slate) == slate("u 1", 7, item="the item")
     assert main(["lookup", "u 1"]) == 0
-    assert "the item" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "u 1: hstu on torch (best), model v1" in table
+    assert "the item" in table
     assert main(["lookup", "stranger"]) == 44
     assert "no slate for user 'stranger'" in capsys.readouterr().err
 

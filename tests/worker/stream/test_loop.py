@@ -27,6 +27,20 @@ def consumed(user: str, offset: int) -> ConsumedEvent:
     )
 
 
+def make_slate(user: str, covers: Covers) -> Slate:
+    return Slate(
+        user_id=user,
+        items=[],
+        strategy="simple",
+        backend="numpy",
+        why="requested",
+        model_version="",
+        covers=covers,
+        created_ms=0,
+        latency_ms=Latency(),
+    )
+
+
 @dataclass
 class FakeParts:
     """Store, Ranker and Sink in one: remembers what it was given; slates are sent once `open` is set."""
@@ -47,7 +61,7 @@ class FakeParts:
     async def rank(self, batch: Batch) -> list[Slate]:
         covers = [Covers("events", 0, 0, 0, len(entry.events), 0) for entry in batch.entries]
         users = [entry.user_id for entry in batch.entries]
-        return [Slate(user, [], "simple", "", each, 0, Latency()) for user, each in zip(users, covers, strict=True)]
+        return [make_slate(user, each) for user, each in zip(users, covers, strict=True)]
 
     async def send(self, slates: Sequence[Slate]) -> None:
         await self.open.wait()
