@@ -14,7 +14,11 @@ DEAD_LETTERS = Counter("millrace_dead_letters_total", "Records sent to the dead-
 LOST_RINGS = Counter("millrace_rings_lost_total", "Rings that Redis had lost when they were pushed to")
 
 # Slates
-SLATES = Counter("millrace_slates_total", "Slates acknowledged by Kafka and Redis", ["strategy"])
+SLATES = Counter(
+    "millrace_slates_total",
+    "Slates acknowledged by Kafka and Redis, by what ranked them and why (pipeline/records.py)",
+    ["strategy", "backend", "why"],
+)
 FALLBACKS = Counter(
     "millrace_fallbacks_total", "Batches that a failing strategy left to the next one", ["strategy", "error"]
 )

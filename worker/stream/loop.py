@@ -117,7 +117,8 @@ class Worker:
         self.tracker.complete(batch.record_offsets)
         self.batcher.finish(batch)
         self.in_flight.release()
-        metrics.SLATES.labels(slates[0].strategy).inc(len(slates))
+        batch_labels = slates[0].strategy, slates[0].backend, slates[0].why
+        metrics.SLATES.labels(*batch_labels).inc(len(slates))
 
     async def push(self, events: list[ConsumedEvent]) -> None:
         for start in range(0, len(events), PUSH_CHUNK_EVENTS):

@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from prometheus_client import REGISTRY
+
 from pipeline.records import EVENT_BYTES, Covers, Event, Latency, Slate
 from worker.clock import VirtualClock
 from worker.config import BatcherConfig, Config
@@ -124,6 +126,15 @@ async def test_backpressure_bounds_unanswered_events_while_polling_continues(eve
     parts.open.set()
     await running
     assert len(parts.sent) == 500
+
+
+async def test_delivered_slates_are_counted_by_what_ranked_them_and_why():
+    labels = {"strategy": "simple", "backend": "numpy", "why": "requested"}
+    before = REGISTRY.get_sample_value("millrace_slates_total", labels) or 0.0
+    worker, parts, _ = build(Config(), [Event(f"u{n}", "item", "view", n) for n in range(7)])
+    parts.open.set()
+    await worker.run()
+    assert REGISTRY.get_sample_value("millrace_slates_total", labels) == before + 7
 
 
 async def test_draining_worker_is_not_ready():
