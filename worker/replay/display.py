@@ -84,18 +84,20 @@ class ReplayDisplay:
         table = Table(box=None, show_header=False)
         table.add_row("events/s", f"{recorder.events_per_s:,.0f}", "pending", f"{pending:,}")
         table.add_row("latency ms", latency, "", "")
-        strategies = format_strategies(evaluator.strategies) or "none yet"
+        strategies = format_fractions(evaluator.strategies) or "none yet"
+        backends = format_fractions(evaluator.backends) or "none yet"
         table.add_row("strategies", strategies, "scored", f"{evaluator.scored:,}")
+        table.add_row("backends", backends, "", "")
         for ranking in evaluator.rankings:
             table.add_row(f"hit rate@{CUTOFF}", f"{evaluator.hit_rate(ranking):.3f}", ranking, "")
         self._live.update(Group(self._progress, table))
 
 
-def format_strategies(slates: Mapping[str, int]) -> str:
-    """Return each strategy's fraction of the slates, largest first; empty without slates."""
+def format_fractions(slates: Mapping[str, int]) -> str:
+    """Return each name's fraction of the slates, largest first; empty without slates."""
     total = sum(slates.values())
     by_count = sorted(slates.items(), key=lambda item: -item[1])
-    return "  ".join(f"{strategy} {count / total:.1%}" for strategy, count in by_count)
+    return "  ".join(f"{name} {count / total:.1%}" for name, count in by_count)
 
 
 def print_summary(console: Console, title: str, rows: Sequence[tuple[str, str]]) -> None:

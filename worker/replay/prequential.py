@@ -37,7 +37,8 @@ class PrequentialEvaluator:
         self.answered = 0  # distinct events with a slate
         self.scored = 0
         self.hits: Counter[str] = Counter()
-        self.strategies: Counter[str] = Counter()
+        self.strategies: Counter[str] = Counter()  # slates by strategy
+        self.backends: Counter[str] = Counter()  # slates by backend
         self.latencies_ms: list[float] = []  # of every scored slate since the last `take_latencies`
 
     async def rank(self, batch: Batch) -> list[Slate]:
@@ -64,6 +65,7 @@ class PrequentialEvaluator:
             baselines = self._pending.pop(slate.user_id, {})
             self._shown[slate.user_id] = {"slate": [item.item_id for item in slate.items[:CUTOFF]], **baselines}
         self.strategies[slates[0].strategy] += len(slates)
+        self.backends[slates[0].backend] += len(slates)
 
     @property
     def rankings(self) -> list[str]:

@@ -31,7 +31,7 @@ from worker.kafka.sink import KafkaSink
 from worker.kafka.source import KafkaSource
 from worker.process import Components, build_components, supervise
 from worker.replay.baselines import build_evaluator
-from worker.replay.display import REFRESH_S, LatencyRecorder, Percentiles, ReplayDisplay, format_strategies
+from worker.replay.display import REFRESH_S, LatencyRecorder, Percentiles, ReplayDisplay, format_fractions
 from worker.replay.feed import STEP_S, at_once, at_rate, produce
 from worker.replay.file_sink import FileSink
 from worker.replay.local_servers import LocalKafka, LocalValkey
@@ -66,6 +66,7 @@ class Timeline(NamedTuple):
 class ReplayReport(msgspec.Struct, frozen=True):
     """The result of a replay. Hit rates at 10 and latencies are those of the scored events.
 
+    strategies, backends: number of slates by each name
     lost: number of records that got neither a slate nor a dead letter
     log_speed: log seconds per real second; at high speeds a user's events wait for their predecessors
     """
@@ -80,6 +81,7 @@ class ReplayReport(msgspec.Struct, frozen=True):
     scored_fraction: float
     hit_rates: dict[str, float]
     strategies: dict[str, int]
+    backends: dict[str, int]
     events_per_s: float
     latency: Percentiles
     elapsed_s: float
@@ -253,6 +255,7 @@ def _report(run: _Run, timeline: Timeline) -> ReplayReport:
         scored_fraction=round(evaluator.scored / to_score, 6),
         hit_rates={ranking: round(evaluator.hit_rate(ranking), 5) for ranking in evaluator.rankings},
         strategies=dict(evaluator.strategies),
+        backends=dict(evaluator.backends),
         events_per_s=round(evaluator.answered / recorder.elapsed_s, 1),
         latency=Percentiles.from_samples(recorder.latencies_ms),
         elapsed_s=round(recorder.elapsed_s, 2),
@@ -276,7 +279,8 @@ def summary(report: ReplayReport) -> list[tuple[str, str]]:
             "latency, scored part",
             f"p50 {latency.p50_ms:.1f} ms  p95 {latency.p95_ms:.1f} ms  p99 {latency.p99_ms:.1f} ms",
         ),
-        ("strategies", format_strategies(report.strategies)),
+        ("strategies", format_fractions(report.strategies)),
+        ("backends", format_fractions(report.backends)),
         ("scored", f"{report.scored:,} events, {report.scored_fraction:.1%} of those to score"),
         *((f"hit rate@{CUTOFF}, {ranking}", f"{rate:.4f}") for ranking, rate in report.hit_rates.items()),
     ]

@@ -40,6 +40,7 @@ def run_demo(folder: Path) -> Result:
 def check_report(report: ReplayReport) -> None:
     assert (report.events, report.slates, report.lost) == (EVENTS, EVENTS, 0)
     assert report.strategies == {"hstu": EVENTS}
+    assert sum(report.backends.values()) == EVENTS
     assert set(report.hit_rates) == {"slate", "cooccurrence", "popularity"}
     assert report.latency.p99_ms >= report.latency.p50_ms > 0
 

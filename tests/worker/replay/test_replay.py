@@ -71,13 +71,16 @@ def test_replay_answers_every_event_and_writes_slates_and_a_summary(
     report = replay_model(shop, tmp_path, "--limit", 1000)
     assert (report.events, report.slates, report.lost, report.dead_letters) == (1000, 1000, 0, 0)
     assert report.strategies == {"hstu": 1000}
+    assert report.backends == {"torch": 1000}
     times_ms = sorted(msgspec.json.decode(line)["ts_ms"] for line in shop.log.read_bytes().splitlines())[:1000]
     log_s = (times_ms[-1] - times_ms[0]) / 1e3
     assert log_s / report.log_speed == pytest.approx(report.elapsed_s, abs=0.0051)  # reported to the hundredth
     slates = [msgspec.json.decode(line, type=Slate) for line in (tmp_path / "slates.jsonl").read_bytes().splitlines()]
     assert sorted(slate.covers.first_offset for slate in slates) == list(range(1000))
+    assert {(slate.strategy, slate.backend, slate.why) for slate in slates} == {("hstu", "torch", "best")}
     summary = capsys.readouterr().out
     assert "1,000 from log; 0 dead letters" in summary
+    assert re.search(r"backends +torch 100\.0%", summary)
     assert "hit rate@10, cooccurrence" in summary
 
 
@@ -125,6 +128,7 @@ def test_replay_through_an_unreachable_broker_ends_after_the_commands_timeout(
 def test_replay_without_an_artifact_is_answered_by_counters_and_has_no_baselines(shop, tmp_path: Path) -> None:
     report = replay(shop.log, tmp_path, "--limit", 1000)
     assert report.strategies == {"simple": report.events}
+    assert report.backends == {"numpy": report.events}
     assert list(report.hit_rates) == ["slate"]
 
 
