@@ -23,7 +23,8 @@ async def main(bootstrap_servers: str = "localhost:9092", topic: str = "recommen
                 continue
             answered[source] = covers["last_offset"]
             items = ", ".join(item["item_id"] for item in slate["items"])
-            print(f"{slate['user_id']} by {slate['strategy']}: {items}")
+            ranked_by = f"{slate['strategy']} on {slate['backend']} ({slate['why']})"
+            print(f"{slate['user_id']} by {ranked_by}: {items}")
             left -= 1
             if not left:
                 return

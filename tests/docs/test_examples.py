@@ -65,7 +65,7 @@ def test_produced_events_come_back_as_slates(deployment: dict[str, str]) -> None
     finally:
         worker.kill()
     assert [line.split()[0] for line in produced] == ["view", "click", "cart", "purchase"]
-    assert [line.split(":")[0] for line in consumed] == ["user-1 by simple"] * 4
+    assert [line.split(":")[0] for line in consumed] == ["user-1 by simple on numpy (best)"] * 4
 
 
 def test_configuration_example_is_valid_and_sets_what_it_says() -> None:
