@@ -5,6 +5,7 @@ hstu.safetensors      weights of the encoder ("hstu.") and of the heads ("heads.
 vocabulary.msgpack    item ids in the order of the model's item table, whose row 0 is the unknown item
 items.safetensors     metadata of those items (see ItemMetadata)
 counters.safetensors  popularity and co-occurrence of the training log, for pipeline.counters.Counters.restore
+exports/<backend>/    the encoder in another runtime's form, not part of the version (see pipeline.backends.manifest)
 """
 
 import hashlib
@@ -63,7 +64,7 @@ class Manifest(msgspec.Struct, frozen=True):
     trained_on: TrainingProvenance | None = None  # None: not made by training
 
 
-class _Format(msgspec.Struct):
+class ManifestFormat(msgspec.Struct):
     """The field to check first: in another format the others may have another meaning."""
 
     format: int
@@ -209,10 +210,16 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content, 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _decode_manifest(path: Path) -> Manifest:
     try:
         content = path.read_bytes()
-        found = msgspec.json.decode(content, type=_Format).format
+        found = msgspec.json.decode(content, type=ManifestFormat).format
         if found != FORMAT:
             raise ArtifactError(f"artifact {path}: format {found}, this millrace reads {FORMAT}; train again")
         return msgspec.json.decode(content, type=Manifest)
@@ -268,7 +275,7 @@ def _write_content(folder: Path, artifact: Artifact) -> None:
 def _make_manifest(
     content: Path, name: str, artifact: Artifact, metrics: Mapping[str, float], created: str
 ) -> Manifest:
-    files = {file: _sha256(content / file) for file in FILES}
+    files = {file: sha256(content / file) for file in FILES}
     return Manifest(
         format=FORMAT,
         name=name,
@@ -287,11 +294,6 @@ def _make_manifest(
 def _content_hash(config: HstuConfig, schema: EventSchema, files: Mapping[str, str]) -> str:
     content = msgspec.json.encode((config, schema, dict(files)), order="sorted")
     return hashlib.sha256(content).hexdigest()[:16]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -5,6 +5,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import msgspec
@@ -13,6 +14,7 @@ import torch
 
 from pipeline import artifact as artifacts
 from pipeline.artifact import WEIGHTS, Artifact
+from pipeline.backends.manifest import EXPORT_MANIFEST, ExportManifest, export_folder
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.metadata import ItemMetadata
 from pipeline.items.vocabulary import Vocabulary
@@ -92,6 +94,27 @@ def damage(folder: Path) -> None:
     content = bytearray((folder / WEIGHTS).read_bytes())
     content[len(content) // 2] ^= 1
     (folder / WEIGHTS).write_bytes(content)
+
+
+def add_export(folder: Path, backend: str = "onnxruntime-cpu") -> Path:
+    """Add an export of two files to a saved artifact, as an exporter would, and return its folder."""
+    export = export_folder(folder, backend)
+    contents = {"model.onnx": b"graph", "weights/0.bin": bytes(1000)}
+    for name, content in contents.items():
+        path = export / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    manifest = ExportManifest(
+        format=1,
+        backend=backend,
+        artifact_version=artifacts.read_manifest(folder).version,
+        created=CREATED,
+        files={name: sha256(content).hexdigest() for name, content in contents.items()},
+        tools={"onnx": "1.20.0"},
+        metrics={"state_error": 1e-6},
+    )
+    (export / EXPORT_MANIFEST).write_bytes(msgspec.json.encode(manifest))
+    return export
 
 
 def point(link: Path, folder: Path) -> None:
