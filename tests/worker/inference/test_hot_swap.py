@@ -157,6 +157,26 @@ async def test_same_content_under_another_name_is_not_swapped(serving: Serving, 
     assert swap_counts() == counts
 
 
+async def test_added_export_neither_swaps_nor_rejects_nor_reads_the_model_again(
+    serving: Serving, batch: Batch, logged: Logged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await serving.check()
+    strategies = serving.ranker.pipeline.strategies
+    counts = swap_counts()
+    version = serving.version
+    loads: list[Path] = []
+    monkeypatch.setattr("pipeline.artifact.load", loads.append)
+    for backend in ("onnxruntime-cpu", "inductor"):  # the first also makes the folder of all exports
+        before = fingerprint(serving.link)
+        relatives.add_export(serving.folder / "first", backend)
+        assert fingerprint(serving.link) != before, "the worker looks at the artifact again"
+        assert await serving.check(3) == version
+    assert serving.ranker.pipeline.strategies is strategies
+    assert swap_counts() == counts
+    assert (loads, logged()) == ([], [])
+    assert {slate.model_version for slate in await serving.ranker.rank(batch)} == {version}
+
+
 async def test_full_vocabulary_evicts_for_a_new_models_items_while_the_old_model_serves(
     serve: Callable[..., Serving], original: Artifact, batch: Batch
 ) -> None:
