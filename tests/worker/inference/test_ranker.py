@@ -15,6 +15,8 @@ from worker.inference.load import load_pipeline
 from worker.inference.ranker import PipelineRanker
 from worker.interfaces import Batch, ConsumedEvent, Entry, Partition, RecordOffset
 
+OPTIONS = PipelineOptions(device="cpu", threads=1)
+
 
 def entry(number: int) -> Entry:
     event = Event(f"u{number}", f"item-{number}", "view", 1_700_000_000_000)
@@ -50,13 +52,30 @@ async def rank_and_count(pipeline: Pipeline, users: int) -> dict[str, float]:
 
 
 async def test_expected_value_is_counted_only_for_slates_with_head_predictions(shop) -> None:
-    options = PipelineOptions(device="cpu", threads=1)
-    model = await rank_and_count(Pipeline.load(shop.artifact, options), users=4)
+    model = await rank_and_count(Pipeline.load(shop.artifact, OPTIONS), users=4)
     assert model["slates"] == 4
     assert all(0 < model[head] < 4 for head in BUSINESS_METRICS[:3])
     assert model["value"] > model["monetization"], "the shop's items cost more than 1"
-    simple = await rank_and_count(Pipeline.load(None, options), users=4)
+    simple = await rank_and_count(Pipeline.load(None, OPTIONS), users=4)
     assert simple == pytest.approx(dict.fromkeys(model, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("configured", "header", "expected"),
+    [
+        (None, None, ("hstu", "torch", "best")),
+        ("simple", None, ("simple", "numpy", "requested")),
+        ("simple", "hstu", ("hstu", "torch", "requested")),
+        (None, "vllm", ("hstu", "torch", "missing")),
+    ],
+)
+async def test_slates_name_strategy_backend_and_who_chose_it(
+    shop, configured: str | None, header: str | None, expected: tuple[str, str, str]
+) -> None:
+    ranker = PipelineRanker(Pipeline.load(shop.artifact, OPTIONS), 10, WallClock(), configured)
+    slates = await ranker.rank(Batch([entry(1), entry(2)], 32, header))
+    ranker.close()
+    assert [(slate.strategy, slate.backend, slate.why) for slate in slates] == [expected] * 2
 
 
 async def test_eviction_makes_room_before_items_are_pinned_and_not_while_they_are() -> None:
