@@ -76,6 +76,7 @@ class HstuStrategy:
         """Rank by these parts, which share the table. popular_rows: int [n], the training items, most popular first"""
         self._table = table
         self._encoder = encoder
+        self.backend = encoder.backend
         self._heads = heads
         self._retrieval = retrieval
         self._popular_rows = popular_rows
@@ -89,11 +90,6 @@ class HstuStrategy:
     def max_events(self) -> int:
         """Number of newest events that the model reads."""
         return self._encoder.max_events
-
-    @property
-    def backend(self) -> str:
-        """The encoder's runtime, as slates and metrics name it."""
-        return self._encoder.backend
 
     @property
     def on_gpu(self) -> bool:
