@@ -12,14 +12,15 @@ from aiokafka.helpers import create_ssl_context
 from msgspec.structs import replace
 
 from worker import logging
+from worker.backoff import Backoff
 from worker.config import KafkaConfig
 from worker.errors import ConfigError, SourceError, SourceUnavailable
 from worker.interfaces import Clock
 
 log = logging.get("kafka")
 T = TypeVar("T")
-FIRST_DELAY_S = 0.5  # before the second attempt at start: a broker that is coming up is noticed at once
-MAX_DELAY_S = 4.0  # a broker that stays down is not hammered
+# At start: a broker that is coming up is noticed at once, one that stays down is not hammered.
+START_BACKOFF = Backoff(first_s=0.5, cap_s=4.0)
 CLI_START_TIMEOUT_S = 8.0  # `start_timeout_s` of an interactive command
 METADATA_POLL_S = 0.05  # between polls of cluster metadata: a new topic's leaders, a group's coordinator
 DIAGNOSE_TIMEOUT_S = 5.0  # for one more connection attempt, to learn why connecting fails
@@ -93,7 +94,7 @@ async def retry_at_start(config: KafkaConfig, clock: Clock, operation: Callable[
     Raises SourceUnavailable after `start_timeout_s`, SourceError at a permanent error.
     """
     deadline_s = clock.monotonic() + config.start_timeout_s
-    delay_s = FIRST_DELAY_S
+    delays_s = START_BACKOFF.delays()
     logged = ""
     with logging.silenced("aiokafka"):  # it would log the same connection error on every attempt
         while True:
@@ -102,13 +103,13 @@ async def retry_at_start(config: KafkaConfig, clock: Clock, operation: Callable[
                     return await operation()
             except (errors.KafkaError, OSError, TimeoutError) as raised:
                 error = await _diagnose(config, raised)
-            left_s = deadline_s - clock.monotonic() - FIRST_DELAY_S  # FIRST_DELAY_S remains for the last attempt
+            # The first delay's length remains for the last attempt.
+            left_s = deadline_s - clock.monotonic() - START_BACKOFF.first_s
             _raise_if_final(config, error, left_s)
             if _describe(error) != logged:
                 logged = _describe(error)
                 log.warning("Kafka is not ready", bootstrap=config.bootstrap_servers, error=logged)
-            await asyncio.sleep(min(delay_s, left_s))
-            delay_s = min(2 * delay_s, MAX_DELAY_S)
+            await asyncio.sleep(min(next(delays_s), left_s))
 
 
 def _raise_if_final(config: KafkaConfig, error: Exception, left_s: float) -> None:

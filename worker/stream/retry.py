@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 from worker import logging, metrics
+from worker.backoff import Backoff
 from worker.errors import MillraceError
 from worker.stream.health import HealthState
 
@@ -20,19 +21,19 @@ class Retry:
     """
 
     def __init__(self, first_delay_s: float, health: HealthState) -> None:
-        self._first_delay_s = first_delay_s
+        self._backoff = Backoff(first_delay_s, MAX_DELAY_S)
         self._health = health
 
     async def __call__(self, write: Callable[[Sequence[T]], Awaitable[None]], values: Sequence[T]) -> None:
         """Call `write(values)` until it returns. It must be idempotent."""
-        delay_s = self._first_delay_s
+        delays_s = self._backoff.delays()
         part = write.__qualname__
         while (error := await _attempt(write, values)) is not None:
+            delay_s = next(delays_s)
             self._health.problems[part] = str(error)
             metrics.RETRIES.labels(type(error).__name__).inc()
             log.warning("write failed, retrying", part=part, error=str(error), delay_s=delay_s)
             await asyncio.sleep(delay_s)
-            delay_s = min(2 * delay_s, MAX_DELAY_S)
         self._health.problems.pop(part, None)
 
 
