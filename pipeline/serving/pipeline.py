@@ -189,15 +189,6 @@ class Pipeline:
         """Count new events: the last new_counts[i] of user i's history (int64 [n])."""
         self.counters.observe(histories, new_counts)
 
-    def popular(self, k: int) -> list[SlateItem]:
-        """Return the k most popular items: the slate of a user without events."""
-        item_ids = self.vocabulary.item_ids
-        tokens, scores = self.counters.popular(k)
-        return [
-            SlateItem(item_ids[token], score, None, None, None, "popular")
-            for token, score in zip(tokens.tolist(), scores.tolist(), strict=True)
-        ]
-
     def _fallback_chain(self, model: Strategy | None) -> FallbackChain:
         strategies = [self._simple] if model is None else [model, self._simple]
         return FallbackChain({strategy.name: strategy for strategy in strategies}, time.monotonic)

@@ -86,9 +86,13 @@ def hit_rate(report: EvaluationReport, ranking: str) -> float:
     return report.rankings[ranking].at[10].hit_rate.value
 
 
+def popular_items(pipeline: Pipeline, k: int) -> list[str]:
+    return [pipeline.vocabulary.item_ids[token] for token in pipeline.counters.popular(k)[0]]
+
+
 def test_hit_rates_equal_a_plain_walk_through_the_log(pipeline: Pipeline, report: EvaluationReport) -> None:
     """Compare the batched evaluation with one call of the frozen library per event."""
-    popular = [item.item_id for item in pipeline.popular(10)]
+    popular = popular_items(pipeline, 10)
     histories: dict[str, list[Event]] = {}
     hits = {"hstu": 0, "simple": 0}
     first = split_index(LOG.ts_ms, 0.6)
@@ -107,7 +111,7 @@ def test_hit_rates_equal_a_plain_walk_through_the_log(pipeline: Pipeline, report
 
 
 def test_leave_last_out_scores_each_event_from_all_events_before_it(model: Artifact, pipeline: Pipeline) -> None:
-    popular = [item.item_id for item in pipeline.popular(10)]
+    popular = popular_items(pipeline, 10)
     hits = 0
     scored = 0
     for user in sorted({event.user_id for event in EVENTS}):
