@@ -1,4 +1,4 @@
-"""Everything on the hot path that imports aiokafka: the source, the sink, the producer, the consumer group.
+"""Kafka clients: the source with its consumer group, the sink with its producer, reads of a topic to given offsets.
 
 May import: errors, backoff, interfaces, clock, config, logging, pipeline.
 """
