@@ -2,6 +2,7 @@
 
 import msgspec
 import pytest
+from aiokafka import AIOKafkaProducer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -58,6 +59,18 @@ async def test_requeue_by_reason_leaves_the_others_for_later(broker: Broker):
     assert [letter.requeued for letter in await DeadLetterTopic(kafka).read()] == [True, False, True, False, True]
     assert [letter.offset for letter in await DeadLetterTopic(kafka).requeue()] == [1, 3]
     assert len(await broker.read(kafka.events_topic, 5)) == 5
+
+
+async def test_aborted_records_at_the_end_do_not_block_a_listing(broker: Broker):
+    kafka = await send_dead_letters(broker, ["one"])
+    topic = kafka.dead_letter_topic
+    async with AIOKafkaProducer(bootstrap_servers=broker.bootstrap, transactional_id=broker.name("writer")) as producer:
+        await producer.begin_transaction()
+        await producer.send_and_wait(topic, b"never", partition=0)
+        await producer.abort_transaction()
+    letters = DeadLetterTopic(broker.config(dead_letter_topic=topic, request_timeout_ms=5000))
+    assert await letters.read(newest=1) == [], "the newest offset is the marker's"
+    assert [letter.reason for letter in await letters.read()] == ["one"]
 
 
 async def test_truncated_dead_letter_is_never_requeued(broker: Broker):

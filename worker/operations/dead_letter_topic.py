@@ -11,15 +11,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
 import msgspec
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition, errors
+from aiokafka import AIOKafkaProducer, ConsumerRecord, TopicPartition, errors
 from aiokafka.structs import OffsetAndMetadata
 
 from worker.clock import WallClock
 from worker.config import KafkaConfig
-from worker.errors import SinkError, SinkUnavailable, SourceUnavailable
+from worker.errors import SinkError, SinkUnavailable
 from worker.interfaces import Clock
 from worker.kafka.client import client_options, ensure_coordinator, ensure_topics, retry_at_start, with_admin
 from worker.kafka.sink import HEADER_PREFIX
+from worker.kafka.topic_reader import OffsetRange, make_consumer, offset_ranges, read_ranges
 
 CHUNK = 2000  # dead letters per transaction
 METADATA_BYTES = 4000  # brokers accept 4,096 (offset.metadata.max.bytes)
@@ -112,32 +113,20 @@ class DeadLetterTopic:
         }
 
     async def _read(self, newest: int | None) -> list[ConsumerRecord]:
-        # Without a group the consumer is assigned every partition.
-        consumer = AIOKafkaConsumer(
-            self._config.dead_letter_topic,
-            **client_options(self._config),
-            isolation_level="read_committed",
-            auto_offset_reset="earliest",
-        )
+        consumer = make_consumer(self._config, self._config.dead_letter_topic)
         try:
             await consumer.start()
-            return await self._read_to_end(consumer, newest)
+            offsets = await offset_ranges(consumer, sorted(consumer.assignment()))
+            ranges = {each: _last_offsets(offsets[each], newest) for each in offsets}
+            polls = read_ranges(consumer, ranges, self._config, self._clock)
+            return [record async for polled in polls for records in polled.values() for record in records]
         finally:
             await consumer.stop()
 
-    async def _read_to_end(self, consumer: AIOKafkaConsumer, newest: int | None) -> list[ConsumerRecord]:
-        partitions = sorted(consumer.assignment())
-        begins = await consumer.beginning_offsets(partitions)
-        ends = await consumer.end_offsets(partitions)
-        for each in partitions:
-            consumer.seek(each, begins[each] if newest is None else max(begins[each], ends[each] - newest))
-        records: list[ConsumerRecord] = []
-        while [each for each in partitions if await consumer.position(each) < ends[each]]:
-            polled = await consumer.getmany(timeout_ms=self._config.request_timeout_ms)
-            if not polled:
-                raise SourceUnavailable(f"kafka {self._config.bootstrap_servers} stopped answering; run it again")
-            records += [record for partition_records in polled.values() for record in partition_records]
-        return records
+
+def _last_offsets(offsets: OffsetRange, count: int | None) -> OffsetRange:
+    """Return the last `count` offsets of a range; all of them for None."""
+    return offsets if count is None else OffsetRange(max(offsets.begin, offsets.end - count), offsets.end)
 
 
 class RequeueProgress(msgspec.Struct, frozen=True):
