@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.admin import RecordsToDelete
 
 from pipeline.records import Event
 from tests.kafka.broker import Broker
@@ -98,6 +99,21 @@ async def test_transaction_markers_are_skipped_and_do_not_block(broker: Broker, 
     config = await fill_topic(broker, 6, transactional=True)
     plan, report = await rebuild(config, client)
     assert (report.events, report.offsets, plan.offsets) == (6, 12, 12)
+
+
+async def test_retention_during_a_rebuild_costs_only_the_deleted_records(broker: Broker, client: RedisClient):
+    config = await fill_topic(broker, 40)
+
+    class RebuildAfterRetention(Rebuild):
+        async def _plan(self, consumer: AIOKafkaConsumer) -> RebuildPlan:
+            plan = await super()._plan(consumer)
+            async with broker.admin() as admin:
+                await admin.delete_records(dict.fromkeys(plan.ranges, RecordsToDelete(5)))
+            return plan
+
+    plan, report = await RebuildAfterRetention(config, client, WallClock()).run(False, lambda report, total: None)
+    assert plan.offsets == 35
+    assert report.events + report.unreadable == 25
 
 
 async def test_group_with_members_is_rebuilt_only_by_force(broker: Broker, client: RedisClient):

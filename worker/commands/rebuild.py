@@ -46,7 +46,7 @@ def run(args: Namespace) -> int:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         plan, report = asyncio.run(rebuild(progress))
-    print(f"{len(report.users)} rings from {report.events} events of {len(plan.spans)} partitions")
+    print(f"{len(report.users)} rings from {report.events} events of {len(plan.ranges)} partitions")
     if report.unreadable:
         print(f"{report.unreadable} invalid records skipped: the workers dead-lettered them when they first read them")
     if plan.lost:

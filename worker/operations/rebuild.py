@@ -4,16 +4,17 @@ Each partition is read from its beginning to the consumer group's committed offs
 slates are sent.
 """
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 
 from worker import logging
 from worker.config import Config
-from worker.errors import SourceError, SourceUnavailable
+from worker.errors import SourceError
 from worker.interfaces import Clock, Partition, PolledRecords
-from worker.kafka.client import client_options, ensure_coordinator, list_partitions, retry_at_start, with_admin
+from worker.kafka.client import ensure_coordinator, list_partitions, retry_at_start, with_admin
+from worker.kafka.topic_reader import OffsetRange, make_consumer, offset_ranges, read_ranges
 from worker.redis.client import RedisClient
 from worker.redis.sequences import SequenceStore
 from worker.stream.codec import Codec
@@ -21,19 +22,18 @@ from worker.stream.health import HealthState
 from worker.stream.retry import Retry
 
 log = logging.get("rebuild")
-POLL_MS = 1000
 
 
 @dataclass(slots=True)
 class RebuildPlan:
-    """The offsets to read, by partition: from the first, up to but not including the second."""
+    """The offsets to read."""
 
-    spans: dict[TopicPartition, tuple[int, int]]
+    ranges: dict[TopicPartition, OffsetRange]
     lost: int = 0  # records that retention has deleted: their events cannot be restored
 
     @property
     def offsets(self) -> int:
-        return sum(end - begin for begin, end in self.spans.values())
+        return sum(end - begin for begin, end in self.ranges.values())
 
 
 @dataclass(slots=True)
@@ -68,16 +68,15 @@ class Rebuild:
         await ensure_coordinator(self._config.kafka, self._clock, self._config.kafka.group_id)
         if not force:
             await self._check_no_members()
-        consumer = AIOKafkaConsumer(
-            **client_options(self._config.kafka), enable_auto_commit=False, isolation_level="read_committed"
-        )
+        consumer = make_consumer(self._config.kafka)
         try:
             await retry_at_start(self._config.kafka, self._clock, consumer.start)
             plan = await self._plan(consumer)
             report = RebuildReport()
-            async for polled in self._read(consumer, plan):
-                await self._push(polled, report)
-                report.offsets = sum([await _offsets_read(consumer, *item) for item in plan.spans.items()])
+            consumer.assign(list(plan.ranges))
+            async for polled in read_ranges(consumer, plan.ranges, self._config.kafka, self._clock):
+                await self._push(self._to_polled(polled, plan), report)
+                report.offsets = sum([await _offsets_read(consumer, *item) for item in plan.ranges.items()])
                 progress(report, plan.offsets)
             return plan, report
         finally:
@@ -101,41 +100,29 @@ class Rebuild:
         committed = await with_admin(
             kafka, self._clock, lambda admin: admin.list_consumer_group_offsets(kafka.group_id)
         )
-        begins = await consumer.beginning_offsets(partitions)
-        ends = await consumer.end_offsets(partitions)
-        spans = {
-            each: (begins[each], min(committed[each].offset, ends[each]))
-            for each in partitions
-            if each in committed and begins[each] < min(committed[each].offset, ends[each])
+        offsets = await offset_ranges(consumer, partitions)
+        ranges = {
+            each: OffsetRange(begin, min(committed[each].offset, end))
+            for each, (begin, end) in offsets.items()
+            if each in committed and begin < min(committed[each].offset, end)
         }
-        return RebuildPlan(spans, sum(begins.values()))
+        return RebuildPlan(ranges, sum(begin for begin, _ in offsets.values()))
 
-    async def _read(self, consumer: AIOKafkaConsumer, plan: RebuildPlan) -> AsyncIterator[list[PolledRecords]]:
-        """Yield the planned records, poll by poll; a finished partition is no longer polled."""
-        kafka = self._config.kafka
-        remaining = dict(plan.spans)
-        consumer.assign(list(remaining))
-        for partition, (begin, _) in remaining.items():
-            consumer.seek(partition, begin)
-        last_polled_s = self._clock.monotonic()
-        while remaining:
-            polled = await consumer.getmany(*remaining, timeout_ms=POLL_MS, max_records=kafka.max_poll_records)
-            if polled:
-                last_polled_s = self._clock.monotonic()
-                yield [self._to_polled(each, records, remaining[each][1]) for each, records in polled.items()]
-            elif self._clock.monotonic() - last_polled_s > kafka.request_timeout_ms / 1000:
-                raise SourceUnavailable(f"kafka {kafka.bootstrap_servers} stopped answering; run it again")
-            remaining = {each: span for each, span in remaining.items() if await consumer.position(each) < span[1]}
-
-    def _to_polled(self, partition: TopicPartition, records: list[ConsumerRecord], end: int) -> PolledRecords:
-        return PolledRecords(
-            partition=Partition(partition.topic, partition.partition),
-            assignment=0,
-            end_offset=end,
-            polled_ms=self._clock.now_ms(),
-            polled_s=self._clock.monotonic(),
-            records=[record for record in records if record.offset < end],
-        )
+    def _to_polled(
+        self, polled: Mapping[TopicPartition, list[ConsumerRecord]], plan: RebuildPlan
+    ) -> list[PolledRecords]:
+        """Return the planned ones of the records that one poll returned."""
+        return [
+            PolledRecords(
+                partition=Partition(*tp),
+                assignment=0,
+                end_offset=plan.ranges[tp].end,
+                polled_ms=self._clock.now_ms(),
+                polled_s=self._clock.monotonic(),
+                records=[record for record in records if record.offset < plan.ranges[tp].end],
+            )
+            for tp, records in polled.items()
+        ]
 
     async def _push(self, polled: list[PolledRecords], report: RebuildReport) -> None:
         events, dead_letters = self._codec.decode_all(polled)
@@ -146,6 +133,5 @@ class Rebuild:
         report.users.update(consumed.event.user_id for consumed in events)
 
 
-async def _offsets_read(consumer: AIOKafkaConsumer, partition: TopicPartition, span: tuple[int, int]) -> int:
-    begin, end = span
-    return min(await consumer.position(partition), end) - begin
+async def _offsets_read(consumer: AIOKafkaConsumer, partition: TopicPartition, offsets: OffsetRange) -> int:
+    return min(await consumer.position(partition), offsets.end) - offsets.begin
