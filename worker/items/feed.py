@@ -7,21 +7,21 @@ state folder the items are kept in a journal, and a restart reads only what has 
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 
 import msgspec
-from aiokafka import AIOKafkaConsumer, ConsumerRecord, errors
+from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition, errors
 
 from pipeline.records import Id, Item
 from worker import logging, metrics
 from worker.config import KafkaConfig
 from worker.interfaces import Clock
 from worker.items.journal import ItemJournal
-from worker.kafka.client import client_options, is_permanent, list_partitions, retry_at_start
+from worker.kafka.client import is_permanent, list_partitions, retry_at_start
+from worker.kafka.topic_reader import POLL_MS, OffsetRange, make_consumer, offset_ranges, read_ranges
 from worker.stream.codec import InvalidRecord, decoder_named, decoders_for, header_values
 
 log = logging.get("items")
-POLL_MS = 500
 SAVE_INTERVAL_S = 10.0  # between two saves: a restart reads at most this much of the topic again
 CHUNK_ITEMS = 500  # items per call in the pipeline's thread: a call delays ranking by 20 ms
 RETRY_S = 2.0  # until the next poll of a broker that does not answer
@@ -53,22 +53,13 @@ class ItemFeed:
         if not (partitions := await list_partitions(self._config, self._clock, self._config.items_topic)):
             log.info("no items topic: items are known from events only", topic=self._config.items_topic)
             return
-        self._consumer = AIOKafkaConsumer(
-            **client_options(self._config),
-            enable_auto_commit=False,
-            isolation_level="read_committed",
-            auto_offset_reset="earliest",  # if the topic no longer has the next offset, read all that it still has
-        )
+        self._consumer = make_consumer(self._config)
         await retry_at_start(self._config, self._clock, self._consumer.start)
         self._consumer.assign(partitions)
-        await self._consumer.seek_to_beginning(*partitions)
-        ends = await self._consumer.end_offsets(partitions)
-        if self._journal is not None:
-            for partition, offset in (await self._journal.restore(ends)).items():
-                self._consumer.seek(partition, offset)
+        ranges = await self._without_restored(await offset_ranges(self._consumer, partitions))
         records = 0
-        while any([await self._consumer.position(partition) < end for partition, end in ends.items()]):
-            records += await self._poll(live=False)
+        async for polled in read_ranges(self._consumer, ranges, self._config, self._clock):
+            records += await self._apply(polled, live=False)
         await self._save()
         log.info("items topic read", topic=self._config.items_topic, records=records)
 
@@ -76,7 +67,7 @@ class ItemFeed:
         """Follow the topic until cancelled, waiting for an unreachable broker."""
         while self._consumer is not None:
             try:
-                await self._poll(live=True)
+                await self._poll(self._consumer)
                 if self._clock.monotonic() >= self._saved_s + SAVE_INTERVAL_S:
                     await self._save()
             except errors.KafkaError as error:
@@ -89,6 +80,13 @@ class ItemFeed:
         if self._consumer is not None:
             await self._consumer.stop()
 
+    async def _without_restored(self, ranges: dict[TopicPartition, OffsetRange]) -> dict[TopicPartition, OffsetRange]:
+        """Restore the journal; return what it does not cover."""
+        if self._journal is None:
+            return ranges
+        restored = await self._journal.restore({each: offsets.end for each, offsets in ranges.items()})
+        return {each: OffsetRange(restored.get(each, begin), end) for each, (begin, end) in ranges.items()}
+
     async def _save(self) -> None:
         if self._journal is not None and self._consumer is not None:
             positions = {
@@ -97,10 +95,12 @@ class ItemFeed:
             await self._journal.save(positions)
             self._saved_s = self._clock.monotonic()
 
-    async def _poll(self, live: bool) -> int:
-        """Poll once and return the number of records."""
-        assert self._consumer is not None, "started"
-        polled = await self._consumer.getmany(timeout_ms=POLL_MS, max_records=self._config.max_poll_records)
+    async def _poll(self, consumer: AIOKafkaConsumer) -> None:
+        polled = await consumer.getmany(timeout_ms=POLL_MS, max_records=self._config.max_poll_records)
+        await self._apply(polled, live=True)
+
+    async def _apply(self, polled: Mapping[TopicPartition, list[ConsumerRecord]], live: bool) -> int:
+        """Pass the records on in chunks and return their number."""
         records = [record for partition_records in polled.values() for record in partition_records]
         changes = list(self._changes(records))
         for start in range(0, len(changes), CHUNK_ITEMS):
