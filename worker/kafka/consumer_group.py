@@ -69,33 +69,47 @@ class GroupMember:
 
         Raises KafkaError; IllegalGenerationError when the generation is stale, whichever side notices it.
         """
-        # NOTE: private parts of aiokafka 0.14. Once the coordinator has forgotten a member, its commits go out without
-        # a generation and might move offsets back, so the generation is compared here. aiokafka's public commit
-        # retries internally, and may have lost the generation by then; `_do_commit_offsets` builds its request before
-        # its first await, so this comparison holds for it.
+        # NOTE: private in aiokafka 0.14: the coordinator's `_commit_lock` and `_do_commit_offsets`. Once the broker has
+        # forgotten a member, its commits go out without a generation and might move offsets back, so the generation is
+        # compared here. The public `commit()` retries internally, and may have lost the generation by then;
+        # `_do_commit_offsets` builds its request before its first await, so this comparison holds for it.
         coordinator = self._coordinator
-        subscription = self.consumer._subscription.subscription
         to_commit = {TopicPartition(*partition): OffsetAndMetadata(offset, "") for partition, offset in offsets.items()}
         async with coordinator._commit_lock:
             if coordinator.generation != self._generation:
                 raise errors.IllegalGenerationError(self._config.group_id)
-            await coordinator._do_commit_offsets(subscription.assignment, to_commit)
+            await coordinator._do_commit_offsets(self._assignment, to_commit)
 
     def lag(self, partition: Partition) -> int:
         """Return the number of readable records after the last polled one, as of the last fetch.
 
         Transaction markers and everything after the start of an open transaction are not readable.
         """
-        # NOTE: private parts of aiokafka 0.14. Its `position()` waits for a missing position; its state does not.
-        assignment = self.consumer._subscription.subscription.assignment
-        state = assignment and assignment.state_value(TopicPartition(*partition))
-        if state is None or not state.has_valid_position or state.highwater is None:
+        tp = TopicPartition(*partition)
+        position = self._position(tp)
+        if position is None:
             return 0
-        readable = state.highwater if state.lso is None or state.lso < 0 else state.lso
-        return max(0, readable - state.position)
+        end = self.consumer.highwater(tp)
+        stable_end = self.consumer.last_stable_offset(tp)
+        readable = end if stable_end is None or stable_end < 0 else stable_end
+        return max(0, (readable or 0) - position)
+
+    def _position(self, tp: TopicPartition) -> int | None:
+        """Return the next offset to poll; None when the partition is not assigned or the offset not known yet."""
+        # NOTE: the public `position()` waits for a missing position, its state in the private assignment does not.
+        assignment = self._assignment
+        state = assignment and assignment.state_value(tp)
+        return state.position if state is not None and state.has_valid_position else None
+
+    @property
+    def _assignment(self) -> Any:
+        # NOTE: private in aiokafka 0.14: `_subscription`. The public `assignment()` returns the partitions' names
+        # without their state, and `_do_commit_offsets` takes the object.
+        return self.consumer._subscription.subscription.assignment
 
     @property
     def _coordinator(self) -> Any:
+        # NOTE: private in aiokafka 0.14: `_coordinator`, here for the group's generation, which nothing public shows.
         return self.consumer._coordinator
 
     async def assigned(self, partitions: Iterable[TopicPartition]) -> None:

@@ -25,7 +25,9 @@ class CorruptRecord(NamedTuple):
     @classmethod
     def from_error(cls, error: Exception) -> "CorruptRecord":
         """Read the position from the traceback of one of DECODE_ERRORS."""
-        # NOTE: private parts of aiokafka 0.14: a generator's name and its locals.
+        # NOTE: private in aiokafka 0.14: the generator `_unpack_records` and its locals `tp`, `next_batch` and `self`,
+        # whose `next_fetch_offset` is the record's. Nothing public names the partition that failed or its next batch,
+        # and `position()` still is the offset from which the call began to read.
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
         variables = next(frame.f_locals for frame in frames if frame.f_code.co_name == "_unpack_records")
         offset = variables["self"].next_fetch_offset

@@ -181,7 +181,8 @@ def murmur2(data: bytes) -> int:
 
 async def _abort(producer: AIOKafkaProducer) -> None:
     """Stop without delivering: end the sender, close its connections, then fail the pending batches."""
-    # NOTE: private parts of aiokafka 0.14, whose `stop()` waits until everything is delivered.
+    # NOTE: private in aiokafka 0.14: `_sender` and its `sender_task`, `_message_accumulator` and its `fail_all`. The
+    # public `stop()` waits until everything is delivered; cancelling it leaves the sender at work.
     sender = producer._sender.sender_task
     if sender is not None:
         sender.cancel()

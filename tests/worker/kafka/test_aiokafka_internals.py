@@ -1,7 +1,10 @@
 """Private parts of aiokafka that worker/kafka relies on: an upgrade that changes them fails here, without a broker."""
 
+import ast
 import inspect
+import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,15 +12,17 @@ from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.consumer.fetcher import READ_COMMITTED, PartitionRecords
 from aiokafka.consumer.group_coordinator import GroupCoordinator
 from aiokafka.consumer.subscription_state import SubscriptionState
-from aiokafka.record.default_records import DefaultRecordBatchBuilder
+from aiokafka.record.default_records import DefaultRecordBatch, DefaultRecordBatchBuilder
 from aiokafka.record.memory_records import MemoryRecords
 
 from tests.kafka.broker import RecordingListener
 from worker.config import KafkaConfig
 from worker.interfaces import Partition
+from worker.kafka import consumer_group
 from worker.kafka.consumer_group import GroupMember
 from worker.kafka.corrupt_record import DECODE_ERRORS, CorruptRecord
 
+FOLDER = Path(consumer_group.__file__).parent
 TP = TopicPartition("events", 0)
 
 
@@ -60,33 +65,56 @@ def partition_records(batches: bytes) -> PartitionRecords:
     )
 
 
-def missing(owner: object, *names: str) -> list[str]:
-    owner_name = owner.__name__ if isinstance(owner, type) else type(owner).__name__
-    return [f"{owner_name}.{name}" for name in names if not hasattr(owner, name)]
-
-
-async def test_private_names_of_aiokafka_that_the_worker_uses_exist(member: GroupMember):
+@pytest.fixture
+async def parts(member: GroupMember) -> AsyncIterator[list[tuple[object, str]]]:
+    """Every private part of aiokafka that the worker uses, as (owner, name), with the parts of private parts."""
     consumer = member.consumer
     subscription = consumer._subscription.subscription
+    state = subscription.assignment.state_value(TP)
     coordinator = GroupCoordinator(consumer._client, SubscriptionState(), group_id="group")
     producer = AIOKafkaProducer()
-    found_missing = [
-        *missing(consumer, "_coordinator", "_subscription"),
-        *missing(subscription, "assignment"),
-        *missing(subscription.assignment, "state_value"),
-        *missing(type(subscription.assignment.state_value(TP)), "has_valid_position", "position"),
-        *missing(subscription.assignment.state_value(TP), "highwater", "lso"),
-        *missing(coordinator, "_commit_lock", "_do_commit_offsets", "generation"),
-        *missing(producer, "_sender", "_message_accumulator", "client"),
-        *missing(producer._sender, "sender_task"),
-        *missing(producer._message_accumulator, "fail_all"),
-        *missing(partition_records(b""), "_unpack_records", "next_fetch_offset"),
+    yield [
+        *((consumer, name) for name in ("_coordinator", "_subscription")),
+        (consumer._subscription, "subscription"),
+        (subscription, "assignment"),
+        (subscription.assignment, "state_value"),
+        *((type(state), name) for name in ("has_valid_position", "position")),
+        *((coordinator, name) for name in ("_commit_lock", "_do_commit_offsets", "generation")),
+        *((producer, name) for name in ("_sender", "_message_accumulator", "client")),
+        (producer._sender, "sender_task"),
+        (producer._message_accumulator, "fail_all"),
+        *((partition_records(b""), name) for name in ("_unpack_records", "next_fetch_offset")),
+        (DefaultRecordBatch, "next_offset"),
     ]
-    parameters = list(inspect.signature(coordinator._do_commit_offsets).parameters)
     await coordinator.close()
     await producer.stop()
-    assert found_missing == []
-    assert parameters == ["assignment", "offsets"]
+
+
+def private_names(tree: ast.AST) -> set[str]:
+    """Return the underscored attributes that a module reads from anything but `self`."""
+    return {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and re.match(r"_[^_]", node.attr)
+        and not (isinstance(node.value, ast.Name) and node.value.id == "self")
+    }
+
+
+async def test_private_parts_of_aiokafka_that_the_worker_uses_exist(parts: list[tuple[object, str]]):
+    assert [(owner, name) for owner, name in parts if not hasattr(owner, name)] == []
+
+
+async def test_every_private_name_in_the_code_is_among_the_parts_and_in_a_note(parts: list[tuple[object, str]]):
+    sources = [path.read_text() for path in sorted(FOLDER.glob("*.py"))]
+    used = set().union(*(private_names(ast.parse(source)) for source in sources)) | {"_unpack_records"}
+    assert used == {name for _, name in parts if name.startswith("_")}
+    notes = [note for source in sources for note in re.findall(r"# NOTE:.*(?:\n\s+#.*)*", source)]
+    assert {name for name in used if not any(f"`{name}`" in note for note in notes)} == set()
+
+
+async def test_private_commit_takes_the_assignment_and_the_offsets():
+    assert list(inspect.signature(GroupCoordinator._do_commit_offsets).parameters) == ["self", "assignment", "offsets"]
 
 
 async def test_lag_ends_at_the_last_stable_offset(member: GroupMember):
