@@ -52,6 +52,7 @@ class Counters:
         self._scorer = CooccurrenceScorer(vocabulary, self.neighbours)
         self._order = PopularityOrder()
         self._version = vocabulary.version
+        self._followed = vocabulary.changes.end
         self._half_life_ms = half_life_days * DAY_MS
         self._distances = np.arange(1, window_events + 1)
         self._distance_weights = self._distances**-DISTANCE_EXPONENT
@@ -91,8 +92,8 @@ class Counters:
 
     def popular(self, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the k most popular items: int32 [<= k], and their popularity relative to the first: float32 [<= k]."""
-        order = self._popularity_order()
-        return order.tokens[:k].astype(np.int32), order.relative_popularity[:k]
+        tokens, relative = self._popularity_order().top(k)
+        return tokens.astype(np.int32), relative
 
     def rows(self, tokens: np.ndarray) -> ItemCounts:
         """Return these items' counts as of `newest_ms`."""
@@ -237,8 +238,14 @@ class Counters:
         if self._version == self.vocabulary.version:
             return
         evicted = self.vocabulary.evicted_since(self._version)
+        changed = self.vocabulary.changes.since(self._followed)
         self._version = self.vocabulary.version
-        self._order = PopularityOrder()
+        self._followed = self.vocabulary.changes.end
+        if changed is None or evicted.size:
+            self._order = PopularityOrder()
+        else:
+            size = len(self.vocabulary)
+            self._order.follow(changed, self.popularity[:size], self.vocabulary.blocked[:size])
         if not evicted.size:
             return
         mask = np.zeros(len(self.neighbours.tokens), bool)

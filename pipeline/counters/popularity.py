@@ -11,13 +11,18 @@ from pipeline.counters.accumulator import RowTokenPairs
 EVENT_EXPONENT = 0.5
 ITEM_EXPONENT = 0.35
 UNRANKED = 1 << 40  # the rank of a blocked token
+MAX_GAPS = 1024  # tokens that were blocked since the last update; more of them are removed by an update
 
 
 @dataclass(slots=True)
 class PopularityOrder:
-    """All tokens that are not blocked, most popular first, ties by token. [items + 1] arrays are indexed by token."""
+    """All tokens that are not blocked, most popular first, ties by token. [items + 1] arrays are indexed by token.
+
+    A token that is blocked after an update leaves a gap, so that blocking one costs nothing per item.
+    """
 
     age: int = 0  # events counted since the last update
+    gaps: dict[int, int] = field(default_factory=dict)  # token to its rank, of those blocked since the last update
     tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # [ranked]
     ranks: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))  # [items + 1], or UNRANKED
     relative_popularity: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))  # [ranked], greatest = 1
@@ -32,6 +37,43 @@ class PopularityOrder:
         elif len(self.ranks) < len(popularity):
             self._append(np.flatnonzero(~blocked[len(self.ranks) :]) + len(self.ranks), len(popularity))
 
+    def follow(self, tokens: np.ndarray, popularity: np.ndarray, blocked: np.ndarray) -> None:
+        """Take these tokens, int64 [n], out of the order or back into it, as they are blocked now or not.
+
+        popularity, blocked: [items + 1]
+        """
+        tokens = tokens[tokens < len(self.ranks)]
+        tokens = tokens[blocked[tokens] != (self.ranks[tokens] == UNRANKED)]
+        for token in tokens.tolist():
+            if blocked[token]:
+                self.gaps[token] = int(self.ranks[token])
+                self.ranks[token] = UNRANKED
+                self.item_norms[token] = 0
+            elif token in self.gaps:
+                self.ranks[token] = self.gaps.pop(token)
+                if popularity[token] > 0:
+                    self.item_norms[token] = popularity[token] ** -ITEM_EXPONENT
+            else:
+                self.age = len(self.tokens)  # blocked at the last update: its rank is not known
+        if len(self.gaps) > MAX_GAPS:
+            self.age = len(self.tokens)
+
+    def top(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the `count` first ranks without gaps: tokens int64 [<= count] and their relative popularity."""
+        reach = count + len(self.gaps)
+        tokens = self.tokens[:reach]
+        is_there = self.ranks[tokens] != UNRANKED
+        return tokens[is_there][:count], self.relative(np.flatnonzero(is_there)[:count])
+
+    def relative(self, ranks: np.ndarray) -> np.ndarray:
+        """Return the popularity at these ranks relative to the first one that is no gap: float32 [n]."""
+        first = 0
+        gaps = set(self.gaps.values())
+        while first in gaps:
+            first += 1
+        greatest = self.relative_popularity[first : first + 1].max(initial=0)
+        return self.relative_popularity[ranks] / (greatest if greatest > 0 else np.float32(1))
+
     def _update(self, popularity: np.ndarray, blocked: np.ndarray) -> None:
         order = np.argsort(-popularity, kind="stable")
         self.tokens = order[~blocked[order]]
@@ -42,6 +84,7 @@ class PopularityOrder:
         seen = np.where(popularity > 0, popularity, np.inf)
         self.event_norms = (seen**-EVENT_EXPONENT).astype(np.float32)
         self.item_norms = np.where(blocked, 0, seen**-ITEM_EXPONENT).astype(np.float32)
+        self.gaps = {}
         self.age = 0
 
     def _append(self, new: np.ndarray, size: int) -> None:
@@ -69,8 +112,9 @@ def fill_rows(order: PopularityOrder, excluded: RowTokenPairs, items: np.ndarray
     short_index = np.full(len(items), -1)
     short_index[short] = np.arange(len(short))
     rows, tokens = _unavailable(excluded, items, short_index)
-    reach = min(len(order.tokens), k + int(np.bincount(rows, minlength=1).max()))
+    reach = min(len(order.tokens), k + len(order.gaps) + int(np.bincount(rows, minlength=1).max()))
     available = np.ones((len(short), reach), bool)
+    available[:, [rank for rank in order.gaps.values() if rank < reach]] = False
     near = order.ranks[tokens] < reach
     available[rows[near], order.ranks[tokens[near]]] = False
     nth = np.cumsum(available, axis=1) + lengths[short, None]  # [short, reach]: an available item's column, from 1
@@ -78,7 +122,7 @@ def fill_rows(order: PopularityOrder, excluded: RowTokenPairs, items: np.ndarray
     column = nth[row, rank] - 1
     last_scores = np.where(lengths > 0, scores[np.arange(len(items)), lengths - 1], np.float32(1))
     items[short[row], column] = order.tokens[rank]
-    scores[short[row], column] = last_scores[short[row]] * order.relative_popularity[rank]
+    scores[short[row], column] = last_scores[short[row]] * order.relative(rank)
 
 
 def _unavailable(excluded: RowTokenPairs, items: np.ndarray, short_index: np.ndarray) -> RowTokenPairs:
