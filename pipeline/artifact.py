@@ -30,7 +30,7 @@ from pipeline.exchange import exchange
 from pipeline.features.event_features import FEATURE_LAYOUT
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.metadata import ItemMetadata
-from pipeline.items.vocabulary import UNKNOWN
+from pipeline.items.vocabulary import UNKNOWN, Vocabulary
 from pipeline.model.config import HstuConfig
 from pipeline.records import EventSchema
 
@@ -93,12 +93,20 @@ class Artifact:
         prefix = f"{name}."
         return {key.removeprefix(prefix): value for key, value in self.weights.items() if key.startswith(prefix)}
 
-    def load_into(self, catalogue: Catalogue) -> None:
-        """Restore the items' metadata in a catalogue; items without a token in its vocabulary are skipped."""
-        tokens = np.array([catalogue.vocabulary.token(item_id) for item_id in self.item_ids], np.int64)
-        admitted = tokens != UNKNOWN
-        facts = {name: column[admitted] for name, column in self.metadata.facts.items()}
-        catalogue.restore_facts(tokens[admitted], facts)
+    def tokens(self, vocabulary: Vocabulary) -> np.ndarray:
+        """Return the items' tokens in this vocabulary, UNKNOWN for an item without one: int64 [n]."""
+        return np.array([vocabulary.token(item_id) for item_id in self.item_ids], np.int64)
+
+    def load_into(self, catalogue: Catalogue, tokens: np.ndarray | None = None, part: slice = slice(None)) -> None:
+        """Restore the items' metadata in a catalogue; items without a token in its vocabulary are skipped.
+
+        tokens: of `tokens(catalogue.vocabulary)`, if it was called before; part: of the items
+        """
+        if tokens is None:
+            tokens = self.tokens(catalogue.vocabulary)
+        admitted = tokens[part] != UNKNOWN
+        facts = {name: column[part][admitted] for name, column in self.metadata.facts.items()}
+        catalogue.restore_facts(tokens[part][admitted], facts)
 
     def check_schema(self, schema: EventSchema) -> None:
         """Raise ArtifactError unless the codes that the model was trained with mean the same in `schema`."""

@@ -30,6 +30,7 @@ from worker.inference.ranker import PipelineRanker, ServedSample
 from worker.interfaces import Clock
 
 log = logging.get("hotswap")
+LOAD_CHUNK_ITEMS = 1 << 16  # items whose metadata are restored per call in the pipeline's thread
 ADMIT_CHUNK_ITEMS = 1024  # new items per call in the pipeline's thread: a call delays ranking by 4 ms
 
 
@@ -113,7 +114,11 @@ class HotSwap:
         new = await self._executor.run(lambda: [each for each in artifact.item_ids if not vocabulary.token(each)])
         for start in range(0, len(new), ADMIT_CHUNK_ITEMS):
             await self._ranker.run_in_thread(partial(vocabulary.admit, new[start : start + ADMIT_CHUNK_ITEMS]))
-        await self._ranker.run_in_thread(partial(artifact.load_into, self._ranker.pipeline.catalogue))
+        catalogue = self._ranker.pipeline.catalogue
+        tokens = await self._executor.run(artifact.tokens, vocabulary)
+        for start in range(0, len(tokens), LOAD_CHUNK_ITEMS):
+            part = slice(start, start + LOAD_CHUNK_ITEMS)
+            await self._ranker.run_in_thread(partial(artifact.load_into, catalogue, tokens, part))
 
     def _validate(self, artifact: Artifact, served: list[ServedSample]) -> tuple[Strategy, float | None]:
         """Rank synthetic users of every shape, which also warms the model up, then the users just served."""
