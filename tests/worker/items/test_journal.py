@@ -1,6 +1,8 @@
 """Items across restarts: the same tokens and vectors, and a journal that does not fit is not used."""
 
+import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ PARTITION = TopicPartition("items", 0)
 SHOE = Item("shoe", title="red shoe", price=5.0, created_ms=7)
 LAMP = Item("lamp", title="a lamp", brand="x")
 Logged = Callable[[], list[dict[str, Any]]]
+LimitFileSize = Callable[[int], AbstractContextManager[None]]
 
 
 class Clock(WallClock):
@@ -33,7 +36,7 @@ class Clock(WallClock):
 
 
 class Process:
-    """The part of a worker that knows items. A killed one gives up its lock and saves nothing more."""
+    """The part of a worker that knows items. A stopped one gives up its lock and saves nothing more."""
 
     def __init__(self, folder: Path, artifact: Path, clock: Clock, max_items: int = 1000) -> None:
         options = PipelineOptions(max_items=max_items, device="cpu", threads=1)
@@ -48,7 +51,7 @@ class Process:
         model = load_strategy(load(artifact), self.pipeline.catalogue, self.pipeline.options)
         await self.ranker.swap_model(model, version)
 
-    def kill(self) -> None:
+    def stop(self) -> None:
         self.journal.close()
         self.ranker.close()
 
@@ -76,8 +79,20 @@ class Machine:
         relatives.save(self.artifact, relatives.untrained(ITEM_IDS))
 
     @property
-    def journal_bytes(self) -> int:
-        return (self.folder / "items.journal").stat().st_size
+    def journal(self) -> Path:
+        return self.folder / "items.sqlite"
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.folder.iterdir())
+
+    def kill(self, process: Process) -> None:
+        """Stop the process, and leave the files as a SIGKILL would have left them."""
+        copy = self.folder.with_name("copy")
+        shutil.copytree(self.folder, copy)
+        process.stop()
+        shutil.rmtree(self.folder)
+        copy.rename(self.folder)
 
     def start(self, **options: int) -> Process:
         return Process(self.folder, self.artifact, self.clock, **options)
@@ -103,7 +118,7 @@ async def test_killed_process_restarts_with_equal_tokens_vectors_and_slates(mach
     await first.journal.save({PARTITION: 9})
     items = first.items()
     slate = first.slate()
-    first.kill()
+    machine.kill(first)
     second = machine.start()
     assert await second.journal.restore({PARTITION: 30}) == {PARTITION: 9}
     assert second.items() == items
@@ -113,25 +128,25 @@ async def test_killed_process_restarts_with_equal_tokens_vectors_and_slates(mach
     second.pipeline.admit(["never-seen"])
     vocabulary = second.pipeline.vocabulary
     assert vocabulary.blocked[vocabulary.token("never-seen")]
-    second.kill()
+    second.stop()
 
 
 async def test_interrupted_save_leaves_the_save_before(machine: Machine) -> None:
     first = await machine.start_and_save(SHOE)
     await first.update(LAMP)
     await first.journal.save({PARTITION: 9})
-    first.kill()
-    journal = machine.folder / "items.journal"
-    journal.write_bytes(journal.read_bytes()[:-3])
+    machine.kill(first)
+    log = machine.journal.with_name("items.sqlite-wal")
+    log.write_bytes(log.read_bytes()[:-3])
     second = machine.start()
     assert await second.journal.restore({PARTITION: 9}) == {PARTITION: 5}
     await second.update(LAMP)
     await second.journal.save({PARTITION: 9})
-    second.kill()
+    second.stop()
     third = machine.start()
     assert await third.journal.restore({PARTITION: 9}) == {PARTITION: 9}
     assert third.pipeline.vocabulary.item_ids[-2:] == ["shoe", "lamp"]
-    third.kill()
+    third.stop()
 
 
 async def test_state_before_a_tombstone_or_a_record_does_not_come_back(machine: Machine) -> None:
@@ -141,16 +156,16 @@ async def test_state_before_a_tombstone_or_a_record_does_not_come_back(machine: 
         await first.update(*items, delisted=delisted)
         await first.journal.save({PARTITION: offset})
     expected = first.items()
-    first.kill()
+    first.stop()
     second = machine.start()
     assert await second.journal.restore({PARTITION: 8}) == {PARTITION: 8}
     assert second.items() == expected
     blocked = {item_id for item_id, blocked in zip(expected["ids"][1:], expected["blocked"], strict=True) if blocked}
     assert blocked == {"lamp", "i1"}
-    second.kill()
+    second.stop()
 
 
-async def test_journal_is_compacted_when_changes_outgrow_it_and_after_an_eviction(
+async def test_new_snapshot_replaces_changes_that_outgrow_the_old_one_and_follows_an_eviction(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("worker.items.journal.SLACK_BYTES", 0)
@@ -160,25 +175,25 @@ async def test_journal_is_compacted_when_changes_outgrow_it_and_after_an_evictio
     for offset in range(30):
         await first.update(Item("shoe", title=f"red shoe {offset}"))
         await first.journal.save({PARTITION: offset})
-        sizes.append(machine.journal_bytes)
+        sizes.append(machine.state_bytes)
     assert max(sizes) < 4 * sizes[0]
     await first.update(Item("a"), Item("b"))
     assert first.pipeline.vocabulary.evicted_count
     await first.journal.save({PARTITION: 31})
-    first.kill()
+    first.stop()
     second = machine.start(max_items=1000)
     assert await second.journal.restore({PARTITION: 31}) == {PARTITION: 31}
     assert second.pipeline.vocabulary.item_ids[len(ITEM_IDS) + 1 :] == ["shoe", "a", "b"]
-    second.kill()
+    second.stop()
 
 
 async def test_journal_of_another_artifact_is_not_used_and_logged(machine: Machine, logged: Logged) -> None:
-    (await machine.start_and_save(SHOE)).kill()
+    (await machine.start_and_save(SHOE)).stop()
     relatives.save(machine.artifact, relatives.nudged(load(machine.artifact), 1))
     second = machine.start()
     assert await second.journal.restore({PARTITION: 5}) == {}
     assert not second.pipeline.vocabulary.token("shoe")
-    second.kill()
+    second.stop()
     assert "it belongs to artifact" in logged()[-1]["reason"]
 
 
@@ -187,11 +202,11 @@ async def test_journal_follows_the_serving_artifact(machine: Machine) -> None:
     version = relatives.save(machine.artifact, relatives.nudged(load(machine.artifact), 1))
     await first.swap_model(machine.artifact, version)
     await first.journal.save({PARTITION: 5})
-    first.kill()
+    first.stop()
     second = machine.start()
     assert await second.journal.restore({PARTITION: 5}) == {PARTITION: 5}
     assert second.pipeline.vocabulary.token("shoe")
-    second.kill()
+    second.stop()
 
 
 @pytest.mark.parametrize(
@@ -201,25 +216,106 @@ async def test_journal_follows_the_serving_artifact(machine: Machine) -> None:
 async def test_journal_past_the_topic_end_or_older_than_tombstones_is_not_used(
     machine: Machine, end: int, age_ms: int, used: bool
 ) -> None:
-    (await machine.start_and_save(SHOE)).kill()
+    (await machine.start_and_save(SHOE)).stop()
     machine.clock.time_ms += age_ms
     second = machine.start()
     assert bool(await second.journal.restore({PARTITION: end})) == used
-    second.kill()
+    second.stop()
 
 
 async def test_save_without_changes_is_written_as_a_heartbeat(machine: Machine) -> None:
     first = await machine.start_and_save(SHOE)
-    size = machine.journal_bytes
+    size = machine.state_bytes
     await first.journal.save({PARTITION: 5})
-    assert machine.journal_bytes == size
+    assert machine.state_bytes == size
     machine.clock.time_ms += TOMBSTONE_MS
     await first.journal.save({PARTITION: 5})
-    first.kill()
+    first.stop()
     machine.clock.time_ms += TOMBSTONE_MS
     second = machine.start()
     assert await second.journal.restore({PARTITION: 6}) == {PARTITION: 5}
-    second.kill()
+    second.stop()
+
+
+async def test_journal_stays_small_over_restarts(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.items.journal.SLACK_BYTES", 0)
+    (await machine.start_and_save(SHOE, offset=0)).stop()
+    size = machine.state_bytes
+    for offset in range(1, 31):
+        process = machine.start()
+        assert await process.journal.restore({PARTITION: offset}) == {PARTITION: offset - 1}
+        await process.update(*(Item(f"i{number}", title=f"thing {offset}") for number in range(8)))
+        await process.journal.save({PARTITION: offset})
+        process.stop()
+        assert machine.state_bytes < 2 * size
+
+
+async def test_damaged_journal_is_not_used_and_logged_and_the_next_save_replaces_it(
+    machine: Machine, logged: Logged
+) -> None:
+    (await machine.start_and_save(SHOE)).stop()
+    content = machine.journal.read_bytes()
+    machine.journal.write_bytes(content.replace(b"shoe", b"shoo"))
+    second = await machine.start_and_save(LAMP, offset=6)
+    assert not second.pipeline.vocabulary.token("shoo")
+    second.stop()
+    assert "its checksum does not match" in logged()[-1]["reason"]
+    third = machine.start()
+    assert await third.journal.restore({PARTITION: 6}) == {PARTITION: 6}
+    assert third.pipeline.vocabulary.item_ids[-1] == "lamp"
+    third.stop()
+
+
+async def test_foreign_file_is_replaced(machine: Machine) -> None:
+    machine.folder.mkdir()
+    machine.journal.write_text("not a database\n" * 1000)
+    (await machine.start_and_save(SHOE)).stop()
+    second = machine.start()
+    assert await second.journal.restore({PARTITION: 5}) == {PARTITION: 5}
+    second.stop()
+
+
+async def test_full_disk_is_logged_and_the_save_before_it_stays(
+    machine: Machine, logged: Logged, limit_file_size: LimitFileSize
+) -> None:
+    first = await machine.start_and_save(SHOE)
+    new_items = [f"new-{number}" for number in range(900)]
+    with limit_file_size(machine.state_bytes):
+        first.pipeline.admit(new_items)
+        await first.journal.save({PARTITION: 6})
+        await first.journal.save({PARTITION: 7})
+    assert [line["event"] for line in logged() if "items not saved" in line["event"]] == [
+        "items not saved: a restart reads the whole topic"
+    ] * 2
+    machine.kill(first)
+    second = machine.start()
+    assert await second.journal.restore({PARTITION: 7}) == {PARTITION: 5}
+    second.pipeline.admit(new_items)
+    await second.journal.save({PARTITION: 8})
+    second.stop()
+    third = machine.start()
+    assert await third.journal.restore({PARTITION: 8}) == {PARTITION: 8}
+    assert third.pipeline.vocabulary.item_ids[-901:] == ["shoe", *new_items]
+    third.stop()
+
+
+async def test_worker_starts_on_a_full_disk_and_saves_once_there_is_room(
+    machine: Machine, logged: Logged, limit_file_size: LimitFileSize
+) -> None:
+    with limit_file_size(0):
+        first = machine.start()
+    with limit_file_size(4096):
+        assert await first.journal.restore({PARTITION: 5}) == {}
+        await first.update(SHOE)
+        await first.journal.save({PARTITION: 5})
+    assert "items not saved" in logged()[-1]["event"]
+    with pytest.raises(ConfigError, match="another worker is using it"):
+        machine.start()
+    await first.journal.save({PARTITION: 5})
+    first.stop()
+    second = machine.start()
+    assert await second.journal.restore({PARTITION: 5}) == {PARTITION: 5}
+    second.stop()
 
 
 async def test_failed_save_is_logged_and_the_next_save_makes_up_for_it(machine: Machine, logged: Logged) -> None:
@@ -231,7 +327,7 @@ async def test_failed_save_is_logged_and_the_next_save_makes_up_for_it(machine: 
     moved.rename(machine.folder)
     await first.journal.save({PARTITION: 7})
     assert first.journal._saved.offsets == {0: 7}
-    first.kill()
+    first.stop()
     assert "items not saved" in logged()[-1]["event"]
 
 
@@ -239,8 +335,12 @@ def test_state_folder_must_be_writable_and_used_by_one_worker(machine: Machine, 
     first = machine.start()
     with pytest.raises(ConfigError, match=r"pipeline\.state_dir .*state: another worker is using it; give each"):
         machine.start()
-    first.kill()
-    machine.start().kill()
+    first.stop()
+    machine.start().stop()
+    machine.journal.unlink()
+    machine.journal.mkdir()
+    with pytest.raises(ConfigError, match=r"unable to open database file; choose a folder that this worker can write"):
+        machine.start()
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"pipeline\.state_dir .*file: File exists; choose a folder that this worker"):
         ItemJournal(tmp_path / "file", "items", first.ranker, machine.clock)
