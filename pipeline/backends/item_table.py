@@ -47,6 +47,7 @@ class ItemTable:
         self._followed = 0  # position in the catalogue's records
         self._buffer = _encode_trained(items, device)  # float32 [>= rows, width]
         self._values = _trained_values(artifact, self._index, catalogue)  # float32 [>= rows]
+        items.item_content = None  # read once: content of new items comes from the catalogue
 
     def __len__(self) -> int:
         return len(self._index)

@@ -21,6 +21,7 @@ from pipeline.records import DAY_MS, Histories, item_hash
 
 DISTANCE_EXPONENT = 0.25  # tuned as the constants of scoring.py: equal weights lose 0.6 points of hit rate@10
 REBASE_HALF_LIVES = 60  # float32 ends at 2^127
+RESTORE_ITEMS = 1 << 14  # at a time: padded rows of all items would take twice the table
 CHUNK_EVENTS = 4096
 
 
@@ -119,8 +120,11 @@ class Counters:
         self._advance(int(rows.as_of_ms.max(initial=0)))
         units = np.exp2((rows.as_of_ms - self._reference_ms) / self._half_life_ms)  # float64 [n]
         self.popularity[rows.tokens] = rows.popularity * units
-        self.neighbours.tokens[rows.tokens] = rows.columns
-        self.neighbours.weights[rows.tokens] = rows.weights * units[:, None]
+        is_written = (rows.columns > 0).any(axis=1)
+        is_written |= (self.neighbours.tokens[rows.tokens] > 0).any(axis=1)
+        written = rows.tokens[is_written]  # an empty row's memory is not touched
+        self.neighbours.tokens[written] = rows.columns[is_written]
+        self.neighbours.weights[written] = (rows.weights * units[:, None])[is_written]
         self._order.age += len(rows.tokens)
         if self.log is not None:
             self._add_logged(rows.tokens, self.log)
@@ -160,19 +164,27 @@ class Counters:
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Restore a saved state; items outside the vocabulary are left out."""
         tokens = self.vocabulary.tokens(state["items"])
+        for start in range(0, len(tokens), RESTORE_ITEMS):
+            self._restore(state, tokens, slice(start, start + RESTORE_ITEMS))
+        self._order = PopularityOrder()
+
+    def _restore(self, state: Mapping[str, np.ndarray], tokens: np.ndarray, part: slice) -> None:
+        """Restore a part of the saved items. tokens: int32 of all of them, 0 outside the vocabulary."""
+        offsets = state["offsets"][part.start : part.stop + 1]
+        pairs = slice(offsets[0], offsets[-1])
         slots = self.neighbours.tokens.shape[1]
-        columns, weights = pad_rows(state["offsets"], tokens[state["neighbours"]], state["weights"], slots)
-        in_vocabulary = tokens > 0
+        neighbours = tokens[state["neighbours"][pairs]]
+        columns, weights = pad_rows(offsets - offsets[0], neighbours, state["weights"][pairs], slots)
+        in_vocabulary = tokens[part] > 0
         self.replace_rows(
             ItemCounts(
-                tokens=tokens[in_vocabulary],
-                popularity=state["popularity"][in_vocabulary],
+                tokens=tokens[part][in_vocabulary],
+                popularity=state["popularity"][part][in_vocabulary],
                 as_of_ms=np.full(int(in_vocabulary.sum()), state["as_of_ms"][0]),
                 columns=columns[in_vocabulary],
                 weights=weights[in_vocabulary],
             )
         )
-        self._order = PopularityOrder()
 
     def _add_logged(self, tokens: np.ndarray, log: DeltaLog) -> None:
         """Add the logged counts of these items."""

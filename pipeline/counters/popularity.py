@@ -28,6 +28,7 @@ class PopularityOrder:
     relative_popularity: np.ndarray = field(default_factory=lambda: np.empty(0, np.float32))  # [ranked], greatest = 1
     event_norms: np.ndarray = field(default_factory=lambda: np.zeros(1, np.float32))  # [items + 1], 0 = never seen
     item_norms: np.ndarray = field(default_factory=lambda: np.zeros(1, np.float32))  # 0 = never seen, or blocked
+    _room: dict[str, np.ndarray] = field(default_factory=dict)  # larger arrays, which those above begin
 
     def refresh(self, popularity: np.ndarray, blocked: np.ndarray) -> None:
         """Update when enough events were counted, else append new items. Both: [items + 1]; token 0 is blocked."""
@@ -85,17 +86,30 @@ class PopularityOrder:
         self.event_norms = (seen**-EVENT_EXPONENT).astype(np.float32)
         self.item_norms = np.where(blocked, 0, seen**-ITEM_EXPONENT).astype(np.float32)
         self.gaps = {}
+        self._room = {}
         self.age = 0
 
     def _append(self, new: np.ndarray, size: int) -> None:
         """Rank new items, tokens int64 [n], last: they have no popularity yet."""
-        self.ranks = np.append(self.ranks, np.full(size - len(self.ranks), UNRANKED))
+        added = size - len(self.ranks)
+        self.ranks = self._extended("ranks", np.full(added, UNRANKED))
         self.ranks[new] = len(self.tokens) + np.arange(len(new))
-        self.tokens = np.append(self.tokens, new)
-        self.relative_popularity = np.append(self.relative_popularity, np.zeros(len(new), np.float32))
-        zeros = np.zeros(size - len(self.event_norms), np.float32)
-        self.event_norms = np.append(self.event_norms, zeros)
-        self.item_norms = np.append(self.item_norms, zeros)
+        self.tokens = self._extended("tokens", new)
+        self.relative_popularity = self._extended("relative_popularity", np.zeros(len(new), np.float32))
+        self.event_norms = self._extended("event_norms", np.zeros(added, np.float32))
+        self.item_norms = self._extended("item_norms", np.zeros(added, np.float32))
+
+    def _extended(self, name: str, values: np.ndarray) -> np.ndarray:
+        """Return the array of this name with values appended, in place where there is room."""
+        array: np.ndarray = getattr(self, name)
+        size = len(array) + len(values)
+        room = self._room.get(name)
+        if room is None or len(room) < size:
+            room = np.empty(max(size, 2 * len(array)), array.dtype)
+            room[: len(array)] = array
+            self._room[name] = room
+        room[len(array) : size] = values
+        return room[:size]
 
 
 def fill_rows(order: PopularityOrder, excluded: RowTokenPairs, items: np.ndarray, scores: np.ndarray) -> None:
