@@ -9,7 +9,7 @@ import argparse
 import subprocess
 import sys
 
-MODULES = ("stream", "replay", "swap", "heads", "training", "plots")
+MODULES = ("stream", "items", "replay", "swap", "heads", "training", "plots")
 
 
 def main() -> None:

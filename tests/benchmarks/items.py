@@ -3,9 +3,9 @@
 One process per width, on one thread, with an untrained model of one layer. Milliseconds are CPU time of the calls that
 keep the pipeline's thread from ranking. A new record, or a withdrawal (a tombstone), costs its own call and what it
 adds to the next batch of `hstu` and of `simple`, without users: the median of several, without the first two, which may
-move tables. swap_catalogue_ms is the sum over all chunks of restoring a new model's metadata. load_peak_ratio is the largest
-resident memory while the model loads over that afterwards; bytes_per_item_beyond_table is the growth of resident memory
-by loading, per item, without the table of vectors; the artifact in memory is not part of either.
+move tables. swap_catalogue_ms is the sum over all chunks of restoring a new model's metadata. load_peak_ratio is the
+largest resident memory while the model loads over that afterwards; bytes_per_item_beyond_table is the growth of
+resident memory by loading, per item, without the table of vectors; the artifact in memory is not part of either.
 
 usage: python -m tests.benchmarks.items [--out FOLDER] [--items 1000000]
 """

@@ -16,6 +16,7 @@ STREAM, REPLAY, SWAP, TRAINING, ACCURACY, HEADS, COLD, LOOP, TRAINING_GPU = (
     results.load(results.FOLDER / f"{name}.json")
     for name in ("stream", "replay", "swap", "training", "accuracy", "heads", "cold", "closed_loop", "training_gpu")
 )
+ITEMS = results.load(results.FOLDER / "items.json")
 PAIRS = results.load(results.FOLDER / "stream_pairs.json")
 KERNELS, PROJECTION, RETRIEVAL, ENCODING, TRAINING_STEPS = (
     results.load(results.FOLDER / f"{name}_h100.json")
@@ -25,6 +26,11 @@ TOP_100 = next(row for row in RETRIEVAL.rows if row["implementation"] == "fused"
 FUSION = next(row for row in RETRIEVAL.rows if "events ->" in str(row["workload"]) and row["implementation"] == "fused")
 RUNS = {row["run"]: row for row in STREAM.rows}
 MOVIELENS, SHOP = REPLAY.rows
+
+
+def items_figures(name: str) -> list[float]:
+    return [ITEMS.metrics[f"{name}_{width}"] for width in (64, 512)]
+
 
 README = {
     rf"counters \(`simple`\) \| {N} \| {N} by a plain consume-infer-produce loop: {N} times": [
@@ -71,6 +77,11 @@ BENCHMARKS = {
     rf"a quarter, {N} events/s \| {N} ms \| {N} ms \| {N} ms": [
         RUNS["a quarter of the rate"][name] for name in ("latency_rate_per_s", "p50_ms", "p95_ms", "p99_ms")
     ],
+    rf"adds to the next batches \| {N} ms \| {N} ms": items_figures("new_record_ms"),
+    rf"withdrawal, likewise \| {N} ms \| {N} ms": items_figures("withdrawal_ms"),
+    rf"swap, all chunks \| {N} ms \| {N} ms": items_figures("swap_catalogue_ms"),
+    rf"loads, over that afterwards \| {N} \| {N} \|": items_figures("load_peak_ratio"),
+    rf"besides its vector \| {N} bytes \| {N} bytes": items_figures("bytes_per_item_beyond_table"),
     rf"grew by {N} %": [STREAM.metrics["rss_growth_pct"]],
     rf"ratio of the rates is {N} with `hstu` and {N} with `simple`": [
         PAIRS.metrics[f"median_ratio_slates_per_s_{strategy}"] for strategy in ("hstu", "simple")
