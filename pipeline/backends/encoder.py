@@ -25,7 +25,7 @@ class GraphOptions(msgspec.Struct, frozen=True):
 
 
 class ItemVectors(Protocol):
-    """What an encoder and the heads need of an ItemTable."""
+    """The part of an ItemTable that encoders and heads read."""
 
     @property
     def vectors(self) -> "Tensor":
