@@ -1,6 +1,7 @@
-"""Exchange two paths in one step, which Python's os module does not offer."""
+"""Exchange, flush and hash files."""
 
 import ctypes
+import hashlib
 import os
 from errno import EINVAL, ENOSYS
 from pathlib import Path
@@ -10,7 +11,7 @@ _RENAME_EXCHANGE = 2  # of renameat2(2), Linux 3.15
 
 
 def exchange(first: Path, second: Path) -> None:
-    """Exchange the names of two existing files or folders of one filesystem. Raises OSError.
+    """Exchange the names of two existing files or folders of one filesystem, in one step. Raises OSError.
 
     Where the filesystem or the system cannot do it at once, three renames do, and for a moment neither name exists.
     """
@@ -33,3 +34,23 @@ def _rename_in_turn(first: Path, second: Path) -> None:
     second.rename(between)
     first.rename(second)
     between.rename(first)
+
+
+def flush(path: Path) -> None:
+    """Return when the file, or the folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content, 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_mismatch(found: str, expected: str) -> str:
+    """Return the part of an error that says how a file differs from its manifest; '' when it does not."""
+    return "" if found == expected else f"SHA-256 is {found[:16]}…, the manifest says {expected[:16]}…"

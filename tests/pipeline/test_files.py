@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.exchange import exchange
+from pipeline.files import exchange
 
 
 class FailingLibrary:
