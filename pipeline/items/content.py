@@ -1,7 +1,7 @@
 """Item content as tensors, the input of the content encoder."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
@@ -42,6 +42,7 @@ class ItemContent:
     lengths: Tensor
     numbers: Tensor
     counts: Tensor
+    _spans: tuple[np.ndarray, np.ndarray] | None = field(default=None, init=False)  # of `_item_spans`
 
     @classmethod
     def from_state(cls, state: Mapping[str, np.ndarray], events: np.ndarray, scale: PriceScale) -> "ItemContent":
@@ -74,12 +75,22 @@ class ItemContent:
     def select(self, rows: np.ndarray) -> "ItemContent":
         """Return the content of these items, int64 [k]."""
         device = self.ids.device
-        totals = self.lengths.sum(1).cpu().numpy()
-        starts = np.cumsum(totals) - totals
+        starts, totals = self._item_spans()
         positions, _ = ranges(starts[rows], totals[rows])
         index = torch.from_numpy(rows).to(device)
         ids = self.ids[torch.from_numpy(positions).to(device)]
         return ItemContent(ids, self.lengths[index], self.numbers[index], self.counts[index])
 
     def to(self, device: torch.device) -> "ItemContent":
-        return ItemContent(*(getattr(self, field.name).to(device) for field in fields(self)))
+        """Return the content on a device: itself where it is there already."""
+        if self.ids.device == device:
+            return self
+        columns = self.ids, self.lengths, self.numbers, self.counts
+        return ItemContent(*(column.to(device) for column in columns))
+
+    def _item_spans(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return each item's start in `ids` and its number of hashes: int64 [n] each."""
+        if self._spans is None:
+            totals = self.lengths.sum(1).cpu().numpy()
+            self._spans = np.cumsum(totals) - totals, totals
+        return self._spans

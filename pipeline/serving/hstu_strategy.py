@@ -95,15 +95,14 @@ class HstuStrategy:
     def on_gpu(self) -> bool:
         return self._table.vectors.is_cuda
 
-    def warm(self, item_ids: Sequence[str], graphs: GraphOptions) -> int:
-        """Capture the CUDA graphs and compile every kernel, so that no batch waits; return the number of graphs.
+    def warm(self, item_ids: Sequence[str], graphs: GraphOptions) -> None:
+        """Capture the CUDA graphs and compile every kernel, so that no batch waits.
 
         It ranks synthetic histories of these items in batches of all sizes up to the graphs' limits.
         """
-        n_graphs = self._encoder.warm()
+        self._encoder.warm()
         for lengths in warm_up_lengths(graphs.max_users, self.max_events):
             self.rank(synthetic_histories(item_ids, lengths), graphs.slate_size)
-        return n_graphs
 
     def rank(self, histories: Histories, k: int) -> RankedItems:
         """See Strategy."""

@@ -12,6 +12,8 @@ import asyncio
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from pipeline import artifact as artifacts
 from pipeline.artifact import Artifact, Manifest
 from pipeline.records import Histories
@@ -99,8 +101,9 @@ class HotSwap:
 
     async def _load_valid_model(self, artifact: Artifact, thresholds: Thresholds) -> tuple[Strategy, float | None]:
         """Return the model and its overlap with the slates just served. ArtifactError when it must not serve."""
-        await self._admit_items(artifact)
-        model, overlap = await self._executor.run(self._validate, artifact, await self._ranker.served_samples())
+        tokens = await self._admit_items(artifact)
+        served = await self._ranker.served_samples()
+        model, overlap = await self._executor.run(self._validate, artifact, tokens, served)
         model_validation.check_overlap(overlap, thresholds)
         return model, overlap
 
@@ -109,7 +112,8 @@ class HotSwap:
         artifact.check_schema(self._config.schema)
         return artifact
 
-    async def _admit_items(self, artifact: Artifact) -> None:
+    async def _admit_items(self, artifact: Artifact) -> np.ndarray:
+        """Give the artifact's items tokens and their metadata; return the tokens, int64 [n]."""
         vocabulary = self._ranker.pipeline.vocabulary
         new = await self._executor.run(lambda: [each for each in artifact.item_ids if not vocabulary.token(each)])
         for start in range(0, len(new), ADMIT_CHUNK_ITEMS):
@@ -119,12 +123,14 @@ class HotSwap:
         for start in range(0, len(tokens), LOAD_CHUNK_ITEMS):
             part = slice(start, start + LOAD_CHUNK_ITEMS)
             await self._ranker.run_in_thread(partial(artifact.load_into, catalogue, tokens, part))
+        return tokens
 
-    def _validate(self, artifact: Artifact, served: list[ServedSample]) -> tuple[Strategy, float | None]:
+    def _validate(
+        self, artifact: Artifact, tokens: np.ndarray, served: list[ServedSample]
+    ) -> tuple[Strategy, float | None]:
         """Rank synthetic users of every shape, which also warms the model up, then the users just served."""
         pipeline = self._ranker.pipeline
         config = self._config
-        tokens = [pipeline.vocabulary.token(item_id) for item_id in artifact.item_ids]
         items = int((~pipeline.vocabulary.blocked[tokens]).sum())
         model = load_strategy(artifact, pipeline.catalogue, pipeline.options)
         synthetic = synthetic_histories(artifact.item_ids, [1, *config.batcher.length_buckets])

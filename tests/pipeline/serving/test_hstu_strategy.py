@@ -64,7 +64,7 @@ def test_strategy_on_kernels_gives_the_slates_of_torch(monkeypatch: pytest.Monke
 
 
 def test_warm_up_on_a_card_that_cannot_run_the_kernels_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: HstuStrategy, item_ids: Sequence[str], graphs: GraphOptions) -> int:
+    def fail(self: HstuStrategy, item_ids: Sequence[str], graphs: GraphOptions) -> None:
         raise RuntimeError("out of resource: shared memory\nRequired: 278568")
 
     options = PipelineOptions(device="cpu", graphs=GRAPHS)
