@@ -9,7 +9,6 @@ exports/<backend>/    the encoder in another runtime's form, not part of the ver
 """
 
 import hashlib
-import os
 import platform
 import shutil
 from collections.abc import Mapping
@@ -26,8 +25,8 @@ from torch import Tensor
 
 from pipeline.data.split import TrainingProvenance
 from pipeline.errors import ArtifactError
-from pipeline.exchange import exchange
 from pipeline.features.event_features import FEATURE_LAYOUT
+from pipeline.files import exchange, flush, hash_mismatch, sha256
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.metadata import ItemMetadata
 from pipeline.items.vocabulary import UNKNOWN, Vocabulary
@@ -148,7 +147,7 @@ def save(folder: Path, artifact: Artifact, metrics: Mapping[str, float], created
         (staging / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
         staging.chmod(0o755)
         for path in (*staging.iterdir(), staging):
-            _sync(path)
+            flush(path)
         _replace(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -218,12 +217,6 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's content, 64 hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _decode_manifest(path: Path) -> Manifest:
     try:
         content = path.read_bytes()
@@ -262,11 +255,8 @@ def _read_checked(path: Path, expected: str) -> bytes:
         content = path.read_bytes()
     except OSError as error:
         raise ArtifactError(f"artifact {path}: {error.strerror}; {_COPY_AGAIN}") from error
-    found = hashlib.sha256(content).hexdigest()
-    if found != expected:
-        raise ArtifactError(
-            f"artifact {path}: SHA-256 is {found[:16]}…, the manifest says {expected[:16]}…; {_COPY_AGAIN}"
-        )
+    if mismatch := hash_mismatch(hashlib.sha256(content).hexdigest(), expected):
+        raise ArtifactError(f"artifact {path}: {mismatch}; {_COPY_AGAIN}")
     return content
 
 
@@ -304,15 +294,6 @@ def _content_hash(config: HstuConfig, schema: EventSchema, files: Mapping[str, s
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _sync(path: Path) -> None:
-    """Return when the file or the folder's list of names is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _replace(staging: Path, folder: Path) -> None:
     """Put the new folder in the old one's place in one step: at no time is there no artifact, or half of one."""
     check_target(folder)
@@ -320,4 +301,4 @@ def _replace(staging: Path, folder: Path) -> None:
         exchange(staging, folder)
     else:
         staging.rename(folder)
-    _sync(folder.parent)
+    flush(folder.parent)

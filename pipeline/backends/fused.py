@@ -20,11 +20,10 @@ from kernels.graphs import BatchGraphs
 from kernels.hierarchical_sequence_fusion.op import hierarchical_sequence_fusion
 from kernels.launch import device_guard
 from pipeline.backends.encoder import GraphOptions, ItemVectors
+from pipeline.backends.item_table import GROWTH
 from pipeline.backends.staging import Staging
 from pipeline.features.event_features import SESSION_GAP_S, TIME_THRESHOLDS, EncoderInputs
 from pipeline.model.hstu import Hstu, HstuLayer
-
-GROWTH = 1.25  # a growing table gets this many times its rows: moving it invalidates all graphs
 
 
 class FusedForward:
@@ -97,7 +96,7 @@ class FusedEncoder:
         if len(vectors) > len(rotated):
             self._forward.rotated = rotated.new_zeros((int(len(vectors) * GROWTH), self._config.width))
             self._forward.rotated[: len(rotated)] = rotated
-            self._graphs.clear()
+            self._graphs.clear()  # they refer to the table that moved
         index = torch.from_numpy(rows).to(self._device)
         self._forward.rotated[index] = self._hstu.rotation(vectors[index]).to(rotated.dtype)
 

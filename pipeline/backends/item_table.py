@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.arrays import grown
 from pipeline.artifact import Artifact
 from pipeline.items.catalogue import Catalogue, ItemFacts
-from pipeline.items.row_index import NO_ROWS, RowIndex, grown
+from pipeline.items.row_index import NO_ROWS, RowIndex
 from pipeline.items.vocabulary import UNKNOWN
 from pipeline.model.item_embedding import ItemEmbedding
 
-GROWTH = 1.25  # a table has room for this many times its rows, so that most new items move nothing
+GROWTH = 1.25  # a table of items has room for this many times its rows, so that most new items move nothing
 MAX_SPARE_GPU_ROWS = 1 << 16  # spare rows take memory on a GPU; on a CPU they do so only once they are written
 CHUNK_ITEMS = 4096  # encoded at a time: the content encoder holds several times their vectors
 UNKNOWN_VALUE = 0.0

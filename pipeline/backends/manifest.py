@@ -12,8 +12,9 @@ from typing import Annotated
 
 import msgspec
 
-from pipeline.artifact import ManifestFormat, sha256
+from pipeline.artifact import ManifestFormat
 from pipeline.errors import ArtifactError
+from pipeline.files import hash_mismatch, sha256
 
 FORMAT = 1
 EXPORTS = "exports"
@@ -104,13 +105,11 @@ def _check_file(folder: Path, name: str, expected: str) -> None:
     if not real_path.is_file():
         raise ArtifactError(f"export {path}: not a regular file; {_COPY_AGAIN}")
     try:
-        found = sha256(real_path)
+        mismatch = hash_mismatch(sha256(real_path), expected)
     except OSError as error:
         raise ArtifactError(f"export {path}: {error.strerror}; {_COPY_AGAIN}") from error
-    if found != expected:
-        raise ArtifactError(
-            f"export {path}: SHA-256 is {found[:16]}…, the manifest says {expected[:16]}…; {_COPY_AGAIN}"
-        )
+    if mismatch:
+        raise ArtifactError(f"export {path}: {mismatch}; {_COPY_AGAIN}")
 
 
 def _resolve_inside(path: Path, folder: Path) -> Path:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.arrays import grown
 from pipeline.counters.deltas import CountDeltas, DeltaLog, RawDeltas
 from pipeline.counters.neighbours import NeighbourTable, pad_rows
 from pipeline.counters.popularity import PopularityOrder
@@ -270,10 +271,7 @@ class Counters:
     def _reserve(self) -> None:
         rows = len(self.vocabulary)
         self.neighbours.reserve(rows)
-        if rows > len(self.popularity):
-            grown = np.zeros(max(rows, 2 * len(self.popularity)))
-            grown[: len(self.popularity)] = self.popularity
-            self.popularity = grown
+        self.popularity = grown(self.popularity, rows)
 
 
 def without_neighbours(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

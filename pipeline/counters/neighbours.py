@@ -8,6 +8,7 @@ newcomer inherits the slot's weight, costs 11: rows are flat there, and the inhe
 
 import numpy as np
 
+from pipeline.arrays import grown
 from pipeline.jagged import rank_in_run, run_starts
 
 # 8 k pairs gather 2 MiB of slots: 1.6 M pairs take 1.0 s, all at once 2.3 s (python -m timeit, one core of an EPYC).
@@ -28,10 +29,8 @@ class NeighbourTable:
 
     def reserve(self, rows: int) -> None:
         """Grow to at least this many rows; they take no memory until they are written."""
-        if rows > len(self.tokens):
-            size = max(rows, 2 * len(self.tokens))
-            self.tokens = _grown(self.tokens, size)
-            self.weights = _grown(self.weights, size)
+        self.tokens = grown(self.tokens, rows)
+        self.weights = grown(self.weights, rows)
 
     def add(self, rows: np.ndarray, columns: np.ndarray, weights: np.ndarray) -> None:
         """Count pairs [n]; a pair may occur several times."""
@@ -81,12 +80,6 @@ def summed_pairs(
     sums = np.add.reduceat(weights[order], starts) if len(keys) else weights
     keys = keys[starts]
     return (keys >> 32).astype(np.int32), keys.astype(np.int32), sums.astype(np.float32)
-
-
-def _grown(array: np.ndarray, rows: int) -> np.ndarray:
-    grown = np.zeros((rows, *array.shape[1:]), array.dtype)
-    grown[: len(array)] = array
-    return grown
 
 
 def pad_rows(

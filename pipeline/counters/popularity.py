@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from pipeline.arrays import grown
 from pipeline.counters.accumulator import RowTokenPairs
 
 # c(a, b) / (p(a)^0.5 p(b)^0.35): an item exponent of 0 lets popular items crowd out the rest, 0.5 (the cosine) is 0.5
@@ -103,12 +104,9 @@ class PopularityOrder:
         """Return the array of this name with values appended, in place where there is room."""
         array: np.ndarray = getattr(self, name)
         size = len(array) + len(values)
-        room = self._room.get(name)
-        if room is None or len(room) < size:
-            room = np.empty(max(size, 2 * len(array)), array.dtype)
-            room[: len(array)] = array
-            self._room[name] = room
+        room = grown(self._room.get(name, array), size)
         room[len(array) : size] = values
+        self._room[name] = room
         return room[:size]
 
 

@@ -1,4 +1,4 @@
 """Items as this process sees them: ids, tokens, metadata, content, the model's rows.
 
-May import: errors, jagged, records.
+May import: arrays, errors, jagged, records.
 """

@@ -12,6 +12,7 @@ from zlib import crc32
 
 import numpy as np
 
+from pipeline.arrays import grown
 from pipeline.items.change_log import ChangeLog
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import Item, encode_value
@@ -170,10 +171,7 @@ class Catalogue:
     def _reserve(self, tokens: int) -> None:
         self._hashes += [NO_HASHES] * (tokens - len(self._hashes))
         for name, column in self._columns.items():
-            if tokens > len(column):
-                grown = np.zeros(max(tokens, 2 * len(column)), column.dtype)
-                grown[: len(column)] = column
-                self._columns[name] = grown
+            self._columns[name] = grown(column, tokens)
 
 
 def _lookup(column: np.ndarray, tokens: np.ndarray) -> np.ndarray:

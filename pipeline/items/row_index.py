@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pipeline.arrays import grown
 from pipeline.errors import ArtifactError
 from pipeline.items.vocabulary import UNKNOWN, Vocabulary
 
@@ -123,12 +124,3 @@ class RowIndex:
         self._rows = grown(self._rows, int(tokens.max(initial=0)) + 2)
         self._rows[tokens] = rows
         self._rows[UNKNOWN] = UNKNOWN
-
-
-def grown(array: np.ndarray, size: int) -> np.ndarray:
-    """Return the array, or where it is smaller than `size` a copy of at least double its length, zeros at its end."""
-    if size <= len(array):
-        return array
-    larger = np.zeros((max(size, 2 * len(array)), *array.shape[1:]), array.dtype)
-    larger[: len(array)] = array
-    return larger

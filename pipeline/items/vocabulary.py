@@ -17,6 +17,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from pipeline.arrays import grown
 from pipeline.items.change_log import ChangeLog
 from pipeline.items.hash_index import HashIndex
 from pipeline.records import item_hash
@@ -174,6 +175,6 @@ class Vocabulary:
     def _new_token(self) -> int:
         token = len(self.item_ids)
         if token == len(self.hashes):
-            self._columns = {name: np.append(column, np.zeros_like(column)) for name, column in self._columns.items()}
+            self._columns = {name: grown(column, token + 1) for name, column in self._columns.items()}
         self.item_ids.append("")
         return token

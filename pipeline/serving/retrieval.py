@@ -1,9 +1,8 @@
 """Exact top-k of the entire catalogue for each user state, without excluded and blocked items."""
 
-import math
-
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.launch import next_power_of_2
@@ -13,12 +12,12 @@ from kernels.sequence_recommendation_interaction.op import (
     candidate_interaction,
     sequence_recommendation_interaction,
 )
+from pipeline.backends.item_table import GROWTH
 from pipeline.items.vocabulary import UNKNOWN
 
 CHUNK_SCORES = 1 << 24  # 64 MiB of float32 scores at a time
 RESCORE_EXTRA = 64  # candidates beyond k that are rescored in float32
 MIN_CANDIDATES = 128  # kernels are compiled for powers of two, and most slates need no more
-GROWTH = 1.25  # a growing table gets this many times its rows
 # With fewer scores, computing all of them in memory is faster: the operator's launches take longer than the product
 # (`tests.benchmarks.retrieval`).
 FUSED_MIN_SCORES = 16_000_000
@@ -42,8 +41,7 @@ class FusedRetrieval:
         self._temperature = temperature
         self._vectors = vectors
         self._in_memory = Retrieval(vectors, temperature)
-        self._half = vectors.new_zeros(0, vectors.shape[1], dtype=torch.bfloat16)
-        self.set_vectors(vectors, np.arange(len(vectors)))
+        self._half = self._half_table(vectors, len(vectors))
         self.block(np.array([UNKNOWN]))
 
     def set_vectors(self, vectors: Tensor, rows: np.ndarray) -> None:
@@ -51,11 +49,7 @@ class FusedRetrieval:
         self._vectors = vectors
         self._in_memory.set_vectors(vectors, rows)
         if len(vectors) > len(self._half):
-            # A multiple of 16 rows: kernels specialise on divisibility by 16, so a new item does not recompile them.
-            size = 16 * math.ceil(len(vectors) * (GROWTH if len(self._half) else 1) / 16)
-            half = self._half.new_zeros(size, vectors.shape[1])
-            half[: len(self._half)] = self._half
-            self._half = half
+            self._half = self._half_table(self._half, int(GROWTH * len(vectors)))
         index = torch.from_numpy(rows).to(vectors.device)
         self._half[index] = vectors[index].to(self._half.dtype)
 
@@ -85,6 +79,14 @@ class FusedRetrieval:
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         found = candidates.gather(1, order[:, :k]).clamp(min=UNKNOWN)
         return found.int().cpu().numpy(), scores[:, :k].cpu().numpy()
+
+    @staticmethod
+    def _half_table(vectors: Tensor, rows: int) -> Tensor:
+        """Return the vectors in half precision with room for this many rows, zeros at its end: [>= rows, width].
+
+        It has a multiple of 16 rows: kernels specialise on divisibility by 16, so a new item does not recompile them.
+        """
+        return F.pad(vectors.bfloat16(), (0, 0, 0, rows + -rows % 16 - len(vectors)))
 
     def scores(self, states: Tensor, item_rows: np.ndarray) -> np.ndarray:
         """See Retrieval.scores."""

@@ -2,13 +2,14 @@
 
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
 from worker.config import KafkaConfig
 from worker.interfaces import Partition
@@ -88,6 +89,22 @@ class Broker:
         async with AIOKafkaConsumer(bootstrap_servers=self.bootstrap, group_id=group) as consumer:
             consumer.assign([TopicPartition(topic, partition)])
             return await consumer.committed(TopicPartition(topic, partition))
+
+
+def record_batch(records: Sequence[tuple[bytes, str]]) -> bytearray:
+    """Return a batch of records from offset 0, each with its value and the name of its only header."""
+    builder = DefaultRecordBatchBuilder(
+        magic=2,
+        compression_type=0,
+        is_transactional=0,
+        producer_id=-1,
+        producer_epoch=-1,
+        base_sequence=-1,
+        batch_size=1 << 20,
+    )
+    for offset, (value, header_name) in enumerate(records):
+        builder.append(offset, 0, None, value, [(header_name, b"")])
+    return builder.build()
 
 
 class BreakableKafka(LocalKafka):

@@ -9,10 +9,9 @@ import pytest
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.admin import RecordsToDelete
 from aiokafka.protocol.produce import ProduceRequest
-from aiokafka.record.default_records import DefaultRecordBatchBuilder
 from aiokafka.record.util import calc_crc32c
 
-from tests.kafka.broker import Broker, RecordingListener
+from tests.kafka.broker import Broker, RecordingListener, record_batch
 from tests.kafka.sources import joined, poll_records, values
 from worker.clock import WallClock
 from worker.config import KafkaConfig
@@ -191,18 +190,8 @@ async def test_missing_offset_is_logged_and_reading_restarts_at_the_beginning(
 
 async def append_undecodable(broker: Broker, topic: str, values: list[bytes], bad: int) -> None:
     """Append one batch in which record `bad` has a header name that is not UTF-8."""
-    builder = DefaultRecordBatchBuilder(
-        magic=2,
-        compression_type=0,
-        is_transactional=0,
-        producer_id=-1,
-        producer_epoch=-1,
-        base_sequence=-1,
-        batch_size=1 << 20,
-    )
-    for number, value in enumerate(values):
-        builder.append(number, 0, None, value, [("plain" if number != bad else "wrong", b"")])
-    raw = builder.build().replace(b"wrong", b"wr\xffng")
+    batch = record_batch([(value, "plain" if number != bad else "wrong") for number, value in enumerate(values)])
+    raw = batch.replace(b"wrong", b"wr\xffng")
     raw[CRC_AT : CRC_AT + 4] = calc_crc32c(raw[CRC_AT + 4 :]).to_bytes(4, "big")
     async with AIOKafkaProducer(bootstrap_servers=broker.bootstrap) as producer:
         await producer.partitions_for(topic)

@@ -12,10 +12,10 @@ from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.consumer.fetcher import READ_COMMITTED, PartitionRecords
 from aiokafka.consumer.group_coordinator import GroupCoordinator
 from aiokafka.consumer.subscription_state import SubscriptionState
-from aiokafka.record.default_records import DefaultRecordBatch, DefaultRecordBatchBuilder
+from aiokafka.record.default_records import DefaultRecordBatch
 from aiokafka.record.memory_records import MemoryRecords
 
-from tests.kafka.broker import RecordingListener
+from tests.kafka.broker import RecordingListener, record_batch
 from worker.config import KafkaConfig
 from worker.interfaces import Partition
 from worker.kafka import consumer_group
@@ -34,22 +34,6 @@ async def member() -> AsyncIterator[GroupMember]:
     member.consumer._subscription.assign_from_subscribed({TP})
     yield member
     await member.consumer.stop()
-
-
-def record_batch(header_names: list[str]) -> bytearray:
-    """One record per header name, from offset 0."""
-    builder = DefaultRecordBatchBuilder(
-        magic=2,
-        compression_type=0,
-        is_transactional=0,
-        producer_id=-1,
-        producer_epoch=-1,
-        base_sequence=-1,
-        batch_size=1 << 20,
-    )
-    for offset, name in enumerate(header_names):
-        builder.append(offset, 0, None, b"value", [(name, b"")])
-    return builder.build()
 
 
 def partition_records(batches: bytes) -> PartitionRecords:
@@ -131,7 +115,7 @@ async def test_lag_ends_at_the_last_stable_offset(member: GroupMember):
 
 
 def test_corrupt_record_is_located_by_the_traceback():
-    batch = record_batch(["good", "bad", "good"]).replace(b"bad", b"b\xffd")
+    batch = record_batch([(b"value", name) for name in ("good", "bad", "good")]).replace(b"bad", b"b\xffd")
     with pytest.raises(DECODE_ERRORS) as caught:
         list(partition_records(bytes(batch)))
     assert CorruptRecord.from_error(caught.value) == CorruptRecord(TP, offset=1, next_batch=3)
