@@ -26,6 +26,12 @@ class DeviceError(MillraceError):
     exit_code = 2
 
 
+class StrategyError(MillraceError):
+    """A strategy of one's own cannot be loaded, or breaks a promise of every strategy."""
+
+    exit_code = 2
+
+
 class TrainingError(MillraceError):
     """The log cannot train a model (empty, one item, no user with two events)."""
 

@@ -83,6 +83,8 @@ class BatcherConfig(Struct, frozen=True, forbid_unknown_fields=True):
 class PipelineConfig(Struct, frozen=True, forbid_unknown_fields=True):
     artifact: str | None = None  # folder written by `millrace train`; unset: the simple strategy alone
     strategy: str | None = None  # where the fallback order starts; unset: with the best healthy strategy
+    # of one's own, "package.module:Class", best first; tried before the others; see docs/operations.md
+    strategies: tuple[str, ...] = ()
     slate_size: Annotated[int, Meta(ge=1, le=512)] = 10  # items per slate, unless a record's header `k` says otherwise
     exclude_actions: tuple[str, ...] | None = None  # actions that keep an item off its user's slates; unset: any action
     exclude_window_days: NonNegativeFloat = 0.0  # 0: as far back as the ring reaches
@@ -99,7 +101,8 @@ class PipelineConfig(Struct, frozen=True, forbid_unknown_fields=True):
     state_dir: str | None = None
 
     def __post_init__(self) -> None:
-        if self.strategy is not None and self.strategy not in FALLBACK_ORDER:
+        # With strategies of one's own, their names are known once they are imported.
+        if self.strategy is not None and self.strategy not in FALLBACK_ORDER and not self.strategies:
             raise ValueError(f"strategy {self.strategy!r} is unknown; want one of {', '.join(FALLBACK_ORDER)}")
 
 

@@ -3,6 +3,7 @@
 MillraceError                  exit  retriable  what the worker does
 ├── ConfigError                   2  no         refuses to start
 ├── DeviceError                   2  no         refuses to start (defined in pipeline/errors.py)
+├── StrategyError                 2  no         refuses to start (defined in pipeline/errors.py)
 ├── LogFileError, TrainingError   2  no         refuses to start (defined in pipeline/errors.py)
 ├── EvaluationError               2  no         `evaluate` scores nothing (defined in pipeline/errors.py)
 ├── ArtifactError                 3  no         refuses to start (defined in pipeline/errors.py)
@@ -21,7 +22,15 @@ Exit 0: drained and committed. Exit 1: internal error. Exit 130/143: a second si
 A message says what, where, got, want, and the next step.
 """
 
-from pipeline.errors import ArtifactError, DeviceError, EvaluationError, LogFileError, MillraceError, TrainingError
+from pipeline.errors import (
+    ArtifactError,
+    DeviceError,
+    EvaluationError,
+    LogFileError,
+    MillraceError,
+    StrategyError,
+    TrainingError,
+)
 
 __all__ = [
     "ArtifactError",
@@ -38,6 +47,7 @@ __all__ = [
     "Stalled",
     "StoreError",
     "StoreUnavailable",
+    "StrategyError",
     "TopicRecreated",
     "TrainingError",
     "UnknownUser",

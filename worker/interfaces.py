@@ -110,6 +110,11 @@ class Batch:
     opened_s: float = 0.0
 
     @property
+    def deadline_ms(self) -> int:
+        """When the first of its slates is due, by Clock.now_ms."""
+        return min(entry.deadline_ms for entry in self.entries)
+
+    @property
     def record_offsets(self) -> Iterable[RecordOffset]:
         return (event.record_offset for entry in self.entries for event in entry.events)
 

@@ -1,5 +1,6 @@
 """The interface of encoders, which every runtime implements, and the limits of their CUDA graphs."""
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import msgspec
@@ -9,6 +10,8 @@ from pipeline.features.event_features import EncoderInputs
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from pipeline.backends.staging import Staging
 
 
 class GraphOptions(msgspec.Struct, frozen=True):
@@ -25,7 +28,7 @@ class GraphOptions(msgspec.Struct, frozen=True):
 
 
 class ItemVectors(Protocol):
-    """The part of an ItemTable that encoders and heads read."""
+    """The part of an ItemTable that encoders read."""
 
     @property
     def vectors(self) -> "Tensor":
@@ -33,16 +36,40 @@ class ItemVectors(Protocol):
         ...
 
 
+@dataclass(slots=True)
+class EncoderBatch:
+    """The events of users who all have some, at most `Encoder.max_events` each.
+
+    inputs: on the host; item_rows, feature_ids, seconds: its columns on the device; offsets: int32 [users + 1], there
+    """
+
+    inputs: EncoderInputs
+    item_rows: "Tensor"
+    feature_ids: "Tensor"
+    seconds: "Tensor"
+    offsets: "Tensor"
+
+    @classmethod
+    def from_inputs(cls, inputs: EncoderInputs, stage: "Staging") -> "EncoderBatch":
+        """Copy the columns to the device."""
+        return cls(inputs, *stage(*cls.columns(inputs)))
+
+    @staticmethod
+    def columns(inputs: EncoderInputs) -> tuple[np.ndarray, ...]:
+        """Return the columns to copy to the device, in the order of the fields."""
+        return inputs.item_rows, inputs.feature_ids, inputs.seconds, inputs.offsets.astype(np.int32)
+
+
 class Encoder(Protocol):
     """A trained model on one device, on an ItemTable that it shares with others. Not thread-safe."""
 
     backend: str  # the runtime's name on slates and in metrics
-    max_events: int  # newest events that it reads: histories must be cut by `tail(max_events)`
+    max_events: int  # newest events that it reads
 
-    def encode(self, inputs: EncoderInputs) -> "Tensor":
-        """Return unit states float32 [n, width] after each user's newest event; zeros for a user without events.
+    def encode(self, batch: EncoderBatch) -> "Tensor":
+        """Return unit states float32 [users, width] after each user's newest event, valid until the next call.
 
-        A state's dot products with the table's vectors order the items.
+        A state's dot products with the table's vectors order the items. It never waits for the device.
         """
         ...
 
@@ -52,4 +79,8 @@ class Encoder(Protocol):
 
     def warm(self) -> int:
         """Compile and capture everything ahead of time, so that no batch waits; return the number of graphs."""
+        ...
+
+    def close(self) -> None:
+        """Free the device memory that the encoder holds. No other call may follow, but `close` again."""
         ...

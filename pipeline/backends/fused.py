@@ -19,11 +19,11 @@ from kernels.fused_attention_layernorm.plan import AttentionPlan
 from kernels.graphs import BatchGraphs
 from kernels.hierarchical_sequence_fusion.op import hierarchical_sequence_fusion
 from kernels.launch import device_guard
-from pipeline.backends.encoder import GraphOptions, ItemVectors
+from pipeline.backends.encoder import EncoderBatch, GraphOptions, ItemVectors
 from pipeline.backends.item_table import GROWTH
-from pipeline.backends.staging import Staging
-from pipeline.features.event_features import SESSION_GAP_S, TIME_THRESHOLDS, EncoderInputs
+from pipeline.features.event_features import SESSION_GAP_S, TIME_THRESHOLDS
 from pipeline.model.hstu import Hstu, HstuLayer
+from pipeline.tensors import to_device
 
 
 class FusedForward:
@@ -79,8 +79,9 @@ class FusedEncoder:
         self.max_events = hstu.config.history_length
         self._device = table.vectors.device
         self._forward = FusedForward(hstu, dtype)
-        self._stage = Staging(self._device)
-        like = self._stage(np.zeros(1, np.int32), np.zeros((1, len(hstu.columns)), np.int32), np.zeros(1, np.int32))
+        self._columns = to_device(np.array(hstu.columns), self._device) if hstu.config.excluded_features else None
+        ids = torch.zeros(1, dtype=torch.int32, device=self._device)
+        like = [ids, ids.expand(1, len(hstu.columns)), ids]
         max_events = graphs.max_events if graphs.budget_mib else 0
         # NOTE: the graphs refer to the forward pass, not to this object: no cycle keeps a replaced model's memory.
         self._graphs = BatchGraphs(self._forward, like, graphs.max_users, max_events, graphs.budget_mib << 20)
@@ -97,7 +98,7 @@ class FusedEncoder:
             self._forward.rotated = rotated.new_zeros((int(len(vectors) * GROWTH), self._config.width))
             self._forward.rotated[: len(rotated)] = rotated
             self._graphs.clear()  # they refer to the table that moved
-        index = torch.from_numpy(rows).to(self._device)
+        index = to_device(rows, self._device)
         self._forward.rotated[index] = self._hstu.rotation(vectors[index]).to(rotated.dtype)
 
     @torch.inference_mode()
@@ -107,30 +108,23 @@ class FusedEncoder:
             return self._graphs.warm(self._length_buckets)
 
     @torch.inference_mode()
-    def encode(self, inputs: EncoderInputs) -> Tensor:
+    def encode(self, batch: EncoderBatch) -> Tensor:
         """See Encoder.encode."""
-        lengths = np.diff(inputs.offsets)
-        users = np.flatnonzero(lengths)
-        if len(users) == len(lengths) > 0:
-            return self._encode_nonempty(inputs).clone()
-        states = torch.zeros(len(inputs), self._config.width, device=self._device)
-        if len(users):
-            inputs = inputs.gather_runs(inputs.offsets[users], lengths[users])
-            states[torch.from_numpy(users).to(self._device)] = self._encode_nonempty(inputs)
-        return states
-
-    def _encode_nonempty(self, inputs: EncoderInputs) -> Tensor:
-        """Return states [users, width] of users who all have events, valid until the next call."""
-        excluded = self._config.excluded_features
-        feature_ids = inputs.feature_ids[:, self._hstu.columns] if excluded else inputs.feature_ids
-        longest = int(np.diff(inputs.offsets).max())
+        longest = int(batch.inputs.lengths.max())
         assert longest <= self._length_buckets[-1], "histories are cut by `tail(max_events)`"
+        bucket = next(length for length in self._length_buckets if longest <= length)
         with device_guard(self._forward.rotated):  # streams and graphs belong to the current GPU
-            *columns, offsets = self._stage(
-                inputs.item_rows, feature_ids, inputs.seconds, inputs.offsets.astype(np.int32)
-            )
-            bucket = next(length for length in self._length_buckets if longest <= length)
-            return self._graphs(columns, offsets, bucket)[: len(inputs)]
+            columns = batch.item_rows, self._read(batch.feature_ids), batch.seconds
+            return self._graphs(columns, batch.offsets, bucket)[: len(batch.inputs)]
+
+    def close(self) -> None:
+        """See Encoder.close."""
+        self._graphs.clear()
+        self._forward.rotated = self._forward.rotated[:0].clone()
+
+    def _read(self, feature_ids: Tensor) -> Tensor:
+        """Return the columns of the features that the model reads: int32 [events, columns]."""
+        return feature_ids if self._columns is None else feature_ids.index_select(1, self._columns)
 
 
 def make_kernel_encoder(hstu: Hstu, dtype: torch.dtype, fp8: bool = False) -> KernelEncoder:

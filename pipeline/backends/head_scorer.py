@@ -1,15 +1,56 @@
-"""The task heads on a batch: from states and candidates to calibrated probabilities."""
+"""The task heads on a batch: from states and candidates to calibrated probabilities, all on the device."""
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.backends.encoder import ItemVectors
-from pipeline.features.event_features import N_FEATURES, EncoderInputs
-from pipeline.items.vocabulary import UNKNOWN
+from pipeline.backends.encoder import EncoderBatch, ItemVectors
+from pipeline.features.event_features import COUNT_CAP, EncoderInputs
+from pipeline.features.inputs import Inputs
+from pipeline.jagged import ranges
+from pipeline.model.affinity import AffinityColumns, ItemColumns, LatestEvents
 from pipeline.model.heads import N_RECENT, HeadContext, RecentEvents, TaskHeads
 from pipeline.model.hstu import Hstu
+
+
+@dataclass(slots=True)
+class HeadBatch:
+    """What the heads read of n users besides their states, on the device.
+
+    longest:          length of the longest history that affinity is counted over
+    visits:           float32 [n, N_VISIT_FEATURES]
+    recent:           int64 [r], each user's N_RECENT newest events as rows of the encoder's batch
+    recent_offsets:   int64 [n + 1]
+    affinity_offsets: int64 [n + 1], of `affinity`
+    """
+
+    longest: int
+    visits: Tensor
+    recent: Tensor
+    recent_offsets: Tensor
+    affinity_offsets: Tensor
+    affinity: AffinityColumns
+
+    @classmethod
+    def from_columns(cls, longest: int, columns: list[Tensor]) -> "HeadBatch":
+        """Return the batch from what `columns` returned, on the device."""
+        visits, recent, recent_offsets, affinity_offsets, *affinity = columns
+        return cls(longest, visits, recent, recent_offsets, affinity_offsets, AffinityColumns(*affinity))
+
+    @staticmethod
+    def columns(inputs: Inputs, read: EncoderInputs) -> tuple[int, tuple[np.ndarray, ...]]:
+        """Return `longest` and the other columns, to be copied to the device.
+
+        read: the events of all n users that the encoder reads
+        """
+        affinity = inputs.affinity.tail(COUNT_CAP)
+        lengths = np.minimum(read.lengths, N_RECENT)
+        recent, recent_offsets = ranges(read.offsets[1:] - lengths, lengths)
+        longest = int(np.diff(affinity.offsets).max(initial=0))
+        return longest, (inputs.visits, recent, recent_offsets, affinity.offsets, *affinity.columns)
 
 
 class HeadScorer:
@@ -21,38 +62,28 @@ class HeadScorer:
         self._table = table
 
     @torch.inference_mode()
-    def probabilities(
-        self,
-        states: Tensor,
-        inputs: EncoderInputs,
-        visit_frequency: np.ndarray,
-        affinity: np.ndarray,
-        item_rows: np.ndarray,
-    ) -> np.ndarray:
+    def probabilities(self, states: Tensor, events: EncoderBatch, users: HeadBatch, items: ItemColumns) -> Tensor:
         """Return calibrated probabilities by labels.TASKS, float32 [n, k, 3], if each item is the user's next.
 
-        states: of `Encoder.encode(inputs)`; item_rows: int32 [n, k]
-        visit_frequency: float32 [n, N_VISIT_FEATURES], affinity: float32 [n, k, N_AFFINITY_FEATURES], both as of each
-        user's newest event
+        states: [n, width], zeros for a user without events. It never waits for the device.
         """
-        vectors = self._table.vectors
-        rows = torch.from_numpy(item_rows).to(vectors.device)
-        context = self._context(inputs.tail(N_RECENT), visit_frequency, affinity)
-        logits = self._heads(states, rows, F.embedding(rows, vectors), context)
-        return self._heads.probabilities(logits).cpu().numpy()
+        item_vectors = F.embedding(items.rows, self._table.vectors)
+        logits = self._heads(states, items.rows, item_vectors, self._context(events, users, items))
+        return self._heads.probabilities(logits)
 
-    def _context(self, inputs: EncoderInputs, visit_frequency: np.ndarray, affinity: np.ndarray) -> HeadContext:
-        vectors = self._table.vectors
-        device = vectors.device
-        # One extra row, so that `recent` has a row to point to where a batch has no events.
-        no_features = np.zeros_like(inputs.feature_ids, shape=(1, N_FEATURES))
-        item_rows = torch.from_numpy(np.append(inputs.item_rows, UNKNOWN)).to(device)
-        feature_ids = torch.from_numpy(np.concatenate([inputs.feature_ids, no_features])).to(device)
-        items = F.embedding(item_rows, vectors)
+    def _context(self, events: EncoderBatch, users: HeadBatch, items: ItemColumns) -> HeadContext:
+        recent_items = F.embedding(events.item_rows[users.recent], self._table.vectors)
+        recent_events = self._hstu.event_rows(recent_items, events.feature_ids[users.recent])
+        latest = LatestEvents.of_users(users.affinity, users.affinity_offsets, users.longest)
         return HeadContext(
-            events=self._hstu.event_rows(items, feature_ids),
-            items=items,
-            recent=RecentEvents.from_offsets(inputs.offsets, device),
-            visit_frequency=torch.from_numpy(visit_frequency).to(device),
-            affinity=torch.from_numpy(affinity).to(device),
+            events=_with_spare_row(recent_events),
+            items=_with_spare_row(recent_items),
+            recent=RecentEvents.from_offsets(users.recent_offsets),
+            visit_frequency=users.visits,
+            affinity=latest.affinity(items),
         )
+
+
+def _with_spare_row(rows: Tensor) -> Tensor:
+    """Return the rows [m, width] and one of zeros, so that an index finds a row where a batch has no events."""
+    return F.pad(rows, (0, 0, 0, 1))

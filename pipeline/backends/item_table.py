@@ -1,4 +1,4 @@
-"""A model's items on its device, in step with the process's catalogue: vectors, values, what may be recommended.
+"""A model's items on its device, in step with the process's catalogue: vectors, facts, what may be recommended.
 
 A strategy, its encoder and its retrieval share one table: there is one copy of the vectors, and they hold views of it.
 """
@@ -9,17 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.arrays import grown
 from pipeline.artifact import Artifact
 from pipeline.items.catalogue import Catalogue, ItemFacts
 from pipeline.items.row_index import NO_ROWS, RowIndex
 from pipeline.items.vocabulary import UNKNOWN
+from pipeline.model.affinity import ItemColumns
 from pipeline.model.item_embedding import ItemEmbedding
+from pipeline.tensors import to_device
 
 GROWTH = 1.25  # a table of items has room for this many times its rows, so that most new items move nothing
 MAX_SPARE_GPU_ROWS = 1 << 16  # spare rows take memory on a GPU; on a CPU they do so only once they are written
 CHUNK_ITEMS = 4096  # encoded at a time: the content encoder holds several times their vectors
-UNKNOWN_VALUE = 0.0
+FACTS = 4  # int32 columns of a row's facts: token, category, price code, value
+VALUE = 3  # the last of them: the bits of a float32, 0 = unknown
 
 
 @dataclass(slots=True)
@@ -28,6 +30,15 @@ class TableChange:
 
     rewritten: np.ndarray
     blocked: bool
+
+
+@dataclass(slots=True)
+class TableItems:
+    """Items of n users, k for each, on the device. tokens: int32 [n, k]; values: float32 [n, k], 0 = unknown"""
+
+    tokens: Tensor
+    columns: ItemColumns
+    values: Tensor
 
 
 class ItemTable:
@@ -45,9 +56,13 @@ class ItemTable:
         self._device = device
         self._index = RowIndex(catalogue.vocabulary, artifact.item_ids)
         self._trained_rows = len(self._index)  # rows from this one on are of items that came after training
-        self._followed = 0  # position in the catalogue's records
-        self._buffer = _encode_trained(items, device)  # float32 [>= rows, width]
-        self._values = _trained_values(artifact, self._index, catalogue)  # float32 [>= rows]
+        self._followed = 0  # position in the catalogue's changes
+        self._vectors = _encode_trained(items, device)  # float32 [>= rows, width]
+        self._facts = _with_room(0, FACTS, torch.int32, device)  # int32 [>= rows, FACTS]
+        self._reserve(self._trained_rows)
+        trained = np.arange(self._trained_rows)
+        self._write_facts(trained)
+        self._write_values(trained, _trained_values(artifact, self._index, catalogue))
         items.item_content = None  # read once: content of new items comes from the catalogue
 
     def __len__(self) -> int:
@@ -56,12 +71,12 @@ class ItemTable:
     @property
     def vectors(self) -> Tensor:
         """The items' unit vectors, row 0 of the unknown item: float32 [rows, width]."""
-        return self._buffer[: len(self)]
+        return self._vectors[: len(self)]
 
     @property
     def values(self) -> np.ndarray:
-        """Each item's usual value, 0 = unknown: float32 [rows]."""
-        return self._values[: len(self)]
+        """Each item's usual value, 0 = unknown: float32 [rows]. Waits for the device."""
+        return self._facts[: len(self), VALUE].view(torch.float32).cpu().numpy()
 
     @property
     def blocked(self) -> np.ndarray:
@@ -77,44 +92,49 @@ class ItemTable:
         """Return the rows of tokens, 0 for an item that the model does not have: int32 of the tokens' shape."""
         return self._index.rows(tokens)
 
-    def tokens(self, rows: np.ndarray) -> np.ndarray:
-        """Return the tokens of rows: int32 of the rows' shape."""
-        return self._index.tokens(rows)
-
     def rows_of_hashes(self, hashes: np.ndarray) -> np.ndarray:
         """Return the rows, int32 [n], of item hashes, uint64 [n]."""
         return self.rows(self._catalogue.vocabulary.tokens(hashes))
 
     def look_up(self, hashes: np.ndarray) -> tuple[np.ndarray, ItemFacts]:
-        """Return tokens, int32 [n], and facts of item hashes, uint64 [n]; also of items that have no row."""
+        """Return rows, int32 [n], and facts of item hashes, uint64 [n]; facts also of items that have no row."""
         tokens = self._catalogue.vocabulary.tokens(hashes)
-        return tokens, self._catalogue.facts(tokens)
+        return self.rows(tokens), self._catalogue.facts(tokens)
 
-    def facts(self, rows: np.ndarray) -> ItemFacts:
-        """Return the facts of the items of rows, int [n]."""
-        return self._catalogue.facts(self.tokens(rows))
+    def items(self, rows: Tensor) -> TableItems:
+        """Return what is known of these rows' items, as of the last `sync` before the call. rows: int64 [n, k]"""
+        tokens, categories, price_codes, values = self._facts[rows].unbind(dim=2)
+        return TableItems(tokens, ItemColumns(rows, categories, price_codes), values.view(torch.float32))
 
     @torch.inference_mode()
     def sync(self) -> TableChange:
         """Apply the vocabulary's and the catalogue's changes since the last call."""
         moved, blocked = self._index.sync()
-        position = self._catalogue.records.end
-        rewritten = NO_ROWS
-        is_blocked_changed = blocked.size > 0
-        if position != self._followed and hasattr(self._items, "content_encoder"):
-            tokens = self._catalogue.recorded_since(self._followed)
-            rewritten = self._write_new_items(tokens)
-            is_blocked_changed |= rewritten.size > 0
-        self._followed = position
-        readmitted = moved[(moved < self._trained_rows) & (self.tokens(moved) != UNKNOWN)]
+        readmitted = moved[(moved < self._trained_rows) & (self._index.tokens(moved) != UNKNOWN)]
         if readmitted.size:
             self._restore_facts(readmitted)
-        return TableChange(rewritten, is_blocked_changed)
+        tokens = self._changed_tokens()
+        rewritten = NO_ROWS
+        if tokens.size and hasattr(self._items, "content_encoder"):
+            rewritten = self._write_new_items(tokens[self._catalogue.has_records(tokens)])
+        if moved.size or tokens.size:
+            rows = np.union1d(moved, self.rows(tokens)).astype(np.int64)
+            self._write_facts(rows[rows != UNKNOWN])
+        return TableChange(rewritten, blocked.size > 0 or rewritten.size > 0)
+
+    def _changed_tokens(self) -> np.ndarray:
+        """Return the tokens whose items' metadata have changed since the last call, int64 [n]."""
+        end = self._catalogue.changes.end
+        if end == self._followed:
+            return NO_ROWS
+        tokens = self._catalogue.changes.since(self._followed)
+        self._followed = end
+        return np.arange(len(self._catalogue.vocabulary)) if tokens is None else tokens
 
     def _restore_facts(self, rows: np.ndarray) -> None:
         """Restore the artifact's metadata of readmitted training items (rows int64 [n]) until they have a record."""
         facts = {name: column[rows - 1] for name, column in self._metadata.facts.items()}
-        self._catalogue.restore_facts(self.tokens(rows), facts)
+        self._catalogue.restore_facts(self._index.tokens(rows), facts)
 
     def _write_new_items(self, tokens: np.ndarray) -> np.ndarray:
         """Write the vectors of those of these items, int64 [n], that came after training; return their rows, int64.
@@ -131,28 +151,46 @@ class ItemTable:
             part = slice(start, start + CHUNK_ITEMS)
             content = self._metadata.new_item_content(self._catalogue, tokens[came_after_training][part])
             vectors = self._items.from_content(content.to(self._device))
-            self._buffer[torch.from_numpy(rows[part]).to(self._device)] = vectors
-        self._values[rows] = UNKNOWN_VALUE
+            self._vectors[to_device(rows[part], self._device)] = vectors
+        self._write_values(rows, np.zeros(len(rows), np.float32))
         return rows
 
+    def _write_facts(self, rows: np.ndarray) -> None:
+        """Copy token, category and price of these rows, int64 [n], to the device."""
+        tokens = self._index.tokens(rows)
+        facts = self._catalogue.facts(tokens)
+        columns = np.stack([tokens, facts.categories, facts.price_codes.astype(np.int32)], axis=1)
+        self._facts[to_device(rows, self._device), :VALUE] = to_device(columns, self._device)
+
+    def _write_values(self, rows: np.ndarray, values: np.ndarray) -> None:
+        """Write the values, float32 [n], of these rows, int64 [n]."""
+        self._facts[to_device(rows, self._device), VALUE] = to_device(values.view(np.int32), self._device)
+
     def _reserve(self, rows: int) -> None:
-        self._values = grown(self._values, rows)
-        if rows > len(self._buffer):
-            buffer = _empty_buffer(rows, self._buffer.shape[1], self._device)
-            buffer[: len(self._buffer)] = self._buffer
-            self._buffer = buffer
+        self._vectors = _grown(self._vectors, rows)
+        self._facts = _grown(self._facts, rows)
 
 
-def _empty_buffer(rows: int, width: int, device: torch.device) -> Tensor:
-    """Return float32 [>= rows, width] with room for more."""
+def _with_room(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return [>= rows, width] with room for more, its content arbitrary."""
     spare = int(rows * GROWTH) - rows
-    return torch.empty(rows + (spare if device.type == "cpu" else min(spare, MAX_SPARE_GPU_ROWS)), width, device=device)
+    spare = spare if device.type == "cpu" else min(spare, MAX_SPARE_GPU_ROWS)
+    return torch.empty(rows + spare, width, dtype=dtype, device=device)
+
+
+def _grown(table: Tensor, rows: int) -> Tensor:
+    """Return the table itself, or a copy with room for this many rows and more."""
+    if rows <= len(table):
+        return table
+    larger = _with_room(rows, table.shape[1], table.dtype, table.device)
+    larger[: len(table)] = table
+    return larger
 
 
 def _encode_trained(items: ItemEmbedding, device: torch.device) -> Tensor:
     """Return the vectors of all training items, float32 [>= rows, width]."""
     n = items.embedding.num_embeddings
-    vectors = _empty_buffer(n, items.embedding.embedding_dim, device)
+    vectors = _with_room(n, items.embedding.embedding_dim, torch.float32, device)
     for start in range(0, n, CHUNK_ITEMS):
         rows = np.arange(start, min(start + CHUNK_ITEMS, n))
         vectors[start : start + len(rows)] = items(rows)
@@ -163,5 +201,5 @@ def _trained_values(artifact: Artifact, index: RowIndex, catalogue: Catalogue) -
     """Return the artifact's item values, float32 [rows]."""
     values = np.zeros(len(index), np.float32)
     values[index.rows(catalogue.vocabulary.tokens(artifact.counters["items"]))] = artifact.counters["values"]
-    values[UNKNOWN] = UNKNOWN_VALUE
+    values[UNKNOWN] = 0
     return values

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pipeline.artifact import Artifact
-from pipeline.backends.encoder import ItemVectors
+from pipeline.backends.encoder import EncoderBatch, ItemVectors
 from pipeline.errors import ArtifactError, DeviceError
-from pipeline.features.event_features import EncoderInputs
 from pipeline.model.calibration import check_calibration
 from pipeline.model.heads import TaskHeads
 from pipeline.model.hstu import Hstu
 from pipeline.model.padding import PaddedBlocks
+from pipeline.tensors import to_device
 
 
 @dataclass(slots=True)
@@ -61,18 +61,15 @@ class TorchEncoder:
         self.max_events = hstu.config.history_length
 
     @torch.inference_mode()
-    def encode(self, inputs: EncoderInputs) -> Tensor:
+    def encode(self, batch: EncoderBatch) -> Tensor:
         """See Encoder.encode."""
         vectors = self._table.vectors
-        states = torch.zeros(len(inputs), vectors.shape[1], device=vectors.device)
-        ordered, users = inputs.by_length()
-        if len(users):
-            item_rows = torch.from_numpy(ordered.item_rows).to(vectors.device)
-            feature_ids = torch.from_numpy(ordered.feature_ids).to(vectors.device)
-            rows, sequences = self._hstu.sequences(F.embedding(item_rows, vectors), feature_ids, ordered)
-            encoded = self._hstu(rows, PaddedBlocks.from_inputs(sequences, vectors.device), last=True)
-            states[torch.from_numpy(users).to(vectors.device)] = encoded
-        return states
+        device = vectors.device
+        ordered, users = batch.inputs.by_length()
+        items = F.embedding(to_device(ordered.item_rows, device), vectors)
+        rows, sequences = self._hstu.sequences(items, to_device(ordered.feature_ids, device), ordered)
+        states = self._hstu(rows, PaddedBlocks.from_inputs(sequences, device), last=True)
+        return torch.empty_like(states).index_copy_(0, to_device(users, device), states)
 
     def update_items(self, rows: np.ndarray) -> None:
         """Do nothing: the table's vectors are read at each call."""
@@ -80,6 +77,9 @@ class TorchEncoder:
     def warm(self) -> int:
         """Return 0: there is nothing to capture."""
         return 0
+
+    def close(self) -> None:
+        """Do nothing: the weights go with the last reference to them."""
 
 
 class _SkipInitialisation(TorchFunctionMode):

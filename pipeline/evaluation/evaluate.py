@@ -31,13 +31,19 @@ from pipeline.evaluation.item_knn import ItemKnn, ItemKnnOptions
 from pipeline.evaluation.metrics import HeadMetrics, RankingMetrics, head_metrics, ranking_metrics, target_ranks
 from pipeline.evaluation.negatives import NegativeSampling, sample_negatives
 from pipeline.evaluation.popularity import RecentPopularity
-from pipeline.evaluation.ranking import HeldOutEvents, Recommender, rank_among_negatives, recommend_slates
+from pipeline.evaluation.ranking import (
+    HeldOutEvents,
+    Recommender,
+    StrategyRecommender,
+    rank_among_negatives,
+    recommend_slates,
+)
 from pipeline.features.labels import TASKS, compute_log_labels
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import UNKNOWN, Vocabulary
 from pipeline.records import EventSchema, Item
 from pipeline.serving.hstu_strategy import HstuStrategy, load_hstu_strategy
-from pipeline.serving.pipeline import PipelineOptions, frozen_counters
+from pipeline.serving.options import PipelineOptions, frozen_counters
 from pipeline.serving.simple_strategy import SimpleStrategy
 from pipeline.types import PositiveInt
 
@@ -146,7 +152,7 @@ def evaluate(
     artifact.load_into(catalogue)
     catalogue.upsert(items)
     hstu = load_hstu_strategy(artifact, catalogue, options.exclusion, options.device, options.threads, options.rerank)
-    model = BusinessMetricsRecorder(hstu, request.k)
+    model = BusinessMetricsRecorder(StrategyRecommender(hstu), request.k)
     rankers = fit_baselines(artifact, data, options, catalogue if items else None) | {MODEL: model}
     ranks, slates = _rank(rankers, data, request, items)
     return EvaluationReport(
@@ -168,8 +174,8 @@ def fit_baselines(
 ) -> dict[str, Recommender]:
     """Return the artifact's counters as rankers, and baselines fitted to the training events or to item metadata."""
 
-    def simple_strategy(state: Mapping[str, np.ndarray]) -> SimpleStrategy:
-        return SimpleStrategy(frozen_counters(options, data.vocabulary, state), options.exclusion)
+    def simple_strategy(state: Mapping[str, np.ndarray]) -> StrategyRecommender:
+        return StrategyRecommender(SimpleStrategy(frozen_counters(options, data.vocabulary, state), options.exclusion))
 
     recent = RecentPopularity(data.train, data.items, options.half_life_days)
     scorers = [recent, ItemKnn.from_users(data.train, data.items, ItemKnnOptions())]

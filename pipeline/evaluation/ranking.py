@@ -14,13 +14,13 @@ from pipeline.data.sequences import UserSequences
 from pipeline.evaluation.metrics import RankingMetrics, ranking_metrics, target_ranks
 from pipeline.jagged import find_rows
 from pipeline.records import Histories
-from pipeline.serving.strategy import RankedItems
+from pipeline.serving.strategy import RankedItems, Strategy, rank
 
 BATCH_USERS = 256
 
 
 class Recommender(Protocol):
-    """Ranks the catalogue and scores given candidates: a serving strategy or a baseline."""
+    """Ranks the catalogue and scores given candidates: a baseline, or a serving strategy as StrategyRecommender."""
 
     def rank(self, histories: Histories, k: int) -> RankedItems:
         """Return the k best items of the catalogue for each user."""
@@ -32,6 +32,29 @@ class Recommender(Protocol):
         -inf: not in the recommender's vocabulary, as token 0.
         """
         ...
+
+
+class ScoringStrategy(Strategy, Protocol):
+    """A serving strategy that also scores given candidates."""
+
+    def scores(self, histories: Histories, tokens: np.ndarray) -> np.ndarray:
+        """See Recommender.scores."""
+        ...
+
+
+@dataclass(slots=True)
+class StrategyRecommender:
+    """Implements Recommender by a serving strategy, one batch after the other."""
+
+    strategy: ScoringStrategy
+
+    def rank(self, histories: Histories, k: int) -> RankedItems:
+        """See Recommender."""
+        return rank(self.strategy, histories, k)
+
+    def scores(self, histories: Histories, tokens: np.ndarray) -> np.ndarray:
+        """See Recommender."""
+        return self.strategy.scores(histories, tokens)
 
 
 @dataclass(slots=True)

@@ -22,7 +22,6 @@ import numpy as np
 
 from pipeline.features.rolling import WINDOW_EVENTS, RollingWindows
 from pipeline.items.catalogue import ItemFacts
-from pipeline.items.vocabulary import UNKNOWN
 from pipeline.jagged import ranges, row_starts
 from pipeline.records import DAY_MS, Histories
 
@@ -92,20 +91,27 @@ class EncoderInputs:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    @property
+    def lengths(self) -> np.ndarray:  # int64 [n]
+        return np.diff(self.offsets)
+
     def tail(self, max_events: int) -> "EncoderInputs":
         """Return each user's latest rows, at most `max_events` of them."""
-        lengths = np.diff(self.offsets)
-        if len(self) == 0 or int(lengths.max()) <= max_events:
+        if self.lengths.max(initial=0) <= max_events:
             return self
-        tail_lengths = np.minimum(lengths, max_events)
+        tail_lengths = np.minimum(self.lengths, max_events)
         return self.gather_runs(self.offsets[1:] - tail_lengths, tail_lengths)
 
     def by_length(self) -> tuple["EncoderInputs", np.ndarray]:
-        """Return the users who have events, shortest first, and their rows: attention then needs no gathers."""
-        lengths = np.diff(self.offsets)
-        users = np.argsort(lengths, kind="stable")
-        users = users[np.searchsorted(lengths[users], 1) :]
-        return self.gather_runs(self.offsets[users], lengths[users]), users
+        """Return the users, shortest first, and their numbers, int64 [n]: attention then needs no gathers."""
+        users = np.argsort(self.lengths, kind="stable")
+        return self.gather_runs(self.offsets[users], self.lengths[users]), users
+
+    def present(self) -> tuple["EncoderInputs", np.ndarray]:
+        """Return views of the users who have events, and their numbers, int64 [present]."""
+        users = np.flatnonzero(self.lengths)
+        offsets = np.append(self.offsets[users], self.offsets[-1:])
+        return EncoderInputs(self.item_rows, self.feature_ids, self.seconds, offsets), users
 
     def gather_runs(self, starts: np.ndarray, lengths: np.ndarray) -> "EncoderInputs":
         """Return a copy of these runs of rows, one after the other."""
@@ -131,23 +137,16 @@ def after_pause(ts_ms: np.ndarray) -> np.ndarray:
     return np.diff(ts_ms // 1000, prepend=ts_ms[:1] // 1000) >= SESSION_GAP_S
 
 
-def encoder_inputs(
-    histories: Histories, item_rows: np.ndarray, table_rows: int, facts: ItemFacts | None = None
-) -> EncoderInputs:
+def encoder_inputs(histories: Histories, item_rows: np.ndarray, facts: ItemFacts) -> EncoderInputs:
     """Return the inputs of full histories; trim them with `tail` afterwards, so that rows reflect earlier events.
 
-    item_rows: int32 [total], each event's row of the model's item table; rows from `table_rows` on came after training
-    and become 0. facts: of each event's item; None: nothing is known.
+    item_rows: int32 [total], each event's row of the model's item table, 0 = none; facts: of each event's item
     """
     ts_ms = histories.ts_ms
     offsets = histories.offsets
     starts = row_starts(offsets)  # [total] start of the run of each event's user
     since_ms = np.diff(ts_ms, prepend=ts_ms[:1])  # since the previous event; meaningless at a user's first
-    columns = (
-        _temporal(ts_ms, since_ms, starts)
-        | _strength(histories)
-        | _profile(histories, since_ms, starts, facts or ItemFacts.unknown(len(item_rows)))
-    )
+    columns = _temporal(ts_ms, since_ms, starts) | _strength(histories) | _profile(histories, since_ms, starts, facts)
     feature_ids = np.empty((len(item_rows), N_FEATURES), np.int32)
     for index, name in enumerate(FEATURE_COLUMNS):
         feature_ids[:, index] = columns[name]
@@ -155,7 +154,6 @@ def encoder_inputs(
     # Whole seconds of the clock, not since the user's first event: where a ring was trimmed must change no difference.
     elapsed_s = ts_ms // 1000 - ts_ms[starts] // 1000
     seconds = np.minimum(elapsed_s, np.iinfo(np.int32).max).astype(np.int32)
-    item_rows = np.where(item_rows < table_rows, item_rows, UNKNOWN).astype(np.int32)
     return EncoderInputs(item_rows, feature_ids, seconds, offsets)
 
 

@@ -51,13 +51,13 @@ class Catalogue:
     """Columns that grow with the vocabulary. One thread writes and reads.
 
     version: number of updates so far; changed_at: int64 [>= tokens], the version that wrote the item's record, 0 = none
-    records: tokens whose item got a record
+    changes: tokens whose item's metadata were written or cleared
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
         self.version = 0
-        self.records = ChangeLog()
+        self.changes = ChangeLog()
         self._hashes: list[tuple[np.ndarray, ...]] = []  # by token and field: uint32 hashes
         self._columns = {name: np.zeros(0, dtype) for name, dtype in COLUMN_DTYPES.items()}
 
@@ -72,7 +72,7 @@ class Catalogue:
                 self._write(token, item)
         self.version += 1
         written = np.unique(tokens[tokens > 0]).astype(np.int64)
-        self.records.add(written.tolist())  # last: a reader in another thread that sees a change sees its record
+        self.changes.add(written.tolist())  # last: a reader in another thread that sees a change sees its record
         return written
 
     def delist(self, item_ids: Iterable[str]) -> None:
@@ -112,8 +112,10 @@ class Catalogue:
         """
         self._reserve(int(tokens.max(initial=0)) + 1)
         missing = self.changed_at[tokens] == 0
+        restored = tokens[missing]
         for field in fields(ItemFacts):
-            self._columns[field.name][tokens[missing]] = state[field.name][missing]
+            self._columns[field.name][restored] = state[field.name][missing]
+        self.changes.add(restored.tolist())
 
     def restore(self, tokens: np.ndarray, state: Mapping[str, np.ndarray], recorded: np.ndarray) -> None:
         """Restore facts and content hashes from `state`, as if the items' records had just arrived.
@@ -131,14 +133,7 @@ class Catalogue:
         self.changed_at[tokens] = self.version + 1
         self.vocabulary.relist(self.vocabulary.item_ids[token] for token in tokens.tolist())
         self.version += 1
-        self.records.add(tokens.tolist())
-
-    def recorded_since(self, position: int) -> np.ndarray:
-        """Return the tokens, int64 [n], that got a record after this position of `records`, and have one."""
-        tokens = self.records.since(position)
-        if tokens is None:
-            return np.flatnonzero(self.changed_at)
-        return tokens[self.has_records(tokens)]
+        self.changes.add(tokens.tolist())
 
     def has_records(self, tokens: np.ndarray) -> np.ndarray:
         """Return which of these tokens have a record: bool [n]."""
@@ -167,6 +162,7 @@ class Catalogue:
             self._hashes[token] = NO_HASHES
         for column in self._columns.values():
             column[tokens] = 0
+        self.changes.add(tokens.tolist())
 
     def _reserve(self, tokens: int) -> None:
         self._hashes += [NO_HASHES] * (tokens - len(self._hashes))

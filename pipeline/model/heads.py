@@ -16,6 +16,7 @@ from pipeline.features.visit_frequency import N_VISIT_FEATURES
 from pipeline.items.vocabulary import UNKNOWN
 from pipeline.jagged import row_starts
 from pipeline.model.calibration import IDENTITY
+from pipeline.tensors import to_device
 
 N_RECENT = 32  # newest events that the heads read one by one
 DROPOUT = 0.2  # of the interaction head's hidden layer
@@ -35,20 +36,22 @@ class RecentEvents:
     missing: Tensor
 
     @classmethod
-    def from_offsets(cls, offsets: np.ndarray, device: torch.device) -> "RecentEvents":
+    def from_offsets(cls, offsets: Tensor) -> "RecentEvents":
         """Return each user's newest events. offsets: int64 [n + 1] of the users' packed rows."""
-        return cls._ending_at(offsets[1:] - 1, offsets[:-1], device)
+        return cls._ending_at(offsets[1:] - 1, offsets[:-1])
 
     @classmethod
     def from_each_event(cls, offsets: np.ndarray, device: torch.device) -> "RecentEvents":
-        """Return the newest events as of every packed row, each as the newest of its user: n is the number of rows."""
-        return cls._ending_at(np.arange(offsets[-1]), row_starts(offsets), device)
+        """Return the newest events as of every packed row, each as the newest of its user: n is the number of rows.
+
+        offsets: int64 [users + 1] of the users' packed rows
+        """
+        return cls._ending_at(torch.arange(int(offsets[-1]), device=device), to_device(row_starts(offsets), device))
 
     @classmethod
-    def _ending_at(cls, ends: np.ndarray, starts: np.ndarray, device: torch.device) -> "RecentEvents":
-        rows = ends[:, None] - np.arange(N_RECENT)
-        missing = torch.from_numpy(rows < starts[:, None])
-        return cls(torch.from_numpy(np.maximum(rows, 0)).to(device), missing.to(device))
+    def _ending_at(cls, ends: Tensor, starts: Tensor) -> "RecentEvents":
+        rows = ends[:, None] - torch.arange(N_RECENT, device=ends.device)
+        return cls(rows.clamp(min=0), rows < starts[:, None])
 
 
 @dataclass(slots=True)

@@ -29,6 +29,7 @@ from pipeline.model.config import HstuConfig, Norm
 from pipeline.model.item_embedding import ItemEmbedding
 from pipeline.model.padding import Block, PaddedBlocks
 from pipeline.model.session_pooling import SessionPooling
+from pipeline.tensors import to_device
 
 if TYPE_CHECKING:
     from kernels.fused_attention_layernorm.plan import AttentionPlan
@@ -199,7 +200,7 @@ class Hstu(nn.Module):
         """Return [m, width]: the newest events as in `event_rows`, sessions as in kernels.hierarchical_sequence_fusion,
         where an event's strength is its weight in its session."""
         rotated, strength, features = self._event_parts(items, feature_ids)
-        is_recent = torch.from_numpy(pooling.is_recent).to(items.device)[:, None]
+        is_recent = to_device(pooling.is_recent, items.device)[:, None]
         events = torch.where(is_recent, rotated * strength, rotated) + features
         return pooling.pool(events, strength.masked_fill(is_recent, 1.0))
 
@@ -234,7 +235,7 @@ def attention_plan(
     from kernels.fused_attention_layernorm.plan import AttentionPlan  # Triton, which a CPU does not need
 
     arrays = (inputs.seconds, inputs.offsets, np.array(TIME_THRESHOLDS, np.int32))
-    seconds, offsets, thresholds = (torch.from_numpy(array).to(device) for array in arrays)
+    seconds, offsets, thresholds = (to_device(array, device) for array in arrays)
     return AttentionPlan.from_batch(seconds, offsets, thresholds, max_events, dtype, kernels=kernels, trusted=True)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.features.event_features import SECONDS_CAP, EncoderInputs
+from pipeline.tensors import to_device
 
 
 class BlockPolicy(NamedTuple):
@@ -127,7 +128,7 @@ class PaddedBlocks:
             blocks.append(_make_block(users, rows, lengths[users], inputs.seconds, device))
         last_slots = np.empty(len(order), np.int64)
         last_slots[order] = np.arange(len(order))
-        last = torch.from_numpy(offsets[1:] - 1).to(device)
+        last = to_device(offsets[1:] - 1, device)
         return cls(blocks, _index_or_none(slots, device), last, _index_or_none(last_slots, device))
 
     def pack(self, blocks: list[Tensor], last: bool) -> Tensor:
@@ -151,7 +152,7 @@ def _make_block(
 ) -> Block:
     first = int(rows[0, 0])
     is_dense = rows[-1, -1] - first + 1 == rows.size and lengths[0] == lengths[-1] and (np.diff(users) > 0).all()
-    columns = [torch.from_numpy(column).to(device) for column in (users, rows, lengths - 1, seconds[rows])]
+    columns = [to_device(column, device) for column in (users, rows, lengths - 1, seconds[rows])]
     return Block(*columns, dense_from=first if is_dense else None)
 
 
@@ -159,7 +160,7 @@ def _index_or_none(index: np.ndarray, device: torch.device | str) -> Tensor | No
     """Return the index on the device, None for the identity."""
     if (index == np.arange(len(index))).all():
         return None
-    return torch.from_numpy(index).to(device)
+    return to_device(index, device)
 
 
 def _block_bounds(lengths: np.ndarray, policy: BlockPolicy) -> list[tuple[int, int]]:

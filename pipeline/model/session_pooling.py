@@ -7,11 +7,11 @@ specification, and the fused operator, are kernels.hierarchical_sequence_fusion.
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from pipeline.features.event_features import SESSION_GAP_S, EncoderInputs
 from pipeline.jagged import ranges, row_starts
+from pipeline.tensors import to_device
 
 
 @dataclass(slots=True)
@@ -56,7 +56,7 @@ class SessionPooling:
 
     def pool(self, events: Tensor, weights: Tensor) -> Tensor:
         """Return the weighted mean of each row's events, [m, width]. events: [total, width]; weights > 0: [total, 1]"""
-        rows = torch.from_numpy(self.rows).to(events.device)
+        rows = to_device(self.rows, events.device)
         sums = events.new_zeros(len(self.seconds) + 1, events.shape[1]).index_add(0, rows, events * weights)
         totals = weights.new_zeros(len(sums), 1).index_add(0, rows, weights)
         return (sums / totals.clamp(min=1e-30))[:-1]

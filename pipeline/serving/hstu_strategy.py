@@ -5,53 +5,41 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from pipeline.artifact import Artifact
 from pipeline.backends.choice import make_encoder
 from pipeline.backends.encoder import Encoder, GraphOptions
 from pipeline.backends.head_scorer import HeadScorer
-from pipeline.backends.item_table import ItemTable
+from pipeline.backends.item_table import ItemTable, TableItems
+from pipeline.backends.staging import HostCopy, Staging
+from pipeline.backends.timing import Mark
 from pipeline.backends.torch import TorchModel
-from pipeline.features.affinity import AffinityIndex
-from pipeline.features.event_features import EncoderInputs, encoder_inputs
-from pipeline.features.labels import engaged
-from pipeline.features.visit_frequency import latest_visit_frequency
+from pipeline.features.inputs import encode
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import UNKNOWN
 from pipeline.records import EventSchema, Histories
 from pipeline.serving.exclusion import Exclusion
+from pipeline.serving.hstu_batch import DeviceBatch, PreparedBatch
 from pipeline.serving.rerank import RerankWeights, blend_scores, log_item_values, median_value
 from pipeline.serving.retrieval import FusedRetrieval, Retrieval, make_retrieval
-from pipeline.serving.strategy import RankedItems
+from pipeline.serving.strategy import RankedItems, Request, rank
 from pipeline.serving.warm_up import synthetic_histories, warm_up_lengths
+from pipeline.tensors import to_device
 
 NOT_RERANKED = RerankWeights()
 
 
 @dataclass(slots=True)
-class _Features:
-    """A batch of n users as the model reads it.
+class PendingBatch:
+    """A launched batch. answer: tokens, scores, probabilities and values, on their way to the host"""
 
-    full: inputs of the full histories; recent: of their newest `max_events` events; is_empty: bool [n], no events
-    """
-
-    histories: Histories
-    full: EncoderInputs
-    recent: EncoderInputs
-    is_empty: np.ndarray
-
-
-@dataclass(slots=True)
-class _Candidates:
-    """Retrieved items, best first: rows int32 [n, c] of the item table, 0 = none; scores float32 [n, c].
-
-    source: as in RankedItems
-    """
-
-    rows: np.ndarray
-    scores: np.ndarray
-    source: np.ndarray | str
+    prepared: PreparedBatch
+    answer: HostCopy
+    start: Mark
+    encoded: Mark
+    ranked: Mark
 
 
 class HstuStrategy:
@@ -84,6 +72,8 @@ class HstuStrategy:
         self._schema = schema
         self._exclusion = exclusion
         self._rerank_weights = rerank
+        self._device = table.vectors.device
+        self._stage = Staging(self._device)
         retrieval.block(table.blocked_rows)
 
     @property
@@ -93,7 +83,7 @@ class HstuStrategy:
 
     @property
     def on_gpu(self) -> bool:
-        return self._table.vectors.is_cuda
+        return self._device.type == "cuda"
 
     def warm(self, item_ids: Sequence[str], graphs: GraphOptions) -> None:
         """Capture the CUDA graphs and compile every kernel, so that no batch waits.
@@ -102,100 +92,131 @@ class HstuStrategy:
         """
         self._encoder.warm()
         for lengths in warm_up_lengths(graphs.max_users, self.max_events):
-            self.rank(synthetic_histories(item_ids, lengths), graphs.slate_size)
+            rank(self, synthetic_histories(item_ids, lengths), graphs.slate_size)
 
-    def rank(self, histories: Histories, k: int) -> RankedItems:
+    def prepare(self, request: Request) -> PreparedBatch:
         """See Strategy."""
         start_s = time.perf_counter()
-        features = self._extract_features(histories)
-        features_s = time.perf_counter()
-        states = self._encoder.encode(features.recent)
-        encoded_s = time.perf_counter()
-        candidates = self._retrieve(features, states, k)
-        probabilities = self._predict_heads(features, states, candidates.rows)
-        ranked = self._rerank(features, candidates, probabilities).first(k)
-        ranked.features_ms = 1e3 * (features_s - start_s)
-        ranked.encode_ms = 1e3 * (encoded_s - features_s)
-        ranked.rank_ms = 1e3 * (time.perf_counter() - encoded_s)
-        return ranked
+        histories = request.histories
+        self._sync_items()
+        inputs = encode(histories, *self._table.look_up(histories.items), self._schema)
+        read = inputs.events.tail(self.max_events)
+        excluded = self._exclusion.mask(histories)
+        popular = self._popular(self._rerank_weights.n_candidates(request.k) if (read.lengths == 0).any() else 0)
+        return PreparedBatch(request, inputs, read, excluded, popular, 1e3 * (time.perf_counter() - start_s))
 
+    @torch.inference_mode()
+    def launch(self, prepared: PreparedBatch) -> PendingBatch:
+        """See Strategy."""
+        k = prepared.request.k
+        batch = DeviceBatch.from_prepared(prepared, self._stage)
+        start = Mark(self._device)
+        states = self._encode(batch)
+        encoded = Mark(self._device)
+        rows, scores = self._retrieve(batch, states, k)
+        items = self._table.items(rows)
+        probabilities = self._heads.probabilities(states, batch.events, batch.heads, items.columns)
+        answer = self._rerank(batch, items, scores, probabilities, k)
+        return PendingBatch(prepared, answer, start, encoded, Mark(self._device))
+
+    def finish(self, pending: PendingBatch) -> RankedItems:
+        """See Strategy."""
+        tokens, scores, probabilities, values = pending.answer.wait()
+        is_empty = pending.prepared.is_empty
+        source = "hstu"
+        if is_empty.any():
+            source = np.where(is_empty[:, None], "popular", np.full(tokens.shape, "hstu"))
+        return RankedItems(
+            tokens=tokens,
+            scores=scores,
+            heads=probabilities,
+            source=source,
+            values=values,
+            features_ms=pending.prepared.features_ms,
+            encode_ms=pending.start.ms_until(pending.encoded),
+            rank_ms=pending.encoded.ms_until(pending.ranked),
+        )
+
+    def close(self) -> None:
+        """See Strategy."""
+        self._encoder.close()
+
+    @torch.inference_mode()
     def scores(self, histories: Histories, tokens: np.ndarray) -> np.ndarray:
         """Return scores float32 [n, c] of given items (tokens int32 [n, c]); -inf for items that the model lacks.
 
-        Higher ones rank earlier. A user without events is scored by popularity in the training log, as in `rank`.
+        Higher ones rank earlier. A user without events is scored by popularity in the training log, as when ranking.
         """
-        features = self._extract_features(histories)
-        states = self._encoder.encode(features.recent)
+        prepared = self.prepare(Request(histories, 0))
+        states = self._encode(DeviceBatch.from_prepared(prepared, self._stage))
         rows = self._table.rows(tokens)
-        scores = np.where(rows > UNKNOWN, self._retrieval.scores(states, rows), -np.inf)
+        (scores,) = HostCopy(self._retrieval.scores(states, to_device(rows, self._device).long())).wait()
+        scores = np.where(rows > UNKNOWN, scores, -np.inf)
         popularity_ranks = np.full(len(self._table), len(self._popular_rows))
         popularity_ranks[self._popular_rows] = np.arange(len(self._popular_rows))
-        scores[features.is_empty] = -popularity_ranks[rows[features.is_empty]]
+        scores[prepared.is_empty] = -popularity_ranks[rows[prepared.is_empty]]
         return scores.astype(np.float32)
 
+    @torch.inference_mode()
     def probabilities(self, histories: Histories, tokens: np.ndarray) -> np.ndarray:
         """Return the heads' probabilities float32 [n, k, 3] if each item (tokens int32 [n, k]) is the user's next."""
-        features = self._extract_features(histories)
-        states = self._encoder.encode(features.recent)
-        return self._predict_heads(features, states, self._table.rows(tokens))
+        batch = DeviceBatch.from_prepared(self.prepare(Request(histories, 0)), self._stage)
+        states = self._encode(batch)
+        items = self._table.items(to_device(self._table.rows(tokens), self._device).long())
+        (probabilities,) = HostCopy(self._heads.probabilities(states, batch.events, batch.heads, items.columns)).wait()
+        return probabilities
 
-    def _extract_features(self, histories: Histories) -> _Features:
-        self._sync_items()
-        tokens, facts = self._table.look_up(histories.items)
-        full = encoder_inputs(histories, self._table.rows(tokens), len(self._table), facts)
-        return _Features(histories, full, full.tail(self.max_events), histories.lengths == 0)
+    def _encode(self, batch: DeviceBatch) -> Tensor:
+        """Return states float32 [n, width]; zeros for users without events."""
+        present = len(batch.events.inputs)
+        if present == batch.n > 0:
+            return self._encoder.encode(batch.events)
+        states = torch.zeros(batch.n, self._table.vectors.shape[1], device=self._device)
+        return states.index_copy_(0, batch.users, self._encoder.encode(batch.events)) if present else states
 
-    def _retrieve(self, features: _Features, states: Tensor, k: int) -> _Candidates:
-        """Return the best items of the catalogue that are not excluded; popular ones for users without events."""
-        mask = self._exclusion.mask(features.histories)
-        users = features.histories.users[mask]
-        item_rows = features.full.item_rows[mask]
-        rows, scores = self._retrieval.top_k(states, users, item_rows, self._rerank_weights.n_candidates(k))
-        empty = features.is_empty
-        if not empty.any():
-            return _Candidates(rows, scores, "hstu")
-        popular = self._popular(rows.shape[1])
-        rows[empty] = UNKNOWN
-        rows[empty, : len(popular)] = popular
-        scores[empty] = 0.0
-        return _Candidates(rows, scores, np.where(empty[:, None], "popular", np.full(rows.shape, "hstu")))
+    def _retrieve(self, batch: DeviceBatch, states: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Return the rows, int64 [n, c], of the best items that are not excluded, and their scores, float32 [n, c].
+
+        Popular ones, with a score of 0, for users without events.
+        """
+        rows, scores = self._retrieval.top_k(states, batch.excluded, self._rerank_weights.n_candidates(k))
+        if not len(batch.popular):
+            return rows, scores
+        is_empty = batch.is_empty[:, None]
+        return rows.where(~is_empty, batch.popular), scores.masked_fill(is_empty, 0.0)
+
+    def _rerank(self, batch: DeviceBatch, items: TableItems, scores: Tensor, probabilities: Tensor, k: int) -> HostCopy:
+        """Order the candidates by the rerank weights, and send the k best on their way to the host.
+
+        Popular items of users without events keep their order.
+        """
+        columns = items.tokens, scores, probabilities, items.values
+        if self._rerank_weights.enabled:
+            log_values = log_item_values(items.values, self._median_value)
+            blended = blend_scores(scores, probabilities, log_values, self._rerank_weights)
+            blended = blended.where(~batch.is_empty[:, None], scores)
+            best, order = blended.sort(dim=1, descending=True, stable=True)
+            order = order[:, :k]
+            per_task = order[..., None].expand(*order.shape, probabilities.shape[2])
+            columns = (
+                items.tokens.gather(1, order),
+                best[:, :k],
+                probabilities.gather(1, per_task),
+                items.values.gather(1, order),
+            )
+        return HostCopy(*columns)
 
     def _popular(self, k: int) -> np.ndarray:
-        """Return the k most popular rows that may be recommended, fewer where there are none left."""
-        blocked = self._table.blocked
+        """Return the k most popular rows that may be recommended, int64 [k], 0 where there are none left."""
+        popular = np.zeros(k, np.int64)
         examined = k
         while True:
             rows = self._popular_rows[:examined]
-            rows = rows[~blocked[rows]]
-            if len(rows) >= k or examined >= len(self._popular_rows):
-                return rows[:k]
+            rows = rows[~self._table.blocked[rows]][:k]
+            if len(rows) == k or examined >= len(self._popular_rows):
+                popular[: len(rows)] = rows
+                return popular
             examined *= 2
-
-    def _predict_heads(self, features: _Features, states: Tensor, rows: np.ndarray) -> np.ndarray:
-        """Return probabilities float32 [n, k, 3] of item rows int32 [n, k]."""
-        histories = features.histories
-        item_rows = features.full.item_rows
-        index = AffinityIndex.from_histories(
-            histories, item_rows, self._table.facts(item_rows), engaged(histories, self._schema)
-        )
-        affinity = index.latest(rows, self._table.facts(rows.ravel()))
-        visit_frequency = latest_visit_frequency(histories)
-        return self._heads.probabilities(states, features.recent, visit_frequency, affinity, rows)
-
-    def _rerank(self, features: _Features, candidates: _Candidates, probabilities: np.ndarray) -> RankedItems:
-        """Order the candidates by the rerank weights; popular items of users without events keep their order."""
-        rows = candidates.rows
-        scores = candidates.scores
-        if self._rerank_weights.enabled:
-            log_values = log_item_values(self._table.values[rows], self._median_value)
-            blended = blend_scores(scores, probabilities, log_values, self._rerank_weights)
-            scores = np.where(features.is_empty[:, None], scores, blended)
-            order = np.argsort(-scores, axis=1, kind="stable")
-            rows = np.take_along_axis(rows, order, axis=1)
-            scores = np.take_along_axis(scores, order, axis=1)
-            probabilities = np.take_along_axis(probabilities, order[..., None], axis=1)
-        tokens = self._table.tokens(rows)
-        return RankedItems(tokens, scores, probabilities, candidates.source, values=self._table.values[rows])
 
     def _sync_items(self) -> None:
         """Apply the catalogue's and the vocabulary's changes since the last batch."""

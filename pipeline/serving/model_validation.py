@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.artifact import Manifest
 from pipeline.errors import ArtifactError
 from pipeline.records import Histories, SlateItem
-from pipeline.serving.strategy import RankedItems, Strategy
+from pipeline.serving.strategy import RankedItems, Strategy, rank
 
 HIT_RATE = "validation_hit_rate"  # of a manifest's metrics
 
@@ -31,7 +31,7 @@ class Thresholds(msgspec.Struct, frozen=True):
 
 def check_output(strategy: Strategy, histories: Histories, k: int, items: int) -> RankedItems:
     """Return the model's slates. ArtifactError unless they are full and finite. items: size of its catalogue"""
-    ranked = strategy.rank(histories, k)
+    ranked = rank(strategy, histories, k)
     filled = ranked.tokens > 0  # bool [n, k]
     outputs = [ranked.scores] if ranked.heads is None else [ranked.scores, ranked.heads]
     if not all(np.isfinite(output[filled]).all() for output in outputs):

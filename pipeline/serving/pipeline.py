@@ -7,8 +7,9 @@ It is also a library:
         print(slate.strategy, [item.item_id for item in slate.items])
 """
 
+import math
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,35 +17,19 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from pipeline.backends.encoder import GraphOptions
 from pipeline.counters.counters import Counters
-from pipeline.errors import DeviceError
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
-from pipeline.records import Event, EventSchema, Histories, Item, SlateItem, Why
+from pipeline.records import Event, Histories, Item, SlateItem, Why
 from pipeline.serving.eviction import evict_for
-from pipeline.serving.exclusion import Exclusion
-from pipeline.serving.rerank import RerankWeights
-from pipeline.serving.simple_strategy import SimpleStrategy
-from pipeline.serving.strategy import FALLBACK_ORDER, FallbackChain, RankedItems, Strategy
+from pipeline.serving.options import PipelineOptions, new_counters
+from pipeline.serving.own_strategies import check_own_strategies
+from pipeline.serving.ranking import Generation, Ranking
+from pipeline.serving.strategies import StrategyContext, strategies_of
+from pipeline.serving.strategy import FallbackChain, RankedItems, Request, Strategy
 
 if TYPE_CHECKING:
     from pipeline.artifact import Artifact
-
-
-class PipelineOptions(msgspec.Struct, frozen=True):
-    """Options that serving, replay and evaluation must share."""
-
-    schema: EventSchema = EventSchema()
-    exclusion: Exclusion = Exclusion()
-    rerank: RerankWeights = RerankWeights()
-    half_life_days: float = 30.0
-    neighbours: int = 64
-    window_events: int = 10
-    max_items: int = 1_000_000
-    device: str = "auto"
-    threads: int = 0
-    graphs: GraphOptions | None = None  # kernels on a GPU, captured when a model is loaded; None: torch, in float32
 
 
 class Recommendation(msgspec.Struct, frozen=True):
@@ -60,8 +45,8 @@ class Recommendation(msgspec.Struct, frozen=True):
 class BatchResult:
     """A batch's recommendations in the order of its users.
 
-    slates: ranked items per user; ranked: the same as columns, with the milliseconds of the first two stages
-    strategy, backend, why: see Recommendation
+    slates: ranked items per user; ranked: the same as columns, with the milliseconds of the stages before
+    strategy, backend, why: see Recommendation; version: of the model that was serving when the batch was prepared
     rank_ms: the last stage's, from the strategy's retrieval to these slates
     """
 
@@ -69,6 +54,7 @@ class BatchResult:
     strategy: str
     backend: str
     why: Why
+    version: str
     ranked: RankedItems
     rank_ms: float
 
@@ -85,18 +71,17 @@ class Pipeline:
         options: PipelineOptions,
         catalogue: Catalogue,
         counters: Counters,
-        model: Strategy | None = None,
+        strategies: Sequence[Strategy],
         version: str = "none",
         on_fallback: Callable[[str, Exception], None] = _ignore,
     ) -> None:
+        """strategies: of `strategies_of`, made on this catalogue and these counters"""
         self.options = options
         self.catalogue = catalogue
         self.vocabulary = catalogue.vocabulary
         self.counters = counters
-        self.version = version
-        self._simple = SimpleStrategy(counters, options.exclusion)
         self._on_fallback = on_fallback
-        self.strategies = self._fallback_chain(model)
+        self._serving = self._generation(strategies, version)
 
     @classmethod
     def load(
@@ -105,14 +90,16 @@ class Pipeline:
         options: PipelineOptions | None = None,
         on_fallback: Callable[[str, Exception], None] = _ignore,
     ) -> "Pipeline":
-        """Load an artifact; with None, only the simple strategy answers. Raises ArtifactError, DeviceError.
+        """Load an artifact; with None, only strategies without a model answer.
 
-        on_fallback: called with a strategy's name and its error whenever the next strategy takes over
+        Raises ArtifactError, DeviceError, StrategyError. on_fallback: called with a strategy's name and its error
+        whenever the next strategy takes over
         """
         options = options or PipelineOptions()
         if folder is None:
             vocabulary = Vocabulary(max_items=options.max_items)
-            return cls(options, Catalogue(vocabulary), new_counters(options, vocabulary), on_fallback=on_fallback)
+            context = StrategyContext(None, Catalogue(vocabulary), new_counters(options, vocabulary), options)
+            return cls._from_context(context, on_fallback)
         from pipeline.artifact import load  # imports torch: seconds and 400 MiB, so only for a model
 
         artifact = load(Path(folder))
@@ -122,16 +109,36 @@ class Pipeline:
         counters.restore(artifact.counters)
         catalogue = Catalogue(vocabulary)
         artifact.load_into(catalogue)
-        model = load_strategy(artifact, catalogue, options)
-        return cls(options, catalogue, counters, model, artifact.version, on_fallback)
+        return cls._from_context(StrategyContext(artifact, catalogue, counters, options), on_fallback)
+
+    @classmethod
+    def _from_context(cls, context: StrategyContext, on_fallback: Callable[[str, Exception], None]) -> "Pipeline":
+        version = "none" if context.artifact is None else context.artifact.version
+        strategies = strategies_of(context)
+        check_own_strategies(strategies, context.catalogue.vocabulary, context.options.exclusion)
+        return cls(context.options, context.catalogue, context.counters, strategies, version, on_fallback)
+
+    @property
+    def strategies(self) -> FallbackChain:
+        """The strategies that serve now."""
+        return self._serving.strategies
+
+    @property
+    def version(self) -> str:
+        """The version of the model that serves now, "none" without one."""
+        return self._serving.version
+
+    def context(self, artifact: "Artifact") -> StrategyContext:
+        """Return what the strategies of another artifact are made from, to serve in this process."""
+        return StrategyContext(artifact, self.catalogue, self.counters, self.options)
 
     def recommend(
         self, histories: Sequence[Iterable[Event]], k: int = 10, strategy: str | None = None
     ) -> list[Recommendation]:
         """Return the k best items for each history (events of one user, any order); popular ones for an empty history.
 
-        strategy: where to start in FALLBACK_ORDER; None: the best. Raises ValueError for an unknown strategy, k < 1, or
-        an action that the schema does not have.
+        strategy: where to start in the fallback order; None: the best. Raises ValueError for an unknown strategy,
+        k < 1, or an action that the schema does not have.
         """
         histories = [list(history) for history in histories]
         self._check(histories, k, strategy)
@@ -139,32 +146,54 @@ class Pipeline:
         result = self.rank(Histories.from_events(histories, self.options.schema), k, strategy)
         return [Recommendation(items, result.strategy, result.backend, result.why) for items in result.slates]
 
-    def rank(self, histories: Histories, k: int, strategy: str | None = None) -> BatchResult:
-        """Return slates of at most k items.
+    def rank(
+        self, histories: Histories, k: int, strategy: str | None = None, deadline_s: float = math.inf
+    ) -> BatchResult:
+        """Return slates of at most k items: `prepare`, `launch` and `finish` at once.
 
         When a strategy raises, `on_fallback` gets the error and the next strategy ranks; only the last one's error is
-        raised.
+        raised. deadline_s: on time.monotonic's clock, when the slates are due
         """
-        failure: Exception | None = None
-        for candidate, why in self.strategies.candidates(strategy):
-            try:
-                ranked = candidate.rank(histories, k)
-            except Exception as error:  # any failure of any stage: the chain must answer
-                failure = error
-                self.strategies.record_failure(candidate)
-                self._on_fallback(candidate.name, error)
-                continue
-            self.strategies.record_success(candidate)
-            return self._batch_result(candidate, why, ranked)
-        raise failure or ValueError(f"no strategy at or after '{strategy}' in this process")
+        return self.finish(self.launch(self.prepare(Request(histories, k, deadline_s), strategy)))
 
-    def swap_model(self, model: Strategy, version: str) -> None:
-        """Rank with this model from the next batch on, its breaker closed; vocabulary and counters stay as they are.
+    def prepare(self, request: Request, strategy: str | None = None) -> Ranking:
+        """Begin a batch: the host's part before the device's. strategy: where to start in the fallback order.
 
-        model: made on this pipeline's catalogue (see `load_strategy`)
+        Every batch that begins must be finished, in the order of their beginnings, unless a step raises. Tokens must
+        keep their items until then: see Vocabulary.pinned.
         """
-        self.strategies = self._fallback_chain(model)
-        self.version = version
+        ranking = Ranking(request, self._serving, strategy)
+        ranking.advance("prepare")
+        return ranking
+
+    def launch(self, ranking: Ranking) -> Ranking:
+        """Start the device's part of a prepared batch; it does not wait for the device."""
+        ranking.advance("launch")
+        return ranking
+
+    def finish(self, ranking: Ranking) -> BatchResult:
+        """Wait for a launched batch and return its slates."""
+        ranked = ranking.finish()
+        start_s = time.perf_counter()
+        slates = _slate_items(ranked, self.vocabulary.item_ids)
+        rank_ms = ranked.rank_ms + 1e3 * (time.perf_counter() - start_s)
+        strategy = ranking.strategy
+        return BatchResult(slates, strategy.name, strategy.backend, ranking.why, ranking.version, ranked, rank_ms)
+
+    def swap(self, strategies: Sequence[Strategy], version: str) -> Generation:
+        """Rank with these strategies from the next batch on, their breakers closed.
+
+        Returns the generation that served so far, to be closed.
+        strategies: of `strategies_of(self.context(artifact))`. Vocabulary and counters stay as they are.
+        """
+        replaced = self._serving
+        self._serving = self._generation(strategies, version)
+        replaced.retire()
+        return replaced
+
+    def close(self) -> None:
+        """Close the strategies. No batch may be pending or follow."""
+        self.strategies.close()
 
     def admit(self, item_ids: Collection[str]) -> None:
         """Give the items of new events tokens, evicting others if needed; items that find no slot stay unknown."""
@@ -189,65 +218,17 @@ class Pipeline:
         """Count new events: the last new_counts[i] of user i's history (int64 [n])."""
         self.counters.observe(histories, new_counts)
 
-    def _fallback_chain(self, model: Strategy | None) -> FallbackChain:
-        strategies = [self._simple] if model is None else [model, self._simple]
-        return FallbackChain({strategy.name: strategy for strategy in strategies}, time.monotonic)
-
-    def _batch_result(self, strategy: Strategy, why: Why, ranked: RankedItems) -> BatchResult:
-        start_s = time.perf_counter()
-        slates = _slate_items(ranked, self.vocabulary.item_ids)
-        rank_ms = ranked.rank_ms + 1e3 * (time.perf_counter() - start_s)
-        return BatchResult(slates, strategy.name, strategy.backend, why, ranked, rank_ms)
+    def _generation(self, strategies: Sequence[Strategy], version: str) -> Generation:
+        return Generation(FallbackChain(strategies, time.monotonic), version, self._on_fallback)
 
     def _check(self, histories: list[list[Event]], k: int, strategy: str | None) -> None:
         if k < 1:
             raise ValueError(f"recommend: k = {k}, want at least 1")
-        if strategy is not None and strategy not in FALLBACK_ORDER:
-            raise ValueError(f"recommend: no strategy '{strategy}', want one of {', '.join(FALLBACK_ORDER)}")
+        if strategy is not None:
+            self.strategies.check(strategy)
         unknown = {event.action for history in histories for event in history} - set(self.options.schema.actions)
         if unknown:
             raise ValueError(f"recommend: unknown actions {sorted(unknown)}, want of {self.options.schema.actions}")
-
-
-def load_strategy(artifact: "Artifact", catalogue: Catalogue, options: PipelineOptions) -> Strategy:
-    """Return the artifact's model, warmed up, on a catalogue whose vocabulary has its items.
-
-    ArtifactError when the vocabulary lacks one of them; DeviceError when the kernels do not run.
-    """
-    from pipeline.serving.hstu_strategy import load_hstu_strategy
-
-    strategy = load_hstu_strategy(
-        artifact,
-        catalogue,
-        options.exclusion,
-        device=options.device,
-        threads=options.threads,
-        rerank=options.rerank,
-        graphs=options.graphs,
-    )
-    if options.graphs is None or not strategy.on_gpu:
-        return strategy
-    try:
-        strategy.warm(artifact.item_ids, options.graphs)
-    except Exception as error:  # from a compiler, a driver, or for lack of memory
-        reason = str(error).partition("\n")[0]
-        raise DeviceError(
-            f"pipeline.device '{options.device}': the kernels do not run on this card: {reason}; set"
-            " pipeline.custom_kernels = false, or less pipeline.cuda_graph_mib if its memory is too small"
-        ) from error
-    return strategy
-
-
-def new_counters(options: PipelineOptions, vocabulary: Vocabulary) -> Counters:
-    return Counters(vocabulary, options.half_life_days, options.neighbours, options.window_events)
-
-
-def frozen_counters(options: PipelineOptions, vocabulary: Vocabulary, state: Mapping[str, np.ndarray]) -> Counters:
-    """Return counters as of the end of training that count nothing more: the baselines of every comparison."""
-    counters = new_counters(options, vocabulary)
-    counters.restore(state)
-    counters.frozen = True
-    return counters
 
 
 def _slate_items(ranked: RankedItems, item_ids: list[str]) -> list[list[SlateItem]]:

@@ -6,13 +6,16 @@ with a weight of 1 orders by the expected number of engaged, returning or paying
 expected money; smaller weights lean towards it. All 0: the retrieval's own order.
 """
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import numpy as np
 from msgspec import Meta
 
 from pipeline.types import NonNegativeFloat
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PROBABILITY_FLOOR = 1e-6
 
@@ -36,17 +39,17 @@ class RerankWeights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return max(k, self.candidates) if self.enabled else k
 
 
-def blend_scores(
-    scores: np.ndarray, probabilities: np.ndarray, log_values: np.ndarray, weights: RerankWeights
-) -> np.ndarray:
+def blend_scores(scores: "Tensor", probabilities: "Tensor", log_values: "Tensor", weights: RerankWeights) -> "Tensor":
     """Return blended scores float32 [n, c], higher first.
 
-    scores: float [n, c], -inf = no item; probabilities: float [n, c, 3] by labels.TASKS
-    log_values: float [n, c], of `log_item_values`
+    scores: float32 [n, c], -inf = no item; probabilities: float32 [n, c, 3] by labels.TASKS
+    log_values: float32 [n, c], of `log_item_values`
     """
-    task_weights = np.array([weights.engagement, weights.retention, weights.monetization], np.float32)
-    task_scores = np.log(np.maximum(probabilities, PROBABILITY_FLOOR)) @ task_weights
-    return (scores + task_scores + np.float32(weights.value) * log_values).astype(np.float32)
+    blended = scores + weights.value * log_values
+    task_weights = weights.engagement, weights.retention, weights.monetization
+    for weight, task_probabilities in zip(task_weights, probabilities.unbind(dim=2), strict=True):
+        blended = blended + weight * task_probabilities.clamp(min=PROBABILITY_FLOOR).log()
+    return blended
 
 
 def median_value(values: np.ndarray) -> float:
@@ -55,6 +58,6 @@ def median_value(values: np.ndarray) -> float:
     return float(np.median(known)) if known.size else 1.0
 
 
-def log_item_values(values: np.ndarray, median: float) -> np.ndarray:
+def log_item_values(values: "Tensor", median: float) -> "Tensor":
     """Return the logarithms of items' values, float32 of their shape; an unknown value, 0, counts as the median."""
-    return np.log(np.where(values > 0, values, median)).astype(np.float32)
+    return values.where(values > 0, median).log()

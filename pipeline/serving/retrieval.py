@@ -1,5 +1,7 @@
 """Exact top-k of the entire catalogue for each user state, without excluded and blocked items."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from kernels.sequence_recommendation_interaction.op import (
 )
 from pipeline.backends.item_table import GROWTH
 from pipeline.items.vocabulary import UNKNOWN
+from pipeline.tensors import to_device
 
 CHUNK_SCORES = 1 << 24  # 64 MiB of float32 scores at a time
 RESCORE_EXTRA = 64  # candidates beyond k that are rescored in float32
@@ -21,6 +24,24 @@ MIN_CANDIDATES = 128  # kernels are compiled for powers of two, and most slates 
 # With fewer scores, computing all of them in memory is faster: the operator's launches take longer than the product
 # (`tests.benchmarks.retrieval`).
 FUSED_MIN_SCORES = 16_000_000
+
+
+@dataclass(slots=True)
+class ExcludedItems:
+    """Items that their users must not get: users, rows: int64 [m] on the device, by user, with rows of the item table.
+
+    offsets: int64 [n + 1] on the host, where each user's rows begin
+    """
+
+    offsets: np.ndarray
+    users: Tensor
+    rows: Tensor
+
+    def select(self, first: int, last: int) -> "ExcludedItems":
+        """Return the items of the users from `first` to before `last`, who are numbered from 0."""
+        offsets = self.offsets[first : last + 1]
+        part = slice(int(offsets[0]), int(offsets[-1]))
+        return ExcludedItems(offsets - offsets[0], self.users[part] - first, self.rows[part])
 
 
 def make_retrieval(vectors: Tensor, temperature: float, fused: bool) -> "Retrieval | FusedRetrieval":
@@ -50,22 +71,22 @@ class FusedRetrieval:
         self._in_memory.set_vectors(vectors, rows)
         if len(vectors) > len(self._half):
             self._half = self._half_table(self._half, int(GROWTH * len(vectors)))
-        index = torch.from_numpy(rows).to(vectors.device)
+        index = to_device(rows, vectors.device)
         self._half[index] = vectors[index].to(self._half.dtype)
 
     def block(self, rows: np.ndarray) -> None:
         """See Retrieval.block."""
         self._in_memory.block(rows)
         self._eligible = torch.arange(len(self._half), device=self._vectors.device) < len(self._vectors)
-        self._eligible[torch.from_numpy(rows).to(self._vectors.device)] = False
+        self._eligible[to_device(rows, self._vectors.device)] = False
 
-    def top_k(self, states: Tensor, users: np.ndarray, item_rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def top_k(self, states: Tensor, excluded: ExcludedItems, k: int) -> tuple[Tensor, Tensor]:
         """See Retrieval.top_k."""
         n_candidates = max(MIN_CANDIDATES, next_power_of_2(k + RESCORE_EXTRA))
         if n_candidates > MAX_K or len(states) * len(self._vectors) < FUSED_MIN_SCORES:
-            return self._in_memory.top_k(states, users, item_rows, k)
+            return self._in_memory.top_k(states, excluded, k)
         states = states / self._temperature
-        seen, seen_offsets = self._excluded_by_user(len(states), users, item_rows)
+        seen, seen_offsets = self._by_user(len(states), excluded)
         _, candidates = sequence_recommendation_interaction(
             states.to(self._half.dtype),
             self._half,
@@ -77,8 +98,7 @@ class FusedRetrieval:
         )
         scores = candidate_interaction(states, self._vectors, candidates, check_values=False)
         scores, order = scores.sort(dim=1, descending=True, stable=True)
-        found = candidates.gather(1, order[:, :k]).clamp(min=UNKNOWN)
-        return found.int().cpu().numpy(), scores[:, :k].cpu().numpy()
+        return candidates.gather(1, order[:, :k]).clamp(min=UNKNOWN).long(), scores[:, :k]
 
     @staticmethod
     def _half_table(vectors: Tensor, rows: int) -> Tensor:
@@ -88,16 +108,16 @@ class FusedRetrieval:
         """
         return F.pad(vectors.bfloat16(), (0, 0, 0, rows + -rows % 16 - len(vectors)))
 
-    def scores(self, states: Tensor, item_rows: np.ndarray) -> np.ndarray:
+    def scores(self, states: Tensor, rows: Tensor) -> Tensor:
         """See Retrieval.scores."""
-        return self._in_memory.scores(states, item_rows)
+        return self._in_memory.scores(states, rows)
 
-    def _excluded_by_user(self, n_users: int, users: np.ndarray, item_rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _by_user(self, n_users: int, excluded: ExcludedItems) -> tuple[Tensor, Tensor]:
         """Return the excluded rows, ascending per user, and the users' offsets, [n_users + 1]."""
         items = len(self._vectors)
-        device = self._vectors.device
-        pairs = torch.from_numpy(users.astype(np.int64) * items + item_rows).to(device).sort().values
-        return pairs % items, torch.searchsorted(pairs, torch.arange(n_users + 1, device=device) * items)
+        pairs = (excluded.users * items + excluded.rows).sort().values
+        users = torch.arange(n_users + 1, device=pairs.device)
+        return pairs % items, torch.searchsorted(pairs, users * items)
 
 
 class Retrieval:
@@ -116,38 +136,29 @@ class Retrieval:
 
     def block(self, rows: np.ndarray) -> None:
         """Keep these rows of the table, int64 [n], which must include row 0, out of all results from now on."""
-        self._blocked = torch.from_numpy(rows).to(self._vectors.device)
+        self._blocked = to_device(rows, self._vectors.device)
 
-    def top_k(self, states: Tensor, users: np.ndarray, item_rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return each user's best rows int32 [n, k] and their scores float32 [n, k], best first.
+    def top_k(self, states: Tensor, excluded: ExcludedItems, k: int) -> tuple[Tensor, Tensor]:
+        """Return each user's best rows int64 [n, k] and their scores float32 [n, k], best first.
 
-        Where no item is left the row is 0 and the score -inf.
-
-        states: [n, width]; users, item_rows: int [m], excluded pairs
+        Where no item is left the row is 0 and the score -inf. states: [n, width]. It never waits for the device.
         """
-        n = len(states)
-        items = len(self._vectors)
-        found = np.zeros((n, k), np.int32)
-        scores = np.full((n, k), -np.inf, np.float32)
-        item_rows = item_rows.astype(np.int64)
-        step = max(1, CHUNK_SCORES // items)
-        for start in range(0, n, step):
-            chunk = (users >= start) & (users < start + step) if n > step else slice(None)
-            excluded = torch.from_numpy(users[chunk] - start), torch.from_numpy(item_rows[chunk])
-            best, index = self._top_k_of_chunk(states[start : start + step], excluded, min(k, items))
-            scores[start : start + step, : best.shape[1]] = best
-            found[start : start + step, : best.shape[1]] = np.where(np.isfinite(best), index, UNKNOWN)
-        return found, scores
+        step = max(1, CHUNK_SCORES // len(self._vectors))
+        chunks = [
+            self._top_k_of_chunk(states[start : start + step], excluded.select(start, start + step), k)
+            for start in range(0, max(1, len(states)), step)
+        ]
+        scores, rows = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+        return rows.where(scores.isfinite(), UNKNOWN), scores
 
-    def scores(self, states: Tensor, item_rows: np.ndarray) -> np.ndarray:
-        """Return each user's scores of given rows of the table: float32 [n, c]. item_rows: int [n, c]"""
-        items = self._vectors[torch.from_numpy(item_rows).to(self._vectors.device)]
-        return torch.einsum("nd,ncd->nc", states / self._temperature, items).cpu().numpy()
+    def scores(self, states: Tensor, rows: Tensor) -> Tensor:
+        """Return each user's scores of given rows of the table: float32 [n, c]. rows: int64 [n, c]"""
+        return torch.einsum("nd,ncd->nc", states / self._temperature, self._vectors[rows])
 
-    def _top_k_of_chunk(self, states: Tensor, excluded: tuple[Tensor, Tensor], k: int) -> tuple[np.ndarray, np.ndarray]:
+    def _top_k_of_chunk(self, states: Tensor, excluded: ExcludedItems, k: int) -> tuple[Tensor, Tensor]:
         scores = (states / self._temperature) @ self._vectors.T  # [n, items]
-        scores[:, self._blocked] = -torch.inf
-        users, item_rows = (index.to(scores.device) for index in excluded)
-        scores[users, item_rows] = -torch.inf
-        best, index = scores.topk(k, dim=1)
-        return best.cpu().numpy(), index.cpu().numpy()
+        scores.index_fill_(1, self._blocked, -torch.inf)
+        scores[excluded.users, excluded.rows] = -torch.inf
+        best, rows = scores.topk(min(k, scores.shape[1]), dim=1)
+        missing = k - best.shape[1]
+        return F.pad(best, (0, missing), value=-torch.inf), F.pad(rows, (0, missing))

@@ -3,9 +3,10 @@
 A strategy that raises is skipped for a while, then probed with one batch; meanwhile the next strategy answers.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -13,6 +14,15 @@ from pipeline.records import Histories, Why
 
 FALLBACK_ORDER = ("unified", "tensorrt", "vllm", "hstu", "simple")  # best first
 COOLDOWN_S = 30.0  # from a strategy's failure to its next probe
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A batch to rank: the k best items for each user. deadline_s: on time.monotonic's clock, when slates are due"""
+
+    histories: Histories
+    k: int
+    deadline_s: float = math.inf
 
 
 @dataclass(slots=True)
@@ -23,6 +33,7 @@ class RankedItems:
     heads: float32 [n, k, 3], probabilities of engagement, retention and monetization; None: the strategy has no model
     source: object array of str [n, k], or one name for all
     values: float32 [n, k], each item's usual value, 0 = unknown; None: the strategy does not know values
+    encode_ms, rank_ms: of the device that does the work; features_ms: of the host
     """
 
     COLUMNS: ClassVar = ("tokens", "scores", "heads", "source", "values")
@@ -46,47 +57,88 @@ class RankedItems:
 
 
 class Strategy(Protocol):
-    """One way to rank a batch. `name` is one of FALLBACK_ORDER.
+    """One way to rank a batch, in three steps, so that batches can overlap: one is prepared while another is computed.
 
-    backend: the runtime it ranks with, such as `torch`, `kernels` or `numpy`; fixed once it is loaded
+    One thread makes all calls; other batches' steps may come between two of a batch's. A step may raise anything: then
+    the next strategy ranks the batch. `pipeline/serving/conformance.py` checks what is promised here.
+
+    name: on slates and in requests; backend: the runtime it ranks with, such as `torch`, `kernels` or `numpy`, fixed
+    once it is loaded
     """
 
     name: str
     backend: str
 
-    def rank(self, histories: Histories, k: int) -> RankedItems:
-        """Rank k items per user. It may raise anything: then the next strategy ranks the batch."""
+    def prepare(self, request: Request) -> Any:
+        """Compute on the host what the batch needs, as of the catalogue's state now."""
         ...
+
+    def launch(self, prepared: Any) -> Any:
+        """Start the work on what `prepare` returned, without waiting for the device."""
+        ...
+
+    def finish(self, pending: Any) -> RankedItems:
+        """Wait for what `launch` returned and return the answer."""
+        ...
+
+    def close(self) -> None:
+        """Free what the strategy holds. No other call may follow, but `close` again."""
+        ...
+
+
+def rank(strategy: Strategy, histories: Histories, k: int) -> RankedItems:
+    """Rank one batch from start to end."""
+    return strategy.finish(strategy.launch(strategy.prepare(Request(histories, k))))
 
 
 class FallbackChain:
     """The strategies of this process, best first, each behind a circuit breaker."""
 
-    def __init__(self, strategies: Mapping[str, Strategy], monotonic: Callable[[], float]) -> None:
-        self._strategies = {name: strategies[name] for name in FALLBACK_ORDER if name in strategies}
+    def __init__(self, strategies: Sequence[Strategy], monotonic: Callable[[], float]) -> None:
+        """Order them: those whose names are not in FALLBACK_ORDER first, as they come."""
+        names = [strategy.name for strategy in strategies]
+        assert len(set(names)) == len(names), "own_names has checked them"
+        self.order = (*(name for name in names if name not in FALLBACK_ORDER), *FALLBACK_ORDER)
+        by_name = dict(zip(names, strategies, strict=True))
+        self._strategies = {name: by_name[name] for name in self.order if name in by_name}
         self._monotonic = monotonic
         self._open_until_s = dict.fromkeys(self._strategies, 0.0)
 
-    def candidates(self, requested: str | None) -> Iterator[tuple[Strategy, Why]]:
+    def __iter__(self) -> Iterator[Strategy]:
+        return iter(self._strategies.values())
+
+    def candidates(self, requested: str | None, deadline_s: float = math.inf) -> Iterator[tuple[Strategy, Why]]:
         """Yield strategies from the requested one (None: the best) on, each with the reason why it is its turn.
 
-        Taking the next one means that the last one failed. Open breakers are skipped, except the last.
+        Taking the next one means that the last one failed. Open breakers are skipped, except the last; after a failure
+        past the deadline the last strategy, which is the fastest, is the next.
         """
-        start = FALLBACK_ORDER.index(requested) if requested else 0
-        names = [name for name in self._strategies if FALLBACK_ORDER.index(name) >= start]
+        start = self.order.index(requested) if requested else 0
+        names = [name for name in self._strategies if self.order.index(name) >= start]
         why = self._first_reason(requested)
         for name in names:
-            if name == names[-1] or self._monotonic() >= self._open_until_s[name]:
+            is_late = why == "failed" and self._monotonic() >= deadline_s
+            if name == names[-1] or not (is_late or self._monotonic() < self._open_until_s[name]):
                 yield self._strategies[name], why
                 why = "failed"
             elif why != "failed":
                 why = "cooling"
+
+    def check(self, requested: str) -> None:
+        """Raise ValueError for the name of a strategy that neither this process nor any other has."""
+        if requested not in self.order:
+            raise ValueError(f"no strategy '{requested}', want one of {', '.join(self.order)}")
 
     def record_failure(self, strategy: Strategy) -> None:
         self._open_until_s[strategy.name] = self._monotonic() + COOLDOWN_S
 
     def record_success(self, strategy: Strategy) -> None:
         self._open_until_s[strategy.name] = 0.0
+
+    def close(self) -> None:
+        """Close every strategy."""
+        for strategy in self:
+            strategy.close()
 
     def _first_reason(self, requested: str | None) -> Why:
         if requested is None:

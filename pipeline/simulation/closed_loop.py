@@ -17,7 +17,7 @@ from pipeline.features.labels import LONG_DWELL_MS
 from pipeline.items.vocabulary import UNKNOWN, Vocabulary
 from pipeline.jagged import ranges
 from pipeline.records import EVENT_DTYPE, EventSchema, Histories, encode_value, item_hash, pack_columns
-from pipeline.serving.strategy import Strategy
+from pipeline.serving.strategy import Strategy, rank
 from pipeline.simulation.choices import ACTIONS, CART, LIKE, PURCHASE
 from pipeline.simulation.simulator import EXCLUDED_EVENTS, TRUTHS, Columns, Simulator, user_id
 from pipeline.simulation.users import DEVICES
@@ -91,7 +91,7 @@ class PolicyUnderTest:
         index, offsets = ranges(self._counts[users] - lengths, lengths)
         events = self._rings[np.repeat(users, lengths), index % size]
         rings = [ring.tobytes() for ring in np.split(events, offsets[1:-1])]
-        return self._numbers[self._strategy.rank(Histories.from_rings(rings), self._k).tokens]
+        return self._numbers[rank(self._strategy, Histories.from_rings(rings), self._k).tokens]
 
     def record(self, step: Columns) -> None:
         """See SlatePolicy."""

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pipeline.data.sequences import UserSequences
-from pipeline.features.affinity import AffinityIndex
-from pipeline.features.event_features import N_FEATURES, EncoderInputs, encoder_inputs
-from pipeline.features.labels import compute_log_labels, engaged
-from pipeline.features.visit_frequency import N_VISIT_FEATURES, visit_frequency
-from pipeline.items.catalogue import EMPTY_CATALOGUE, Catalogue, ItemFacts
+from pipeline.features.affinity import AffinityEvents
+from pipeline.features.event_features import COUNT_CAP, N_FEATURES, EncoderInputs
+from pipeline.features.inputs import Inputs, encode
+from pipeline.features.labels import compute_log_labels
+from pipeline.features.visit_frequency import N_VISIT_FEATURES
+from pipeline.items.catalogue import EMPTY_CATALOGUE, Catalogue
 from pipeline.items.vocabulary import UNKNOWN
 from pipeline.jagged import find_rows, ranges, row_starts
 from pipeline.records import EventSchema
@@ -23,28 +24,23 @@ LENGTH_BUCKET = 8  # events: crops whose lengths fall into one bucket may share 
 
 @dataclass(slots=True)
 class TrainingColumns:
-    """Inputs and targets as columns [total] over the sequences' events, 123 bytes per event besides the sequences.
+    """Inputs and targets as columns [total] over the sequences' events, 88 bytes per event besides the sequences.
 
     They are computed once, some users at a time: a crop's features need all events before it, so computing them per
     batch would walk through the same histories in every epoch.
 
-    inputs:             full sequences, from which crops are cut; feature_ids is int16
+    inputs:             of every event of the full sequences, from which crops are cut; feature_ids is int16
     successors:         int32, the token of the user's next event; 0 where there is none
     target_mask:        bool, retrieval is trained here: the successor is in the vocabulary and (unless repeats count)
                         new to the user, since serving excludes what the user has touched before
     labels:             float32 [total, 3], see labels.compute_labels
-    visit_frequency:    float32 [total, N_VISIT_FEATURES], see visit_frequency.visit_frequency
-    affinities, facts:  of the histories and of the events' items, see affinity.py
     older_events:       at most this many of a user's events before a crop are input, too, pooled into sessions
     """
 
-    inputs: EncoderInputs
+    inputs: Inputs
     successors: np.ndarray
     target_mask: np.ndarray
     labels: np.ndarray
-    visit_frequency: np.ndarray
-    affinities: AffinityIndex
-    facts: ItemFacts
     older_events: int = 0
 
     @classmethod
@@ -52,42 +48,56 @@ class TrainingColumns:
         cls, sequences: UserSequences, schema: EventSchema, repeats: bool, catalogue: Catalogue = EMPTY_CATALOGUE
     ) -> "TrainingColumns":
         """Compute the columns. repeats: retrieval is also trained on items that the user has touched before."""
-        total = len(sequences)
-        histories = sequences.histories
-        facts = catalogue.facts(sequences.tokens)
-        feature_ids = np.empty((total, N_FEATURES), np.int16)
         columns = cls(
-            inputs=EncoderInputs(sequences.tokens, feature_ids, np.empty(total, np.int32), sequences.offsets),
+            inputs=_empty_inputs(sequences),
             successors=_successors(sequences),
-            target_mask=np.zeros(total, bool),
-            labels=compute_log_labels(histories, schema),
-            visit_frequency=np.empty((total, N_VISIT_FEATURES), np.float32),
-            affinities=AffinityIndex.from_histories(histories, sequences.tokens, facts, engaged(histories, schema)),
-            facts=facts,
+            target_mask=np.zeros(len(sequences), bool),
+            labels=compute_log_labels(sequences.histories, schema),
         )
         for rows, chunk in sequences.chunks():
-            columns._fill(rows, chunk)
+            facts = catalogue.facts(chunk.tokens)
+            columns._write(rows, encode(chunk.histories, chunk.tokens, facts, schema, every_event=True))
             columns.target_mask[rows][:-1] = True if repeats else chunk.is_first_touch[1:]
         columns.target_mask &= columns.successors != UNKNOWN
         return columns
 
-    def _fill(self, rows: slice, chunk: UserSequences) -> None:
-        inputs = encoder_inputs(chunk.histories, chunk.tokens, np.iinfo(np.int32).max, self.facts.select(rows))
-        self.inputs.feature_ids[rows] = inputs.feature_ids
-        self.inputs.seconds[rows] = inputs.seconds
-        self.visit_frequency[rows] = visit_frequency(chunk.histories, np.arange(len(chunk)))
+    def _write(self, rows: slice, inputs: Inputs) -> None:
+        self.inputs.visits[rows] = inputs.visits
+        self.inputs.events.feature_ids[rows] = inputs.events.feature_ids
+        self.inputs.events.seconds[rows] = inputs.events.seconds
+        affinity = self.inputs.affinity
+        affinity.categories[rows] = inputs.affinity.categories
+        affinity.price_codes[rows] = inputs.affinity.price_codes
+        affinity.engaged[rows] = inputs.affinity.engaged
 
-    def with_context(self, starts: np.ndarray, lengths: np.ndarray) -> EncoderInputs:
-        """Return the inputs of these crops, each preceded by older events of its user."""
-        user_starts = self.inputs.offsets[find_rows(self.inputs.offsets, starts)]
-        older = np.minimum(starts - user_starts, self.older_events)
-        inputs = self.inputs.gather_runs(starts - older, older + lengths)
-        return replace(inputs, feature_ids=inputs.feature_ids.astype(np.int32))
+    def with_context(self, starts: np.ndarray, lengths: np.ndarray) -> tuple[EncoderInputs, AffinityEvents]:
+        """Return what the encoder and the affinity of these crops read: each with older events of its user before."""
+        offsets = self.inputs.events.offsets
+        before = starts - offsets[find_rows(offsets, starts)]
+        older = np.minimum(before, self.older_events)
+        events = self.inputs.events.gather_runs(starts - older, older + lengths)
+        counted = np.minimum(before, COUNT_CAP - 1)
+        affinity = self.inputs.affinity.gather_runs(starts - counted, counted + lengths)
+        return replace(events, feature_ids=events.feature_ids.astype(np.int32)), affinity
 
     def target_frequency(self, items: int) -> np.ndarray:
         """Return float64 [items]: each token's fraction of the targets."""
         counts = np.bincount(self.successors[self.target_mask], minlength=items)
         return counts / max(1, counts.sum())
+
+
+def _empty_inputs(sequences: UserSequences) -> Inputs:
+    """Return columns to fill."""
+    total = len(sequences)
+    tokens = sequences.tokens
+    offsets = sequences.offsets
+    feature_ids = np.empty((total, N_FEATURES), np.int16)
+    facts = np.empty(total, np.int32), np.empty(total, np.uint16)
+    return Inputs(
+        events=EncoderInputs(tokens, feature_ids, np.empty(total, np.int32), offsets),
+        visits=np.empty((total, N_VISIT_FEATURES), np.float32),
+        affinity=AffinityEvents(tokens, *facts, np.empty(total, bool), offsets),
+    )
 
 
 def _successors(sequences: UserSequences) -> np.ndarray:
@@ -100,21 +110,23 @@ def _successors(sequences: UserSequences) -> np.ndarray:
 class TrainingBatch:
     """Packed crops: columns [total] over their events.
 
-    inputs:      from TrainingColumns.with_context: a crop's own events are the last of its run there
+    inputs, affinity: from TrainingColumns.with_context: a crop's own events are the last of its run there
     offsets:     int64 [crops + 1], of the crops' own events
-    successors:  int32 [total]; labels: float32 [total, 3]; affinity: float32 [total, N_AFFINITY_FEATURES], of the
-                 successors
+    successors, categories, price_codes: int32 [total], of the successors' items
+    labels:      float32 [total, 3]; visits: float32 [total, N_VISIT_FEATURES]
     target_rows: int64 [m], the rows that train retrieval
     seen:        pairs (index of the target row, token), int64 [pairs] each: the crop's own events up to that row
     full_batch:  the batch that this is one process's shard of; None: this is the full batch
     """
 
     inputs: EncoderInputs
+    affinity: AffinityEvents
     offsets: np.ndarray
     successors: np.ndarray
+    categories: np.ndarray
+    price_codes: np.ndarray
     labels: np.ndarray
-    visit_frequency: np.ndarray
-    affinity: np.ndarray
+    visits: np.ndarray
     target_rows: np.ndarray
     seen: tuple[np.ndarray, np.ndarray]
     full_batch: "TrainingBatch | None" = None
@@ -140,7 +152,7 @@ class TrainingBatch:
             nothing = np.empty(0, np.int64)
             idle = self.shard(0, crops)
             return replace(idle, labels=np.full_like(idle.labels, np.nan), target_rows=nothing, seen=(nothing, nothing))
-        rows, offsets = ranges(self.offsets[:-1][rank::count], np.diff(self.offsets)[rank::count])
+        rows, offsets = ranges(*_every(self.offsets, rank, count))
         shard_rows = np.full(len(self.successors), -1)  # by row of this batch, -1 = in another shard
         shard_rows[rows] = np.arange(len(rows))
         target_rows = shard_rows[self.target_rows]
@@ -148,18 +160,24 @@ class TrainingBatch:
         own_index = np.cumsum(is_own) - 1  # of the own targets, by target of this batch
         seen_targets, seen_tokens = self.seen
         is_own_pair = is_own[seen_targets]
-        input_offsets = self.inputs.offsets
         return TrainingBatch(
-            inputs=self.inputs.gather_runs(input_offsets[:-1][rank::count], np.diff(input_offsets)[rank::count]),
+            inputs=self.inputs.gather_runs(*_every(self.inputs.offsets, rank, count)),
+            affinity=self.affinity.gather_runs(*_every(self.affinity.offsets, rank, count)),
             offsets=offsets,
             successors=self.successors[rows],
+            categories=self.categories[rows],
+            price_codes=self.price_codes[rows],
             labels=self.labels[rows],
-            visit_frequency=self.visit_frequency[rows],
-            affinity=self.affinity[rows],
+            visits=self.visits[rows],
             target_rows=target_rows[is_own],
             seen=(own_index[seen_targets[is_own_pair]], seen_tokens[is_own_pair]),
             full_batch=self,
         )
+
+
+def _every(offsets: np.ndarray, rank: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the starts and lengths of every count-th run from index `rank` on."""
+    return offsets[:-1][rank::count], np.diff(offsets)[rank::count]
 
 
 def random_crops(offsets: np.ndarray, length: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -205,19 +223,21 @@ def make_batch(
     order = np.argsort(lengths, kind="stable")
     index, offsets = ranges(starts[order], lengths[order])
     target_rows = np.flatnonzero(columns.target_mask[index])
-    inputs = columns.with_context(starts[order], lengths[order])
+    inputs, affinity = columns.with_context(starts[order], lengths[order])
     inputs.item_rows[rng.random(len(inputs.item_rows)) < unknown_item_rate] = UNKNOWN
     successors = columns.successors[index]
     following = np.minimum(index + 1, len(columns.successors) - 1)
     return TrainingBatch(
         inputs=inputs,
+        affinity=affinity,
         offsets=offsets,
         successors=successors,
+        categories=columns.inputs.affinity.categories[following],
+        price_codes=columns.inputs.affinity.price_codes[following].astype(np.int32),
         labels=columns.labels[index],
-        visit_frequency=columns.visit_frequency[index],
-        affinity=columns.affinities.at(index, successors, columns.facts.select(following)),
+        visits=columns.inputs.visits[index],
         target_rows=target_rows,
-        seen=_seen(columns.inputs.item_rows[index], offsets, target_rows),
+        seen=_seen(columns.inputs.events.item_rows[index], offsets, target_rows),
     )
 
 

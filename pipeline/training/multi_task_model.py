@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from pipeline.features.labels import TASKS
 from pipeline.items.content import ItemContent
 from pipeline.items.vocabulary import UNKNOWN
-from pipeline.jagged import ranges
+from pipeline.jagged import find_rows, ranges
+from pipeline.model.affinity import AffinityColumns, ItemColumns, LatestEvents
 from pipeline.model.config import HstuConfig
 from pipeline.model.heads import HeadContext, RecentEvents, TaskHeads, head_losses
 from pipeline.model.hstu import Hstu
+from pipeline.tensors import to_device
 from pipeline.training.batches import TrainingBatch
 from pipeline.training.losses import Candidates, next_item_loss, sample_candidates
 
@@ -77,14 +79,12 @@ class MultiTaskModel(Trainable):
         feature_ids = torch.from_numpy(inputs.feature_ids).to(device)
         rows, sequences = self.hstu.sequences(event_vectors, feature_ids, inputs, np.diff(batch.offsets))
         states = self.hstu(rows, self.hstu.attention_layout(sequences))
-        visit_frequency = torch.from_numpy(batch.visit_frequency).to(device)
-        affinity = torch.from_numpy(batch.affinity).to(device)
         context = HeadContext(
-            _last_rows(rows, sequences.offsets, batch.offsets),
-            _last_rows(event_vectors, inputs.offsets, batch.offsets),
-            RecentEvents.from_each_event(batch.offsets, device),
-            visit_frequency,
-            affinity[:, None],
+            events=_last_rows(rows, sequences.offsets, batch.offsets),
+            items=_last_rows(event_vectors, inputs.offsets, batch.offsets),
+            recent=RecentEvents.from_each_event(batch.offsets, device),
+            visit_frequency=torch.from_numpy(batch.visits).to(device),
+            affinity=successor_affinity(batch, device),
         )
         return _last_rows(states, sequences.offsets, batch.offsets), context
 
@@ -122,10 +122,27 @@ class _ItemVectors:
         return cls(event_vectors, successor_vectors, candidate_vectors)
 
 
+def successor_affinity(batch: TrainingBatch, device: torch.device) -> Tensor:
+    """Return the affinity of each own event's successor, as of the event: [total, 1, N_AFFINITY_FEATURES]."""
+    events = batch.affinity
+    ends = _last_positions(events.offsets, batch.offsets)
+    starts = events.offsets[find_rows(events.offsets, ends)]
+    columns = AffinityColumns(*(to_device(column, device) for column in events.columns))
+    longest = int(np.diff(events.offsets).max(initial=0))
+    latest = LatestEvents.gather(columns, to_device(starts, device), to_device(ends, device), longest)
+    successors = batch.successors, batch.categories, batch.price_codes
+    return latest.affinity(ItemColumns(*(to_device(column, device)[:, None] for column in successors)))
+
+
 def _last_rows(packed: Tensor, offsets: np.ndarray, own_offsets: np.ndarray) -> Tensor:
     """Return the last rows of each packed run, as many as the run has in `own_offsets`. Both: int64 [n + 1]"""
     if offsets[-1] == own_offsets[-1]:
         return packed
+    return packed[torch.from_numpy(_last_positions(offsets, own_offsets)).to(packed.device)]
+
+
+def _last_positions(offsets: np.ndarray, own_offsets: np.ndarray) -> np.ndarray:
+    """Return the positions of each run's last rows, as many as the run has in `own_offsets`: int64 [own rows]."""
     counts = np.diff(own_offsets)
-    index, _ = ranges(offsets[1:] - counts, counts)
-    return packed[torch.from_numpy(index).to(packed.device)]
+    positions, _ = ranges(offsets[1:] - counts, counts)
+    return positions

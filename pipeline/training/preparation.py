@@ -26,7 +26,7 @@ from pipeline.items.vocabulary import Vocabulary
 from pipeline.model.config import HstuConfig
 from pipeline.records import Item
 from pipeline.serving.hstu_strategy import HstuStrategy, load_hstu_strategy
-from pipeline.serving.pipeline import PipelineOptions, new_counters
+from pipeline.serving.options import PipelineOptions, new_counters
 from pipeline.training.batches import TrainingColumns
 from pipeline.training.distributed import SINGLE_PROCESS, ProcessGroup
 from pipeline.training.multi_task_model import MultiTaskModel

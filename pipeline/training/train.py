@@ -22,11 +22,11 @@ from pipeline.data.event_log import EventLog
 from pipeline.errors import TrainingError
 from pipeline.evaluation.head_predictions import fit_calibration, held_out_labels
 from pipeline.evaluation.metrics import RankingMetrics
-from pipeline.evaluation.ranking import evaluate_ranking
+from pipeline.evaluation.ranking import StrategyRecommender, evaluate_ranking
 from pipeline.features.labels import TASKS
 from pipeline.model.calibration import IDENTITY
 from pipeline.records import Item
-from pipeline.serving.pipeline import PipelineOptions
+from pipeline.serving.options import PipelineOptions
 from pipeline.training import checkpoint
 from pipeline.training.distributed import SINGLE_PROCESS, ProcessGroup
 from pipeline.training.preparation import TrainingOptions, TrainingSetup, prepare
@@ -161,7 +161,7 @@ def _validate(setup: TrainingSetup, weights: dict[str, Tensor]) -> RankingMetric
     """Rank the validation events in the main process and broadcast the metrics."""
     metrics = RankingMetrics(0, 0, 0, 0)
     if setup.group.is_main:
-        metrics = evaluate_ranking(setup.ranker(weights), setup.validation_events, K)
+        metrics = evaluate_ranking(StrategyRecommender(setup.ranker(weights)), setup.validation_events, K)
     numbers = setup.group.broadcast([metrics.hit_rate, metrics.ndcg, metrics.mrr])
     return RankingMetrics(len(setup.validation_events), *numbers)
 

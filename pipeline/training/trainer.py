@@ -129,7 +129,7 @@ class Trainer(Generic[M]):
     def _draw_batches(self, rng: np.random.Generator) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return the (starts, lengths) of the crops of each of the epoch's batches."""
         options = self.options
-        starts, lengths = random_crops(self.columns.inputs.offsets, options.crop_length, rng)
+        starts, lengths = random_crops(self.columns.inputs.events.offsets, options.crop_length, rng)
         batches = batch_crops(starts, lengths, options.events_per_batch, rng)
         return (
             batches[: -(-options.events_per_epoch // options.events_per_batch)] if options.events_per_epoch else batches

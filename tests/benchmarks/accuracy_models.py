@@ -20,8 +20,8 @@ from pipeline.data.sequences import UserSequences
 from pipeline.evaluation.full_ranking import CatalogueScorer, FullRanking
 from pipeline.evaluation.item_knn import ItemKnn, ItemKnnOptions
 from pipeline.evaluation.popularity import Popularity, RecentPopularity
-from pipeline.evaluation.ranking import Recommender
-from pipeline.serving.pipeline import PipelineOptions, new_counters
+from pipeline.evaluation.ranking import Recommender, StrategyRecommender
+from pipeline.serving.options import PipelineOptions, new_counters
 from pipeline.serving.simple_strategy import SimpleStrategy
 from pipeline.training.preparation import TrainingOptions, TrainingSetup, prepare
 from pipeline.training.trainer import Trainer
@@ -141,7 +141,7 @@ def hstu(setting: Setting, log: EventLog, full: bool, options: Options, seed: in
     model |= {"d_qk": d_head, "d_v": d_head}
     setup = setting.prepare(log, _trainer_options(setting, options, seed), model, bool(options["contents"]))
     trainer = setup.trainer(_sequences(setup, full), setup.options.trainer.epochs)
-    return setup, _epochs(trainer, lambda: setup.ranker(trainer.weights()))
+    return setup, _epochs(trainer, lambda: StrategyRecommender(setup.ranker(trainer.weights())))
 
 
 def sasrec(setting: Setting, log: EventLog, full: bool, options: Options, seed: int) -> tuple[TrainingSetup, Fits]:
@@ -174,7 +174,7 @@ def cooccurrence(
     sequences = _sequences(setup, full)
     counters = new_counters(msgspec.convert(options, PipelineOptions), setup.vocabulary)
     counters.observe(sequences.histories, sequences.histories.lengths)
-    return setup, iter([(0, lambda: SimpleStrategy(counters, setup.pipeline.exclusion))])
+    return setup, iter([(0, lambda: StrategyRecommender(SimpleStrategy(counters, setup.pipeline.exclusion)))])
 
 
 def itemknn(setting: Setting, log: EventLog, full: bool, options: Options, seed: int) -> tuple[TrainingSetup, Fits]:

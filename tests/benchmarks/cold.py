@@ -24,12 +24,12 @@ from pipeline.evaluation.evaluate import COLD, TrainTest
 from pipeline.evaluation.full_ranking import FullRanking
 from pipeline.evaluation.item_knn import ItemKnn, ItemKnnOptions
 from pipeline.evaluation.metrics import target_ranks
-from pipeline.evaluation.ranking import HeldOutEvents, Recommender, recommend_slates
+from pipeline.evaluation.ranking import HeldOutEvents, Recommender, StrategyRecommender, recommend_slates
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.model.config import HstuConfig
 from pipeline.serving.hstu_strategy import load_hstu_strategy
-from pipeline.serving.pipeline import PipelineOptions
+from pipeline.serving.options import PipelineOptions
 from pipeline.simulation.closed_loop import warm_up
 from pipeline.simulation.simulator import Simulator
 from pipeline.simulation.world import SimulatorConfig
@@ -106,7 +106,8 @@ def hstu(setting: Setting, seed: int) -> dict[str, Cell]:
         train(bench.log, Path(folder) / "artifact", options, bench.pipeline, SilentCallback(), "", items=bench.items)
         artifact = artifacts.load(Path(folder) / "artifact")
     strategy = load_hstu_strategy(artifact, bench.catalogue, bench.pipeline.exclusion, setting.device)
-    return {"model": "hstu", "seed": seed, "recall50": bench.recall(strategy), "events": len(bench.cold)}
+    recall = bench.recall(StrategyRecommender(strategy))
+    return {"model": "hstu", "seed": seed, "recall50": recall, "events": len(bench.cold)}
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ from pipeline.data.sequences import UserSequences
 from pipeline.data.split import Split
 from pipeline.evaluation.head_predictions import predict_heads
 from pipeline.evaluation.metrics import head_metrics
-from pipeline.evaluation.ranking import HeldOutEvents, evaluate_ranking
+from pipeline.evaluation.ranking import HeldOutEvents, StrategyRecommender, evaluate_ranking
 from pipeline.features.labels import TASKS, compute_log_labels
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
@@ -43,7 +43,7 @@ from pipeline.model.calibration import IDENTITY
 from pipeline.model.config import HstuConfig
 from pipeline.records import EventSchema
 from pipeline.serving.hstu_strategy import HstuStrategy, load_hstu_strategy
-from pipeline.serving.pipeline import PipelineOptions
+from pipeline.serving.options import PipelineOptions
 from pipeline.serving.rerank import RerankWeights
 from pipeline.simulation.closed_loop import TRUTHS, ClosedLoopMetrics, PolicyUnderTest, run, warm_up
 from pipeline.simulation.simulator import Simulator
@@ -169,7 +169,7 @@ def weighting_row(setting: Setting, weighting: str) -> dict[str, Cell]:
     np.save(bench.path(weighting) / PROBABILITIES, calibrated)
     sampled = np.sort(np.random.default_rng(0).permutation(scored.positions)[:HIT_RATE_EVENTS])
     sampled_events = HeldOutEvents(scored.sequences, sampled, scored.max_events)
-    hit_rate = evaluate_ranking(strategy, sampled_events, 10).hit_rate
+    hit_rate = evaluate_ranking(StrategyRecommender(strategy), sampled_events, 10).hit_rate
     row: dict[str, Cell] = {"part": "weightings", "weighting": weighting, "hit_rate": hit_rate}
     for task, head in enumerate(TASKS):
         row |= head_row(head, calibrated[:, task], raw[:, task], truth[:, task], bench.labels[:, task])

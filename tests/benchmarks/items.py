@@ -31,7 +31,9 @@ from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.model.config import HstuConfig
 from pipeline.records import EventSchema, Histories, Item, item_hash
-from pipeline.serving.pipeline import Pipeline, PipelineOptions, load_strategy, new_counters
+from pipeline.serving.options import PipelineOptions, new_counters
+from pipeline.serving.pipeline import Pipeline
+from pipeline.serving.strategies import StrategyContext, strategies_of
 from pipeline.training.multi_task_model import MultiTaskModel
 from tests.benchmarks import results
 from worker.inference.hot_swap import LOAD_CHUNK_ITEMS
@@ -97,12 +99,12 @@ def measure(folder: Path, width: int) -> dict[str, results.Cell]:
     counters = new_counters(options, vocabulary)
     counters.restore(artifact.counters)
     artifact.load_into(catalogue)
-    model = load_strategy(artifact, catalogue, options)
+    strategies = strategies_of(StrategyContext(artifact, catalogue, counters, options))
     load_s = time.perf_counter() - start_s
     peak = peak_mib()
     trim()
     after_mib = resident_mib()
-    pipeline = Pipeline(options, catalogue, counters, model, artifact.version)
+    pipeline = Pipeline(options, catalogue, counters, strategies, artifact.version)
     table_bytes = 4 * width
     row: dict[str, results.Cell] = {"items": items, "width": width, "load_s": round(load_s, 2)}
     row |= {"load_peak_ratio": round((peak - before_mib) / (after_mib - before_mib), 3)}

@@ -150,7 +150,9 @@ class SasRecScorer:
         item_rows = np.where(tokens < len(table), tokens, 0).astype(np.int32)
         zeros = np.zeros(len(item_rows), np.int32)
         inputs = EncoderInputs(item_rows, zeros[:, None], zeros, histories.offsets).tail(self._model.config.max_events)
-        ordered, users = inputs.by_length()
+        present, present_users = inputs.present()
+        ordered, order = present.by_length()
+        users = present_users[order]
         if len(users):
             states = self._model(ordered)[torch.from_numpy(ordered.offsets[1:] - 1).to(table.device)]
             scores[users] = -np.inf

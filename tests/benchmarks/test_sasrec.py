@@ -11,6 +11,7 @@ from pipeline.data.sequences import UserSequences
 from pipeline.evaluation.full_ranking import FullRanking
 from pipeline.evaluation.popularity import Popularity
 from pipeline.evaluation.ranking import HeldOutEvents, evaluate_ranking
+from pipeline.features.affinity import AffinityEvents
 from pipeline.features.event_features import EncoderInputs
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import Event, EventSchema
@@ -75,7 +76,9 @@ def test_loss_equals_its_definition_over_the_target_rows(loss: str) -> None:
     target_rows = np.array([0, 1, 3])
     seen = np.array([0, 1, 1, 2]), np.array([3, 3, 4, 7])
     empty = np.zeros((5, 0), np.float32)
-    batch = TrainingBatch(inputs, inputs.offsets, successors, empty, empty, empty, target_rows, seen)
+    none = np.zeros(5, np.int32)
+    affinity = AffinityEvents(none, none, none, none, inputs.offsets)
+    batch = TrainingBatch(inputs, affinity, inputs.offsets, successors, none, none, empty, empty, target_rows, seen)
     got, side_losses = model.losses(batch, np.full(ITEMS, 1 / ITEMS), np.random.default_rng(5))
     logits = model(inputs)[target_rows] @ model.item_embedding.weight.T
     targets = torch.tensor([4, 5, 8])

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.records import Event
+from pipeline.serving.options import PipelineOptions
+from pipeline.serving.pipeline import Pipeline
 from tests.conftest import Shop
 from tests.kafka.broker import Broker
 from worker import config
@@ -25,7 +28,7 @@ def run_example(name: str, *arguments: str) -> list[str]:
 
 
 def test_every_example_is_run_here() -> None:
-    files = {"produce_events.py", "consume_slates.py", "recommend.py", "millrace.toml"}
+    files = {"produce_events.py", "consume_slates.py", "recommend.py", "own_strategy.py", "millrace.toml"}
     assert {path.name for path in EXAMPLES.iterdir()} == files
 
 
@@ -33,6 +36,15 @@ def test_library_example_recommends_with_and_without_a_history(shop: Shop) -> No
     with_history, without_history = run_example("recommend.py", str(shop.artifact))
     assert with_history.startswith("hstu [('item-")
     assert without_history.count("item-") == 5
+
+
+def test_own_strategy_ranks_what_is_popular_and_new_to_the_user(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    pipeline = Pipeline.load(shop.artifact, PipelineOptions(device="cpu", strategies=("own_strategy:Trending",)))
+    ((popular, *others),) = [[item.item_id for item in slate.items] for slate in pipeline.recommend([[]], k=5)]
+    (slate,) = pipeline.recommend([[Event("user-1", popular, "view", 1_700_000_000_000)]], k=5)
+    assert slate.strategy == "trending"
+    assert [item.item_id for item in slate.items][:4] == others
 
 
 @pytest.fixture

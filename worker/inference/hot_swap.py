@@ -19,7 +19,8 @@ from pipeline.artifact import Artifact, Manifest
 from pipeline.records import Histories
 from pipeline.serving import model_validation
 from pipeline.serving.model_validation import Thresholds
-from pipeline.serving.pipeline import load_strategy
+from pipeline.serving.own_strategies import check_own_strategies
+from pipeline.serving.strategies import MODEL_STRATEGIES, strategies_of
 from pipeline.serving.strategy import Strategy
 from pipeline.serving.warm_up import synthetic_histories
 from worker import logging, metrics
@@ -86,12 +87,13 @@ class HotSwap:
             model_validation.check_hit_rate(manifest, self._serving, thresholds)
             artifact = await self._executor.run(self._load)
             async with self._ranker.pin_items(artifact.item_ids):
-                model, overlap = await self._load_valid_model(artifact, thresholds)
+                strategies, overlap = await self._load_valid_strategies(artifact, thresholds)
                 if await self._executor.run(fingerprint, self._folder) != seen:
+                    await self._executor.run(_close_all, strategies)
                     return  # replaced meanwhile: the next check sees it
-                replaced = [self._ranker.pipeline.strategies]
-                await self._ranker.swap_model(model, manifest.version)
-                await self._executor.run(replaced.clear)  # frees the old model's tables and graphs in this thread
+                replaced = [await self._ranker.swap(strategies, manifest.version)]
+            await self._executor.run(replaced[0].close)
+            await self._executor.run(replaced.clear)  # frees the old model's tables and graphs in this thread
             seconds = round(self._clock.monotonic() - start_s, 3)
             metrics.SWAPS.labels("accepted").inc()
             warn_about_short_rings(self._config, manifest)
@@ -99,13 +101,26 @@ class HotSwap:
         self._serving = manifest
         self._trusted.add(manifest.version)
 
-    async def _load_valid_model(self, artifact: Artifact, thresholds: Thresholds) -> tuple[Strategy, float | None]:
-        """Return the model and its overlap with the slates just served. ArtifactError when it must not serve."""
+    async def _load_valid_strategies(
+        self, artifact: Artifact, thresholds: Thresholds
+    ) -> tuple[list[Strategy], float | None]:
+        """Return all strategies of the artifact, and the model's overlap with the slates just served.
+
+        ArtifactError or StrategyError when they must not serve; then none of them stays open.
+        """
         tokens = await self._admit_items(artifact)
         served = await self._ranker.served_samples()
-        model, overlap = await self._executor.run(self._validate, artifact, tokens, served)
-        model_validation.check_overlap(overlap, thresholds)
-        return model, overlap
+        pipeline = self._ranker.pipeline
+        strategies = await self._executor.run(strategies_of, pipeline.context(artifact))
+        try:
+            overlap = await self._executor.run(self._validate, artifact, strategies, tokens, served)
+            model_validation.check_overlap(overlap, thresholds)
+            check_own = partial(check_own_strategies, strategies, pipeline.vocabulary, pipeline.options.exclusion)
+            await self._ranker.run_in_thread(check_own)
+        except BaseException:
+            await self._executor.run(_close_all, strategies)
+            raise
+        return strategies, overlap
 
     def _load(self) -> Artifact:
         artifact = artifacts.load(self._folder)
@@ -126,17 +141,29 @@ class HotSwap:
         return tokens
 
     def _validate(
-        self, artifact: Artifact, tokens: np.ndarray, served: list[ServedSample]
-    ) -> tuple[Strategy, float | None]:
-        """Rank synthetic users of every shape, which also warms the model up, then the users just served."""
+        self, artifact: Artifact, strategies: list[Strategy], tokens: np.ndarray, served: list[ServedSample]
+    ) -> float | None:
+        """Rank synthetic users of every shape, which also warms the model up, then the users just served.
+
+        Returns the best model's overlap with the slates served. Only strategies of the artifact are ranked with here:
+        the others read the counters, which belong to the pipeline's thread.
+        """
         pipeline = self._ranker.pipeline
         config = self._config
         items = int((~pipeline.vocabulary.blocked[tokens]).sum())
-        model = load_strategy(artifact, pipeline.catalogue, pipeline.options)
         synthetic = synthetic_histories(artifact.item_ids, [1, *config.batcher.length_buckets])
-        model_validation.check_output(model, synthetic, config.pipeline.slate_size, items)
-        rings = [ring for ring, _ in served]
+        histories = Histories.from_rings([ring for ring, _ in served])
         slates = [slate for _, slate in served]
         longest = max(map(len, slates), default=1)
-        ranked = model_validation.check_output(model, Histories.from_rings(rings), longest, items)
-        return model, model_validation.slate_overlap(ranked, slates, pipeline.vocabulary.item_ids)
+        overlaps = []
+        for model in strategies:
+            if model.name in MODEL_STRATEGIES:
+                model_validation.check_output(model, synthetic, config.pipeline.slate_size, items)
+                ranked = model_validation.check_output(model, histories, longest, items)
+                overlaps.append(model_validation.slate_overlap(ranked, slates, pipeline.vocabulary.item_ids))
+        return overlaps[0]
+
+
+def _close_all(strategies: list[Strategy]) -> None:
+    for strategy in strategies:
+        strategy.close()

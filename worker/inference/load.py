@@ -7,7 +7,8 @@ import msgspec
 
 from pipeline.backends.encoder import GraphOptions
 from pipeline.serving.exclusion import Exclusion
-from pipeline.serving.pipeline import Pipeline, PipelineOptions
+from pipeline.serving.options import PipelineOptions
+from pipeline.serving.pipeline import Pipeline
 from worker import logging, metrics
 from worker.config import Config
 from worker.errors import ConfigError
@@ -19,17 +20,27 @@ log = logging.get("pipeline")
 
 
 def load_pipeline(config: Config) -> Pipeline:
-    """Load the configured pipeline. Raises ArtifactError, DeviceError, and the errors of `pipeline_options`."""
+    """Load the configured pipeline. Raises ArtifactError, DeviceError, StrategyError, ConfigError."""
     batcher = config.batcher
     served = config.pipeline
     graphs = GraphOptions(batcher.max_users, batcher.max_tokens, served.cuda_graph_mib, served.slate_size)
     options = msgspec.structs.replace(pipeline_options(config), graphs=graphs if served.custom_kernels else None)
     pipeline = Pipeline.load(served.artifact, options, _log_fallback)
+    _check_strategy(config, pipeline)
     if served.artifact is not None:
         from pipeline.artifact import read_manifest  # imports torch, so only when a model is configured
 
         warn_about_short_rings(config, read_manifest(Path(served.artifact)))
     return pipeline
+
+
+def _check_strategy(config: Config, pipeline: Pipeline) -> None:
+    """Raise ConfigError when `pipeline.strategy` names no strategy."""
+    if config.pipeline.strategy is not None:
+        try:
+            pipeline.strategies.check(config.pipeline.strategy)
+        except ValueError as error:
+            raise ConfigError(f"pipeline.strategy: {error}") from error
 
 
 def warn_about_short_rings(config: Config, manifest: "Manifest") -> None:
@@ -67,6 +78,7 @@ def pipeline_options(config: Config) -> PipelineOptions:
         max_items=config.counters.max_items,
         device=config.pipeline.device,
         threads=config.pipeline.threads,
+        strategies=config.pipeline.strategies,
     )
 
 

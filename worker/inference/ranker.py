@@ -1,6 +1,7 @@
 """Run the pipeline in a thread of its own: batches in, slates out, while the event loop stays free."""
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from concurrent.futures import Future
@@ -13,6 +14,7 @@ from pipeline.evaluation.business_metrics import BUSINESS_METRICS, business_metr
 from pipeline.records import Covers, Histories, Item, Latency, Slate, SlateItem
 from pipeline.serving.eviction import evict_for
 from pipeline.serving.pipeline import BatchResult, Pipeline
+from pipeline.serving.ranking import Generation
 from pipeline.serving.simple_strategy import SimpleStrategy
 from pipeline.serving.strategy import RankedItems, Strategy
 from worker import logging, metrics
@@ -45,7 +47,7 @@ class PipelineRanker:
         metrics.MODEL.labels(pipeline.version).set(1)
 
     async def rank(self, batch: Batch) -> list[Slate]:
-        """Return one slate per entry, in the batch's order."""
+        """See Ranker."""
         return await self._executor.run(self._rank, batch)
 
     async def run_in_thread(self, function: Callable[[], T]) -> T:
@@ -86,9 +88,9 @@ class PipelineRanker:
         """Return the serving model's latest slates with their rings, at most SERVED_USERS."""
         return await self._executor.run(list, self._served)
 
-    async def swap_model(self, model: Strategy, version: str) -> None:
-        """Replace the model between two batches; slates carry the version that ranked them."""
-        await self._executor.run(self._swap_model, model, version)
+    async def swap(self, strategies: Sequence[Strategy], version: str) -> Generation:
+        """Replace all strategies; slates carry the version that ranked them. See Pipeline.swap for what it returns."""
+        return await self._executor.run(self._swap, strategies, version)
 
     def close(self) -> None:
         self._executor.close()
@@ -126,17 +128,19 @@ class PipelineRanker:
         self._exported_evicted = vocabulary.evicted_count
         self._exported_rejected = vocabulary.rejected_count
 
-    def _swap_model(self, model: Strategy, version: str) -> None:
+    def _swap(self, strategies: Sequence[Strategy], version: str) -> Generation:
         metrics.MODEL.remove(self.pipeline.version)
-        self.pipeline.swap_model(model, version)
+        replaced = self.pipeline.swap(strategies, version)
         metrics.MODEL.labels(version).set(1)
         self._served.clear()
+        return replaced
 
     def _rank(self, batch: Batch) -> list[Slate]:
         rings = [entry.ring for entry in batch.entries]
         histories = Histories.from_rings(rings)
         lengths = [entry.events[0].k or self._slate_size for entry in batch.entries]
-        result = self.pipeline.rank(histories, max(lengths), batch.strategy or self._strategy)
+        deadline_s = time.monotonic() + (batch.deadline_ms - self._clock.now_ms()) / 1e3
+        result = self.pipeline.rank(histories, max(lengths), batch.strategy or self._strategy, deadline_s)
         if result.strategy != SimpleStrategy.name:
             self._served.extend(zip(rings, result.slates, strict=True))
         metrics.BATCH_USERS.observe(len(batch.entries))
@@ -164,7 +168,7 @@ class PipelineRanker:
             strategy=result.strategy,
             backend=result.backend,
             why=result.why,
-            model_version=self.pipeline.version,
+            model_version=result.version,
             covers=_covers(entry),
             created_ms=self._clock.now_ms(),
             latency_ms=latency,

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 from pipeline.counters.counters import Counters, without_neighbours
-from pipeline.serving.pipeline import Pipeline, frozen_counters
+from pipeline.serving.options import frozen_counters
+from pipeline.serving.pipeline import Pipeline
 from pipeline.serving.simple_strategy import SimpleStrategy
+from pipeline.serving.strategy import rank
 from worker.inference.ranker import PipelineRanker
 from worker.replay.prequential import CUTOFF, Baseline, PrequentialEvaluator
 
@@ -29,4 +31,4 @@ def build_evaluator(ranker: PipelineRanker, artifact: str | None, score_from_ms:
 
 def _counters_baseline(pipeline: Pipeline, counters: Counters) -> Baseline:
     strategy = SimpleStrategy(counters, pipeline.options.exclusion)
-    return lambda histories, k: strategy.rank(histories, k).tokens
+    return lambda histories, k: rank(strategy, histories, k).tokens

@@ -3,13 +3,10 @@
 import gc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from msgspec.structs import replace
 from torch import Tensor, nn
 
@@ -17,12 +14,13 @@ from kernels import graphs
 from kernels.graphs import possible_buckets
 from pipeline.backends.encoder import GraphOptions
 from pipeline.backends.fused import FusedEncoder
-from pipeline.features.event_features import FEATURE_COLUMNS, N_FEATURE_IDS, N_FEATURES, EncoderInputs
+from pipeline.backends.torch import TorchEncoder
+from pipeline.features.event_features import FEATURE_COLUMNS
 from pipeline.model.config import HstuConfig
 from pipeline.model.hstu import Hstu, attention_plan, supports_kernels
 from pipeline.model.padding import PaddedBlocks
+from tests.pipeline.backends.batches import DEVICE, Items, encode, make_inputs
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CONFIG = HstuConfig(
     items=40,
     layers=2,
@@ -36,7 +34,7 @@ CONFIG = HstuConfig(
     attention_dropout=0.3,
 )
 GRAPHS = GraphOptions(max_users=8, max_events=256)
-LENGTHS = [7, 0, 20, 1]
+LENGTHS = [7, 20, 1]
 
 
 def make_model(config: HstuConfig) -> Hstu:
@@ -47,37 +45,8 @@ def make_model(config: HstuConfig) -> Hstu:
     return hstu.eval().requires_grad_(False).to(DEVICE)
 
 
-@dataclass
-class Items:
-    """Implements ItemVectors."""
-
-    vectors: Tensor
-
-
 def make_encoder(hstu: Hstu, graphs: GraphOptions = GRAPHS, dtype: torch.dtype = torch.float32) -> FusedEncoder:
     return FusedEncoder(hstu, Items(hstu.items()), dtype, graphs)
-
-
-def make_inputs(lengths: list[int], seed: int = 0) -> EncoderInputs:
-    rng = np.random.default_rng(seed)
-    total = sum(lengths)
-    seconds = [np.cumsum(rng.choice([0, 7, 1799, 1800, 90_000], length)) for length in lengths]
-    return EncoderInputs(
-        item_rows=rng.integers(0, CONFIG.items, total).astype(np.int32),
-        feature_ids=rng.integers(0, N_FEATURE_IDS, (total, N_FEATURES)).astype(np.int32),
-        seconds=np.concatenate([np.empty(0), *seconds]).astype(np.int32),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-    )
-
-
-def encode_in_torch(hstu: Hstu, vectors: Tensor, inputs: EncoderInputs) -> Tensor:
-    states = torch.zeros(len(inputs), CONFIG.width, device=DEVICE)
-    ordered, users = inputs.by_length()
-    item_rows = torch.from_numpy(ordered.item_rows).to(DEVICE)
-    feature_ids = torch.from_numpy(ordered.feature_ids).to(DEVICE)
-    rows, sequences = hstu.sequences(F.embedding(item_rows, vectors), feature_ids, ordered)
-    states[torch.from_numpy(users).to(DEVICE)] = hstu(rows, PaddedBlocks.from_inputs(sequences, DEVICE), last=True)
-    return states
 
 
 @pytest.fixture
@@ -103,48 +72,11 @@ def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_states_equal_torch_with_and_without_graphs(options: dict[str, Any]) -> None:
     hstu = make_model(replace(CONFIG, **options))
     encoder = make_encoder(hstu)
-    inputs = make_inputs(LENGTHS)
-    expected = encode_in_torch(hstu, hstu.items(), inputs)
-    torch.testing.assert_close(encoder.encode(inputs), expected, rtol=1e-3, atol=1e-4)
+    inputs = make_inputs(LENGTHS, CONFIG.items)
+    expected = encode(TorchEncoder(hstu, Items(hstu.items())), inputs)
+    torch.testing.assert_close(encode(encoder, inputs), expected, rtol=1e-3, atol=1e-4)
     assert encoder.warm() > 0
-    torch.testing.assert_close(encoder.encode(inputs), expected, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.usefixtures("small_buckets")
-def test_batches_of_changing_sizes_equal_torch() -> None:
-    hstu = make_model(CONFIG)
-    encoder = make_encoder(hstu, GraphOptions(max_users=4, max_events=64))
-    encoder.warm()
-    in_graphs: list[list[int]] = [[3], [], [0, 0], [20] * 3]
-    too_large = [[1] * 5, [20] * 4]  # users, rows
-    for seed, lengths in enumerate([*in_graphs, *too_large]):
-        inputs = make_inputs(lengths, seed)
-        states = encoder.encode(inputs)
-        if sum(lengths):
-            expected = encode_in_torch(hstu, hstu.items(), inputs)
-            torch.testing.assert_close(states, expected, rtol=1e-3, atol=1e-4)
-        else:
-            assert states.tolist() == [[0.0] * CONFIG.width] * len(lengths)
-
-
-@pytest.mark.usefixtures("small_buckets")
-@pytest.mark.parametrize("added", [0, 30])
-def test_new_item_vectors_are_encoded_from_then_on(added: int) -> None:
-    hstu = make_model(CONFIG)
-    inputs = make_inputs(LENGTHS)
-    items = Items(hstu.items())
-    encoder = FusedEncoder(hstu, items, torch.float32, GRAPHS)
-    encoder.warm()
-    before = encoder.encode(inputs)
-    vectors = torch.cat([hstu.items(), torch.randn(added, CONFIG.width, device=DEVICE)])
-    rows = np.array([5, len(vectors) - 1])
-    vectors[torch.from_numpy(rows).to(DEVICE)] = F.normalize(torch.randn(2, CONFIG.width, device=DEVICE))
-    inputs.item_rows[::3] = rows[1]
-    items.vectors = vectors
-    encoder.update_items(rows if added == 0 else np.append(rows, np.arange(CONFIG.items, len(vectors))))
-    after = encoder.encode(inputs)
-    torch.testing.assert_close(after, encode_in_torch(hstu, vectors, inputs), rtol=1e-3, atol=1e-4)
-    assert not torch.allclose(before, after, atol=1e-2)
+    torch.testing.assert_close(encode(encoder, inputs), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.gpu
@@ -155,18 +87,20 @@ def test_gpu_serves_one_model_while_another_captures_its_graphs() -> None:
     serving = make_encoder(hstu, options, torch.bfloat16)
     coming = make_encoder(hstu, options, torch.bfloat16)
     serving.warm()
-    batches = [make_inputs([1 + (5 * n + seed) % 20 for n in range(1 + 7 * seed)], seed) for seed in range(9)]
-    expected = [encode_in_torch(hstu, hstu.items(), inputs) for inputs in batches]
+    batches = [
+        make_inputs([1 + (5 * n + seed) % 20 for n in range(1 + 7 * seed)], CONFIG.items, seed) for seed in range(9)
+    ]
+    expected = [encode(TorchEncoder(hstu, Items(hstu.items())), inputs) for inputs in batches]
     with ThreadPoolExecutor(1) as executor:
         warming = executor.submit(coming.warm)
         rounds = 0
         while not warming.done() or rounds < 20:
             rounds += 1
             for inputs, states in zip(batches, expected, strict=True):
-                torch.testing.assert_close(serving.encode(inputs), states, rtol=5e-2, atol=5e-2)
+                torch.testing.assert_close(encode(serving, inputs), states, rtol=5e-2, atol=5e-2)
     assert warming.result() == len(set(possible_buckets(64, 1024, [CONFIG.max_events])))
     for inputs, states in zip(batches, expected, strict=True):
-        torch.testing.assert_close(coming.encode(inputs), states, rtol=5e-2, atol=5e-2)
+        torch.testing.assert_close(encode(coming, inputs), states, rtol=5e-2, atol=5e-2)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +112,7 @@ def test_training_on_kernels_equals_torch_in_states_and_gradients(options: dict[
     hstu = make_model(replace(CONFIG, dropout=0.0, attention_dropout=0.0, **options))
     hstu.train().requires_grad_(True)
     lengths = [7, 20, 1, 13]
-    inputs = make_inputs(lengths)
+    inputs = make_inputs(lengths, CONFIG.items)
     rows = torch.randn(sum(lengths), CONFIG.width, device=DEVICE)
     weights = torch.randn(CONFIG.width, device=DEVICE)
     layouts = {
@@ -200,7 +134,7 @@ def test_training_on_kernels_equals_torch_in_states_and_gradients(options: dict[
 
 def test_attention_dropout_is_drawn_per_layer_and_step_and_off_in_serving() -> None:
     hstu = make_model(replace(CONFIG, dropout=0.0))
-    inputs = make_inputs([20])
+    inputs = make_inputs([20], CONFIG.items)
     rows = torch.randn(20, CONFIG.width, device=DEVICE)
     plan = attention_plan(inputs, CONFIG.max_events, torch.float32, DEVICE, kernels=True)
     without = hstu(rows, plan)

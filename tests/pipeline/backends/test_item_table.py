@@ -1,19 +1,24 @@
 """The item table follows vocabulary and catalogue: vectors, values and blocked rows, in place where there is room."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from pipeline.artifact import Artifact, draft
 from pipeline.backends import item_table
 from pipeline.backends.item_table import ItemTable
 from pipeline.backends.torch import TorchModel
+from pipeline.items import change_log
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.metadata import ItemMetadata
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.model.config import HstuConfig
 from pipeline.model.item_embedding import ItemEmbedding
-from pipeline.records import EventSchema, Item, item_hash
+from pipeline.records import EventSchema, Item, encode_value, item_hash
 from pipeline.training.multi_task_model import MultiTaskModel
 
 ITEM_IDS = [f"i{number}" for number in range(10)]
@@ -52,6 +57,13 @@ def items(artifact: Artifact) -> ItemEmbedding:
 @pytest.fixture
 def table(artifact: Artifact, catalogue: Catalogue, items: ItemEmbedding) -> ItemTable:
     return ItemTable(artifact, catalogue, items, CPU)
+
+
+def facts_of(table: ItemTable) -> list[tuple[int, int, int, float]]:
+    """Return token, category, price code and value of every row, as they are on the device."""
+    items = table.items(torch.arange(len(table))[None])
+    columns = items.tokens, items.columns.categories, items.columns.price_codes, items.values
+    return list(zip(*(column[0].tolist() for column in columns), strict=True))
 
 
 def test_rows_are_the_models_items_with_their_vectors_and_values(
@@ -124,13 +136,52 @@ def test_readmitted_training_item_has_its_facts_again(
     table: ItemTable, artifact: Artifact, catalogue: Catalogue
 ) -> None:
     artifact.load_into(catalogue)
-    price = table.facts(np.array([1])).price_codes.tolist()
+    table.sync()
+    before = facts_of(table)[1]
     catalogue.evict(np.array([catalogue.vocabulary.token("i0")]))
     table.sync()
-    assert table.facts(np.array([1])).price_codes.tolist() == [0]
+    assert facts_of(table)[1] == (0, 0, 0, 0.0)
     catalogue.vocabulary.admit(["i0"])
     table.sync()
-    assert table.facts(np.array([1])).price_codes.tolist() == price != [0]
+    assert facts_of(table)[1] == before
+    assert before[2] == encode_value(3.0)
+
+
+IDS_OF_CHANGES = [*ITEM_IDS, "other", "new-1", "new-2", "new-3"]
+changes = st.lists(
+    st.tuples(st.sampled_from(["record", "delist", "evict", "admit", "sync"]), st.sampled_from(IDS_OF_CHANGES)),
+    max_size=40,
+)
+
+
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=changes, kept=st.sampled_from([1, 1 << 16]))
+def test_facts_on_the_device_follow_the_catalogue_through_any_changes(
+    artifact: Artifact, changes: list[tuple[str, str]], kept: int
+) -> None:
+    catalogue = Catalogue(Vocabulary(["other", *reversed(ITEM_IDS)], max_items=100))
+    table = ItemTable(artifact, catalogue, TorchModel.from_artifact(artifact, "cpu").hstu.items, CPU)
+    with mock.patch.object(change_log, "KEPT", kept):
+        for n, (change, item_id) in enumerate(changes):
+            token = catalogue.vocabulary.token(item_id)
+            match change:
+                case "record":
+                    catalogue.upsert([Item(item_id, title="a thing", price=1.0 + n, category=[f"c{n % 3}"])])
+                case "delist":
+                    catalogue.delist([item_id])
+                case "evict" if token:
+                    catalogue.evict(np.array([token]))
+                case "admit":
+                    catalogue.vocabulary.admit([item_id])
+                case "sync":
+                    table.sync()
+        table.sync()
+    for row, (token, category, price_code, value) in enumerate(facts_of(table)):
+        expected = catalogue.facts(np.array([token]))
+        assert (category, price_code) == (expected.categories[0], expected.price_codes[0])
+        assert value == {4: 30.0, 8: 70.0}.get(row, 0.0) or not token
+        assert token == 0 or table.rows(np.array([token])) == row
+        assert table.blocked[row] == (row == 0 or not token or catalogue.vocabulary.blocked[token])
 
 
 def test_model_without_content_has_no_rows_for_new_items(catalogue: Catalogue) -> None:

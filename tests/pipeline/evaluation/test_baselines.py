@@ -13,6 +13,7 @@ from pipeline.evaluation.ranking import (
     BATCH_USERS,
     HeldOutEvents,
     Recommender,
+    StrategyRecommender,
     rank_among_negatives,
     recommend_slates,
 )
@@ -20,7 +21,7 @@ from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import DAY_MS, Event, EventSchema, Histories, Item
 from pipeline.serving.exclusion import Exclusion
-from pipeline.serving.pipeline import PipelineOptions, new_counters
+from pipeline.serving.options import PipelineOptions, new_counters
 from pipeline.serving.simple_strategy import SimpleStrategy
 from tests.benchmarks.sasrec import SasRec, SasRecConfig, SasRecScorer
 
@@ -66,7 +67,7 @@ def rankers() -> dict[str, Recommender]:
         SasRecScorer(SasRec(SasRecConfig(items=SIZE, width=8, max_events=20)), popularity),
     ]
     full: dict[str, Recommender] = {scorer.name: FullRanking(scorer, VOCABULARY, Exclusion()) for scorer in scorers}
-    return full | {"cooccurrence": SimpleStrategy(counters, Exclusion())}
+    return full | {"cooccurrence": StrategyRecommender(SimpleStrategy(counters, Exclusion()))}
 
 
 @pytest.mark.parametrize("name", ["popularity", "recent_popularity", "itemknn", "sasrec", "cooccurrence"])

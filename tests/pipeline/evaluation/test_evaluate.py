@@ -18,6 +18,7 @@ from pipeline.model.config import HstuConfig
 from pipeline.records import Event, EventSchema, Histories, Item
 from pipeline.serving.hstu_strategy import load_hstu_strategy
 from pipeline.serving.pipeline import Pipeline, PipelineOptions, new_counters
+from pipeline.serving.strategy import rank
 from pipeline.training.multi_task_model import MultiTaskModel
 
 SCHEMA = EventSchema()
@@ -129,7 +130,7 @@ def test_model_scores_order_items_as_its_slates_do(model: Artifact) -> None:
     vocabulary = Vocabulary([*model.item_ids, "new"])
     strategy = load_hstu_strategy(model, Catalogue(vocabulary), OPTIONS.exclusion, "cpu", 1)
     histories = Histories.from_events([EVENTS[:9], [], EVENTS[20:21]], SCHEMA)
-    slates = strategy.rank(histories, len(model.item_ids)).tokens
+    slates = rank(strategy, histories, len(model.item_ids)).tokens
     scores = strategy.scores(histories, slates)
     assert ((scores[:, 1:] <= scores[:, :-1]) | (slates[:, 1:] == 0)).all()
     new = np.full((3, 1), vocabulary.token("new"), np.int32)

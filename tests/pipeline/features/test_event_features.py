@@ -13,6 +13,7 @@ from pipeline.features.event_features import (
     bucket_seconds,
     encoder_inputs,
 )
+from pipeline.items.catalogue import ItemFacts
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.model.config import HstuConfig
 from pipeline.model.session_pooling import SessionPooling
@@ -24,9 +25,9 @@ ITEMS = [f"i{number}" for number in range(20)]
 VOCABULARY = Vocabulary(ITEMS)
 
 
-def inputs(*users: list[Event], table_rows: int = 21) -> EncoderInputs:
+def inputs(*users: list[Event]) -> EncoderInputs:
     histories = Histories.from_events(users, SCHEMA)
-    return encoder_inputs(histories, VOCABULARY.tokens(histories.items), table_rows)
+    return encoder_inputs(histories, VOCABULARY.tokens(histories.items), ItemFacts.unknown(len(histories.items)))
 
 
 events = st.builds(
@@ -75,12 +76,15 @@ def test_rows_do_not_depend_on_other_users_in_the_batch(users: list[list[Event]]
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.integers(1, 9))
-def test_tail_and_by_length_keep_each_users_rows(lengths: list[int], cap: int) -> None:
+def test_tail_present_and_by_length_keep_each_users_rows(lengths: list[int], cap: int) -> None:
     full = inputs(*([Event("u", ITEMS[user], "view", 1000 * n) for n in range(k)] for user, k in enumerate(lengths)))
-    tail, users = full.tail(cap).by_length()
+    present, present_users = full.tail(cap).present()
+    tail, order = present.by_length()
     tail_lengths = np.minimum(lengths, cap)
-    assert np.diff(tail.offsets).tolist() == sorted(k for k in tail_lengths if k)
-    for index, user in enumerate(users):
+    assert present_users.tolist() == [user for user, length in enumerate(lengths) if length]
+    assert present.lengths.tolist() == [length for length in tail_lengths if length]
+    assert tail.lengths.tolist() == sorted(present.lengths)
+    for index, user in enumerate(present_users[order]):
         rows = slice(*tail.offsets[index : index + 2])
         end = full.offsets[user + 1]
         expected = slice(end - tail_lengths[user], end)
@@ -115,11 +119,6 @@ def test_session_of_the_features_begins_where_that_of_the_pooled_rows_does() -> 
     assert 1 < len(starts) < len(times_ms)
 
 
-def test_items_after_training_are_unknown() -> None:
-    history = [Event("u", item, "view", 1000 + n) for n, item in enumerate(["i4", "i9", "unknown"])]
-    assert inputs(history, table_rows=6).item_rows.tolist() == [5, 0, 0]
-
-
 def test_hour_and_weekday_are_in_utc() -> None:
     thursday_noon = Event("u", "i1", "view", 12 * 3_600_000)
     sunday_night = Event("u", "i1", "view", (3 * 24 + 23) * 3_600_000)
@@ -142,7 +141,8 @@ def test_session_position_restarts_after_half_an_hour() -> None:
 
 def test_empty_batch_has_no_rows() -> None:
     no_events = Histories(np.empty(0, EVENT_DTYPE), np.zeros(3, np.int64))
-    empty = encoder_inputs(no_events, np.empty(0, np.int32), 21)
+    empty = encoder_inputs(no_events, np.empty(0, np.int32), ItemFacts.unknown(0))
     assert len(empty) == 2
     assert len(empty.item_rows) == 0
-    assert len(empty.by_length()[1]) == 0
+    present, users = empty.present()
+    assert len(present) == len(users) == 0

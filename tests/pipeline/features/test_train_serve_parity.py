@@ -1,17 +1,18 @@
 """The model reads equal columns in training and in serving, and none of them leaks the target."""
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from pipeline.backends.head_scorer import HeadScorer
-from pipeline.backends.torch import TorchEncoder
-from pipeline.features.event_features import FEATURE_COLUMNS, EncoderInputs, encoder_inputs
-from pipeline.features.visit_frequency import visit_frequency
+from pipeline.features.affinity import AffinityEvents
+from pipeline.features.event_features import FEATURE_COLUMNS
+from pipeline.features.inputs import encode
 from pipeline.model.config import HstuConfig
-from pipeline.records import DAY_MS, Histories
-from pipeline.serving.pipeline import PipelineOptions
+from pipeline.records import DAY_MS, EventSchema, Histories
+from pipeline.serving.options import PipelineOptions
+from pipeline.serving.strategy import Request
 from pipeline.simulation.closed_loop import warm_up
 from pipeline.simulation.simulator import Simulator
 from pipeline.simulation.world import SimulatorConfig
@@ -30,47 +31,23 @@ def setup() -> TrainingSetup:
     return prepare(log, options, PipelineOptions(device="cpu", threads=1), simulator.items())
 
 
-@pytest.fixture
-def served(setup: TrainingSetup, monkeypatch: pytest.MonkeyPatch) -> tuple[EncoderInputs, np.ndarray]:
-    """Return the inputs that serving gives the encoder, and the visit frequencies it gives the heads."""
-    encoder_calls: list[EncoderInputs] = []
-    heads_calls: list[np.ndarray] = []
-    encode = TorchEncoder.encode
-    heads = HeadScorer.probabilities
-
-    def spy_encode(encoder: TorchEncoder, inputs: EncoderInputs) -> Tensor:
-        encoder_calls.append(inputs)
-        return encode(encoder, inputs)
-
-    def spy_heads(
-        scorer: HeadScorer, states: Tensor, inputs: EncoderInputs, visit_frequency: np.ndarray, *rest
-    ) -> np.ndarray:
-        heads_calls.append(visit_frequency)
-        return heads(scorer, states, inputs, visit_frequency, *rest)
-
-    monkeypatch.setattr(TorchEncoder, "encode", spy_encode)
-    monkeypatch.setattr(HeadScorer, "probabilities", spy_heads)
+def test_training_and_serving_read_equal_columns_of_a_history(setup: TrainingSetup) -> None:
     torch.manual_seed(0)
     strategy = setup.ranker(setup.trainer(setup.fit, 1).weights())
-    strategy.rank(setup.train.histories, 5)
-    return encoder_calls[0], heads_calls[0]
-
-
-def test_training_and_serving_read_equal_columns_of_a_history(
-    setup: TrainingSetup, served: tuple[EncoderInputs, np.ndarray]
-) -> None:
-    columns = setup.columns(setup.train)
-    served_inputs, served_visit_frequency = served
-    trained_inputs = columns.inputs.tail(MODEL.history_length)
-    assert len(trained_inputs.item_rows) < len(setup.train), "some histories are longer than the model reads"
+    served = strategy.prepare(Request(setup.train.histories, 5))
+    trained = setup.columns(setup.train).inputs
+    trained_events = trained.events.tail(MODEL.history_length)
+    assert len(trained_events.item_rows) < len(setup.train), "some histories are longer than the model reads"
     for name in ("item_rows", "feature_ids", "seconds", "offsets"):
-        assert np.array_equal(getattr(trained_inputs, name), getattr(served_inputs, name)), name
-    latest = setup.train.offsets[1:] - 1
-    assert np.array_equal(columns.visit_frequency[latest], served_visit_frequency)
+        assert np.array_equal(getattr(trained_events, name), getattr(served.read, name)), name
+    for field in fields(AffinityEvents):
+        name = field.name
+        assert np.array_equal(getattr(trained.affinity, name), getattr(served.inputs.affinity, name)), name
+    assert np.array_equal(trained.visits[setup.train.offsets[1:] - 1], served.inputs.visits)
 
 
 def test_parity_log_fills_every_column(setup: TrainingSetup) -> None:
-    feature_ids = setup.columns(setup.train).inputs.feature_ids
+    feature_ids = setup.columns(setup.train).inputs.events.feature_ids
     constant = {name for index, name in enumerate(FEATURE_COLUMNS) if len(np.unique(feature_ids[:, index])) == 1}
     assert not constant & {*FROM_RECORDS, "gap", "hour", "weekday"}, constant
     assert len(constant) <= 1, constant
@@ -82,8 +59,8 @@ def test_time_of_the_target_event_does_not_leak_into_its_features(setup: Trainin
     earlier = np.setdiff1d(np.arange(len(tokens)), latest)
 
     def features(histories: Histories) -> tuple[np.ndarray, np.ndarray]:
-        inputs = encoder_inputs(histories, tokens, len(setup.vocabulary), setup.catalogue.facts(tokens))
-        return inputs.feature_ids[earlier], visit_frequency(histories, earlier)
+        inputs = encode(histories, tokens, setup.catalogue.facts(tokens), EventSchema(), every_event=True)
+        return inputs.events.feature_ids[earlier], inputs.visits[earlier]
 
     events = setup.train.events.copy()
     events["ts_action_device"][latest] += np.uint64(5 * DAY_MS + 3 * 3_600_000)  # the time is in the low bits

@@ -9,8 +9,9 @@ from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import Event, EventSchema, Histories, Item, encode_value
 from pipeline.serving.hstu_strategy import HstuStrategy, load_hstu_strategy
-from pipeline.serving.pipeline import PipelineOptions
+from pipeline.serving.options import PipelineOptions
 from pipeline.serving.rerank import RerankWeights
+from pipeline.serving.strategy import rank
 from pipeline.training.batches import TrainingColumns, make_batch
 from pipeline.training.multi_task_model import MultiTaskModel
 from tests.artifacts import untrained
@@ -92,32 +93,32 @@ def test_delisted_items_are_not_ranked_until_a_new_record(model: Artifact) -> No
     strategy, catalogue = load(model)
     catalogue.upsert(NEW)
     empty = Histories.from_events([[]], EventSchema())
-    before = strategy.rank(HISTORIES, 100).tokens
-    before_empty = strategy.rank(empty, 100).tokens
+    before = rank(strategy, HISTORIES, 100).tokens
+    before_empty = rank(strategy, empty, 100).tokens
     catalogue.delist(["i0", "i29", "shoe"])
     delisted = [catalogue.vocabulary.token(item_id) for item_id in ("i0", "i29", "shoe")]
-    after = strategy.rank(HISTORIES, 100).tokens
-    after_empty = strategy.rank(empty, 100).tokens
+    after = rank(strategy, HISTORIES, 100).tokens
+    after_empty = rank(strategy, empty, 100).tokens
     assert np.isin(before, delisted).any(axis=1).all()
     assert not np.isin(after, delisted).any()
     assert (np.isin(before_empty, delisted).sum(), np.isin(after_empty, delisted).sum()) == (2, 0)
     assert (after > 0).sum() + np.isin(before, delisted).sum() == (before > 0).sum()
     catalogue.upsert([Item("i0"), Item("i29"), NEW[0]])
-    assert sorted(strategy.rank(HISTORIES, 100).tokens[0]) == sorted(before[0])
+    assert sorted(rank(strategy, HISTORIES, 100).tokens[0]) == sorted(before[0])
 
 
 def test_item_on_an_evicted_token_inherits_nothing(model: Artifact) -> None:
     strategy, catalogue = load(model)
     catalogue.upsert(NEW)
-    before = strategy.rank(HISTORIES, 100).tokens
+    before = rank(strategy, HISTORIES, 100).tokens
     evicted = np.array([catalogue.vocabulary.token(item_id) for item_id in ("i20", "shoe")])
     assert (np.isin(before, evicted).sum(axis=1) == 2).all()
     catalogue.evict(evicted)
     assert sorted(catalogue.vocabulary.admit(["boot", "hat"])) == sorted(evicted)
-    assert not np.isin(strategy.rank(HISTORIES, 100).tokens, evicted).any(), "they have no records"
+    assert not np.isin(rank(strategy, HISTORIES, 100).tokens, evicted).any(), "they have no records"
     catalogue.upsert([Item("boot", title="a boot"), NEW[0]])
     tokens = catalogue.vocabulary.admit(["boot", "shoe"])
-    assert np.isin(strategy.rank(HISTORIES, 100).tokens, tokens).sum(axis=1).tolist() == [2, 2, 2]
+    assert np.isin(rank(strategy, HISTORIES, 100).tokens, tokens).sum(axis=1).tolist() == [2, 2, 2]
     probabilities = new_item_probabilities(strategy, catalogue)
     fresh_strategy, fresh_catalogue = load(model)
     fresh_catalogue.upsert(NEW)
@@ -131,19 +132,19 @@ def test_readmitted_training_item_gets_its_facts_and_row_back(model: Artifact) -
     before = strategy.probabilities(HISTORIES, np.full((3, 1), token, np.int32))
     catalogue.evict(np.array([token]))
     catalogue.vocabulary.admit(["another"])
-    strategy.rank(HISTORIES, 5)
+    rank(strategy, HISTORIES, 5)
     back = catalogue.vocabulary.admit(["i20"])
     assert back != token
-    strategy.rank(HISTORIES, 5)
+    rank(strategy, HISTORIES, 5)
     assert catalogue.facts(back).price_codes.tolist() == [encode_value(10.0)]
     np.testing.assert_array_equal(strategy.probabilities(HISTORIES, np.tile(back, (3, 1))), before)
 
 
 def test_new_items_are_reranked_at_the_mean_value(model: Artifact) -> None:
     strategy, catalogue = load(model, RerankWeights(monetization=1.0, value=1.0))
-    before = strategy.rank(HISTORIES, 100)
+    before = rank(strategy, HISTORIES, 100)
     catalogue.upsert(NEW)
-    ranked = strategy.rank(HISTORIES, 100)
+    ranked = rank(strategy, HISTORIES, 100)
     tokens = [catalogue.vocabulary.token(item.item_id) for item in NEW]
     assert not np.isin(before.tokens, tokens).any()
     assert np.isin(ranked.tokens, tokens).sum(axis=1).tolist() == [2, 2, 2]

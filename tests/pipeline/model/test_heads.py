@@ -31,7 +31,7 @@ def make_context(lengths: list[int], k: int = 1) -> HeadContext:
     return HeadContext(
         events=torch.randn(rows, WIDTH),
         items=unit_vectors(rows),
-        recent=RecentEvents.from_offsets(np.cumsum([0, *lengths]), CPU),
+        recent=RecentEvents.from_offsets(torch.tensor([0, *lengths]).cumsum(0)),
         visit_frequency=torch.rand(len(lengths), N_VISIT_FEATURES),
         affinity=affinity,
     )
@@ -68,7 +68,7 @@ def test_logits_do_not_depend_on_the_rest_of_slate_and_batch() -> None:
 
 
 def test_recent_events_are_the_users_own_newest_first() -> None:
-    recent = RecentEvents.from_offsets(np.array([0, 2, 2, 50]), CPU)
+    recent = RecentEvents.from_offsets(torch.tensor([0, 2, 2, 50]))
     assert recent.rows[0, :2].tolist() == [1, 0]
     assert (~recent.missing).sum(dim=1).tolist() == [2, 0, N_RECENT]
     assert recent.rows[2].tolist() == list(range(49, 49 - N_RECENT, -1))
@@ -77,7 +77,7 @@ def test_recent_events_are_the_users_own_newest_first() -> None:
 def test_recent_events_of_each_event_are_those_of_serving_at_its_time() -> None:
     every = RecentEvents.from_each_event(np.array([0, 3, 5]), CPU)
     for row, (start, end) in enumerate([(0, 1), (0, 2), (0, 3), (3, 4), (3, 5)]):
-        served = RecentEvents.from_offsets(np.array([start, end]), CPU)
+        served = RecentEvents.from_offsets(torch.tensor([start, end]))
         torch.testing.assert_close(every.rows[row][~every.missing[row]], served.rows[0][~served.missing[0]])
 
 

@@ -13,19 +13,21 @@ from torch import Tensor
 
 from kernels.hierarchical_sequence_fusion.reference import hierarchical_sequence_fusion
 from pipeline import artifact as artifacts
+from pipeline.backends.encoder import EncoderBatch
 from pipeline.backends.item_table import ItemTable
+from pipeline.backends.staging import Staging
 from pipeline.backends.torch import TorchEncoder, TorchModel
 from pipeline.data.sequences import UserSequences
 from pipeline.evaluation.evaluate import EvaluationOptions, evaluate
 from pipeline.features.event_features import N_FEATURE_IDS, SESSION_GAP_S, EncoderInputs, encoder_inputs
-from pipeline.items.catalogue import Catalogue
+from pipeline.items.catalogue import Catalogue, ItemFacts
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.model.config import HstuConfig
 from pipeline.model.heads import HeadContext
 from pipeline.model.hstu import Hstu
 from pipeline.records import Event, EventSchema, Histories
 from pipeline.serving.hstu_strategy import load_hstu_strategy
-from pipeline.serving.pipeline import PipelineOptions
+from pipeline.serving.options import PipelineOptions
 from pipeline.training.batches import TrainingBatch, TrainingColumns, make_batch
 from pipeline.training.multi_task_model import MultiTaskModel
 from pipeline.training.train import TrainingOptions, train
@@ -64,7 +66,7 @@ def make_histories(lengths: tuple[int, ...] = LENGTHS) -> Histories:
 
 
 def make_inputs(histories: Histories) -> EncoderInputs:
-    return encoder_inputs(histories, VOCABULARY.tokens(histories.items), CONFIG.items)
+    return encoder_inputs(histories, VOCABULARY.tokens(histories.items), ItemFacts.unknown(len(histories.items)))
 
 
 def make_model() -> MultiTaskModel:
@@ -146,7 +148,8 @@ def test_state_depends_on_the_history_length_and_no_more() -> None:
     for position in range(40):
         changed = replace(inputs, item_rows=inputs.item_rows.copy())
         changed.item_rows[position] = inputs.item_rows[position] % len(ITEM_IDS) + 1
-        states = [encoder.encode(each.tail(encoder.max_events)) for each in (inputs, changed)]
+        tails = [each.tail(encoder.max_events) for each in (inputs, changed)]
+        states = [encoder.encode(EncoderBatch.from_inputs(tail, Staging(torch.device("cpu")))) for tail in tails]
         matters.append(not torch.equal(*states))
     assert matters == [False] * 20 + [True] * 20
     assert CONFIG.receptive_field - HstuConfig(max_events=9).receptive_field == 20 - 9

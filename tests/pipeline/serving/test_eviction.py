@@ -7,7 +7,8 @@ import pytest
 
 from pipeline.records import Event, EventSchema, Histories, Item
 from pipeline.serving.eviction import eviction_order
-from pipeline.serving.pipeline import Pipeline, PipelineOptions
+from pipeline.serving.options import PipelineOptions
+from pipeline.serving.pipeline import Pipeline
 
 SCHEMA = EventSchema()
 

@@ -9,7 +9,7 @@ import pytest
 from pipeline.artifact import Manifest
 from pipeline.errors import ArtifactError
 from pipeline.model.config import HstuConfig
-from pipeline.records import EventSchema, Histories, SlateItem
+from pipeline.records import EventSchema, SlateItem
 from pipeline.serving.model_validation import (
     HIT_RATE,
     Thresholds,
@@ -18,7 +18,7 @@ from pipeline.serving.model_validation import (
     check_overlap,
     slate_overlap,
 )
-from pipeline.serving.strategy import RankedItems
+from pipeline.serving.strategy import RankedItems, Request, rank
 from pipeline.serving.warm_up import synthetic_histories
 
 ITEM_IDS = [f"i{number}" for number in range(5)]
@@ -35,14 +35,22 @@ class FixedStrategy:
         self._score = score
         self._probability = probability
 
-    def rank(self, histories: Histories, k: int) -> RankedItems:
-        tokens = np.tile(np.array(self._tokens, np.int32), (len(histories), 1))
+    def prepare(self, request: Request) -> Request:
+        return request
+
+    def launch(self, prepared: Request) -> Request:
+        return prepared
+
+    def finish(self, pending: Request) -> RankedItems:
+        tokens = np.tile(np.array(self._tokens, np.int32), (len(pending.histories), 1))
         scores = np.where(tokens > 0, np.float32(self._score), -np.inf)
         return RankedItems(tokens, scores, np.full((*tokens.shape, 3), self._probability, np.float32), "hstu")
 
+    def close(self) -> None: ...
+
 
 def ranked(tokens: Sequence[int], users: int) -> RankedItems:
-    return FixedStrategy(tokens).rank(synthetic_histories(ITEM_IDS, [1] * users), len(tokens))
+    return rank(FixedStrategy(tokens), synthetic_histories(ITEM_IDS, [1] * users), len(tokens))
 
 
 def served(*slates: str) -> list[list[SlateItem]]:

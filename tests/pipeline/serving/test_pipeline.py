@@ -9,7 +9,9 @@ from pipeline.backends.torch import TorchEncoder
 from pipeline.data.log_io import read_log_by_time
 from pipeline.errors import ArtifactError, DeviceError
 from pipeline.records import DAY_MS, Event
-from pipeline.serving.pipeline import Pipeline, PipelineOptions, Recommendation, load_strategy
+from pipeline.serving.options import PipelineOptions
+from pipeline.serving.pipeline import Pipeline, Recommendation
+from pipeline.serving.strategies import strategies_of
 from tests.artifacts import renumbered
 
 OPTIONS = PipelineOptions(device="cpu", threads=1)
@@ -77,8 +79,8 @@ def test_swapped_model_with_another_item_order_ranks_the_same(shop, pipeline, hi
     pipeline.vocabulary.admit(["brand-new"])
     before = pipeline.recommend(histories, k=5)
     tokens = list(pipeline.vocabulary.item_ids)
-    model = load_strategy(renumbered(load(shop.artifact)), pipeline.catalogue, OPTIONS)
-    pipeline.swap_model(model, "renumbered")
+    replaced = pipeline.swap(strategies_of(pipeline.context(renumbered(load(shop.artifact)))), "renumbered")
+    replaced.close()
     after = pipeline.recommend(histories, k=5)
     assert pipeline.version == "renumbered"
     assert pipeline.vocabulary.item_ids == tokens, "tokens keep their meaning while the process lives"
@@ -93,7 +95,7 @@ def test_swapped_model_ranks_at_once_even_if_the_old_one_had_failed(shop, pipeli
         patch.setattr(TorchEncoder, "encode", lambda *_: 1 / 0)
         assert pipeline.recommend(histories, k=5)[0].strategy == "simple"
     assert pipeline.recommend(histories, k=5)[0].strategy == "simple"
-    pipeline.swap_model(load_strategy(load(shop.artifact), pipeline.catalogue, OPTIONS), "again")
+    pipeline.swap(strategies_of(pipeline.context(load(shop.artifact))), "again")
     assert pipeline.recommend(histories, k=5)[0].strategy == "hstu"
     assert pipeline.recommend(histories, k=5, strategy="simple")[0].strategy == "simple"
 

@@ -1,11 +1,13 @@
 import numpy as np
 import pytest
+import torch
 from msgspec.structs import replace
 
 from pipeline import artifact as artifacts
 from pipeline.features.labels import TASKS
 from pipeline.records import Event
-from pipeline.serving.pipeline import Pipeline, PipelineOptions
+from pipeline.serving.options import PipelineOptions
+from pipeline.serving.pipeline import Pipeline
 from pipeline.serving.rerank import RerankWeights, blend_scores, log_item_values, median_value
 
 OPTIONS = PipelineOptions(device="cpu", threads=1)
@@ -15,11 +17,11 @@ def blended_order(
     weights: RerankWeights, probabilities: list[list[float]], values: list[float] | None = None
 ) -> list[int]:
     """Return the order of three candidates whose retrieval scores are 1, 0.5 and 0."""
-    scores = np.array([[1.0, 0.5, 0.0]])
+    scores = torch.tensor([[1.0, 0.5, 0.0]])
     known = np.array(values or [0.0, 0.0, 0.0])
-    log_values = log_item_values(known, median_value(known))
-    blended = blend_scores(scores, np.array([probabilities]), log_values[None], weights)
-    return np.argsort(-blended)[0].tolist()
+    log_values = log_item_values(torch.from_numpy(known), median_value(known))
+    blended = blend_scores(scores, torch.tensor([probabilities]), log_values[None], weights)
+    return blended.argsort(descending=True, stable=True)[0].tolist()
 
 
 def load(shop, rerank: RerankWeights | None = None) -> Pipeline:
@@ -60,10 +62,12 @@ def test_full_weights_order_by_the_expected_money() -> None:
 
 
 def test_unknown_value_counts_as_the_median_and_padding_stays_last() -> None:
-    values = np.array([1.0, 0.0, 4.0, 2.0])
-    np.testing.assert_allclose(np.exp(log_item_values(values, median_value(values))), [1, 2, 4, 2], rtol=1e-6)
-    np.testing.assert_array_equal(log_item_values(np.zeros(3), median_value(np.zeros(3))), np.zeros(3))
-    padding = blend_scores(np.array([[-np.inf]]), np.zeros((1, 1, 3)), np.zeros((1, 1)), RerankWeights(engagement=1.0))
+    values = torch.tensor([1.0, 0.0, 4.0, 2.0])
+    log_values = log_item_values(values, median_value(values.numpy()))
+    torch.testing.assert_close(log_values.exp(), torch.tensor([1.0, 2.0, 4.0, 2.0]))
+    assert log_item_values(torch.zeros(3), median_value(np.zeros(3))).tolist() == [0.0] * 3
+    missing = torch.tensor([[-torch.inf]])
+    padding = blend_scores(missing, torch.zeros(1, 1, 3), torch.zeros(1, 1), RerankWeights(engagement=1.0))
     assert padding[0, 0] == -np.inf
 
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.serving import retrieval
-from pipeline.serving.retrieval import FusedRetrieval, Retrieval
+from pipeline.serving.retrieval import ExcludedItems, FusedRetrieval, Retrieval
 
 
 def brute_force(table: np.ndarray, states: np.ndarray, excluded: set[tuple[int, int]], k: int) -> list[list[int]]:
@@ -15,6 +15,17 @@ def brute_force(table: np.ndarray, states: np.ndarray, excluded: set[tuple[int, 
         best = sorted(allowed, key=lambda row: -float(table[row] @ state))[:k]
         rows.append(best + [0] * (k - len(best)))
     return rows
+
+
+def excluded_items(users: np.ndarray, rows: np.ndarray, n: int) -> ExcludedItems:
+    """Return the exclusion of these pairs for n users."""
+    order = np.argsort(users, kind="stable")
+    offsets = np.searchsorted(users[order], np.arange(n + 1))
+    return ExcludedItems(offsets, torch.from_numpy(users[order]), torch.from_numpy(rows[order].astype(np.int64)))
+
+
+def nothing(n: int) -> ExcludedItems:
+    return excluded_items(np.empty(0, np.int64), np.empty(0, np.int64), n)
 
 
 @pytest.fixture(autouse=True)
@@ -37,8 +48,11 @@ def test_top_k_equals_brute_force(
     table = rng.normal(size=(items, 4)).astype(np.float32)
     states = rng.normal(size=(users, 4)).astype(np.float32)
     excluded_users = rng.integers(0, users, pairs)
-    excluded_rows = rng.integers(0, items, pairs).astype(np.int32)
-    found, scores = kind(torch.from_numpy(table)).top_k(torch.from_numpy(states), excluded_users, excluded_rows, k)
+    excluded_rows = rng.integers(0, items, pairs)
+    retrieved = kind(torch.from_numpy(table)).top_k(
+        torch.from_numpy(states), excluded_items(excluded_users, excluded_rows, users), k
+    )
+    found, scores = (column.numpy() for column in retrieved)
     excluded = set(zip(excluded_users.tolist(), excluded_rows.tolist(), strict=True))
     assert found.tolist() == brute_force(table, states, excluded, k)
     assert np.isneginf(scores[found == 0]).all()
@@ -50,11 +64,10 @@ def test_large_catalogue_is_scored_in_chunks_with_the_same_result(monkeypatch: p
     torch.manual_seed(1)
     table = torch.randn(50, 8)
     states = torch.randn(23, 8)
-    users = np.arange(23).repeat(4)
-    rows = np.tile([1, 2, 3, 49], 23)
-    at_once = Retrieval(table).top_k(states, users, rows, 7)
+    excluded = excluded_items(np.arange(23).repeat(4), np.tile([1, 2, 3, 49], 23), 23)
+    at_once = Retrieval(table).top_k(states, excluded, 7)
     monkeypatch.setattr(retrieval, "CHUNK_SCORES", 150)
-    in_chunks = Retrieval(table).top_k(states, users, rows, 7)
+    in_chunks = Retrieval(table).top_k(states, excluded, 7)
     assert (in_chunks[0] == at_once[0]).all()
     np.testing.assert_allclose(in_chunks[1], at_once[1], rtol=1e-5)
 
@@ -63,10 +76,9 @@ def test_half_precision_finds_candidates_and_float32_orders_them() -> None:
     torch.manual_seed(2)
     table = torch.randn(900, 16)
     states = torch.randn(5, 16)
-    users = np.arange(5).repeat(3)
-    rows = np.tile([3, 700, 899], 5)
-    found, scores = FusedRetrieval(table).top_k(states, users, rows, 10)
-    expected, exact = Retrieval(table).top_k(states, users, rows, 10)
+    excluded = excluded_items(np.arange(5).repeat(3), np.tile([3, 700, 899], 5), 5)
+    found, scores = FusedRetrieval(table).top_k(states, excluded, 10)
+    expected, exact = Retrieval(table).top_k(states, excluded, 10)
     assert found.tolist() == expected.tolist()
     np.testing.assert_allclose(scores, exact, rtol=1e-6, atol=1e-6)
 
@@ -76,7 +88,6 @@ def test_new_and_rewritten_vectors_are_found_from_then_on(kind: type[Retrieval |
     torch.manual_seed(4)
     table = torch.randn(70, 8)
     states = torch.randn(6, 8)
-    no_pairs = np.empty(0, np.int64)
     grown = kind(table[:20].clone(), 0.5)
     for end in (21, 22, 70):
         vectors = torch.cat([table[:3], -table[3:4], table[4:end]])
@@ -85,7 +96,7 @@ def test_new_and_rewritten_vectors_are_found_from_then_on(kind: type[Retrieval |
         at_once = kind(vectors, 0.5)
         at_once.block(np.array([0, 5]))
         for found, expected in zip(
-            grown.top_k(states, no_pairs, no_pairs, 9), at_once.top_k(states, no_pairs, no_pairs, 9), strict=True
+            grown.top_k(states, nothing(len(states)), 9), at_once.top_k(states, nothing(len(states)), 9), strict=True
         ):
             assert (found == expected).all()
 
@@ -95,10 +106,9 @@ def test_scores_are_products_over_the_temperature(kind: type[Retrieval | FusedRe
     torch.manual_seed(5)
     table = torch.randn(40, 8)
     states = torch.randn(3, 8)
-    no_pairs = np.empty(0, np.int64)
     each = kind(table, 0.25)
-    found, scores = each.top_k(states, no_pairs, no_pairs, 7)
-    np.testing.assert_allclose(scores, (4 * states @ table.T).gather(1, torch.from_numpy(found).long()), rtol=1e-5)
+    found, scores = each.top_k(states, nothing(len(states)), 7)
+    np.testing.assert_allclose(scores, (4 * states @ table.T).gather(1, found), rtol=1e-5)
     np.testing.assert_allclose(each.scores(states, found), scores, rtol=1e-5)
 
 
@@ -106,7 +116,6 @@ def test_slate_longer_than_the_operators_limit_is_found_in_memory() -> None:
     torch.manual_seed(3)
     table = torch.randn(900, 8)
     states = torch.randn(2, 8)
-    no_pairs = np.empty(0, np.int64)
-    found, _ = FusedRetrieval(table).top_k(states, no_pairs, no_pairs, 480)
-    expected, _ = Retrieval(table).top_k(states, no_pairs, no_pairs, 480)
+    found, _ = FusedRetrieval(table).top_k(states, nothing(len(states)), 480)
+    expected, _ = Retrieval(table).top_k(states, nothing(len(states)), 480)
     assert found.tolist() == expected.tolist()

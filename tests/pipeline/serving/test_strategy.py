@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from pipeline.records import Histories
-from pipeline.serving.strategy import COOLDOWN_S, FallbackChain, RankedItems
+from pipeline.serving.strategy import COOLDOWN_S, FallbackChain, RankedItems, Request
 
 
 @dataclass
@@ -14,8 +13,16 @@ class FakeStrategy:
     name: str
     backend: str = "fake"
 
-    def rank(self, histories: Histories, k: int) -> RankedItems:
-        return RankedItems(np.zeros((0, k), np.int32), np.zeros((0, k), np.float32), None, self.name)
+    def prepare(self, request: Request) -> Request:
+        return request
+
+    def launch(self, prepared: Request) -> Request:
+        return prepared
+
+    def finish(self, pending: Request) -> RankedItems:
+        return RankedItems(np.zeros((0, pending.k), np.int32), np.zeros((0, pending.k), np.float32), None, self.name)
+
+    def close(self) -> None: ...
 
 
 @dataclass
@@ -36,7 +43,7 @@ def clock() -> ManualClock:
 
 @pytest.fixture
 def chain(clock: ManualClock) -> FallbackChain:
-    return FallbackChain(STRATEGIES, clock)
+    return FallbackChain([*STRATEGIES.values()], clock)
 
 
 def names(chain: FallbackChain, requested: str | None = None) -> list[str]:

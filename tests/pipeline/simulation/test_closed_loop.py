@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from pipeline.data.event_log import EventLog
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import EventSchema, Histories
-from pipeline.serving.strategy import RankedItems
+from pipeline.serving.strategy import RankedItems, Request
 from pipeline.simulation.choices import CLICK, PURCHASE, SessionStates, appeal, choose_from_slates
 from pipeline.simulation.closed_loop import ColumnPacker, PolicyUnderTest, run, warm_up
 from pipeline.simulation.simulator import Simulator
@@ -30,10 +30,18 @@ class ConstantStrategy:
         self._tokens = tokens
         self.requests: list[Histories] = []
 
-    def rank(self, histories: Histories, k: int) -> RankedItems:
-        self.requests.append(histories)
-        tokens = np.tile(self._tokens[:k], (len(histories), 1)).astype(np.int32)
+    def prepare(self, request: Request) -> Request:
+        self.requests.append(request.histories)
+        return request
+
+    def launch(self, prepared: Request) -> Request:
+        return prepared
+
+    def finish(self, pending: Request) -> RankedItems:
+        tokens = np.tile(self._tokens[: pending.k], (len(pending.histories), 1)).astype(np.int32)
         return RankedItems(tokens, np.zeros(tokens.shape), None, self.name)
+
+    def close(self) -> None: ...
 
 
 @dataclass

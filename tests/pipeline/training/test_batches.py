@@ -3,9 +3,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.data.sequences import UserSequences
-from pipeline.features.event_features import encoder_inputs
+from pipeline.features.inputs import encode
 from pipeline.features.labels import compute_labels
-from pipeline.features.visit_frequency import visit_frequency
+from pipeline.items.catalogue import ItemFacts
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import EVENT_DTYPE, Event, EventPacker, EventSchema
 from pipeline.training.batches import TrainingColumns, batch_crops, make_batch, random_crops
@@ -49,10 +49,12 @@ def test_columns_of_chunks_equal_columns_of_all_users(log: Log, chunk_events: in
     chunks = list(histories.chunks(chunk_events))
     assert [rows.start for rows, _ in chunks] == [0, *(rows.stop for rows, _ in chunks[:-1])]
     assert all(len(chunk.events) <= chunk_events or len(chunk) == 1 for _, chunk in chunks)
-    feature_ids = [encoder_inputs(chunk, sequences.tokens[rows], 7).feature_ids for rows, chunk in chunks]
-    assert np.array_equal(np.concatenate(feature_ids), encoder_inputs(histories, sequences.tokens, 7).feature_ids)
-    visits = [visit_frequency(chunk, np.arange(len(chunk.events))) for _, chunk in chunks]
-    assert np.array_equal(np.concatenate(visits), visit_frequency(histories, np.arange(len(log))))
+    facts = ItemFacts.unknown(len(log))
+    parts = [encode(chunk, sequences.tokens[rows], facts.select(rows), SCHEMA, True) for rows, chunk in chunks]
+    at_once = encode(histories, sequences.tokens, facts, SCHEMA, True)
+    assert np.array_equal(np.concatenate([part.events.feature_ids for part in parts]), at_once.events.feature_ids)
+    assert np.array_equal(np.concatenate([part.visits for part in parts]), at_once.visits)
+    assert np.array_equal(np.concatenate([part.affinity.engaged for part in parts]), at_once.affinity.engaged)
     labels = [compute_labels(chunk, SCHEMA, 1000 * len(log)) for _, chunk in chunks]
     assert np.array_equal(np.concatenate(labels), compute_labels(histories, SCHEMA, 1000 * len(log)), equal_nan=True)
 
@@ -95,16 +97,16 @@ def test_row_targets_the_next_event_and_has_seen_its_crop_so_far(
 ) -> None:
     columns = columns_of(log, repeats)
     rng = np.random.default_rng(seed)
-    starts, sizes = random_crops(columns.inputs.offsets, length, rng)
+    starts, sizes = random_crops(columns.inputs.events.offsets, length, rng)
     batch = make_batch(columns, starts, sizes, 0.0, rng)
     order = np.argsort(sizes, kind="stable")
     index = np.concatenate([np.arange(a, a + n) for a, n in zip(starts[order], sizes[order], strict=True)])
     expected_seen = set()
     expected_rows = []
     for row, position in enumerate(index.tolist()):
-        user = int(np.searchsorted(columns.inputs.offsets, position, side="right")) - 1
-        begin, end = columns.inputs.offsets[user : user + 2].tolist()
-        tokens = columns.inputs.item_rows[begin:end].tolist()
+        user = int(np.searchsorted(columns.inputs.events.offsets, position, side="right")) - 1
+        begin, end = columns.inputs.events.offsets[user : user + 2].tolist()
+        tokens = columns.inputs.events.item_rows[begin:end].tolist()
         rank = position - begin
         following = tokens[rank + 1] if rank + 1 < len(tokens) else 0
         assert batch.successors[row] == following
@@ -122,17 +124,17 @@ def test_crop_inputs_begin_with_older_events_of_the_same_user(log: Log, length: 
     columns = columns_of(log)
     columns.older_events = older
     rng = np.random.default_rng(seed)
-    starts, sizes = random_crops(columns.inputs.offsets, length, rng)
+    starts, sizes = random_crops(columns.inputs.events.offsets, length, rng)
     batch = make_batch(columns, starts, sizes, 0.0, rng)
     order = np.argsort(sizes, kind="stable")
     assert np.diff(batch.offsets).tolist() == sizes[order].tolist()
     for crop, (start, size) in enumerate(zip(starts[order], sizes[order], strict=True)):
-        user = int(np.searchsorted(columns.inputs.offsets, start, side="right")) - 1
-        source = slice(max(columns.inputs.offsets[user], start - older), start + size)
+        user = int(np.searchsorted(columns.inputs.events.offsets, start, side="right")) - 1
+        source = slice(max(columns.inputs.events.offsets[user], start - older), start + size)
         rows = slice(*batch.inputs.offsets[crop : crop + 2])
-        assert batch.inputs.item_rows[rows].tolist() == columns.inputs.item_rows[source].tolist()
-        assert batch.inputs.seconds[rows].tolist() == columns.inputs.seconds[source].tolist()
-        assert (batch.inputs.feature_ids[rows] == columns.inputs.feature_ids[source]).all()
+        assert batch.inputs.item_rows[rows].tolist() == columns.inputs.events.item_rows[source].tolist()
+        assert batch.inputs.seconds[rows].tolist() == columns.inputs.events.seconds[source].tolist()
+        assert (batch.inputs.feature_ids[rows] == columns.inputs.events.feature_ids[source]).all()
         own_rows = slice(*batch.offsets[crop : crop + 2])
         assert batch.successors[own_rows].tolist() == columns.successors[start : start + size].tolist()
 
@@ -141,4 +143,4 @@ def test_fraction_of_input_items_is_made_unknown_but_no_target() -> None:
     columns = columns_of([(0, step % 6) for step in range(4000)], repeats=True)
     batch = make_batch(columns, np.array([0]), np.array([4000]), 0.25, np.random.default_rng(0))
     assert 0.22 < (batch.inputs.item_rows == 0).mean() < 0.28
-    assert (batch.successors[:-1] == columns.inputs.item_rows[1:]).all()
+    assert (batch.successors[:-1] == columns.inputs.events.item_rows[1:]).all()

@@ -6,7 +6,7 @@ import shutil
 import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from prometheus_client import REGISTRY
@@ -14,6 +14,9 @@ from prometheus_client import REGISTRY
 from pipeline.artifact import Artifact, load
 from pipeline.data.log_io import read_log_by_time
 from pipeline.records import Event, EventPacker, Slate
+from pipeline.serving.simple_strategy import SimpleStrategy
+from pipeline.serving.strategies import StrategyContext
+from pipeline.serving.strategy import RankedItems, Request
 from tests import artifacts as relatives
 from worker.clock import WallClock
 from worker.config import Config, CountersConfig, PipelineConfig, SequencesConfig
@@ -389,3 +392,71 @@ async def test_rings_shorter_than_the_receptive_field_are_warned_about_at_load_a
     serving.publish("second", relatives.nudged(original, 1))
     assert await serving.check() != original.version
     assert sum("raise sequences.max_events" in line["event"] for line in logged()) == warnings
+
+
+OWN = "tests.worker.inference.test_hot_swap:Newest"
+
+
+class Newest:
+    """A strategy of one's own: popular items. It breaks its promises for the artifacts in `broken_for`."""
+
+    name = "newest"
+    backend = "numpy"
+    broken_for: ClassVar[set[str]] = set()
+    made: ClassVar[list["Newest"]] = []
+
+    def __init__(self, context: StrategyContext) -> None:
+        self._inner = SimpleStrategy(context.counters, context.options.exclusion)
+        self.version = context.artifact.version if context.artifact else "none"
+        self.is_closed = False
+        self.made.append(self)
+
+    def prepare(self, request: Request) -> Any:
+        return self._inner.prepare(request)
+
+    def launch(self, prepared: Any) -> Any:
+        return self._inner.launch(prepared)
+
+    def finish(self, pending: Any) -> RankedItems:
+        ranked = self._inner.finish(pending)
+        return ranked.first(1) if self.version in self.broken_for else ranked
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@pytest.fixture
+def own(serve: Callable[..., Serving], monkeypatch: pytest.MonkeyPatch) -> Serving:
+    """Serving with a strategy of one's own."""
+    monkeypatch.setattr(Newest, "made", [])
+    monkeypatch.setattr(Newest, "broken_for", set())
+    return serve(strategies=(OWN,))
+
+
+def made() -> list[tuple[str, bool]]:
+    """Return the version of each strategy of one's own, and whether it is closed."""
+    return [(each.version, each.is_closed) for each in Newest.made]
+
+
+async def test_all_strategies_are_swapped_together(own: Serving, original: Artifact, batch: Batch) -> None:
+    first = own.version
+    version = own.publish("second", relatives.nudged(original, seed=1))
+    assert await own.check() == version
+    assert made() == [(first, True), (version, False)]
+    for strategy in ("newest", "hstu", "simple"):
+        slates = await own.ranker.rank(Batch(batch.entries, 512, strategy))
+        assert {(slate.strategy, slate.model_version) for slate in slates} == {(strategy, version)}
+
+
+async def test_own_strategy_that_breaks_a_promise_rejects_the_swap_of_all(
+    own: Serving, original: Artifact, batch: Batch, logged: Logged
+) -> None:
+    first = own.version
+    version = own.publish("second", relatives.nudged(original, seed=1))
+    Newest.broken_for.add(version)
+    assert await own.check() == first
+    assert made() == [(first, False), (version, True)]
+    (entry,) = [entry for entry in logged() if entry["event"] == "artifact rejected, serving model continues"]
+    assert "Newest: its tokens have the shape" in entry["reason"]
+    slates = await own.ranker.rank(batch)
+    assert {(slate.strategy, slate.model_version) for slate in slates} == {("newest", first)}

@@ -1,16 +1,19 @@
 """PipelineRanker: metrics of a ranked batch, pinned items, options of the pipeline."""
 
 import asyncio
+import time
 
 import pytest
 from prometheus_client import REGISTRY
 
 from pipeline.backends.encoder import GraphOptions
 from pipeline.evaluation.business_metrics import BUSINESS_METRICS
-from pipeline.records import Event, EventPacker, EventSchema, Item
-from pipeline.serving.pipeline import Pipeline, PipelineOptions
+from pipeline.records import Event, EventPacker, EventSchema, Histories, Item
+from pipeline.serving.options import PipelineOptions
+from pipeline.serving.pipeline import BatchResult, Pipeline
 from worker.clock import WallClock
 from worker.config import BatcherConfig, Config, PipelineConfig
+from worker.errors import ConfigError
 from worker.inference.load import load_pipeline
 from worker.inference.ranker import PipelineRanker
 from worker.interfaces import Batch, ConsumedEvent, Entry, Partition, RecordOffset
@@ -118,3 +121,32 @@ def test_pipeline_has_graph_options_unless_custom_kernels_are_off() -> None:
     config = Config(batcher=batcher, pipeline=PipelineConfig(cuda_graph_mib=7, slate_size=5))
     assert load_pipeline(config).options.graphs == GraphOptions(64, 4096, 7, 5)
     assert load_pipeline(Config(pipeline=PipelineConfig(custom_kernels=False))).options.graphs is None
+
+
+async def test_deadline_of_a_batchs_first_slate_reaches_the_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = Pipeline.load(None, OPTIONS)
+    deadlines_s: list[float] = []
+    rank = pipeline.rank
+
+    def spy(histories: Histories, k: int, strategy: str | None, deadline_s: float) -> BatchResult:
+        deadlines_s.append(deadline_s)
+        return rank(histories, k, strategy, deadline_s)
+
+    monkeypatch.setattr(pipeline, "rank", spy)
+    clock = WallClock()
+    ranker = PipelineRanker(pipeline, 10, clock)
+    entries = [entry(1), entry(2)]
+    entries[0].deadline_ms = clock.now_ms() + 90_000
+    entries[1].deadline_ms = clock.now_ms() + 30_000
+    await ranker.rank(Batch(entries, 32))
+    ranker.close()
+    assert deadlines_s[0] - time.monotonic() == pytest.approx(30, abs=5)
+
+
+def test_configured_strategy_that_nobody_has_is_one_sentence() -> None:
+    own = ("tests.pipeline.serving.test_own_strategies:Alphabetical",)
+    load_pipeline(Config(pipeline=PipelineConfig(strategies=own, strategy="alphabetical")))
+    with pytest.raises(
+        ConfigError, match=r"pipeline\.strategy: no strategy 'oracle', want one of alphabetical, unified"
+    ):
+        load_pipeline(Config(pipeline=PipelineConfig(strategies=own, strategy="oracle")))

@@ -12,7 +12,9 @@ from aiokafka import TopicPartition
 
 from pipeline.artifact import load
 from pipeline.records import Event, Item, SlateItem
-from pipeline.serving.pipeline import Pipeline, PipelineOptions, load_strategy
+from pipeline.serving.options import PipelineOptions
+from pipeline.serving.pipeline import Pipeline
+from pipeline.serving.strategies import strategies_of
 from tests import artifacts as relatives
 from worker.clock import WallClock
 from worker.errors import ConfigError
@@ -47,9 +49,8 @@ class Process:
     async def update(self, *items: Item, delisted: tuple[str, ...] = ()) -> None:
         await self.ranker.update_items(items, delisted, live=True)
 
-    async def swap_model(self, artifact: Path, version: str) -> None:
-        model = load_strategy(load(artifact), self.pipeline.catalogue, self.pipeline.options)
-        await self.ranker.swap_model(model, version)
+    async def swap(self, artifact: Path, version: str) -> None:
+        await self.ranker.swap(strategies_of(self.pipeline.context(load(artifact))), version)
 
     def stop(self) -> None:
         self.journal.close()
@@ -200,7 +201,7 @@ async def test_journal_of_another_artifact_is_not_used_and_logged(machine: Machi
 async def test_journal_follows_the_serving_artifact(machine: Machine) -> None:
     first = await machine.start_and_save(SHOE)
     version = relatives.save(machine.artifact, relatives.nudged(load(machine.artifact), 1))
-    await first.swap_model(machine.artifact, version)
+    await first.swap(machine.artifact, version)
     await first.journal.save({PARTITION: 5})
     first.stop()
     second = machine.start()
@@ -322,7 +323,7 @@ async def test_failed_save_is_logged_and_the_next_save_makes_up_for_it(machine: 
     first = await machine.start_and_save(SHOE)
     moved = machine.folder.with_name("moved")
     machine.folder.rename(moved)
-    await first.swap_model(machine.artifact, "another")
+    await first.swap(machine.artifact, "another")
     await first.journal.save({PARTITION: 6})
     moved.rename(machine.folder)
     await first.journal.save({PARTITION: 7})

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
 from pipeline.records import DAY_MS, Event, EventPacker
-from worker.config import Config, EventsConfig
+from worker.config import Config, EventsConfig, PipelineConfig
 from worker.interfaces import Partition, PolledRecords
 from worker.replay.log_source import LogRecord
 from worker.stream.codec import Codec
@@ -170,6 +170,17 @@ def test_header_names_are_exact_and_the_last_value_counts():
     events, dead_letters = decode(LogRecord(0, b"u1", json_of(), NOW_MS, headers))
     assert not dead_letters
     assert (events[0].k, events[0].strategy) == (7, None)
+
+
+OWN_STRATEGY = PipelineConfig(strategies=("tests.pipeline.serving.test_own_strategies:Alphabetical",))
+
+
+def test_own_strategy_may_be_requested_by_its_name() -> None:
+    config = Config(pipeline=OWN_STRATEGY)
+    own, unknown = record(json_of(), strategy=b"alphabetical"), record(json_of(), strategy=b"oracle")
+    (consumed,), (letter,) = decode(own, unknown, config=config)
+    assert consumed.strategy == "alphabetical"
+    assert letter.reason.startswith("header strategy is 'oracle'; want one of alphabetical, unified, ")
 
 
 header_names = st.sampled_from(["content-type", "schema", "k", "strategy", "unreadable", "trace"])

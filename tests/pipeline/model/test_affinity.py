@@ -1,19 +1,24 @@
-"""Affinity features against plain loops, and in training against serving."""
+"""Affinity on the device against plain loops, and in training against serving."""
 
 from math import log1p
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.data.sequences import UserSequences
-from pipeline.features.affinity import N_AFFINITY_FEATURES, WINDOWS, AffinityIndex
-from pipeline.features.labels import engaged
+from pipeline.features.affinity import N_AFFINITY_FEATURES, WINDOWS
+from pipeline.features.event_features import COUNT_CAP
+from pipeline.features.inputs import encode
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
+from pipeline.model import affinity
+from pipeline.model.affinity import AffinityColumns, ItemColumns, LatestEvents
 from pipeline.records import Event, EventSchema, Histories, Item
 from pipeline.training.batches import TrainingColumns, make_batch
+from pipeline.training.multi_task_model import successor_affinity
 
 SCHEMA = EventSchema()
 ITEMS = [
@@ -35,13 +40,17 @@ def events_of(history: list[tuple[int, str]], user: str = "u") -> list[Event]:
     return [Event(user, ITEMS[item].item_id, action, 1000 * n) for n, (item, action) in enumerate(history)]
 
 
-def index_of(histories: Histories) -> AffinityIndex:
-    items = VOCABULARY.tokens(histories.items)
-    return AffinityIndex.from_histories(histories, items, CATALOGUE.facts(items), engaged(histories, SCHEMA))
-
-
-def features_at(histories: Histories, ends: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    return index_of(histories).at(ends, tokens, CATALOGUE.facts(tokens))
+def affinity_of(histories: Histories, tokens: np.ndarray, max_events: int = COUNT_CAP) -> np.ndarray:
+    """Return the features of items, tokens int [users, k], as serving computes them."""
+    rows = VOCABULARY.tokens(histories.items)
+    events = encode(histories, rows, CATALOGUE.facts(rows), SCHEMA).affinity.tail(max_events)
+    columns = AffinityColumns(*map(torch.from_numpy, events.columns))
+    longest = int(np.diff(events.offsets).max(initial=0))
+    latest = LatestEvents.of_users(columns, torch.from_numpy(events.offsets), longest)
+    facts = CATALOGUE.facts(tokens.ravel())
+    columns_of_items = tokens.astype(np.int32), facts.categories, facts.price_codes.astype(np.int32)
+    items = ItemColumns(*(torch.from_numpy(column.reshape(tokens.shape)) for column in columns_of_items))
+    return latest.affinity(items).numpy()
 
 
 def expected_features(history: list[tuple[int, str]], item: Item) -> list[float]:
@@ -73,16 +82,16 @@ def expected_features(history: list[tuple[int, str]], item: Item) -> list[float]
 @given(interactions, interactions)
 def test_features_equal_their_definitions_within_each_user(one, other) -> None:
     histories = Histories.from_events([events_of(one), events_of(other)], SCHEMA)
-    for end, history in ((len(one) - 1, one), (len(one) + len(other) - 1, other)):
-        tokens = np.array([VOCABULARY.token(item.item_id) for item in ITEMS])
-        features = features_at(histories, np.full(len(ITEMS), end), tokens)
-        assert features.shape == (len(ITEMS), N_AFFINITY_FEATURES)
-        np.testing.assert_allclose(features, [expected_features(history, item) for item in ITEMS], atol=2e-4)
+    tokens = np.array([[VOCABULARY.token(item.item_id) for item in ITEMS]] * 2)
+    features = affinity_of(histories, tokens)
+    assert features.shape == (2, len(ITEMS), N_AFFINITY_FEATURES)
+    for found, history in zip(features, (one, other), strict=True):
+        np.testing.assert_allclose(found, [expected_features(history, item) for item in ITEMS], atol=2e-4)
 
 
 def test_unknown_item_has_no_affinity_to_any_category() -> None:
     histories = Histories.from_events([events_of([(0, "view"), (0, "cart")])], SCHEMA)
-    (row,) = features_at(histories, np.array([1]), np.array([0]))
+    row = affinity_of(histories, np.array([[0]]))[0, 0]
     assert not row[: len(WINDOWS)].any()
     assert row[-1] == 1
 
@@ -96,19 +105,41 @@ def test_training_batch_features_equal_serving_features(seed: int) -> None:
     sequences = UserSequences.from_columns(histories.events, VOCABULARY.tokens(histories.items), histories.users)
     columns = TrainingColumns.from_sequences(sequences, SCHEMA, repeats=True, catalogue=CATALOGUE)
     batch = make_batch(columns, sequences.offsets[:-1], np.diff(sequences.offsets), 0.5, rng)
+    trained = successor_affinity(batch, torch.device("cpu")).numpy()
     for row in np.flatnonzero(batch.successors):
         start = int(sequences.user_starts(np.array([row]))[0])
         ring = Histories(histories.events[start : row + 1], np.array([0, row + 1 - start]))
-        served = features_at(ring, np.array([row - start]), batch.successors[row : row + 1])
-        np.testing.assert_array_equal(batch.affinity[row], served[0])
+        served = affinity_of(ring, batch.successors[row : row + 1, None])
+        np.testing.assert_array_equal(trained[row], served[0])
 
 
-def test_latest_uses_each_users_last_event_and_zeros_without_events() -> None:
+def test_user_without_events_has_zeros_and_changes_no_other_user() -> None:
     log = [[(0, "view"), (2, "cart")], [], [(1, "like")]]
     histories = Histories.from_events([events_of(history) for history in log], SCHEMA)
     tokens = np.array([[1, 4], [2, 3], [5, 2]])
-    features = index_of(histories).latest(tokens, CATALOGUE.facts(tokens.ravel()))
+    features = affinity_of(histories, tokens)
     assert not features[1].any()
-    for user, end in ((0, 1), (2, 2)):
-        expected = features_at(histories, np.array([end, end]), tokens[user])
-        np.testing.assert_array_equal(features[user], expected)
+    for user in (0, 2):
+        alone = affinity_of(histories.select(np.array([user])), tokens[user : user + 1])
+        np.testing.assert_array_equal(features[user], alone[0])
+    assert not affinity_of(histories.select(np.array([1])), tokens[1:2]).any(), "a batch without any event"
+
+
+def test_events_beyond_the_longer_window_do_not_count() -> None:
+    history = [(0, "cart")] * 10 + [(1, "view")] * COUNT_CAP
+    full = Histories.from_events([events_of(history)], SCHEMA)
+    tokens = np.array([[1, 2, 3]])
+    expected = affinity_of(Histories.from_events([events_of(history[10:])], SCHEMA), tokens)
+    np.testing.assert_array_equal(affinity_of(full, tokens), expected)
+    np.testing.assert_array_equal(affinity_of(full, tokens, max_events=1000), expected)
+
+
+@pytest.mark.parametrize("users", [1, 7, 40])
+def test_counting_a_few_users_at_a_time_changes_nothing(users: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(users)
+    log = [[(int(rng.integers(5)), "view") for _ in range(rng.integers(0, 60))] for _ in range(users)]
+    histories = Histories.from_events([events_of(history) for history in log], SCHEMA)
+    tokens = rng.integers(0, 6, (users, 9))
+    at_once = affinity_of(histories, tokens)
+    monkeypatch.setattr(affinity, "CHUNK_PAIRS", 1000)
+    np.testing.assert_array_equal(affinity_of(histories, tokens), at_once)

@@ -1,0 +1,42 @@
+"""Strategies of one's own: classes that `pipeline.strategies` names as "package.module:Class"."""
+
+from collections.abc import Iterable
+from importlib import import_module
+
+from pipeline.errors import StrategyError
+from pipeline.items.vocabulary import Vocabulary
+from pipeline.serving.conformance import check_strategy
+from pipeline.serving.exclusion import Exclusion
+from pipeline.serving.strategy import FALLBACK_ORDER, Strategy
+
+
+def import_class(path: str) -> type:
+    """Return the class that "package.module:Class" names. Raises StrategyError."""
+    module, _, name = path.partition(":")
+    if not module or not name:
+        raise StrategyError(f"pipeline.strategies '{path}': want 'package.module:Class'")
+    try:
+        found = getattr(import_module(module), name)
+    except Exception as error:  # a module may raise anything
+        raise StrategyError(f"pipeline.strategies '{path}': {error!r}; is it installed, or on PYTHONPATH?") from error
+    if not isinstance(found, type) or not isinstance(getattr(found, "name", None), str):
+        raise StrategyError(f"pipeline.strategies '{path}': want a class with a `name`, a string")
+    return found
+
+
+def own_names(paths: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of these strategies. Raises StrategyError, also for a name that is taken."""
+    names: list[str] = []
+    for path in paths:
+        name = import_class(path).name
+        if name in (*FALLBACK_ORDER, *names):
+            raise StrategyError(f"pipeline.strategies '{path}': another strategy has its name, '{name}'")
+        names.append(name)
+    return tuple(names)
+
+
+def check_own_strategies(strategies: Iterable[Strategy], vocabulary: Vocabulary, exclusion: Exclusion) -> None:
+    """Raise StrategyError unless all strategies of one's own keep their promises. For the thread that ranks."""
+    for strategy in strategies:
+        if strategy.name not in FALLBACK_ORDER:
+            check_strategy(strategy, vocabulary, exclusion)

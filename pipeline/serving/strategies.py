@@ -1,0 +1,79 @@
+"""All strategies that this process can run with an artifact: one's own, the model's, and the counters'."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pipeline.counters.counters import Counters
+from pipeline.errors import DeviceError, StrategyError
+from pipeline.items.catalogue import Catalogue
+from pipeline.serving.options import PipelineOptions
+from pipeline.serving.own_strategies import import_class, own_names
+from pipeline.serving.simple_strategy import SimpleStrategy
+from pipeline.serving.strategy import Strategy
+
+if TYPE_CHECKING:
+    from pipeline.artifact import Artifact
+
+MODEL_STRATEGIES = ("hstu",)  # made of the artifact alone: they rank in any thread until they serve
+
+
+@dataclass(frozen=True, slots=True)
+class StrategyContext:
+    """What a strategy is made from, as `Class(context)`: catalogue and counters are to be read while it ranks alone.
+
+    artifact: None in a process without a model. Its items have tokens in the catalogue's vocabulary.
+    """
+
+    artifact: "Artifact | None"
+    catalogue: Catalogue
+    counters: Counters
+    options: PipelineOptions
+
+
+def strategies_of(context: StrategyContext) -> list[Strategy]:
+    """Return every strategy that this process can run; `check_own_strategies` must pass before they rank.
+
+    It may run beside the thread that ranks: a strategy reads catalogue and counters only when it ranks. Raises
+    ArtifactError when the vocabulary lacks one of the artifact's items, DeviceError when the kernels do not run,
+    StrategyError for one of `options.strategies` that cannot be loaded.
+    """
+    own_names(context.options.strategies)
+    strategies: list[Strategy] = [_own_strategy(path, context) for path in context.options.strategies]
+    if context.artifact is not None:
+        strategies.append(_hstu_strategy(context.artifact, context))
+    return [*strategies, SimpleStrategy(context.counters, context.options.exclusion)]
+
+
+def _own_strategy(path: str, context: StrategyContext) -> Strategy:
+    strategy_class = import_class(path)
+    try:
+        return strategy_class(context)
+    except Exception as error:  # whatever the class does
+        raise StrategyError(f"pipeline.strategies '{path}': {error!r} when it was made") from error
+
+
+def _hstu_strategy(artifact: "Artifact", context: StrategyContext) -> Strategy:
+    """Return the artifact's model, warmed up."""
+    from pipeline.serving.hstu_strategy import load_hstu_strategy  # imports torch, so only for a model
+
+    options = context.options
+    strategy = load_hstu_strategy(
+        artifact,
+        context.catalogue,
+        options.exclusion,
+        device=options.device,
+        threads=options.threads,
+        rerank=options.rerank,
+        graphs=options.graphs,
+    )
+    if options.graphs is None or not strategy.on_gpu:
+        return strategy
+    try:
+        strategy.warm(artifact.item_ids, options.graphs)
+    except Exception as error:  # from a compiler, a driver, or for lack of memory
+        reason = str(error).partition("\n")[0]
+        raise DeviceError(
+            f"pipeline.device '{options.device}': the kernels do not run on this card: {reason}; set"
+            " pipeline.custom_kernels = false, or less pipeline.cuda_graph_mib if its memory is too small"
+        ) from error
+    return strategy

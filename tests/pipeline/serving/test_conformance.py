@@ -1,0 +1,170 @@
+"""The checks that every strategy must pass: this project's strategies do, and each broken promise is found."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.errors import StrategyError
+from pipeline.items.catalogue import Catalogue
+from pipeline.items.vocabulary import Vocabulary
+from pipeline.records import Event, EventSchema, Histories
+from pipeline.serving.conformance import check_strategy, violations
+from pipeline.serving.exclusion import Exclusion
+from pipeline.serving.options import PipelineOptions, new_counters
+from pipeline.serving.simple_strategy import SimpleStrategy
+from pipeline.serving.strategies import StrategyContext, strategies_of
+from pipeline.serving.strategy import RankedItems, Request, Strategy
+from tests.artifacts import untrained
+
+IDS = [f"i{number}" for number in range(90)]
+EXCLUSION = Exclusion()
+
+
+def make_vocabulary() -> Vocabulary:
+    """Return a vocabulary whose first item is delisted."""
+    vocabulary = Vocabulary(IDS)
+    vocabulary.delist(IDS[:1])
+    return vocabulary
+
+
+def make_simple(vocabulary: Vocabulary) -> SimpleStrategy:
+    counters = new_counters(PipelineOptions(), vocabulary)
+    seen = Histories.from_events([[Event("u", item, "view", n) for n, item in enumerate(IDS)]], EventSchema())
+    counters.observe(seen, seen.lengths)
+    return SimpleStrategy(counters, EXCLUSION)
+
+
+def test_every_strategy_of_an_artifact_keeps_its_promises() -> None:
+    artifact = untrained(IDS)
+    catalogue = Catalogue(make_vocabulary())
+    artifact.load_into(catalogue)
+    options = PipelineOptions(device="cpu", threads=1)
+    context = StrategyContext(artifact, catalogue, new_counters(options, catalogue.vocabulary), options)
+    strategies = strategies_of(context)
+    assert [strategy.name for strategy in strategies] == ["hstu", "simple"]
+    for strategy in strategies:
+        assert list(violations(strategy, catalogue.vocabulary, options.exclusion)) == []
+        strategy.close()
+        strategy.close()
+
+
+def test_strategy_of_a_process_without_items_keeps_its_promises() -> None:
+    vocabulary = Vocabulary()
+    strategy = SimpleStrategy(new_counters(PipelineOptions(), vocabulary), EXCLUSION)
+    assert list(violations(strategy, vocabulary, EXCLUSION)) == []
+
+
+@dataclass
+class Altered:
+    """The simple strategy with a name of its own, whose answers `alter` changes."""
+
+    inner: SimpleStrategy
+    alter: Callable[[RankedItems], RankedItems]
+    name: str = "altered"
+    backend: str = "numpy"
+    launched: list[Any] = field(default_factory=list)
+
+    def prepare(self, request: Request) -> Any:
+        return self.inner.prepare(request)
+
+    def launch(self, prepared: Any) -> Any:
+        return self.inner.launch(prepared)
+
+    def finish(self, pending: Any) -> RankedItems:
+        return self.alter(pending)
+
+    def close(self) -> None: ...
+
+
+def swapped(ranked: RankedItems) -> RankedItems:
+    """Return the second item before the first."""
+    order = [1, 0, *range(2, ranked.tokens.shape[1])][: ranked.tokens.shape[1]]
+    return replace(ranked, tokens=ranked.tokens[:, order], scores=ranked.scores[:, order])
+
+
+def with_column(name: str, make: Callable[[RankedItems], np.ndarray]) -> Callable[[RankedItems], RankedItems]:
+    return lambda ranked: replace(ranked, **{name: make(ranked)})
+
+
+def ranks(ranked: RankedItems) -> np.ndarray:
+    """Return each slate position's rank from 0, of the slates' shape."""
+    return np.broadcast_to(np.arange(ranked.tokens.shape[1], dtype=np.int32), ranked.tokens.shape)
+
+
+BROKEN = {
+    "have the shape": lambda ranked: ranked.first(max(1, ranked.tokens.shape[1] - 1)),
+    "heads have the shape": with_column("heads", lambda ranked: np.zeros((*ranked.tokens.shape, 2))),
+    "not all from 0 to": with_column("tokens", lambda ranked: ranked.tokens + 1000),
+    "has a gap": with_column("tokens", lambda ranked: ranked.tokens * (ranks(ranked) > 0)),
+    "a delisted item": with_column("tokens", lambda ranked: np.where(ranks(ranked) > 0, ranked.tokens, 1)),
+    "not finite": with_column("scores", lambda ranked: np.full_like(ranked.scores, np.nan)),
+    "not in the order of its scores": swapped,
+    "not from 0 to 1": with_column("heads", lambda ranked: np.full((*ranked.tokens.shape, 3), 1.5)),
+    "an item twice": with_column("tokens", lambda ranked: ranked.tokens[:, :1] + 0 * ranked.tokens),
+    "keep off the slate": with_column("tokens", lambda ranked: 2 + ranks(ranked)),
+}
+
+
+@pytest.mark.parametrize("sentence", BROKEN)
+def test_broken_promise_of_an_answer_is_found(sentence: str) -> None:
+    vocabulary = make_vocabulary()
+    strategy = Altered(make_simple(vocabulary), BROKEN[sentence])
+    assert sentence in " ".join(violations(strategy, vocabulary, EXCLUSION))
+    with pytest.raises(StrategyError, match=r"pipeline\.strategies: Altered: "):
+        check_strategy(strategy, vocabulary, EXCLUSION)
+
+
+def test_unaltered_strategy_under_its_own_name_passes() -> None:
+    vocabulary = make_vocabulary()
+    check_strategy(Altered(make_simple(vocabulary), lambda ranked: ranked), vocabulary, EXCLUSION)
+
+
+@pytest.mark.parametrize(("attribute", "value"), [("name", "Has Spaces"), ("backend", ""), ("name", "x" * 40)])
+def test_name_that_no_metric_label_should_have_is_found(attribute: str, value: str) -> None:
+    vocabulary = make_vocabulary()
+    strategy = Altered(make_simple(vocabulary), lambda ranked: ranked)
+    setattr(strategy, attribute, value)
+    assert f"its {attribute} is {value!r}" in next(violations(strategy, vocabulary, EXCLUSION))
+
+
+def test_batches_that_share_memory_are_found() -> None:
+    vocabulary = make_vocabulary()
+    kept: list[RankedItems] = []
+
+    class OneResult(Altered):
+        """Keeps the last launch only, as a buffer that is reused too early."""
+
+        def launch(self, prepared: Any) -> Any:
+            kept[:] = [self.inner.launch(prepared)]
+            return len(prepared.request.histories)
+
+        def finish(self, pending: int) -> RankedItems:
+            (ranked,) = kept
+            rows = np.arange(pending) % len(ranked.tokens)
+            return RankedItems(ranked.tokens[rows], ranked.scores[rows], None, "popular")
+
+    strategy = OneResult(make_simple(vocabulary), lambda ranked: ranked)
+    assert "when the next one is launched before it is finished" in " ".join(
+        violations(strategy, vocabulary, EXCLUSION)
+    )
+
+
+def test_strategy_that_raises_or_lacks_a_step_is_found() -> None:
+    vocabulary = make_vocabulary()
+
+    def fail(ranked: RankedItems) -> RankedItems:
+        raise RuntimeError("no connection")
+
+    (raised,) = violations(Altered(make_simple(vocabulary), fail), vocabulary, EXCLUSION)
+    assert raised == "it raised RuntimeError('no connection') for 1 users of [1] events, k = 10"
+
+    class Ranks:
+        name = "ranks"
+        backend = "numpy"
+
+    without_steps: Any = Ranks()
+    strategy: Strategy = without_steps
+    assert list(violations(strategy, vocabulary, EXCLUSION)) == ["it has no method prepare, launch, finish, close"]
