@@ -10,7 +10,7 @@ from torch import Tensor
 from pipeline.backends.encoder import Encoder, EncoderBatch
 from pipeline.backends.staging import Staging
 from pipeline.features.event_features import N_FEATURE_IDS, N_FEATURES, EncoderInputs
-from pipeline.serving.retrieval import ExcludedItems, Retrieval
+from pipeline.strategies.retrieval import ExcludedItems, Retrieval
 
 STEPS_S = (0, 0, 1, 20, 400, 90_000)  # between events: within a second, a session, days
 

@@ -14,7 +14,7 @@ PAGE = ROOT / "docs" / "architecture.md"
 PACKAGES = ("worker", "export", "pipeline", "kernels")  # each imports only itself and those after it
 INIT_FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("__init__.py"))
 # They import the sub-command that the command line names, and the user's own classes.
-IMPORTERS_BY_NAME = ("worker.commands.dispatch", "pipeline.serving.own_strategies")
+IMPORTERS_BY_NAME = ("worker.commands.dispatch", "pipeline.strategies.own_strategies")
 # Libraries that a folder must not know, lazily either; the package table and the docstrings of folders say so.
 FORBIDDEN = {
     "kernels": ("aiokafka", "asyncio", "redis"),

@@ -14,8 +14,8 @@ import msgspec
 from msgspec import Meta, Struct, field
 
 from pipeline.records import EventSchema
-from pipeline.serving.rerank import RerankWeights
-from pipeline.serving.strategy import FALLBACK_ORDER
+from pipeline.strategies.rerank import RerankWeights
+from pipeline.strategies.strategy import FALLBACK_ORDER
 from pipeline.types import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from worker.errors import ConfigError
 

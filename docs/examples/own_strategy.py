@@ -5,8 +5,8 @@ usage: PYTHONPATH=docs/examples MILLRACE__PIPELINE__STRATEGIES='["own_strategy:T
 
 import numpy as np
 
-from pipeline.serving.strategies import StrategyContext
-from pipeline.serving.strategy import RankedItems, Request
+from pipeline.strategies.strategies import StrategyContext
+from pipeline.strategies.strategy import RankedItems, Request
 
 
 class Trending:

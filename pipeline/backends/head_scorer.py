@@ -18,7 +18,7 @@ from pipeline.model.hstu import Hstu
 
 @dataclass(slots=True)
 class HeadBatch:
-    """What the heads read of n users besides their states, on the device.
+    """The heads' inputs for n users besides their states, on the device.
 
     longest:          length of the longest history that affinity is counted over
     visits:           float32 [n, N_VISIT_FEATURES]

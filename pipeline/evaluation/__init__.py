@@ -1,4 +1,4 @@
 """Offline evaluation: metrics, protocols, baselines, the report.
 
-May import: errors, jagged, types, records, items, data, features, counters, model, artifact, serving.
+May import: errors, jagged, types, records, items, data, features, counters, model, artifact, strategies.
 """

@@ -12,7 +12,7 @@ from pipeline.evaluation.ranking import Recommender
 from pipeline.features.labels import TASKS
 from pipeline.items.vocabulary import UNKNOWN
 from pipeline.records import Histories
-from pipeline.serving.strategy import RankedItems
+from pipeline.strategies.strategy import RankedItems
 
 BUSINESS_METRICS = (*TASKS, "value")
 

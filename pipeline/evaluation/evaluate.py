@@ -42,9 +42,9 @@ from pipeline.features.labels import TASKS, compute_log_labels
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import UNKNOWN, Vocabulary
 from pipeline.records import EventSchema, Item
-from pipeline.serving.hstu_strategy import HstuStrategy, load_hstu_strategy
-from pipeline.serving.options import PipelineOptions, frozen_counters
-from pipeline.serving.simple_strategy import SimpleStrategy
+from pipeline.strategies.hstu_strategy import HstuStrategy, load_hstu_strategy
+from pipeline.strategies.options import PipelineOptions, frozen_counters
+from pipeline.strategies.simple_strategy import SimpleStrategy
 from pipeline.types import PositiveInt
 
 SLATE_ITEMS = 10

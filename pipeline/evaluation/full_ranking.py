@@ -7,8 +7,8 @@ import numpy as np
 
 from pipeline.items.vocabulary import UNKNOWN, Vocabulary
 from pipeline.records import Histories
-from pipeline.serving.exclusion import Exclusion
-from pipeline.serving.strategy import RankedItems
+from pipeline.strategies.exclusion import Exclusion
+from pipeline.strategies.strategy import RankedItems
 
 
 class CatalogueScorer(Protocol):

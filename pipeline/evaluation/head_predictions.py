@@ -8,7 +8,7 @@ from pipeline.evaluation.ranking import HeldOutEvents
 from pipeline.features.labels import TASKS, compute_log_labels
 from pipeline.model.calibration import fit_platt
 from pipeline.records import EventSchema
-from pipeline.serving.hstu_strategy import HstuStrategy
+from pipeline.strategies.hstu_strategy import HstuStrategy
 
 MAX_CALIBRATION_EVENTS = 8000  # two numbers per head are fitted to them
 

@@ -14,7 +14,7 @@ from pipeline.data.sequences import UserSequences
 from pipeline.evaluation.metrics import RankingMetrics, ranking_metrics, target_ranks
 from pipeline.jagged import find_rows
 from pipeline.records import Histories
-from pipeline.serving.strategy import RankedItems, Strategy, rank
+from pipeline.strategies.strategy import RankedItems, Strategy, rank
 
 BATCH_USERS = 256
 

@@ -17,7 +17,7 @@ from pipeline.records import EventSchema, Histories
 
 @dataclass(slots=True)
 class Inputs:
-    """What a model reads of n users with `total` events.
+    """Features of n users with `total` events.
 
     events:   what the encoder reads, of all events; trim it with `tail`
     visits:   float32 [n, N_VISIT_FEATURES], as of each user's newest event, or [total, ...] as of every event

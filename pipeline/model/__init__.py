@@ -1,4 +1,4 @@
 """The network and nothing else: HSTU, item embedding, task heads, calibration.
 
-May import: errors, jagged, types, items, features, kernels, records, tensors.
+May import: errors, jagged, tensors, types, records, items, features, kernels.
 """

@@ -1,4 +1,4 @@
-"""From histories to slates: strategies and their fallback order, retrieval, reranking, exclusion.
+"""The pipeline: batches through the strategies, items in and out, checks of a model before it serves.
 
-May import: errors, types, records, items, features, counters, artifact, backends, kernels, tensors.
+May import: errors, records, items, counters, artifact, strategies.
 """

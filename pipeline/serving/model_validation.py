@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.artifact import Manifest
 from pipeline.errors import ArtifactError
 from pipeline.records import Histories, SlateItem
-from pipeline.serving.strategy import RankedItems, Strategy, rank
+from pipeline.strategies.strategy import RankedItems, Strategy, rank
 
 HIT_RATE = "validation_hit_rate"  # of a manifest's metrics
 

@@ -22,11 +22,11 @@ from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import Event, Histories, Item, SlateItem, Why
 from pipeline.serving.eviction import evict_for
-from pipeline.serving.options import PipelineOptions, new_counters
-from pipeline.serving.own_strategies import check_own_strategies
 from pipeline.serving.ranking import Generation, Ranking
-from pipeline.serving.strategies import StrategyContext, strategies_of
-from pipeline.serving.strategy import FallbackChain, RankedItems, Request, Strategy
+from pipeline.strategies.options import PipelineOptions, new_counters
+from pipeline.strategies.own_strategies import check_own_strategies
+from pipeline.strategies.strategies import StrategyContext, strategies_of
+from pipeline.strategies.strategy import FallbackChain, RankedItems, Request, Strategy
 
 if TYPE_CHECKING:
     from pipeline.artifact import Artifact

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pipeline.records import Why
-from pipeline.serving.strategy import FallbackChain, RankedItems, Request, Strategy
+from pipeline.strategies.strategy import FallbackChain, RankedItems, Request, Strategy
 
 Step = Literal["prepare", "launch", "finish"]
 STEPS: tuple[Step, ...] = ("prepare", "launch", "finish")

@@ -17,11 +17,11 @@ from pipeline.features.labels import LONG_DWELL_MS
 from pipeline.items.vocabulary import UNKNOWN, Vocabulary
 from pipeline.jagged import ranges
 from pipeline.records import EVENT_DTYPE, EventSchema, Histories, encode_value, item_hash, pack_columns
-from pipeline.serving.strategy import Strategy, rank
 from pipeline.simulation.choices import ACTIONS, CART, LIKE, PURCHASE
 from pipeline.simulation.simulator import EXCLUDED_EVENTS, TRUTHS, Columns, Simulator, user_id
 from pipeline.simulation.users import DEVICES
 from pipeline.simulation.world import item_id
+from pipeline.strategies.strategy import Strategy, rank
 
 RETURN_DAYS = 7
 

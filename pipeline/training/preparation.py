@@ -25,8 +25,8 @@ from pipeline.items.metadata import ItemMetadata
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.model.config import HstuConfig
 from pipeline.records import Item
-from pipeline.serving.hstu_strategy import HstuStrategy, load_hstu_strategy
-from pipeline.serving.options import PipelineOptions, new_counters
+from pipeline.strategies.hstu_strategy import HstuStrategy, load_hstu_strategy
+from pipeline.strategies.options import PipelineOptions, new_counters
 from pipeline.training.batches import TrainingColumns
 from pipeline.training.distributed import SINGLE_PROCESS, ProcessGroup
 from pipeline.training.multi_task_model import MultiTaskModel

@@ -26,7 +26,7 @@ from pipeline.evaluation.ranking import StrategyRecommender, evaluate_ranking
 from pipeline.features.labels import TASKS
 from pipeline.model.calibration import IDENTITY
 from pipeline.records import Item
-from pipeline.serving.options import PipelineOptions
+from pipeline.strategies.options import PipelineOptions
 from pipeline.training import checkpoint
 from pipeline.training.distributed import SINGLE_PROCESS, ProcessGroup
 from pipeline.training.preparation import TrainingOptions, TrainingSetup, prepare

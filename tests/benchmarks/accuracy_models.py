@@ -21,8 +21,8 @@ from pipeline.evaluation.full_ranking import CatalogueScorer, FullRanking
 from pipeline.evaluation.item_knn import ItemKnn, ItemKnnOptions
 from pipeline.evaluation.popularity import Popularity, RecentPopularity
 from pipeline.evaluation.ranking import Recommender, StrategyRecommender
-from pipeline.serving.options import PipelineOptions, new_counters
-from pipeline.serving.simple_strategy import SimpleStrategy
+from pipeline.strategies.options import PipelineOptions, new_counters
+from pipeline.strategies.simple_strategy import SimpleStrategy
 from pipeline.training.preparation import TrainingOptions, TrainingSetup, prepare
 from pipeline.training.trainer import Trainer
 from tests.benchmarks.sasrec import SasRec, SasRecConfig, SasRecScorer

@@ -28,11 +28,11 @@ from pipeline.evaluation.ranking import HeldOutEvents, Recommender, StrategyReco
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.model.config import HstuConfig
-from pipeline.serving.hstu_strategy import load_hstu_strategy
-from pipeline.serving.options import PipelineOptions
 from pipeline.simulation.closed_loop import warm_up
 from pipeline.simulation.simulator import Simulator
 from pipeline.simulation.world import SimulatorConfig
+from pipeline.strategies.hstu_strategy import load_hstu_strategy
+from pipeline.strategies.options import PipelineOptions
 from pipeline.training.preparation import TrainingOptions
 from pipeline.training.train import train
 from pipeline.training.trainer import TrainerOptions

@@ -42,12 +42,12 @@ from pipeline.items.vocabulary import Vocabulary
 from pipeline.model.calibration import IDENTITY
 from pipeline.model.config import HstuConfig
 from pipeline.records import EventSchema
-from pipeline.serving.hstu_strategy import HstuStrategy, load_hstu_strategy
-from pipeline.serving.options import PipelineOptions
-from pipeline.serving.rerank import RerankWeights
 from pipeline.simulation.closed_loop import TRUTHS, ClosedLoopMetrics, PolicyUnderTest, run, warm_up
 from pipeline.simulation.simulator import Simulator
 from pipeline.simulation.world import SimulatorConfig
+from pipeline.strategies.hstu_strategy import HstuStrategy, load_hstu_strategy
+from pipeline.strategies.options import PipelineOptions
+from pipeline.strategies.rerank import RerankWeights
 from pipeline.training.preparation import TrainingOptions
 from pipeline.training.train import EpochReport, train
 from pipeline.training.trainer import TrainerOptions

@@ -31,9 +31,9 @@ from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.model.config import HstuConfig
 from pipeline.records import EventSchema, Histories, Item, item_hash
-from pipeline.serving.options import PipelineOptions, new_counters
 from pipeline.serving.pipeline import Pipeline
-from pipeline.serving.strategies import StrategyContext, strategies_of
+from pipeline.strategies.options import PipelineOptions, new_counters
+from pipeline.strategies.strategies import StrategyContext, strategies_of
 from pipeline.training.multi_task_model import MultiTaskModel
 from tests.benchmarks import results
 from worker.inference.hot_swap import LOAD_CHUNK_ITEMS

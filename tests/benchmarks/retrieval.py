@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.backends.staging import HostCopy, Staging
-from pipeline.serving import retrieval
-from pipeline.serving.retrieval import ExcludedItems, FusedRetrieval, Retrieval
+from pipeline.strategies import retrieval
+from pipeline.strategies.retrieval import ExcludedItems, FusedRetrieval, Retrieval
 from tests.benchmarks import results
 from tests.benchmarks.kernel_rows import Row, arguments, card_name, host_ms, ratio, row
 

@@ -15,7 +15,7 @@ from pipeline.features.affinity import AffinityEvents
 from pipeline.features.event_features import EncoderInputs
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import Event, EventSchema
-from pipeline.serving.exclusion import Exclusion
+from pipeline.strategies.exclusion import Exclusion
 from pipeline.training.batches import TrainingBatch, TrainingColumns
 from pipeline.training.trainer import Trainer, TrainerOptions
 from tests.benchmarks.sasrec import SasRec, SasRecConfig, SasRecLayer, SasRecScorer

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from pipeline.data.log_io import read_event_log
 from pipeline.records import DAY_MS, EventSchema
-from pipeline.serving.options import PipelineOptions
+from pipeline.strategies.options import PipelineOptions
 from pipeline.training.preparation import TrainingOptions
 from pipeline.training.train import EpochReport, train
 from pipeline.training.trainer import TrainerOptions

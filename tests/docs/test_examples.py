@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.records import Event
-from pipeline.serving.options import PipelineOptions
 from pipeline.serving.pipeline import Pipeline
+from pipeline.strategies.options import PipelineOptions
 from tests.conftest import Shop
 from tests.kafka.broker import Broker
 from worker import config

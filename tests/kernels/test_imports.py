@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-MODULES = "pipeline.serving.retrieval, pipeline.model.hstu, pipeline.backends.torch"
+MODULES = "pipeline.strategies.retrieval, pipeline.model.hstu, pipeline.backends.torch"
 
 
 def test_modules_of_a_worker_on_a_cpu_do_not_import_triton() -> None:

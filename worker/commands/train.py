@@ -34,7 +34,7 @@ from worker.output.paths import check_folder
 
 if TYPE_CHECKING:
     from pipeline.artifact import Manifest
-    from pipeline.serving.options import PipelineOptions
+    from pipeline.strategies.options import PipelineOptions
     from pipeline.training.distributed import ProcessGroup
     from pipeline.training.preparation import TrainingOptions
     from pipeline.training.warm_start import WarmStart

@@ -19,10 +19,10 @@ from pipeline.artifact import Artifact, Manifest
 from pipeline.records import Histories
 from pipeline.serving import model_validation
 from pipeline.serving.model_validation import Thresholds
-from pipeline.serving.own_strategies import check_own_strategies
-from pipeline.serving.strategies import MODEL_STRATEGIES, strategies_of
-from pipeline.serving.strategy import Strategy
-from pipeline.serving.warm_up import synthetic_histories
+from pipeline.strategies.own_strategies import check_own_strategies
+from pipeline.strategies.strategies import MODEL_STRATEGIES, strategies_of
+from pipeline.strategies.strategy import Strategy
+from pipeline.strategies.warm_up import synthetic_histories
 from worker import logging, metrics
 from worker.config import Config
 from worker.errors import MillraceError

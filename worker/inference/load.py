@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from pipeline.backends.encoder import GraphOptions
-from pipeline.serving.exclusion import Exclusion
-from pipeline.serving.options import PipelineOptions
 from pipeline.serving.pipeline import Pipeline
+from pipeline.strategies.exclusion import Exclusion
+from pipeline.strategies.options import PipelineOptions
 from worker import logging, metrics
 from worker.config import Config
 from worker.errors import ConfigError

@@ -15,8 +15,8 @@ from pipeline.records import Covers, Histories, Item, Latency, Slate, SlateItem
 from pipeline.serving.eviction import evict_for
 from pipeline.serving.pipeline import BatchResult, Pipeline
 from pipeline.serving.ranking import Generation
-from pipeline.serving.simple_strategy import SimpleStrategy
-from pipeline.serving.strategy import RankedItems, Strategy
+from pipeline.strategies.simple_strategy import SimpleStrategy
+from pipeline.strategies.strategy import RankedItems, Strategy
 from worker import logging, metrics
 from worker.executor import SingleThreadExecutor
 from worker.interfaces import Batch, Clock, ConsumedEvent, Entry

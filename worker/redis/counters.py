@@ -18,7 +18,7 @@ import numpy as np
 from pipeline.counters.counters import Counters
 from pipeline.counters.deltas import CountDeltas, DeltaLog
 from pipeline.records import DAY_MS, Covers, Latency, Slate, SlateItem
-from pipeline.serving.simple_strategy import SimpleStrategy
+from pipeline.strategies.simple_strategy import SimpleStrategy
 from worker import logging
 from worker.config import Config
 from worker.errors import StoreError

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from pipeline.counters.counters import Counters, without_neighbours
-from pipeline.serving.options import frozen_counters
 from pipeline.serving.pipeline import Pipeline
-from pipeline.serving.simple_strategy import SimpleStrategy
-from pipeline.serving.strategy import rank
+from pipeline.strategies.options import frozen_counters
+from pipeline.strategies.simple_strategy import SimpleStrategy
+from pipeline.strategies.strategy import rank
 from worker.inference.ranker import PipelineRanker
 from worker.replay.prequential import CUTOFF, Baseline, PrequentialEvaluator
 

@@ -17,8 +17,8 @@ from typing import TypeVar
 import msgspec
 
 from pipeline.records import DAY_MS, Event, EventPacker
-from pipeline.serving.own_strategies import own_names
-from pipeline.serving.strategy import FALLBACK_ORDER
+from pipeline.strategies.own_strategies import own_names
+from pipeline.strategies.strategy import FALLBACK_ORDER
 from worker import logging, metrics
 from worker.config import Config
 from worker.interfaces import Clock, ConsumedEvent, DeadLetter, PolledRecords, Record, RecordOffset

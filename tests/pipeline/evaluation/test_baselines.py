@@ -20,9 +20,9 @@ from pipeline.evaluation.ranking import (
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import DAY_MS, Event, EventSchema, Histories, Item
-from pipeline.serving.exclusion import Exclusion
-from pipeline.serving.options import PipelineOptions, new_counters
-from pipeline.serving.simple_strategy import SimpleStrategy
+from pipeline.strategies.exclusion import Exclusion
+from pipeline.strategies.options import PipelineOptions, new_counters
+from pipeline.strategies.simple_strategy import SimpleStrategy
 from tests.benchmarks.sasrec import SasRec, SasRecConfig, SasRecScorer
 
 ITEMS = 25

@@ -3,7 +3,7 @@ import pytest
 
 from pipeline.evaluation.business_metrics import BUSINESS_METRICS, BusinessMetricsRecorder, business_metrics
 from pipeline.records import EventSchema, Histories
-from pipeline.serving.strategy import RankedItems
+from pipeline.strategies.strategy import RankedItems
 
 SCHEMA = EventSchema()
 

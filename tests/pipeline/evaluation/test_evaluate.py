@@ -16,9 +16,9 @@ from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.model.config import HstuConfig
 from pipeline.records import Event, EventSchema, Histories, Item
-from pipeline.serving.hstu_strategy import load_hstu_strategy
 from pipeline.serving.pipeline import Pipeline, PipelineOptions, new_counters
-from pipeline.serving.strategy import rank
+from pipeline.strategies.hstu_strategy import load_hstu_strategy
+from pipeline.strategies.strategy import rank
 from pipeline.training.multi_task_model import MultiTaskModel
 
 SCHEMA = EventSchema()

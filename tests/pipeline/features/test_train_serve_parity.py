@@ -11,11 +11,11 @@ from pipeline.features.event_features import FEATURE_COLUMNS
 from pipeline.features.inputs import encode
 from pipeline.model.config import HstuConfig
 from pipeline.records import DAY_MS, EventSchema, Histories
-from pipeline.serving.options import PipelineOptions
-from pipeline.serving.strategy import Request
 from pipeline.simulation.closed_loop import warm_up
 from pipeline.simulation.simulator import Simulator
 from pipeline.simulation.world import SimulatorConfig
+from pipeline.strategies.options import PipelineOptions
+from pipeline.strategies.strategy import Request
 from pipeline.training.preparation import TrainingOptions, TrainingSetup, prepare
 
 SHOP = SimulatorConfig(events=1500, users=30, items=60, days=20)

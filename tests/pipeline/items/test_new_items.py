@@ -8,10 +8,10 @@ from pipeline.data.sequences import UserSequences
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import Event, EventSchema, Histories, Item, encode_value
-from pipeline.serving.hstu_strategy import HstuStrategy, load_hstu_strategy
-from pipeline.serving.options import PipelineOptions
-from pipeline.serving.rerank import RerankWeights
-from pipeline.serving.strategy import rank
+from pipeline.strategies.hstu_strategy import HstuStrategy, load_hstu_strategy
+from pipeline.strategies.options import PipelineOptions
+from pipeline.strategies.rerank import RerankWeights
+from pipeline.strategies.strategy import rank
 from pipeline.training.batches import TrainingColumns, make_batch
 from pipeline.training.multi_task_model import MultiTaskModel
 from tests.artifacts import untrained

@@ -26,8 +26,8 @@ from pipeline.model.config import HstuConfig
 from pipeline.model.heads import HeadContext
 from pipeline.model.hstu import Hstu
 from pipeline.records import Event, EventSchema, Histories
-from pipeline.serving.hstu_strategy import load_hstu_strategy
-from pipeline.serving.options import PipelineOptions
+from pipeline.strategies.hstu_strategy import load_hstu_strategy
+from pipeline.strategies.options import PipelineOptions
 from pipeline.training.batches import TrainingBatch, TrainingColumns, make_batch
 from pipeline.training.multi_task_model import MultiTaskModel
 from pipeline.training.train import TrainingOptions, train

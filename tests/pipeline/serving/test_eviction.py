@@ -7,8 +7,8 @@ import pytest
 
 from pipeline.records import Event, EventSchema, Histories, Item
 from pipeline.serving.eviction import eviction_order
-from pipeline.serving.options import PipelineOptions
 from pipeline.serving.pipeline import Pipeline
+from pipeline.strategies.options import PipelineOptions
 
 SCHEMA = EventSchema()
 

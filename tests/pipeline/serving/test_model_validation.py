@@ -18,8 +18,8 @@ from pipeline.serving.model_validation import (
     check_overlap,
     slate_overlap,
 )
-from pipeline.serving.strategy import RankedItems, Request, rank
-from pipeline.serving.warm_up import synthetic_histories
+from pipeline.strategies.strategy import RankedItems, Request, rank
+from pipeline.strategies.warm_up import synthetic_histories
 
 ITEM_IDS = [f"i{number}" for number in range(5)]
 

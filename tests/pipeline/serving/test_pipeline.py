@@ -9,9 +9,9 @@ from pipeline.backends.torch import TorchEncoder
 from pipeline.data.log_io import read_log_by_time
 from pipeline.errors import ArtifactError, DeviceError
 from pipeline.records import DAY_MS, Event
-from pipeline.serving.options import PipelineOptions
 from pipeline.serving.pipeline import Pipeline, Recommendation
-from pipeline.serving.strategies import strategies_of
+from pipeline.strategies.options import PipelineOptions
+from pipeline.strategies.strategies import strategies_of
 from tests.artifacts import renumbered
 
 OPTIONS = PipelineOptions(device="cpu", threads=1)

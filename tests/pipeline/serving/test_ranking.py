@@ -9,10 +9,10 @@ import pytest
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import Event, EventSchema, Histories
-from pipeline.serving.options import PipelineOptions, new_counters
 from pipeline.serving.pipeline import Pipeline
 from pipeline.serving.ranking import STEPS
-from pipeline.serving.strategy import RankedItems, Request
+from pipeline.strategies.options import PipelineOptions, new_counters
+from pipeline.strategies.strategy import RankedItems, Request
 
 ITEMS = ["a", "b", "c"]
 HISTORIES = Histories.from_events([[Event("u", "a", "view", 1)]], EventSchema())

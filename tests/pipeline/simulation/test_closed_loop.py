@@ -10,11 +10,11 @@ from msgspec.structs import replace
 from pipeline.data.event_log import EventLog
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import EventSchema, Histories
-from pipeline.serving.strategy import RankedItems, Request
 from pipeline.simulation.choices import CLICK, PURCHASE, SessionStates, appeal, choose_from_slates
 from pipeline.simulation.closed_loop import ColumnPacker, PolicyUnderTest, run, warm_up
 from pipeline.simulation.simulator import Simulator
 from pipeline.simulation.world import SimulatorConfig, World
+from pipeline.strategies.strategy import RankedItems, Request
 
 SHOP = SimulatorConfig(events=12_000, users=150, items=100, days=30)
 DAYS = 6

@@ -19,7 +19,7 @@ from pipeline.items.vocabulary import Vocabulary
 from pipeline.model import heads
 from pipeline.model.config import HstuConfig
 from pipeline.records import Event, EventSchema
-from pipeline.serving.options import PipelineOptions
+from pipeline.strategies.options import PipelineOptions
 from pipeline.training import losses
 from pipeline.training.batches import TrainingBatch, TrainingColumns, make_batch
 from pipeline.training.distributed import SINGLE_PROCESS, ProcessGroup, process_group

@@ -17,7 +17,7 @@ from pipeline.errors import EvaluationError, TrainingError
 from pipeline.evaluation.evaluate import EvaluationOptions, evaluate
 from pipeline.model.config import HstuConfig
 from pipeline.records import DAY_MS, Event, EventSchema
-from pipeline.serving.options import PipelineOptions
+from pipeline.strategies.options import PipelineOptions
 from pipeline.training.batches import TrainingBatch
 from pipeline.training.loss_weighting import WeightingName
 from pipeline.training.multi_task_model import MultiTaskModel

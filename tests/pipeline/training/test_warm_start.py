@@ -13,8 +13,8 @@ from pipeline.errors import ArtifactError, TrainingError
 from pipeline.evaluation.evaluate import EvaluationOptions, evaluate
 from pipeline.model.config import HstuConfig
 from pipeline.records import DAY_MS, Event, EventSchema, Item
-from pipeline.serving.options import PipelineOptions
 from pipeline.serving.pipeline import Pipeline
+from pipeline.strategies.options import PipelineOptions
 from pipeline.training.multi_task_model import MultiTaskModel
 from pipeline.training.preparation import TrainingOptions, TrainingSetup, prepare
 from pipeline.training.train import train

@@ -4,115 +4,19 @@ import asyncio
 import gc
 import shutil
 import weakref
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
 
-from pipeline.artifact import Artifact, load
-from pipeline.data.log_io import read_log_by_time
-from pipeline.records import Event, EventPacker, Slate
-from pipeline.serving.simple_strategy import SimpleStrategy
-from pipeline.serving.strategies import StrategyContext
-from pipeline.serving.strategy import RankedItems, Request
+from pipeline.artifact import Artifact
+from pipeline.records import Slate
 from tests import artifacts as relatives
-from worker.clock import WallClock
-from worker.config import Config, CountersConfig, PipelineConfig, SequencesConfig
+from tests.worker.inference.conftest import SLATE_SIZE, Logged, Serving
 from worker.inference.fingerprint import fingerprint
-from worker.inference.hot_swap import HotSwap
-from worker.inference.load import load_pipeline
-from worker.inference.ranker import PipelineRanker
-from worker.interfaces import Batch, ConsumedEvent, Entry, Partition, RecordOffset
-
-SLATE_SIZE = 5
-Logged = Callable[[], list[dict[str, Any]]]
-
-
-class Serving:
-    """A ranker and the hot swap that follows its artifact: `link`, a symlink to the folder `first`."""
-
-    def __init__(
-        self, folder: Path, artifact: Path, max_events: int = 512, max_items: int = 1000, **options: Any
-    ) -> None:
-        self.folder = folder
-        self.link = folder / "current"
-        self.publish("first", load(artifact))
-        pipeline = PipelineConfig(str(self.link), slate_size=SLATE_SIZE, threads=1, device="cpu", **options)
-        config = Config(
-            pipeline=pipeline,
-            sequences=SequencesConfig(max_events=max_events),
-            counters=CountersConfig(max_items=max_items),
-        )
-        self.ranker = PipelineRanker(load_pipeline(config), SLATE_SIZE, WallClock())
-        self.swap = HotSwap(config, self.ranker, WallClock())
-
-    @property
-    def version(self) -> str:
-        return self.ranker.pipeline.version
-
-    def publish(self, name: str, artifact: Artifact, **metrics: float) -> str:
-        """Save the artifact, turn the link to it, return its version."""
-        version = relatives.save(self.folder / name, artifact, **metrics)
-        self.point_to(name)
-        return version
-
-    def point_to(self, name: str) -> None:
-        relatives.point(self.link, self.folder / name)
-
-    async def check(self, times: int = 2) -> str:
-        """Return the version that serves after this many checks."""
-        for _ in range(times):
-            await self.swap.check()
-        return self.version
-
-
-@pytest.fixture
-def serve(shop, tmp_path: Path, logged: Logged) -> Iterator[Callable[..., Serving]]:
-    """Return a function that starts serving."""
-    started: list[Serving] = []
-
-    def start(**options: Any) -> Serving:
-        started.append(Serving(tmp_path, shop.artifact, **options))
-        return started[-1]
-
-    yield start
-    for each in started:
-        each.ranker.close()
-
-
-@pytest.fixture
-def serving(serve: Callable[..., Serving]) -> Serving:
-    return serve()
-
-
-@pytest.fixture
-def original(shop) -> Artifact:
-    return load(shop.artifact)
-
-
-@pytest.fixture(scope="module")
-def batch(shop) -> Batch:
-    """Thirty users of the shop with their histories."""
-    rings: dict[str, list[bytes]] = {}
-    pack = EventPacker(Config().schema).pack
-    for event in read_log_by_time(shop.log):
-        assert isinstance(event, Event)
-        rings.setdefault(event.user_id, []).append(pack(event))
-    entries = []
-    for offset, (user, events) in enumerate(list(rings.items())[:30]):
-        consumed = ConsumedEvent(
-            event=Event(user, "i", "view", 5),
-            packed=b"",
-            record_offset=RecordOffset(Partition("events", 0), 1, offset),
-            end_offset=99,
-            polled_ms=0,
-            polled_s=0.0,
-            ring=b"".join(events),
-        )
-        entries.append(Entry(user, [consumed], deadline_ms=0, order=offset))
-    return Batch(entries, 512)
+from worker.interfaces import Batch
 
 
 def item_ids(slates: list[Slate]) -> list[list[str]]:
@@ -392,71 +296,3 @@ async def test_rings_shorter_than_the_receptive_field_are_warned_about_at_load_a
     serving.publish("second", relatives.nudged(original, 1))
     assert await serving.check() != original.version
     assert sum("raise sequences.max_events" in line["event"] for line in logged()) == warnings
-
-
-OWN = "tests.worker.inference.test_hot_swap:Newest"
-
-
-class Newest:
-    """A strategy of one's own: popular items. It breaks its promises for the artifacts in `broken_for`."""
-
-    name = "newest"
-    backend = "numpy"
-    broken_for: ClassVar[set[str]] = set()
-    made: ClassVar[list["Newest"]] = []
-
-    def __init__(self, context: StrategyContext) -> None:
-        self._inner = SimpleStrategy(context.counters, context.options.exclusion)
-        self.version = context.artifact.version if context.artifact else "none"
-        self.is_closed = False
-        self.made.append(self)
-
-    def prepare(self, request: Request) -> Any:
-        return self._inner.prepare(request)
-
-    def launch(self, prepared: Any) -> Any:
-        return self._inner.launch(prepared)
-
-    def finish(self, pending: Any) -> RankedItems:
-        ranked = self._inner.finish(pending)
-        return ranked.first(1) if self.version in self.broken_for else ranked
-
-    def close(self) -> None:
-        self.is_closed = True
-
-
-@pytest.fixture
-def own(serve: Callable[..., Serving], monkeypatch: pytest.MonkeyPatch) -> Serving:
-    """Serving with a strategy of one's own."""
-    monkeypatch.setattr(Newest, "made", [])
-    monkeypatch.setattr(Newest, "broken_for", set())
-    return serve(strategies=(OWN,))
-
-
-def made() -> list[tuple[str, bool]]:
-    """Return the version of each strategy of one's own, and whether it is closed."""
-    return [(each.version, each.is_closed) for each in Newest.made]
-
-
-async def test_all_strategies_are_swapped_together(own: Serving, original: Artifact, batch: Batch) -> None:
-    first = own.version
-    version = own.publish("second", relatives.nudged(original, seed=1))
-    assert await own.check() == version
-    assert made() == [(first, True), (version, False)]
-    for strategy in ("newest", "hstu", "simple"):
-        slates = await own.ranker.rank(Batch(batch.entries, 512, strategy))
-        assert {(slate.strategy, slate.model_version) for slate in slates} == {(strategy, version)}
-
-
-async def test_own_strategy_that_breaks_a_promise_rejects_the_swap_of_all(
-    own: Serving, original: Artifact, batch: Batch, logged: Logged
-) -> None:
-    first = own.version
-    version = own.publish("second", relatives.nudged(original, seed=1))
-    Newest.broken_for.add(version)
-    assert await own.check() == first
-    assert made() == [(first, False), (version, True)]
-    (entry,) = [entry for entry in logged() if entry["event"] == "artifact rejected, serving model continues"]
-    assert "Newest: its tokens have the shape" in entry["reason"]
-    slates = await own.ranker.rank(batch)
-    assert {(slate.strategy, slate.model_version) for slate in slates} == {("newest", first)}

@@ -9,8 +9,8 @@ from prometheus_client import REGISTRY
 from pipeline.backends.encoder import GraphOptions
 from pipeline.evaluation.business_metrics import BUSINESS_METRICS
 from pipeline.records import Event, EventPacker, EventSchema, Histories, Item
-from pipeline.serving.options import PipelineOptions
 from pipeline.serving.pipeline import BatchResult, Pipeline
+from pipeline.strategies.options import PipelineOptions
 from worker.clock import WallClock
 from worker.config import BatcherConfig, Config, PipelineConfig
 from worker.errors import ConfigError
@@ -144,7 +144,7 @@ async def test_deadline_of_a_batchs_first_slate_reaches_the_pipeline(monkeypatch
 
 
 def test_configured_strategy_that_nobody_has_is_one_sentence() -> None:
-    own = ("tests.pipeline.serving.test_own_strategies:Alphabetical",)
+    own = ("tests.pipeline.strategies.test_own_strategies:Alphabetical",)
     load_pipeline(Config(pipeline=PipelineConfig(strategies=own, strategy="alphabetical")))
     with pytest.raises(
         ConfigError, match=r"pipeline\.strategy: no strategy 'oracle', want one of alphabetical, unified"

@@ -12,9 +12,9 @@ from aiokafka import TopicPartition
 
 from pipeline.artifact import load
 from pipeline.records import Event, Item, SlateItem
-from pipeline.serving.options import PipelineOptions
 from pipeline.serving.pipeline import Pipeline
-from pipeline.serving.strategies import strategies_of
+from pipeline.strategies.options import PipelineOptions
+from pipeline.strategies.strategies import strategies_of
 from tests import artifacts as relatives
 from worker.clock import WallClock
 from worker.errors import ConfigError

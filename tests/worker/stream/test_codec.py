@@ -172,7 +172,7 @@ def test_header_names_are_exact_and_the_last_value_counts():
     assert (events[0].k, events[0].strategy) == (7, None)
 
 
-OWN_STRATEGY = PipelineConfig(strategies=("tests.pipeline.serving.test_own_strategies:Alphabetical",))
+OWN_STRATEGY = PipelineConfig(strategies=("tests.pipeline.strategies.test_own_strategies:Alphabetical",))
 
 
 def test_own_strategy_may_be_requested_by_its_name() -> None:

@@ -20,15 +20,15 @@ from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.model.config import HstuConfig
 from pipeline.records import EventSchema
-from pipeline.serving import retrieval
-from pipeline.serving.exclusion import Exclusion
-from pipeline.serving.hstu_strategy import HstuStrategy, load_hstu_strategy
-from pipeline.serving.options import PipelineOptions, new_counters
-from pipeline.serving.rerank import RerankWeights
-from pipeline.serving.retrieval import FusedRetrieval
-from pipeline.serving.strategies import StrategyContext, strategies_of
-from pipeline.serving.strategy import Request, rank
-from pipeline.serving.warm_up import synthetic_histories
+from pipeline.strategies import retrieval
+from pipeline.strategies.exclusion import Exclusion
+from pipeline.strategies.hstu_strategy import HstuStrategy, load_hstu_strategy
+from pipeline.strategies.options import PipelineOptions, new_counters
+from pipeline.strategies.rerank import RerankWeights
+from pipeline.strategies.retrieval import FusedRetrieval
+from pipeline.strategies.strategies import StrategyContext, strategies_of
+from pipeline.strategies.strategy import Request, rank
+from pipeline.strategies.warm_up import synthetic_histories
 from pipeline.training.multi_task_model import MultiTaskModel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -9,8 +9,8 @@ from pipeline.backends.encoder import GraphOptions
 from pipeline.counters.counters import Counters
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import EventSchema
-from pipeline.serving.exclusion import Exclusion
-from pipeline.serving.rerank import RerankWeights
+from pipeline.strategies.exclusion import Exclusion
+from pipeline.strategies.rerank import RerankWeights
 
 
 class PipelineOptions(msgspec.Struct, frozen=True):

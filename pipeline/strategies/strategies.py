@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 from pipeline.counters.counters import Counters
 from pipeline.errors import DeviceError, StrategyError
 from pipeline.items.catalogue import Catalogue
-from pipeline.serving.options import PipelineOptions
-from pipeline.serving.own_strategies import import_class, own_names
-from pipeline.serving.simple_strategy import SimpleStrategy
-from pipeline.serving.strategy import Strategy
+from pipeline.strategies.options import PipelineOptions
+from pipeline.strategies.own_strategies import import_class, own_names
+from pipeline.strategies.simple_strategy import SimpleStrategy
+from pipeline.strategies.strategy import Strategy
 
 if TYPE_CHECKING:
     from pipeline.artifact import Artifact
@@ -19,7 +19,7 @@ MODEL_STRATEGIES = ("hstu",)  # made of the artifact alone: they rank in any thr
 
 @dataclass(frozen=True, slots=True)
 class StrategyContext:
-    """What a strategy is made from, as `Class(context)`: catalogue and counters are to be read while it ranks alone.
+    """Everything that a strategy is made from, as `Class(context)`; catalogue and counters are read only to rank.
 
     artifact: None in a process without a model. Its items have tokens in the catalogue's vocabulary.
     """
@@ -54,7 +54,7 @@ def _own_strategy(path: str, context: StrategyContext) -> Strategy:
 
 def _hstu_strategy(artifact: "Artifact", context: StrategyContext) -> Strategy:
     """Return the artifact's model, warmed up."""
-    from pipeline.serving.hstu_strategy import load_hstu_strategy  # imports torch, so only for a model
+    from pipeline.strategies.hstu_strategy import load_hstu_strategy  # imports torch, so only for a model
 
     options = context.options
     strategy = load_hstu_strategy(

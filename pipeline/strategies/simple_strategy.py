@@ -7,8 +7,8 @@ import numpy as np
 
 from pipeline.counters.counters import Counters
 from pipeline.records import Histories
-from pipeline.serving.exclusion import Exclusion
-from pipeline.serving.strategy import RankedItems, Request
+from pipeline.strategies.exclusion import Exclusion
+from pipeline.strategies.strategy import RankedItems, Request
 
 
 @dataclass(slots=True)

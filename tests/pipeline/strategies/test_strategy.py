@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from pipeline.serving.strategy import COOLDOWN_S, FallbackChain, RankedItems, Request
+from pipeline.strategies.strategy import COOLDOWN_S, FallbackChain, RankedItems, Request
 
 
 @dataclass

@@ -4,8 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.serving import retrieval
-from pipeline.serving.retrieval import ExcludedItems, FusedRetrieval, Retrieval
+from pipeline.strategies import retrieval
+from pipeline.strategies.retrieval import ExcludedItems, FusedRetrieval, Retrieval
 
 
 def brute_force(table: np.ndarray, states: np.ndarray, excluded: set[tuple[int, int]], k: int) -> list[list[int]]:

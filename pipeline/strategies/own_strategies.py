@@ -5,9 +5,9 @@ from importlib import import_module
 
 from pipeline.errors import StrategyError
 from pipeline.items.vocabulary import Vocabulary
-from pipeline.serving.conformance import check_strategy
-from pipeline.serving.exclusion import Exclusion
-from pipeline.serving.strategy import FALLBACK_ORDER, Strategy
+from pipeline.strategies.conformance import check_strategy
+from pipeline.strategies.exclusion import Exclusion
+from pipeline.strategies.strategy import FALLBACK_ORDER, Strategy
 
 
 def import_class(path: str) -> type:

@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.records import DAY_MS, Event, EventSchema, Histories
-from pipeline.serving.exclusion import Exclusion
+from pipeline.strategies.exclusion import Exclusion
 
 SCHEMA = EventSchema()
 

@@ -1,4 +1,4 @@
-"""What every strategy promises, checked on small batches: a strategy of one's own must pass before it ranks.
+"""Checks, on small batches, of all that a strategy promises: one of one's own must pass before it ranks.
 
 for sentence in violations(strategy, vocabulary, exclusion):
     print(sentence)
@@ -12,9 +12,9 @@ import numpy as np
 from pipeline.errors import StrategyError
 from pipeline.items.vocabulary import UNKNOWN, Vocabulary
 from pipeline.records import Histories
-from pipeline.serving.exclusion import Exclusion
-from pipeline.serving.strategy import RankedItems, Request, Strategy, rank
-from pipeline.serving.warm_up import synthetic_histories
+from pipeline.strategies.exclusion import Exclusion
+from pipeline.strategies.strategy import RankedItems, Request, Strategy, rank
+from pipeline.strategies.warm_up import synthetic_histories
 
 NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 METHODS = ("prepare", "launch", "finish", "close")

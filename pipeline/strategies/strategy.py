@@ -60,7 +60,7 @@ class Strategy(Protocol):
     """One way to rank a batch, in three steps, so that batches can overlap: one is prepared while another is computed.
 
     One thread makes all calls; other batches' steps may come between two of a batch's. A step may raise anything: then
-    the next strategy ranks the batch. `pipeline/serving/conformance.py` checks what is promised here.
+    the next strategy ranks the batch. `pipeline/strategies/conformance.py` checks what is promised here.
 
     name: on slates and in requests; backend: the runtime it ranks with, such as `torch`, `kernels` or `numpy`, fixed
     once it is loaded

@@ -10,8 +10,8 @@ from pipeline.backends.head_scorer import HeadBatch
 from pipeline.backends.staging import Staging
 from pipeline.features.event_features import EncoderInputs
 from pipeline.features.inputs import Inputs
-from pipeline.serving.retrieval import ExcludedItems
-from pipeline.serving.strategy import Request
+from pipeline.strategies.retrieval import ExcludedItems
+from pipeline.strategies.strategy import Request
 
 
 @dataclass(slots=True)

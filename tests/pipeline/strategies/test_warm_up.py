@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pipeline.records import item_hash
-from pipeline.serving.warm_up import synthetic_histories, warm_up_lengths
+from pipeline.strategies.warm_up import synthetic_histories, warm_up_lengths
 
 ITEM_IDS = [f"i{number}" for number in range(5)]
 

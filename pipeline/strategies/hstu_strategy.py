@@ -20,12 +20,12 @@ from pipeline.features.inputs import encode
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import UNKNOWN
 from pipeline.records import EventSchema, Histories
-from pipeline.serving.exclusion import Exclusion
-from pipeline.serving.hstu_batch import DeviceBatch, PreparedBatch
-from pipeline.serving.rerank import RerankWeights, blend_scores, log_item_values, median_value
-from pipeline.serving.retrieval import FusedRetrieval, Retrieval, make_retrieval
-from pipeline.serving.strategy import RankedItems, Request, rank
-from pipeline.serving.warm_up import synthetic_histories, warm_up_lengths
+from pipeline.strategies.exclusion import Exclusion
+from pipeline.strategies.hstu_batch import DeviceBatch, PreparedBatch
+from pipeline.strategies.rerank import RerankWeights, blend_scores, log_item_values, median_value
+from pipeline.strategies.retrieval import FusedRetrieval, Retrieval, make_retrieval
+from pipeline.strategies.strategy import RankedItems, Request, rank
+from pipeline.strategies.warm_up import synthetic_histories, warm_up_lengths
 from pipeline.tensors import to_device
 
 NOT_RERANKED = RerankWeights()

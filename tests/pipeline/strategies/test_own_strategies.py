@@ -9,12 +9,12 @@ from msgspec.structs import replace
 from pipeline import artifact as artifacts
 from pipeline.errors import StrategyError
 from pipeline.records import Event
-from pipeline.serving.options import PipelineOptions
 from pipeline.serving.pipeline import Pipeline
-from pipeline.serving.strategies import StrategyContext, strategies_of
-from pipeline.serving.strategy import RankedItems, Request
+from pipeline.strategies.options import PipelineOptions
+from pipeline.strategies.strategies import StrategyContext, strategies_of
+from pipeline.strategies.strategy import RankedItems, Request
 
-HERE = "tests.pipeline.serving.test_own_strategies"
+HERE = "tests.pipeline.strategies.test_own_strategies"
 OPTIONS = PipelineOptions(device="cpu", threads=1, strategies=(f"{HERE}:Alphabetical",))
 HISTORY = [Event("u", "item-3", "view", 1000), Event("u", "item-5", "view", 61_000)]
 

@@ -11,12 +11,12 @@ from pipeline.errors import StrategyError
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import Event, EventSchema, Histories
-from pipeline.serving.conformance import check_strategy, violations
-from pipeline.serving.exclusion import Exclusion
-from pipeline.serving.options import PipelineOptions, new_counters
-from pipeline.serving.simple_strategy import SimpleStrategy
-from pipeline.serving.strategies import StrategyContext, strategies_of
-from pipeline.serving.strategy import RankedItems, Request, Strategy
+from pipeline.strategies.conformance import check_strategy, violations
+from pipeline.strategies.exclusion import Exclusion
+from pipeline.strategies.options import PipelineOptions, new_counters
+from pipeline.strategies.simple_strategy import SimpleStrategy
+from pipeline.strategies.strategies import StrategyContext, strategies_of
+from pipeline.strategies.strategy import RankedItems, Request, Strategy
 from tests.artifacts import untrained
 
 IDS = [f"i{number}" for number in range(90)]

@@ -6,9 +6,9 @@ from msgspec.structs import replace
 from pipeline import artifact as artifacts
 from pipeline.features.labels import TASKS
 from pipeline.records import Event
-from pipeline.serving.options import PipelineOptions
 from pipeline.serving.pipeline import Pipeline
-from pipeline.serving.rerank import RerankWeights, blend_scores, log_item_values, median_value
+from pipeline.strategies.options import PipelineOptions
+from pipeline.strategies.rerank import RerankWeights, blend_scores, log_item_values, median_value
 
 OPTIONS = PipelineOptions(device="cpu", threads=1)
 
