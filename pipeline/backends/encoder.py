@@ -82,5 +82,8 @@ class Encoder(Protocol):
         ...
 
     def close(self) -> None:
-        """Free the device memory that the encoder holds. No other call may follow, but `close` again."""
+        """Free what was captured and copied on the device; weights go with the last reference to the encoder.
+
+        No other call may follow, but `close` again.
+        """
         ...
