@@ -116,8 +116,8 @@ class HstuStrategy:
         rows, scores = self._retrieve(batch, states, k)
         items = self._table.items(rows)
         probabilities = self._heads.probabilities(states, batch.events, batch.heads, items.columns)
-        answer = self._rerank(batch, items, scores, probabilities, k)
-        return PendingBatch(prepared, answer, start, encoded, Mark(self._device))
+        ranked = self._rerank(batch, items, scores, probabilities, k)
+        return PendingBatch(prepared, HostCopy(*ranked), start, encoded, Mark(self._device))
 
     def finish(self, pending: PendingBatch) -> RankedItems:
         """See Strategy."""
@@ -185,26 +185,27 @@ class HstuStrategy:
         is_empty = batch.is_empty[:, None]
         return rows.where(~is_empty, batch.popular), scores.masked_fill(is_empty, 0.0)
 
-    def _rerank(self, batch: DeviceBatch, items: TableItems, scores: Tensor, probabilities: Tensor, k: int) -> HostCopy:
-        """Order the candidates by the rerank weights, and send the k best on their way to the host.
+    def _rerank(
+        self, batch: DeviceBatch, items: TableItems, scores: Tensor, probabilities: Tensor, k: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the k best candidates by the rerank weights: tokens, scores, probabilities and values, [n, k, ...].
 
         Popular items of users without events keep their order.
         """
-        columns = items.tokens, scores, probabilities, items.values
-        if self._rerank_weights.enabled:
-            log_values = log_item_values(items.values, self._median_value)
-            blended = blend_scores(scores, probabilities, log_values, self._rerank_weights)
-            blended = blended.where(~batch.is_empty[:, None], scores)
-            best, order = blended.sort(dim=1, descending=True, stable=True)
-            order = order[:, :k]
-            per_task = order[..., None].expand(*order.shape, probabilities.shape[2])
-            columns = (
-                items.tokens.gather(1, order),
-                best[:, :k],
-                probabilities.gather(1, per_task),
-                items.values.gather(1, order),
-            )
-        return HostCopy(*columns)
+        if not self._rerank_weights.enabled:  # there are k candidates, best first
+            return items.tokens, scores, probabilities, items.values
+        log_values = log_item_values(items.values, self._median_value)
+        blended = blend_scores(scores, probabilities, log_values, self._rerank_weights)
+        blended = blended.where(~batch.is_empty[:, None], scores)
+        best, order = blended.sort(dim=1, descending=True, stable=True)
+        order = order[:, :k]
+        per_task = order[..., None].expand(*order.shape, probabilities.shape[2])
+        return (
+            items.tokens.gather(1, order),
+            best[:, :k],
+            probabilities.gather(1, per_task),
+            items.values.gather(1, order),
+        )
 
     def _popular(self, k: int) -> np.ndarray:
         """Return the k most popular rows that may be recommended, int64 [k], 0 where there are none left."""
