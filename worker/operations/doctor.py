@@ -85,12 +85,14 @@ async def _redis(config: Config) -> str:
 
 
 async def _artifact(config: Config) -> str:
-    if config.pipeline.artifact is None:
-        return "none configured: the simple strategy answers alone; `millrace train LOG --out DIR` creates one"
     from worker.inference.load import load_pipeline
 
     pipeline = load_pipeline(config)
-    return f"{config.pipeline.artifact}: version {pipeline.version}, {len(pipeline.vocabulary) - 1} items"
+    strategies = f"strategies {', '.join(strategy.name for strategy in pipeline.strategies)}"
+    if config.pipeline.artifact is None:
+        return f"none configured, {strategies}; `millrace train LOG --out DIR` creates one"
+    items = len(pipeline.vocabulary) - 1
+    return f"{config.pipeline.artifact}: version {pipeline.version}, {items} items, {strategies}"
 
 
 def _gpu() -> Finding:

@@ -40,7 +40,7 @@ def test_complete_deployment_has_no_gap(kafka: str, valkey: str, shop, configure
     findings = lines()
     assert "✓" in findings["kafka"]
     assert "functions loaded" in findings["redis"]
-    assert re.search(r"version [0-9a-f]{16}, 1[01]\d items", findings["artifact"])
+    assert re.search(r"version [0-9a-f]{16}, 1[01]\d items, strategies hstu, simple", findings["artifact"])
     assert {"gpu", "starlette", "uvicorn", "matplotlib", "vllm", "onnxruntime", "tensorrt"} <= set(findings)
 
 
@@ -53,6 +53,17 @@ def test_each_gap_has_a_sentence_and_the_first_sets_the_exit_code(
     assert "no broker answers at 127.0.0.1:1" in findings["kafka"]
     assert "✓" in findings["redis"]
     assert "millrace train LOG" in findings["artifact"]
+
+
+def test_own_strategies_are_loaded_and_checked(kafka: str, valkey: str, configure: Configure, lines: Lines) -> None:
+    configure(KAFKA__BOOTSTRAP_SERVERS=kafka, KAFKA__CREATE_TOPICS="true", REDIS__URL=valkey)
+    module = "tests.pipeline.strategies.test_own_strategies"
+    configure(PIPELINE__STRATEGIES=f'["{module}:Alphabetical"]')
+    assert main(["doctor"]) == 0
+    assert "none configured, strategies alphabetical, simple" in lines()["artifact"]
+    configure(PIPELINE__STRATEGIES=f'["{module}:Careless"]')
+    assert main(["doctor"]) == 2
+    assert "Careless: it " in lines()["artifact"]
 
 
 def test_missing_topics_are_named(
