@@ -5,11 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.fused_attention_layernorm.fp8 import FP8, Fp8Scales, Fp8Weights
 from kernels.fused_attention_layernorm.gate_projection import project_gated
 from kernels.fused_attention_layernorm.launch import attend, attend_last
 from kernels.fused_attention_layernorm.plan import AttentionPlan
-from kernels.fused_attention_layernorm.projection import compute_row_stats, fold_norm, project_in, project_in_fp8
+from kernels.fused_attention_layernorm.projection import compute_row_stats, fold_norm, project_in
 from kernels.fused_attention_layernorm.validation import check_encoder, check_length
 
 
@@ -20,7 +19,6 @@ class LayerWeights:
     in_weight: [2 * heads * (d_qk + d_v), width], rows of u, q, v, k; the norm before is folded in, see `fold_norm`
     out_weight: [width, heads * d_v]; gain, shift: [heads * d_v] of the norm after attention
     position_bias: [heads, max_events]; time_bias: [heads, buckets]
-    fp8: scales of Q, K and V in FP8; None without FP8
     """
 
     in_weight: Tensor
@@ -32,7 +30,6 @@ class LayerWeights:
     out_bias: Tensor
     position_bias: Tensor
     time_bias: Tensor
-    fp8: Fp8Weights | None = None
 
     @classmethod
     def from_modules(
@@ -44,20 +41,18 @@ class LayerWeights:
         position_bias: Tensor,
         time_bias: Tensor,
         dtype: torch.dtype,
-        fp8: bool = False,
     ) -> "LayerWeights":
-        """Convert a layer's modules and bias tables. dtype: of the products; fp8: keep Q, K and V in FP8."""
+        """Convert a layer's modules and bias tables. dtype: of the products."""
         in_weight, in_sums, in_bias = fold_norm(project_in.weight, project_in.bias, norm_in.weight, norm_in.bias, dtype)
         float_parts = (norm_out.weight, norm_out.bias, project_out.bias, position_bias, time_bias)
         gain, shift, out_bias, position, time = (part.detach().float().contiguous() for part in float_parts)
         out_weight = project_out.weight.detach().to(dtype).contiguous()
-        fp8_weights = Fp8Weights.from_weights(in_weight, in_bias, len(gain)) if fp8 else None
-        return cls(in_weight, in_sums, in_bias, gain, shift, out_weight, out_bias, position, time, fp8_weights)
+        return cls(in_weight, in_sums, in_bias, gain, shift, out_weight, out_bias, position, time)
 
 
 @dataclass(frozen=True, slots=True)
 class KernelEncoder:
-    """Layers of one shape, all with FP8 or none. `max_events`: the constant N."""
+    """Layers of one shape. `max_events`: the constant N."""
 
     layers: list[LayerWeights]
     heads: int
@@ -94,7 +89,8 @@ class KernelEncoder:
             plan.time_buckets,
             layer.position_bias,
             layer.time_bias,
-            *self._scales(layer),
+            1.0,
+            1.0 / self.max_events,
             plan.num_contextual,
             plan.config,
         )
@@ -117,7 +113,8 @@ class KernelEncoder:
             plan.thresholds,
             layer.position_bias,
             layer.time_bias,
-            *self._scales(layer),
+            1.0,
+            1.0 / self.max_events,
         )
         return self._project_out(layer, attn_out, attn_row_stats, u, x_last)[0]
 
@@ -126,26 +123,14 @@ class KernelEncoder:
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Project x by these rows of in_weight; return the gate, of sizes[0] columns, and the other parts."""
         weights = (layer.in_weight[rows], layer.in_sums[rows], layer.in_bias[rows])
-        if layer.fp8 is None:
-            u, *parts = project_in(x, row_stats, *weights, self.eps).split(sizes, dim=1)
-            return u, tuple(parts)
-        u, qkv = project_in_fp8(x, row_stats, *weights, layer.fp8.factors[rows], sizes[0], self.eps)
-        return u, qkv.split(sizes[1:], dim=1)
+        u, *parts = project_in(x, row_stats, *weights, self.eps).split(sizes, dim=1)
+        return u, tuple(parts)
 
     def _project_out(
         self, layer: LayerWeights, attn_out: Tensor, attn_row_stats: Tensor, u: Tensor, x: Tensor
     ) -> tuple[Tensor, Tensor]:
         weights = (layer.gain, layer.shift, layer.out_weight, layer.out_bias)
         return project_gated(attn_out, attn_row_stats, u, *weights, x, self.eps)
-
-    def _scales(self, layer: LayerWeights) -> tuple[float, float]:
-        """Return the scale of the scores and that of the result."""
-        scales = layer.fp8.scales if layer.fp8 else Fp8Scales()
-        return scales.q * scales.k, scales.v / self.max_events
-
-    def qkv_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Return the dtype of q, k and v for rows of `dtype`; a plan is made for it."""
-        return FP8 if self.layers[0].fp8 else dtype
 
     @property
     def _part_widths(self) -> list[int]:

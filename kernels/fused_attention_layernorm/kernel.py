@@ -90,12 +90,6 @@ def keep_mask(seed, row, tile, head, BLOCK_N: tl.constexpr, KEEP_THRESHOLD: tl.c
 
 
 @triton.jit
-def from_fp8(values):
-    """Convert FP8 to float16: one instruction for two values; to bfloat16 it takes five. Other dtypes are unchanged."""
-    return values.to(tl.float16) if values.dtype == tl.float8e4nv else values
-
-
-@triton.jit
 def attend_row_block(
     q, k, v, start, row0, tiles, num_unmasked_tiles, length, num_visible, time_buckets, position_bias, time_bias,
     seed, alpha, head,
@@ -120,7 +114,7 @@ def attend_row_block(
         weights = silu(scores * alpha + bias, USE_PTX)
         if KEEP_THRESHOLD < RANDOM_RANGE:
             weights = tl.where(keep_mask(seed, start + row, tile, head, BLOCK_N, KEEP_THRESHOLD), weights, 0.0)
-        v_tile = from_fp8(v.load([start + tile * BLOCK_N, head * D_V]))
+        v_tile = v.load([start + tile * BLOCK_N, head * D_V])
         result = tl.dot(weights.to(v_tile.dtype), v_tile, result, input_precision=PRECISION)
     for tile in range(num_unmasked_tiles, tiles):
         k_tile = k.load([start + tile * BLOCK_N, head * D_QK])
@@ -135,7 +129,7 @@ def attend_row_block(
         weights = silu(tl.where(visible, scores * alpha + bias, MASKED_SCORE), USE_PTX)
         if KEEP_THRESHOLD < RANDOM_RANGE:
             weights = tl.where(keep_mask(seed, start + row, tile, head, BLOCK_N, KEEP_THRESHOLD), weights, 0.0)
-        v_tile = from_fp8(v.load([start + tile * BLOCK_N, head * D_V]))
+        v_tile = v.load([start + tile * BLOCK_N, head * D_V])
         # The next user's rows may be NaN.
         v_tile = tl.where((tile * BLOCK_N + column < length)[:, None], v_tile, 0.0)
         result = tl.dot(weights.to(v_tile.dtype), v_tile, result, input_precision=PRECISION)

@@ -11,7 +11,6 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.fused_attention_layernorm.dropout import keep_scale, keep_threshold
-from kernels.fused_attention_layernorm.fp8 import FP8
 from kernels.fused_attention_layernorm.kernel import attention_kernel, last_attention_kernel
 from kernels.launch import SHARED_BYTES, launch, max_shared_bytes, next_power_of_2
 
@@ -42,11 +41,9 @@ class KernelConfig:
 
 
 SAFE_CONFIG = KernelConfig(32, 32, 1)  # 72 KiB of shared memory in float32 with 128 columns per head: fits every GPU
-KERNEL_CONFIGS = {  # (major capability, bytes per element, short); only Hopper's of 1 and 2 bytes are measured
+KERNEL_CONFIGS = {  # (major capability, bytes per element, short); only Hopper's of 2 bytes are measured
     (HOPPER, 2, False): KernelConfig(64, 32, 3),
     (HOPPER, 2, True): KernelConfig(64, 64, 2),
-    (HOPPER, 1, False): KernelConfig(64, 32, 3),
-    (HOPPER, 1, True): KernelConfig(64, 64, 3),
     (HOPPER, 4, False): KernelConfig(64, 32, 2),
     (HOPPER, 4, True): KernelConfig(64, 32, 2),
     (AMPERE, 2, False): KernelConfig(64, 64, 2),
@@ -103,10 +100,10 @@ class ProjectionTiles:
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         return (min(tiles, self.programs_per_sm * processors),)
 
-    def shrink_to(self, width: int, columns: int, split: int = 0) -> "ProjectionTiles":
-        """Return tiles no deeper than the inner dimension, no wider than the result, and none across column `split`."""
-        block_n = min(self.block_n, padded_width(columns), split & -split if split else self.block_n)
-        return replace(self, block_k=min(self.block_k, padded_width(width)), block_n=block_n)
+    def shrink_to(self, width: int, columns: int) -> "ProjectionTiles":
+        """Return tiles no deeper than the inner dimension and no wider than the result."""
+        block_k = min(self.block_k, padded_width(width))
+        return replace(self, block_k=block_k, block_n=min(self.block_n, padded_width(columns)))
 
     def shared_bytes(self, element_bytes: int) -> int:
         """Return an upper bound per program: both factors in every stage, one tile of x and one of the result."""
@@ -164,7 +161,7 @@ def tile_descriptor(x: Tensor, block_m: int, block_n: int) -> TensorDescriptor:
 
 def attn_out_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of attention's result before its norm: A V / N would underflow in float16."""
-    return torch.bfloat16 if dtype in (torch.bfloat16, FP8) else torch.float32
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
 def or_placeholder(argument: Tensor | None, placeholder: Tensor) -> Tensor:
@@ -197,7 +194,7 @@ def attend(
     """Return A V / N [total, heads * d_v] and its row statistics float32 [total, heads, 2].
 
     q, k, v: [total, heads, d], row strides multiples of 16 bytes, d a power of two of at least 16.
-    scale: of the result, 1 / N, times V's scale in FP8. seed: int64 [], required with dropout.
+    scale: of the result, 1 / N. seed: int64 [], required with dropout.
     Rows beyond a user's first `position_bias.shape[1]` are not written.
     """
     total, heads, d_qk = q.shape

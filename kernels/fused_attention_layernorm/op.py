@@ -11,7 +11,6 @@ from torch import Tensor
 from kernels.fused_attention_layernorm import validation
 from kernels.fused_attention_layernorm.backward import attention_backward
 from kernels.fused_attention_layernorm.dropout import keep_scale
-from kernels.fused_attention_layernorm.fp8 import FP8, Fp8Scales
 from kernels.fused_attention_layernorm.gate_norm import gate_backward, normalise_and_gate
 from kernels.fused_attention_layernorm.launch import KernelConfig, attend, attend_last, attn_out_dtype, fits
 from kernels.fused_attention_layernorm.plan import AttentionPlan
@@ -32,7 +31,6 @@ def fused_attention_layernorm(
     max_events: int,
     alpha: float = 1.0,
     *,
-    scales: Fp8Scales | None = None,
     dropout: float = 0.0,
     seed: Tensor | int | None = None,
     last: bool = False,
@@ -41,7 +39,6 @@ def fused_attention_layernorm(
     """Return U * LayerNorm(SiLU(alpha Q K^T + biases) V / N) of packed rows: [rows, heads * d_v] in u's dtype.
 
     q, k: [total, heads, d_qk]; v, u: [total, heads, d_v]; all float32, bfloat16 or float16; sums are float32.
-    For inference q, k, v may be float8_e4m3fn with `scales`, and u bfloat16 or float16.
     position_bias: float32 [heads, max_events]; time_bias: float32 [heads, thresholds + 1]; norm_weight, norm_bias:
     float32 [heads * d_v]. max_events: the constant N. plan: of the batch, see AttentionPlan.from_batch; all layers
     share it; its max_length is at most max_events.
@@ -57,8 +54,6 @@ def fused_attention_layernorm(
     tables = (position_bias, time_bias, norm_weight, norm_bias)
     _check_shapes(q, k, v, u, tables, plan, max_events, last)
     validation.check_numbers(eps, alpha)
-    validation.check_fp8(q, scales, k, v, u, *tables)
-    scales = scales or Fp8Scales()
     seed = validation.resolve_seed(dropout, seed, plan.seconds.device)
     tables = (position_bias.contiguous(), time_bias.contiguous(), norm_weight.contiguous(), norm_bias.contiguous())
     if debug:
@@ -67,7 +62,7 @@ def fused_attention_layernorm(
     kernels = plan.kernels and has_kernel(q) and has_kernel(v)
     kernels = kernels and fits(plan.config, max(q.shape[2], v.shape[2]), q.element_size(), q.device)
     batch = (plan.seconds, plan.offsets, plan.thresholds)
-    numbers = (eps, max_events, alpha * scales.q * scales.k, scales.v)
+    numbers = (eps, max_events, alpha)
     if last:
         validation.check_last(plan.num_targets, plan.num_contextual, dropout)
         return attention_last(q, k, v, u, *tables, *batch, *numbers, kernels)
@@ -120,7 +115,6 @@ def attention(
     eps: float,
     max_events: int,
     alpha: float,
-    scale: float,
     dropout: float,
     num_contextual: int,
     max_length: int,
@@ -131,7 +125,7 @@ def attention(
     tables = (position_bias, time_bias, norm_weight, norm_bias)
     if not kernels:
         batch = (seconds, offsets, thresholds, num_targets, seed)
-        numbers = (eps, max_events, alpha, scale, dropout, num_contextual)
+        numbers = (eps, max_events, alpha, dropout, num_contextual)
         return packed_reference(q, k, v, u, *tables, *batch, *numbers), u.new_empty(0), u.new_empty(0)
     attn_out, row_stats = attend(
         align_rows(q),
@@ -144,7 +138,7 @@ def attention(
         position_bias,
         time_bias,
         alpha,
-        scale / max_events,
+        1.0 / max_events,
         num_contextual,
         KernelConfig(*config),
         seed,
@@ -226,14 +220,14 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     offsets = inputs[9]
     prepared = inputs[11:15]  # num_targets, row_blocks, time_buckets, seed
     ctx.save_for_backward(*inputs[:8], offsets, *prepared, *output[1:])
-    ctx.numbers = inputs[15:18] + inputs[19:22]  # without `scale`, FP8's: FP8 has no gradients
-    ctx.tile = inputs[22][:2]
+    ctx.numbers = inputs[15:21]
+    ctx.tile = inputs[21][:2]
 
 
 def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
     *inputs, attn_out, row_stats = ctx.saved_tensors
     grads = attention_gradients(grad, attn_out, row_stats, *inputs, *ctx.numbers, *ctx.tile)
-    return *grads, *(None,) * 16
+    return *grads, *(None,) * 15
 
 
 attention.register_autograd(_backward, setup_context=_save_for_backward)
@@ -255,13 +249,12 @@ def attention_last(
     eps: float,
     max_events: int,
     alpha: float,
-    scale: float,
     kernels: bool,
 ) -> Tensor:
     """Return Y [users, width] of each user's last row; of a user without rows, as if all were masked."""
     if kernels:
         rows = (align_rows(q), align_rows(k), align_rows(v), seconds, offsets, thresholds)
-        attn_out, row_stats = attend_last(*rows, position_bias, time_bias, alpha, scale / max_events)
+        attn_out, row_stats = attend_last(*rows, position_bias, time_bias, alpha, 1.0 / max_events)
         return normalise_and_gate(attn_out, row_stats, align_rows(u).flatten(1), norm_weight, norm_bias, eps)
     last = offsets[1:].long() - 1
     has_rows = offsets.diff() > 0
@@ -272,7 +265,7 @@ def attention_last(
     all_u[last[has_rows]] = u[has_rows].to(all_u.dtype)
     tables = (position_bias, time_bias, norm_weight, norm_bias)
     batch = (seconds, offsets, thresholds, None, None)
-    y = packed_reference(all_q, k, v, all_u, *tables, *batch, eps, max_events, alpha, scale, 0.0, 0)
+    y = packed_reference(all_q, k, v, all_u, *tables, *batch, eps, max_events, alpha, 0.0, 0)
     masked = (norm_bias * u.flatten(1)).to(u.dtype)
     return masked if not len(y) else torch.where(has_rows[:, None], y[last.clamp(min=0)], masked)
 
@@ -290,5 +283,5 @@ def align_rows(x: Tensor) -> Tensor:
 
 
 def has_kernel(x: Tensor) -> bool:
-    """Whether the kernels support heads of x's width; a product of FP8 needs at least 32 values per head."""
-    return x.shape[2] in validation.HEAD_WIDTHS and (x.dtype != FP8 or x.shape[2] >= 32)
+    """Whether the kernels support heads of x's width."""
+    return x.shape[2] in validation.HEAD_WIDTHS

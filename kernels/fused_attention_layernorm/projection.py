@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fused_attention_layernorm.fp8 import FP8
 from kernels.fused_attention_layernorm.gate_norm import normalisation
 from kernels.fused_attention_layernorm.kernel import silu
 from kernels.fused_attention_layernorm.launch import (
@@ -26,11 +25,9 @@ from kernels.fused_attention_layernorm.launch import (
     LARGE_IN,
     LARGE_OUT,
     ROW_TILE_VALUES,
-    SMALL_ROWS,
     ProjectionTiles,
     can_use_ptx,
     dot_precision,
-    or_placeholder,
     padded_width,
     projection_tiles_for,
     tile_descriptor,
@@ -76,25 +73,16 @@ def matmul_tile(
 
 
 @triton.jit
-def store_fp8(out8, factors, result, row0, column0, columns, SPLIT: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Store the columns from `column0`, times their factors, in FP8; out8 begins with column SPLIT."""
-    column = column0 + tl.arange(0, BLOCK_N)
-    factor = tl.load(factors + column, mask=column < columns, other=0.0)
-    out8.store([row0, column0 - SPLIT], (result * factor[None, :]).to(out8.dtype))
-
-
-@triton.jit
 def project_in_kernel(
-    x, weight, out, out8, row_stats, weight_sums, bias, factors, rows, columns, eps,
-    SPLIT: tl.constexpr, TO_FP8: tl.constexpr, PARTS: tl.constexpr, D_MODEL: tl.constexpr,
+    x, weight, out, row_stats, weight_sums, bias, rows, columns, eps,
+    PARTS: tl.constexpr, D_MODEL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLATTEN: tl.constexpr,
     USE_PTX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write SiLU(LayerNorm(x) W^T + b). Tiles of the same rows run together and share them in the L2 cache.
 
     Descriptors: x of [rows, D_MODEL], weight of [columns, D_MODEL] from `fold_norm`, out of [rows, columns].
-    row_stats: [rows, PARTS, 2]. With TO_FP8 `out` takes the first SPLIT columns and out8 the others, times `factors`
-    [columns].
+    row_stats: [rows, PARTS, 2].
     """
     row_tiles = tl.cdiv(columns, BLOCK_N)  # tiles per block of rows
     tiles = row_tiles * tl.cdiv(rows, BLOCK_M)
@@ -108,14 +96,7 @@ def project_in_kernel(
         sums = tl.load(weight_sums + column, mask=column < columns, other=0.0)
         shift = tl.load(bias + column, mask=column < columns, other=0.0)
         result = silu((product - mean[:, None] * sums[None, :]) * scale[:, None] + shift[None, :], USE_PTX)
-        if not TO_FP8:
-            out.store([row0, column0], result.to(out.dtype))
-        elif SPLIT == 0:
-            store_fp8(out8, factors, result, row0, column0, columns, SPLIT, BLOCK_N)
-        elif column0 < SPLIT:
-            out.store([row0, column0], result.to(out.dtype))
-        else:
-            store_fp8(out8, factors, result, row0, column0, columns, SPLIT, BLOCK_N)
+        out.store([row0, column0], result.to(out.dtype))
 
 
 @triton.jit
@@ -198,62 +179,19 @@ def project_in(
     if hopper and hopper.fits(x, weight):
         return hopper.project_in(x, row_stats, weight, sums, bias, eps)
     out = x.new_empty((len(x), len(weight)))
-    launch_project_in(out, None, None, x, row_stats, weight, sums, bias, eps, tiles)
-    return out
-
-
-def project_in_fp8(
-    x: Tensor,
-    row_stats: Tensor,
-    weight: Tensor,
-    sums: Tensor,
-    bias: Tensor,
-    factors: Tensor,
-    split: int,
-    eps: float,
-    tiles: ProjectionTiles | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return the first `split` columns of `project_in`, a multiple of 16, and the others times `factors` [n] in FP8."""
-    if split and len(x) > SMALL_ROWS and tiles is None:  # both results of a large tile exceed the shared memory
-        out = project_in(x, row_stats, weight[:split], sums[:split], bias[:split], eps)
-        rest = (weight[split:], sums[split:], bias[split:], factors[split:])
-        return out, project_in_fp8(x, row_stats, *rest, 0, eps)[1]
-    out = x.new_empty((len(x), split))
-    out8 = x.new_empty((len(x), len(weight) - split), dtype=FP8)
-    launch_project_in(out, out8, factors, x, row_stats, weight, sums, bias, eps, tiles)
-    return out, out8
-
-
-def launch_project_in(
-    out: Tensor,
-    out8: Tensor | None,
-    factors: Tensor | None,
-    x: Tensor,
-    row_stats: Tensor,
-    weight: Tensor,
-    sums: Tensor,
-    bias: Tensor,
-    eps: float,
-    tiles: ProjectionTiles | None,
-) -> None:
-    """Fill out, and out8 if there is one. A result that the kernel does not write is replaced by the other one."""
     rows, width = x.shape
     columns = len(weight)
-    split = out.shape[1]
     tiles = tiles or projection_tiles_for(rows, LARGE_IN, x.element_size(), max_shared_bytes(x.device))
-    tiles = tiles.shrink_to(width, columns, 0 if out8 is None else split)
-    first = out if split else out8
-    rest = out if out8 is None else out8
-    if rows and first is not None:
-        count = ceil_div(columns, tiles.block_n) * ceil_div(rows, tiles.block_m)
+    tiles = tiles.shrink_to(width, columns)
+    if rows:
         launch(
-            project_in_kernel, tiles.grid(count, x.device),
+            project_in_kernel, tiles.grid(ceil_div(columns, tiles.block_n) * ceil_div(rows, tiles.block_m), x.device),
             tile_descriptor(x, tiles.block_m, tiles.block_k), tile_descriptor(weight, tiles.block_n, tiles.block_k),
-            tile_descriptor(first, tiles.block_m, tiles.block_n), tile_descriptor(rest, tiles.block_m, tiles.block_n),
-            row_stats, sums, bias, or_placeholder(factors, bias), rows, columns, eps, SPLIT=split,
-            TO_FP8=out8 is not None, PARTS=row_stats.shape[1], D_MODEL=width, USE_PTX=can_use_ptx(x),
-            PRECISION=dot_precision(x.dtype), **tiles.kernel_options,
+            tile_descriptor(out, tiles.block_m, tiles.block_n), row_stats, sums, bias, rows, columns, eps,
+            PARTS=row_stats.shape[1], D_MODEL=width, USE_PTX=can_use_ptx(x), PRECISION=dot_precision(x.dtype),
+            **tiles.kernel_options,
         )  # fmt: skip
+    return out
 
 
 def project_out(

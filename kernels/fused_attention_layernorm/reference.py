@@ -91,7 +91,6 @@ def packed_reference(
     eps: float,
     max_events: int,
     alpha: float,
-    scale: float,
     dropout: float,
     num_contextual: int,
 ) -> Tensor:
@@ -105,7 +104,7 @@ def packed_reference(
     y = fused_attention_layernorm(
         q[rows].float(),
         k[rows].float(),
-        v[rows].float() * scale,
+        v[rows].float(),
         u[rows].float(),
         seconds[rows].long(),
         lengths,

@@ -5,36 +5,33 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.fused_attention_layernorm.fp8 import FP8, Fp8Scales
 from kernels.validation import FLOAT_DTYPES, INT_DTYPES, MAX_ROWS, offset_faults, require, require_values
 
 MAX_THRESHOLDS = 255  # a bucket index is a byte
 HEAD_WIDTHS = (16, 32, 64, 128, 256)  # widths of a head that the kernels support
-HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def check_rows(q: Tensor, k: Tensor, v: Tensor, u: Tensor, total: int, queries: int, device: torch.device) -> None:
     """Check q and u of `queries` rows, k and v of `total` rows: dtypes, shapes and device."""
     require(
-        q.dtype in (*FLOAT_DTYPES, FP8) and q.dim() == 3 and q.shape[0] == queries and q.device == device,
+        q.dtype in FLOAT_DTYPES and q.dim() == 3 and q.shape[0] == queries and q.device == device,
         "q",
         q,
-        f"float32, bfloat16, float16 or float8_e4m3fn [{queries}, heads, d_qk] on {device}",
+        f"float32, bfloat16 or float16 [{queries}, heads, d_qk] on {device}",
     )
     require(q.shape[1] > 0, "q", q, "at least one head")
     heads, d_qk = q.shape[1:]
     d_v = v.shape[-1]
-    gate_dtypes = HALF_DTYPES if q.dtype == FP8 else (q.dtype,)
-    for name, part, dtypes, shape in (
-        ("k", k, (q.dtype,), (total, heads, d_qk)),
-        ("v", v, (q.dtype,), (total, heads, d_v)),
-        ("u", u, gate_dtypes, (queries, heads, d_v)),
+    for name, part, shape in (
+        ("k", k, (total, heads, d_qk)),
+        ("v", v, (total, heads, d_v)),
+        ("u", u, (queries, heads, d_v)),
     ):
         require(
-            part.dtype in dtypes and part.shape == shape and part.device == device,
+            part.dtype == q.dtype and part.shape == shape and part.device == device,
             name,
             part,
-            f"{' or '.join(map(str, dtypes))} {list(shape)} on {device}",
+            f"{q.dtype} {list(shape)} on {device}",
         )
 
 
@@ -72,8 +69,8 @@ def check_numbers(eps: float, alpha: float) -> None:
 
 def check_plan(dtype: torch.dtype, max_length: int, num_contextual: int) -> None:
     """Check a plan's dtype and numbers of rows."""
-    if dtype not in (*FLOAT_DTYPES, FP8):
-        raise ValueError(f"dtype is {dtype}, expected float32, bfloat16, float16 or float8_e4m3fn")
+    if dtype not in FLOAT_DTYPES:
+        raise ValueError(f"dtype is {dtype}, expected float32, bfloat16 or float16")
     if max_length < 0 or num_contextual < 0:
         raise ValueError(
             f"max_length is {max_length} and num_contextual {num_contextual}, expected numbers of rows, at least 0"
@@ -165,14 +162,6 @@ def resolve_seed(dropout: float, seed: Tensor | int | None, device: torch.device
         f"torch.int64 [] on {device}",
     )
     return seed
-
-
-def check_fp8(q: Tensor, scales: Fp8Scales | None, *others: Tensor) -> None:
-    """Check that scales come with FP8 only, and FP8 without gradients. others: every other tensor of the call."""
-    if q.dtype != FP8 and scales is not None:
-        raise ValueError(f"scales are for q, k and v of {FP8}, expected none with {q.dtype}")
-    if q.dtype == FP8 and torch.is_grad_enabled() and any(part.requires_grad for part in (q, *others)):
-        raise ValueError(f"q, k and v of {FP8} are for inference, expected torch.no_grad() around the call")
 
 
 def check_last(num_targets: Tensor | None, num_contextual: int, dropout: float) -> None:

@@ -127,7 +127,7 @@ class FusedEncoder:
         return feature_ids if self._columns is None else feature_ids.index_select(1, self._columns)
 
 
-def make_kernel_encoder(hstu: Hstu, dtype: torch.dtype, fp8: bool = False) -> KernelEncoder:
+def make_kernel_encoder(hstu: Hstu, dtype: torch.dtype) -> KernelEncoder:
     """Return the model's layers on the kernels; its configuration is one that `supports_kernels`."""
     layers = []
     for layer in hstu.layers:
@@ -135,6 +135,6 @@ def make_kernel_encoder(hstu: Hstu, dtype: torch.dtype, fp8: bool = False) -> Ke
         assert isinstance(layer.norm_in, LayerNorm)
         assert isinstance(layer.norm_out, LayerNorm)
         modules = layer.norm_in, layer.project_in, layer.norm_out, layer.project_out
-        layers.append(LayerWeights.from_modules(*modules, *layer.bias_tables(), dtype, fp8))
+        layers.append(LayerWeights.from_modules(*modules, *layer.bias_tables(), dtype))
     config = hstu.config
     return KernelEncoder(layers, config.heads, config.d_qk, config.d_v, config.max_events, config.eps)

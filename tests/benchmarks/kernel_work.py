@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from pipeline.model.config import HstuConfig
-from tests.benchmarks import results
 from tests.benchmarks.kernel_rows import Row, device_ms, row
 
 CONFIG = HstuConfig(items=2, layers=8, width=512, heads=4, d_qk=128, d_v=128, max_events=1024)
@@ -70,11 +69,10 @@ class Work:
         call: Callable[[], object],
         needed: tuple[float, float] | None = None,
         max_error: float | None = None,
-        **more: results.Cell,
     ) -> Row:
         """Measure the call. needed: operations and bytes, None if they are not counted."""
         ms = device_ms(call, warmup=1, rep=1) if self.quick else device_ms(call, warmup=30, rep=200)
-        return row(self.name, implementation, ms, self.users, needed, max_error, **more)
+        return row(self.name, implementation, ms, self.users, needed, max_error)
 
 
 def _lengths(rng: np.random.Generator, users: int, mean: int, max_length: int) -> np.ndarray:

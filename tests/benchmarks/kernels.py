@@ -6,8 +6,7 @@ Times are medians of repeated calls by device events, with the L2 cache flushed 
 copies into the graph's inputs, the plan and the time buckets. tflops and gb_per_s count the operations and bytes that
 are needed on packed rows, whatever the implementation does; for rows that name a part, those of the part.
 max_error: ||states - reference|| / ||reference|| of the first layer's attention with its gate, against the fp32
-specification on the same inputs, rounded to bfloat16; in FP8 rows it includes the rounding to FP8. states_error: an FP8
-encoder's states against those of the bfloat16 encoder.
+specification on the same inputs, rounded to bfloat16.
 
 usage: python -m tests.benchmarks.kernels [--out FOLDER] [--quick] [--tune]      (on a GPU)
 """
@@ -20,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.fused_attention_layernorm.encoder import KernelEncoder
-from kernels.fused_attention_layernorm.fp8 import FP8, FP8_MAX, Fp8Scales
 from kernels.fused_attention_layernorm.launch import SHORT_LENGTH, KernelConfig, attend, fits
 from kernels.fused_attention_layernorm.op import fused_attention_layernorm
 from kernels.fused_attention_layernorm.plan import AttentionPlan
@@ -30,10 +28,9 @@ from pipeline.backends.fused import make_kernel_encoder
 from pipeline.features.event_features import TIME_THRESHOLDS
 from pipeline.model.hstu import Hstu
 from tests.benchmarks import results
-from tests.benchmarks.kernel_rows import Row, arguments, card_name, device_ms, graphed, median_ms, relative_error
+from tests.benchmarks.kernel_rows import Row, arguments, card_name, device_ms, graphed, median_ms
 from tests.benchmarks.kernel_work import CONFIG, HEADS, WIDTH, WORKLOADS, D, Work
 
-SCALES = Fp8Scales(*[WIDTH**0.5 / FP8_MAX] * 3)  # those of weights of norm one, which fit `operator_inputs`
 CONFIGS = (
     KernelConfig(64, 32, 2),
     KernelConfig(64, 32, 3),
@@ -104,26 +101,20 @@ def operator_inputs(work: Work) -> tuple[Tensor, ...]:
     return tuple(part.unflatten(1, (HEADS, D)) for part in projected.split(HEADS * D, 1))
 
 
-def to_fp8(rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Return q, k and v in FP8, scaled by SCALES."""
-    return tuple((part.float() / SCALES.q).to(FP8) for part in rows)
-
-
-def operator_error(hstu: Hstu, work: Work, plan: AttentionPlan, scales: Fp8Scales | None = None) -> float:
-    """Return the first layer's max_error. scales: of FP8; None for bfloat16."""
+def operator_error(hstu: Hstu, work: Work, plan: AttentionPlan) -> float:
+    """Return the first layer's max_error."""
     layer: Any = hstu.layers[0]
     eps = CONFIG.eps
     n = CONFIG.max_events
     rows = operator_inputs(work)
-    inputs = (*to_fp8(rows[:3]), rows[3]) if scales else rows
     tables = (layer.position_bias, layer.time_bias, layer.norm_out.weight, layer.norm_out.bias)
-    got = fused_attention_layernorm(*inputs, *tables, plan, eps, n, scales=scales)
+    got = fused_attention_layernorm(*rows, *tables, plan, eps, n)
     squared_error = 0.0
     squared_norm = 0.0
     for user in range(min(work.users, 32)):  # the padded specification of all users together takes too much memory
         a, b = work.offsets[user : user + 2].tolist()
         one = (work.seconds[a:b], torch.tensor([0, b - a], device="cuda"), plan.thresholds, None, None)
-        expected = packed_reference(*(part[a:b].float() for part in rows), *tables, *one, eps, n, 1.0, 1.0, 0.0, 0)
+        expected = packed_reference(*(part[a:b].float() for part in rows), *tables, *one, eps, n, 1.0, 0.0, 0)
         squared_error += float((got[a:b].float() - expected).square().sum())
         squared_norm += float(expected.square().sum())
     return float(f"{(squared_error / squared_norm) ** 0.5:.2e}")
@@ -140,7 +131,7 @@ def measure(hstu: Hstu, work: Work, thresholds: Tensor) -> Rows:
     error = operator_error(hstu, work, plan)
     graph, newest = (bucket_graph(encode, work, thresholds, last) for last in (False, True))
     exact_size = graphed(lambda: encode(work.x, make_plan()))
-    attention = attention_alone(bias_tables(encode), plan, operator_inputs(work)[:3], Fp8Scales())
+    attention = attention_alone(bias_tables(encode), plan, operator_inputs(work)[:3])
     encoder = (work.encoder, error)
     return [
         work.measured("torch: eager, padded", padded(hstu, work, thresholds, False), work.encoder),
@@ -152,24 +143,6 @@ def measure(hstu: Hstu, work: Work, thresholds: Tensor) -> Rows:
         work.measured("kernels: graph, newest rows", newest),
         work.measured("kernels: attention alone", attention, work.attention, error),
         work.measured("kernels: plan and time buckets alone", graphed(make_plan)),
-        *measure_fp8(hstu, work, thresholds, encode(work.x, plan)),
-    ]
-
-
-def measure_fp8(hstu: Hstu, work: Work, thresholds: Tensor, exact: Tensor) -> Rows:
-    """Return the rows of FP8. exact: the states with Q, K and V in bfloat16, for states_error."""
-    encode = make_kernel_encoder(hstu, torch.bfloat16, fp8=True)
-    plan = AttentionPlan.from_batch(work.seconds, work.offsets, thresholds, work.max_length, FP8)
-    error = operator_error(hstu, work, plan, SCALES)
-    states_error = relative_error(encode(work.x, plan), exact)
-    graph, newest = (bucket_graph(encode, work, thresholds, last) for last in (False, True))
-    attention = attention_alone(bias_tables(encode), plan, to_fp8(operator_inputs(work)[:3]), SCALES)
-    flop, moved = work.attention
-    fp8_moved = moved * 5 / 8  # one byte per value of Q, K and V
-    return [
-        work.measured("kernels: graph, FP8", graph, None, error, states_error=states_error),
-        work.measured("kernels: graph, newest rows, FP8", newest),
-        work.measured("kernels: attention alone, FP8", attention, (flop, fp8_moved), error),
     ]
 
 
@@ -177,11 +150,9 @@ def bias_tables(encode: KernelEncoder) -> tuple[Tensor, Tensor]:
     return encode.layers[0].position_bias, encode.layers[0].time_bias
 
 
-def attention_alone(
-    tables: tuple[Tensor, Tensor], plan: AttentionPlan, rows: tuple[Tensor, ...], scales: Fp8Scales
-) -> Callable[[], None]:
+def attention_alone(tables: tuple[Tensor, Tensor], plan: AttentionPlan, rows: tuple[Tensor, ...]) -> Callable[[], None]:
     """Return a graph of attention in all layers. tables: of the biases; rows: q, k and v."""
-    factors = (scales.q * scales.k, scales.v / CONFIG.max_events)
+    factors = (1.0, 1.0 / CONFIG.max_events)
 
     def call() -> None:
         for _ in range(CONFIG.layers):
@@ -195,8 +166,7 @@ def bucket_graph(encode: KernelEncoder, work: Work, thresholds: Tensor, last: bo
 
     def run(columns: Sequence[Tensor], offsets: Tensor, longest: int) -> Tensor:
         x, seconds = columns
-        dtype = encode.qkv_dtype(x.dtype)
-        return encode(x, AttentionPlan.from_batch(seconds, offsets, thresholds, longest, dtype, trusted=True), last)
+        return encode(x, AttentionPlan.from_batch(seconds, offsets, thresholds, longest, x.dtype, trusted=True), last)
 
     columns = (work.x, work.seconds)
     graphs = BatchGraphs(run, columns, work.users, len(work.x))
@@ -208,7 +178,7 @@ def tune(work: Work, thresholds: Tensor) -> None:
     """Print every configuration's time on this device, and the best one as its line of launch.KERNEL_CONFIGS."""
     qkv = operator_inputs(work)[:3]
     tables = (torch.randn(HEADS, CONFIG.max_events, device="cuda"), torch.randn(HEADS, 49, device="cuda"))
-    for rows in (qkv, to_fp8(qkv), tuple(part.float() for part in qkv)):
+    for rows in (qkv, tuple(part.float() for part in qkv)):
         dtype = rows[0].dtype
         timed: list[tuple[float, KernelConfig]] = []
         for config in CONFIGS:
@@ -217,7 +187,7 @@ def tune(work: Work, thresholds: Tensor) -> None:
             plan = AttentionPlan.from_batch(
                 work.seconds, work.offsets, thresholds, work.max_length, dtype, config=config
             )
-            call = attention_alone(tables, plan, rows, Fp8Scales())
+            call = attention_alone(tables, plan, rows)
             timed.append((device_ms(call), config))
         timed.sort(key=lambda pair: pair[0])
         for ms, config in timed:

@@ -223,9 +223,6 @@ ENCODERS = (
     "kernels: graph",
     "kernels: graph, newest rows",
 )
-FP8_PAIRS = [
-    f"kernels: {part}{dtype}" for part in ("graph", "graph, newest rows", "attention alone") for dtype in ("", ", FP8")
-]
 ENCODE_WORKLOADS = {
     f"`{preset}`, {users}, {events} events": f"{preset}: {users.removesuffix('s')}s"
     for preset in ("tiny", "10m")
@@ -250,7 +247,6 @@ def cells(label: str, count: int) -> str:
 KERNEL_TABLES: dict[str, list[float]] = {}
 for label, workload in ENCODER_WORKLOADS.items():
     KERNEL_TABLES[cells(label, 5)] = medians(KERNELS, workload, *ENCODERS)
-    KERNEL_TABLES[cells(label, 6)] = medians(KERNELS, workload, *FP8_PAIRS)
 for label, workload in ENCODE_WORKLOADS.items():
     KERNEL_TABLES[cells(label, 3)] = medians(ENCODING, workload, "torch: eager", "kernels", "kernels: graph")
 for label, workload in STEP_WORKLOADS.items():

@@ -66,7 +66,7 @@ class Case:
         """The result of the specification, float32."""
         rows = [part.float() for part in self.rows]
         batch = (self.seconds, self.offsets, THRESHOLDS, num_targets, torch.tensor(seed, device=DEVICE))
-        return packed_reference(*rows, *self.tables, *batch, EPS, MAX_EVENTS, ALPHA, 1.0, dropout, num_contextual)
+        return packed_reference(*rows, *self.tables, *batch, EPS, MAX_EVENTS, ALPHA, dropout, num_contextual)
 
     def run(self, plan: AttentionPlan, **options: Any) -> Tensor:
         """The result of the public call."""
@@ -236,11 +236,11 @@ def test_custom_operators_pass_opcheck(kernels: bool) -> None:
     prepared = (plan.num_targets, plan.row_blocks, plan.time_buckets, torch.tensor(5, device=DEVICE))
     numbers = (EPS, MAX_EVENTS, ALPHA)
     config = [plan.config.block_m, plan.config.block_n, plan.config.stages, plan.config.max_registers]
-    rest = (*batch, *prepared, *numbers, 1.0, 0.25, 0, MAX_EVENTS, config, kernels)
+    rest = (*batch, *prepared, *numbers, 0.25, 0, MAX_EVENTS, config, kernels)
     leaves = tuple(part.clone().requires_grad_(kernels) for part in case.leaves)
     assert passes_opcheck(ops.attention_layernorm.default, (*leaves, *rest))
     last_rows = (q[case.last], k, v, u[case.last])
-    last_arguments = (*last_rows, *case.tables, *batch, *numbers, 1.0, kernels)
+    last_arguments = (*last_rows, *case.tables, *batch, *numbers, kernels)
     assert passes_opcheck(ops.attention_layernorm_last.default, last_arguments)
     if kernels:
         y, *saved = ops.attention_layernorm(*case.leaves, *rest)
