@@ -23,14 +23,14 @@ SPLITS = 64
 
 @triton.jit
 def recompute_tile(
-    q_tile, k_tile, v_tile, grad_tile, row, tile, start, length, num_visible, time_buckets, position_bias, time_bias,
-    seed, head, alpha,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_CONTEXTUAL: tl.constexpr, HAS_TARGETS: tl.constexpr,
-    KEEP_THRESHOLD: tl.constexpr, PRECISION: tl.constexpr,
+    q_tile, k_tile, v_tile, grad_tile, row, tile, start, length, time_buckets, position_bias, time_bias, seed,
+    head, alpha,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_CONTEXTUAL: tl.constexpr, KEEP_THRESHOLD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return a, dx and the time bucket of [BLOCK_M, BLOCK_N] scores; a and dx are 0 where masked or dropped."""
     column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    visible = is_visible(row, column, num_visible, NUM_CONTEXTUAL, HAS_TARGETS)
+    visible = is_visible(row, column, length, NUM_CONTEXTUAL)
     visible = visible & (row < length)[:, None] & (column < length)[None, :]
     bucket = tl.load(time_buckets + tl.arange(0, BLOCK_M * BLOCK_N))
     bucket = from_fragment_order(bucket, BLOCK_M, BLOCK_N).to(tl.int32)
@@ -54,11 +54,11 @@ def load_rows(x, row, length, stride, D: tl.constexpr):
 
 @triton.jit
 def grad_q_kernel(
-    q, k, v, grad, grad_q, row_blocks, offsets, num_targets, time_buckets, position_bias, time_bias, seed,
+    q, k, v, grad, grad_q, row_blocks, offsets, time_buckets, position_bias, time_bias, seed,
     q_stride, k_stride, v_stride, alpha, num_positions,
     HEADS: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr, TIME_BUCKETS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_CONTEXTUAL: tl.constexpr, HAS_TARGETS: tl.constexpr,
-    KEEP_THRESHOLD: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_CONTEXTUAL: tl.constexpr, KEEP_THRESHOLD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write grad_q. Grid (heads * blocks): a program loops over the tiles of one row block.
 
@@ -72,7 +72,7 @@ def grad_q_kernel(
     tiles = tl.load(row_block + 3)
     if user < 0:
         return
-    start, length, num_visible = load_user_range(user, offsets, num_targets, num_positions, HAS_TARGETS)  # type: ignore[misc]  # Triton's call
+    start, length = load_user_range(user, offsets, num_positions)  # type: ignore[misc]  # Triton's call
     start = start.to(tl.int64)
     row = row0 + tl.arange(0, BLOCK_M)
     q_tile = load_rows(q + start * q_stride + head * D_QK, row, length, q_stride, D_QK)
@@ -83,10 +83,10 @@ def grad_q_kernel(
         k_tile = load_rows(k + start * k_stride + head * D_QK, column, length, k_stride, D_QK)
         v_tile = load_rows(v + start * v_stride + head * D_V, column, length, v_stride, D_V)
         _, dx, _ = recompute_tile(
-            q_tile, k_tile, v_tile, grad_tile, row, tile, start, length, num_visible,
+            q_tile, k_tile, v_tile, grad_tile, row, tile, start, length,
             time_buckets + (tile0 + tile).to(tl.int64) * (BLOCK_M * BLOCK_N), position_bias + head * num_positions,
             time_bias + head * TIME_BUCKETS, tl.load(seed), head, alpha, BLOCK_M, BLOCK_N, NUM_CONTEXTUAL,
-            HAS_TARGETS, KEEP_THRESHOLD, PRECISION,
+            KEEP_THRESHOLD, PRECISION,
         )  # fmt: skip
         result = tl.dot(dx.to(k_tile.dtype), k_tile, result, input_precision=PRECISION)
     pointers = grad_q + (start + row)[:, None] * (HEADS * D_QK) + (head * D_QK + tl.arange(0, D_QK))[None, :]
@@ -95,11 +95,11 @@ def grad_q_kernel(
 
 @triton.jit
 def grad_kv_kernel(
-    q, k, v, grad, grad_k, grad_v, row_blocks, offsets, num_targets, time_buckets, position_bias, time_bias, seed,
+    q, k, v, grad, grad_k, grad_v, row_blocks, offsets, time_buckets, position_bias, time_bias, seed,
     q_stride, k_stride, v_stride, alpha, num_positions,
     HEADS: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr, TIME_BUCKETS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_CONTEXTUAL: tl.constexpr, HAS_TARGETS: tl.constexpr,
-    KEEP_THRESHOLD: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_CONTEXTUAL: tl.constexpr, KEEP_THRESHOLD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write grad_k and grad_v. Grid (heads * blocks, BLOCK_M / BLOCK_N): a program loops over the row blocks that see
     the columns of one tile.
@@ -112,7 +112,7 @@ def grad_kv_kernel(
     row0 = tl.load(row_blocks + index * 4 + 1)
     if user < 0:
         return
-    start, length, num_visible = load_user_range(user, offsets, num_targets, num_positions, HAS_TARGETS)  # type: ignore[misc]  # Triton's call
+    start, length = load_user_range(user, offsets, num_positions)  # type: ignore[misc]  # Triton's call
     start = start.to(tl.int64)
     tile = row0 // BLOCK_N + tl.program_id(1)
     column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -128,10 +128,10 @@ def grad_kv_kernel(
             q_tile = load_rows(q + start * q_stride + head * D_QK, row, length, q_stride, D_QK)
             grad_tile = load_rows(grad + start * HEADS * D_V + head * D_V, row, length, HEADS * D_V, D_V)
             weights, dx, _ = recompute_tile(
-                q_tile, k_tile, v_tile, grad_tile, row, tile, start, length, num_visible,
+                q_tile, k_tile, v_tile, grad_tile, row, tile, start, length,
                 time_buckets + (tl.load(row_block + 2) + tile).to(tl.int64) * (BLOCK_M * BLOCK_N),
                 position_bias + head * num_positions, time_bias + head * TIME_BUCKETS, tl.load(seed), head, alpha,
-                BLOCK_M, BLOCK_N, NUM_CONTEXTUAL, HAS_TARGETS, KEEP_THRESHOLD, PRECISION,
+                BLOCK_M, BLOCK_N, NUM_CONTEXTUAL, KEEP_THRESHOLD, PRECISION,
             )  # fmt: skip
             result_v = tl.dot(tl.trans(weights.to(v_tile.dtype)), grad_tile, result_v, input_precision=PRECISION)
             result_k = tl.dot(tl.trans(dx.to(q_tile.dtype)), q_tile, result_k, input_precision=PRECISION)
@@ -145,11 +145,11 @@ def grad_kv_kernel(
 
 @triton.jit
 def grad_bias_kernel(
-    q, k, v, grad, position_sums, time_sums, row_blocks, num_row_blocks, offsets, num_targets, time_buckets,
-    position_bias, time_bias, seed, q_stride, k_stride, v_stride, alpha, num_positions, first_diagonal,
+    q, k, v, grad, position_sums, time_sums, row_blocks, num_row_blocks, offsets, time_buckets, position_bias,
+    time_bias, seed, q_stride, k_stride, v_stride, alpha, num_positions, first_diagonal,
     HEADS: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr, TIME_BUCKETS: tl.constexpr, BLOCK_TIME: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_CONTEXTUAL: tl.constexpr, HAS_TARGETS: tl.constexpr,
-    KEEP_THRESHOLD: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_CONTEXTUAL: tl.constexpr, KEEP_THRESHOLD: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write partial sums of both bias gradients. Grid (heads, diagonals, SPLITS): a program loops over its share of the
     tiles at one distance from the diagonal, which have their positions in common.
@@ -171,7 +171,7 @@ def grad_bias_kernel(
         tiles = tl.load(row_block + 3)
         tile = row0 // BLOCK_N - diagonal - first_diagonal
         if (user >= 0) & (tile >= 0) & (tile < tiles):
-            start, length, num_visible = load_user_range(user, offsets, num_targets, num_positions, HAS_TARGETS)  # type: ignore[misc]  # Triton's call
+            start, length = load_user_range(user, offsets, num_positions)  # type: ignore[misc]  # Triton's call
             start = start.to(tl.int64)
             row = row0 + tl.arange(0, BLOCK_M)
             column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -180,10 +180,10 @@ def grad_bias_kernel(
                 load_rows(k + start * k_stride + head * D_QK, column, length, k_stride, D_QK),
                 load_rows(v + start * v_stride + head * D_V, column, length, v_stride, D_V),
                 load_rows(grad + start * HEADS * D_V + head * D_V, row, length, HEADS * D_V, D_V),
-                row, tile, start, length, num_visible,
+                row, tile, start, length,
                 time_buckets + (tile0 + tile).to(tl.int64) * (BLOCK_M * BLOCK_N),
                 position_bias + head * num_positions, time_bias + head * TIME_BUCKETS, tl.load(seed), head, alpha,
-                BLOCK_M, BLOCK_N, NUM_CONTEXTUAL, HAS_TARGETS, KEEP_THRESHOLD, PRECISION,
+                BLOCK_M, BLOCK_N, NUM_CONTEXTUAL, KEEP_THRESHOLD, PRECISION,
             )  # fmt: skip
             tile_sum += dx
             for time in range(tl.min(bucket), tl.max(bucket) + 1):  # far from the diagonal a tile has few buckets
@@ -222,7 +222,6 @@ def attention_backward(
     k: Tensor,
     v: Tensor,
     offsets: Tensor,
-    num_targets: Tensor | None,
     row_blocks: Tensor,
     time_buckets: Tensor,
     position_bias: Tensor,
@@ -250,14 +249,12 @@ def attention_backward(
     times = time_bias.shape[1]
     position_sums = q.new_empty((SPLITS, diagonals, heads, block_m, block_n), dtype=torch.float32)
     time_sums = q.new_empty((SPLITS, diagonals, heads, times), dtype=torch.float32)
-    num_targets_or_any = or_placeholder(num_targets, offsets)
-    batch = (offsets, num_targets_or_any, time_buckets, position_bias, time_bias, or_placeholder(seed, offsets))
+    batch = (offsets, time_buckets, position_bias, time_bias, or_placeholder(seed, offsets))
     numbers = (q.stride(0), k.stride(0), v.stride(0), alpha, position_bias.shape[1])
     options = {
         "HEADS": heads, "D_QK": d_qk, "D_V": d_v, "TIME_BUCKETS": times, "BLOCK_M": block_m, "BLOCK_N": block_n,
-        "NUM_CONTEXTUAL": num_contextual, "HAS_TARGETS": num_targets is not None,
-        "KEEP_THRESHOLD": keep_threshold(dropout), "PRECISION": dot_precision(q.dtype), "num_warps": block_m // 16,
-        "num_stages": 1,
+        "NUM_CONTEXTUAL": num_contextual, "KEEP_THRESHOLD": keep_threshold(dropout),
+        "PRECISION": dot_precision(q.dtype), "num_warps": block_m // 16, "num_stages": 1,
     }  # fmt: skip
     launch(grad_q_kernel, (heads * len(row_blocks),), q, k, v, grad, grads[0], row_blocks, *batch, *numbers, **options)
     launch(

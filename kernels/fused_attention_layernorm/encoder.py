@@ -84,7 +84,6 @@ class KernelEncoder:
             self._split_heads(k),
             self._split_heads(v),
             plan.offsets,
-            plan.num_targets,
             plan.row_blocks,
             plan.time_buckets,
             layer.position_bias,

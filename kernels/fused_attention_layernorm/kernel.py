@@ -50,28 +50,23 @@ def load_l1_masked(pointers, mask, USE_PTX: tl.constexpr):
 
 
 @triton.jit
-def load_user_range(user, offsets, num_targets, num_positions, HAS_TARGETS: tl.constexpr):
-    """Return int32 values of a user: its first row, its length (at most num_positions, the width of the position
-    table), and how many of its rows other rows may see."""
+def load_user_range(user, offsets, num_positions):
+    """Return int32 values of a user: its first row, and its length, at most num_positions, the width of the position
+    table."""
     start = tl.load(offsets + user)
     length = tl.minimum(tl.load(offsets + user + 1) - start, num_positions)
-    num_visible = length
-    if HAS_TARGETS:
-        num_visible = length - tl.load(num_targets + user)
-    return start, length, num_visible
+    return start, length
 
 
 @triton.jit
-def is_visible(row, column, num_visible, NUM_CONTEXTUAL: tl.constexpr, HAS_TARGETS: tl.constexpr):
-    """Return bool [BLOCK_M, BLOCK_N]: a row sees its own column, and earlier ones below num_visible (not targets).
+def is_visible(row, column, length, NUM_CONTEXTUAL: tl.constexpr):
+    """Return bool [BLOCK_M, BLOCK_N]: a row of the user's `length` rows sees its own column and earlier ones.
 
-    The first NUM_CONTEXTUAL rows describe the user, not a moment: they see all rows except the targets.
+    The first NUM_CONTEXTUAL rows describe the user, not a moment: they see all rows.
     """
     visible = row[:, None] >= column[None, :]
     if NUM_CONTEXTUAL:
-        visible = visible | (row[:, None] < NUM_CONTEXTUAL)
-    if NUM_CONTEXTUAL or HAS_TARGETS:
-        visible = (visible & (column[None, :] < num_visible)) | (row[:, None] == column[None, :])
+        visible = (visible | (row[:, None] < NUM_CONTEXTUAL)) & (column[None, :] < length)
     return visible
 
 
@@ -91,11 +86,9 @@ def keep_mask(seed, row, tile, head, BLOCK_N: tl.constexpr, KEEP_THRESHOLD: tl.c
 
 @triton.jit
 def attend_row_block(
-    q, k, v, start, row0, tiles, num_unmasked_tiles, length, num_visible, time_buckets, position_bias, time_bias,
-    seed, alpha, head,
+    q, k, v, start, row0, tiles, num_unmasked_tiles, length, time_buckets, position_bias, time_bias, seed, alpha, head,
     D_QK: tl.constexpr, D_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    NUM_CONTEXTUAL: tl.constexpr, HAS_TARGETS: tl.constexpr, KEEP_THRESHOLD: tl.constexpr, USE_PTX: tl.constexpr,
-    PRECISION: tl.constexpr,
+    NUM_CONTEXTUAL: tl.constexpr, KEEP_THRESHOLD: tl.constexpr, USE_PTX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Return float32 [BLOCK_M, D_V]: SiLU(...) V of one head and one row block. The first tiles need no mask."""
     # Rows past the user's end repeat its last row; they are never stored.
@@ -119,7 +112,7 @@ def attend_row_block(
     for tile in range(num_unmasked_tiles, tiles):
         k_tile = k.load([start + tile * BLOCK_N, head * D_QK])
         scores = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
-        visible = is_visible(row, tile * BLOCK_N + column, num_visible, NUM_CONTEXTUAL, HAS_TARGETS)
+        visible = is_visible(row, tile * BLOCK_N + column, length, NUM_CONTEXTUAL)
         bucket = tl.load(time_buckets + tile * (BLOCK_M * BLOCK_N))
         bucket = from_fragment_order(bucket, BLOCK_M, BLOCK_N).to(tl.int32)
         tile_position = position - tile * BLOCK_N
@@ -138,11 +131,11 @@ def attend_row_block(
 
 @triton.jit
 def attention_kernel(
-    q, k, v, attn_out, row_stats, row_blocks, offsets, num_targets, time_buckets, position_bias, time_bias, seed,
-    alpha, scale, num_positions,
+    q, k, v, attn_out, row_stats, row_blocks, offsets, time_buckets, position_bias, time_bias, seed, alpha, scale,
+    num_positions,
     HEADS: tl.constexpr, D_QK: tl.constexpr, D_V: tl.constexpr, TIME_BUCKETS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_CONTEXTUAL: tl.constexpr, HAS_TARGETS: tl.constexpr,
-    KEEP_THRESHOLD: tl.constexpr, USE_PTX: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_CONTEXTUAL: tl.constexpr, KEEP_THRESHOLD: tl.constexpr,
+    USE_PTX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write attn_out = scale * SiLU(...) V. Grid (heads * blocks), heads first: the other axes end at 65,535 programs.
 
@@ -157,15 +150,15 @@ def attention_kernel(
     tiles = tl.load(row_block + 3)
     if user < 0:
         return
-    start, length, num_visible = load_user_range(user, offsets, num_targets, num_positions, HAS_TARGETS)  # type: ignore[misc]  # Triton's call
-    num_unmasked_tiles = tl.minimum(row0, num_visible) // BLOCK_N
+    start, length = load_user_range(user, offsets, num_positions)  # type: ignore[misc]  # Triton's call
+    num_unmasked_tiles = tl.minimum(row0, length) // BLOCK_N
     if NUM_CONTEXTUAL:
         num_unmasked_tiles = tl.where(row0 < NUM_CONTEXTUAL, 0, num_unmasked_tiles)
     result = scale * attend_row_block(
-        q, k, v, start, row0, tiles, num_unmasked_tiles, length, num_visible,
+        q, k, v, start, row0, tiles, num_unmasked_tiles, length,
         time_buckets + tile0.to(tl.int64) * (BLOCK_M * BLOCK_N) + tl.arange(0, BLOCK_M * BLOCK_N),
         position_bias + head * num_positions, time_bias + head * TIME_BUCKETS, tl.load(seed), alpha, head,
-        D_QK, D_V, BLOCK_M, BLOCK_N, NUM_CONTEXTUAL, HAS_TARGETS, KEEP_THRESHOLD, USE_PTX, PRECISION,
+        D_QK, D_V, BLOCK_M, BLOCK_N, NUM_CONTEXTUAL, KEEP_THRESHOLD, USE_PTX, PRECISION,
     )  # fmt: skip
     row = row0 + tl.arange(0, BLOCK_M)
     column = tl.arange(0, D_V)

@@ -179,7 +179,6 @@ def attend(
     k: Tensor,
     v: Tensor,
     offsets: Tensor,
-    num_targets: Tensor | None,
     row_blocks: Tensor,
     time_buckets: Tensor,
     position_bias: Tensor,
@@ -207,12 +206,11 @@ def attend(
             attention_kernel, (heads * len(row_blocks),),
             tile_descriptor(q, config.block_m, d_qk), tile_descriptor(k, config.block_n, d_qk),
             tile_descriptor(v, config.block_n, d_v), attn_out, row_stats, row_blocks, offsets,
-            or_placeholder(num_targets, offsets), time_buckets, position_bias, time_bias,
-            or_placeholder(seed, offsets), alpha, scale * keep_scale(dropout), position_bias.shape[1],
+            time_buckets, position_bias, time_bias, or_placeholder(seed, offsets), alpha,
+            scale * keep_scale(dropout), position_bias.shape[1],
             HEADS=heads, D_QK=d_qk, D_V=d_v, TIME_BUCKETS=time_bias.shape[1], BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n, NUM_CONTEXTUAL=num_contextual, HAS_TARGETS=num_targets is not None,
-            KEEP_THRESHOLD=keep_threshold(dropout), USE_PTX=can_use_ptx(q), PRECISION=dot_precision(q.dtype),
-            **config.options,
+            BLOCK_N=config.block_n, NUM_CONTEXTUAL=num_contextual, KEEP_THRESHOLD=keep_threshold(dropout),
+            USE_PTX=can_use_ptx(q), PRECISION=dot_precision(q.dtype), **config.options,
         )  # fmt: skip
     return attn_out, row_stats
 

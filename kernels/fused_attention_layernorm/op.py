@@ -64,15 +64,13 @@ def fused_attention_layernorm(
     batch = (plan.seconds, plan.offsets, plan.thresholds)
     numbers = (eps, max_events, alpha)
     if last:
-        validation.check_last(plan.num_targets, plan.num_contextual, dropout)
+        validation.check_last(plan.num_contextual, dropout)
         return attention_last(q, k, v, u, *tables, *batch, *numbers, kernels)
     if not kernels and torch.is_grad_enabled() and any(part.requires_grad for part in (q, k, v, u, *tables)):
         # The custom operator has gradients of the kernels only; torch differentiates the reference.
-        return packed_reference(
-            q, k, v, u, *tables, *batch, plan.num_targets, seed, *numbers, dropout, plan.num_contextual
-        )
+        return packed_reference(q, k, v, u, *tables, *batch, seed, *numbers, dropout, plan.num_contextual)
     config = [plan.config.block_m, plan.config.block_n, plan.config.stages, plan.config.max_registers]
-    prepared = (plan.num_targets, plan.row_blocks, plan.time_buckets, seed)
+    prepared = (plan.row_blocks, plan.time_buckets, seed)
     options = (dropout, plan.num_contextual, plan.max_length, config, kernels)
     return attention(q, k, v, u, *tables, *batch, *prepared, *numbers, *options)[0]
 
@@ -108,7 +106,6 @@ def attention(
     seconds: Tensor,
     offsets: Tensor,
     thresholds: Tensor,
-    num_targets: Tensor | None,
     row_blocks: Tensor,
     time_buckets: Tensor,
     seed: Tensor | None,
@@ -124,7 +121,7 @@ def attention(
     """Return Y [total, width]; from the kernels also A V / N [total, width] and its row statistics, for gradients."""
     tables = (position_bias, time_bias, norm_weight, norm_bias)
     if not kernels:
-        batch = (seconds, offsets, thresholds, num_targets, seed)
+        batch = (seconds, offsets, thresholds, seed)
         numbers = (eps, max_events, alpha, dropout, num_contextual)
         return packed_reference(q, k, v, u, *tables, *batch, *numbers), u.new_empty(0), u.new_empty(0)
     attn_out, row_stats = attend(
@@ -132,7 +129,6 @@ def attention(
         align_rows(k),
         align_rows(v),
         offsets,
-        num_targets,
         row_blocks,
         time_buckets,
         position_bias,
@@ -171,7 +167,6 @@ def attention_gradients(
     norm_weight: Tensor,
     norm_bias: Tensor,
     offsets: Tensor,
-    num_targets: Tensor | None,
     row_blocks: Tensor,
     time_buckets: Tensor,
     seed: Tensor | None,
@@ -195,7 +190,6 @@ def attention_gradients(
         align_rows(k),
         align_rows(v),
         offsets,
-        num_targets,
         row_blocks,
         time_buckets,
         position_bias,
@@ -218,16 +212,16 @@ def _(grad: Tensor, attn_out: Tensor, row_stats: Tensor, *rest: Any) -> list[Ten
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     offsets = inputs[9]
-    prepared = inputs[11:15]  # num_targets, row_blocks, time_buckets, seed
+    prepared = inputs[11:14]  # row_blocks, time_buckets, seed
     ctx.save_for_backward(*inputs[:8], offsets, *prepared, *output[1:])
-    ctx.numbers = inputs[15:21]
-    ctx.tile = inputs[21][:2]
+    ctx.numbers = inputs[14:20]
+    ctx.tile = inputs[20][:2]
 
 
 def _backward(ctx: Any, grad: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
     *inputs, attn_out, row_stats = ctx.saved_tensors
     grads = attention_gradients(grad, attn_out, row_stats, *inputs, *ctx.numbers, *ctx.tile)
-    return *grads, *(None,) * 15
+    return *grads, *(None,) * 14
 
 
 attention.register_autograd(_backward, setup_context=_save_for_backward)
@@ -264,7 +258,7 @@ def attention_last(
     all_q[last[has_rows]] = q[has_rows].to(all_q.dtype)
     all_u[last[has_rows]] = u[has_rows].to(all_u.dtype)
     tables = (position_bias, time_bias, norm_weight, norm_bias)
-    batch = (seconds, offsets, thresholds, None, None)
+    batch = (seconds, offsets, thresholds, None)
     y = packed_reference(all_q, k, v, all_u, *tables, *batch, eps, max_events, alpha, 0.0, 0)
     masked = (norm_bias * u.flatten(1)).to(u.dtype)
     return masked if not len(y) else torch.where(has_rows[:, None], y[last.clamp(min=0)], masked)

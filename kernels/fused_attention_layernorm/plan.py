@@ -19,8 +19,7 @@ from kernels.fused_attention_layernorm.plan_kernels import (
 class AttentionPlan:
     """Inputs of attention that depend on the batch, not on the layer; `from_batch` builds it.
 
-    offsets: int32 [users + 1]; seconds: int32 [total]; thresholds: int32 [times - 1]; num_targets: int32 [users] or
-    None.
+    offsets: int32 [users + 1]; seconds: int32 [total]; thresholds: int32 [times - 1].
     row_blocks: int32 [blocks, 4], see row_block_kernel; time_buckets: uint8 [tiles * block_m * block_n] of `config`;
     both are empty without `kernels`, when the reference runs.
     """
@@ -28,7 +27,6 @@ class AttentionPlan:
     offsets: Tensor
     seconds: Tensor
     thresholds: Tensor
-    num_targets: Tensor | None
     row_blocks: Tensor
     time_buckets: Tensor
     num_contextual: int
@@ -44,7 +42,6 @@ class AttentionPlan:
         thresholds: Tensor,
         max_length: int,
         dtype: torch.dtype,
-        num_targets: Tensor | None = None,
         num_contextual: int = 0,
         *,
         config: KernelConfig | None = None,
@@ -56,8 +53,7 @@ class AttentionPlan:
         seconds: int32 [total], event times, ascending within a user, less than 2^31 s apart; offsets: int32 or int64
         [users + 1]; thresholds: int32 [times - 1], ascending, at most 255; max_length: upper bound of the users'
         lengths; dtype: of q, k, v.
-        num_targets: int32 [users], how many last rows are candidates that no other row sees; num_contextual: how many
-        first rows describe the user and see all rows except the targets.
+        num_contextual: how many first rows describe the user and see all rows.
         config: replaces the table's choice. kernels: whether to use them, by default on a GPU only; on a CPU they need
         Triton's interpreter.
         trusted: do not check values or wait for the device, for CUDA graphs and torch.compile. Rows beyond
@@ -66,15 +62,14 @@ class AttentionPlan:
         Raises ValueError that names the argument, its shape, and what was expected.
         """
         validation.check_plan(dtype, max_length, num_contextual)
-        validation.check_batch(seconds, offsets, thresholds, num_targets)
+        validation.check_batch(seconds, offsets, thresholds)
         if not trusted:
-            validation.check_values(seconds, offsets, thresholds, num_targets, max_length)
+            validation.check_values(seconds, offsets, thresholds, max_length)
         config = config or kernel_config_for(seconds.device, dtype, max_length)
         kernels = seconds.is_cuda if kernels is None else kernels
         seconds = seconds.contiguous()
         offsets = offsets.int().contiguous()
         thresholds = thresholds.contiguous()
-        num_targets = None if num_targets is None else num_targets.contiguous()
         row_blocks, time_buckets = plan_batch(
             seconds, offsets, thresholds, max_length, config.block_m, config.block_n, num_contextual, kernels
         )
@@ -82,7 +77,6 @@ class AttentionPlan:
             offsets,
             seconds,
             thresholds,
-            num_targets,
             row_blocks,
             time_buckets,
             num_contextual,

@@ -28,7 +28,6 @@ def fused_attention_layernorm(
     max_events: int,
     alpha: float = 1.0,
     num_contextual: int = 0,
-    num_targets: Tensor | None = None,
     dropout: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
@@ -39,17 +38,15 @@ def fused_attention_layernorm(
     position_bias: [heads, max_events], indexed by the distance in events; time_bias: [heads, thresholds + 1], indexed
     by the number of `time_thresholds` (int, ascending, whole seconds) that do not exceed the elapsed time.
     norm_weight, norm_bias: [heads * d_v]. max_events: the constant N. alpha scales the dot products.
-    num_contextual: the first rows that describe the user, not a moment; they see all rows except the targets.
-    num_targets: int [users], how many of the last rows are candidates; no other row sees them.
+    num_contextual: the first rows that describe the user, not a moment; they see all rows.
     dropout: fraction of the weights to drop (rounded to 16 bits), chosen by seed, int64 []; the rest is scaled up.
     """
     users, length = seconds.shape
     positions = torch.arange(length, device=seconds.device)
     row = positions[:, None]
     column = positions[None, :]
-    num_visible = lengths if num_targets is None else lengths - num_targets
-    earlier = ((column < row) | (row < num_contextual)) & (column < num_visible[:, None, None])
-    valid = ((column == row) | earlier) & (row < lengths[:, None, None])  # [users, length, length]
+    visible = (column <= row) | (row < num_contextual)
+    valid = visible & (row < lengths[:, None, None]) & (column < lengths[:, None, None])  # [users, length, length]
     elapsed = (seconds[:, :, None] - seconds[:, None, :]).clamp(min=0)
     bucket = (elapsed[..., None] >= time_thresholds).sum(-1)  # [users, length, length]
     bias = position_bias[:, (row - column).clamp(min=0)][None] + time_bias[:, bucket].transpose(0, 1)
@@ -86,7 +83,6 @@ def packed_reference(
     seconds: Tensor,
     offsets: Tensor,
     thresholds: Tensor,
-    num_targets: Tensor | None,
     seed: Tensor | None,
     eps: float,
     max_events: int,
@@ -117,7 +113,6 @@ def packed_reference(
         max_events,
         alpha,
         num_contextual,
-        num_targets,
         dropout,
         seed,
     )

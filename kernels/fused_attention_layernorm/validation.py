@@ -95,7 +95,7 @@ def check_length(max_length: int, max_events: int) -> None:
         raise ValueError(f"the plan's max_length is {max_length}, expected at most max_events, {max_events}")
 
 
-def check_batch(seconds: Tensor, offsets: Tensor, thresholds: Tensor, num_targets: Tensor | None) -> None:
+def check_batch(seconds: Tensor, offsets: Tensor, thresholds: Tensor) -> None:
     """Check dtypes, shapes and devices only; does not wait for the device."""
     device = seconds.device
     require(seconds.dtype == torch.int32 and seconds.dim() == 1, "seconds", seconds, "torch.int32 [total]")
@@ -114,19 +114,9 @@ def check_batch(seconds: Tensor, offsets: Tensor, thresholds: Tensor, num_target
         thresholds,
         f"torch.int32 of at most {MAX_THRESHOLDS} on {device}",
     )
-    if num_targets is not None:
-        users = len(offsets) - 1
-        require(
-            num_targets.dtype == torch.int32 and num_targets.shape == (users,) and num_targets.device == device,
-            "num_targets",
-            num_targets,
-            f"torch.int32 [{users}] on {device}",
-        )
 
 
-def check_values(
-    seconds: Tensor, offsets: Tensor, thresholds: Tensor, num_targets: Tensor | None, max_length: int
-) -> None:
+def check_values(seconds: Tensor, offsets: Tensor, thresholds: Tensor, max_length: int) -> None:
     """Check the values; waits for the device."""
     lengths = offsets.diff()
     longest = lengths.max() if len(lengths) else offsets.new_zeros(())
@@ -136,9 +126,6 @@ def check_values(
     }
     require_values("offsets", offsets, offset_faults(offsets, len(seconds)) | too_long)
     require_values("thresholds", thresholds, {"must not decrease": (thresholds.diff() < 0).any()})
-    if num_targets is not None:
-        out_of_range = ((num_targets < 0) | (num_targets > lengths)).any()
-        require_values("num_targets", num_targets, {"must be between 0 and the user's rows": out_of_range})
 
 
 def resolve_seed(dropout: float, seed: Tensor | int | None, device: torch.device) -> Tensor | None:
@@ -164,10 +151,10 @@ def resolve_seed(dropout: float, seed: Tensor | int | None, device: torch.device
     return seed
 
 
-def check_last(num_targets: Tensor | None, num_contextual: int, dropout: float) -> None:
+def check_last(num_contextual: int, dropout: float) -> None:
     """Check that the batch and the options are ones that `last` supports."""
-    if num_targets is not None or num_contextual:
-        raise ValueError("last=True supports neither targets nor contextual rows, expected a plan without them")
+    if num_contextual:
+        raise ValueError(f"last=True supports no contextual rows, expected a plan without its {num_contextual}")
     if dropout:
         raise ValueError(f"last=True is for inference, expected no dropout instead of {dropout}")
 

@@ -113,7 +113,7 @@ def operator_error(hstu: Hstu, work: Work, plan: AttentionPlan) -> float:
     squared_norm = 0.0
     for user in range(min(work.users, 32)):  # the padded specification of all users together takes too much memory
         a, b = work.offsets[user : user + 2].tolist()
-        one = (work.seconds[a:b], torch.tensor([0, b - a], device="cuda"), plan.thresholds, None, None)
+        one = (work.seconds[a:b], torch.tensor([0, b - a], device="cuda"), plan.thresholds, None)
         expected = packed_reference(*(part[a:b].float() for part in rows), *tables, *one, eps, n, 1.0, 0.0, 0)
         squared_error += float((got[a:b].float() - expected).square().sum())
         squared_norm += float(expected.square().sum())
@@ -156,7 +156,7 @@ def attention_alone(tables: tuple[Tensor, Tensor], plan: AttentionPlan, rows: tu
 
     def call() -> None:
         for _ in range(CONFIG.layers):
-            attend(*rows, plan.offsets, None, plan.row_blocks, plan.time_buckets, *tables, *factors, 0, plan.config)
+            attend(*rows, plan.offsets, plan.row_blocks, plan.time_buckets, *tables, *factors, 0, plan.config)
 
     return graphed(call)
 

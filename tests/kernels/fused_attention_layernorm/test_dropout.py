@@ -46,10 +46,9 @@ def test_results_and_gradients_with_dropout_equal_the_specification(
     lengths: list[int], heads: int, config: KernelConfig, rate: float
 ) -> None:
     case = make_case(lengths, heads=heads).require_grad()
-    num_targets = torch.tensor([length // 4 for length in lengths], dtype=torch.int32, device=DEVICE)
-    plan = case.plan(max(lengths), num_targets=num_targets, num_contextual=2, config=config)
+    plan = case.plan(max(lengths), num_contextual=2, config=config)
     result = case.run(plan, dropout=rate, seed=SEED)
-    expected = case.reference(num_targets, 2, rate, SEED)
+    expected = case.reference(2, rate, SEED)
     assert relative_error(result, expected) < TOLERANCES[torch.float32]
     assert_all_near(gradients(result, case), gradients(expected, case), TOLERANCES[torch.float32])
 
@@ -59,13 +58,13 @@ def test_results_and_gradients_with_dropout_equal_the_specification(
 def test_any_lengths_rate_and_seed_equal_the_specification(lengths: list[int], rate: float, seed: int) -> None:
     case = make_case(lengths, heads=1)
     result = case.run(case.plan(), dropout=rate, seed=seed)
-    torch.testing.assert_close(result, case.reference(None, 0, rate, seed), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(result, case.reference(0, rate, seed), rtol=1e-4, atol=1e-4)
 
 
 def test_half_precision_drops_the_same_weights() -> None:
     case = make_case([31, 32, 33], dtype=torch.float16)
     result = case.run(case.plan(), dropout=0.3, seed=7)
-    assert relative_error(result, case.reference(None, 0, 0.3, 7)) < TOLERANCES[torch.float16]
+    assert relative_error(result, case.reference(0, 0.3, 7)) < TOLERANCES[torch.float16]
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.2, 0.5, 0.75])
@@ -111,7 +110,7 @@ def test_seed_without_dropout_changes_no_bit() -> None:
 def test_reference_without_kernels_drops_the_same_and_differentiates() -> None:
     case = make_case([3, 20], d=12).require_grad()
     result = case.run(case.plan(kernels=False), dropout=0.4, seed=SEED)
-    torch.testing.assert_close(result, case.reference(None, 0, 0.4, SEED))
+    torch.testing.assert_close(result, case.reference(0, 0.4, SEED))
     gradients(result, case)
 
 
@@ -164,7 +163,7 @@ def test_compiled_step_reads_its_seed_at_each_call() -> None:
 def test_on_gpu_half_precision_is_near_the_specification_and_graphs_read_their_seed() -> None:
     case = make_case([150, 1, 77, 130], dtype=torch.bfloat16, heads=4, d=32).require_grad()
     result = case.run(case.plan(), dropout=0.2, seed=5)
-    expected = case.reference(None, 0, 0.2, 5)
+    expected = case.reference(0, 0.2, 5)
     assert relative_error(result, expected) < TOLERANCES[torch.bfloat16]
     assert_all_near(gradients(result, case), gradients(expected, case), TOLERANCES[torch.bfloat16])
     seed = torch.tensor(0, device=DEVICE)

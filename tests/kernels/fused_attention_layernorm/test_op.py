@@ -60,12 +60,10 @@ class Case:
             self.seconds, self.offsets, THRESHOLDS, max_length, self.rows[0].dtype, **options
         )
 
-    def reference(
-        self, num_targets: Tensor | None = None, num_contextual: int = 0, dropout: float = 0.0, seed: int = 0
-    ) -> Tensor:
+    def reference(self, num_contextual: int = 0, dropout: float = 0.0, seed: int = 0) -> Tensor:
         """The result of the specification, float32."""
         rows = [part.float() for part in self.rows]
-        batch = (self.seconds, self.offsets, THRESHOLDS, num_targets, torch.tensor(seed, device=DEVICE))
+        batch = (self.seconds, self.offsets, THRESHOLDS, torch.tensor(seed, device=DEVICE))
         return packed_reference(*rows, *self.tables, *batch, EPS, MAX_EVENTS, ALPHA, dropout, num_contextual)
 
     def run(self, plan: AttentionPlan, **options: Any) -> Tensor:
@@ -135,18 +133,15 @@ def test_batch_without_rows_gives_no_rows() -> None:
     assert case.run(case.plan()).shape == (0, 64)
 
 
-def test_targets_are_hidden_from_other_rows_and_contextual_rows_see_all() -> None:
+@pytest.mark.parametrize(("num_contextual", "changed_rows"), [(0, [73, 74]), (2, [70, 71, 73, 74])])
+def test_only_contextual_and_later_rows_see_a_row(num_contextual: int, changed_rows: list[int]) -> None:
     case = make_case([70, 5, 40])
-    num_targets = torch.tensor([7, 4, 20], dtype=torch.int32, device=DEVICE)
-    for num_contextual in (0, 3):
-        result = case.run(case.plan(num_targets=num_targets, num_contextual=num_contextual))
-        assert relative_error(result, case.reference(num_targets, num_contextual)) < 1e-5
+    assert relative_error(case.run(case.plan(num_contextual=num_contextual)), case.reference(num_contextual)) < 1e-5
     k = case.rows[1].clone()
-    k[70 + 4] = 9.0  # the second user's last target
+    k[70 + 3] = 9.0  # of the second user's five rows the fourth
     changed = replace(case, rows=(case.rows[0], k, *case.rows[2:]))
-    before, after = (each.run(each.plan(num_targets=num_targets)) for each in (case, changed))
-    differs = (before != after).any(1).nonzero().flatten().tolist()
-    assert differs == [74]
+    before, after = (each.run(each.plan(num_contextual=num_contextual)) for each in (case, changed))
+    assert (before != after).any(1).nonzero().flatten().tolist() == changed_rows
 
 
 def test_last_rows_alone_equal_those_of_all_rows() -> None:
@@ -169,10 +164,9 @@ def test_nan_of_a_neighbour_does_not_spread() -> None:
 def test_gradients_equal_those_of_the_specification() -> None:
     lengths = [1, 70, 3, 40]
     case = make_case(lengths).require_grad()
-    num_targets = torch.tensor([0, 10, 1, 20], dtype=torch.int32, device=DEVICE)
     direction = make_case(lengths, seed=5).rows[3].flatten(1)
-    result = case.run(case.plan(num_targets=num_targets, num_contextual=2))
-    expected = case.reference(num_targets, 2)
+    result = case.run(case.plan(num_contextual=2))
+    expected = case.reference(2)
     gradients = [torch.autograd.grad((y * direction).sum(), case.leaves) for y in (result, expected)]
     assert_all_near(*gradients, tolerance=1e-5)
 
@@ -233,7 +227,7 @@ def test_custom_operators_pass_opcheck(kernels: bool) -> None:
     one_tile = (plan.seconds[:20], on_device(0, 20).int(), THRESHOLDS, SAFE_CONFIG.block_m)
     tile = (SAFE_CONFIG.block_m, SAFE_CONFIG.block_n)
     assert passes_opcheck(ops.attention_plan.default, (*one_tile, *tile, 0, kernels))
-    prepared = (plan.num_targets, plan.row_blocks, plan.time_buckets, torch.tensor(5, device=DEVICE))
+    prepared = (plan.row_blocks, plan.time_buckets, torch.tensor(5, device=DEVICE))
     numbers = (EPS, MAX_EVENTS, ALPHA)
     config = [plan.config.block_m, plan.config.block_n, plan.config.stages, plan.config.max_registers]
     rest = (*batch, *prepared, *numbers, 0.25, 0, MAX_EVENTS, config, kernels)

@@ -73,14 +73,13 @@ def test_strided_tables_give_equal_gradients(index: int) -> None:
     assert_all_equal(*gradients)
 
 
-@pytest.mark.parametrize("name", ["seconds", "offsets", "thresholds", "num_targets"])
+@pytest.mark.parametrize("name", ["seconds", "offsets", "thresholds"])
 def test_plan_of_strided_columns_gives_equal_bits(name: str) -> None:
     case = make_case([9, 40])
     batch = {
         "seconds": case.seconds,
         "offsets": case.offsets.int(),
         "thresholds": THRESHOLDS,
-        "num_targets": on_device(2, 3).int(),
     }
     plans = [
         AttentionPlan.from_batch(**columns, max_length=MAX_EVENTS, dtype=torch.float32, kernels=True)
@@ -119,6 +118,12 @@ def test_user_longer_than_the_position_table_is_rejected() -> None:
     case = make_case([MAX_EVENTS + 1])
     with pytest.raises(ValueError, match=r"offsets \[2\] must leave no user more than the 150 rows"):
         case.plan()
+
+
+def test_last_rows_alone_of_a_plan_with_contextual_rows_are_rejected() -> None:
+    case = make_case([1])
+    with pytest.raises(ValueError, match="last=True supports no contextual rows, expected a plan without its 2"):
+        case.run(case.plan(num_contextual=2), last=True)
 
 
 def test_debug_rejects_nan_and_infinity() -> None:
