@@ -6,7 +6,6 @@ all graphs read; users without rows pad it to its bucket.
 
 import gc
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +21,6 @@ WARM_UP_CALLS = 2  # before a capture, so that kernels are compiled and loaded
 STEPS_PER_DOUBLING = 16  # bucket sizes between two powers of two: at most a sixteenth of the rows is padding
 MIN_ROWS = 256  # rows; a smaller batch takes as long
 MAX_NODE_BYTES = 16 << 20  # cap on the estimate of a graph's own nodes
-HALF_LIFE_CALLS = 10_000  # when the buckets' hits exceed this in total, all are halved
-MIN_CALLS = 3  # calls of a bucket without a graph before one is captured: a capture takes longer than a call
 
 # One capture at a time per process. Other threads may keep launching, but must not synchronise the entire device.
 CAPTURE_LOCK = threading.Lock()
@@ -78,9 +75,8 @@ class BatchGraphs:
     the last offset.
     example: the columns of any batch, for their shapes and dtypes.
     max_users, max_rows: larger batches run without a graph.
-    budget_bytes: limit on the memory of all graphs together. When it is full, a bucket replaces the least called one
-    that has a graph, once it is called twice as often: graphs are not captured over and over when more buckets are in
-    use than fit.
+    budget_bytes: limit on the memory of all graphs together. A bucket's graph is captured by `warm` or by the bucket's
+    first call; once the budget is full, buckets without a graph run without one until `clear`.
     """
 
     def __init__(
@@ -102,8 +98,9 @@ class BatchGraphs:
         users = len(offsets) - 1
         rows = len(columns[0])
         bucket = Bucket.from_sizes(users, rows, max_length)
-        self._record_hit(bucket)
-        graph = self._graphs.get(bucket) or self._maybe_capture(bucket)
+        graph = self._graphs.get(bucket)
+        if graph is None and self._can_capture(bucket):
+            graph = self._capture_within_budget(bucket)
         if graph is None:
             return self._run(columns, offsets, max_length)
         for static, column in zip(self._columns, columns, strict=True):
@@ -118,7 +115,7 @@ class BatchGraphs:
         length_classes: see `possible_buckets`.
         """
         for bucket in possible_buckets(self._max_users, self._max_rows, length_classes):
-            missing = self._in_range(bucket) and bucket not in self._graphs
+            missing = bucket not in self._graphs and self._can_capture(bucket)
             if missing and self._capture_within_budget(bucket) is None and self._graphs:
                 break
         return len(self._graphs)
@@ -135,10 +132,10 @@ class BatchGraphs:
     def clear(self) -> None:
         """Drop all graphs, as when a tensor that `run` reads has moved."""
         self._graphs: dict[Bucket, CapturedGraph] = {}
-        self._hits: Counter[Bucket] = Counter()
         self._pool = torch.cuda.graph_pool_handle() if self._offsets.is_cuda else None
         self._pool_bytes = 0
         self._full = False
+        self._row_limit = self._max_rows  # lowered by a bucket that does not fit: larger ones would not either
 
     @property
     def nbytes(self) -> int:
@@ -148,46 +145,26 @@ class BatchGraphs:
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def _in_range(self, bucket: Bucket) -> bool:
-        return bucket.rows <= self._max_rows and bucket.users <= self._max_users
-
-    def _record_hit(self, bucket: Bucket) -> None:
-        self._hits[bucket] += 1
-        if self._hits.total() > HALF_LIFE_CALLS:  # halve the weight of older calls
-            self._hits = Counter({bucket: hits // 2 for bucket, hits in self._hits.items() if hits > 1})
-
-    def _maybe_capture(self, bucket: Bucket) -> CapturedGraph | None:
-        """Capture a graph for a frequent bucket if the budget has room or a less frequent bucket can be replaced."""
-        if not self._in_range(bucket):
-            return None
-        least = min(self._graphs, key=self._hits.__getitem__, default=None) if self._full else None
-        if self._hits[bucket] <= MIN_CALLS + (0 if least is None else 2 * self._hits[least]):
-            return None
-        if least is not None:
-            self._drop(least)
-        return self._capture_within_budget(bucket)
+    def _can_capture(self, bucket: Bucket) -> bool:
+        return not self._full and bucket.rows <= self._row_limit and bucket.users <= self._max_users
 
     def _capture_within_budget(self, bucket: Bucket) -> CapturedGraph | None:
         """Capture the bucket's graph; return None if it does not fit the budget or the device."""
         try:
             graph = self.capture(bucket)
         except torch.OutOfMemoryError:
-            self._max_rows = bucket.rows - 1
-            return None
-        if self._pool_bytes > self._budget_bytes:  # too large even alone, and so are larger buckets
-            self.clear()
-            self._max_rows = bucket.rows - 1
+            self._row_limit = bucket.rows - 1
             return None
         if self.nbytes <= self._budget_bytes:
             return graph
-        self._full = True
-        self._drop(bucket)
-        return None
-
-    def _drop(self, bucket: Bucket) -> None:
         del self._graphs[bucket]
-        if not self._graphs:  # the pool is freed with its last graph
-            self.clear()
+        is_largest = all(other.rows < bucket.rows for other in self._graphs)
+        if not self._graphs or (is_largest and self._pool_bytes > self._budget_bytes):
+            self.clear()  # this bucket alone may fill the pool, which is freed with its last graph
+            self._row_limit = bucket.rows - 1
+        else:
+            self._full = True
+        return None
 
     def _capture_call(self, call: Callable[[], Tensor]) -> CapturedGraph:
         device = self._offsets.device

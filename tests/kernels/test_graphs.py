@@ -1,4 +1,4 @@
-"""Graphs by bucket: padding, captures of frequent buckets, and the budget; on a GPU the graphs themselves."""
+"""Graphs by bucket: padding, captures, and the budget; on a GPU the graphs themselves."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import graphs as graphs_module
 from kernels.fused_attention_layernorm.plan import AttentionPlan
-from kernels.graphs import MIN_CALLS, BatchGraphs, Bucket, CapturedGraph, bucket_rows, possible_buckets
+from kernels.graphs import BatchGraphs, Bucket, CapturedGraph, bucket_rows, possible_buckets
 from pipeline.backends.fused import make_kernel_encoder
 from pipeline.features.event_features import TIME_THRESHOLDS
 from tests.kernels.fused_attention_layernorm.test_encoder import DEVICE, WIDE
@@ -97,27 +96,74 @@ def test_largest_buckets_are_warmed_until_the_budget_is_full() -> None:
     assert [rows for rows, *_ in run.calls] == [100]  # the large batch has a graph, the small one does not
 
 
-def test_full_budget_captures_only_buckets_called_twice_as_often() -> None:
+def test_full_budget_keeps_the_graphs_that_were_captured_first() -> None:
     graphs = TenByteGraphs(UserSums(), EXAMPLE, 16, 2000, budget_bytes=35)
-    for _ in range(100):
-        for rows in (300, 600, 900, 1200, 1500, 1900):
+    for _ in range(3):
+        for rows in (300, 600, 900, 1200, 1500):
             graphs(*make_batch([rows // 16] * 16), 256)
-    assert graphs.captures == 4  # in 600 batches; the last one did not fit
-    for _ in range(200 + MIN_CALLS):
-        graphs(*make_batch([16] * 16), 256)
-        assert graphs.captures == 4
-    graphs(*make_batch([16] * 16), 256)  # now twice as often as those that have graphs
-    assert graphs.captures == 5
-    assert Bucket.from_sizes(16, 256, 256) in graphs._graphs
+    assert set(graphs._graphs) == {Bucket.from_sizes(16, rows, 256) for rows in (300, 600, 900)}
+    assert graphs.captures == 4  # the last one did not fit
 
 
-def test_bucket_called_long_ago_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs_module, "HALF_LIFE_CALLS", 50)
-    graphs = TenByteGraphs(UserSums(), EXAMPLE, 16, 2000, budget_bytes=15)
-    for rows in (300, 600):
-        for _ in range(200):
-            graphs(*make_batch([rows // 16] * 16), 256)
-    assert set(graphs._graphs) == {Bucket.from_sizes(16, 600, 256)}
+def test_bucket_is_captured_by_its_first_call_and_again_after_clear() -> None:
+    graphs = TenByteGraphs(UserSums(), EXAMPLE, 4, 256, budget_bytes=15)
+    for _ in range(2):
+        for lengths in ([5, 6], [7]):  # there is no room for the second one
+            assert graphs(*make_batch(lengths), 64)[0] == sum(range(lengths[0]))
+        assert set(graphs._graphs) == {Bucket.from_sizes(2, 11, 64)}
+        graphs.clear()
+        assert len(graphs) == graphs.nbytes == 0
+    assert graphs.captures == 4
+
+
+def test_bucket_too_large_for_the_budget_is_captured_once() -> None:
+    graphs = TenByteGraphs(UserSums(), EXAMPLE, 4, 600, budget_bytes=5)
+    for _ in range(3):
+        for lengths in ([300], [200], [250, 250]):
+            assert len(graphs(*make_batch(lengths), 300)) == len(lengths)
+    assert len(graphs) == 0
+    assert graphs.captures == 2  # 300 rows and, being smaller, 200
+
+
+@pytest.mark.parametrize(("sizes", "captures"), [((1500, 300), 2), ((300, 1500), 3)])
+def test_graph_whose_pool_exceeds_the_budget_leaves_room_for_the_first_one(
+    sizes: tuple[int, int], captures: int
+) -> None:
+    class GrowingPool(TenByteGraphs):
+        def _capture_call(self, call: Callable[[], Tensor]) -> CapturedGraph:
+            self._pool_bytes += 60
+            return super()._capture_call(call)
+
+    graphs = GrowingPool(UserSums(), EXAMPLE, 1, 2000, budget_bytes=100)
+    for _ in range(3):
+        for size in sizes:
+            graphs(*make_batch([size]), 2000)
+    assert set(graphs._graphs) == {Bucket.from_sizes(1, sizes[0], 2000)}
+    assert graphs.captures == captures  # a small one again, after a large one emptied the pool
+
+
+def test_full_device_bars_batches_as_large_until_clear() -> None:
+    class FullDevice(TenByteGraphs):
+        free_rows = 1000
+
+        def capture(self, bucket: Bucket) -> CapturedGraph:
+            if bucket.rows > self.free_rows:
+                raise torch.OutOfMemoryError("none left")
+            return super().capture(bucket)
+
+    graphs = FullDevice(UserSums(), EXAMPLE, 1, 3000)
+    sizes = {size: Bucket.from_sizes(1, size, 3000) for size in (500, 2000, 3000)}
+
+    def captured_sizes() -> list[int]:
+        for size in sizes:
+            assert graphs(*make_batch([size]), 3000).tolist() == [sum(range(size))]
+        return [size for size, bucket in sizes.items() if bucket in graphs._graphs]
+
+    assert captured_sizes() == [500]
+    graphs.free_rows = 4000
+    assert captured_sizes() == [500]
+    graphs.clear()
+    assert captured_sizes() == [500, 2000, 3000]
 
 
 def test_batch_runs_without_a_graph_if_the_device_is_out_of_memory() -> None:
@@ -126,8 +172,7 @@ def test_batch_runs_without_a_graph_if_the_device_is_out_of_memory() -> None:
             raise torch.OutOfMemoryError("none left")
 
     graphs = FullDevice(UserSums(), EXAMPLE, 4, 600)
-    for _ in range(2 * MIN_CALLS):
-        assert graphs(*make_batch([5, 6]), 64).tolist() == [10.0, 45.0]
+    assert graphs(*make_batch([5, 6]), 64).tolist() == [10.0, 45.0]
     assert len(graphs) == graphs.warm([64]) == 0
 
 
@@ -135,19 +180,8 @@ def test_too_large_batch_runs_without_a_graph() -> None:
     run = UserSums()
     graphs = BatchGraphs(run, EXAMPLE, 4, 256)
     for lengths in ([257], [1] * 5):
-        for _ in range(MIN_CALLS + 2):
-            graphs(*make_batch(lengths), 300)
-        assert set(run.calls) == {(sum(lengths), len(lengths), 300)}
-        run.calls.clear()
-    assert len(graphs) == 0
-
-
-def test_frequent_bucket_gets_a_graph_and_clear_drops_it() -> None:
-    graphs = BatchGraphs(UserSums(), EXAMPLE, 4, 256)
-    for calls in range(1, MIN_CALLS + 2):
-        graphs(*make_batch([5, 6]), 64)
-        assert len(graphs) == (calls > MIN_CALLS)
-    graphs.clear()
+        graphs(*make_batch(lengths), 300)
+        assert run.calls.pop() == (sum(lengths), len(lengths), 300)
     assert len(graphs) == 0
 
 
