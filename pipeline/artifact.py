@@ -9,11 +9,9 @@ exports/<backend>/    the encoder in another runtime's form, not part of the ver
 """
 
 import hashlib
-import platform
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version as installed_version
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -26,47 +24,24 @@ from torch import Tensor
 from pipeline.data.split import TrainingProvenance
 from pipeline.errors import ArtifactError
 from pipeline.features.event_features import FEATURE_LAYOUT
-from pipeline.files import exchange, flush, hash_mismatch, sha256
+from pipeline.files import exchange, flush, hash_mismatch
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.metadata import ItemMetadata
 from pipeline.items.vocabulary import UNKNOWN, Vocabulary
+from pipeline.manifest import (
+    COPY_AGAIN,
+    COUNTERS,
+    FORMAT,
+    ITEMS,
+    MANIFEST,
+    VOCABULARY,
+    WEIGHTS,
+    Manifest,
+    make_manifest,
+    read_manifest,
+)
 from pipeline.model.config import HstuConfig
 from pipeline.records import EventSchema
-
-FORMAT = 4
-MANIFEST = "manifest.json"
-WEIGHTS = "hstu.safetensors"
-VOCABULARY = "vocabulary.msgpack"
-ITEMS = "items.safetensors"
-COUNTERS = "counters.safetensors"
-FILES = (WEIGHTS, VOCABULARY, ITEMS, COUNTERS)
-TOOLS = ("torch", "numpy", "safetensors", "msgspec")
-_COPY_AGAIN = "copy the whole folder again, or make one with `millrace train LOG --out DIR`"
-
-
-class Manifest(msgspec.Struct, frozen=True):
-    """The description of an artifact, with the hash of each of its other files.
-
-    version: hash of the content, 16 hex digits: equal versions rank equally; created: ISO 8601, UTC
-    """
-
-    format: int
-    name: str
-    version: str
-    created: str
-    config: HstuConfig
-    schema: EventSchema
-    metrics: dict[str, float]
-    files: dict[str, str]
-    tools: dict[str, str]
-    features: str  # FEATURE_LAYOUT of the code that trained the model
-    trained_on: TrainingProvenance | None = None  # None: not made by training
-
-
-class ManifestFormat(msgspec.Struct):
-    """The field to check first: in another format the others may have another meaning."""
-
-    format: int
 
 
 @dataclass(slots=True)
@@ -143,7 +118,7 @@ def save(folder: Path, artifact: Artifact, metrics: Mapping[str, float], created
     staging = Path(mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         _write_content(staging, artifact)
-        manifest = _make_manifest(staging, folder.name, artifact, metrics, created)
+        manifest = make_manifest(staging, folder.name, artifact.manifest, metrics, created)
         (staging / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n")
         staging.chmod(0o755)
         for path in (*staging.iterdir(), staging):
@@ -198,46 +173,12 @@ def _read(folder: Path) -> Artifact:
     )
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read and check a manifest. ArtifactError when it is missing, broken, edited, incomplete or incompatible."""
-    path = folder / MANIFEST
-    manifest = _decode_manifest(path)
-    if manifest.features != FEATURE_LAYOUT:
-        raise ArtifactError(
-            f"artifact {path}: trained on features {manifest.features}, this millrace makes {FEATURE_LAYOUT};"
-            " train again"
-        )
-    if missing := set(FILES) - manifest.files.keys():
-        raise ArtifactError(f"artifact {path}: no hash of {', '.join(sorted(missing))}; {_COPY_AGAIN}")
-    version = _content_hash(manifest.config, manifest.schema, manifest.files)
-    if version != manifest.version:
-        raise ArtifactError(
-            f"artifact {path}: content hash {version}, the manifest says {manifest.version}; {_COPY_AGAIN}"
-        )
-    return manifest
-
-
-def _decode_manifest(path: Path) -> Manifest:
-    try:
-        content = path.read_bytes()
-        found = msgspec.json.decode(content, type=ManifestFormat).format
-        if found != FORMAT:
-            raise ArtifactError(f"artifact {path}: format {found}, this millrace reads {FORMAT}; train again")
-        return msgspec.json.decode(content, type=Manifest)
-    except OSError as error:
-        raise ArtifactError(
-            f"artifact {path}: {error.strerror}; make one with `millrace train LOG --out DIR`"
-        ) from error
-    except msgspec.DecodeError as error:
-        raise ArtifactError(f"artifact {path}: not a manifest ({error}); {_COPY_AGAIN}") from error
-
-
 def _decode_item_ids(path: Path, content: bytes) -> list[str]:
     item_ids = msgspec.msgpack.decode(content, type=list[str])
     rows: dict[str, int] = {}
     for row, item_id in enumerate(item_ids, 1):
         if (first := rows.setdefault(item_id, row)) != row:
-            raise ArtifactError(f"artifact {path}: item '{item_id}' is in rows {first} and {row}; {_COPY_AGAIN}")
+            raise ArtifactError(f"artifact {path}: item '{item_id}' is in rows {first} and {row}; {COPY_AGAIN}")
     return item_ids
 
 
@@ -254,9 +195,9 @@ def _read_checked(path: Path, expected: str) -> bytes:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ArtifactError(f"artifact {path}: {error.strerror}; {_COPY_AGAIN}") from error
+        raise ArtifactError(f"artifact {path}: {error.strerror}; {COPY_AGAIN}") from error
     if mismatch := hash_mismatch(hashlib.sha256(content).hexdigest(), expected):
-        raise ArtifactError(f"artifact {path}: {mismatch}; {_COPY_AGAIN}")
+        raise ArtifactError(f"artifact {path}: {mismatch}; {COPY_AGAIN}")
     return content
 
 
@@ -268,30 +209,6 @@ def _write_content(folder: Path, artifact: Artifact) -> None:
     for name, arrays in ((COUNTERS, artifact.counters), (ITEMS, artifact.metadata.arrays())):
         contiguous = {key: np.ascontiguousarray(array) for key, array in arrays.items()}
         safetensors.numpy.save_file(contiguous, folder / name)
-
-
-def _make_manifest(
-    content: Path, name: str, artifact: Artifact, metrics: Mapping[str, float], created: str
-) -> Manifest:
-    files = {file: sha256(content / file) for file in FILES}
-    return Manifest(
-        format=FORMAT,
-        name=name,
-        version=_content_hash(artifact.config, artifact.manifest.schema, files),
-        created=created,
-        config=artifact.config,
-        schema=artifact.manifest.schema,
-        metrics=dict(metrics),
-        files=files,
-        tools={"python": platform.python_version(), **{tool: installed_version(tool) for tool in TOOLS}},
-        features=FEATURE_LAYOUT,
-        trained_on=artifact.manifest.trained_on,
-    )
-
-
-def _content_hash(config: HstuConfig, schema: EventSchema, files: Mapping[str, str]) -> str:
-    content = msgspec.json.encode((config, schema, dict(files)), order="sorted")
-    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _replace(staging: Path, folder: Path) -> None:

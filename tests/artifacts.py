@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 from pipeline import artifact as artifacts
-from pipeline.artifact import WEIGHTS, Artifact
+from pipeline.artifact import Artifact
 from pipeline.backends.manifest import EXPORT_MANIFEST, ExportManifest, export_folder
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.metadata import ItemMetadata
 from pipeline.items.vocabulary import Vocabulary
+from pipeline.manifest import WEIGHTS, read_manifest
 from pipeline.model.config import HstuConfig
 from pipeline.records import EventSchema, Item, item_hash
 from pipeline.training.multi_task_model import MultiTaskModel
@@ -107,7 +108,7 @@ def add_export(folder: Path, backend: str = "onnxruntime-cpu") -> Path:
     manifest = ExportManifest(
         format=1,
         backend=backend,
-        artifact_version=artifacts.read_manifest(folder).version,
+        artifact_version=read_manifest(folder).version,
         created=CREATED,
         files={name: sha256(content).hexdigest() for name, content in contents.items()},
         tools={"onnx": "1.20.0"},

@@ -12,9 +12,9 @@ from typing import Annotated
 
 import msgspec
 
-from pipeline.artifact import ManifestFormat
 from pipeline.errors import ArtifactError
 from pipeline.files import hash_mismatch, sha256
+from pipeline.manifest import ManifestFormat
 
 FORMAT = 1
 EXPORTS = "exports"

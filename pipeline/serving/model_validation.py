@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import msgspec
 import numpy as np
 
-from pipeline.artifact import Manifest
 from pipeline.errors import ArtifactError
+from pipeline.manifest import Manifest
 from pipeline.records import Histories, SlateItem
 from pipeline.strategies.strategy import RankedItems, Strategy, rank
 

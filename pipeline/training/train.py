@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from pipeline import artifact as artifacts
-from pipeline.artifact import Manifest
 from pipeline.data.event_log import EventLog
 from pipeline.errors import TrainingError
 from pipeline.evaluation.head_predictions import fit_calibration, held_out_labels
 from pipeline.evaluation.metrics import RankingMetrics
 from pipeline.evaluation.ranking import StrategyRecommender, evaluate_ranking
 from pipeline.features.labels import TASKS
+from pipeline.manifest import Manifest
 from pipeline.model.calibration import IDENTITY
 from pipeline.records import Item
 from pipeline.strategies.options import PipelineOptions

@@ -9,9 +9,10 @@ import torch
 from msgspec.structs import replace
 
 from pipeline import artifact as artifacts
-from pipeline.artifact import COUNTERS, MANIFEST, VOCABULARY, WEIGHTS, Artifact
+from pipeline.artifact import Artifact
 from pipeline.backends.torch import TorchModel
 from pipeline.errors import ArtifactError
+from pipeline.manifest import COUNTERS, MANIFEST, VOCABULARY, WEIGHTS, Manifest, read_manifest
 from pipeline.model.config import HstuConfig
 from pipeline.records import EventSchema
 from pipeline.training.multi_task_model import MultiTaskModel
@@ -152,9 +153,8 @@ def test_artifact_is_never_absent_while_it_is_replaced(tmp_path: Path) -> None:
 
 def test_artifact_that_is_replaced_while_it_is_read_is_read_again(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = artifacts.load(save_draft(saved.parent / "other", seed=1))
-    read_manifest = artifacts.read_manifest
 
-    def replace_after_reading(folder: Path) -> artifacts.Manifest:
+    def replace_after_reading(folder: Path) -> Manifest:
         manifest = read_manifest(folder)
         if manifest.version != other.version:
             save_draft(saved, seed=1)

@@ -33,7 +33,7 @@ from worker.commands.log_arguments import LOG_HELP, add_items, add_log_layout, r
 from worker.output.paths import check_folder
 
 if TYPE_CHECKING:
-    from pipeline.artifact import Manifest
+    from pipeline.manifest import Manifest
     from pipeline.strategies.options import PipelineOptions
     from pipeline.training.distributed import ProcessGroup
     from pipeline.training.preparation import TrainingOptions

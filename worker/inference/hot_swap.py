@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from pipeline import artifact as artifacts
-from pipeline.artifact import Artifact, Manifest
+from pipeline.artifact import Artifact
+from pipeline.manifest import Manifest, read_manifest
 from pipeline.records import Histories
 from pipeline.serving import model_validation
 from pipeline.serving.model_validation import Thresholds
@@ -80,7 +81,7 @@ class HotSwap:
     async def _swap(self, seen: Fingerprint) -> None:
         start_s = self._clock.monotonic()
         before = self._ranker.pipeline.version
-        manifest = await self._executor.run(artifacts.read_manifest, self._folder)
+        manifest = await self._executor.run(read_manifest, self._folder)
         if manifest.version != before:
             # A version that has served before always passes: an operator can roll back.
             thresholds = Thresholds() if manifest.version in self._trusted else self._thresholds

@@ -1,20 +1,17 @@
 """Load the pipeline that a configuration describes, and report its fallbacks."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from pipeline.backends.encoder import GraphOptions
+from pipeline.manifest import Manifest, read_manifest
 from pipeline.serving.pipeline import Pipeline
 from pipeline.strategies.exclusion import Exclusion
 from pipeline.strategies.options import PipelineOptions
 from worker import logging, metrics
 from worker.config import Config
 from worker.errors import ConfigError
-
-if TYPE_CHECKING:
-    from pipeline.artifact import Manifest
 
 log = logging.get("pipeline")
 
@@ -28,8 +25,6 @@ def load_pipeline(config: Config) -> Pipeline:
     pipeline = Pipeline.load(served.artifact, options, _log_fallback)
     _check_strategy(config, pipeline)
     if served.artifact is not None:
-        from pipeline.artifact import read_manifest  # imports torch, so only when a model is configured
-
         warn_about_short_rings(config, read_manifest(Path(served.artifact)))
     return pipeline
 
@@ -43,7 +38,7 @@ def _check_strategy(config: Config, pipeline: Pipeline) -> None:
             raise ConfigError(f"pipeline.strategy: {error}") from error
 
 
-def warn_about_short_rings(config: Config, manifest: "Manifest") -> None:
+def warn_about_short_rings(config: Config, manifest: Manifest) -> None:
     """Warn if rings are shorter than the model's receptive field: its oldest events then lack features of training."""
     max_events = config.sequences.max_events
     receptive_field = manifest.config.receptive_field

@@ -12,6 +12,7 @@ import pytest
 from pipeline import artifact as artifacts
 from pipeline.backends.manifest import EXPORT_MANIFEST, EXPORTS, list_exports, read_export
 from pipeline.errors import ArtifactError
+from pipeline.manifest import read_manifest
 from tests.artifacts import CREATED, add_export, nudged, untrained
 
 BACKEND = "onnxruntime-cpu"
@@ -26,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def version(folder: Path) -> str:
-    return artifacts.read_manifest(folder).version
+    return read_manifest(folder).version
 
 
 @pytest.fixture
@@ -176,7 +177,7 @@ def test_export_changes_neither_the_artifact_nor_its_version(folder: Path, versi
     add_export(folder)
     after = artifacts.load(folder)
     assert after.manifest == before.manifest
-    assert artifacts.read_manifest(folder).version == version
+    assert read_manifest(folder).version == version
 
 
 def test_saving_over_an_artifact_removes_its_exports(tmp_path: Path, folder: Path, export: Path) -> None:

@@ -6,8 +6,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from pipeline.artifact import Manifest
 from pipeline.errors import ArtifactError
+from pipeline.manifest import Manifest
 from pipeline.model.config import HstuConfig
 from pipeline.records import EventSchema, SlateItem
 from pipeline.serving.model_validation import (

@@ -9,12 +9,12 @@ import torch
 from msgspec.structs import replace
 
 from pipeline import artifact as artifacts
-from pipeline.artifact import Manifest
 from pipeline.data.event_log import EventLog, event_log_from_blocks
 from pipeline.data.sequences import UserSequences
 from pipeline.data.split import Split, split_index
 from pipeline.errors import EvaluationError, TrainingError
 from pipeline.evaluation.evaluate import EvaluationOptions, evaluate
+from pipeline.manifest import Manifest
 from pipeline.model.config import HstuConfig
 from pipeline.records import DAY_MS, Event, EventSchema
 from pipeline.strategies.options import PipelineOptions

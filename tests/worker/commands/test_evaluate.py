@@ -7,8 +7,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from pipeline.artifact import FORMAT, MANIFEST
 from pipeline.evaluation.evaluate import EvaluationReport
+from pipeline.manifest import FORMAT, MANIFEST
 from worker.cli import main
 
 Capture = pytest.CaptureFixture[str]
