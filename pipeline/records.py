@@ -1,4 +1,4 @@
-"""The data that crosses every folder: events, items, slates, and the packed form of a user's sequence.
+"""The data that crosses every folder: events, items, and the packed form of a user's sequence.
 
 An event has two forms. On the wire it is an `Event` (JSON or MessagePack). In a user's ring it is 24 bytes of raw
 facts (`EVENT_DTYPE`), which the model reads as numpy columns without touching a Python object per event.
@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from hashlib import blake2b
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -18,14 +18,6 @@ from msgspec import Meta
 from pipeline.jagged import ranges
 
 Id = Annotated[str, Meta(min_length=1, max_length=256)]
-# Why a strategy ranked a slate:
-#   best       nothing was requested, and it is the first strategy of the fallback order in this process
-#   requested  a header or `pipeline.strategy` named it
-#   missing    the requested strategy is not in this process; this is the next one that is
-#   failed     an earlier strategy raised an error on this batch
-#   cooling    an earlier strategy is skipped for a while, because it failed on an older batch
-#   default    the popular slate, which stands for users without a slate of their own
-Why = Literal["best", "requested", "missing", "failed", "cooling", "default"]
 DAY_MS = 86_400_000
 DAY_S = 86_400
 
@@ -80,58 +72,6 @@ class Item(msgspec.Struct, frozen=True, omit_defaults=True):
     price: Annotated[float, Meta(ge=0)] | None = None
     created_ms: Annotated[int, Meta(ge=0, le=MAX_TS_MS)] | None = None
     tags: list[str] = []
-
-
-class SlateItem(msgspec.Struct, frozen=True):
-    """One ranked item. The three head outputs are probabilities, or None when the strategy has no model."""
-
-    item_id: str
-    score: float
-    engagement: float | None
-    retention: float | None
-    monetization: float | None
-    source: str
-
-
-class Covers(msgspec.Struct, frozen=True):
-    """Offsets of one partition: the slate answers all of the user's events in [first_offset, last_offset]."""
-
-    topic: str
-    partition: int
-    first_offset: int
-    last_offset: int
-    count: int
-    oldest_ts_ms: int
-
-
-class Latency(msgspec.Struct, frozen=True):
-    """Milliseconds per stage; `total` runs from the poll of the oldest covered event to the slate's creation."""
-
-    queue: float = 0.0
-    features: float = 0.0
-    cache: float = 0.0
-    encode: float = 0.0
-    generate: float = 0.0
-    rank: float = 0.0
-    total: float = 0.0
-
-
-class Slate(msgspec.Struct, frozen=True, kw_only=True):
-    """The ranked answer to a user's events (topic `recommendations`, key = user id, and Redis `rec:{u:<user>}`).
-
-    backend: the runtime that `strategy` ranked with; why: a value of `Why`. Both are plain text with a default, so that
-    slates which a worker of another version stored can be read
-    """
-
-    user_id: str
-    items: list[SlateItem]
-    strategy: str
-    backend: str = "unknown"
-    why: str = "unknown"
-    model_version: str
-    covers: Covers
-    created_ms: int
-    latency_ms: Latency
 
 
 class EventSchema(msgspec.Struct, frozen=True):

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from pipeline.records import Event, Slate
+from pipeline.records import Event
+from pipeline.slates import Slate
 
 
 class Partition(NamedTuple):

@@ -16,7 +16,7 @@ LOST_RINGS = Counter("millrace_rings_lost_total", "Rings that Redis had lost whe
 # Slates
 SLATES = Counter(
     "millrace_slates_total",
-    "Slates acknowledged by Kafka and Redis, by what ranked them and why (pipeline/records.py)",
+    "Slates acknowledged by Kafka and Redis, by what ranked them and why (pipeline/slates.py)",
     ["strategy", "backend", "why"],
 )
 FALLBACKS = Counter(

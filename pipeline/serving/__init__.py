@@ -1,4 +1,4 @@
 """The pipeline: batches through the strategies, items in and out, checks of a model before it serves.
 
-May import: errors, records, items, counters, manifest, artifact, strategies.
+May import: errors, slates, records, items, counters, manifest, artifact, strategies.
 """

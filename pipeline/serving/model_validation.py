@@ -12,7 +12,8 @@ import numpy as np
 
 from pipeline.errors import ArtifactError
 from pipeline.manifest import Manifest
-from pipeline.records import Histories, SlateItem
+from pipeline.records import Histories
+from pipeline.slates import SlateItem
 from pipeline.strategies.strategy import RankedItems, Strategy, rank
 
 HIT_RATE = "validation_hit_rate"  # of a manifest's metrics

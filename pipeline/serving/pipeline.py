@@ -20,9 +20,10 @@ import numpy as np
 from pipeline.counters.counters import Counters
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
-from pipeline.records import Event, Histories, Item, SlateItem, Why
+from pipeline.records import Event, Histories, Item
 from pipeline.serving.eviction import evict_for
 from pipeline.serving.ranking import Generation, Ranking
+from pipeline.slates import SlateItem, Why
 from pipeline.strategies.options import PipelineOptions, new_counters
 from pipeline.strategies.own_strategies import check_own_strategies
 from pipeline.strategies.strategies import StrategyContext, strategies_of

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pipeline.records import Why
+from pipeline.slates import Why
 from pipeline.strategies.strategy import FallbackChain, RankedItems, Request, Strategy
 
 Step = Literal["prepare", "launch", "finish"]

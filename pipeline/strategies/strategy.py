@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from pipeline.records import Histories, Why
+from pipeline.records import Histories
+from pipeline.slates import Why
 
 FALLBACK_ORDER = ("unified", "tensorrt", "vllm", "hstu", "simple")  # best first
 COOLDOWN_S = 30.0  # from a strategy's failure to its next probe

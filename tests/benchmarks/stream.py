@@ -22,7 +22,8 @@ import numpy as np
 from aiokafka import AIOKafkaConsumer
 from rich.console import Console
 
-from pipeline.records import Covers, Event, EventPacker
+from pipeline.records import Event, EventPacker
+from pipeline.slates import Covers
 from tests.benchmarks import results
 from tests.benchmarks.load import Shoppers
 from tests.benchmarks.stage import PLAIN, WORKER, Sample, Settings, Stage, sample_slates, stage, steady_rate

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.records import Covers, Latency, Slate, SlateItem
+from pipeline.slates import Covers, Latency, Slate, SlateItem
 from tests.kafka.broker import Broker
 from worker.config import Config
 from worker.errors import StoreUnavailable

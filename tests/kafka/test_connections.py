@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 from aiokafka.errors import GroupLoadInProgressError
 
-from pipeline.records import Slate
+from pipeline.slates import Slate
 from tests.kafka.broker import BreakableKafka, Broker, RecordingListener
 from tests.kafka.slates import MemoryStore, make_slate, sink_config
 from tests.kafka.sources import joined, poll_records, values

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 from aiokafka.partitioner import DefaultPartitioner
 
-from pipeline.records import Slate
+from pipeline.slates import Slate
 from tests.kafka.broker import Broker
 from tests.kafka.slates import MemoryStore, make_dead_letter, make_slate, sink_config
 from worker.config import Config

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from worker.commands.config import add_config
 
 if TYPE_CHECKING:
-    from pipeline.records import Slate
+    from pipeline.slates import Slate
 
 
 def configure(parser: ArgumentParser) -> None:

@@ -11,10 +11,11 @@ from typing import TypeVar
 import numpy as np
 
 from pipeline.evaluation.business_metrics import BUSINESS_METRICS, business_metrics
-from pipeline.records import Covers, Histories, Item, Latency, Slate, SlateItem
+from pipeline.records import Histories, Item
 from pipeline.serving.eviction import evict_for
 from pipeline.serving.pipeline import BatchResult, Pipeline
 from pipeline.serving.ranking import Generation
+from pipeline.slates import Covers, Latency, Slate, SlateItem
 from pipeline.strategies.simple_strategy import SimpleStrategy
 from pipeline.strategies.strategy import RankedItems, Strategy
 from worker import logging, metrics

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from pipeline.records import Slate
+from pipeline.slates import Slate
 from worker.clock import WallClock
 from worker.config import Config
 from worker.errors import SinkError

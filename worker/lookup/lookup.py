@@ -7,7 +7,7 @@ example:
 
 import msgspec
 
-from pipeline.records import Slate
+from pipeline.slates import Slate
 from worker.config import RedisConfig
 from worker.errors import UnknownUser
 from worker.redis.client import POPULAR_KEY, RedisClient, slate_key

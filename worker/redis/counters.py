@@ -17,7 +17,8 @@ import numpy as np
 
 from pipeline.counters.counters import Counters
 from pipeline.counters.deltas import CountDeltas, DeltaLog
-from pipeline.records import DAY_MS, Covers, Latency, Slate, SlateItem
+from pipeline.records import DAY_MS
+from pipeline.slates import Covers, Latency, Slate, SlateItem
 from pipeline.strategies.simple_strategy import SimpleStrategy
 from worker import logging
 from worker.config import Config

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from pipeline.records import DAY_S, Slate
+from pipeline.records import DAY_S
+from pipeline.slates import Slate
 from worker.config import SlatesConfig
 from worker.errors import StoreError
 from worker.interfaces import Partition

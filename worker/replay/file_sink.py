@@ -5,7 +5,7 @@ from pathlib import Path
 
 import msgspec
 
-from pipeline.records import Slate
+from pipeline.slates import Slate
 from worker.errors import SinkError
 from worker.interfaces import DeadLetter, SlateWriter
 

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from pipeline.records import Histories, Slate
+from pipeline.records import Histories
 from pipeline.serving.pipeline import Pipeline
+from pipeline.slates import Slate
 from worker.inference.ranker import PipelineRanker
 from worker.interfaces import Batch, ConsumedEvent
 

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.records import Slate
+from pipeline.slates import Slate
 from worker import logging, metrics
 from worker.config import Config
 from worker.interfaces import Batch, Clock, ConsumedEvent, DeadLetter, OnDelivered, Ranker, Sink, Source, Store

@@ -9,7 +9,7 @@ import pytest
 from pipeline.errors import ArtifactError
 from pipeline.manifest import Manifest
 from pipeline.model.config import HstuConfig
-from pipeline.records import EventSchema, SlateItem
+from pipeline.records import EventSchema
 from pipeline.serving.model_validation import (
     HIT_RATE,
     Thresholds,
@@ -18,6 +18,7 @@ from pipeline.serving.model_validation import (
     check_overlap,
     slate_overlap,
 )
+from pipeline.slates import SlateItem
 from pipeline.strategies.strategy import RankedItems, Request, rank
 from pipeline.strategies.warm_up import synthetic_histories
 

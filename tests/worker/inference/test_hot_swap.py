@@ -12,7 +12,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from pipeline.artifact import Artifact
-from pipeline.records import Slate
+from pipeline.slates import Slate
 from tests import artifacts as relatives
 from tests.worker.inference.conftest import SLATE_SIZE, Logged, Serving
 from worker.inference.fingerprint import fingerprint

@@ -11,8 +11,9 @@ import pytest
 from aiokafka import TopicPartition
 
 from pipeline.artifact import load
-from pipeline.records import Event, Item, SlateItem
+from pipeline.records import Event, Item
 from pipeline.serving.pipeline import Pipeline
+from pipeline.slates import SlateItem
 from pipeline.strategies.options import PipelineOptions
 from pipeline.strategies.strategies import strategies_of
 from tests import artifacts as relatives

@@ -11,7 +11,7 @@ import httpx
 import msgspec
 import pytest
 
-from pipeline.records import Covers, Latency, Slate, SlateItem
+from pipeline.slates import Covers, Latency, Slate, SlateItem
 from worker.cli import main
 from worker.config import RedisConfig, SlatesConfig
 from worker.errors import StoreError, StoreUnavailable, UnknownUser

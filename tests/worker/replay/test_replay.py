@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from pipeline.records import Slate
+from pipeline.slates import Slate
 from tests.kafka.broker import Broker
 from worker.cli import main
 from worker.replay.child_process import free_ports

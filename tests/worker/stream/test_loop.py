@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from prometheus_client import REGISTRY
 
-from pipeline.records import EVENT_BYTES, Covers, Event, Latency, Slate
+from pipeline.records import EVENT_BYTES, Event
+from pipeline.slates import Covers, Latency, Slate
 from worker.clock import VirtualClock
 from worker.config import BatcherConfig, Config
 from worker.interfaces import Batch, ConsumedEvent, DeadLetter, Partition, PolledRecords, RecordOffset
