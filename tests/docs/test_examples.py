@@ -2,11 +2,13 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from pipeline.records import Event
@@ -14,9 +16,12 @@ from pipeline.serving.pipeline import Pipeline
 from pipeline.strategies.options import PipelineOptions
 from tests.conftest import Shop
 from tests.kafka.broker import Broker
+from tests.kafka.slates import make_slate
 from worker import config
+from worker.replay.local_servers import LocalKafka
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
+KAFKA_EXAMPLES = ["produce_events.py", "consume_slates.py"]
 
 
 def run_example(name: str, *arguments: str) -> list[str]:
@@ -91,9 +96,37 @@ def test_configuration_example_is_valid_and_sets_what_it_says() -> None:
             assert (list(got) if isinstance(got, tuple) else got) == value
 
 
-@pytest.mark.parametrize("name", ["produce_events.py", "consume_slates.py"])
-def test_example_without_a_broker_ends_with_an_error(name: str) -> None:
-    command = [sys.executable, str(EXAMPLES / name), "127.0.0.1:1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0
-    assert "127.0.0.1" in done.stderr
+@pytest.mark.parametrize("name", KAFKA_EXAMPLES)
+def test_example_without_a_broker_ends_with_one_sentence(name: str) -> None:
+    example = start_example(name, "127.0.0.1:1")
+    assert error_of(example).endswith(" at 127.0.0.1:1: KafkaConnectionError; is the broker running?")
+
+
+def test_examples_end_with_one_sentence_if_the_broker_does_not_answer() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        for example in [start_example(name, address) for name in KAFKA_EXAMPLES]:
+            assert f" at {address}: " in error_of(example)
+
+
+def test_consumer_ends_with_one_sentence_when_the_broker_is_lost(run, tmp_path: Path, kafka: str) -> None:
+    with LocalKafka(tmp_path) as own:
+        broker = Broker(own.bootstrap, lambda kind: kind)
+        topic = run(broker.topic(kind="slates"))
+        run(broker.produce(topic, [msgspec.json.encode(make_slate("user-1"))]))
+        example = start_example("consume_slates.py", own.bootstrap, topic)
+        assert example.stdout is not None
+        assert example.stdout.readline().startswith("user-1 by ")
+    assert error_of(example) == f"cannot read slates at {own.bootstrap}: KafkaTimeoutError; is the broker running?"
+
+
+def start_example(name: str, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-u", str(EXAMPLES / name), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def error_of(example: subprocess.Popen[str]) -> str:
+    """Wait until the example fails, and return its only line on stderr."""
+    [error] = example.communicate(timeout=60)[1].splitlines()
+    assert example.returncode == 1
+    return error
