@@ -158,7 +158,7 @@ class Retrieval:
     def _top_k_of_chunk(self, states: Tensor, excluded: ExcludedItems, k: int) -> tuple[Tensor, Tensor]:
         scores = (states / self._temperature) @ self._vectors.T  # [n, items]
         scores.index_fill_(1, self._blocked, -torch.inf)
-        scores[excluded.users, excluded.rows] = -torch.inf
+        scores.index_put_((excluded.users, excluded.rows), scores.new_full((), -torch.inf))  # a number would be copied
         best, rows = scores.topk(min(k, scores.shape[1]), dim=1)
         missing = k - best.shape[1]
         return F.pad(best, (0, missing), value=-torch.inf), F.pad(rows, (0, missing))

@@ -62,7 +62,7 @@ def measure(strategy: HstuStrategy, histories: Histories) -> dict[str, results.C
         marks_s.append(time.perf_counter())
         strategy.finish(pending)
         marks_s.append(time.perf_counter())
-        rounds.append([*np.diff(marks_s), marks_s[-1] - marks_s[0]])
+        rounds.append([*np.diff(marks_s).tolist(), marks_s[-1] - marks_s[0]])
     medians = [round(1e3 * statistics.median(column), 3) for column in zip(*rounds[ROUNDS // 3 :], strict=True)]
     return dict(zip(("prepare_ms", "launch_ms", "finish_ms", "total_ms"), medians, strict=True))
 
