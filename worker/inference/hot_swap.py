@@ -131,7 +131,7 @@ class HotSwap:
     async def _admit_items(self, artifact: Artifact) -> np.ndarray:
         """Give the artifact's items tokens and their metadata; return the tokens, int64 [n]."""
         vocabulary = self._ranker.pipeline.vocabulary
-        new = await self._executor.run(lambda: [each for each in artifact.item_ids if not vocabulary.token(each)])
+        new = await self._executor.run(lambda: vocabulary.unknown(artifact.item_ids))
         for start in range(0, len(new), ADMIT_CHUNK_ITEMS):
             await self._ranker.run_in_thread(partial(vocabulary.admit, new[start : start + ADMIT_CHUNK_ITEMS]))
         catalogue = self._ranker.pipeline.catalogue

@@ -187,7 +187,9 @@ class CounterStore:
     async def _refresh(self, shard: int, merged: set[int]) -> None:
         """Read a shard's rows again, except those that were just merged."""
         ids = await self._read_index(shard)
-        await self._read_rows(shard, [item_id for item_id in ids if self._vocabulary.token(item_id) not in merged])
+        tokens = self._vocabulary.tokens_of_ids(ids).tolist()
+        unmerged = [item_id for item_id, token in zip(ids, tokens, strict=True) if token not in merged]
+        await self._read_rows(shard, unmerged)
 
     async def _read_index(self, shard: int) -> list[str]:
         """Return the items of a shard of the index, admitted while the vocabulary has enough free slots."""
@@ -199,14 +201,15 @@ class CounterStore:
     def _admit(self, ids: Sequence[str]) -> None:
         reserved = int(self._vocabulary.max_items * MIN_FREE_FRACTION)
         free = max(0, self._vocabulary.free_slots - reserved)
-        self._vocabulary.admit([item_id for item_id in ids if not self._vocabulary.token(item_id)][:free])
+        self._vocabulary.admit(self._vocabulary.unknown(ids)[:free])
 
     async def _read_rows(self, shard: int, ids: Sequence[str]) -> None:
         """Take over the rows of these items, and remove those that have expired from the index."""
         for batch in _batches(ids):
             values = await self._client.pipeline([("GET", row_key(item_id)) for item_id in batch])
             stored = {item_id: value for item_id, value in zip(batch, values, strict=True) if value}
-            await self._replace_rows([self._vocabulary.token(item_id) for item_id in stored], list(stored.values()))
+            tokens = self._vocabulary.tokens_of_ids(list(stored)).tolist()
+            await self._replace_rows(tokens, list(stored.values()))
             if expired := [item_id for item_id in batch if item_id not in stored]:
                 await self._client.call("SREM", index_key(shard), *expired)
                 self._shared_items.difference_update(expired)

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.items.vocabulary import UNKNOWN, Vocabulary
+from pipeline.items import vocabulary as module
+from pipeline.items.vocabulary import CACHED_IDS, UNKNOWN, Vocabulary
 from pipeline.records import item_hash
 
 
@@ -28,6 +29,33 @@ def test_hash_lookup_survives_table_growth():
     vocabulary = Vocabulary(ids)
     assert vocabulary.tokens(hashes(ids)).tolist() == list(range(1, 20_001))
     assert vocabulary.tokens(hashes(["unknown", "missing"])).tolist() == [UNKNOWN, UNKNOWN]
+
+
+def test_lookups_by_id_one_at_a_time_few_or_many_agree():
+    ids = [f"item-{number}" for number in range(CACHED_IDS)]
+    vocabulary = Vocabulary(ids[:-1])
+    expected = [*range(1, CACHED_IDS), UNKNOWN]
+    assert vocabulary.tokens_of_ids(ids).tolist() == expected
+    assert vocabulary.tokens_of_ids(ids[-3:]).tolist() == expected[-3:]
+    assert [vocabulary.token(item) for item in ids[-3:]] == expected[-3:]
+    assert vocabulary.unknown(ids) == ids[-1:]
+
+
+def test_items_with_one_hash_keep_their_own_tokens(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "item_hash", len)  # all of two letters have the hash 2
+    vocabulary = Vocabulary(["aa", "bb", "c", "dd"])
+    assert vocabulary.admit(["dd", "bb", "ee", "aa", "ee"]).tolist() == [4, 2, 5, 1, 5]
+    vocabulary.evict(np.array([1, 4]))
+    assert vocabulary.tokens_of_ids(["aa", "bb", "c", "dd", "ee"]).tolist() == [UNKNOWN, 2, 3, UNKNOWN, 5]
+    assert vocabulary.admit(["aa", "dd"]).tolist() == [4, 1]
+    assert [vocabulary.token(item) for item in ("aa", "bb", "c", "dd", "ee", "ff")] == [4, 2, 3, 1, 5, UNKNOWN]
+    assert vocabulary.tokens(np.array([2], np.uint64))[0] in (1, 2, 4, 5)
+
+
+def test_repeated_new_item_is_admitted_once_and_rejected_each_time():
+    vocabulary = Vocabulary(max_items=1)
+    assert vocabulary.admit(["a", "b", "a", "b"]).tolist() == [1, UNKNOWN, 1, UNKNOWN]
+    assert (vocabulary.admitted_count, vocabulary.rejected_count) == (1, 2)
 
 
 def test_items_beyond_capacity_stay_unknown_and_are_counted():
