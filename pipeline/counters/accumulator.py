@@ -6,6 +6,8 @@
 
 import numpy as np
 
+from pipeline.arrays import grown
+
 RowTokenPairs = tuple[np.ndarray, np.ndarray]  # rows int [n], tokens int [n]
 
 SCRATCH_CELLS = 1 << 22  # 32 MiB, allocated once: 256 rows at a time over 16 k items, 4 rows over a million
@@ -55,8 +57,8 @@ class SparseAccumulator:
 
     def _reserve(self, cells: int) -> None:
         if cells > len(self._sums):
-            self._sums = np.zeros(cells, np.float32)
-            self._voters = np.zeros(cells, np.int32)
+            self._sums = grown(self._sums, max(cells, SCRATCH_CELLS))
+            self._voters = grown(self._voters, max(cells, SCRATCH_CELLS))
 
 
 def row_top_k(tokens: np.ndarray, scores: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

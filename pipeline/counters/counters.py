@@ -18,7 +18,7 @@ from pipeline.counters.popularity import PopularityOrder
 from pipeline.counters.scoring import CooccurrenceScorer
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.jagged import ranges
-from pipeline.records import DAY_MS, Histories, item_hash
+from pipeline.records import DAY_MS, Histories
 
 DISTANCE_EXPONENT = 0.25  # tuned as the constants of scoring.py: equal weights lose 0.6 points of hit rate@10
 REBASE_HALF_LIVES = 60  # float32 ends at 2^127
@@ -49,10 +49,10 @@ class Counters:
         self.frozen = False
         self.log: DeltaLog | None = None
         self.newest_ms = 0  # the virtual clock: the latest event time observed
-        self.popularity = np.zeros(1024)  # float64 [>= tokens], an event at the reference time weighs 1
-        self.neighbours = NeighbourTable(neighbours)
+        self.popularity = np.zeros(1)  # float64 [>= tokens], an event at the reference time weighs 1
+        self.neighbours = NeighbourTable(neighbours, vocabulary.max_tokens)
         self._scorer = CooccurrenceScorer(vocabulary, self.neighbours)
-        self._order = PopularityOrder()
+        self._order = PopularityOrder(vocabulary.max_tokens)
         self._version = vocabulary.version
         self._followed = vocabulary.changes.end
         self._half_life_ms = half_life_days * DAY_MS
@@ -150,11 +150,11 @@ class Counters:
         items; weights: float32 [pairs]; as_of_ms: int64 [1]. Counts are as of `as_of_ms`.
         """
         rows = self.rows(self.counted())
-        index = np.zeros(len(self.popularity), np.int32)
+        index = np.zeros(len(self.vocabulary), np.int32)
         index[rows.tokens] = np.arange(len(rows.tokens))
         filled = (rows.weights > 0) & (self.popularity[rows.columns] > 0)  # the neighbour has an index in `items`
         return {
-            "items": np.array([item_hash(self.vocabulary.item_ids[token]) for token in rows.tokens], np.uint64),
+            "items": self.vocabulary.hashes[rows.tokens],
             "popularity": rows.popularity,
             "offsets": np.concatenate([[0], np.cumsum(filled.sum(axis=1))]),
             "neighbours": index[rows.columns[filled]],
@@ -167,7 +167,7 @@ class Counters:
         tokens = self.vocabulary.tokens(state["items"])
         for start in range(0, len(tokens), RESTORE_ITEMS):
             self._restore(state, tokens, slice(start, start + RESTORE_ITEMS))
-        self._order = PopularityOrder()
+        self._order = PopularityOrder(self.vocabulary.max_tokens)
 
     def _restore(self, state: Mapping[str, np.ndarray], tokens: np.ndarray, part: slice) -> None:
         """Restore a part of the saved items. tokens: int32 of all of them, 0 outside the vocabulary."""
@@ -189,7 +189,7 @@ class Counters:
 
     def _add_logged(self, tokens: np.ndarray, log: DeltaLog) -> None:
         """Add the logged counts of these items."""
-        replaced = np.zeros(len(self.popularity), bool)
+        replaced = np.zeros(len(self.vocabulary), bool)
         replaced[tokens] = True
         for rows, columns, weights in log.chunks:
             own = replaced[rows] & (columns == 0)
@@ -233,7 +233,7 @@ class Counters:
         half_lives = (self.newest_ms - self._reference_ms) / self._half_life_ms
         if half_lives > REBASE_HALF_LIVES:
             factor = 2.0**-half_lives
-            self.popularity *= factor
+            self.popularity[: len(self.vocabulary)] *= factor
             self.neighbours.scale(factor)
             if self.log is not None:
                 self.log.scale(factor)
@@ -255,13 +255,13 @@ class Counters:
         self._version = self.vocabulary.version
         self._followed = self.vocabulary.changes.end
         if changed is None or evicted.size:
-            self._order = PopularityOrder()
+            self._order = PopularityOrder(self.vocabulary.max_tokens)
         else:
             size = len(self.vocabulary)
             self._order.follow(changed, self.popularity[:size], self.vocabulary.blocked[:size])
         if not evicted.size:
             return
-        mask = np.zeros(len(self.neighbours.tokens), bool)
+        mask = np.zeros(len(self.vocabulary), bool)
         mask[evicted] = True
         self.popularity[evicted] = 0
         self.neighbours.forget(mask)
@@ -271,7 +271,7 @@ class Counters:
     def _reserve(self) -> None:
         rows = len(self.vocabulary)
         self.neighbours.reserve(rows)
-        self.popularity = grown(self.popularity, rows)
+        self.popularity = grown(self.popularity, rows, self.vocabulary.max_tokens)
 
 
 def without_neighbours(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -18,19 +18,23 @@ CHUNK_PAIRS = 8192
 class NeighbourTable:
     """Neighbours and their weights; row 0, the unknown item's, stays empty.
 
-    tokens: int32 [rows, slots], 0 = empty; weights: float32 [rows, slots]
+    tokens: int32 [>= rows, slots], 0 = empty; weights: float32 [>= rows, slots]
     """
 
-    __slots__ = ("tokens", "weights")
+    __slots__ = ("_max_rows", "_rows", "tokens", "weights")
 
-    def __init__(self, slots: int, rows: int = 1024) -> None:
-        self.tokens = np.zeros((rows, slots), np.int32)
-        self.weights = np.zeros((rows, slots), np.float32)
+    def __init__(self, slots: int, max_rows: int) -> None:
+        """max_rows: the most rows that `reserve` will be called with"""
+        self.tokens = np.zeros((1, slots), np.int32)
+        self.weights = np.zeros((1, slots), np.float32)
+        self._rows = 1
+        self._max_rows = max_rows
 
     def reserve(self, rows: int) -> None:
         """Grow to at least this many rows; they take no memory until they are written."""
-        self.tokens = grown(self.tokens, rows)
-        self.weights = grown(self.weights, rows)
+        self._rows = max(self._rows, rows)
+        self.tokens = grown(self.tokens, rows, self._max_rows)
+        self.weights = grown(self.weights, rows, self._max_rows)
 
     def add(self, rows: np.ndarray, columns: np.ndarray, weights: np.ndarray) -> None:
         """Count pairs [n]; a pair may occur several times."""
@@ -39,14 +43,19 @@ class NeighbourTable:
             self._add(*summed_pairs(rows[part], columns[part], weights[part]))
 
     def scale(self, factor: float) -> None:
-        self.weights *= np.float32(factor)
+        """Multiply all weights."""
+        for start in range(0, self._rows, CHUNK_PAIRS):
+            weights = self.weights[start : min(start + CHUNK_PAIRS, self._rows)]
+            if weights.any():  # an empty row's memory is not touched
+                weights *= np.float32(factor)
 
     def forget(self, evicted: np.ndarray) -> None:
         """Clear these items' rows and their slots in all others. evicted: bool [rows]."""
-        self.tokens[evicted] = 0
-        self.weights[evicted] = 0
+        cleared = np.flatnonzero(evicted)
+        self.tokens[cleared] = 0
+        self.weights[cleared] = 0
         for start in range(0, len(evicted), CHUNK_PAIRS):
-            rows, slots = np.nonzero(evicted[self.tokens[start : start + CHUNK_PAIRS]])
+            rows, slots = np.nonzero(evicted[self.tokens[start : min(start + CHUNK_PAIRS, len(evicted))]])
             self.tokens[start + rows, slots] = 0
             self.weights[start + rows, slots] = 0
 

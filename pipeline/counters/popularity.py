@@ -22,6 +22,7 @@ class PopularityOrder:
     A token that is blocked after an update leaves a gap, so that blocking one costs nothing per item.
     """
 
+    max_tokens: int = 1  # the most tokens there will be, for which room is reserved
     age: int = 0  # events counted since the last update
     gaps: dict[int, int] = field(default_factory=dict)  # token to its rank, of those blocked since the last update
     tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # [ranked]
@@ -78,36 +79,38 @@ class PopularityOrder:
 
     def _update(self, popularity: np.ndarray, blocked: np.ndarray) -> None:
         order = np.argsort(-popularity, kind="stable")
-        self.tokens = order[~blocked[order]]
-        self.ranks = np.full(len(popularity), UNRANKED)
-        self.ranks[self.tokens] = np.arange(len(self.tokens))
-        ordered = popularity[self.tokens]
-        self.relative_popularity = (ordered / max(ordered.max(initial=0), np.finfo(float).tiny)).astype(np.float32)
+        tokens = order[~blocked[order]]
+        ranks = np.full(len(popularity), UNRANKED)
+        ranks[tokens] = np.arange(len(tokens))
+        ordered = popularity[tokens]
         seen = np.where(popularity > 0, popularity, np.inf)
-        self.event_norms = (seen**-EVENT_EXPONENT).astype(np.float32)
-        self.item_norms = np.where(blocked, 0, seen**-ITEM_EXPONENT).astype(np.float32)
+        self.tokens = self._stored("tokens", tokens)
+        self.ranks = self._stored("ranks", ranks)
+        relative = (ordered / max(ordered.max(initial=0), np.finfo(float).tiny)).astype(np.float32)
+        self.relative_popularity = self._stored("relative_popularity", relative)
+        self.event_norms = self._stored("event_norms", (seen**-EVENT_EXPONENT).astype(np.float32))
+        self.item_norms = self._stored("item_norms", np.where(blocked, 0, seen**-ITEM_EXPONENT).astype(np.float32))
         self.gaps = {}
-        self._room = {}
         self.age = 0
 
     def _append(self, new: np.ndarray, size: int) -> None:
         """Rank new items, tokens int64 [n], last: they have no popularity yet."""
-        added = size - len(self.ranks)
-        self.ranks = self._extended("ranks", np.full(added, UNRANKED))
-        self.ranks[new] = len(self.tokens) + np.arange(len(new))
-        self.tokens = self._extended("tokens", new)
-        self.relative_popularity = self._extended("relative_popularity", np.zeros(len(new), np.float32))
-        self.event_norms = self._extended("event_norms", np.zeros(added, np.float32))
-        self.item_norms = self._extended("item_norms", np.zeros(added, np.float32))
+        start = len(self.ranks)
+        ranked = len(self.tokens)
+        self.ranks = self._stored("ranks", np.full(size - start, UNRANKED), start)
+        self.ranks[new] = ranked + np.arange(len(new))
+        self.tokens = self._stored("tokens", new, ranked)
+        self.relative_popularity = self._stored("relative_popularity", np.zeros(len(new), np.float32), ranked)
+        self.event_norms = self._stored("event_norms", np.zeros(size - start, np.float32), start)
+        self.item_norms = self._stored("item_norms", np.zeros(size - start, np.float32), start)
 
-    def _extended(self, name: str, values: np.ndarray) -> np.ndarray:
-        """Return the array of this name with values appended, in place where there is room."""
-        array: np.ndarray = getattr(self, name)
-        size = len(array) + len(values)
-        room = grown(self._room.get(name, array), size)
-        room[len(array) : size] = values
+    def _stored(self, name: str, values: np.ndarray, start: int = 0) -> np.ndarray:
+        """Return the array of this name with these values from `start` to its end, in place where there is room."""
+        stop = start + len(values)
+        room = grown(self._room.get(name, values[:0]), stop, self.max_tokens)
+        room[start:stop] = values
         self._room[name] = room
-        return room[:size]
+        return room[:stop]
 
 
 def fill_rows(order: PopularityOrder, excluded: RowTokenPairs, items: np.ndarray, scores: np.ndarray) -> None:

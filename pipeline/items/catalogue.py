@@ -80,7 +80,7 @@ class Catalogue:
         item_ids = list(item_ids)
         if not item_ids:
             return
-        self._clear(np.array([self.vocabulary.token(item_id) for item_id in item_ids], np.int64))
+        self._clear(self.vocabulary.tokens_of_ids(item_ids))
         self.vocabulary.delist(item_ids)
 
     def evict(self, tokens: np.ndarray) -> None:
@@ -167,7 +167,7 @@ class Catalogue:
     def _reserve(self, tokens: int) -> None:
         self._hashes += [NO_HASHES] * (tokens - len(self._hashes))
         for name, column in self._columns.items():
-            self._columns[name] = grown(column, tokens)
+            self._columns[name] = grown(column, tokens, self.vocabulary.max_tokens)
 
 
 def _lookup(column: np.ndarray, tokens: np.ndarray) -> np.ndarray:

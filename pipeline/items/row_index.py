@@ -18,27 +18,33 @@ NO_ROWS = np.empty(0, np.int64)
 class RowIndex:
     """Row r of the table is item_ids[r - 1], row 0 the unknown item. Models come and go while tokens stay.
 
-    Every call costs what has changed, not what the table holds; arrays grow by doubling.
+    Every call costs what has changed, not what the table holds.
     """
 
     def __init__(self, vocabulary: Vocabulary, item_ids: Sequence[str]) -> None:
         """Index items that the vocabulary has admitted. ArtifactError when it had no token for one of them."""
         self._followed = vocabulary.changes.end
-        self._tokens = np.array([UNKNOWN, *map(vocabulary.token, item_ids)], np.int32)  # [>= rows]
-        if unassigned := int((self._tokens[1:] == UNKNOWN).sum()):
+        tokens = np.concatenate([np.array([UNKNOWN], np.int32), vocabulary.tokens_of_ids(item_ids)])  # [rows]
+        if unassigned := int((tokens[1:] == UNKNOWN).sum()):
             raise ArtifactError(
                 f"artifact: {unassigned} of its {len(item_ids)} items have no token: the vocabulary is full;"
                 f" counters.max_items is {vocabulary.max_items}: set it higher and restart"
             )
         self._vocabulary = vocabulary
-        self._size = len(self._tokens)
+        self._size = len(tokens)
         self._trained_rows = self._size  # row 0 and the training items'
-        self._hashes = vocabulary.hashes[self._tokens]  # uint64 [>= rows]
-        self._blocked = vocabulary.blocked[self._tokens]  # bool [>= rows]
+        self._tokens = grown(tokens, self._size + 1, self.max_rows)  # int32 [>= rows]
+        self._hashes = grown(vocabulary.hashes[tokens], self._size + 1, self.max_rows)  # uint64 [>= rows]
+        self._blocked = grown(vocabulary.blocked[tokens], self._size + 1, self.max_rows)  # bool [>= rows]
         self._rows = np.zeros(1, np.int32)  # [> tokens], the last one for all later tokens
         self._detached: dict[int, int] = {}  # item hash to row, of training items without a token
         self._free: list[int] = []  # rows of evicted items that came after training, ascending
-        self._attach(np.arange(self._size), self._tokens)
+        self._attach(np.arange(self._size), tokens)
+
+    @property
+    def max_rows(self) -> int:
+        """The largest `len` there will be: tables indexed by row reserve room for it."""
+        return self._trained_rows + self._vocabulary.max_items
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -75,9 +81,9 @@ class RowIndex:
         appended = np.arange(self._size, self._size + len(tokens) - len(reused))
         rows = np.concatenate([np.array(reused, np.int64), appended])
         self._size += len(appended)
-        self._tokens = grown(self._tokens, self._size)
-        self._hashes = grown(self._hashes, self._size)
-        self._blocked = grown(self._blocked, self._size)
+        self._tokens = grown(self._tokens, self._size, self.max_rows)
+        self._hashes = grown(self._hashes, self._size, self.max_rows)
+        self._blocked = grown(self._blocked, self._size, self.max_rows)
         self._tokens[rows] = tokens
         self._hashes[rows] = self._vocabulary.hashes[tokens]
         self._blocked[rows] = self._vocabulary.blocked[tokens]
@@ -121,6 +127,6 @@ class RowIndex:
         return rows
 
     def _attach(self, rows: np.ndarray, tokens: np.ndarray) -> None:
-        self._rows = grown(self._rows, int(tokens.max(initial=0)) + 2)
+        self._rows = grown(self._rows, int(tokens.max(initial=0)) + 2, self._vocabulary.max_tokens + 1)
         self._rows[tokens] = rows
         self._rows[UNKNOWN] = UNKNOWN
