@@ -6,8 +6,9 @@ record has no words, price 0, no category and no age: all of that is coded as mi
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from zlib import crc32
 
 import numpy as np
@@ -20,9 +21,9 @@ from pipeline.records import Item, encode_value
 FIELDS = ("text", "category", "brand", "tags")
 TEXT, CATEGORY, BRAND, TAGS = FIELDS
 COLUMN_DTYPES = {"price_codes": np.uint16, "categories": np.int32, "created_ms": np.int64, "changed_at": np.int64}
-NO_HASHES = tuple(np.empty(0, np.uint32) for _ in FIELDS)
+NO_HASHES = bytes(len(FIELDS))
 MAX_WORDS = 32  # per text; later words are ignored
-MAX_HASHES = 96  # per field
+MAX_HASHES = 96  # per field; their number is kept in a byte
 _WORD = re.compile(r"\w+")
 
 
@@ -58,7 +59,9 @@ class Catalogue:
         self.vocabulary = vocabulary
         self.version = 0
         self.changes = ChangeLog()
-        self._hashes: list[tuple[np.ndarray, ...]] = []  # by token and field: uint32 hashes
+        # By token: one byte per field, its number of hashes, then the uint32 hashes of all fields. A record of 44
+        # hashes takes 250 bytes in all; with an array per field it took 900 (`tests.benchmarks.items`).
+        self._hashes: list[bytes] = []
         self._columns = {name: np.zeros(0, dtype) for name, dtype in COLUMN_DTYPES.items()}
 
     def upsert(self, items: Iterable[Item]) -> np.ndarray:
@@ -98,12 +101,8 @@ class Catalogue:
         hashes: uint32 [m]; offsets: int64 [n * len(FIELDS) + 1], per item and field; price_codes, categories,
         created_ms: [n].
         """
-        hashes = [field for token in tokens.tolist() for field in self.content_hashes(token)]
-        return {
-            "hashes": np.concatenate([np.empty(0, np.uint32), *hashes]),
-            "offsets": np.concatenate([[0], np.cumsum([len(field) for field in hashes], dtype=np.int64)]),
-            **asdict(self.facts(tokens)),
-        }
+        hashes, offsets = _joined_hashes([self._packed_hashes(token) for token in tokens.tolist()])
+        return {"hashes": hashes, "offsets": offsets, **asdict(self.facts(tokens))}
 
     def restore_facts(self, tokens: np.ndarray, state: Mapping[str, np.ndarray]) -> None:
         """Restore the facts of these items, int [n], from `state` in the same order, unless they have a record.
@@ -125,9 +124,9 @@ class Catalogue:
         self._reserve(len(self.vocabulary))
         index = np.flatnonzero(recorded & (tokens > 0))
         tokens = tokens[index]
-        hashes = np.split(state["hashes"], state["offsets"][1:-1])
+        packed = _split_hashes(state["hashes"], state["offsets"])
         for i, token in zip(index.tolist(), tokens.tolist(), strict=True):
-            self._hashes[token] = tuple(hashes[i * len(FIELDS) : (i + 1) * len(FIELDS)])
+            self._hashes[token] = packed[i]
         for field in fields(ItemFacts):
             self._columns[field.name][tokens] = state[field.name][index]
         self.changed_at[tokens] = self.version + 1
@@ -141,16 +140,15 @@ class Catalogue:
 
     def content_hashes(self, token: int) -> tuple[np.ndarray, ...]:
         """Return the hashes of each field, uint32 [m] each."""
-        return self._hashes[token] if token < len(self._hashes) else NO_HASHES
+        hashes, offsets = _joined_hashes([self._packed_hashes(token)])
+        return tuple(np.split(hashes, offsets[1:-1]))
 
     @property
     def changed_at(self) -> np.ndarray:
         return self._columns["changed_at"]
 
     def _write(self, token: int, item: Item) -> None:
-        self._hashes[token] = tuple(
-            np.array(sorted(set(hashes))[:MAX_HASHES], np.uint32) for hashes in _field_hashes(item)
-        )
+        self._hashes[token] = _packed([sorted(set(hashes))[:MAX_HASHES] for hashes in _field_hashes(item)])
         self._columns["price_codes"][token] = encode_value(item.price)
         self._columns["categories"][token] = 1 + (_hash(CATEGORY, item.category[-1]) >> 2) if item.category else 0
         self._columns["created_ms"][token] = item.created_ms or 0
@@ -169,12 +167,39 @@ class Catalogue:
         for name, column in self._columns.items():
             self._columns[name] = grown(column, tokens, self.vocabulary.max_tokens)
 
+    def _packed_hashes(self, token: int) -> bytes:
+        return self._hashes[token] if token < len(self._hashes) else NO_HASHES
+
 
 def _lookup(column: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     values = np.zeros(len(tokens), column.dtype)
     inside = tokens < len(column)
     values[inside] = column[tokens[inside]]
     return values
+
+
+def _packed(fields: Sequence[Sequence[int]]) -> bytes:
+    """Return an item's hashes as Catalogue keeps them."""
+    return bytes(map(len, fields)) + np.array([hash_ for field in fields for hash_ in field], np.uint32).tobytes()
+
+
+def _joined_hashes(packed: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the hashes of items as `Catalogue.state` has them: hashes, offsets."""
+    counts = np.frombuffer(b"".join(item[: len(FIELDS)] for item in packed), np.uint8)
+    hashes = np.frombuffer(b"".join(item[len(FIELDS) :] for item in packed), np.uint32)
+    return hashes, np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+
+def _split_hashes(hashes: np.ndarray, offsets: np.ndarray) -> list[bytes]:
+    """Return each item's hashes as Catalogue keeps them."""
+    counts = np.diff(offsets).astype(np.uint8).tobytes()
+    content = hashes.astype(np.uint32).tobytes()
+    bounds = (4 * offsets[:: len(FIELDS)]).tolist()  # of each item in `content`
+    starts = range(0, len(counts), len(FIELDS))
+    return [
+        counts[start : start + len(FIELDS)] + content[first:last]
+        for start, (first, last) in zip(starts, pairwise(bounds), strict=True)
+    ]
 
 
 def _field_hashes(item: Item) -> Iterator[list[int]]:

@@ -56,6 +56,19 @@ def test_upsert_keeps_the_last_record_and_admits_new_items() -> None:
     assert (catalogue.changed_at[[0, 1, 2]] > 0).tolist() == [False, True, True]
 
 
+@given(st.lists(items, max_size=8))
+def test_restored_content_equals_that_of_the_records(records: list[Item]) -> None:
+    first = Catalogue(Vocabulary(["a", "b", "c", "d"]))
+    second = Catalogue(Vocabulary(["d", "c", "b", "a"]))
+    first.upsert(records)
+    tokens = np.array([1, 2, 3, 4])
+    second.restore(np.array([4, 3, 0, 1]), first.state(tokens), first.has_records(tokens))  # c is left out
+    for token, other in ((1, 4), (2, 3), (4, 1)):
+        for field, restored in zip(first.content_hashes(token), second.content_hashes(other), strict=True):
+            assert field.tolist() == restored.tolist()
+    assert not any(map(len, second.content_hashes(2)))
+
+
 def test_similar_texts_share_word_and_trigram_hashes() -> None:
     catalogue = Catalogue(Vocabulary())
     catalogue.upsert(
