@@ -60,7 +60,7 @@ class Catalogue:
         self.version = 0
         self.changes = ChangeLog()
         # By token: one byte per field, its number of hashes, then the uint32 hashes of all fields. A record of 44
-        # hashes takes 250 bytes in all; with an array per field it took 900 (`tests.benchmarks.items`).
+        # hashes takes 260 bytes in all; with an array per field it took 900 (`tests.benchmarks.items`).
         self._hashes: list[bytes] = []
         self._columns = {name: np.zeros(0, dtype) for name, dtype in COLUMN_DTYPES.items()}
 
@@ -110,11 +110,14 @@ class Catalogue:
         Their content hashes are not needed: the artifact that kept the state has vectors made from them.
         """
         self._reserve(int(tokens.max(initial=0)) + 1)
-        missing = self.changed_at[tokens] == 0
-        restored = tokens[missing]
+        is_changed = np.zeros(len(tokens), bool)
         for field in fields(ItemFacts):
-            self._columns[field.name][restored] = state[field.name][missing]
-        self.changes.add(restored.tolist())
+            is_changed |= self._columns[field.name][tokens] != state[field.name]
+        is_changed &= self.changed_at[tokens] == 0
+        changed = tokens[is_changed]
+        for field in fields(ItemFacts):
+            self._columns[field.name][changed] = state[field.name][is_changed]
+        self.changes.add(changed.tolist())
 
     def restore(self, tokens: np.ndarray, state: Mapping[str, np.ndarray], recorded: np.ndarray) -> None:
         """Restore facts and content hashes from `state`, as if the items' records had just arrived.
