@@ -13,16 +13,38 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 256  # bytes: columns begin at multiples
+DTYPES = {
+    np.dtype(name): getattr(torch, name) for name in ("bool", "uint8", "int16", "int32", "int64", "float32", "float64")
+}
 
 
 @dataclass(slots=True)
 class StagingBuffer:
-    """Pinned host memory and its counterpart on the device."""
+    """Pinned host memory and its counterpart on the device, of which there is a view per dtype."""
 
     pinned: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    host: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8))  # the same memory as `pinned`
     on_device: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
+    views: dict[np.dtype, Tensor] = field(default_factory=dict)  # of `on_device`
     copied: torch.cuda.Event = field(default_factory=torch.cuda.Event)  # `pinned` may be written again
     read: torch.cuda.Event = field(default_factory=torch.cuda.Event)  # `on_device` may be written again
+
+    def allocate(self, nbytes: int, device: torch.device) -> None:
+        """Replace the memory by this much or more. No copy may be under way."""
+        size = 1 << max(16, (nbytes - 1).bit_length())
+        self.pinned = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        self.host = self.pinned.numpy()
+        self.on_device = torch.empty(size, dtype=torch.uint8, device=device)
+        self.views = {dtype: self.on_device.view(torch_dtype) for dtype, torch_dtype in DTYPES.items()}
+
+    def write(self, column: np.ndarray, start: int) -> None:
+        """Write a column at a byte of the host's memory."""
+        self.host[start : start + column.nbytes].view(column.dtype)[:] = column.ravel()
+
+    def view(self, column: np.ndarray, start: int) -> Tensor:
+        """Return the device's memory from a byte on with the shape and dtype of a column, [n] or [n, m]."""
+        strides = (*column.shape[1:], 1)
+        return self.views[column.dtype].as_strided(column.shape, strides, start // column.itemsize)
 
 
 class Staging:
@@ -34,8 +56,9 @@ class Staging:
             self._stream = torch.cuda.Stream(device)
             self._buffers = [StagingBuffer(), StagingBuffer()]  # the next one first
 
+    @torch.inference_mode()
     def __call__(self, *columns: np.ndarray) -> list[Tensor]:
-        """Return the columns on the device with their dtypes and shapes; the current stream waits for the copy."""
+        """Return the columns, of DTYPES, on the device in their shapes; the current stream waits for the copy."""
         if self._device.type != "cuda":
             return [torch.from_numpy(column) for column in columns]
         current = torch.cuda.current_stream(self._device)
@@ -47,13 +70,13 @@ class Staging:
         self._reserve(buffer, total)
         buffer.copied.synchronize()
         for column, start in zip(columns, starts, strict=True):
-            buffer.pinned[start : start + column.nbytes].numpy().view(column.dtype)[:] = column.ravel()
+            buffer.write(column, start)
         with torch.cuda.stream(self._stream):
             buffer.read.wait(self._stream)
             buffer.on_device[:total].copy_(buffer.pinned[:total], non_blocking=True)
             buffer.copied.record(self._stream)
         buffer.copied.wait(current)
-        return [_view_as(buffer.on_device[start:], column) for column, start in zip(columns, starts, strict=True)]
+        return [buffer.view(column, start) for column, start in zip(columns, starts, strict=True)]
 
     def groups(self, *groups: Sequence[np.ndarray]) -> list[list[Tensor]]:
         """Return several groups of columns on the device, by one copy."""
@@ -65,9 +88,7 @@ class Staging:
             # NOTE: these streams only, not the entire device: another thread may be capturing a graph.
             self._stream.synchronize()
             torch.cuda.current_stream(self._device).synchronize()
-            size = 1 << max(16, (nbytes - 1).bit_length())
-            buffer.pinned = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-            buffer.on_device = torch.empty(size, dtype=torch.uint8, device=self._device)
+            buffer.allocate(nbytes, self._device)
 
 
 class HostCopy:
@@ -77,30 +98,24 @@ class HostCopy:
     """
 
     def __init__(self, *tensors: Tensor) -> None:
-        """Queue the copy. Returns at once."""
+        """Queue the copy of int32 and float32 tensors. Returns at once."""
         self._tensors = tensors
         self._arrived: torch.cuda.Event | None = None
         device = tensors[0].device
-        if device.type != "cuda":
-            return
-        packed = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors])
-        pinned = torch.empty(len(packed), dtype=torch.uint8, pin_memory=True)
-        pinned.copy_(packed, non_blocking=True)
-        sizes = [tensor.numel() * tensor.itemsize for tensor in tensors]
-        self._tensors = [
-            part.view(tensor.dtype).view(tensor.shape)
-            for part, tensor in zip(pinned.split(sizes), tensors, strict=True)
-        ]
-        self._arrived = torch.cuda.Event()
-        self._arrived.record(torch.cuda.current_stream(device))
+        if device.type == "cuda":
+            packed = torch.cat([tensor.reshape(-1).view(torch.int32) for tensor in tensors])
+            self._pinned = torch.empty(len(packed), dtype=torch.int32, pin_memory=True)
+            self._pinned.copy_(packed, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(device))
 
     def wait(self) -> list[np.ndarray]:
         """Wait until the tensors are on the host and return them as arrays."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        return [tensor.numpy() for tensor in self._tensors]
-
-
-def _view_as(memory: Tensor, column: np.ndarray) -> Tensor:
-    dtype = torch.from_numpy(column[:0]).dtype
-    return memory[: column.nbytes].view(dtype).view(column.shape)
+        if self._arrived is None:
+            return [tensor.numpy() for tensor in self._tensors]
+        self._arrived.synchronize()
+        ends = list(accumulate(tensor.numel() for tensor in self._tensors))
+        parts = np.split(self._pinned.numpy(), ends[:-1])
+        dtypes = (np.float32 if tensor.is_floating_point() else np.int32 for tensor in self._tensors)
+        columns = zip(parts, dtypes, self._tensors, strict=True)
+        return [part.view(dtype).reshape(tensor.shape) for part, dtype, tensor in columns]

@@ -148,7 +148,7 @@ class Retrieval:
             self._top_k_of_chunk(states[start : start + step], excluded.select(start, start + step), k)
             for start in range(0, max(1, len(states)), step)
         ]
-        scores, rows = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+        scores, rows = chunks[0] if len(chunks) == 1 else map(torch.cat, zip(*chunks, strict=True))
         return rows.where(scores.isfinite(), UNKNOWN), scores
 
     def scores(self, states: Tensor, rows: Tensor) -> Tensor:
@@ -161,4 +161,6 @@ class Retrieval:
         scores.index_put_((excluded.users, excluded.rows), scores.new_full((), -torch.inf))  # a number would be copied
         best, rows = scores.topk(min(k, scores.shape[1]), dim=1)
         missing = k - best.shape[1]
+        if not missing:
+            return best, rows
         return F.pad(best, (0, missing), value=-torch.inf), F.pad(rows, (0, missing))

@@ -55,6 +55,7 @@ def make_inputs(users: int) -> EncoderInputs:
     return EncoderInputs(tokens, feature_ids, seconds.astype(np.int32), offsets)
 
 
+@torch.inference_mode()
 def encode(encoder: Encoder, stage: Staging, inputs: EncoderInputs) -> Tensor:
     """Return the states of a batch whose columns are in the host's memory."""
     return encoder.encode(EncoderBatch.from_inputs(inputs, stage))
