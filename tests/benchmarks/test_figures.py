@@ -7,9 +7,9 @@ from statistics import mean
 
 import pytest
 
-from tests.benchmarks import results
+from tests.benchmarks import kernel_figures, results
+from tests.benchmarks.kernel_figures import N
 
-N = r"([\d,]*\d(?:\.\d+)?)"
 TASKS = ("engagement", "retention", "monetization")
 RANKINGS = ("hit_rate_popularity", "hit_rate_cooccurrence", "hit_rate_hstu")
 STREAM, REPLAY, SWAP, TRAINING, ACCURACY, HEADS, COLD, LOOP, TRAINING_GPU = (
@@ -18,12 +18,6 @@ STREAM, REPLAY, SWAP, TRAINING, ACCURACY, HEADS, COLD, LOOP, TRAINING_GPU = (
 )
 ITEMS = results.load(results.FOLDER / "items.json")
 PAIRS = results.load(results.FOLDER / "stream_pairs.json")
-KERNELS, PROJECTION, RETRIEVAL, ENCODING, TRAINING_STEPS = (
-    results.load(results.FOLDER / f"{name}_h100.json")
-    for name in ("kernels", "kernels_projection", "kernels_retrieval", "encoding", "training_steps")
-)
-TOP_100 = next(row for row in RETRIEVAL.rows if row["implementation"] == "fused")  # of the first workload
-FUSION = next(row for row in RETRIEVAL.rows if "events ->" in str(row["workload"]) and row["implementation"] == "fused")
 RUNS = {row["run"]: row for row in STREAM.rows}
 MOVIELENS, SHOP = REPLAY.rows
 
@@ -35,7 +29,8 @@ def items_figures(name: str) -> list[float]:
 MACHINES = {
     "2 cores AMD EPYC, 23 GiB, no GPU, Python 3.11.7": "CPU",
     "2 cores Intel(R) Xeon(R) Processor, 23 GiB, no GPU, Python 3.11.7": "Xeon",
-    "16 cores Intel(R) Xeon(R) Processor, 125 GiB, NVIDIA H100 80GB HBM3, Python 3.12.3": "GPU",
+    "16 cores Intel(R) Xeon(R) Processor, 125 GiB, NVIDIA H100 80GB HBM3, Python 3.12.3": "H100",
+    "16 cores Intel(R) Xeon(R) Processor, 125 GiB, NVIDIA H200, Python 3.12.3": "H200",
 }
 
 README = {
@@ -58,16 +53,7 @@ README = {
         ACCURACY.metrics["ndcg10_hstu"], ACCURACY.metrics["ndcg10_sasrec"],
         100 * ACCURACY.metrics["ndcg10_gain"], 100 * ACCURACY.metrics["ndcg10_gain_ci_low"],
     ],
-    rf"74,108 events, bfloat16 \| {N} ms \| eager torch {N} times, `torch.compile` {N} times": [
-        KERNELS.metrics[f"large_{name}"] for name in ("ms", "speedup_over_eager", "speedup_over_compiled")
-    ],
-    rf"64 users, 5,601 events \| {N} ms \| eager torch {N} times, `torch.compile` {N} times": [
-        KERNELS.metrics[f"middle_{name}"] for name in ("ms", "speedup_over_eager", "speedup_over_compiled")
-    ],
-    rf"256 users, width 256 \| {N} ms \| torch's product and `topk` {N} times": [
-        TOP_100["median_ms"], RETRIEVAL.metrics["top_k_speedup"],
-    ],
-}  # fmt: skip
+} | kernel_figures.README  # fmt: skip
 
 BENCHMARKS = {
     rf"{N} events per slate": [STREAM.metrics["events_per_slate"]],
@@ -131,28 +117,7 @@ BENCHMARKS = {
         100 * LOOP.metrics[name] for name in ("money_gain_by_rerank", "engagement_gain_by_rerank")
     ],
     rf"--device cuda` \| its steps train on {N} events/s": [TRAINING_GPU.metrics["events_per_s_gpu"]],
-    rf"all states \| {N} ms \| eager torch on padded users takes {N} times, `torch.compile` {N} times": [
-        KERNELS.metrics[f"large_{name}"] for name in ("ms", "speedup_over_eager", "speedup_over_compiled")
-    ],
-    rf"64 users, 5,601 events \| {N} ms \| eager torch {N} times, `torch.compile` {N} times": [
-        KERNELS.metrics[f"middle_{name}"] for name in ("ms", "speedup_over_eager", "speedup_over_compiled")
-    ],
-    rf"1 user with 256 events \| {N} ms \| eager torch {N} times, `torch.compile` {N} times": [
-        KERNELS.metrics[f"single_{name}"] for name in ("ms", "speedup_over_eager", "speedup_over_compiled")
-    ],
-    rf"events and layers \| {N} ms \| Triton {N} ms": [
-        PROJECTION.metrics["large_cute_ms"], PROJECTION.metrics["large_triton_ms"],
-    ],
-    rf"for 256 users, width 256 \| {N} ms \| torch's product and `topk` {N} times": [
-        TOP_100["median_ms"], RETRIEVAL.metrics["top_k_speedup"],
-    ],
-    rf"events each into {N} tokens, width 256 \| {N} ms \| torch's operators {N} times": [
-        int(str(FUSION["workload"]).split()[-2]), FUSION["median_ms"], RETRIEVAL.metrics["fusion_speedup"],
-    ],
-    rf"width 64 \| {N} ms \| eager torch in float32 {N} times": [
-        ENCODING.metrics["tiny_256_ms"], ENCODING.metrics["tiny_256_speedup"],
-    ],
-}  # fmt: skip
+} | kernel_figures.BENCHMARKS  # fmt: skip
 
 
 def accuracy_means(model: str) -> list[float]:
@@ -171,13 +136,6 @@ def closed_loop_means(weighting: str, rerank: str) -> list[float]:
     money = float(row["money_per_event"] or 0)
     money_se = float(row["money_per_event_se"] or 0)
     return [money, money_se, 100 * float(row["engaged_share"] or 0), 100 * float(row["returned_share"] or 0)]
-
-
-def medians(result: results.Result, workload: str, *implementations: str) -> list[float]:
-    """Return the milliseconds of a workload (by its first words) in these implementations."""
-    rows = [row for row in result.rows if str(row["workload"]).startswith(workload)]
-    by_name = {str(row["implementation"]): float(row["median_ms"] or 0) for row in rows}
-    return [by_name[name] for name in implementations]
 
 
 RANKINGS_TABLE = {
@@ -219,53 +177,14 @@ MODEL = {
     rf"\| {re.escape(label)} \| {N} ± {N} \| {N} % \| {N} % \|": closed_loop_means(*row)
     for label, row in LOOP_TABLE.items()
 }
-ENCODER_WORKLOADS = {
-    "256 users, mean 289, max 1,024": "256 users",
-    "64 users, max 256": "64 users",
-    "1 user, 256 events": "1 users",
-}
-ENCODERS = (
-    "torch: eager, padded",
-    "torch: compiled, padded",
-    "cuBLAS: products alone",
-    "kernels: graph",
-    "kernels: graph, newest rows",
-)
-ENCODE_WORKLOADS = {
-    f"`{preset}`, {users}, {events} events": f"{preset}: {users.removesuffix('s')}s"
-    for preset in ("tiny", "10m")
-    for users, events in (("1 user", "200"), ("64 users", "5,262"), ("256 users", "19,259"))
-}
-STEP_WORKLOADS = {
-    "`tiny`, bfloat16, 160 users of log-normal lengths, 13,057 events": "tiny, log-normal, bfloat16",
-    "`tiny`, float32, 160 users of log-normal lengths, 13,057 events": "tiny, log-normal, float32",
-    "`tiny`, bfloat16, 6,000 users, 14,947 events": "tiny, many short, bfloat16",
-    "`tiny`, float32, 6,000 users, 14,947 events": "tiny, many short, float32",
-    "`10m`, bfloat16, 160 users, 13,057 events": "10m, log-normal, bfloat16",
-    "`10m`, bfloat16, 6,000 users, 14,947 events": "10m, many short, bfloat16",
-    "`10m`, float32, 160 users, 13,057 events (left to torch)": "10m, log-normal, float32",
-}
-
-
-def cells(label: str, count: int) -> str:
-    """Return the pattern of a table row with this label and number of figures."""
-    return rf"\| {re.escape(label)}" + rf" \| {N}" * count + r" \| (?!\d)"
-
-
-KERNEL_TABLES: dict[str, list[float]] = {}
-for label, workload in ENCODER_WORKLOADS.items():
-    KERNEL_TABLES[cells(label, 5)] = medians(KERNELS, workload, *ENCODERS)
-for label, workload in ENCODE_WORKLOADS.items():
-    KERNEL_TABLES[cells(label, 3)] = medians(ENCODING, workload, "torch: eager", "kernels", "kernels: graph")
-for label, workload in STEP_WORKLOADS.items():
-    KERNEL_TABLES[cells(label, 2)] = medians(TRAINING_STEPS, workload, "torch", "kernels")
-
 PAGES = {
     "README.md": README,
     "docs/benchmarks.md": BENCHMARKS,
     "docs/evaluation.md": EVALUATION,
     "docs/model.md": MODEL,
-    "docs/kernels.md": KERNEL_TABLES,
+    "docs/kernels.md": kernel_figures.KERNELS,
+    "docs/operations.md": kernel_figures.OPERATIONS,
+    "docs/adr/0002-the-product-before-attention-is-cute-on-hopper.md": kernel_figures.PRODUCT_BEFORE_ATTENTION,
 }
 CLAIMS = [(page, *claim) for page, claims in PAGES.items() for claim in claims.items()]
 RENAMED_OPTIONS = {"--trained": "--events-per-epoch", "--batch-events": "--events-per-batch"}  # since the files
