@@ -42,14 +42,18 @@ from pipeline.manifest import (
 )
 from pipeline.model.config import HstuConfig
 from pipeline.records import EventSchema
+from pipeline.weights import ITEM_TABLE, WeightsFile
 
 
 @dataclass(slots=True)
 class Artifact:
-    """A trained model in memory. item_ids[i] is row i + 1 of its item table."""
+    """A trained model in memory, but for the item table of a saved one (WeightsFile).
+
+    item_ids[i] is row i + 1 of the item table
+    """
 
     manifest: Manifest
-    weights: dict[str, Tensor]
+    weights: Mapping[str, Tensor]
     item_ids: list[str]
     counters: dict[str, np.ndarray]
     metadata: ItemMetadata
@@ -63,9 +67,10 @@ class Artifact:
         return self.manifest.config
 
     def module_weights(self, name: str) -> dict[str, Tensor]:
-        """Return the state dict of one module: 'hstu' or 'heads'."""
+        """Return the state dict of one module, 'hstu' or 'heads', without the item table (see item_table_parts)."""
         prefix = f"{name}."
-        return {key.removeprefix(prefix): value for key, value in self.weights.items() if key.startswith(prefix)}
+        names = [key for key in self.weights if key.startswith(prefix) and key != ITEM_TABLE]
+        return {key.removeprefix(prefix): self.weights[key] for key in names}
 
     def tokens(self, vocabulary: Vocabulary) -> np.ndarray:
         """Return the items' tokens in this vocabulary, UNKNOWN for an item without one: int64 [n]."""
@@ -97,7 +102,7 @@ class Artifact:
 def draft(
     config: HstuConfig,
     schema: EventSchema,
-    weights: dict[str, Tensor],
+    weights: Mapping[str, Tensor],
     item_ids: list[str],
     counters: dict[str, np.ndarray],
     metadata: ItemMetadata | None = None,
@@ -166,7 +171,7 @@ def _read(folder: Path) -> Artifact:
 
     return Artifact(
         manifest=manifest,
-        weights=_decode_weights(folder / WEIGHTS, read(WEIGHTS)),
+        weights=WeightsFile(folder / WEIGHTS, manifest.files[WEIGHTS]),
         item_ids=_decode_item_ids(folder / VOCABULARY, read(VOCABULARY)),
         counters=safetensors.numpy.load(read(COUNTERS)),
         metadata=ItemMetadata.from_arrays(safetensors.numpy.load(read(ITEMS))),
@@ -180,14 +185,6 @@ def _decode_item_ids(path: Path, content: bytes) -> list[str]:
         if (first := rows.setdefault(item_id, row)) != row:
             raise ArtifactError(f"artifact {path}: item '{item_id}' is in rows {first} and {row}; {COPY_AGAIN}")
     return item_ids
-
-
-def _decode_weights(path: Path, content: bytes) -> dict[str, Tensor]:
-    weights = safetensors.torch.load(content)
-    for name, weight in weights.items():
-        if not weight.isfinite().all():
-            raise ArtifactError(f"artifact {path}: {name} has numbers that are not finite; train again")
-    return weights
 
 
 def _read_checked(path: Path, expected: str) -> bytes:

@@ -22,9 +22,9 @@ from pipeline.manifest import WEIGHTS, read_manifest
 from pipeline.model.config import HstuConfig
 from pipeline.records import EventSchema, Item, item_hash
 from pipeline.training.multi_task_model import MultiTaskModel
+from pipeline.weights import ITEM_TABLE
 
 CREATED = "2026-01-01T00:00:00+00:00"
-ITEM_EMBEDDING = "hstu.items.embedding.weight"  # [1 + items, width]
 ITEM_BIAS = "heads.interaction.item_bias.weight"  # [1 + items, 2]
 
 
@@ -51,9 +51,9 @@ def untrained(item_ids: Sequence[str]) -> Artifact:
 
 def renumbered(artifact: Artifact) -> Artifact:
     """Return the same model with its items in reverse order: another version, the same slates."""
-    tables = {name: artifact.weights[name] for name in (ITEM_EMBEDDING, ITEM_BIAS)}
+    tables = {name: artifact.weights[name] for name in (ITEM_TABLE, ITEM_BIAS)}
     reversed_tables = {name: torch.cat([table[:1], table[1:].flip(0)]) for name, table in tables.items()}
-    return replace(artifact, weights=artifact.weights | reversed_tables, item_ids=artifact.item_ids[::-1])
+    return replace(artifact, weights=dict(artifact.weights) | reversed_tables, item_ids=artifact.item_ids[::-1])
 
 
 def mixed_up(artifact: Artifact) -> Artifact:
@@ -75,8 +75,8 @@ def with_new_items(artifact: Artifact, item_ids: Sequence[str]) -> Artifact:
 
 def not_a_number(artifact: Artifact) -> Artifact:
     """Return the model with NaN item vectors, as after a training that diverged."""
-    diverged = {ITEM_EMBEDDING: artifact.weights[ITEM_EMBEDDING] * float("nan")}
-    return replace(artifact, weights=artifact.weights | diverged)
+    diverged = {ITEM_TABLE: artifact.weights[ITEM_TABLE] * float("nan")}
+    return replace(artifact, weights=dict(artifact.weights) | diverged)
 
 
 def of_another_schema(artifact: Artifact) -> Artifact:

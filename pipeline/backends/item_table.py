@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from pipeline.artifact import Artifact
+from pipeline.errors import ArtifactError
 from pipeline.items.catalogue import Catalogue, ItemFacts
+from pipeline.items.metadata import new_item_content
 from pipeline.items.row_index import NO_ROWS, RowIndex
 from pipeline.items.vocabulary import UNKNOWN
 from pipeline.model.affinity import ItemColumns
 from pipeline.model.item_embedding import ItemEmbedding
 from pipeline.tensors import to_device
+from pipeline.weights import item_table_parts
 
 GROWTH = 1.25  # a table of items has room for this many times its rows, so that most new items move nothing
 MAX_SPARE_GPU_ROWS = 1 << 16  # spare rows take memory on a GPU; on a CPU they do so only once they are written
@@ -51,13 +54,14 @@ class ItemTable:
         catalogue: its vocabulary has the artifact's items, in any order; other items get rows if they have records
         """
         self._catalogue = catalogue
-        self._metadata = artifact.metadata
+        self._trained_facts = artifact.metadata.facts
+        self._price_scale = artifact.metadata.scale
         self._items = items
         self._device = device
         self._index = RowIndex(catalogue.vocabulary, artifact.item_ids)
         self._trained_rows = len(self._index)  # rows from this one on are of items that came after training
         self._followed = 0  # position in the catalogue's changes
-        self._vectors = _encode_trained(items, device)  # float32 [>= rows, width]
+        self._vectors = _encode_trained(artifact, items, device)  # float32 [>= rows, width]
         self._facts = _with_room(0, FACTS, torch.int32, device)  # int32 [>= rows, FACTS]
         self._reserve(self._trained_rows)
         trained = np.arange(self._trained_rows)
@@ -133,7 +137,7 @@ class ItemTable:
 
     def _restore_facts(self, rows: np.ndarray) -> None:
         """Restore the artifact's metadata of readmitted training items (rows int64 [n]) until they have a record."""
-        facts = {name: column[rows - 1] for name, column in self._metadata.facts.items()}
+        facts = {name: column[rows - 1] for name, column in self._trained_facts.items()}
         self._catalogue.restore_facts(self._index.tokens(rows), facts)
 
     def _write_new_items(self, tokens: np.ndarray) -> np.ndarray:
@@ -149,7 +153,7 @@ class ItemTable:
         self._reserve(len(self))
         for start in range(0, len(rows), CHUNK_ITEMS):
             part = slice(start, start + CHUNK_ITEMS)
-            content = self._metadata.new_item_content(self._catalogue, tokens[came_after_training][part])
+            content = new_item_content(self._catalogue, tokens[came_after_training][part], self._price_scale)
             vectors = self._items.from_content(content.to(self._device))
             self._vectors[to_device(rows[part], self._device)] = vectors
         self._write_values(rows, np.zeros(len(rows), np.float32))
@@ -187,13 +191,24 @@ def _grown(table: Tensor, rows: int) -> Tensor:
     return larger
 
 
-def _encode_trained(items: ItemEmbedding, device: torch.device) -> Tensor:
-    """Return the vectors of all training items, float32 [>= rows, width]."""
-    n = items.embedding.num_embeddings
-    vectors = _with_room(n, items.embedding.embedding_dim, torch.float32, device)
-    for start in range(0, n, CHUNK_ITEMS):
-        rows = np.arange(start, min(start + CHUNK_ITEMS, n))
-        vectors[start : start + len(rows)] = items(rows)
+def _encode_trained(artifact: Artifact, items: ItemEmbedding, device: torch.device) -> Tensor:
+    """Return the vectors of all training items, float32 [>= rows, width]. ArtifactError: the item table's shape."""
+    shape = items.embedding.num_embeddings, items.embedding.embedding_dim
+    vectors = _with_room(*shape, torch.float32, device)
+    n = 0
+    for first, part in item_table_parts(artifact.weights):
+        for start in range(0, len(part), CHUNK_ITEMS):
+            own = part[start : start + CHUNK_ITEMS]
+            rows = np.arange(first + start, first + start + len(own))
+            if part.shape[1] != shape[1] or rows[-1] >= shape[0]:
+                break
+            vectors[rows[0] : rows[-1] + 1] = items.vectors(own.to(device), rows)
+            n += len(own)
+    if n != shape[0]:
+        raise ArtifactError(
+            f"artifact {artifact.version}: its item table does not fit its config, which has {shape[0]} rows of"
+            f" {shape[1]}; train again"
+        )
     return vectors
 
 

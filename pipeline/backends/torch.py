@@ -18,11 +18,12 @@ from pipeline.model.heads import TaskHeads
 from pipeline.model.hstu import Hstu
 from pipeline.model.padding import PaddedBlocks
 from pipeline.tensors import to_device
+from pipeline.weights import ITEM_TABLE
 
 
 @dataclass(slots=True)
 class TorchModel:
-    """An artifact's modules on one device, for inference."""
+    """An artifact's modules on one device, for inference, without the item table: see ItemTable."""
 
     hstu: Hstu
     heads: TaskHeads
@@ -42,10 +43,9 @@ class TorchModel:
             hstu = Hstu(config)
             heads = TaskHeads(config.items, config.width)
         for module, name in ((hstu, "hstu"), (heads, "heads")):
-            _load_weights(module, artifact, name)
-        check_calibration(heads.calibration.numpy(), artifact.version)
-        for module in (hstu, heads):
-            module.eval().requires_grad_(False).to(resolved)
+            _load_weights(module, artifact, name, resolved)
+            module.eval().requires_grad_(False)
+        check_calibration(heads.calibration.cpu().numpy(), artifact.version)
         hstu.items.item_content = artifact.metadata.content()
         return cls(hstu, heads, resolved)
 
@@ -94,9 +94,13 @@ class _SkipInitialisation(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _load_weights(module: nn.Module, artifact: Artifact, name: str) -> None:
+def _load_weights(module: nn.Module, artifact: Artifact, name: str, device: torch.device) -> None:
+    """Load the weights onto the device; the item table stays without memory, because an ItemTable replaces it."""
+    weights = {key: weight.to(device) for key, weight in artifact.module_weights(name).items()}
+    if isinstance(module, Hstu):
+        weights[ITEM_TABLE.removeprefix("hstu.")] = module.items.embedding.weight
     try:
-        module.load_state_dict(artifact.module_weights(name), assign=True)
+        module.load_state_dict(weights, assign=True)
     except RuntimeError as error:  # torch's message names every weight that is missing, unexpected or of another shape
         reasons = " ".join(str(error).split())
         raise ArtifactError(

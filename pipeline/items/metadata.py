@@ -51,6 +51,10 @@ class ItemMetadata:
         state["offsets"] = np.concatenate([row_0.state["offsets"][:-1], self.state["offsets"]])
         return ItemContent.from_state(state, np.concatenate([row_0.events, self.events]), self.scale)
 
-    def new_item_content(self, catalogue: Catalogue, tokens: np.ndarray) -> ItemContent:
-        """Return the content of items that came after training, as the model's content encoder reads it."""
-        return ItemContent.from_state(catalogue.state(tokens), np.zeros(len(tokens), np.int64), self.scale)
+
+def new_item_content(catalogue: Catalogue, tokens: np.ndarray, scale: PriceScale) -> ItemContent:
+    """Return the content of items that came after training, as a model's content encoder reads it.
+
+    scale: of the prices of its training items
+    """
+    return ItemContent.from_state(catalogue.state(tokens), np.zeros(len(tokens), np.int64), scale)

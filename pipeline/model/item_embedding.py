@@ -59,7 +59,11 @@ class ItemEmbedding(nn.Module):
         """Return vectors [n, width] of `rows` (int64 [n]; None: all rows). cold: bool [n], items treated as new, whose
         content alone counts."""
         index = slice(None) if rows is None else torch.from_numpy(rows).to(self.embedding.weight.device)
-        own = self._unit(self.embedding.weight[index])
+        return self.vectors(self.embedding.weight[index], rows, cold)
+
+    def vectors(self, own: Tensor, rows: np.ndarray | None = None, cold: np.ndarray | None = None) -> Tensor:
+        """Return vectors [n, width] from the items' own embeddings, [n, width]; the others as in `forward`."""
+        own = self._unit(own)
         if self.item_content is None or not hasattr(self, "content_encoder"):
             return own
         self.item_content = self.item_content.to(own.device)

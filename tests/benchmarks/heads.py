@@ -207,7 +207,7 @@ def learned_over_fixed(setting: Setting, rows: list[dict[str, Cell]]) -> dict[st
 
 
 def uncalibrated(artifact: Artifact) -> Artifact:
-    weights = artifact.weights | {"heads.calibration": torch.tensor([IDENTITY] * len(TASKS))}
+    weights = dict(artifact.weights) | {"heads.calibration": torch.tensor([IDENTITY] * len(TASKS))}
     return Artifact(artifact.manifest, weights, artifact.item_ids, artifact.counters, artifact.metadata)
 
 

@@ -4,11 +4,10 @@ One process per width, on one thread, with an untrained model of one layer. Mill
 keep the pipeline's thread from ranking. A new record, or a withdrawal (a tombstone), costs its own call and what it
 adds to the next batch of `hstu` and of `simple`, without users: the median of several. worst_new_item_ms is the
 greatest of all new records, from the first one after loading; a small catalogue has run the same code before.
-swap_catalogue_ms is the sum over all chunks of restoring a new model's metadata. load_peak_ratio is the largest
-resident memory while the model loads over that afterwards; bytes_per_item_beyond_table is the growth of resident memory
-by loading, per item, without the table of vectors; the artifact in memory, which has the item ids, is not part of
-either. bytes_per_record is what the record of an item takes, with a title of eight words, a category, a brand and two
-tags.
+swap_catalogue_ms is the sum over all chunks of restoring a new model's metadata. Memory is what `Pipeline.load` adds to
+a process that has loaded a small model before: load_peak_ratio is its largest growth while it runs over that
+afterwards, bytes_per_item_beyond_table the latter per item, less one table of vectors. bytes_per_record is what the
+record of an item takes, with a title of eight words, a category, a brand and two tags.
 
 usage: python -m tests.benchmarks.items [--out FOLDER] [--items 1000000]
 """
@@ -31,12 +30,10 @@ import torch
 
 from pipeline import artifact as artifacts
 from pipeline.items.catalogue import Catalogue
-from pipeline.items.vocabulary import Vocabulary
 from pipeline.model.config import HstuConfig
 from pipeline.records import EventSchema, Histories, Item, item_hash
 from pipeline.serving.pipeline import Pipeline
-from pipeline.strategies.options import PipelineOptions, new_counters
-from pipeline.strategies.strategies import StrategyContext, strategies_of
+from pipeline.strategies.options import PipelineOptions
 from pipeline.training.multi_task_model import MultiTaskModel
 from tests.benchmarks import results
 from worker.inference.hot_swap import LOAD_CHUNK_ITEMS
@@ -99,24 +96,17 @@ def measure(folder: Path, width: int) -> dict[str, results.Cell]:
     small = Pipeline.load(small_model(folder), PipelineOptions(device="cpu", threads=1))
     changes_ms(small, new_record)
     changes_ms(small, delisting)
-    artifact = artifacts.load(folder)
-    items = len(artifact.item_ids)
+    items = artifacts.read_manifest(folder).config.items - 1
     options = PipelineOptions(device="cpu", threads=1, max_items=2 * items)
     trim()
     before_mib = resident_mib()
     reset_peak()
     start_s = time.perf_counter()
-    vocabulary = Vocabulary(artifact.item_ids, options.max_items)
-    catalogue = Catalogue(vocabulary)
-    counters = new_counters(options, vocabulary)
-    counters.restore(artifact.counters)
-    artifact.load_into(catalogue)
-    strategies = strategies_of(StrategyContext(artifact, catalogue, counters, options))
+    pipeline = Pipeline.load(folder, options)
     load_s = time.perf_counter() - start_s
     peak = peak_mib()
     trim()
     after_mib = resident_mib()
-    pipeline = Pipeline(options, catalogue, counters, strategies, artifact.version)
     table_bytes = 4 * width
     row: dict[str, results.Cell] = {"items": items, "width": width, "load_s": round(load_s, 2)}
     row |= {"load_peak_ratio": round((peak - before_mib) / (after_mib - before_mib), 3)}
@@ -124,7 +114,9 @@ def measure(folder: Path, width: int) -> dict[str, results.Cell]:
     record_ms = changes_ms(pipeline, new_record)
     row |= {"new_record_ms": round(median(record_ms), 3), "worst_new_item_ms": round(max(record_ms), 3)}
     row |= {"withdrawal_ms": round(median(changes_ms(pipeline, delisting)), 3)}
-    tokens = artifact.tokens(vocabulary)
+    artifact = artifacts.load(folder)
+    catalogue = pipeline.catalogue
+    tokens = artifact.tokens(catalogue.vocabulary)
     chunks = [slice(start, start + LOAD_CHUNK_ITEMS) for start in range(0, items, LOAD_CHUNK_ITEMS)]
     chunk_ms = [cpu_ms(lambda part=part: artifact.load_into(catalogue, tokens, part)) for part in chunks]
     row |= {"swap_catalogue_ms": round(sum(chunk_ms), 3), "longest_swap_chunk_ms": round(max(chunk_ms), 3)}

@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -77,13 +78,18 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 
 
 def graphed(call: Callable[[], object]) -> Callable[[], None]:
-    """Capture the call as a CUDA graph and return its replay."""
+    """Capture the call as a CUDA graph and return its replay, which keeps the tensors that the call refers to."""
     call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return graph.replay
+    return partial(_replay, graph, call)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, call: Callable[[], object]) -> None:
+    """Replay the call's graph. NOTE: the graph holds addresses alone, so `call` must live as long."""
+    graph.replay()
 
 
 def device_ms(call: Callable[[], object], warmup: int = 25, rep: int = 100) -> float:

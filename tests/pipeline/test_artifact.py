@@ -1,4 +1,6 @@
+import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,15 +9,21 @@ import numpy as np
 import pytest
 import torch
 from msgspec.structs import replace
+from torch import Tensor
 
 from pipeline import artifact as artifacts
+from pipeline import weights
 from pipeline.artifact import Artifact
+from pipeline.backends.item_table import ItemTable
 from pipeline.backends.torch import TorchModel
 from pipeline.errors import ArtifactError
+from pipeline.items.catalogue import Catalogue
+from pipeline.items.vocabulary import Vocabulary
 from pipeline.manifest import COUNTERS, MANIFEST, VOCABULARY, WEIGHTS, Manifest, read_manifest
 from pipeline.model.config import HstuConfig
 from pipeline.records import EventSchema
 from pipeline.training.multi_task_model import MultiTaskModel
+from pipeline.weights import ITEM_TABLE, item_table_parts
 
 CREATED = "2026-01-01T00:00:00+00:00"
 ITEM_IDS = ["a", "b", "ü"]
@@ -53,7 +61,7 @@ def test_loaded_artifact_equals_the_saved_one(saved: Path) -> None:
     assert loaded.weights.keys() == draft.weights.keys()
     assert all(torch.equal(loaded.weights[name], weight) for name, weight in draft.weights.items())
     assert all((loaded.counters[name] == array).all() for name, array in draft.counters.items())
-    MultiTaskModel(CONFIG).hstu.load_state_dict(loaded.module_weights("hstu"))
+    MultiTaskModel(CONFIG).load_state_dict(dict(loaded.weights))
 
 
 def test_version_depends_on_content_alone(tmp_path: Path) -> None:
@@ -183,11 +191,59 @@ def test_weights_that_are_not_finite_are_rejected_by_name(tmp_path: Path) -> Non
         artifacts.load(tmp_path / "model")
 
 
-def test_loaded_weights_survive_overwriting_the_file_in_place(saved: Path) -> None:
+def test_loaded_weights_survive_replacing_the_file_and_its_folder(saved: Path) -> None:
+    loaded = artifacts.load(saved)
+    (saved / WEIGHTS).unlink()
+    save_draft(saved, seed=1)
+    assert all(torch.equal(loaded.weights[name], weight) for name, weight in make_draft().weights.items())
+
+
+def test_overwriting_the_file_in_place_is_detected_before_its_item_table_is_used(saved: Path) -> None:
     loaded = artifacts.load(saved)
     path = saved / WEIGHTS
     path.write_bytes(bytes(path.stat().st_size))
-    assert all(torch.equal(loaded.weights[name], weight) for name, weight in make_draft().weights.items())
+    for name, weight in make_draft().weights.items():
+        if name != ITEM_TABLE:
+            assert torch.equal(loaded.weights[name], weight), name
+    with pytest.raises(ArtifactError, match=r"hstu\.safetensors: was overwritten while it was read; copy"):
+        list(item_table_parts(loaded.weights))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+def test_item_table_is_read_in_parts_of_complete_rows(saved: Path, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "PART_BYTES", rows * 4 * CONFIG.width)
+    draft = make_draft()
+    for each in (artifacts.load(saved).weights, draft.weights):
+        parts = list(item_table_parts(each))
+        assert [first for first, _ in parts] == list(range(0, len(draft.weights[ITEM_TABLE]), rows))
+        assert torch.equal(torch.cat([part for _, part in parts]), draft.weights[ITEM_TABLE])
+
+
+def test_weights_file_is_closed_with_its_artifact(saved: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    loaded = artifacts.load(saved)
+    assert len(os.listdir("/proc/self/fd")) == before + 1
+    del loaded
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\0" * 8, (9).to_bytes(8, "little") + b"{", (1 << 62).to_bytes(8, "little") + b"{}"], ids=repr
+)
+def test_file_that_holds_no_weights_is_an_artifact_error(saved: Path, content: bytes) -> None:
+    (saved / WEIGHTS).write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"hstu\.safetensors: .*millrace train"):
+        artifacts.load(saved)
+
+
+@pytest.mark.parametrize("change", [lambda table: table[:-1], lambda table: table[:, :-1]], ids=["rows", "columns"])
+def test_item_table_of_another_shape_is_an_artifact_error(change: Callable[[Tensor], Tensor]) -> None:
+    draft = make_draft()
+    other = dict(draft.weights) | {ITEM_TABLE: change(draft.weights[ITEM_TABLE]).contiguous()}
+    artifact = artifacts.draft(CONFIG, EventSchema(), other, ITEM_IDS, draft.counters)
+    model = TorchModel.from_artifact(artifact, "cpu")
+    with pytest.raises(ArtifactError, match="its item table does not fit its config, which has 4 rows of 8"):
+        ItemTable(artifact, Catalogue(Vocabulary(ITEM_IDS)), model.hstu.items, model.device)
 
 
 def test_symlinked_artifact_is_loaded(tmp_path: Path, saved: Path) -> None:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.content import ItemContent, PriceScale
-from pipeline.items.metadata import ItemMetadata
+from pipeline.items.metadata import ItemMetadata, new_item_content
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.model.item_embedding import ItemEmbedding
 from pipeline.records import Item
@@ -67,7 +67,7 @@ def test_new_items_vector_depends_on_its_record_alone(items: ItemEmbedding, meta
         catalogue = Catalogue(Vocabulary([item.item_id for item in others]))
         catalogue.upsert([*others, Item("new", title="red boot", price=20.0)])
         token = np.array([catalogue.vocabulary.token("new")])
-        vectors.append(items.from_content(metadata.new_item_content(catalogue, token)))
+        vectors.append(items.from_content(new_item_content(catalogue, token, metadata.scale)))
     torch.testing.assert_close(vectors[0], vectors[1], rtol=0, atol=0)
     torch.testing.assert_close(vectors[0], vectors[2], rtol=0, atol=0)
 

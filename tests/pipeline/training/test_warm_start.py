@@ -20,6 +20,7 @@ from pipeline.training.preparation import TrainingOptions, TrainingSetup, prepar
 from pipeline.training.train import train
 from pipeline.training.trainer import TrainerOptions
 from pipeline.training.warm_start import WarmStart
+from pipeline.weights import ITEM_TABLE
 from tests.pipeline.training.callbacks import SilentCallback
 
 SERVING = PipelineOptions(device="cpu", threads=1)
@@ -117,13 +118,13 @@ def test_new_rows_start_from_content_and_all_other_weights_are_kept(old_with_rec
     setup = prepare_warm_start(old_with_records, items=RECORDS)
     content = setup.metadata(setup.train).content()
     model = WarmStart(old_with_records).init_model(MultiTaskModel(setup.config, content))
-    old_weights = old_with_records.module_weights("hstu")
+    old_weights = old_with_records.weights
     items = model.hstu.items
     rows = ITEMS + 1
-    assert torch.equal(items.embedding.weight[:rows], old_weights["items.embedding.weight"])
+    assert torch.equal(items.embedding.weight[:rows], old_weights[ITEM_TABLE])
     new = np.arange(rows, rows + NEW_ITEMS)
     assert torch.allclose(items(new), items.from_content(content.select(new)), atol=1e-5)
-    assert torch.equal(model.hstu.rotation.weight, old_weights["rotation.weight"])
+    assert torch.equal(model.hstu.rotation.weight, old_weights["hstu.rotation.weight"])
 
 
 def test_metadata_of_the_artifact_is_kept_without_new_records(old_with_records: Artifact) -> None:
