@@ -6,6 +6,7 @@ the previous one. To the host, the copy is queued behind the batch's work and wa
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import accumulate, chain, islice
 
 import numpy as np
@@ -53,7 +54,7 @@ class Staging:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)
+            self._stream = _copy_stream(device)
             self._buffers = [StagingBuffer(), StagingBuffer()]  # the next one first
 
     @torch.inference_mode()
@@ -91,6 +92,16 @@ class Staging:
             buffer.allocate(nbytes, self._device)
 
 
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of all copies to a device.
+
+    NOTE: torch hands out 32 streams in turn. A new one per model would, some swaps later, be the one on which another
+    thread captures graphs.
+    """
+    return torch.cuda.Stream(device)
+
+
 class HostCopy:
     """Tensors of one device on their way to the host, in one copy behind the work that computes them.
 
@@ -99,6 +110,7 @@ class HostCopy:
 
     def __init__(self, *tensors: Tensor) -> None:
         """Queue the copy of int32 and float32 tensors. Returns at once."""
+        assert all(tensor.dtype in (torch.int32, torch.float32) for tensor in tensors), "they are packed as words"
         self._tensors = tensors
         self._arrived: torch.cuda.Event | None = None
         device = tensors[0].device

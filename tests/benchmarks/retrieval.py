@@ -42,7 +42,8 @@ def measure(table: Tensor, users: int) -> list[Row]:
         """Return the result on the host, of excluded items that are in the host's memory."""
         on_device = stage(excluded_users, excluded_rows)
         excluded = ExcludedItems(EXCLUDED * np.arange(users + 1), *on_device)
-        return HostCopy(*each.top_k(states, excluded, K)).wait()
+        rows, scores = each.top_k(states, excluded, K)
+        return HostCopy(rows.int(), scores).wait()
 
     measured = []
     for name, each in (("torch", Retrieval(table)), ("operator", FusedRetrieval(table))):

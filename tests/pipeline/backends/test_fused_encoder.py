@@ -14,6 +14,7 @@ from kernels import graphs
 from kernels.graphs import possible_buckets
 from pipeline.backends.encoder import GraphOptions
 from pipeline.backends.fused import FusedEncoder
+from pipeline.backends.staging import Staging
 from pipeline.backends.torch import TorchEncoder
 from pipeline.features.event_features import FEATURE_COLUMNS
 from pipeline.model.config import HstuConfig
@@ -101,6 +102,14 @@ def test_gpu_serves_one_model_while_another_captures_its_graphs() -> None:
     assert warming.result() == len(set(possible_buckets(64, 1024, [CONFIG.max_events])))
     for inputs, states in zip(batches, expected, strict=True):
         torch.testing.assert_close(encode(coming, inputs), states, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="no GPU")
+def test_gpu_copies_of_any_number_of_models_avoid_the_stream_of_captures() -> None:
+    captures = torch.cuda.Stream(DEVICE)
+    stagings = [Staging(DEVICE) for _ in range(100)]
+    assert {staging._stream for staging in stagings} & {captures} == set()
 
 
 @pytest.mark.parametrize(
