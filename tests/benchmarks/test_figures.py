@@ -75,7 +75,7 @@ BENCHMARKS = {
     rf"swap, all chunks \| {N} ms \| {N} ms": items_figures("swap_catalogue_ms"),
     rf"loads, over that afterwards \| {N} \| {N} \|": items_figures("load_peak_ratio"),
     rf"memory per record [^|]*\| {N} bytes \| {N} bytes": items_figures("bytes_per_record"),
-    rf"besides its vector and its id \| {N} bytes \| {N} bytes": items_figures("bytes_per_item_beyond_table"),
+    rf"besides its vector \| {N} bytes \| {N} bytes": items_figures("bytes_per_item_beyond_table"),
     rf"grew by {N} %": [STREAM.metrics["rss_growth_pct"]],
     rf"ratio of the rates is {N} with `hstu` and {N} with `simple`": [
         PAIRS.metrics[f"median_ratio_slates_per_s_{strategy}"] for strategy in ("hstu", "simple")
