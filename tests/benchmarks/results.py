@@ -87,5 +87,5 @@ def _commit() -> str:
         return done.stdout.strip()
 
     # Results that an earlier benchmark of the same run wrote are not a change of the measured code.
-    changed = git("status", "--porcelain", "-uno", "--", ".", f":!{FOLDER}")
+    changed = git("status", "--porcelain", "-uno", "--", ".", f":(exclude){FOLDER.relative_to(ROOT)}")
     return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")

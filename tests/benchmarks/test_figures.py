@@ -27,8 +27,8 @@ def items_figures(name: str) -> list[float]:
 
 
 MACHINES = {
-    "2 cores AMD EPYC, 23 GiB, no GPU, Python 3.11.7": "CPU",
-    "2 cores Intel(R) Xeon(R) Processor, 23 GiB, no GPU, Python 3.11.7": "Xeon",
+    "2 cores AMD EPYC, 23 GiB, no GPU, Python 3.11.7": "EPYC",
+    "2 cores Intel(R) Xeon(R) Processor, 23 GiB, no GPU, Python 3.11.7": "CPU",
     "16 cores Intel(R) Xeon(R) Processor, 125 GiB, NVIDIA H100 80GB HBM3, Python 3.12.3": "H100",
     "16 cores Intel(R) Xeon(R) Processor, 125 GiB, NVIDIA H200, Python 3.12.3": "H200",
 }
