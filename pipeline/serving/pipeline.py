@@ -27,7 +27,7 @@ from pipeline.slates import SlateItem, Why
 from pipeline.strategies.options import PipelineOptions, new_counters
 from pipeline.strategies.own_strategies import check_own_strategies
 from pipeline.strategies.strategies import StrategyContext, strategies_of
-from pipeline.strategies.strategy import FallbackChain, RankedItems, Request, Strategy
+from pipeline.strategies.strategy import FallbackChain, RankedItems, Request, Strategy, close_all
 
 if TYPE_CHECKING:
     from pipeline.artifact import Artifact
@@ -193,8 +193,9 @@ class Pipeline:
         return replaced
 
     def close(self) -> None:
-        """Close the strategies. No batch may be pending or follow."""
-        self.strategies.close()
+        """Close the strategies. No batch may be pending or follow. Raises the first of their errors."""
+        for error in close_all(self.strategies):
+            raise error
 
     def admit(self, item_ids: Collection[str]) -> None:
         """Give the items of new events tokens, evicting others if needed; items that find no slot stay unknown."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pipeline.slates import Why
-from pipeline.strategies.strategy import FallbackChain, RankedItems, Request, Strategy
+from pipeline.strategies.strategy import FallbackChain, RankedItems, Request, Strategy, close_all
 
 Step = Literal["prepare", "launch", "finish"]
 STEPS: tuple[Step, ...] = ("prepare", "launch", "finish")
@@ -39,11 +39,13 @@ class Generation:
         self.is_retired = True
         self._check_done()
 
-    def close(self) -> None:
-        """Wait until the last batch has ended, then close the strategies. For another thread than the one that ranks,
-        and after `retire`."""
+    def close(self) -> list[Exception]:
+        """Wait until the last batch has ended, close the strategies, return the errors of those that raise.
+
+        For another thread than the one that ranks, and after `retire`.
+        """
         self.done.wait()
-        self.strategies.close()
+        return close_all(self.strategies)
 
     def _check_done(self) -> None:
         if self.is_retired and not self.pending:

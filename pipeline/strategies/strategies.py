@@ -9,7 +9,7 @@ from pipeline.items.catalogue import Catalogue
 from pipeline.strategies.options import PipelineOptions
 from pipeline.strategies.own_strategies import import_class, own_names
 from pipeline.strategies.simple_strategy import SimpleStrategy
-from pipeline.strategies.strategy import Strategy
+from pipeline.strategies.strategy import Strategy, close_all
 
 if TYPE_CHECKING:
     from pipeline.artifact import Artifact
@@ -38,9 +38,15 @@ def strategies_of(context: StrategyContext) -> list[Strategy]:
     StrategyError for one of `options.strategies` that cannot be loaded.
     """
     own_names(context.options.strategies)
-    strategies: list[Strategy] = [_own_strategy(path, context) for path in context.options.strategies]
-    if context.artifact is not None:
-        strategies.append(_hstu_strategy(context.artifact, context))
+    strategies: list[Strategy] = []
+    try:
+        for path in context.options.strategies:
+            strategies.append(_own_strategy(path, context))
+        if context.artifact is not None:
+            strategies.append(_hstu_strategy(context.artifact, context))
+    except BaseException:
+        close_all(strategies)
+        raise
     return [*strategies, SimpleStrategy(context.counters, context.options.exclusion)]
 
 

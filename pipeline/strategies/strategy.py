@@ -4,7 +4,7 @@ A strategy that raises is skipped for a while, then probed with one batch; meanw
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
@@ -92,6 +92,17 @@ def rank(strategy: Strategy, histories: Histories, k: int) -> RankedItems:
     return strategy.finish(strategy.launch(strategy.prepare(Request(histories, k))))
 
 
+def close_all(strategies: Iterable[Strategy]) -> list[Exception]:
+    """Close every strategy, also after one that raises; return the errors."""
+    errors: list[Exception] = []
+    for strategy in strategies:
+        try:
+            strategy.close()
+        except Exception as error:  # of a strategy of one's own: the others must be closed, too
+            errors.append(error)
+    return errors
+
+
 class FallbackChain:
     """The strategies of this process, best first, each behind a circuit breaker."""
 
@@ -135,11 +146,6 @@ class FallbackChain:
 
     def record_success(self, strategy: Strategy) -> None:
         self._open_until_s[strategy.name] = 0.0
-
-    def close(self) -> None:
-        """Close every strategy."""
-        for strategy in self:
-            strategy.close()
 
     def _first_reason(self, requested: str | None) -> Why:
         if requested is None:

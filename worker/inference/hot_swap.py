@@ -22,7 +22,7 @@ from pipeline.serving import model_validation
 from pipeline.serving.model_validation import Thresholds
 from pipeline.strategies.own_strategies import check_own_strategies
 from pipeline.strategies.strategies import MODEL_STRATEGIES, strategies_of
-from pipeline.strategies.strategy import Strategy
+from pipeline.strategies.strategy import Strategy, close_all
 from pipeline.strategies.warm_up import synthetic_histories
 from worker import logging, metrics
 from worker.config import Config
@@ -90,10 +90,11 @@ class HotSwap:
             async with self._ranker.pin_items(artifact.item_ids):
                 strategies, overlap = await self._load_valid_strategies(artifact, thresholds)
                 if await self._executor.run(fingerprint, self._folder) != seen:
-                    await self._executor.run(_close_all, strategies)
+                    await self._executor.run(close_all, strategies)
                     return  # replaced meanwhile: the next check sees it
                 replaced = [await self._ranker.swap(strategies, manifest.version)]
-            await self._executor.run(replaced[0].close)
+            for error in await self._executor.run(replaced[0].close):
+                log.warning("a replaced strategy did not close", error=repr(error))
             await self._executor.run(replaced.clear)  # frees the old model's tables and graphs in this thread
             seconds = round(self._clock.monotonic() - start_s, 3)
             metrics.SWAPS.labels("accepted").inc()
@@ -119,7 +120,7 @@ class HotSwap:
             check_own = partial(check_own_strategies, strategies, pipeline.vocabulary, pipeline.options.exclusion)
             await self._ranker.run_in_thread(check_own)
         except BaseException:
-            await self._executor.run(_close_all, strategies)
+            await self._executor.run(close_all, strategies)
             raise
         return strategies, overlap
 
@@ -163,8 +164,3 @@ class HotSwap:
                 ranked = model_validation.check_output(model, histories, longest, items)
                 overlaps.append(model_validation.slate_overlap(ranked, slates, pipeline.vocabulary.item_ids))
         return overlaps[0]
-
-
-def _close_all(strategies: list[Strategy]) -> None:
-    for strategy in strategies:
-        strategy.close()

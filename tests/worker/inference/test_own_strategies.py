@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 import pytest
 
 from pipeline.artifact import Artifact
+from pipeline.errors import DeviceError
+from pipeline.strategies import hstu_strategy
 from pipeline.strategies.simple_strategy import SimpleStrategy
 from pipeline.strategies.strategies import StrategyContext
 from pipeline.strategies.strategy import RankedItems, Request
@@ -22,6 +24,7 @@ class Newest:
     name = "newest"
     backend = "numpy"
     broken_for: ClassVar[set[str]] = set()
+    failing_to_close: ClassVar[set[str]] = set()
     made: ClassVar[list["Newest"]] = []
 
     def __init__(self, context: StrategyContext) -> None:
@@ -42,6 +45,8 @@ class Newest:
 
     def close(self) -> None:
         self.is_closed = True
+        if self.version in self.failing_to_close:
+            raise RuntimeError("still in use")
 
 
 @pytest.fixture
@@ -49,6 +54,7 @@ def own(serve: Callable[..., Serving], monkeypatch: pytest.MonkeyPatch) -> Servi
     """Serving with a strategy of one's own."""
     monkeypatch.setattr(Newest, "made", [])
     monkeypatch.setattr(Newest, "broken_for", set())
+    monkeypatch.setattr(Newest, "failing_to_close", set())
     return serve(strategies=(OWN,))
 
 
@@ -65,6 +71,32 @@ async def test_all_strategies_are_swapped_together(own: Serving, original: Artif
     for strategy in ("newest", "hstu", "simple"):
         slates = await own.ranker.rank(Batch(batch.entries, 512, strategy))
         assert {(slate.strategy, slate.model_version) for slate in slates} == {(strategy, version)}
+
+
+async def test_strategy_that_does_not_close_is_logged_and_the_swap_is_complete(
+    own: Serving, original: Artifact, logged: Logged
+) -> None:
+    Newest.failing_to_close.add(own.version)
+    version = own.publish("second", relatives.nudged(original, seed=1))
+    assert await own.check() == version
+    events = {entry["event"]: entry for entry in logged()}
+    assert "still in use" in events["a replaced strategy did not close"]["error"]
+    assert events["model swapped"]["version"] == version
+    assert "artifact rejected, serving model continues" not in events
+
+
+async def test_own_strategy_is_closed_when_the_model_beside_it_cannot_be_made(
+    own: Serving, original: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = own.version
+    version = own.publish("second", relatives.nudged(original, seed=1))
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise DeviceError("no memory is left")
+
+    monkeypatch.setattr(hstu_strategy, "load_hstu_strategy", fail)
+    assert await own.check() == first
+    assert made() == [(first, False), (version, True)]
 
 
 async def test_own_strategy_that_breaks_a_promise_rejects_the_swap_of_all(
