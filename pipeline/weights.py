@@ -7,30 +7,35 @@ place changes nothing, and a part that was overwritten since the file was checke
 """
 
 import hashlib
+import math
 import os
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Annotated
 from zlib import crc32
 
 import msgspec
 import torch
+from msgspec import Meta
 from torch import Tensor
 
 from pipeline.errors import ArtifactError
 from pipeline.files import hash_mismatch
+from pipeline.files import sha256 as file_sha256
 from pipeline.manifest import COPY_AGAIN
 
 ITEM_TABLE = "hstu.items.embedding.weight"  # [1 + items, width]
 PART_BYTES = 8 << 20
+Size = Annotated[int, Meta(ge=0, lt=1 << 62)]
 
 
 class TensorHeader(msgspec.Struct, frozen=True):
     """A tensor's entry in the file's header; offsets are from the header's end."""
 
     dtype: str
-    shape: list[int]
-    data_offsets: tuple[int, int]
+    shape: list[Size]
+    data_offsets: tuple[Size, Size]
 
 
 class WeightsFile(Mapping[str, Tensor]):
@@ -45,11 +50,17 @@ class WeightsFile(Mapping[str, Tensor]):
             raise ArtifactError(f"artifact {path}: {error.strerror}; {COPY_AGAIN}") from error
         weakref.finalize(self, os.close, self._descriptor)
         digest = hashlib.sha256()
-        self._start, self._headers = self._read_header(digest)
         self._in_memory: dict[str, Tensor] = {}
         self._checksums: list[int] = []  # of the item table's parts
-        not_finite = [name for name in self._headers if not self._check(name, digest)]
-        if mismatch := hash_mismatch(digest.hexdigest(), sha256):
+        try:
+            self._start, self._headers = self._read_header(digest)
+            not_finite = [name for name in self._headers if not self._check(name, digest)]
+            found = digest.hexdigest()
+        except ArtifactError:
+            if mismatch := hash_mismatch(file_sha256(path), sha256):  # why it cannot be read
+                raise ArtifactError(f"artifact {path}: {mismatch}; {COPY_AGAIN}") from None
+            raise
+        if mismatch := hash_mismatch(found, sha256):
             raise ArtifactError(f"artifact {path}: {mismatch}; {COPY_AGAIN}")
         if not_finite:
             raise ArtifactError(f"artifact {path}: {not_finite[0]} has numbers that are not finite; train again")
@@ -87,9 +98,33 @@ class WeightsFile(Mapping[str, Tensor]):
             header = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
             header.pop("__metadata__", None)
             entries = {name: msgspec.json.decode(entry, type=TensorHeader) for name, entry in header.items()}
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise ArtifactError(f"artifact {self._path}: no safetensors file: {error}; {COPY_AGAIN}") from error
-        return 8 + size, dict(sorted(entries.items(), key=lambda entry: entry[1].data_offsets))
+        ordered = dict(sorted(entries.items(), key=lambda entry: entry[1].data_offsets))
+        self._check_layout(ordered, os.fstat(self._descriptor).st_size - 8 - size)
+        return 8 + size, ordered
+
+    def _check_layout(self, ordered: dict[str, TensorHeader], data_bytes: int) -> None:
+        """Raise ArtifactError unless the tensors fill the data one after the other, the item table among them."""
+        position = 0
+        for name, entry in ordered.items():
+            start, end = entry.data_offsets
+            if entry.dtype != "F32" or start != position or end - start != 4 * math.prod(entry.shape):
+                raise ArtifactError(
+                    f"artifact {self._path}: {name} is {entry.dtype} {entry.shape} at bytes {start} to {end}, want F32"
+                    f" from byte {position} on; train again"
+                )
+            position = end
+        if position != data_bytes:
+            raise ArtifactError(
+                f"artifact {self._path}: has {data_bytes} bytes of data, its header says {position}; {COPY_AGAIN}"
+            )
+        table = ordered.get(ITEM_TABLE)
+        if table is None or len(table.shape) != 2 or not all(table.shape):
+            raise ArtifactError(
+                f"artifact {self._path}: {ITEM_TABLE} is {table.shape if table else 'missing'}, want rows of a width;"
+                " train again"
+            )
 
     def _check(self, name: str, digest: "hashlib._Hash") -> bool:
         """Add a tensor's bytes to the digest, keep it unless it is the item table, return whether it is finite."""
@@ -110,16 +145,14 @@ class WeightsFile(Mapping[str, Tensor]):
     def _blocks(self, name: str) -> Iterator[bytearray]:
         """Yield a tensor's bytes in blocks of complete rows."""
         header = self._headers[name]
-        if header.dtype != "F32":
-            raise ArtifactError(f"artifact {self._path}: {name} is {header.dtype}, want F32; train again")
         start, end = header.data_offsets
-        step = self._part_rows(name) * 4 * (header.shape[1] if len(header.shape) == 2 else 1)
+        step = 4 * self._part_rows(name) * max(1, header.shape[1] if len(header.shape) == 2 else 1)
         for position in range(start, end, step):
             yield self._read(self._start + position, min(step, end - position))
 
     def _part_rows(self, name: str) -> int:
         shape = self._headers[name].shape
-        return max(1, PART_BYTES // (4 * (shape[1] if len(shape) == 2 else 1)))
+        return max(1, PART_BYTES // (4 * max(1, shape[1] if len(shape) == 2 else 1)))
 
     def _read(self, position: int, size: int) -> bytearray:
         """Return exactly this many bytes of the file, or an ArtifactError."""

@@ -61,6 +61,7 @@ class ItemTable:
         self._index = RowIndex(catalogue.vocabulary, artifact.item_ids)
         self._trained_rows = len(self._index)  # rows from this one on are of items that came after training
         self._followed = 0  # position in the catalogue's changes
+        self._is_synced = True
         self._vectors = _encode_trained(artifact, items, device)  # float32 [>= rows, width]
         self._facts = _with_room(0, FACTS, torch.int32, device)  # int32 [>= rows, FACTS]
         self._reserve(self._trained_rows)
@@ -112,8 +113,13 @@ class ItemTable:
 
     @torch.inference_mode()
     def sync(self) -> TableChange:
-        """Apply the vocabulary's and the catalogue's changes since the last call."""
+        """Apply the vocabulary's and the catalogue's changes since the last call, all of them after one that failed."""
+        was_synced = self._is_synced
+        self._is_synced = False
         moved, blocked = self._index.sync()
+        if not was_synced:
+            self._followed = -1
+            moved = np.arange(1, len(self))
         readmitted = moved[(moved < self._trained_rows) & (self._index.tokens(moved) != UNKNOWN)]
         if readmitted.size:
             self._restore_facts(readmitted)
@@ -124,7 +130,8 @@ class ItemTable:
         if moved.size or tokens.size:
             rows = np.union1d(moved, self.rows(tokens)).astype(np.int64)
             self._write_facts(rows[rows != UNKNOWN])
-        return TableChange(rewritten, blocked.size > 0 or rewritten.size > 0)
+        self._is_synced = True
+        return TableChange(rewritten, blocked.size > 0 or rewritten.size > 0 or not was_synced)
 
     def _changed_tokens(self) -> np.ndarray:
         """Return the tokens whose items' metadata have changed since the last call, int64 [n]."""

@@ -107,17 +107,14 @@ class Catalogue:
     def restore_facts(self, tokens: np.ndarray, state: Mapping[str, np.ndarray]) -> None:
         """Restore the facts of these items, int [n], from `state` in the same order, unless they have a record.
 
-        Their content hashes are not needed: the artifact that kept the state has vectors made from them.
+        Their content hashes are not needed: the artifact that kept the state has vectors made from them. `changes` gets
+        nothing: it is the artifact's own table that needs the facts, and a table of another one keeps those it has.
         """
         self._reserve(int(tokens.max(initial=0)) + 1)
-        is_changed = np.zeros(len(tokens), bool)
+        missing = self.changed_at[tokens] == 0
+        restored = tokens[missing]
         for field in fields(ItemFacts):
-            is_changed |= self._columns[field.name][tokens] != state[field.name]
-        is_changed &= self.changed_at[tokens] == 0
-        changed = tokens[is_changed]
-        for field in fields(ItemFacts):
-            self._columns[field.name][changed] = state[field.name][is_changed]
-        self.changes.add(changed.tolist())
+            self._columns[field.name][restored] = state[field.name][missing]
 
     def restore(self, tokens: np.ndarray, state: Mapping[str, np.ndarray], recorded: np.ndarray) -> None:
         """Restore facts and content hashes from `state`, as if the items' records had just arrived.

@@ -28,6 +28,7 @@ class HashIndex:
         self.hashes = np.zeros(1, np.uint64)
         self._slots = np.zeros(FIRST_SLOTS, np.int32)
         self._used = 0
+        self._end = 0  # after the highest token there was: what is reserved beyond it is not looked at
         self._max_tokens = max_tokens
 
     def tokens(self, hashes: np.ndarray) -> np.ndarray:
@@ -68,12 +69,13 @@ class HashIndex:
         while self._slots[slot] != 0:
             slot = (slot + 1) & (len(self._slots) - 1)
         self.hashes = grown(self.hashes, token + 1, self._max_tokens)
+        self._end = max(self._end, token + 1)
         self.hashes[token] = key  # before the slot: a reader that sees the token sees its hash
         self._slots[slot] = token
 
     def remove(self, tokens: np.ndarray) -> None:
         """Remove these tokens, int [n], by moving the others to a new table: 0.1 s for a million."""
-        is_left = self.hashes != 0
+        is_left = self.hashes[: self._end] != 0
         is_left[tokens] = False
         left = np.flatnonzero(is_left).astype(np.int32)
         self._slots = _filled(left, self.hashes[left], len(self._slots))
@@ -84,7 +86,7 @@ class HashIndex:
         size = 4 * len(self._slots)
         if size > MAX_MOVED_SLOTS:
             size = max(size, min(1 << (4 * self._max_tokens - 1).bit_length(), MAX_RESERVED_SLOTS))
-        tokens = np.flatnonzero(self.hashes).astype(np.int32)
+        tokens = np.flatnonzero(self.hashes[: self._end]).astype(np.int32)
         self._slots = _filled(tokens, self.hashes[tokens], size)
 
 

@@ -146,12 +146,14 @@ class Vocabulary:
         self.version += 1  # last: a reader that sees the new version sees all of its changes
 
     def relist(self, item_ids: Iterable[str]) -> None:
-        """Unblock those of these items that are delisted."""
-        relisted = [item_id for item_id in item_ids if self._delisted.pop(item_id, None)]
-        if relisted:
-            tokens = [token for token in map(self.token, relisted) if token]
-            self.blocked[tokens] = False
-            self.changes.add(tokens)
+        """Unblock those of these items that are delisted, also if that is no longer remembered."""
+        item_ids = list(item_ids)
+        tokens = self.tokens_of_ids(item_ids)
+        was_remembered = np.array([self._delisted.pop(item_id, None) is not None for item_id in item_ids], bool)
+        blocked = tokens[(tokens != UNKNOWN) & self.blocked[tokens]]
+        if blocked.size or was_remembered.any():
+            self.blocked[blocked] = False
+            self.changes.add(blocked.tolist())
             self.version += 1
 
     def delisted_since(self, version: int) -> list[str]:

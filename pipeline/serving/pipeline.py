@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,10 +25,11 @@ from pipeline.records import Event, Histories, Item
 from pipeline.serving.eviction import evict_for
 from pipeline.serving.ranking import Generation, Ranking
 from pipeline.slates import SlateItem, Why
+from pipeline.strategies.conformance import check_answer
 from pipeline.strategies.options import PipelineOptions, new_counters
 from pipeline.strategies.own_strategies import check_own_strategies
 from pipeline.strategies.strategies import StrategyContext, strategies_of
-from pipeline.strategies.strategy import FallbackChain, RankedItems, Request, Strategy, close_all
+from pipeline.strategies.strategy import FALLBACK_ORDER, FallbackChain, RankedItems, Request, Strategy, close_all
 
 if TYPE_CHECKING:
     from pipeline.artifact import Artifact
@@ -116,7 +118,11 @@ class Pipeline:
     def _from_context(cls, context: StrategyContext, on_fallback: Callable[[str, Exception], None]) -> "Pipeline":
         version = "none" if context.artifact is None else context.artifact.version
         strategies = strategies_of(context)
-        check_own_strategies(strategies, context.catalogue.vocabulary, context.options.exclusion)
+        try:
+            check_own_strategies(strategies, context.catalogue.vocabulary, context.options.exclusion)
+        except BaseException:
+            close_all(strategies)
+            raise
         return cls(context.options, context.catalogue, context.counters, strategies, version, on_fallback)
 
     @property
@@ -174,11 +180,9 @@ class Pipeline:
 
     def finish(self, ranking: Ranking) -> BatchResult:
         """Wait for a launched batch and return its slates."""
-        ranked = ranking.finish()
-        start_s = time.perf_counter()
-        slates = _slate_items(ranked, self.vocabulary.item_ids)
-        rank_ms = ranked.rank_ms + 1e3 * (time.perf_counter() - start_s)
+        ranked, slates, slates_ms = ranking.finish(partial(_checked_slates, vocabulary=self.vocabulary))
         strategy = ranking.strategy
+        rank_ms = ranked.rank_ms + slates_ms
         return BatchResult(slates, strategy.name, strategy.backend, ranking.why, ranking.version, ranked, rank_ms)
 
     def swap(self, strategies: Sequence[Strategy], version: str) -> Generation:
@@ -231,6 +235,20 @@ class Pipeline:
         unknown = {event.action for history in histories for event in history} - set(self.options.schema.actions)
         if unknown:
             raise ValueError(f"recommend: unknown actions {sorted(unknown)}, want of {self.options.schema.actions}")
+
+
+def _checked_slates(
+    strategy: Strategy, request: Request, ranked: RankedItems, vocabulary: Vocabulary
+) -> tuple[RankedItems, list[list[SlateItem]], float]:
+    """Return an answer, its slates, and the milliseconds that making them took.
+
+    Raises an error of any kind unless it is an answer: one of one's own is trusted with nothing.
+    """
+    start_s = time.perf_counter()
+    if strategy.name not in FALLBACK_ORDER:
+        check_answer(ranked, request, vocabulary)
+    slates = _slate_items(ranked, vocabulary.item_ids)
+    return ranked, slates, 1e3 * (time.perf_counter() - start_s)
 
 
 def _slate_items(ranked: RankedItems, item_ids: list[str]) -> list[list[SlateItem]]:

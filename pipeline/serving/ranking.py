@@ -3,11 +3,12 @@
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pipeline.slates import Why
 from pipeline.strategies.strategy import FallbackChain, RankedItems, Request, Strategy, close_all
 
+T = TypeVar("T")
 Step = Literal["prepare", "launch", "finish"]
 STEPS: tuple[Step, ...] = ("prepare", "launch", "finish")
 
@@ -84,12 +85,21 @@ class Ranking:
             except Exception as error:  # any failure of any step: the chain must answer
                 self._fall_back(error)
 
-    def finish(self) -> RankedItems:
-        """Bring the batch to its end and return the answer."""
-        self.advance("finish")
-        self._generation.strategies.record_success(self.strategy)
-        self._generation.end()
-        return self._state
+    def finish(self, use: Callable[[Strategy, Request, RankedItems], T]) -> T:
+        """Bring the batch to its end and return what `use` makes of the answer.
+
+        An answer that `use` raises an error for is a failure of its strategy.
+        """
+        while True:
+            self.advance("finish")
+            try:
+                used = use(self.strategy, self._request, self._state)
+            except Exception as error:  # an answer of one's own strategy may be anything
+                self._fall_back(error)
+                continue
+            self._generation.strategies.record_success(self.strategy)
+            self._generation.end()
+            return used
 
     def _fall_back(self, error: Exception) -> None:
         """Give the batch to the next strategy; raise the error if there is none."""

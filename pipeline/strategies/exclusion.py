@@ -26,7 +26,7 @@ class Exclusion(msgspec.Struct, frozen=True):
         mask = np.ones(len(histories.events), bool)
         if self.action_codes is not None:
             mask &= np.isin(histories.actions, self.action_codes)
-        if self.window_ms:
+        if self.window_ms and len(mask):
             ts_ms = histories.ts_ms
             newest = np.repeat(ts_ms[histories.offsets[1:] - 1], histories.lengths)
             mask &= ts_ms >= newest - self.window_ms

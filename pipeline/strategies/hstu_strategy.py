@@ -12,7 +12,7 @@ from pipeline.artifact import Artifact
 from pipeline.backends.choice import make_encoder
 from pipeline.backends.encoder import Encoder, GraphOptions
 from pipeline.backends.head_scorer import HeadScorer
-from pipeline.backends.item_table import ItemTable, TableItems
+from pipeline.backends.item_table import ItemTable, TableChange, TableItems
 from pipeline.backends.staging import HostCopy, Staging
 from pipeline.backends.timing import Mark
 from pipeline.backends.torch import TorchModel
@@ -74,6 +74,7 @@ class HstuStrategy:
         self._rerank_weights = rerank
         self._device = table.vectors.device
         self._stage = Staging(self._device)
+        self._is_synced = True
         retrieval.block(table.blocked_rows)
 
     @property
@@ -220,13 +221,18 @@ class HstuStrategy:
             examined *= 2
 
     def _sync_items(self) -> None:
-        """Apply the catalogue's and the vocabulary's changes since the last batch."""
+        """Apply the catalogue's and the vocabulary's changes since the last batch, all of them after a failure."""
+        was_synced = self._is_synced
+        self._is_synced = False
         change = self._table.sync()
+        if not was_synced:
+            change = TableChange(np.arange(len(self._table)), blocked=True)
         if change.rewritten.size:
             self._encoder.update_items(change.rewritten)
             self._retrieval.set_vectors(self._table.vectors, change.rewritten)
         if change.blocked:
             self._retrieval.block(self._table.blocked_rows)
+        self._is_synced = True
 
 
 def load_hstu_strategy(

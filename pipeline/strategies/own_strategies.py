@@ -16,12 +16,23 @@ def import_class(path: str) -> type:
     if not module or not name:
         raise StrategyError(f"pipeline.strategies '{path}': want 'package.module:Class'")
     try:
-        found = getattr(import_module(module), name)
-    except Exception as error:  # a module may raise anything
-        raise StrategyError(f"pipeline.strategies '{path}': {error!r}; is it installed, or on PYTHONPATH?") from error
+        imported = import_module(module)
+    except ModuleNotFoundError as error:
+        raise StrategyError(
+            f"pipeline.strategies '{path}': {error}; install it, or add its folder to PYTHONPATH"
+        ) from error
+    except (Exception, SystemExit) as error:  # a module may raise anything
+        raise StrategyError(f"pipeline.strategies '{path}': {one_line(error)} when it was imported; mend it") from error
+    found = getattr(imported, name, None)
     if not isinstance(found, type) or not isinstance(getattr(found, "name", None), str):
-        raise StrategyError(f"pipeline.strategies '{path}': want a class with a `name`, a string")
+        raise StrategyError(f"pipeline.strategies '{path}': want a class with a `name`, a string, in {module}")
     return found
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's kind and the first line of its text."""
+    text = str(error).partition("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def own_names(paths: Iterable[str]) -> tuple[str, ...]:
@@ -30,7 +41,9 @@ def own_names(paths: Iterable[str]) -> tuple[str, ...]:
     for path in paths:
         name = import_class(path).name
         if name in (*FALLBACK_ORDER, *names):
-            raise StrategyError(f"pipeline.strategies '{path}': another strategy has its name, '{name}'")
+            raise StrategyError(
+                f"pipeline.strategies '{path}': another strategy has its name, '{name}'; give it its own"
+            )
         names.append(name)
     return tuple(names)
 

@@ -7,7 +7,7 @@ from pipeline.counters.counters import Counters
 from pipeline.errors import DeviceError, StrategyError
 from pipeline.items.catalogue import Catalogue
 from pipeline.strategies.options import PipelineOptions
-from pipeline.strategies.own_strategies import import_class, own_names
+from pipeline.strategies.own_strategies import import_class, one_line, own_names
 from pipeline.strategies.simple_strategy import SimpleStrategy
 from pipeline.strategies.strategy import Strategy, close_all
 
@@ -33,7 +33,8 @@ class StrategyContext:
 def strategies_of(context: StrategyContext) -> list[Strategy]:
     """Return every strategy that this process can run; `check_own_strategies` must pass before they rank.
 
-    It may run beside the thread that ranks: a strategy reads catalogue and counters only when it ranks. Raises
+    It may run beside the thread that ranks: a strategy reads catalogue and counters only when it ranks. When it raises,
+    those that were made are closed. Raises
     ArtifactError when the vocabulary lacks one of the artifact's items, DeviceError when the kernels do not run,
     StrategyError for one of `options.strategies` that cannot be loaded.
     """
@@ -53,9 +54,15 @@ def strategies_of(context: StrategyContext) -> list[Strategy]:
 def _own_strategy(path: str, context: StrategyContext) -> Strategy:
     strategy_class = import_class(path)
     try:
-        return strategy_class(context)
-    except Exception as error:  # whatever the class does
-        raise StrategyError(f"pipeline.strategies '{path}': {error!r} when it was made") from error
+        strategy = strategy_class(context)
+    except (Exception, SystemExit) as error:  # whatever the class does
+        raise StrategyError(
+            f"pipeline.strategies '{path}': {one_line(error)} when it was made, as Class(context); mend it"
+        ) from error
+    if strategy.name != strategy_class.name:
+        close_all([strategy])
+        raise StrategyError(f"pipeline.strategies '{path}': its name changed to {strategy.name!r} when it was made")
+    return strategy
 
 
 def _hstu_strategy(artifact: "Artifact", context: StrategyContext) -> Strategy:

@@ -1,3 +1,5 @@
+import hashlib
+import json
 import os
 import threading
 from collections.abc import Callable
@@ -23,7 +25,7 @@ from pipeline.manifest import COUNTERS, MANIFEST, VOCABULARY, WEIGHTS, Manifest,
 from pipeline.model.config import HstuConfig
 from pipeline.records import EventSchema
 from pipeline.training.multi_task_model import MultiTaskModel
-from pipeline.weights import ITEM_TABLE, item_table_parts
+from pipeline.weights import ITEM_TABLE, WeightsFile, item_table_parts
 
 CREATED = "2026-01-01T00:00:00+00:00"
 ITEM_IDS = ["a", "b", "ü"]
@@ -234,6 +236,47 @@ def test_file_that_holds_no_weights_is_an_artifact_error(saved: Path, content: b
     (saved / WEIGHTS).write_bytes(content)
     with pytest.raises(ArtifactError, match=r"hstu\.safetensors: .*millrace train"):
         artifacts.load(saved)
+
+
+def rewrite_weights(path: Path, change: Callable[[dict[str, Any]], Any]) -> str:
+    """Change the header of a weights file; return its hash as it then is."""
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+BROKEN_HEADERS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "no item table": lambda header: header.pop(ITEM_TABLE),
+    "an item table of one dimension": lambda header: header[ITEM_TABLE].update(shape=[32]),
+    "an item table of width 0": lambda header: header[ITEM_TABLE].update(shape=[4, 0]),
+    "an item table of three dimensions": lambda header: header[ITEM_TABLE].update(shape=[4, 4, 2]),
+    "a negative dimension": lambda header: header[ITEM_TABLE].update(shape=[-4, -8]),
+    "too many rows": lambda header: header[ITEM_TABLE].update(shape=[10**17, 8]),
+    "another type": lambda header: header[ITEM_TABLE].update(dtype="BF16"),
+    "reversed offsets": lambda header: header[ITEM_TABLE]["data_offsets"].reverse(),
+    "offsets past the end": lambda header: header[ITEM_TABLE].update(data_offsets=[0, 1 << 63]),
+    "a tensor on another": lambda header: header["hstu.rotation.weight"].update(data_offsets=[0, 256]),
+    "an entry that is none": lambda header: header.update({ITEM_TABLE: []}),
+}
+
+
+@pytest.mark.parametrize("change", BROKEN_HEADERS.values(), ids=BROKEN_HEADERS.keys())
+def test_wrongly_written_weights_are_an_artifact_error(saved: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    before = artifacts.load(saved).manifest.files[WEIGHTS]
+    sha256 = rewrite_weights(saved / WEIGHTS, change)
+    with pytest.raises(ArtifactError, match=r"hstu\.safetensors: .*train"):
+        WeightsFile(saved / WEIGHTS, sha256)
+    with pytest.raises(ArtifactError, match=r"hstu\.safetensors: SHA-256 is"):
+        WeightsFile(saved / WEIGHTS, before)
+
+
+def test_header_that_is_only_written_anew_loads(saved: Path) -> None:
+    sha256 = rewrite_weights(saved / WEIGHTS, lambda header: None)
+    assert WeightsFile(saved / WEIGHTS, sha256).keys() == make_draft().weights.keys()
 
 
 @pytest.mark.parametrize("change", [lambda table: table[:-1], lambda table: table[:, :-1]], ids=["rows", "columns"])

@@ -128,6 +128,9 @@ def test_new_vectors_are_read_once_they_are_announced(encoder: Encoder, hstu: Hs
     inputs.item_rows[::3] = rows[-1]
     table.vectors = vectors
     encoder.update_items(rows)
+    vectors[7] = F.normalize(torch.randn(CONFIG.width, device=DEVICE), dim=0)  # later: the first ones must stay
+    inputs.item_rows[1::3] = 7
+    encoder.update_items(np.array([7]))
     expected = encode(TorchEncoder(hstu, table), inputs)
     assert_close(encode(encoder, inputs), expected)
 

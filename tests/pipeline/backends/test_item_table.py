@@ -142,10 +142,10 @@ def test_delisted_and_relisted_items_change_the_blocked_rows(table: ItemTable, c
 
 
 def test_readmitted_training_item_has_its_facts_again(
-    table: ItemTable, artifact: Artifact, catalogue: Catalogue
+    artifact: Artifact, catalogue: Catalogue, items: ItemEmbedding
 ) -> None:
     artifact.load_into(catalogue)
-    table.sync()
+    table = ItemTable(artifact, catalogue, items, CPU)
     before = facts_of(table)[1]
     catalogue.evict(np.array([catalogue.vocabulary.token("i0")]))
     table.sync()
@@ -154,6 +154,33 @@ def test_readmitted_training_item_has_its_facts_again(
     table.sync()
     assert facts_of(table)[1] == before
     assert before[2] == encode_value(3.0)
+
+
+def test_metadata_of_a_coming_model_leave_the_table_of_the_serving_one(
+    table: ItemTable, artifact: Artifact, catalogue: Catalogue
+) -> None:
+    before = facts_of(table)
+    artifact.load_into(catalogue)
+    table.sync()
+    assert facts_of(table) == before
+
+
+def test_changes_before_a_failure_are_applied_after_it(
+    table: ItemTable, catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalogue.delist(["i1"])
+    catalogue.upsert([Item("new", title="a new thing", price=2.0)])
+    with monkeypatch.context() as patch:
+        patch.setattr(ItemEmbedding, "from_content", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            table.sync()
+    change = table.sync()
+    assert change.blocked
+    assert 11 in change.rewritten.tolist()
+    assert float(table.vectors[11].norm()) == pytest.approx(1)
+    assert facts_of(table)[11][2] == encode_value(2.0)
+    assert table.blocked_rows.tolist() == [0, 2]
+    assert table.sync().rewritten.size == 0
 
 
 IDS_OF_CHANGES = [*ITEM_IDS, "other", "new-1", "new-2", "new-3"]

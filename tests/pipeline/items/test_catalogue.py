@@ -46,16 +46,6 @@ def test_restored_facts_never_replace_a_record() -> None:
     assert facts(new, "a")["categories"] == [0]
 
 
-def test_only_facts_that_change_by_restoring_are_logged() -> None:
-    catalogue = Catalogue(Vocabulary(["a", "b"]))
-    other = Catalogue(Vocabulary(["a", "b"]))
-    other.upsert([Item("a", price=1.0)])
-    catalogue.restore_facts(np.array([1, 2]), other.state(np.array([1, 2])))
-    assert catalogue.changes.since(0).tolist() == [1]
-    catalogue.restore_facts(np.array([2, 1]), other.state(np.array([2, 1])))
-    assert catalogue.changes.end == 1
-
-
 def test_upsert_keeps_the_last_record_and_admits_new_items() -> None:
     catalogue = Catalogue(Vocabulary(["old"]))
     tokens = catalogue.upsert([Item("new", price=3.0), Item("old", brand="x"), Item("new", price=4.0, created_ms=9)])

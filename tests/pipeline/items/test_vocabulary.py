@@ -110,3 +110,13 @@ def test_latest_delisted_items_are_remembered():
     assert vocabulary.delisted_since(0) == ["a", "c"]
     assert vocabulary.delisted_since(1) == ["a", "c"]
     assert vocabulary.delisted_since(2) == []
+
+
+def test_item_whose_delisting_is_forgotten_is_relisted_by_its_next_record() -> None:
+    vocabulary = Vocabulary(["a"], max_items=3)
+    vocabulary.delist(["a"])
+    vocabulary.delist(["x1", "x2", "x3"])  # the latest three are remembered
+    assert vocabulary.blocked[vocabulary.token("a")]
+    vocabulary.relist(["a", "unknown"])
+    assert not vocabulary.blocked[vocabulary.token("a")]
+    assert vocabulary.blocked[0]

@@ -85,7 +85,7 @@ def swapped(ranked: RankedItems) -> RankedItems:
     return replace(ranked, tokens=ranked.tokens[:, order], scores=ranked.scores[:, order])
 
 
-def with_column(name: str, make: Callable[[RankedItems], np.ndarray]) -> Callable[[RankedItems], RankedItems]:
+def with_column(name: str, make: Callable[[RankedItems], Any]) -> Callable[[RankedItems], RankedItems]:
     return lambda ranked: replace(ranked, **{name: make(ranked)})
 
 
@@ -94,15 +94,22 @@ def ranks(ranked: RankedItems) -> np.ndarray:
     return np.broadcast_to(np.arange(ranked.tokens.shape[1], dtype=np.int32), ranked.tokens.shape)
 
 
-BROKEN = {
+BROKEN: dict[str, Callable[[RankedItems], Any]] = {
+    "answers with NoneType": lambda ranked: None,
+    "tokens are list": with_column("tokens", lambda ranked: ranked.tokens.tolist()),
+    "tokens are int64": with_column("tokens", lambda ranked: ranked.tokens.astype(np.int64)),
+    "scores are NoneType": with_column("scores", lambda ranked: None),
+    "a value that is below 0": with_column("values", lambda ranked: np.full_like(ranked.scores, np.nan)),
+    "source is neither": with_column("source", lambda ranked: np.array([["popular"]])),
+    "times are not all numbers": with_column("rank_ms", lambda ranked: None),
     "have the shape": lambda ranked: ranked.first(max(1, ranked.tokens.shape[1] - 1)),
-    "heads have the shape": with_column("heads", lambda ranked: np.zeros((*ranked.tokens.shape, 2))),
+    "heads have the shape": with_column("heads", lambda ranked: np.zeros((*ranked.tokens.shape, 2), np.float32)),
     "not all from 0 to": with_column("tokens", lambda ranked: ranked.tokens + 1000),
     "has a gap": with_column("tokens", lambda ranked: ranked.tokens * (ranks(ranked) > 0)),
     "a delisted item": with_column("tokens", lambda ranked: np.where(ranks(ranked) > 0, ranked.tokens, 1)),
     "not finite": with_column("scores", lambda ranked: np.full_like(ranked.scores, np.nan)),
     "not in the order of its scores": swapped,
-    "not from 0 to 1": with_column("heads", lambda ranked: np.full((*ranked.tokens.shape, 3), 1.5)),
+    "not from 0 to 1": with_column("heads", lambda ranked: np.full((*ranked.tokens.shape, 3), 1.5, np.float32)),
     "an item twice": with_column("tokens", lambda ranked: ranked.tokens[:, :1] + 0 * ranked.tokens),
     "keep off the slate": with_column("tokens", lambda ranked: 2 + ranks(ranked)),
 }
@@ -150,6 +157,59 @@ def test_batches_that_share_memory_are_found() -> None:
     assert "when the next one is launched before it is finished" in " ".join(
         violations(strategy, vocabulary, EXCLUSION)
     )
+
+
+def test_strategy_that_keeps_its_latest_preparation_only_is_found() -> None:
+    vocabulary = make_vocabulary()
+    kept: list[Any] = []
+
+    class OnePreparation(Altered):
+        def prepare(self, request: Request) -> None:
+            kept[:] = [self.inner.prepare(request)]
+
+        def launch(self, prepared: None) -> Any:
+            return self.inner.launch(kept[0])
+
+    strategy = OnePreparation(make_simple(vocabulary), lambda ranked: ranked)
+    assert "before it is finished" in " ".join(violations(strategy, vocabulary, EXCLUSION))
+
+
+def test_strategy_that_refuses_a_second_launch_is_found() -> None:
+    vocabulary = make_vocabulary()
+
+    class OneAtATime(Altered):
+        def launch(self, prepared: Any) -> Any:
+            if self.launched:
+                raise RuntimeError("busy")
+            self.launched.append(prepared)
+            return self.inner.launch(prepared)
+
+        def finish(self, pending: Any) -> RankedItems:
+            self.launched.clear()
+            return pending
+
+    strategy = OneAtATime(make_simple(vocabulary), lambda ranked: ranked)
+    (sentence,) = violations(strategy, vocabulary, EXCLUSION)
+    assert sentence.startswith("it raised RuntimeError('busy') when the next batch was prepared or launched")
+
+
+def test_slate_of_one_user_for_all_is_found() -> None:
+    vocabulary = make_vocabulary()
+    strategy = Altered(
+        make_simple(vocabulary), with_column("tokens", lambda ranked: ranked.tokens[-1:] + 0 * ranked.tokens)
+    )
+    assert "keep off the slate" in " ".join(violations(strategy, vocabulary, EXCLUSION))
+
+
+def test_strategy_that_fails_for_many_users_is_found() -> None:
+    vocabulary = make_vocabulary()
+
+    def fail_for_many(ranked: RankedItems) -> RankedItems:
+        assert len(ranked.tokens) < 20, "too many"
+        return ranked
+
+    strategy = Altered(make_simple(vocabulary), fail_for_many)
+    assert "too many" in " ".join(violations(strategy, vocabulary, EXCLUSION))
 
 
 def test_strategy_that_raises_or_lacks_a_step_is_found() -> None:

@@ -30,3 +30,8 @@ def test_items_are_excluded_by_action_within_the_window(histories: Histories, ac
 def test_action_outside_the_schema_is_rejected():
     with pytest.raises(KeyError, match="dance"):
         Exclusion.from_names(("dance",), 0, SCHEMA)
+
+
+def test_batch_without_any_event_excludes_nothing_also_with_a_window() -> None:
+    nobody = Histories.from_events([[], []], EventSchema())
+    assert Exclusion(None, 1000).mask(nobody).tolist() == []

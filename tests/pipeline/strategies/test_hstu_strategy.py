@@ -84,6 +84,19 @@ def test_strategy_on_kernels_gives_the_slates_of_torch() -> None:
     np.testing.assert_allclose(found.heads, expected.heads, rtol=1e-4, atol=1e-4)
 
 
+def test_delisting_is_not_lost_when_following_it_failed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    catalogue = Catalogue(Vocabulary(ITEM_IDS))
+    strategy = load_hstu_strategy(make_artifact(), catalogue, Exclusion(), "cpu")
+    histories = synthetic_histories(ITEM_IDS, [3])
+    best = int(rank(strategy, histories, 5).tokens[0, 0])
+    catalogue.delist([catalogue.vocabulary.item_ids[best]])
+    with monkeypatch.context() as patch:
+        patch.setattr(strategy._retrieval, "block", lambda rows: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            rank(strategy, histories, 5)
+    assert best not in rank(strategy, histories, 30).tokens
+
+
 class WaitCounter(TorchFunctionMode):
     """Counts, by name, the calls that wait for a device and bring its data to the host."""
 

@@ -1,6 +1,7 @@
 """Strategies of one's own, named in the options: they rank before the others, alone and through a model swap."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,6 +72,21 @@ class Namesake(Alphabetical):
     name = "hstu"
 
 
+class Renamed(Alphabetical):
+    name = "renamed"
+
+    def __init__(self, context: StrategyContext) -> None:
+        super().__init__(context)
+        self.name = "simple"
+
+
+class Exits(Alphabetical):
+    name = "exits"
+
+    def __init__(self, context: StrategyContext) -> None:
+        raise SystemExit(0)
+
+
 class Unready(Alphabetical):
     name = "unready"
 
@@ -109,14 +125,46 @@ def test_model_swap_makes_all_strategies_anew_and_closes_the_old_ones(shop) -> N
 
 
 @pytest.mark.parametrize(
+    ("column", "value"),
+    [("source", np.array([["x"]])), ("rank_ms", None), ("tokens", np.full((1, 5), 9999, np.int32))],
+    ids=["source", "time", "token"],
+)
+def test_answer_that_is_none_is_left_to_the_next_strategy(
+    shop, monkeypatch: pytest.MonkeyPatch, column: str, value: Any
+) -> None:
+    pipeline = Pipeline.load(shop.artifact, OPTIONS)
+    finish = Alphabetical.finish
+
+    def finish_badly(own: Alphabetical, pending: Request) -> RankedItems:
+        ranked = finish(own, pending)
+        setattr(ranked, column, value)
+        return ranked
+
+    monkeypatch.setattr(Alphabetical, "finish", finish_badly)
+    (slate,) = pipeline.recommend([HISTORY], 5)
+    assert (slate.strategy, slate.why, len(slate.items)) == ("hstu", "failed", 5)
+    assert pipeline.recommend([HISTORY], 5)[0].why == "cooling"
+
+
+def test_strategies_are_closed_when_one_of_them_cannot_serve(shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[str] = []
+    monkeypatch.setattr(Alphabetical, "close", lambda own: closed.append(own.name))
+    with pytest.raises(StrategyError):
+        Pipeline.load(shop.artifact, replace(OPTIONS, strategies=(*OPTIONS.strategies, f"{HERE}:Careless")))
+    assert closed == ["alphabetical", "careless"]
+
+
+@pytest.mark.parametrize(
     ("path", "reason"),
     [
         ("no-colon", "want 'package.module:Class'"),
         ("no.such.module:Class", "No module named"),
-        (f"{HERE}:Missing", "has no attribute 'Missing'"),
+        (f"{HERE}:Missing", "want a class with a `name`, a string, in tests.pipeline"),
         (f"{HERE}:HERE", "want a class with a `name`"),
         (f"{HERE}:Namesake", "another strategy has its name, 'hstu'"),
-        (f"{HERE}:Unready", "no such table"),
+        (f"{HERE}:Unready", "OSError: no such table when it was made, as Class(context)"),
+        (f"{HERE}:Renamed", "its name changed to 'simple' when it was made"),
+        (f"{HERE}:Exits", "SystemExit: 0 when it was made"),
         (f"{HERE}:Careless", "it recommends an item twice in one slate"),
     ],
 )
