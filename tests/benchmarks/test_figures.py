@@ -72,7 +72,7 @@ BENCHMARKS = {
     rf"adds to the next batches \| {N} ms \| {N} ms": items_figures("new_record_ms"),
     rf"the slowest of 11 new records \| {N} ms \| {N} ms": items_figures("worst_new_item_ms"),
     rf"withdrawal, likewise \| {N} ms \| {N} ms": items_figures("withdrawal_ms"),
-    rf"swap, all chunks \| {N} ms \| {N} ms": items_figures("swap_catalogue_ms"),
+    rf"all different, all chunks \| {N} ms \| {N} ms": items_figures("swap_catalogue_ms"),
     rf"loads, over that afterwards \| {N} \| {N} \|": items_figures("load_peak_ratio"),
     rf"memory per record [^|]*\| {N} bytes \| {N} bytes": items_figures("bytes_per_record"),
     rf"besides its vector \| {N} bytes \| {N} bytes": items_figures("bytes_per_item_beyond_table"),
