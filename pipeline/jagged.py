@@ -12,6 +12,15 @@ def ranges(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndar
     return np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1]), offsets
 
 
+def last_runs(offsets: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the starts and lengths of each row's end, at most `longest` positions of it: int64 [rows] each.
+
+    offsets: int64 [rows + 1]
+    """
+    lengths = np.minimum(np.diff(offsets), longest)
+    return offsets[1:] - lengths, lengths
+
+
 def find_rows(offsets: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """Return the row that contains each position: int64 [n]. offsets: int64 [rows + 1]; positions: int [n]."""
     return np.searchsorted(offsets, positions, side="right") - 1

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from pipeline.jagged import ranges
+from pipeline.jagged import last_runs, ranges
 
 Id = Annotated[str, Meta(min_length=1, max_length=256)]
 DAY_MS = 86_400_000
@@ -219,10 +219,9 @@ class Histories:
 
     def tail(self, max_events: int) -> "Histories":
         """Return each user's latest events, at most `max_events` of them."""
-        if len(self) == 0 or int(self.lengths.max()) <= max_events:
+        if self.lengths.max(initial=0) <= max_events:
             return self
-        lengths = np.minimum(self.lengths, max_events)
-        index, offsets = ranges(self.offsets[1:] - lengths, lengths)
+        index, offsets = ranges(*last_runs(self.offsets, max_events))
         return Histories(self.events[index], offsets)
 
     def chunks(self, max_events: int = CHUNK_EVENTS) -> "Iterator[tuple[slice, Histories]]":

@@ -10,7 +10,7 @@ from torch import Tensor
 from pipeline.backends.encoder import EncoderBatch, ItemVectors
 from pipeline.features.event_features import COUNT_CAP, EncoderInputs
 from pipeline.features.inputs import Inputs
-from pipeline.jagged import ranges
+from pipeline.jagged import last_runs, ranges
 from pipeline.model.affinity import AffinityColumns, ItemColumns, LatestEvents
 from pipeline.model.heads import N_RECENT, HeadContext, RecentEvents, TaskHeads
 from pipeline.model.hstu import Hstu
@@ -47,10 +47,8 @@ class HeadBatch:
         read: the events of all n users that the encoder reads
         """
         affinity = inputs.affinity.tail(COUNT_CAP)
-        lengths = np.minimum(read.lengths, N_RECENT)
-        recent, recent_offsets = ranges(read.offsets[1:] - lengths, lengths)
-        longest = int(np.diff(affinity.offsets).max(initial=0))
-        return longest, (inputs.visits, recent, recent_offsets, affinity.offsets, *affinity.columns)
+        recent, recent_offsets = ranges(*last_runs(read.offsets, N_RECENT))
+        return affinity.longest, (inputs.visits, recent, recent_offsets, affinity.offsets, *affinity.columns)
 
 
 class HeadScorer:

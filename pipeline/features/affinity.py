@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.features.event_features import COUNT_CAP
-from pipeline.jagged import ranges
+from pipeline.jagged import last_runs, ranges
 
 WINDOWS = (32, COUNT_CAP)  # events counted back; a ring holds this many, see HstuConfig.receptive_field
 # The columns: per window the fraction of its events in the item's category; the square root of the longer window's;
@@ -44,6 +44,11 @@ class AffinityEvents:
         """The columns as they go to a device, in the fields' order: price codes as int32, which torch can index."""
         return self.item_rows, self.categories, self.price_codes.astype(np.int32), self.engaged
 
+    @property
+    def longest(self) -> int:
+        """The most events of a user."""
+        return int(np.diff(self.offsets).max(initial=0))
+
     def gather_runs(self, starts: np.ndarray, lengths: np.ndarray) -> "AffinityEvents":
         """Return a copy of these runs of events, one after the other. starts, lengths: int64 [m]"""
         index, offsets = ranges(starts, lengths)
@@ -53,8 +58,4 @@ class AffinityEvents:
 
     def tail(self, max_events: int) -> "AffinityEvents":
         """Return each user's latest events, at most `max_events` of them."""
-        lengths = np.diff(self.offsets)
-        if lengths.max(initial=0) <= max_events:
-            return self
-        lengths = np.minimum(lengths, max_events)
-        return self.gather_runs(self.offsets[1:] - lengths, lengths)
+        return self if self.longest <= max_events else self.gather_runs(*last_runs(self.offsets, max_events))

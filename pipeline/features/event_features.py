@@ -22,7 +22,7 @@ import numpy as np
 
 from pipeline.features.rolling import WINDOW_EVENTS, RollingWindows
 from pipeline.items.catalogue import ItemFacts
-from pipeline.jagged import ranges, row_starts
+from pipeline.jagged import last_runs, ranges, row_starts
 from pipeline.records import DAY_MS, Histories
 
 SECONDS_CAP = (1 << 24) - 1  # 194 days: the largest time that float32 holds to the second
@@ -99,8 +99,7 @@ class EncoderInputs:
         """Return each user's latest rows, at most `max_events` of them."""
         if self.lengths.max(initial=0) <= max_events:
             return self
-        tail_lengths = np.minimum(self.lengths, max_events)
-        return self.gather_runs(self.offsets[1:] - tail_lengths, tail_lengths)
+        return self.gather_runs(*last_runs(self.offsets, max_events))
 
     def by_length(self) -> tuple["EncoderInputs", np.ndarray]:
         """Return the users, shortest first, and their numbers, int64 [n]: attention then needs no gathers."""

@@ -128,8 +128,7 @@ def successor_affinity(batch: TrainingBatch, device: torch.device) -> Tensor:
     ends = _last_positions(events.offsets, batch.offsets)
     starts = events.offsets[find_rows(events.offsets, ends)]
     columns = AffinityColumns(*(to_device(column, device) for column in events.columns))
-    longest = int(np.diff(events.offsets).max(initial=0))
-    latest = LatestEvents.gather(columns, to_device(starts, device), to_device(ends, device), longest)
+    latest = LatestEvents.gather(columns, to_device(starts, device), to_device(ends, device), events.longest)
     successors = batch.successors, batch.categories, batch.price_codes
     return latest.affinity(ItemColumns(*(to_device(column, device)[:, None] for column in successors)))
 
