@@ -34,8 +34,9 @@ def strategies_of(context: StrategyContext) -> list[Strategy]:
     """Return every strategy that this process can run; `check_own_strategies` must pass before they rank.
 
     It may run beside the thread that ranks: a strategy reads catalogue and counters only when it ranks. When it raises,
-    those that were made are closed. Raises
-    ArtifactError when the vocabulary lacks one of the artifact's items, DeviceError when the kernels do not run,
+    those that were made are closed.
+
+    Raises ArtifactError when the vocabulary lacks one of the artifact's items, DeviceError when the kernels do not run,
     StrategyError for one of `options.strategies` that cannot be loaded.
     """
     own_names(context.options.strategies)

@@ -60,14 +60,14 @@ class MultiTaskModel(Trainable):
         cold = rng.random(len(frequency)) < self._item_dropout
         vectors = _ItemVectors.from_batch(self.hstu, batch, candidates, cold)
         states, context = self._encode(batch, vectors.events)
-        target_states = states[torch.from_numpy(batch.target_rows).to(device)]
+        target_states = states[to_device(batch.target_rows, device)]
         table = self.hstu.scoring_table(vectors.candidates)
         loss = next_item_loss(target_states, table, batch.targets, batch.seen, candidates)
         # The heads, too, see cold items as new.
         successors = np.where(cold[batch.successors], UNKNOWN, batch.successors)
-        successor_tokens = torch.from_numpy(successors).to(device)
+        successor_tokens = to_device(successors, device)
         logits = self.heads(states, successor_tokens[:, None], vectors.successors[:, None], context)
-        return loss, head_losses(logits[:, 0], torch.from_numpy(batch.labels).to(device))
+        return loss, head_losses(logits[:, 0], to_device(batch.labels, device))
 
     def _encode(self, batch: TrainingBatch, event_vectors: Tensor) -> tuple[Tensor, HeadContext]:
         """Return states [total, width] after the crops' own events, and the heads' context.
@@ -76,14 +76,14 @@ class MultiTaskModel(Trainable):
         """
         inputs = batch.inputs
         device = event_vectors.device
-        feature_ids = torch.from_numpy(inputs.feature_ids).to(device)
+        feature_ids = to_device(inputs.feature_ids, device)
         rows, sequences = self.hstu.sequences(event_vectors, feature_ids, inputs, np.diff(batch.offsets))
         states = self.hstu(rows, self.hstu.attention_layout(sequences))
         context = HeadContext(
             events=_last_rows(rows, sequences.offsets, batch.offsets),
             items=_last_rows(event_vectors, inputs.offsets, batch.offsets),
             recent=RecentEvents.from_each_event(batch.offsets, device),
-            visit_frequency=torch.from_numpy(batch.visits).to(device),
+            visit_frequency=to_device(batch.visits, device),
             affinity=successor_affinity(batch, device),
         )
         return _last_rows(states, sequences.offsets, batch.offsets), context
@@ -116,9 +116,9 @@ class _ItemVectors:
             vectors = hstu.items(unique.astype(np.int64), cold[unique])
             bounds = np.cumsum([len(sampled), len(item_rows)])
             candidate_rows, event_rows, successor_rows = np.split(rows, bounds)
-            candidate_vectors = F.embedding(torch.from_numpy(candidate_rows).to(device), vectors)
-        event_vectors = F.embedding(torch.from_numpy(event_rows).to(device), vectors)
-        successor_vectors = F.embedding(torch.from_numpy(successor_rows).to(device), vectors)
+            candidate_vectors = F.embedding(to_device(candidate_rows, device), vectors)
+        event_vectors = F.embedding(to_device(event_rows, device), vectors)
+        successor_vectors = F.embedding(to_device(successor_rows, device), vectors)
         return cls(event_vectors, successor_vectors, candidate_vectors)
 
 
@@ -137,7 +137,7 @@ def _last_rows(packed: Tensor, offsets: np.ndarray, own_offsets: np.ndarray) -> 
     """Return the last rows of each packed run, as many as the run has in `own_offsets`. Both: int64 [n + 1]"""
     if offsets[-1] == own_offsets[-1]:
         return packed
-    return packed[torch.from_numpy(_last_positions(offsets, own_offsets)).to(packed.device)]
+    return packed[to_device(_last_positions(offsets, own_offsets), packed.device)]
 
 
 def _last_positions(offsets: np.ndarray, own_offsets: np.ndarray) -> np.ndarray:
