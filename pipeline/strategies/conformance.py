@@ -8,14 +8,13 @@ They find mistakes, not malice: what a strategy does with larger batches or othe
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
 from pipeline.errors import StrategyError
 from pipeline.items.vocabulary import UNKNOWN, Vocabulary
-from pipeline.jagged import row_starts
-from pipeline.records import Histories, item_hash
+from pipeline.records import Histories
 from pipeline.strategies.exclusion import Exclusion
 from pipeline.strategies.strategy import RankedItems, Request, Strategy, rank
 from pipeline.strategies.warm_up import synthetic_histories
@@ -55,7 +54,7 @@ def violations(strategy: Strategy, vocabulary: Vocabulary, exclusion: Exclusion)
         if not isinstance(found, str) or not NAME.fullmatch(found):
             yield f"its {attribute} is {found!r}, want one such as '{example}'"
     known = [item_id for item_id in vocabulary.item_ids[:200] if item_id]
-    batches = [_varied_histories(known or MADE_UP_ITEMS, lengths) for lengths in LENGTHS]
+    batches = [synthetic_histories(known or MADE_UP_ITEMS, lengths, ITEMS_APART) for lengths in LENGTHS]
     for histories in batches:
         for k in SLATE_SIZES:
             try:
@@ -154,13 +153,3 @@ def _is_equal(one: RankedItems, other: RankedItems) -> bool:
         elif not np.allclose(*columns, RELATIVE_ERROR):
             return False
     return True
-
-
-def _varied_histories(item_ids: Sequence[str], lengths: Sequence[int]) -> Histories:
-    """Return histories of these lengths, each user's from another item on."""
-    histories = synthetic_histories(item_ids, lengths)
-    hashes = np.array([item_hash(item_id) for item_id in item_ids], np.uint64)
-    positions = np.arange(len(histories.events)) - row_starts(histories.offsets)
-    events = histories.events.copy()
-    events["item"] = hashes[(positions + ITEMS_APART * histories.users) % len(hashes)]
-    return Histories(events, histories.offsets)

@@ -10,12 +10,16 @@ _MINUTE_MS = 60_000
 _FIRST_ACTION = 1 << ACTION_SHIFT  # action code 1, see EVENT_DTYPE
 
 
-def synthetic_histories(item_ids: Sequence[str], lengths: Sequence[int]) -> Histories:
-    """Return histories of these lengths that go through the items in order, one event per minute."""
+def synthetic_histories(item_ids: Sequence[str], lengths: Sequence[int], items_apart: int = 0) -> Histories:
+    """Return histories of these lengths that go through the items in order, one event per minute.
+
+    items_apart: by how many items each user begins after the user before
+    """
+    users = np.repeat(np.arange(len(lengths)), lengths)
     positions = np.concatenate([np.arange(length) for length in lengths])
-    hashes = np.array([item_hash(item_id) for item_id in item_ids[: max(lengths)]], np.uint64)
+    items, item_rows = np.unique((positions + items_apart * users) % len(item_ids), return_inverse=True)
     events = np.zeros(len(positions), EVENT_DTYPE)
-    events["item"] = hashes[positions % len(hashes)]
+    events["item"] = np.array([item_hash(item_ids[item]) for item in items], np.uint64)[item_rows]
     events["ts_action_device"] = positions * _MINUTE_MS + _FIRST_ACTION
     return Histories(events, np.concatenate([[0], np.cumsum(lengths)]))
 

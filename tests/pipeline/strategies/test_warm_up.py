@@ -18,6 +18,12 @@ def test_synthetic_histories_have_the_given_lengths_and_the_models_items_in_orde
     assert set(histories.actions.tolist()) == {1}
 
 
+def test_synthetic_histories_of_users_may_begin_at_items_apart() -> None:
+    histories = synthetic_histories(ITEM_IDS, [2, 0, 3, 1], items_apart=2)
+    expected = [ITEM_IDS[item] for item in (0, 1, 4, 0, 1, 1)]
+    assert histories.items.tolist() == [item_hash(item_id) for item_id in expected]
+
+
 def test_warm_up_lengths_cover_all_sizes_once() -> None:
     batches = list(warm_up_lengths(6, 9))
     assert {len(lengths) for lengths in batches} == {1, 2, 4}
