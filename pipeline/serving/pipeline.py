@@ -180,10 +180,7 @@ class Pipeline:
 
     def finish(self, ranking: Ranking) -> BatchResult:
         """Wait for a launched batch and return its slates."""
-        ranked, slates, slates_ms = ranking.finish(partial(_checked_slates, vocabulary=self.vocabulary))
-        strategy = ranking.strategy
-        rank_ms = ranked.rank_ms + slates_ms
-        return BatchResult(slates, strategy.name, strategy.backend, ranking.why, ranking.version, ranked, rank_ms)
+        return ranking.finish(partial(self._result, ranking))
 
     def swap(self, strategies: Sequence[Strategy], version: str) -> Generation:
         """Rank with these strategies from the next batch on, their breakers closed.
@@ -224,6 +221,19 @@ class Pipeline:
         """Count new events: the last new_counts[i] of user i's history (int64 [n])."""
         self.counters.observe(histories, new_counts)
 
+    def _result(self, ranking: Ranking, ranked: RankedItems) -> BatchResult:
+        """Return the answer of the batch's strategy as slates.
+
+        Raises an error of any kind unless it is an answer: one of one's own is trusted with nothing.
+        """
+        start_s = time.perf_counter()
+        strategy = ranking.strategy
+        if strategy.name not in FALLBACK_ORDER:
+            check_answer(ranked, ranking.request, self.vocabulary)
+        slates = _slate_items(ranked, self.vocabulary.item_ids)
+        rank_ms = ranked.rank_ms + 1e3 * (time.perf_counter() - start_s)
+        return BatchResult(slates, strategy.name, strategy.backend, ranking.why, ranking.version, ranked, rank_ms)
+
     def _generation(self, strategies: Sequence[Strategy], version: str) -> Generation:
         return Generation(FallbackChain(strategies, time.monotonic), version, self._on_fallback)
 
@@ -235,20 +245,6 @@ class Pipeline:
         unknown = {event.action for history in histories for event in history} - set(self.options.schema.actions)
         if unknown:
             raise ValueError(f"recommend: unknown actions {sorted(unknown)}, want of {self.options.schema.actions}")
-
-
-def _checked_slates(
-    strategy: Strategy, request: Request, ranked: RankedItems, vocabulary: Vocabulary
-) -> tuple[RankedItems, list[list[SlateItem]], float]:
-    """Return an answer, its slates, and the milliseconds that making them took.
-
-    Raises an error of any kind unless it is an answer: one of one's own is trusted with nothing.
-    """
-    start_s = time.perf_counter()
-    if strategy.name not in FALLBACK_ORDER:
-        check_answer(ranked, request, vocabulary)
-    slates = _slate_items(ranked, vocabulary.item_ids)
-    return ranked, slates, 1e3 * (time.perf_counter() - start_s)
 
 
 def _slate_items(ranked: RankedItems, item_ids: list[str]) -> list[list[SlateItem]]:

@@ -58,7 +58,7 @@ class Ranking:
 
     def __init__(self, request: Request, generation: Generation, start: str | None) -> None:
         """start: where in the fallback order to begin, None: at its best. ValueError: no strategy from there on."""
-        self._request = request
+        self.request = request
         self._generation = generation
         self._candidates = generation.strategies.candidates(start, request.deadline_s)
         first = next(self._candidates, None)
@@ -85,7 +85,7 @@ class Ranking:
             except Exception as error:  # any failure of any step: the chain must answer
                 self._fall_back(error)
 
-    def finish(self, use: Callable[[Strategy, Request, RankedItems], T]) -> T:
+    def finish(self, use: Callable[[RankedItems], T]) -> T:
         """Bring the batch to its end and return what `use` makes of the answer.
 
         An answer that `use` raises an error for is a failure of its strategy.
@@ -93,7 +93,7 @@ class Ranking:
         while True:
             self.advance("finish")
             try:
-                used = use(self.strategy, self._request, self._state)
+                used = use(self._state)
             except Exception as error:  # an answer of one's own strategy may be anything
                 self._fall_back(error)
                 continue
@@ -110,5 +110,5 @@ class Ranking:
             self._generation.end()
             raise error
         self.strategy, self.why = following
-        self._state = self._request
+        self._state = self.request
         self._steps_done = 0
