@@ -67,8 +67,9 @@ class Catalogue:
     def upsert(self, items: Iterable[Item]) -> np.ndarray:
         """Store the records, the last one of each item; new items get tokens. Returns the distinct tokens, int64."""
         items = list(items)
-        tokens = self.vocabulary.admit(item.item_id for item in items)
-        self.vocabulary.relist(item.item_id for item in items)
+        item_ids = [item.item_id for item in items]
+        tokens = self.vocabulary.admit(item_ids)
+        self.vocabulary.relist(item_ids, tokens)
         self._reserve(len(self.vocabulary))
         for token, item in zip(tokens.tolist(), items, strict=True):
             if token:  # a full vocabulary has none for a new item
@@ -130,7 +131,7 @@ class Catalogue:
         for field in fields(ItemFacts):
             self._columns[field.name][tokens] = state[field.name][index]
         self.changed_at[tokens] = self.version + 1
-        self.vocabulary.relist(self.vocabulary.item_ids[token] for token in tokens.tolist())
+        self.vocabulary.relist([self.vocabulary.item_ids[token] for token in tokens.tolist()], tokens)
         self.version += 1
         self.changes.add(tokens.tolist())
 

@@ -145,10 +145,11 @@ class Vocabulary:
             del self._delisted[next(iter(self._delisted))]
         self.version += 1  # last: a reader that sees the new version sees all of its changes
 
-    def relist(self, item_ids: Iterable[str]) -> None:
-        """Unblock those of these items that are delisted, also if that is no longer remembered."""
-        item_ids = list(item_ids)
-        tokens = self.tokens_of_ids(item_ids)
+    def relist(self, item_ids: Sequence[str], tokens: np.ndarray) -> None:
+        """Unblock those of these items that are delisted, also if that is no longer remembered.
+
+        tokens: the items', int [n], UNKNOWN for items outside the vocabulary
+        """
         was_remembered = np.array([self._delisted.pop(item_id, None) is not None for item_id in item_ids], bool)
         blocked = tokens[(tokens != UNKNOWN) & self.blocked[tokens]]
         if blocked.size or was_remembered.any():

@@ -272,7 +272,7 @@ def test_delisted_item_counts_but_is_not_ranked_until_relisted():
     assert counters.top_k(history([("a", 0)]), np.ones(1, bool), 1)[2].all(), "its neighbours are still recommended"
     counters.vocabulary.admit("ef")
     assert set(names(counters, counters.popular(9)[0])) == set("bcdef")
-    counters.vocabulary.relist(["a"])
+    counters.vocabulary.relist(["a"], counters.vocabulary.tokens_of_ids(["a"]))
     assert names(counters, counters.top_k(*request)[0][0]) == before
 
 

@@ -112,7 +112,7 @@ def test_index_that_follows_equals_a_look_up_of_every_row(kept: int, steps: list
             elif step == "delist":
                 vocabulary.delist([name])
             elif step == "relist":
-                vocabulary.relist([name])
+                vocabulary.relist([name], vocabulary.tokens_of_ids([name]))
             elif step in ("allocate", "sync"):
                 index.sync()
                 items = {row: item for row, item in items.items() if row <= 4 or vocabulary.token(item)}

@@ -79,7 +79,7 @@ def test_token_keeps_its_item_until_evicted(steps: list[tuple[str, str]]):
             vocabulary.delist([item])
         elif step == "relist":
             delisted.discard(item)
-            vocabulary.relist([item])
+            vocabulary.relist([item], vocabulary.tokens_of_ids([item]))
     assert len(set(tokens.values())) == len(tokens) == 5 - vocabulary.free_slots
     assert vocabulary.tokens(hashes(list("abcdefgh"))).tolist() == [tokens.get(item, UNKNOWN) for item in "abcdefgh"]
     assert [vocabulary.item_ids[token] for token in tokens.values()] == list(tokens)
@@ -117,6 +117,6 @@ def test_item_whose_delisting_is_forgotten_is_relisted_by_its_next_record() -> N
     vocabulary.delist(["a"])
     vocabulary.delist(["x1", "x2", "x3"])  # the latest three are remembered
     assert vocabulary.blocked[vocabulary.token("a")]
-    vocabulary.relist(["a", "unknown"])
+    vocabulary.relist(["a", "unknown"], vocabulary.tokens_of_ids(["a", "unknown"]))
     assert not vocabulary.blocked[vocabulary.token("a")]
     assert vocabulary.blocked[0]
