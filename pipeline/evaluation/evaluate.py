@@ -1,8 +1,8 @@
 """Offline evaluation of a model and baselines on held-out events.
 
-Every scored event is ranked from its user's preceding events, as a ring of `max_events` holds them. Models and counters
-are frozen, the histories grow. With a split by time, the replay of the same log through the worker, one slate per
-event, gives the same numbers.
+Every scored event is ranked from its user's preceding events, as a ring of `ring_events` holds them. Models and
+counters are frozen, the histories grow. With a split by time, the replay of the same log through the worker, one slate
+per event, gives the same numbers.
 """
 
 from collections.abc import Iterable, Mapping
@@ -60,7 +60,6 @@ class EvaluationOptions(msgspec.Struct, frozen=True):
     negatives: NegativeSampling | None = None
     resamples: PositiveInt = 1000
     seed: int = 0
-    max_events: int = 512
 
     @property
     def k(self) -> int:
@@ -146,7 +145,7 @@ def evaluate(
     vocabulary = Vocabulary(dict.fromkeys([*artifact.item_ids, *log.item_ids]), options.max_items)
     if vocabulary.rejected_count:
         raise EvaluationError(vocabulary.overflow_message)
-    data = TrainTest.from_log(log, test_mask, vocabulary, request.max_events)
+    data = TrainTest.from_log(log, test_mask, vocabulary, options.ring_events)
     items = list(items)
     catalogue = Catalogue(vocabulary)
     artifact.load_into(catalogue)

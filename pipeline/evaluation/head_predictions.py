@@ -22,15 +22,15 @@ def predict_heads(hstu: HstuStrategy, events: HeldOutEvents) -> np.ndarray:
 
 
 def fit_calibration(
-    hstu: HstuStrategy, train: UserSequences, labels: np.ndarray, seed: int
+    hstu: HstuStrategy, train: UserSequences, labels: np.ndarray, ring_events: int, seed: int
 ) -> list[tuple[float, float]]:
-    """Return scale and shift of each head.
+    """Return scale and shift of each head, fitted to its probabilities for rings of `ring_events`, as in serving.
 
     hstu: not calibrated; labels: float [total, 3], NaN where the model was trained on the label or none exists.
     """
     positions = np.random.default_rng(seed).permutation(np.flatnonzero(np.isfinite(labels).any(axis=1)))
     positions = np.sort(positions[:MAX_CALIBRATION_EVENTS])
-    events = HeldOutEvents(train, positions + 1, hstu.max_events)
+    events = HeldOutEvents(train, positions + 1, ring_events)
     probabilities = predict_heads(hstu, events).astype(np.float64)
     probabilities = np.clip(probabilities, PROBABILITY_FLOOR, 1 - PROBABILITY_FLOOR)
     logits = np.log(probabilities) - np.log1p(-probabilities)

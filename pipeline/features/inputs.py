@@ -20,7 +20,7 @@ class Inputs:
     """Features of n users with `total` events.
 
     events:   what the encoder reads, of all events; trim it with `tail`
-    visits:   float32 [n, N_VISIT_FEATURES], as of each user's newest event, or [total, ...] as of every event
+    visits:   float32 [n, N_VISIT_FEATURES], as of each user's newest event; in training [total, ...], as of every event
     affinity: what the affinity of an item is counted over
     """
 
@@ -30,17 +30,17 @@ class Inputs:
 
 
 def encode(
-    histories: Histories, item_rows: np.ndarray, facts: ItemFacts, schema: EventSchema, every_event: bool = False
+    histories: Histories, item_rows: np.ndarray, facts: ItemFacts, schema: EventSchema, ring_events: int | None = None
 ) -> Inputs:
-    """Return the features of full histories.
+    """Return the features of rings or, for training, of full histories.
 
     item_rows: int32 [total], each event's row of the model's item table, 0 = none; facts: of each event's item
-    every_event: return `visits` as of every event, as training needs them
+    ring_events: of full histories, the size of the rings that serving reads; None: they are rings
     """
-    if every_event:
-        visits = visit_frequency(histories, np.arange(len(histories.events)))
-    else:
+    if ring_events is None:
         visits = latest_visit_frequency(histories)
+    else:
+        visits = visit_frequency(histories, np.arange(len(histories.events)), ring_events)
     return Inputs(
         events=encoder_inputs(histories, item_rows, facts),
         visits=visits,

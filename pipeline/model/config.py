@@ -68,7 +68,7 @@ class HstuConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Number of newest events that a state depends on: `history_length`, and the events that the oldest one's
         features count.
 
-        NOTE: visit_frequency.py, which the retention head reads, goes back 90 days, however many events those are.
+        NOTE: visit_frequency.py, which the retention head reads, goes back 90 days, or to the beginning of the ring.
         """
         return self.history_length + COUNT_CAP
 

@@ -16,7 +16,10 @@ from pipeline.records import Histories
 from pipeline.slates import SlateItem
 from pipeline.strategies.strategy import RankedItems, Strategy, rank
 
-HIT_RATE = "validation_hit_rate"  # of a manifest's metrics
+# Of a manifest's metrics. Hit rates from rings of different sizes are those of different tasks: a longer one excludes
+# more items.
+HIT_RATE = "validation_hit_rate"
+RING_EVENTS = "validation_ring_events"
 
 
 class Thresholds(msgspec.Struct, frozen=True):
@@ -66,8 +69,13 @@ def check_overlap(overlap: float | None, thresholds: Thresholds) -> None:
 
 
 def check_hit_rate(new: Manifest, old: Manifest | None, thresholds: Thresholds) -> None:
-    """Raise ArtifactError when the new model's validation hit rate is too low; a missing rate is not compared."""
-    serving = old.metrics.get(HIT_RATE) if old else None
+    """Raise ArtifactError when the new model's validation hit rate is too low.
+
+    A missing rate, or one from rings of another size, is not compared.
+    """
+    if old is None or new.metrics.get(RING_EVENTS) != old.metrics.get(RING_EVENTS):
+        return
+    serving = old.metrics.get(HIT_RATE)
     found = new.metrics.get(HIT_RATE)
     if serving is not None and found is not None and found < serving * (1 - thresholds.max_hit_rate_drop):
         raise ArtifactError(

@@ -11,6 +11,7 @@ from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import EventSchema
 from pipeline.strategies.exclusion import Exclusion
 from pipeline.strategies.rerank import RerankWeights
+from pipeline.types import PositiveInt
 
 
 class PipelineOptions(msgspec.Struct, frozen=True):
@@ -18,6 +19,7 @@ class PipelineOptions(msgspec.Struct, frozen=True):
 
     schema: EventSchema = EventSchema()
     exclusion: Exclusion = Exclusion()
+    ring_events: PositiveInt = 512  # of a user's ring, in training and evaluation: `sequences.max_events`
     rerank: RerankWeights = RerankWeights()
     half_life_days: float = 30.0
     neighbours: int = 64

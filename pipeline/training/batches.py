@@ -17,7 +17,8 @@ from pipeline.features.visit_frequency import N_VISIT_FEATURES
 from pipeline.items.catalogue import EMPTY_CATALOGUE, Catalogue
 from pipeline.items.vocabulary import UNKNOWN
 from pipeline.jagged import find_rows, ranges, row_starts
-from pipeline.records import EventSchema
+from pipeline.records import EventSchema, Histories
+from pipeline.strategies.exclusion import Exclusion
 
 LENGTH_BUCKET = 8  # events: crops whose lengths fall into one bucket may share a batch
 
@@ -31,12 +32,17 @@ class TrainingColumns:
 
     inputs:             of every event of the full sequences, from which crops are cut; feature_ids is int16
     successors:         int32, the token of the user's next event; 0 where there is none
-    target_mask:        bool, retrieval is trained here: the successor is in the vocabulary and (unless repeats count)
-                        new to the user, since serving excludes what the user has touched before
+    events:             EVENT_DTYPE, the sequences' own
+    exclusion:          what serving keeps off a user's slates, neither a target nor a negative there
+    ring_events:        a user's newest events, as many as serving knows of
+    target_mask:        bool, retrieval is trained here: the successor is in the vocabulary and not excluded
     labels:             float32 [total, 3], see labels.compute_labels
     older_events:       at most this many of a user's events before a crop are input, too, pooled into sessions
     """
 
+    events: np.ndarray
+    exclusion: Exclusion
+    ring_events: int
     inputs: Inputs
     successors: np.ndarray
     target_mask: np.ndarray
@@ -45,20 +51,28 @@ class TrainingColumns:
 
     @classmethod
     def from_sequences(
-        cls, sequences: UserSequences, schema: EventSchema, repeats: bool, catalogue: Catalogue = EMPTY_CATALOGUE
+        cls,
+        sequences: UserSequences,
+        schema: EventSchema,
+        exclusion: Exclusion,
+        ring_events: int,
+        catalogue: Catalogue = EMPTY_CATALOGUE,
     ) -> "TrainingColumns":
-        """Compute the columns. repeats: retrieval is also trained on items that the user has touched before."""
+        """Compute the columns. exclusion, ring_events: as in serving, see PipelineOptions"""
+        successors = _successors(sequences)
+        excluded = exclusion.excluded_targets(sequences.histories, ring_events)
         columns = cls(
+            events=sequences.events,
+            exclusion=exclusion,
+            ring_events=ring_events,
             inputs=_empty_inputs(sequences),
-            successors=_successors(sequences),
-            target_mask=np.zeros(len(sequences), bool),
+            successors=successors,
+            target_mask=(successors != UNKNOWN) & ~np.append(excluded[1:], False),  # at the event before
             labels=compute_log_labels(sequences.histories, schema),
         )
         for rows, chunk in sequences.chunks():
             facts = catalogue.facts(chunk.tokens)
-            columns._write(rows, encode(chunk.histories, chunk.tokens, facts, schema, every_event=True))
-            columns.target_mask[rows][:-1] = True if repeats else chunk.is_first_touch[1:]
-        columns.target_mask &= columns.successors != UNKNOWN
+            columns._write(rows, encode(chunk.histories, chunk.tokens, facts, schema, ring_events))
         return columns
 
     def _write(self, rows: slice, inputs: Inputs) -> None:
@@ -115,7 +129,8 @@ class TrainingBatch:
     successors, categories, price_codes: int32 [total], of the successors' items
     labels:      float32 [total, 3]; visits: float32 [total, N_VISIT_FEATURES]
     target_rows: int64 [m], the rows that train retrieval
-    seen:        pairs (index of the target row, token), int64 [pairs] each: the crop's own events up to that row
+    excluded:    pairs (index of the target row, token), int64 [pairs] each: what the crop's own events up to that row
+                 exclude
     full_batch:  the batch that this is one process's shard of; None: this is the full batch
     """
 
@@ -128,7 +143,7 @@ class TrainingBatch:
     labels: np.ndarray
     visits: np.ndarray
     target_rows: np.ndarray
-    seen: tuple[np.ndarray, np.ndarray]
+    excluded: tuple[np.ndarray, np.ndarray]
     full_batch: "TrainingBatch | None" = None
 
     @property
@@ -151,15 +166,17 @@ class TrainingBatch:
         if rank >= crops:
             nothing = np.empty(0, np.int64)
             idle = self.shard(0, crops)
-            return replace(idle, labels=np.full_like(idle.labels, np.nan), target_rows=nothing, seen=(nothing, nothing))
+            return replace(
+                idle, labels=np.full_like(idle.labels, np.nan), target_rows=nothing, excluded=(nothing, nothing)
+            )
         rows, offsets = ranges(*_every(self.offsets, rank, count))
         shard_rows = np.full(len(self.successors), -1)  # by row of this batch, -1 = in another shard
         shard_rows[rows] = np.arange(len(rows))
         target_rows = shard_rows[self.target_rows]
         is_own = target_rows >= 0
         own_index = np.cumsum(is_own) - 1  # of the own targets, by target of this batch
-        seen_targets, seen_tokens = self.seen
-        is_own_pair = is_own[seen_targets]
+        pair_targets, pair_tokens = self.excluded
+        is_own_pair = is_own[pair_targets]
         return TrainingBatch(
             inputs=self.inputs.gather_runs(*_every(self.inputs.offsets, rank, count)),
             affinity=self.affinity.gather_runs(*_every(self.affinity.offsets, rank, count)),
@@ -170,7 +187,7 @@ class TrainingBatch:
             labels=self.labels[rows],
             visits=self.visits[rows],
             target_rows=target_rows[is_own],
-            seen=(own_index[seen_targets[is_own_pair]], seen_tokens[is_own_pair]),
+            excluded=(own_index[pair_targets[is_own_pair]], pair_tokens[is_own_pair]),
             full_batch=self,
         )
 
@@ -227,6 +244,8 @@ def make_batch(
     inputs.item_rows[rng.random(len(inputs.item_rows)) < unknown_item_rate] = UNKNOWN
     successors = columns.successors[index]
     following = np.minimum(index + 1, len(columns.successors) - 1)
+    crops = Histories(columns.events[index], offsets)
+    pair_targets, pair_rows = _excluded(columns.exclusion, columns.ring_events, crops, target_rows)
     return TrainingBatch(
         inputs=inputs,
         affinity=affinity,
@@ -237,12 +256,16 @@ def make_batch(
         labels=columns.labels[index],
         visits=columns.inputs.visits[index],
         target_rows=target_rows,
-        seen=_seen(columns.inputs.events.item_rows[index], offsets, target_rows),
+        excluded=(pair_targets, columns.inputs.events.item_rows[index][pair_rows]),
     )
 
 
-def _seen(tokens: np.ndarray, offsets: np.ndarray, target_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    crop_starts = row_starts(offsets)[target_rows]
-    counts = target_rows - crop_starts + 1
-    index, _ = ranges(crop_starts, counts)
-    return np.repeat(np.arange(len(target_rows)), counts), tokens[index]
+def _excluded(
+    exclusion: Exclusion, ring_events: int, crops: Histories, target_rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return pairs (index of the target row, row of an event up to it that excludes its item), int64 [pairs] each."""
+    counts = np.minimum(target_rows - row_starts(crops.offsets)[target_rows] + 1, ring_events)
+    rows, _ = ranges(target_rows - counts + 1, counts)
+    targets = np.repeat(np.arange(len(target_rows)), counts)
+    excludes = exclusion.excludes(crops, rows, target_rows[targets])
+    return targets[excludes], rows[excludes]

@@ -50,19 +50,19 @@ def sample_candidates(targets: np.ndarray, frequency: np.ndarray, rng: np.random
 
 
 def next_item_loss(
-    states: Tensor, table: Tensor, targets: np.ndarray, seen: tuple[np.ndarray, np.ndarray], candidates: Candidates
+    states: Tensor, table: Tensor, targets: np.ndarray, excluded: tuple[np.ndarray, np.ndarray], candidates: Candidates
 ) -> Tensor:
-    """Return the mean negative log likelihood of the targets among candidates that the row has not seen; 0 of no rows.
+    """Return the mean negative log likelihood of the targets among what their rows do not exclude; 0 of no rows.
 
     Always in float32: under a bf16 autocast a logit would keep only three digits.
 
-    states: [rows, width]; table: the candidates' vectors [c, width]; targets: int [rows], none of them seen by its row;
-    seen: (row, token) pairs, int [m] each, left out of the row's candidates, as serving excludes them.
+    states: [rows, width]; table: the candidates' vectors [c, width]; targets: int [rows], none of them excluded;
+    excluded: (row, token) pairs, int [m] each, left out of the row's candidates, as serving leaves them out of slates.
     """
-    seen_rows, seen_tokens = seen
-    seen_columns = candidates.index_of(seen_tokens)
-    is_candidate = seen_columns >= 0
-    masked = seen_rows[is_candidate] * len(table) + seen_columns[is_candidate]
+    excluded_rows, excluded_tokens = excluded
+    excluded_columns = candidates.index_of(excluded_tokens)
+    is_candidate = excluded_columns >= 0
+    masked = excluded_rows[is_candidate] * len(table) + excluded_columns[is_candidate]
     masked_cells = torch.from_numpy(masked).to(states.device)
     target_columns = torch.from_numpy(candidates.index_of(targets).astype(np.int64)).to(states.device)
     correction = None if candidates.correction is None else candidates.correction.to(states.device)

@@ -62,7 +62,7 @@ class MultiTaskModel(Trainable):
         states, context = self._encode(batch, vectors.events)
         target_states = states[to_device(batch.target_rows, device)]
         table = self.hstu.scoring_table(vectors.candidates)
-        loss = next_item_loss(target_states, table, batch.targets, batch.seen, candidates)
+        loss = next_item_loss(target_states, table, batch.targets, batch.excluded, candidates)
         # The heads, too, see cold items as new.
         successors = np.where(cold[batch.successors], UNKNOWN, batch.successors)
         successor_tokens = to_device(successors, device)

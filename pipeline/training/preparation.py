@@ -74,7 +74,8 @@ class TrainingSetup:
     fit: UserSequences
     validation_mask: np.ndarray  # bool [total], of `train`: the validation slice
     validation_events: HeldOutEvents  # a random part of the slice
-    counters: dict[str, np.ndarray]
+    counters: dict[str, np.ndarray]  # of `train`
+    fit_counters: dict[str, np.ndarray]
     provenance: TrainingProvenance
     fingerprint: str
     warm_start: WarmStart | None  # the artifact to continue from
@@ -109,14 +110,14 @@ class TrainingSetup:
     def columns(self, sequences: UserSequences) -> TrainingColumns:
         """Return the training columns. TrainingError: they have no targets."""
         columns = TrainingColumns.from_sequences(
-            sequences, self.pipeline.schema, self.options.trainer.train_on_repeats, self.catalogue
+            sequences, self.pipeline.schema, self.pipeline.exclusion, self.pipeline.ring_events, self.catalogue
         )
         columns.older_events = self.config.history_length - self.config.recent_length
         if not columns.target_mask.any():
             raise TrainingError(
                 f"training: in the {len(sequences)} training events of {len(sequences.offsets) - 1} users no user goes"
-                " from one item to another; give a longer log, split later (--train-fraction) or by user"
-                " (--leave-last-out)"
+                " from one item to another that slates may hold then; give a longer log, split later (--train-fraction)"
+                " or by user (--leave-last-out), or exclude fewer items (pipeline.exclude_actions)"
             )
         return columns
 
@@ -130,13 +131,13 @@ class TrainingSetup:
         return ItemMetadata(self.catalogue.state(tokens), events, self.warm_start.artifact.metadata.scale)
 
     def artifact(self, weights: dict[str, Tensor], sequences: UserSequences) -> Artifact:
-        """Return an unsaved artifact. sequences: what the weights were trained on."""
+        """Return an unsaved artifact. sequences: `train` or `fit`, what the weights were trained on"""
         return artifacts.draft(
             self.config,
             self.pipeline.schema,
             weights,
             self.vocabulary.item_ids[1:],
-            self.counters,
+            self.counters if sequences is self.train else self.fit_counters,
             self.metadata(sequences),
             self.provenance,
         )
@@ -166,6 +167,7 @@ def prepare(
     if vocabulary.rejected_count:
         raise TrainingError(f"training: {vocabulary.overflow_message}")
     train = UserSequences.from_log(train_log, vocabulary)
+    fit = UserSequences.from_log(train_log.select(~is_validation), vocabulary)
     validation_mask = is_validation[train.log_positions]
     catalogue = _catalogue(vocabulary, items, warm_start)
     return TrainingSetup(
@@ -173,10 +175,11 @@ def prepare(
         pipeline=pipeline,
         catalogue=catalogue,
         train=train,
-        fit=UserSequences.from_log(train_log.select(~is_validation), vocabulary),
+        fit=fit,
         validation_mask=validation_mask,
-        validation_events=_validation_events(train, validation_mask, options),
+        validation_events=_validation_events(train, validation_mask, options, pipeline.ring_events),
         counters=_counter_state(train, vocabulary, pipeline, warm_start),
+        fit_counters=_counter_state(fit, vocabulary, pipeline, warm_start),
         provenance=TrainingProvenance.from_log(options.split, train_log),
         fingerprint=_fingerprint(train, catalogue, options, pipeline, warm_start),
         warm_start=warm_start,
@@ -205,9 +208,11 @@ def _validation_mask(train_log: EventLog, options: TrainingOptions, warm_start: 
     return validation
 
 
-def _validation_events(train: UserSequences, validation_mask: np.ndarray, options: TrainingOptions) -> HeldOutEvents:
+def _validation_events(
+    train: UserSequences, validation_mask: np.ndarray, options: TrainingOptions, ring_events: int
+) -> HeldOutEvents:
     positions = np.random.default_rng(options.trainer.seed).permutation(np.flatnonzero(validation_mask))
-    return HeldOutEvents(train, np.sort(positions[: options.max_validation_events]), options.model.history_length)
+    return HeldOutEvents(train, np.sort(positions[: options.max_validation_events]), ring_events)
 
 
 def _catalogue(vocabulary: Vocabulary, items: Iterable[Item], warm_start: WarmStart | None) -> Catalogue:
@@ -222,16 +227,16 @@ def _catalogue(vocabulary: Vocabulary, items: Iterable[Item], warm_start: WarmSt
 
 
 def _counter_state(
-    train: UserSequences, vocabulary: Vocabulary, pipeline: PipelineOptions, warm_start: WarmStart | None
+    sequences: UserSequences, vocabulary: Vocabulary, pipeline: PipelineOptions, warm_start: WarmStart | None
 ) -> dict[str, np.ndarray]:
     """Return the counters' state, and the value of each of their items."""
     counters: Counters = new_counters(pipeline, vocabulary)
-    values = item_values(train.histories, train.tokens, pipeline.schema, len(vocabulary))
+    values = item_values(sequences.histories, sequences.tokens, pipeline.schema, len(vocabulary))
     if warm_start:
-        warm_start.update_counters(counters, train)
+        warm_start.update_counters(counters, sequences)
         values = np.where(values > 0, values, warm_start.item_values(vocabulary))
     else:
-        counters.observe(train.histories, train.histories.lengths)
+        counters.observe(sequences.histories, sequences.histories.lengths)
     state = counters.state()
     return state | {"values": values[vocabulary.tokens(state["items"])]}
 

@@ -119,6 +119,7 @@ def _manifest_metrics(state: TrainingState, setup: TrainingSetup) -> dict[str, f
         "loss": best.loss,
         "validation_hit_rate": best.validation.hit_rate,
         "validation_ndcg": best.validation.ndcg,
+        "validation_ring_events": float(setup.pipeline.ring_events),
         "training_events": float(len(setup.train)),
     }
 
@@ -174,7 +175,8 @@ def _calibrate(setup: TrainingSetup, weights: dict[str, Tensor]) -> list[tuple[f
     if not setup.group.is_main:
         return [IDENTITY] * len(TASKS)
     labels = held_out_labels(setup.train, setup.fit, setup.validation_mask, setup.pipeline.schema)
-    return fit_calibration(setup.ranker(weights), setup.train, labels, setup.options.trainer.seed)
+    ring_events = setup.pipeline.ring_events
+    return fit_calibration(setup.ranker(weights), setup.train, labels, ring_events, setup.options.trainer.seed)
 
 
 def _refit(

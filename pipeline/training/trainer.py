@@ -44,8 +44,6 @@ class TrainerOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     weighting: WeightingName = "fixed"  # how these weights change during training, see loss_weighting.py
     events_per_epoch: NonNegativeInt = 0  # a different random part in each epoch; 0: all
     precision: Precision = "fp32"  # bf16: matrix products; weights, sums and the retrieval loss stay float32
-    # Train to retrieve items that the user has touched before: only if serving does not exclude them.
-    train_on_repeats: bool = False
 
 
 M = TypeVar("M", bound=Trainable)

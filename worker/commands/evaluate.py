@@ -85,7 +85,7 @@ def run(args: Namespace) -> int:
     from worker.output.evaluation_display import print_report
 
     loaded = config.load(args.config)
-    request = evaluation_options(args, loaded.sequences.max_events)
+    request = evaluation_options(args)
     options = pipeline_options(loaded)
     if args.report:
         check_file(args.report, "--report")
@@ -100,7 +100,7 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def evaluation_options(args: Namespace, max_events: int) -> "EvaluationOptions":
+def evaluation_options(args: Namespace) -> "EvaluationOptions":
     """Return what to evaluate. EvaluationError when an option belongs to the other protocol."""
     from pipeline.data.split import Split
     from pipeline.errors import EvaluationError
@@ -117,4 +117,4 @@ def evaluation_options(args: Namespace, max_events: int) -> "EvaluationOptions":
     else:
         split = Split() if args.train_fraction is None else Split(args.train_fraction)
     negatives = NegativeSampling(args.negatives, args.seed, args.negative_sampling) if args.negatives else None
-    return EvaluationOptions(split, args.cutoffs, negatives, seed=args.seed, max_events=max_events)
+    return EvaluationOptions(split, args.cutoffs, negatives, seed=args.seed)

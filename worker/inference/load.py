@@ -66,6 +66,7 @@ def pipeline_options(config: Config) -> PipelineOptions:
     return PipelineOptions(
         schema=config.schema,
         exclusion=exclusion,
+        ring_events=config.sequences.max_events,
         rerank=config.rerank,
         half_life_days=config.counters.half_life_days,
         neighbours=config.counters.neighbours,

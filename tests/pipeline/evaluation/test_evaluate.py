@@ -22,7 +22,7 @@ from pipeline.strategies.strategy import rank
 from pipeline.training.multi_task_model import MultiTaskModel
 
 SCHEMA = EventSchema()
-OPTIONS = PipelineOptions(device="cpu", threads=1)
+OPTIONS = PipelineOptions(device="cpu", threads=1, ring_events=30)
 SMALL = HstuConfig(width=16, heads=2, d_qk=8, d_v=8, max_events=20)
 TINY = HstuConfig(layers=1, width=8, heads=1, d_qk=4, d_v=4, max_events=4)
 
@@ -80,7 +80,7 @@ def pipeline(model: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Pipel
 
 @pytest.fixture(scope="module")
 def report(model: Artifact) -> EvaluationReport:
-    return evaluate(model, LOG, OPTIONS, EvaluationOptions(Split(0.6), max_events=30))
+    return evaluate(model, LOG, OPTIONS, EvaluationOptions(Split(0.6)))
 
 
 def hit_rate(report: EvaluationReport, ranking: str) -> float:
@@ -121,7 +121,7 @@ def test_leave_last_out_scores_each_event_from_all_events_before_it(model: Artif
             slate = [item.item_id for item in pipeline.recommend([own[:position]], 10, "hstu")[0].items]
             hits += own[position].item_id in (slate if position else popular)
             scored += 1
-    report = evaluate(model, LOG, OPTIONS, EvaluationOptions(Split(leave_last_out=3)))
+    report = evaluate(model, LOG, replace(OPTIONS, ring_events=512), EvaluationOptions(Split(leave_last_out=3)))
     assert (report.events, report.users) == (scored, 12)
     assert hit_rate(report, "hstu") == pytest.approx(hits / scored)
 
@@ -140,7 +140,7 @@ def test_model_scores_order_items_as_its_slates_do(model: Artifact) -> None:
 def test_sampled_negatives_raise_every_hit_rate_and_are_named_in_the_report(
     model: Artifact, report: EvaluationReport
 ) -> None:
-    request = EvaluationOptions(Split(0.6), negatives=NegativeSampling(5, 3), max_events=30)
+    request = EvaluationOptions(Split(0.6), negatives=NegativeSampling(5, 3))
     sampled = evaluate(model, LOG, OPTIONS, request)
     assert sampled.candidates == "5 uniform negatives, seed 3"
     for name, ranking in sampled.rankings.items():

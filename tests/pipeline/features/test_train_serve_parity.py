@@ -59,7 +59,7 @@ def test_time_of_the_target_event_does_not_leak_into_its_features(setup: Trainin
     earlier = np.setdiff1d(np.arange(len(tokens)), latest)
 
     def features(histories: Histories) -> tuple[np.ndarray, np.ndarray]:
-        inputs = encode(histories, tokens, setup.catalogue.facts(tokens), EventSchema(), every_event=True)
+        inputs = encode(histories, tokens, setup.catalogue.facts(tokens), EventSchema(), ring_events=512)
         return inputs.events.feature_ids[earlier], inputs.visits[earlier]
 
     events = setup.train.events.copy()

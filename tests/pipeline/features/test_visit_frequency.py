@@ -1,11 +1,14 @@
 """Sessions per window and days since the first event, at every event."""
 
 import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
 
-from pipeline.features.visit_frequency import N_VISIT_FEATURES, WINDOWS_DAYS, visit_frequency
+from pipeline.features.visit_frequency import N_VISIT_FEATURES, WINDOWS_DAYS, latest_visit_frequency, visit_frequency
 from pipeline.records import DAY_MS, Event, EventSchema, Histories
 
 MINUTE_MS = 60_000
+RING = 100
 
 
 def histories(*users: list[int]) -> Histories:
@@ -14,7 +17,7 @@ def histories(*users: list[int]) -> Histories:
 
 def counts(packed: Histories) -> list[list[float]]:
     """Return the numbers of sessions, and the days, at every event."""
-    return np.expm1(visit_frequency(packed, np.arange(len(packed.events))).astype(float)).round(3).tolist()
+    return np.expm1(visit_frequency(packed, np.arange(len(packed.events)), RING).astype(float)).round(3).tolist()
 
 
 def test_sessions_are_counted_per_window_including_the_current_one() -> None:
@@ -42,10 +45,19 @@ def test_users_are_counted_separately() -> None:
 def test_later_events_do_not_change_earlier_features() -> None:
     rng = np.random.default_rng(0)
     times = np.cumsum(rng.integers(0, 3 * DAY_MS, 60)).tolist()
-    full = visit_frequency(histories(times), np.arange(60))
+    full = visit_frequency(histories(times), np.arange(60), RING)
     for length in (1, 7, 30):
-        np.testing.assert_array_equal(visit_frequency(histories(times[:length]), np.arange(length)), full[:length])
+        part = visit_frequency(histories(times[:length]), np.arange(length), RING)
+        np.testing.assert_array_equal(part, full[:length])
+
+
+@given(st.lists(st.integers(0, 2 * DAY_MS), min_size=1, max_size=40), st.integers(1, 45))
+def test_training_reads_what_a_ring_of_serving_still_shows(gaps: list[int], ring_events: int) -> None:
+    times = np.cumsum([gap // DAY_MS * gap for gap in gaps]).tolist()  # half of the events share a time
+    rings = [times[max(0, end - ring_events) : end] for end in range(1, len(times) + 1)]
+    in_training = visit_frequency(histories(times), np.arange(len(times)), ring_events)
+    np.testing.assert_array_equal(in_training, latest_visit_frequency(histories(*rings)))
 
 
 def test_no_events_give_no_rows() -> None:
-    assert visit_frequency(histories([], []), np.empty(0, np.int64)).shape == (0, N_VISIT_FEATURES)
+    assert visit_frequency(histories([], []), np.empty(0, np.int64), RING).shape == (0, N_VISIT_FEATURES)

@@ -8,6 +8,7 @@ from pipeline.data.sequences import UserSequences
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import Event, EventSchema, Histories, Item, encode_value
+from pipeline.strategies.exclusion import Exclusion
 from pipeline.strategies.hstu_strategy import HstuStrategy, load_hstu_strategy
 from pipeline.strategies.options import PipelineOptions
 from pipeline.strategies.rerank import RerankWeights
@@ -16,6 +17,7 @@ from pipeline.training.batches import TrainingColumns, make_batch
 from pipeline.training.multi_task_model import MultiTaskModel
 from tests.artifacts import untrained
 
+NOTHING_EXCLUDED = Exclusion(action_codes=())
 IDS = [f"i{number}" for number in range(30)]
 NEW = [Item("shoe", title="red shoe", price=5.0), Item("lamp", title="a lamp", brand="x", price=500.0)]
 HISTORIES = Histories.from_events(
@@ -65,7 +67,7 @@ def test_item_dropout_trains_the_bias_of_the_unknown_item(
 ) -> None:
     tokens = Vocabulary(IDS).tokens(HISTORIES.items)
     sequences = UserSequences.from_columns(HISTORIES.events, tokens, HISTORIES.users)
-    columns = TrainingColumns.from_sequences(sequences, EventSchema(), repeats=True)
+    columns = TrainingColumns.from_sequences(sequences, EventSchema(), NOTHING_EXCLUDED, ring_events=512)
     rng = np.random.default_rng(0)
     columns.labels[:] = 1
     columns.labels[sequences.offsets[1:] - 1] = np.nan

@@ -17,9 +17,11 @@ from pipeline.items.vocabulary import Vocabulary
 from pipeline.model import affinity
 from pipeline.model.affinity import AffinityColumns, ItemColumns, LatestEvents
 from pipeline.records import Event, EventSchema, Histories, Item
+from pipeline.strategies.exclusion import Exclusion
 from pipeline.training.batches import TrainingColumns, make_batch
 from pipeline.training.multi_task_model import successor_affinity
 
+NOTHING_EXCLUDED = Exclusion(action_codes=())
 SCHEMA = EventSchema()
 ITEMS = [
     Item("a", category=["x", "red"], price=3.0),
@@ -102,7 +104,7 @@ def test_training_batch_features_equal_serving_features(seed: int) -> None:
     log = [[(int(rng.integers(5)), str(rng.choice(["view", "cart"]))) for _ in range(n)] for n in lengths]
     histories = Histories.from_events([events_of(history) for history in log], SCHEMA)
     sequences = UserSequences.from_columns(histories.events, VOCABULARY.tokens(histories.items), histories.users)
-    columns = TrainingColumns.from_sequences(sequences, SCHEMA, repeats=True, catalogue=CATALOGUE)
+    columns = TrainingColumns.from_sequences(sequences, SCHEMA, NOTHING_EXCLUDED, ring_events=512, catalogue=CATALOGUE)
     batch = make_batch(columns, sequences.offsets[:-1], np.diff(sequences.offsets), 0.5, rng)
     trained = successor_affinity(batch, torch.device("cpu")).numpy()
     for row in np.flatnonzero(batch.successors):

@@ -26,6 +26,7 @@ from pipeline.model.config import HstuConfig
 from pipeline.model.heads import HeadContext
 from pipeline.model.hstu import Hstu
 from pipeline.records import Event, EventSchema, Histories
+from pipeline.strategies.exclusion import Exclusion
 from pipeline.strategies.hstu_strategy import load_hstu_strategy
 from pipeline.strategies.options import PipelineOptions
 from pipeline.training.batches import TrainingBatch, TrainingColumns, make_batch
@@ -34,6 +35,7 @@ from pipeline.training.train import TrainingOptions, train
 from pipeline.training.trainer import TrainerOptions
 from tests.pipeline.training.test_train import CREATED, RecordingCallback, rule_log
 
+NOTHING_EXCLUDED = Exclusion(action_codes=())
 ITEM_IDS = [f"i{number}" for number in range(12)]
 VOCABULARY = Vocabulary(ITEM_IDS)
 SCHEMA = EventSchema()
@@ -84,7 +86,7 @@ def make_artifact(model: MultiTaskModel) -> artifacts.Artifact:
 def batch_of_newest(histories: Histories, count: int) -> TrainingBatch:
     """Return a training batch with one crop per user, of the newest events."""
     sequences = UserSequences.from_columns(histories.events, VOCABULARY.tokens(histories.items), histories.users)
-    columns = TrainingColumns.from_sequences(sequences, SCHEMA, repeats=True)
+    columns = TrainingColumns.from_sequences(sequences, SCHEMA, NOTHING_EXCLUDED, ring_events=512)
     columns.older_events = CONFIG.history_length - CONFIG.recent_length
     counts = np.minimum(histories.lengths, count)
     return make_batch(columns, histories.offsets[1:] - counts, counts, 0.0, np.random.default_rng(0))

@@ -12,6 +12,7 @@ from pipeline.model.config import HstuConfig
 from pipeline.records import EventSchema
 from pipeline.serving.model_validation import (
     HIT_RATE,
+    RING_EVENTS,
     Thresholds,
     check_hit_rate,
     check_output,
@@ -93,17 +94,18 @@ def test_overlap_below_the_threshold_is_rejected_and_none_passes():
         check_overlap(0.099, Thresholds(min_overlap=0.1))
 
 
-def test_hit_rate_that_dropped_too_far_is_rejected_and_a_missing_one_passes():
+def test_hit_rate_that_dropped_too_far_is_rejected_and_one_that_cannot_be_compared_passes():
     thresholds = Thresholds(max_hit_rate_drop=0.2)
     serving = make_manifest(**{HIT_RATE: 0.25})
     for metrics in ({HIT_RATE: 0.2}, {HIT_RATE: 0.9}, {}):
         check_hit_rate(make_manifest(**metrics), serving, thresholds)
     for unknown in (None, make_manifest()):
         check_hit_rate(make_manifest(**{HIT_RATE: 0.01}), unknown, thresholds)
+    check_hit_rate(make_manifest(**{HIT_RATE: 0.01, RING_EVENTS: 20.0}), serving, thresholds)
     with pytest.raises(ArtifactError, match=r"0\.1900, the serving model's 0\.2500"):
         check_hit_rate(make_manifest(**{HIT_RATE: 0.19}), serving, thresholds)
 
 
 def test_compared_metric_is_written_by_training(shop):
     manifest = msgspec.json.decode((shop.artifact / "manifest.json").read_bytes(), type=Manifest)
-    assert HIT_RATE in manifest.metrics
+    assert {HIT_RATE, RING_EVENTS} <= manifest.metrics.keys()

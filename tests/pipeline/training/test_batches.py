@@ -7,24 +7,34 @@ from pipeline.features.inputs import encode
 from pipeline.features.labels import compute_labels
 from pipeline.items.catalogue import ItemFacts
 from pipeline.items.vocabulary import Vocabulary
-from pipeline.records import EVENT_DTYPE, Event, EventPacker, EventSchema
+from pipeline.records import EVENT_DTYPE, Event, EventPacker, EventSchema, Histories
+from pipeline.strategies.exclusion import Exclusion
 from pipeline.training.batches import TrainingColumns, batch_crops, make_batch, random_crops
 
 SCHEMA = EventSchema()
+RING = 512
+EVERYTHING = Exclusion()
+NOTHING = Exclusion(action_codes=())
+CARTS = Exclusion.from_names(("cart",), 0, SCHEMA)
+EXCLUSIONS = (EVERYTHING, NOTHING, CARTS, Exclusion(window_ms=4000), Exclusion(CARTS.action_codes, 7000))
 Log = list[tuple[int, int]]  # (user, item) in time order
 logs = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5)), min_size=1, max_size=80)
 
 
+def action_at(time: int) -> str:
+    return "cart" if time % 3 == 0 else "view"
+
+
 def sequences_of(log: Log) -> UserSequences:
     packer = EventPacker(SCHEMA)
-    packed = b"".join(packer.pack(Event(str(u), f"i{i}", "view", 1000 * t)) for t, (u, i) in enumerate(log))
+    packed = b"".join(packer.pack(Event(str(u), f"i{i}", action_at(t), 1000 * t)) for t, (u, i) in enumerate(log))
     events = np.frombuffer(packed, EVENT_DTYPE)
     vocabulary = Vocabulary(f"i{i}" for i in range(6))
     return UserSequences.from_columns(events, vocabulary.tokens(events["item"]), np.array([user for user, _ in log]))
 
 
-def columns_of(log: Log, repeats: bool = False) -> TrainingColumns:
-    return TrainingColumns.from_sequences(sequences_of(log), SCHEMA, repeats)
+def columns_of(log: Log, exclusion: Exclusion = EVERYTHING, ring_events: int = RING) -> TrainingColumns:
+    return TrainingColumns.from_sequences(sequences_of(log), SCHEMA, exclusion, ring_events)
 
 
 def tokens_by_user(log: Log) -> list[list[int]]:
@@ -50,8 +60,8 @@ def test_columns_of_chunks_equal_columns_of_all_users(log: Log, chunk_events: in
     assert [rows.start for rows, _ in chunks] == [0, *(rows.stop for rows, _ in chunks[:-1])]
     assert all(len(chunk.events) <= chunk_events or len(chunk) == 1 for _, chunk in chunks)
     facts = ItemFacts.unknown(len(log))
-    parts = [encode(chunk, sequences.tokens[rows], facts.select(rows), SCHEMA, True) for rows, chunk in chunks]
-    at_once = encode(histories, sequences.tokens, facts, SCHEMA, True)
+    parts = [encode(chunk, sequences.tokens[rows], facts.select(rows), SCHEMA, RING) for rows, chunk in chunks]
+    at_once = encode(histories, sequences.tokens, facts, SCHEMA, RING)
     assert np.array_equal(np.concatenate([part.events.feature_ids for part in parts]), at_once.events.feature_ids)
     assert np.array_equal(np.concatenate([part.visits for part in parts]), at_once.visits)
     assert np.array_equal(np.concatenate([part.affinity.engaged for part in parts]), at_once.affinity.engaged)
@@ -91,32 +101,44 @@ def test_batches_hold_every_crop_once(lengths: list[int], events_per_batch: int,
     assert all(crop_lengths.sum() < events_per_batch + sizes.max() for _, crop_lengths in batches)
 
 
-@given(logs, st.booleans(), st.integers(1, 20), st.integers(0, 99))
-def test_row_targets_the_next_event_and_has_seen_its_crop_so_far(
-    log: Log, repeats: bool, length: int, seed: int
+@given(logs, st.sampled_from(EXCLUSIONS), st.integers(1, 12), st.integers(1, 20), st.integers(0, 99))
+def test_row_targets_the_next_event_among_what_serving_would_not_exclude(
+    log: Log, exclusion: Exclusion, ring_events: int, length: int, seed: int
 ) -> None:
-    columns = columns_of(log, repeats)
+    columns = columns_of(log, exclusion, ring_events)
     rng = np.random.default_rng(seed)
     starts, sizes = random_crops(columns.inputs.events.offsets, length, rng)
     batch = make_batch(columns, starts, sizes, 0.0, rng)
     order = np.argsort(sizes, kind="stable")
-    index = np.concatenate([np.arange(a, a + n) for a, n in zip(starts[order], sizes[order], strict=True)])
-    expected_seen = set()
+    expected_excluded = set()
     expected_rows = []
-    for row, position in enumerate(index.tolist()):
+    for row, (start, position) in enumerate(positions_of_crops(starts[order], sizes[order])):
         user = int(np.searchsorted(columns.inputs.events.offsets, position, side="right")) - 1
         begin, end = columns.inputs.events.offsets[user : user + 2].tolist()
-        tokens = columns.inputs.events.item_rows[begin:end].tolist()
-        rank = position - begin
-        following = tokens[rank + 1] if rank + 1 < len(tokens) else 0
+        following = int(columns.inputs.events.item_rows[position + 1]) if position + 1 < end else 0
         assert batch.successors[row] == following
-        if following and (repeats or following not in tokens[: rank + 1]):
-            crop = int(np.searchsorted(batch.inputs.offsets, row, side="right")) - 1
-            crop_tokens = batch.inputs.item_rows[batch.inputs.offsets[crop] : row + 1].tolist()
-            expected_seen |= {(len(expected_rows), token) for token in crop_tokens}
+        ring = range(max(begin, position + 1 - ring_events), position + 1)
+        excluding = [event for event in ring if excludes(exclusion, columns.events, event, position)]
+        tokens = columns.inputs.events.item_rows
+        if following and following not in tokens[excluding].tolist():
+            own = [int(tokens[event]) for event in excluding if event >= start]
+            expected_excluded |= {(len(expected_rows), token) for token in own}
             expected_rows.append(row)
     assert batch.target_rows.tolist() == expected_rows
-    assert {(int(target), int(token)) for target, token in zip(*batch.seen, strict=True)} == expected_seen
+    assert {(int(target), int(token)) for target, token in zip(*batch.excluded, strict=True)} == expected_excluded
+
+
+def positions_of_crops(starts: np.ndarray, sizes: np.ndarray) -> list[tuple[int, int]]:
+    """Return (start of its crop, position) of each row."""
+    return [(a, position) for a, n in zip(starts.tolist(), sizes.tolist(), strict=True) for position in range(a, a + n)]
+
+
+def excludes(exclusion: Exclusion, events: np.ndarray, event: int, newest: int) -> bool:
+    """Return in plain Python whether the event keeps its item off the slate after `newest`."""
+    history = Histories(events, np.array([0, len(events)]))
+    if exclusion.action_codes is not None and history.actions[event] not in exclusion.action_codes:
+        return False
+    return not exclusion.window_ms or history.ts_ms[event] >= history.ts_ms[newest] - exclusion.window_ms
 
 
 @given(logs, st.integers(1, 9), st.integers(0, 30), st.integers(0, 99))
@@ -140,7 +162,7 @@ def test_crop_inputs_begin_with_older_events_of_the_same_user(log: Log, length: 
 
 
 def test_fraction_of_input_items_is_made_unknown_but_no_target() -> None:
-    columns = columns_of([(0, step % 6) for step in range(4000)], repeats=True)
+    columns = columns_of([(0, step % 6) for step in range(4000)], exclusion=NOTHING)
     batch = make_batch(columns, np.array([0]), np.array([4000]), 0.25, np.random.default_rng(0))
     assert 0.22 < (batch.inputs.item_rows == 0).mean() < 0.28
     assert (batch.successors[:-1] == columns.inputs.events.item_rows[1:]).all()

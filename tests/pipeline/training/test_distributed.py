@@ -19,6 +19,7 @@ from pipeline.items.vocabulary import Vocabulary
 from pipeline.model import heads
 from pipeline.model.config import HstuConfig
 from pipeline.records import Event, EventSchema
+from pipeline.strategies.exclusion import Exclusion
 from pipeline.strategies.options import PipelineOptions
 from pipeline.training import losses
 from pipeline.training.batches import TrainingBatch, TrainingColumns, make_batch
@@ -123,7 +124,7 @@ def test_main_process_alone_writes_and_leaves_no_checkpoint(one_process: Path, t
 def full_batch() -> TrainingBatch:
     log = random_log()
     sequences = UserSequences.from_log(log, Vocabulary(log.item_ids))
-    columns = TrainingColumns.from_sequences(sequences, EventSchema(), repeats=False)
+    columns = TrainingColumns.from_sequences(sequences, EventSchema(), Exclusion(), ring_events=512)
     columns.labels[:] = np.where(np.arange(len(sequences))[:, None] % (2, 3, 5), 1.0, np.nan)
     offsets = sequences.offsets
     return make_batch(columns, offsets[:-1], np.diff(offsets), 0.1, np.random.default_rng(0))
@@ -131,7 +132,7 @@ def full_batch() -> TrainingBatch:
 
 def seen_by_target(batch: TrainingBatch) -> set[tuple[int, ...]]:
     """Return each target with the tokens that its row has seen."""
-    targets, tokens = batch.seen
+    targets, tokens = batch.excluded
     return {(target, *tokens[targets == index].tolist()) for index, target in enumerate(batch.targets.tolist())}
 
 
