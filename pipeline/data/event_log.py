@@ -24,7 +24,7 @@ MAX_INT64 = np.iinfo(np.int64).max
 
 @dataclass(slots=True)
 class EventLog:
-    """A log in event-time order: by (ts_ms, user_id, item_id), ids compared as strings, ties in the log's order.
+    """A log in event-time order; events of equal time keep their order in the log, as rings keep that of arrival.
 
     user_ids, item_ids: sorted
     users, items: int32 [n], index into user_ids, item_ids
@@ -77,7 +77,7 @@ def event_log_from_blocks(blocks: Iterable[list[LogEntry]], schema: EventSchema)
     packed.clear()  # frees the blocks
     hashes = np.fromiter(map(item_hash, log.item_ids), np.uint64, len(log.item_ids))
     log.events["item"] = hashes[log.items]
-    order = np.lexsort((log.items, log.users, log.ts_ms))  # ids are sorted: indices order as their strings do
+    order = np.argsort(log.ts_ms, kind="stable")
     log.users = log.users[order]
     log.items = log.items[order]
     log.events = log.events[order]

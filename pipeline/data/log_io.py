@@ -48,7 +48,7 @@ def read_log(path: str | Path, layout: LogLayout | None = None) -> Iterator[LogE
 def read_log_by_time(
     path: str | Path, layout: LogLayout | None = None, run_entries: int = RUN_ENTRIES
 ) -> Iterator[Event | BadRecord]:
-    """Yield every record by (ts_ms, user_id, item_id), ties in the file's order; a bad record stays after its event.
+    """Yield every record by time, ties in the file's order; a bad record stays after its event.
 
     Memory is bounded by `run_entries`: a longer log is sorted through a temporary file. LogFileError as in `read_log`.
     """

@@ -116,7 +116,7 @@ def warm_up(simulator: Simulator, days: int) -> tuple[EventLog, Columns]:
     item_index = np.argsort(_parse_numbers(item_ids))
     users = user_index[columns["user"]].astype(np.int32)
     items = item_index[columns["item"]].astype(np.int32)
-    order = np.lexsort((items, users, columns["ts_ms"]))
+    order = np.argsort(columns["ts_ms"], kind="stable")
     events = ColumnPacker(simulator, EventSchema()).pack(columns)
     log = EventLog(user_ids, users[order], item_ids, items[order], events[order])
     return log, {name: columns[name][order] for name in TRUTHS}

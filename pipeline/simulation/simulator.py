@@ -70,8 +70,6 @@ class Simulator:
         self._trend = np.zeros(config.items)  # drift of log popularity
         self._user_ids = [user_id(number) for number in range(config.users)]
         self._item_ids = [item_id(number) for number in range(config.items)]
-        self._user_ranks = _sorted_ranks(self._user_ids)
-        self._item_ranks = _sorted_ranks(self._item_ids)
 
     def items(self) -> list[Item]:
         return self.world.records()
@@ -87,7 +85,7 @@ class Simulator:
         return self._users.device
 
     def chunks(self) -> Iterator[tuple[list[Event], Columns]]:
-        """Yield (events, truth), about a day's at a time, in event-time order, ties by (user id, item id).
+        """Yield (events, truth), about a day's at a time, in event-time order, ties in the order drawn.
 
         truth: columns hit (bool), engaged, monetized, returned (float), aligned with the events
         """
@@ -98,7 +96,8 @@ class Simulator:
             today = self.day(day, with_hits=count >= self._truth_from * self.config.events)
             columns = {name: np.concatenate([later[name].astype(today[name].dtype), today[name]]) for name in COLUMNS}
             is_due = columns["ts_ms"] < self.config.start_ms + (day + 1) * DAY_MS
-            order = self._event_time_order(columns, np.flatnonzero(is_due))[: self.config.events - count]
+            due = np.flatnonzero(is_due)
+            order = due[np.argsort(columns["ts_ms"][due], kind="stable")][: self.config.events - count]
             later = {name: column[~is_due] for name, column in columns.items()}
             count += len(order)
             day += 1
@@ -142,12 +141,6 @@ class Simulator:
         new = np.where(rng.random(len(users)) < 0.5, same_category, distinct_topics(config, rng, len(users))[:, 0])
         is_present = (interests[users] == new[:, None]).any(axis=1)
         interests[users, column] = np.where(is_present, old, new)
-
-    def _event_time_order(self, columns: Columns, rows: np.ndarray) -> np.ndarray:
-        """Sort rows by time, then by the ids as strings: the order in which log_io sorts a log."""
-        users = self._user_ranks[columns["user"][rows]]
-        items = self._item_ranks[columns["item"][rows]]
-        return rows[np.lexsort((items, users, columns["ts_ms"][rows]))]
 
     def _events(self, chunk: Columns) -> list[Event]:
         device = self._users.device
@@ -281,10 +274,3 @@ def user_id(number: int) -> str:
 def _no_events() -> Columns:
     dtypes = {"hit": bool, "engaged": float, "monetized": float}
     return {name: np.empty(0, dtypes.get(name, np.int64)) for name in COLUMNS[:-1]}
-
-
-def _sorted_ranks(ids: list[str]) -> np.ndarray:
-    """Return int [n]: each id's index among the sorted ones."""
-    ranks = np.empty(len(ids), np.int64)
-    ranks[sorted(range(len(ids)), key=ids.__getitem__)] = np.arange(len(ids))
-    return ranks

@@ -91,8 +91,8 @@ class Setting(msgspec.Struct, frozen=True):
     def read(self) -> EventLog:
         """Read the log, with the events of one time in a random order per user.
 
-        Half of the log's events share their predecessor's second. Logs are read sorted by item within one time, from
-        which a model could learn which items the next one is not.
+        Half of the log's events share their predecessor's second, and the order of such events in the file says nothing
+        about which was rated first.
         """
         log = read_event_log(self.log)
         tie_breaker = np.random.default_rng(self.ties_seed).random(len(log))

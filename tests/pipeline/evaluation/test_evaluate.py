@@ -30,11 +30,10 @@ TINY = HstuConfig(layers=1, width=8, heads=1, d_qk=4, d_v=4, max_events=4)
 def random_events(events: int = 400, users: int = 12, items: int = 40) -> list[Event]:
     rng = np.random.default_rng(8)
     popular = np.minimum(rng.geometric(0.1, events), items)
-    rows = [
+    return [
         Event(f"u{rng.integers(users)}", f"i{item}", str(rng.choice(SCHEMA.actions)), 60_000 * (number // 2))
         for number, item in enumerate(popular)
     ]
-    return sorted(rows, key=lambda event: (event.ts_ms, event.user_id, event.item_id))
 
 
 def as_log(events: list[Event]) -> EventLog:

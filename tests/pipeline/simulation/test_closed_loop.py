@@ -12,8 +12,8 @@ from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import EventSchema, Histories
 from pipeline.simulation.choices import CLICK, PURCHASE, SessionStates, appeal, choose_from_slates
 from pipeline.simulation.closed_loop import ColumnPacker, PolicyUnderTest, run, warm_up
-from pipeline.simulation.simulator import Simulator
-from pipeline.simulation.world import SimulatorConfig, World
+from pipeline.simulation.simulator import Simulator, user_id
+from pipeline.simulation.world import SimulatorConfig, World, item_id
 from pipeline.strategies.strategy import RankedItems, Request
 
 SHOP = SimulatorConfig(events=12_000, users=150, items=100, days=30)
@@ -79,6 +79,16 @@ def test_warm_up_returns_a_log_in_time_order_with_sorted_ids(shop: WarmShop) -> 
     assert log.user_ids == sorted(log.user_ids)
     assert (log.events["item"] == ColumnPacker(shop.simulator, EventSchema()).hashes[numbers[log.items]]).all()
     assert len(np.unique(log.users)) > 75
+
+
+def test_warm_up_keeps_the_order_in_which_simultaneous_events_were_drawn() -> None:
+    simulator = Simulator(replace(SHOP, events=400_000, users=4000))
+    day = deepcopy(simulator).day(0)
+    log, _ = warm_up(simulator, 1)
+    order = np.argsort(day["ts_ms"], kind="stable")
+    assert (np.diff(log.ts_ms) == 0).sum() > 5
+    assert [log.user_ids[user] for user in log.users] == [user_id(user) for user in day["user"][order]]
+    assert [log.item_ids[item] for item in log.items] == [item_id(item) for item in day["item"][order]]
 
 
 def test_slates_that_nobody_takes_change_nothing(shop: WarmShop) -> None:
