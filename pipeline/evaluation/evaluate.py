@@ -70,8 +70,9 @@ class EvaluationOptions(msgspec.Struct, frozen=True):
 class RankerMetrics(msgspec.Struct, frozen=True):
     """Metrics of one ranker.
 
-    at: by cutoff; difference: by cutoff, the model's metrics minus this ranker's; slices: at cutoff k; slates: None
-    among sampled negatives
+    at: by cutoff; difference: by cutoff, the model's metrics minus this ranker's
+    slices: at cutoff k, of cold items, of cold users, and of untied events, which have a time of their own
+    slates: None among sampled negatives
     """
 
     at: dict[int, Estimates]
@@ -83,6 +84,9 @@ class RankerMetrics(msgspec.Struct, frozen=True):
 class EvaluationReport(msgspec.Struct, frozen=True):
     """`millrace evaluate`'s JSON.
 
+    tied_fraction: of the events, those with the time of their user's event before: the log alone orders the two
+    excluded: number of the events whose item was kept off its user's slates, so that no slate could hit it; 0 among
+    negatives
     business_metrics: means over the model's slates, see business_metrics.py; empty among negatives
     warning: why the numbers may be too good, or None
     """
@@ -93,6 +97,8 @@ class EvaluationReport(msgspec.Struct, frozen=True):
     k: int
     events: int
     users: int
+    tied_fraction: float
+    excluded: int
     rankings: dict[str, RankerMetrics]
     heads: dict[str, HeadMetrics]
     business_metrics: dict[str, float]
@@ -161,6 +167,8 @@ def evaluate(
         k=request.k,
         events=len(data.test),
         users=len(np.unique(data.test.users)),
+        tied_fraction=float(data.test.is_tied.mean()),
+        excluded=0 if request.negatives else data.test.count_excluded(options.exclusion),
         rankings=_measure(ranks, slates, data, request),
         heads=evaluate_heads(hstu, data.test, options.schema),
         business_metrics=model.means(),
@@ -250,6 +258,7 @@ def _measure(
     slices = {
         "cold_items": data.counts[data.test.targets] < COLD,
         "cold_users": data.test.lengths < COLD,
+        "untied": ~data.test.is_tied,
     }
     return {
         name: RankerMetrics(

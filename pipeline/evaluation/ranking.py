@@ -14,6 +14,7 @@ from pipeline.data.sequences import UserSequences
 from pipeline.evaluation.metrics import RankingMetrics, ranking_metrics, target_ranks
 from pipeline.jagged import find_rows
 from pipeline.records import Histories
+from pipeline.strategies.exclusion import Exclusion
 from pipeline.strategies.strategy import RankedItems, Strategy, rank
 
 BATCH_USERS = 256
@@ -86,12 +87,31 @@ class HeldOutEvents:
         """Number of the user's events before each event, int64 [n]."""
         return self.positions - self.sequences.user_starts(self.positions)
 
+    @property
+    def is_tied(self) -> np.ndarray:
+        """Whether each event has the time of its user's event before, so that only the log orders the two: bool [n]."""
+        ts_ms = self.sequences.histories.ts_ms
+        return (self.lengths > 0) & (ts_ms[self.positions] == ts_ms[self.positions - 1])
+
+    def count_excluded(self, exclusion: Exclusion) -> int:
+        """Count the events whose item the rule kept off the slate just before: no slate could hit it."""
+        excluded = exclusion.excluded_targets(self.sequences.histories, self.max_events)
+        return int(excluded[self.positions].sum())
+
     def batches(self) -> Iterator[tuple[np.ndarray, Histories]]:
         """Yield indices of events, int64 [<= BATCH_USERS], and their histories, grouped by length."""
         order = np.argsort(np.minimum(self.lengths, self.max_events), kind="stable")
         for start in range(0, len(order), BATCH_USERS):
             rows = order[start : start + BATCH_USERS]
             yield rows, self.sequences.histories_before(self.positions[rows], self.max_events)
+
+
+def excluded_sentence(excluded: int, events: int) -> str:
+    """Return why some of the events count as missed by every ranking."""
+    return (
+        f"{excluded:,} of {events:,} scored items are excluded from their user's slates, because of what the user did"
+        " with them before (pipeline.exclude_actions): no ranking can hit them"
+    )
 
 
 def recommend_slates(ranker: Recommender, test: HeldOutEvents, k: int) -> np.ndarray:

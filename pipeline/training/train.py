@@ -21,7 +21,7 @@ from pipeline.data.event_log import EventLog
 from pipeline.errors import TrainingError
 from pipeline.evaluation.head_predictions import fit_calibration, held_out_labels
 from pipeline.evaluation.metrics import RankingMetrics
-from pipeline.evaluation.ranking import StrategyRecommender, evaluate_ranking
+from pipeline.evaluation.ranking import StrategyRecommender, evaluate_ranking, excluded_sentence
 from pipeline.features.labels import TASKS
 from pipeline.manifest import Manifest
 from pipeline.model.calibration import IDENTITY
@@ -49,6 +49,9 @@ class EpochReport(msgspec.Struct, frozen=True):
 
 class TrainingCallback(Protocol):
     """Progress of training."""
+
+    def note(self, text: str) -> None:
+        """Called before training with a sentence on what to know about its figures."""
 
     def phase(self, name: str, epochs: int) -> None:
         """Called before each phase: "epoch", then the refit."""
@@ -95,6 +98,8 @@ def train(
     if pipeline.threads:
         torch.set_num_threads(pipeline.threads)
     setup = prepare(log, options, pipeline, items, warm_start, group)
+    if note := _excluded_note(setup):
+        callback.note(note)
     path = out.with_name(f"{out.name}.checkpoint.safetensors")
     saved = _load_checkpoint(path, setup) if resume else None
     state, weights = _fit(setup, path, callback, saved)
@@ -109,6 +114,13 @@ def train(
     manifest = artifacts.save(out, artifact, _manifest_metrics(state, setup), created)
     path.unlink()
     return manifest
+
+
+def _excluded_note(setup: TrainingSetup) -> str:
+    """Return a sentence on the validation events that no slate can hit; empty without any."""
+    events = setup.validation_events
+    excluded = events.count_excluded(setup.pipeline.exclusion)
+    return f"validation: {excluded_sentence(excluded, len(events))}" if excluded else ""
 
 
 def _manifest_metrics(state: TrainingState, setup: TrainingSetup) -> dict[str, float]:

@@ -37,9 +37,9 @@ from pipeline.training.preparation import TrainingOptions
 from pipeline.training.train import train
 from pipeline.training.trainer import TrainerOptions
 from tests.benchmarks import results
-from tests.benchmarks.heads import SilentCallback
 from tests.benchmarks.results import Cell
 from tests.benchmarks.workers import pool
+from tests.pipeline.training.callbacks import SilentCallback
 
 RECALL = 50
 MAX_EVENTS = 512

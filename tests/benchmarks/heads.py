@@ -49,12 +49,13 @@ from pipeline.strategies.hstu_strategy import HstuStrategy, load_hstu_strategy
 from pipeline.strategies.options import PipelineOptions
 from pipeline.strategies.rerank import RerankWeights
 from pipeline.training.preparation import TrainingOptions
-from pipeline.training.train import EpochReport, train
+from pipeline.training.train import train
 from pipeline.training.trainer import TrainerOptions
 from tests.benchmarks import results
 from tests.benchmarks.head_aucs import mean_auc_gain
 from tests.benchmarks.results import Cell
 from tests.benchmarks.workers import pool
+from tests.pipeline.training.callbacks import SilentCallback
 
 SHOP = SimulatorConfig(events=60_000, users=700, items=300)
 QUICK = SimulatorConfig(events=4_000, users=200, items=60, days=40)
@@ -85,16 +86,6 @@ RERANKS: dict[str, RerankWeights] = {
 }
 # No slates; the default model with every reranking; the learned weightings as ranked and reranked by money.
 LOOPS = [(NOTHING, "off"), *((DEFAULT, name) for name in RERANKS), *product(LEARNED, ("off", "money"))]
-
-
-class SilentCallback:
-    """A training callback that ignores everything."""
-
-    def phase(self, name: str, epochs: int) -> None: ...
-
-    def batch(self, epoch: int, loss: float, done: int, total: int) -> None: ...
-
-    def epoch(self, report: EpochReport, best: EpochReport) -> None: ...
 
 
 class Setting(msgspec.Struct, frozen=True):

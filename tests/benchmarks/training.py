@@ -89,6 +89,8 @@ class PhaseTimer:
         Path("/proc/self/clear_refs").write_text(RESET_PEAK_RSS)
         self._since_s = time.perf_counter()
 
+    def note(self, text: str) -> None: ...
+
     def phase(self, name: str, epochs: int) -> None:
         self._refitting = name != "epoch"
         self.end("calibrate, columns of all events" if self._refitting else "split, count, columns")

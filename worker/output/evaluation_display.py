@@ -4,6 +4,7 @@ from rich.table import Table
 
 from pipeline.evaluation.comparison import Estimate
 from pipeline.evaluation.evaluate import MODEL, EvaluationReport
+from pipeline.evaluation.ranking import excluded_sentence
 from worker.output.tables import print_tables, table
 
 
@@ -12,7 +13,7 @@ def print_report(report: EvaluationReport) -> None:
     tables = [_rankings(report), _slates(report), _heads(report)]
     if report.business_metrics:
         tables.append(_business_metrics(report))
-    print_tables(*tables)
+    print_tables(*tables, *_notes(report))
 
 
 def _rankings(report: EvaluationReport) -> Table:
@@ -26,13 +27,14 @@ def _rankings(report: EvaluationReport) -> Table:
 
 
 def _slates(report: EvaluationReport) -> Table:
-    """Return the model's difference to each ranking, hit rates on cold items and users, beyond-accuracy metrics."""
+    """Return the model's difference to each ranking, hit rates by slice, and beyond-accuracy metrics."""
     k = report.k
     rows = table(
         "ranking",
         f"{MODEL}'s NDCG@{k} minus this",
         f"cold items' hit rate@{k}",
         f"cold users' hit rate@{k}",
+        f"untied events' hit rate@{k}",
         "coverage",
         "novelty, bits",
         "diversity",
@@ -40,10 +42,10 @@ def _slates(report: EvaluationReport) -> Table:
     )
     for name, ranking in report.rankings.items():
         difference = _interval(ranking.difference[k].ndcg) if ranking.difference else "–"
-        cold = [f"{part.hit_rate:.4f} of {part.events:,}" for part in ranking.slices.values()]
+        slices = [f"{part.hit_rate:.4f} of {part.events:,}" for part in ranking.slices.values()]
         slates = ranking.slates
         beyond_accuracy = (slates.coverage, slates.novelty, slates.diversity) if slates else (None, None, None)
-        rows.add_row(name, difference, *cold, *map(_number, beyond_accuracy))
+        rows.add_row(name, difference, *slices, *map(_number, beyond_accuracy))
     return rows
 
 
@@ -60,6 +62,20 @@ def _business_metrics(report: EvaluationReport) -> Table:
     rows = table(*columns, title=f"per slate of {report.k} items by {MODEL}")
     rows.add_row(*map(_number, report.business_metrics.values()))
     return rows
+
+
+def _notes(report: EvaluationReport) -> list[str]:
+    """Return sentences on what the figures do not show."""
+    notes = []
+    if report.excluded:
+        notes.append(excluded_sentence(report.excluded, report.events))
+    if report.tied_fraction:
+        notes.append(
+            f"{report.tied_fraction:.1%} of the scored events have the time of their user's event before: only the"
+            " log's order says which came first, and a source that sorts them may tell a model the next item; compare"
+            " the untied events"
+        )
+    return notes
 
 
 def _interval(estimate: Estimate) -> str:

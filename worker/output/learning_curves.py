@@ -53,6 +53,9 @@ class LearningCurves:
         if self._file.suffix in PLOT_SUFFIXES:
             plot(self.points, self._file)
 
+    def note(self, text: str) -> None:
+        self._inner.note(text)
+
     def phase(self, name: str, epochs: int) -> None:
         self._inner.phase(name, epochs)
 

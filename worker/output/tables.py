@@ -18,4 +18,4 @@ def table(*columns: str, title: str | None = None) -> Table:
 
 def print_tables(*tables: RenderableType) -> None:
     """Print without interpreting markup: texts of users and brokers may look like it."""
-    Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, markup=False).print(*tables)
+    Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, markup=False).print(*tables, sep="\n")

@@ -30,6 +30,9 @@ class TrainingDisplay:
     def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
+    def note(self, text: str) -> None:
+        self._console.print(text, soft_wrap=True)
+
     def phase(self, name: str, epochs: int) -> None:
         self._phase = name
         self._epochs = epochs

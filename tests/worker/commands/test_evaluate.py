@@ -94,3 +94,33 @@ def test_negatives_are_configured_by_number_seed_and_sampling(shop, tmp_path: Pa
     report = msgspec.json.decode((tmp_path / "report.json").read_bytes(), type=EvaluationReport)
     assert report.candidates == "20 popularity negatives, seed 4"
     assert "among 20 popularity negatives, seed 4" in capsys.readouterr().out
+
+
+def test_zero_hit_rates_come_with_their_reason(tmp_path: Path, capsys: Capture) -> None:
+    """Each user alternates between two items, so whatever comes next was touched before and is excluded."""
+    log = tmp_path / "habits.csv"
+    log.write_text("".join(f"u{user},i{(7 * user + step % 2) % 40}\n" for step in range(30) for user in range(30)))
+    layout = ["--columns", "user,item"]
+    assert main(words("train", log, *layout, "--out", tmp_path / "a", "--no-refit", *SMALL_MODEL)) == 0
+    assert "36 of 36 scored items are excluded from their user's slates" in capsys.readouterr().out
+    assert main(words("evaluate", tmp_path / "a", log, *layout, "--report", tmp_path / "report.json")) == 0
+    report = msgspec.json.decode((tmp_path / "report.json").read_bytes(), type=EvaluationReport)
+    assert (report.excluded, report.events, report.tied_fraction) == (180, 180, 0)
+    assert "180 of 180 scored items are excluded" in capsys.readouterr().out
+    assert all(ranking.at[10].hit_rate.value == 0 for ranking in report.rankings.values())
+
+
+def test_share_of_tied_events_is_said_and_the_untied_ones_are_scored_apart(tmp_path: Path, capsys: Capture) -> None:
+    """A page of four events has one time; the first of each page is untied."""
+    rng = np.random.default_rng(1)
+    log = tmp_path / "pages.csv"
+    rows = [(user, rng.integers(30), page) for page in range(12) for user in range(20) for _ in range(4)]
+    log.write_text("user,item,ts\n" + "".join(f"u{user},i{item},{1_700_000_000 + page}\n" for user, item, page in rows))
+    train = words("train", log, "--out", tmp_path / "a", "--leave-last-out", 8, "--no-refit", *SMALL_MODEL)
+    assert main(train) == 0
+    protocol = ["--protocol", "leave-last-out", "--leave-last-out", 8]
+    assert main(words("evaluate", tmp_path / "a", log, *protocol, "--report", tmp_path / "report.json")) == 0
+    report = msgspec.json.decode((tmp_path / "report.json").read_bytes(), type=EvaluationReport)
+    assert report.tied_fraction == 0.75
+    assert all(ranking.slices["untied"].events == 40 for ranking in report.rankings.values())
+    assert "75.0% of the scored events have the time of their user's event before" in capsys.readouterr().out
