@@ -37,7 +37,10 @@ class PrequentialEvaluator:
         self._pending: dict[str, dict[str, list[str]]] = {}  # the same of the baselines, not yet delivered
         self.answered = 0  # distinct events with a slate
         self.scored = 0
+        self.tied = 0  # scored events with the time of their user's event before
         self.hits: Counter[str] = Counter()
+        self.untied_hits: Counter[str] = Counter()
+        self._latest_ms: dict[str, int] = {}  # by user: time of the event before
         self.strategies: Counter[str] = Counter()  # slates by strategy
         self.backends: Counter[str] = Counter()  # slates by backend
         self.latencies_ms: list[float] = []  # of every scored slate since the last `take_latencies`
@@ -76,6 +79,10 @@ class PrequentialEvaluator:
     def hit_rate(self, ranking: str) -> float:
         return self.hits[ranking] / self.scored if self.scored else float("nan")
 
+    def untied_hit_rate(self, ranking: str) -> float:
+        """Return the hit rate on events with a time of their own, of which there must be one."""
+        return self.untied_hits[ranking] / (self.scored - self.tied)
+
     def take_latencies(self) -> list[float]:
         latencies_ms = self.latencies_ms
         self.latencies_ms = []
@@ -83,11 +90,17 @@ class PrequentialEvaluator:
 
     def _score(self, shown: dict[str, list[str]] | None, consumed: ConsumedEvent) -> None:
         self.answered += consumed.is_new
-        if consumed.event.ts_ms < self._score_from_ms or not consumed.is_new:
+        event = consumed.event
+        is_tied = self._latest_ms.get(event.user_id) == event.ts_ms
+        self._latest_ms[event.user_id] = event.ts_ms
+        if event.ts_ms < self._score_from_ms or not consumed.is_new:
             return
         self.scored += 1
+        self.tied += is_tied
         for ranking in self.rankings:
-            self.hits[ranking] += consumed.event.item_id in (shown[ranking] if shown else self._popular)
+            is_hit = event.item_id in (shown[ranking] if shown else self._popular)
+            self.hits[ranking] += is_hit
+            self.untied_hits[ranking] += is_hit and not is_tied
 
     def _rank_baselines(self, batch: Batch) -> None:
         histories = Histories.from_rings([entry.ring for entry in batch.entries])

@@ -67,6 +67,8 @@ class ReplayReport(msgspec.Struct, frozen=True):
     """The result of a replay. Hit rates at 10 and latencies are those of the scored events.
 
     strategies, backends: number of slates by each name
+    tied_fraction: of the scored events, those with the time of their user's event before
+    untied_hit_rates: hit rates of the others; empty without any
     lost: number of records that got neither a slate nor a dead letter
     log_speed: log seconds per real second; at high speeds a user's events wait for their predecessors
     """
@@ -80,6 +82,8 @@ class ReplayReport(msgspec.Struct, frozen=True):
     scored: int
     scored_fraction: float
     hit_rates: dict[str, float]
+    tied_fraction: float
+    untied_hit_rates: dict[str, float]
     strategies: dict[str, int]
     backends: dict[str, int]
     events_per_s: float
@@ -254,6 +258,12 @@ def _report(run: _Run, timeline: Timeline) -> ReplayReport:
         scored=evaluator.scored,
         scored_fraction=round(evaluator.scored / to_score, 6),
         hit_rates={ranking: round(evaluator.hit_rate(ranking), 5) for ranking in evaluator.rankings},
+        tied_fraction=round(evaluator.tied / max(1, evaluator.scored), 6),
+        untied_hit_rates={
+            ranking: round(evaluator.untied_hit_rate(ranking), 5)
+            for ranking in evaluator.rankings
+            if evaluator.scored > evaluator.tied
+        },
         strategies=dict(evaluator.strategies),
         backends=dict(evaluator.backends),
         events_per_s=round(evaluator.answered / recorder.elapsed_s, 1),
@@ -282,5 +292,13 @@ def summary(report: ReplayReport) -> list[tuple[str, str]]:
         ("strategies", format_fractions(report.strategies)),
         ("backends", format_fractions(report.backends)),
         ("scored", f"{report.scored:,} events, {report.scored_fraction:.1%} of those to score"),
-        *((f"hit rate@{CUTOFF}, {ranking}", f"{rate:.4f}") for ranking, rate in report.hit_rates.items()),
+        ("tied", f"{report.tied_fraction:.1%} of the scored events have the time of their user's event before"),
+        *((f"hit rate@{CUTOFF}, {ranking}", _rates(report, ranking)) for ranking in report.hit_rates),
     ]
+
+
+def _rates(report: ReplayReport, ranking: str) -> str:
+    rate = f"{report.hit_rates[ranking]:.4f}"
+    if not report.tied_fraction or ranking not in report.untied_hit_rates:
+        return rate
+    return f"{rate}; of untied events {report.untied_hit_rates[ranking]:.4f}"

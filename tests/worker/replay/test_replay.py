@@ -33,12 +33,12 @@ def replay_model(shop, folder: Path, *options: object, log: Path | None = None) 
 
 @pytest.fixture(scope="module")
 def log(shop, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The events of a third of the shop's users, about 2,000, to replay several times."""
-    lines = shop.log.read_bytes().splitlines(keepends=True)
-    users = sorted({msgspec.json.decode(line)["user_id"] for line in lines})
-    chosen = set(users[::3])
+    """The events of a third of the shop's users, about 2,000, to replay several times; some of a minute are tied."""
+    events = [msgspec.json.decode(line) for line in shop.log.read_bytes().splitlines()]
+    chosen = set(sorted({event["user_id"] for event in events})[::3])
+    events = [event | {"ts_ms": event["ts_ms"] // 60_000 * 60_000} for event in events if event["user_id"] in chosen]
     path = tmp_path_factory.mktemp("log") / "events.jsonl"
-    path.write_bytes(b"".join(line for line in lines if msgspec.json.decode(line)["user_id"] in chosen))
+    path.write_bytes(msgspec.json.Encoder().encode_lines(events))
     return path
 
 
@@ -63,6 +63,11 @@ def test_replay_reports_the_hit_rates_of_the_evaluation(
     expected = {"slate": rates["hstu"], "cooccurrence": rates["cooccurrence"], "popularity": rates["popularity"]}
     assert report.hit_rates == pytest.approx(expected, abs=1e-5)
     assert report.hit_rates["slate"] > 0
+    assert 0.01 < report.tied_fraction < 0.9
+    assert report.tied_fraction == pytest.approx(evaluation["tied_fraction"], abs=1e-6)
+    untied = {name: ranking["slices"]["untied"]["hit_rate"] for name, ranking in evaluation["rankings"].items()}
+    expected = {"slate": untied["hstu"], "cooccurrence": untied["cooccurrence"], "popularity": untied["popularity"]}
+    assert report.untied_hit_rates == pytest.approx(expected, abs=1e-5)
 
 
 def test_replay_answers_every_event_and_writes_slates_and_a_summary(
