@@ -24,6 +24,7 @@ from torch import Tensor
 from pipeline.data.split import TrainingProvenance
 from pipeline.errors import ArtifactError
 from pipeline.features.event_features import FEATURE_LAYOUT
+from pipeline.features.labels import LabelOptions, LabelRules
 from pipeline.files import exchange, flush, hash_mismatch
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.metadata import ItemMetadata
@@ -66,6 +67,11 @@ class Artifact:
     def config(self) -> HstuConfig:
         return self.manifest.config
 
+    @property
+    def label_rules(self) -> LabelRules:
+        """Rules of the labels that the model was trained on, which its features count engaged events by, too."""
+        return LabelRules.from_options(self.manifest.schema, self.manifest.labels)
+
     def module_weights(self, name: str) -> dict[str, Tensor]:
         """Return the state dict of one module, 'hstu' or 'heads', without the item table (see item_table_parts)."""
         prefix = f"{name}."
@@ -107,9 +113,23 @@ def draft(
     counters: dict[str, np.ndarray],
     metadata: ItemMetadata | None = None,
     trained_on: TrainingProvenance | None = None,
+    labels: LabelOptions | None = None,
 ) -> Artifact:
     """Return an artifact that is not saved yet: without a version, hashes and metrics."""
-    manifest = Manifest(FORMAT, "draft", "unsigned", "", config, schema, {}, {}, {}, FEATURE_LAYOUT, trained_on)
+    manifest = Manifest(
+        format=FORMAT,
+        name="draft",
+        version="unsigned",
+        created="",
+        config=config,
+        schema=schema,
+        labels=labels or LabelOptions(),
+        metrics={},
+        files={},
+        tools={},
+        features=FEATURE_LAYOUT,
+        trained_on=trained_on,
+    )
     return Artifact(manifest, weights, item_ids, counters, metadata or ItemMetadata.unknown(len(item_ids)))
 
 

@@ -11,11 +11,12 @@ import msgspec
 from pipeline.data.split import TrainingProvenance
 from pipeline.errors import ArtifactError
 from pipeline.features.event_features import FEATURE_LAYOUT
+from pipeline.features.labels import LabelOptions
 from pipeline.files import sha256
 from pipeline.model.config import HstuConfig
 from pipeline.records import EventSchema
 
-FORMAT = 4
+FORMAT = 5
 MANIFEST = "manifest.json"
 WEIGHTS = "hstu.safetensors"
 VOCABULARY = "vocabulary.msgpack"
@@ -38,6 +39,7 @@ class Manifest(msgspec.Struct, frozen=True):
     created: str
     config: HstuConfig
     schema: EventSchema
+    labels: LabelOptions
     metrics: dict[str, float]
     files: dict[str, str]
     tools: dict[str, str]
@@ -62,7 +64,7 @@ def read_manifest(folder: Path) -> Manifest:
         )
     if missing := set(FILES) - manifest.files.keys():
         raise ArtifactError(f"artifact {path}: no hash of {', '.join(sorted(missing))}; {COPY_AGAIN}")
-    version = _content_hash(manifest.config, manifest.schema, manifest.files)
+    version = _content_hash(manifest, manifest.files)
     if version != manifest.version:
         raise ArtifactError(
             f"artifact {path}: content hash {version}, the manifest says {manifest.version}; {COPY_AGAIN}"
@@ -71,15 +73,16 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def make_manifest(folder: Path, name: str, draft: Manifest, metrics: Mapping[str, float], created: str) -> Manifest:
-    """Return the manifest of the FILES in `folder`, with the config, schema and provenance of a draft."""
+    """Return the manifest of the FILES in `folder`, with the options and provenance of a draft."""
     files = {file: sha256(folder / file) for file in FILES}
     return Manifest(
         format=FORMAT,
         name=name,
-        version=_content_hash(draft.config, draft.schema, files),
+        version=_content_hash(draft, files),
         created=created,
         config=draft.config,
         schema=draft.schema,
+        labels=draft.labels,
         metrics=dict(metrics),
         files=files,
         tools={"python": platform.python_version(), **{tool: installed_version(tool) for tool in TOOLS}},
@@ -103,6 +106,6 @@ def _decode_manifest(path: Path) -> Manifest:
         raise ArtifactError(f"artifact {path}: not a manifest ({error}); {COPY_AGAIN}") from error
 
 
-def _content_hash(config: HstuConfig, schema: EventSchema, files: Mapping[str, str]) -> str:
-    content = msgspec.json.encode((config, schema, dict(files)), order="sorted")
+def _content_hash(manifest: Manifest, files: Mapping[str, str]) -> str:
+    content = msgspec.json.encode((manifest.config, manifest.schema, manifest.labels, dict(files)), order="sorted")
     return hashlib.sha256(content).hexdigest()[:16]

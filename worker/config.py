@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct, field
 
+from pipeline.features.labels import LabelOptions
 from pipeline.records import EventSchema
 from pipeline.strategies.rerank import RerankWeights
 from pipeline.strategies.strategy import FALLBACK_ORDER
@@ -155,6 +156,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     health: HealthConfig = field(default_factory=HealthConfig)
     log: LogConfig = field(default_factory=LogConfig)
     rerank: RerankWeights = field(default_factory=RerankWeights)
+    labels: LabelOptions = field(default_factory=LabelOptions)
     serve: ServeConfig = field(default_factory=ServeConfig)
 
     @property
@@ -170,12 +172,7 @@ def load(path: str | Path | None = None, env: dict[str, str] | None = None) -> C
         if name.startswith("MILLRACE__"):
             _put(tree, name, text)
             config = _convert(tree, f"environment {name}")  # valid before this variable, so an error is the variable's
-    if unknown := set(config.events.trigger_actions or ()) - set(config.events.actions):
-        actions = ", ".join(config.events.actions)
-        where = "environment" if path is None else f"config {path}"
-        raise ConfigError(
-            f"{where}: events.trigger_actions: {', '.join(sorted(unknown))} not in events.actions ({actions})"
-        )
+    _check_actions(config, "environment" if path is None else f"config {path}")
     return config
 
 
@@ -201,6 +198,18 @@ def _read(path: str | Path | None) -> dict[str, Any]:
         raise ConfigError(f"config {path}: {error.strerror}; give another file with --config") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path}: not TOML: {error}") from error
+
+
+def _check_actions(config: Config, where: str) -> None:
+    """Raise ConfigError for an action that is not in `events.actions`; default names of labels need not be there."""
+    defaults = msgspec.structs.asdict(LabelOptions())
+    chosen = {"events.trigger_actions": set(config.events.trigger_actions or ())}
+    for name in ("engaged_actions", "valued_actions", "paid_actions"):
+        chosen[f"labels.{name}"] = set(getattr(config.labels, name)) - set(defaults[name])
+    for key, actions in chosen.items():
+        if unknown := actions - set(config.events.actions):
+            known = ", ".join(config.events.actions)
+            raise ConfigError(f"{where}: {key}: {', '.join(sorted(unknown))} not in events.actions ({known})")
 
 
 def _put(tree: dict[str, Any], name: str, text: str) -> None:

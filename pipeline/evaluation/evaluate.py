@@ -38,10 +38,10 @@ from pipeline.evaluation.ranking import (
     rank_among_negatives,
     recommend_slates,
 )
-from pipeline.features.labels import TASKS, compute_log_labels
+from pipeline.features.labels import TASKS, LabelRules, compute_log_labels
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import UNKNOWN, Vocabulary
-from pipeline.records import EventSchema, Item
+from pipeline.records import Item
 from pipeline.strategies.hstu_strategy import HstuStrategy, load_hstu_strategy
 from pipeline.strategies.options import PipelineOptions, frozen_counters
 from pipeline.strategies.simple_strategy import SimpleStrategy
@@ -170,7 +170,7 @@ def evaluate(
         tied_fraction=float(data.test.is_tied.mean()),
         excluded=0 if request.negatives else data.test.count_excluded(options.exclusion),
         rankings=_measure(ranks, slates, data, request),
-        heads=evaluate_heads(hstu, data.test, options.schema),
+        heads=evaluate_heads(hstu, data.test, artifact.label_rules),
         business_metrics=model.means(),
         warning=warning,
     )
@@ -195,14 +195,14 @@ def fit_baselines(
     }
 
 
-def evaluate_heads(hstu: HstuStrategy, test: HeldOutEvents, schema: EventSchema) -> dict[str, HeadMetrics]:
+def evaluate_heads(hstu: HstuStrategy, test: HeldOutEvents, rules: LabelRules) -> dict[str, HeadMetrics]:
     """Compare the heads' probabilities for each event's item, predicted just before the event, with its labels.
 
     Users' first events are left out.
     """
     sequences = test.sequences
     events = HeldOutEvents(sequences, test.positions[test.lengths > 0], test.max_events)
-    labels = compute_log_labels(sequences.histories, schema)
+    labels = compute_log_labels(sequences.histories, rules)
     labels = labels[events.positions - 1]  # an event's labels are stored at its predecessor
     probabilities = predict_heads(hstu, events)
     return {task: head_metrics(probabilities[:, i], labels[:, i]) for i, task in enumerate(TASKS)}

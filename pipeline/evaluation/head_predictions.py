@@ -5,9 +5,8 @@ import numpy as np
 from pipeline.data.sequences import UserSequences
 from pipeline.evaluation.metrics import PROBABILITY_FLOOR
 from pipeline.evaluation.ranking import HeldOutEvents
-from pipeline.features.labels import TASKS, compute_log_labels
+from pipeline.features.labels import TASKS, LabelRules, compute_log_labels
 from pipeline.model.calibration import fit_platt
-from pipeline.records import EventSchema
 from pipeline.strategies.hstu_strategy import HstuStrategy
 
 MAX_CALIBRATION_EVENTS = 8000  # two numbers per head are fitted to them
@@ -37,16 +36,14 @@ def fit_calibration(
     return [fit_platt(logits[:, task], labels[positions, task]) for task in range(len(TASKS))]
 
 
-def held_out_labels(
-    train: UserSequences, fit: UserSequences, validation: np.ndarray, schema: EventSchema
-) -> np.ndarray:
+def held_out_labels(train: UserSequences, fit: UserSequences, validation: np.ndarray, rules: LabelRules) -> np.ndarray:
     """Return float32 [total, 3], the labels of `train` with NaN where `fit`, its part before validation, has them.
 
     validation: bool [total], the validation slice. The remaining labels are those of events in the slice
     and, for retention, of events up to a horizon before it, which the slice decides.
     """
-    labels = compute_log_labels(train.histories, schema)
+    labels = compute_log_labels(train.histories, rules)
     is_trained = np.zeros(labels.shape, bool)
     # `fit` has the rows before validation in the same order: both are grouped by user.
-    is_trained[~validation] = np.isfinite(compute_log_labels(fit.histories, schema))
+    is_trained[~validation] = np.isfinite(compute_log_labels(fit.histories, rules))
     return np.where(is_trained, np.nan, labels)

@@ -1,4 +1,4 @@
 """Features of histories: event features, visit frequency, user-item affinity, item values, labels. numpy only.
 
-May import: jagged, records, items.
+May import: jagged, types, records, items.
 """

@@ -9,10 +9,10 @@ import numpy as np
 
 from pipeline.features.affinity import AffinityEvents
 from pipeline.features.event_features import EncoderInputs, encoder_inputs
-from pipeline.features.labels import engaged
+from pipeline.features.labels import LabelRules, engaged
 from pipeline.features.visit_frequency import latest_visit_frequency, visit_frequency
 from pipeline.items.catalogue import ItemFacts
-from pipeline.records import EventSchema, Histories
+from pipeline.records import Histories
 
 
 @dataclass(slots=True)
@@ -30,7 +30,7 @@ class Inputs:
 
 
 def encode(
-    histories: Histories, item_rows: np.ndarray, facts: ItemFacts, schema: EventSchema, ring_events: int | None = None
+    histories: Histories, item_rows: np.ndarray, facts: ItemFacts, rules: LabelRules, ring_events: int | None = None
 ) -> Inputs:
     """Return the features of rings or, for training, of full histories.
 
@@ -45,6 +45,6 @@ def encode(
         events=encoder_inputs(histories, item_rows, facts),
         visits=visits,
         affinity=AffinityEvents(
-            item_rows, facts.categories, facts.price_codes, engaged(histories, schema), histories.offsets
+            item_rows, facts.categories, facts.price_codes, engaged(histories, rules), histories.offsets
         ),
     )

@@ -1,26 +1,86 @@
 """Labels that the heads predict: engagement, retention and monetization, from the events that follow.
 
 A position of a user's sequence is labelled by its successor. With e the user's next event:
-    engagement    e is a like, cart, purchase or share, a rating of 4 or more, or has a dwell of 30 s or more
-    retention     a new session (an event 30 minutes or more after its predecessor) begins within 7 days after e
-    monetization  e is a cart or purchase
+    engagement    e is engaged: by its action, its value or its dwell
+    retention     a new session (an event 30 minutes or more after its predecessor) begins within some days after e
+    monetization  e is paid: by its action
 Logs do not hold items that were shown and ignored: the heads rank outcomes among items that users interacted with.
 """
 
+from dataclasses import dataclass
+from typing import Annotated
+
+import msgspec
 import numpy as np
+from msgspec import Meta
 
 from pipeline.features.event_features import after_pause
-from pipeline.records import DAY_MS, DWELL_STEP_MS, EventSchema, Histories, encode_value
+from pipeline.records import DAY_MS, DWELL_STEP_MS, MAX_STEPS_U16, EventSchema, Histories, encode_value
+from pipeline.types import NonNegativeFloat, PositiveFloat
 
 TASKS = ("engagement", "retention", "monetization")
-ENGAGING = ("like", "cart", "purchase", "share")
-MONETIZING = ("cart", "purchase")
-LIKED_STARS = 4.0
-LONG_DWELL_MS = 30_000
-HORIZON_MS = 7 * DAY_MS
+MAX_DWELL_MS = MAX_STEPS_U16 * DWELL_STEP_MS
 
 
-def compute_labels(histories: Histories, schema: EventSchema, end_ms: int) -> np.ndarray:
+class LabelOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Options of what the heads predict. Actions that the schema does not have are ignored.
+
+    The artifact keeps them: features count engaged events, so a worker must read what training read.
+    """
+
+    engaged_actions: tuple[str, ...] = ("like", "cart", "purchase", "share")
+    valued_actions: tuple[str, ...] = ("rate",)  # an event of these is engaged from `engaged_value` on
+    engaged_value: NonNegativeFloat = 4.0  # stars of five
+    engaged_dwell_ms: Annotated[int, Meta(ge=0, le=MAX_DWELL_MS)] = 30_000  # of any action; 0: dwell does not count
+    paid_actions: tuple[str, ...] = ("cart", "purchase")  # of monetization, and of an item's usual value
+    retention_days: PositiveFloat = 7.0  # the user is back when a new session begins within this time
+
+
+@dataclass(slots=True, frozen=True)
+class LabelRules:
+    """Label options in the codes of a ring."""
+
+    engaged_codes: tuple[int, ...]
+    valued_codes: tuple[int, ...]
+    min_value_code: int
+    min_dwell_code: int
+    paid_codes: tuple[int, ...]
+    retention_ms: int
+
+    @classmethod
+    def from_options(cls, schema: EventSchema, options: LabelOptions | None = None) -> "LabelRules":
+        """Return the rules for events of this schema; None: the default options."""
+        options = options or LabelOptions()
+        codes = schema.action_codes()
+
+        def known(actions: tuple[str, ...]) -> tuple[int, ...]:
+            return tuple(codes[name] for name in actions if name in codes)
+
+        dwell_steps = -(-options.engaged_dwell_ms // DWELL_STEP_MS) if options.engaged_dwell_ms else MAX_STEPS_U16 + 1
+        return cls(
+            engaged_codes=known(options.engaged_actions),
+            valued_codes=known(options.valued_actions),
+            min_value_code=encode_value(options.engaged_value),
+            min_dwell_code=1 + dwell_steps,
+            paid_codes=known(options.paid_actions),
+            retention_ms=round(options.retention_days * DAY_MS),
+        )
+
+
+def engaged(histories: Histories, rules: LabelRules) -> np.ndarray:
+    """Return whether each event itself is engaged: bool [total]."""
+    actions = histories.actions
+    liked = np.isin(actions, rules.valued_codes) & (histories.events["value"] >= rules.min_value_code)
+    dwelt = histories.events["dwell"] >= rules.min_dwell_code
+    return liked | dwelt | np.isin(actions, rules.engaged_codes)
+
+
+def paid(histories: Histories, rules: LabelRules) -> np.ndarray:
+    """Return whether each event itself is paid: bool [total]."""
+    return np.isin(histories.actions, rules.paid_codes)
+
+
+def compute_labels(histories: Histories, rules: LabelRules, end_ms: int) -> np.ndarray:
     """Return the labels of each event's successor, by TASKS: float32 [total, 3].
 
     NaN for a user's last event, and for the retention of an event whose horizon exceeds `end_ms`, the log's end:
@@ -28,39 +88,25 @@ def compute_labels(histories: Histories, schema: EventSchema, end_ms: int) -> np
     """
     labels = np.full((len(histories.events), len(TASKS)), np.nan, np.float32)
     for part, chunk in histories.chunks():
-        _fill_labels(labels[part], chunk, schema, end_ms)
+        _fill_labels(labels[part], chunk, rules, end_ms)
     return labels
 
 
-def compute_log_labels(histories: Histories, schema: EventSchema) -> np.ndarray:
+def compute_log_labels(histories: Histories, rules: LabelRules) -> np.ndarray:
     """Return the labels of a full log, which ends with its newest event; see `compute_labels`."""
-    return compute_labels(histories, schema, int(histories.ts_ms.max(initial=0)))
+    return compute_labels(histories, rules, int(histories.ts_ms.max(initial=0)))
 
 
-def _fill_labels(labels: np.ndarray, histories: Histories, schema: EventSchema, end_ms: int) -> None:
+def _fill_labels(labels: np.ndarray, histories: Histories, rules: LabelRules, end_ms: int) -> None:
     users = histories.users
     labelled = np.flatnonzero(users[1:] == users[:-1])
     successors = labelled + 1
-    labels[labelled, 0] = engaged(histories, schema)[successors]
-    labels[labelled, 1] = _returned(histories, end_ms)[successors]
-    labels[labelled, 2] = np.isin(histories.actions, action_codes(MONETIZING, schema))[successors]
+    labels[labelled, 0] = engaged(histories, rules)[successors]
+    labels[labelled, 1] = _returned(histories, rules.retention_ms, end_ms)[successors]
+    labels[labelled, 2] = paid(histories, rules)[successors]
 
 
-def action_codes(actions: tuple[str, ...], schema: EventSchema) -> list[int]:
-    """Return the ring's codes of these actions, without those that are not in the schema."""
-    codes = schema.action_codes()
-    return [codes[name] for name in actions if name in codes]
-
-
-def engaged(histories: Histories, schema: EventSchema) -> np.ndarray:
-    """Return whether each event itself is engaged: bool [total]."""
-    liked = np.isin(histories.actions, action_codes(("rate",), schema))
-    liked &= histories.events["value"] >= encode_value(LIKED_STARS)
-    dwelt = histories.events["dwell"] > LONG_DWELL_MS // DWELL_STEP_MS  # code = 1 + steps
-    return liked | dwelt | np.isin(histories.actions, action_codes(ENGAGING, schema))
-
-
-def _returned(histories: Histories, end_ms: int) -> np.ndarray:
+def _returned(histories: Histories, horizon_ms: int, end_ms: int) -> np.ndarray:
     """Return whether the user's next session begins within the horizon after the event: float32 [total].
 
     NaN when the log ends before the horizon.
@@ -73,5 +119,5 @@ def _returned(histories: Histories, end_ms: int) -> np.ndarray:
     next_start = (
         session_starts[np.minimum(after, len(session_starts) - 1)] if len(session_starts) else np.zeros_like(users)
     )
-    returned = has_next & (users[next_start] == users) & (ts_ms[next_start] - ts_ms <= HORIZON_MS)
-    return np.where(ts_ms + HORIZON_MS <= end_ms, returned, np.nan).astype(np.float32)
+    returned = has_next & (users[next_start] == users) & (ts_ms[next_start] - ts_ms <= horizon_ms)
+    return np.where(ts_ms + horizon_ms <= end_ms, returned, np.nan).astype(np.float32)

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from pipeline.data.event_log import EventLog
-from pipeline.features.labels import LONG_DWELL_MS
+from pipeline.features.labels import LabelOptions
 from pipeline.items.vocabulary import UNKNOWN, Vocabulary
 from pipeline.jagged import ranges
 from pipeline.records import EVENT_DTYPE, EventSchema, Histories, encode_value, item_hash, pack_columns
@@ -130,7 +130,8 @@ def run(simulator: Simulator, first_day: int, days: int, policy: PolicyUnderTest
         has_session[columns["user"], day] = True
     columns = _concatenate(columns_by_day)
     is_purchase = columns["action"] == PURCHASE
-    is_engaged = np.isin(columns["action"], (LIKE, CART, PURCHASE)) | (columns["dwell_ms"] >= LONG_DWELL_MS)
+    is_long = columns["dwell_ms"] >= LabelOptions().engaged_dwell_ms
+    is_engaged = np.isin(columns["action"], (LIKE, CART, PURCHASE)) | is_long
     return ClosedLoopMetrics(
         events=len(is_purchase),
         sessions=int(has_session.sum()),

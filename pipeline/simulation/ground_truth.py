@@ -10,7 +10,7 @@ from pipeline.data.log_io import read_event_log, write_log
 from pipeline.data.sequences import UserSequences
 from pipeline.data.split import split_index
 from pipeline.evaluation.metrics import HeadMetrics, head_metrics
-from pipeline.features.labels import TASKS, compute_labels
+from pipeline.features.labels import TASKS, LabelRules, compute_labels
 from pipeline.records import Event, EventSchema
 from pipeline.simulation.simulator import TRUTHS, Columns, Simulator
 from pipeline.simulation.world import SimulatorConfig
@@ -58,11 +58,10 @@ def simulate(
 
 
 def _measure(config: SimulatorConfig, path: Path, truth: Columns) -> GroundTruth:
-    schema = EventSchema()
     log = read_event_log(path)
     sequences = UserSequences.from_columns(log.events, np.ones(len(log), np.int32), log.users)
     start = split_index(log.ts_ms, SCORED_FROM)
-    labels = compute_labels(sequences.histories, schema, int(log.ts_ms[-1]))
+    labels = compute_labels(sequences.histories, LabelRules.from_options(EventSchema()), int(log.ts_ms[-1]))
     # Labels are stored at an event's predecessor, where the heads predict them.
     positions = sequences.log_positions
     predecessors = np.flatnonzero((positions[1:] >= start) & (sequences.starts[1:] == sequences.starts[:-1]))

@@ -17,9 +17,10 @@ from pipeline.backends.staging import HostCopy, Staging
 from pipeline.backends.timing import Mark
 from pipeline.backends.torch import TorchModel
 from pipeline.features.inputs import encode
+from pipeline.features.labels import LabelRules
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import UNKNOWN
-from pipeline.records import EventSchema, Histories
+from pipeline.records import Histories
 from pipeline.strategies.exclusion import Exclusion
 from pipeline.strategies.hstu_batch import DeviceBatch, PreparedBatch
 from pipeline.strategies.rerank import RerankWeights, blend_scores, log_item_values, median_value
@@ -57,7 +58,7 @@ class HstuStrategy:
         heads: HeadScorer,
         retrieval: Retrieval | FusedRetrieval,
         popular_rows: np.ndarray,
-        schema: EventSchema,
+        rules: LabelRules,
         exclusion: Exclusion,
         rerank: RerankWeights = NOT_RERANKED,
     ) -> None:
@@ -69,7 +70,7 @@ class HstuStrategy:
         self._retrieval = retrieval
         self._popular_rows = popular_rows
         self._median_value = median_value(table.values)
-        self._schema = schema
+        self._rules = rules
         self._exclusion = exclusion
         self._rerank_weights = rerank
         self._device = table.vectors.device
@@ -100,7 +101,7 @@ class HstuStrategy:
         start_s = time.perf_counter()
         histories = request.histories
         self._sync_items()
-        inputs = encode(histories, *self._table.look_up(histories.items), self._schema)
+        inputs = encode(histories, *self._table.look_up(histories.items), self._rules)
         read = inputs.events.tail(self.max_events)
         excluded = self._exclusion.mask(histories)
         popular = self._popular(self._rerank_weights.n_candidates(request.k) if (read.lengths == 0).any() else 0)
@@ -260,7 +261,7 @@ def load_hstu_strategy(
         HeadScorer(model.hstu, model.heads, table),
         make_retrieval(table.vectors, artifact.config.temperature, fused=graphs is not None),
         table.rows_of_hashes(artifact.counters["items"][popular]),
-        artifact.manifest.schema,
+        artifact.label_rules,
         exclusion,
         rerank,
     )

@@ -12,12 +12,12 @@ from pipeline.data.sequences import UserSequences
 from pipeline.features.affinity import AffinityEvents
 from pipeline.features.event_features import COUNT_CAP, N_FEATURES, EncoderInputs
 from pipeline.features.inputs import Inputs, encode
-from pipeline.features.labels import compute_log_labels
+from pipeline.features.labels import LabelRules, compute_log_labels
 from pipeline.features.visit_frequency import N_VISIT_FEATURES
 from pipeline.items.catalogue import EMPTY_CATALOGUE, Catalogue
 from pipeline.items.vocabulary import UNKNOWN
 from pipeline.jagged import find_rows, ranges, row_starts
-from pipeline.records import EventSchema, Histories
+from pipeline.records import Histories
 from pipeline.strategies.exclusion import Exclusion
 
 LENGTH_BUCKET = 8  # events: crops whose lengths fall into one bucket may share a batch
@@ -53,7 +53,7 @@ class TrainingColumns:
     def from_sequences(
         cls,
         sequences: UserSequences,
-        schema: EventSchema,
+        rules: LabelRules,
         exclusion: Exclusion,
         ring_events: int,
         catalogue: Catalogue = EMPTY_CATALOGUE,
@@ -68,11 +68,11 @@ class TrainingColumns:
             inputs=_empty_inputs(sequences),
             successors=successors,
             target_mask=(successors != UNKNOWN) & ~np.append(excluded[1:], False),  # at the event before
-            labels=compute_log_labels(sequences.histories, schema),
+            labels=compute_log_labels(sequences.histories, rules),
         )
         for rows, chunk in sequences.chunks():
             facts = catalogue.facts(chunk.tokens)
-            columns._write(rows, encode(chunk.histories, chunk.tokens, facts, schema, ring_events))
+            columns._write(rows, encode(chunk.histories, chunk.tokens, facts, rules, ring_events))
         return columns
 
     def _write(self, rows: slice, inputs: Inputs) -> None:

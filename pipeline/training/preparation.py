@@ -20,6 +20,7 @@ from pipeline.data.split import DEFAULT_TRAIN_FRACTION, Split, TrainingProvenanc
 from pipeline.errors import TrainingError
 from pipeline.evaluation.ranking import HeldOutEvents
 from pipeline.features.item_values import item_values
+from pipeline.features.labels import LabelOptions, LabelRules
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.metadata import ItemMetadata
 from pipeline.items.vocabulary import Vocabulary
@@ -49,6 +50,7 @@ class TrainingOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     validation_last_out: PositiveInt = 2  # number of each user's latest training events, with such a split
     max_validation_events: PositiveInt = 4000  # ranked per epoch: 2,000 take about a second of one core
     patience: PositiveInt = 10  # epochs without a better NDCG@10 before training stops
+    labels: LabelOptions = LabelOptions()
     refit: bool = True  # off: the best validated weights themselves are the artifact
 
     @property
@@ -86,6 +88,10 @@ class TrainingSetup:
         return self.catalogue.vocabulary
 
     @property
+    def label_rules(self) -> LabelRules:
+        return LabelRules.from_options(self.pipeline.schema, self.options.labels)
+
+    @property
     def config(self) -> HstuConfig:
         """Configuration of the model. A new model has no content features when no item has metadata."""
         model = self.options.model
@@ -110,7 +116,7 @@ class TrainingSetup:
     def columns(self, sequences: UserSequences) -> TrainingColumns:
         """Return the training columns. TrainingError: they have no targets."""
         columns = TrainingColumns.from_sequences(
-            sequences, self.pipeline.schema, self.pipeline.exclusion, self.pipeline.ring_events, self.catalogue
+            sequences, self.label_rules, self.pipeline.exclusion, self.pipeline.ring_events, self.catalogue
         )
         columns.older_events = self.config.history_length - self.config.recent_length
         if not columns.target_mask.any():
@@ -140,6 +146,7 @@ class TrainingSetup:
             self.counters if sequences is self.train else self.fit_counters,
             self.metadata(sequences),
             self.provenance,
+            self.options.labels,
         )
 
     def ranker(self, weights: dict[str, Tensor]) -> HstuStrategy:
@@ -159,7 +166,7 @@ def prepare(
 ) -> TrainingSetup:
     """Split, count and label the log. warm_start: the artifact to continue from. Raises TrainingError."""
     if warm_start:
-        warm_start.check(options.model, pipeline.schema)
+        warm_start.check(options.model, pipeline.schema, options.labels)
     train_log = _training_events(log, options.split)
     is_validation = _validation_mask(train_log, options, warm_start)
     old_ids = warm_start.artifact.item_ids if warm_start else []
@@ -178,8 +185,8 @@ def prepare(
         fit=fit,
         validation_mask=validation_mask,
         validation_events=_validation_events(train, validation_mask, options, pipeline.ring_events),
-        counters=_counter_state(train, vocabulary, pipeline, warm_start),
-        fit_counters=_counter_state(fit, vocabulary, pipeline, warm_start),
+        counters=_counter_state(train, vocabulary, options, pipeline, warm_start),
+        fit_counters=_counter_state(fit, vocabulary, options, pipeline, warm_start),
         provenance=TrainingProvenance.from_log(options.split, train_log),
         fingerprint=_fingerprint(train, catalogue, options, pipeline, warm_start),
         warm_start=warm_start,
@@ -227,11 +234,16 @@ def _catalogue(vocabulary: Vocabulary, items: Iterable[Item], warm_start: WarmSt
 
 
 def _counter_state(
-    sequences: UserSequences, vocabulary: Vocabulary, pipeline: PipelineOptions, warm_start: WarmStart | None
+    sequences: UserSequences,
+    vocabulary: Vocabulary,
+    options: TrainingOptions,
+    pipeline: PipelineOptions,
+    warm_start: WarmStart | None,
 ) -> dict[str, np.ndarray]:
     """Return the counters' state, and the value of each of their items."""
     counters: Counters = new_counters(pipeline, vocabulary)
-    values = item_values(sequences.histories, sequences.tokens, pipeline.schema, len(vocabulary))
+    rules = LabelRules.from_options(pipeline.schema, options.labels)
+    values = item_values(sequences.histories, sequences.tokens, rules, len(vocabulary))
     if warm_start:
         warm_start.update_counters(counters, sequences)
         values = np.where(values > 0, values, warm_start.item_values(vocabulary))

@@ -18,6 +18,7 @@ from pipeline.counters.counters import Counters
 from pipeline.data.event_log import EventLog
 from pipeline.data.sequences import UserSequences
 from pipeline.errors import TrainingError
+from pipeline.features.labels import LabelOptions
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.model.config import HstuConfig
@@ -43,9 +44,15 @@ class WarmStart:
         """Time of the latest event in the artifact's counters."""
         return int(self.artifact.counters["as_of_ms"][0])
 
-    def check(self, model: HstuConfig, schema: EventSchema) -> None:
-        """Raise TrainingError for a shape other than the artifact's, ArtifactError for a schema it cannot read."""
+    def check(self, model: HstuConfig, schema: EventSchema, labels: LabelOptions) -> None:
+        """Raise TrainingError for another shape or other labels, ArtifactError for a schema that it cannot read."""
         self.artifact.check_schema(schema)
+        if labels != self.artifact.manifest.labels:
+            raise TrainingError(
+                f"--warm-start: artifact {self.artifact.version} was trained on other labels,"
+                f" {msgspec.json.encode(self.artifact.manifest.labels).decode()}; restore them in the configuration's"
+                " [labels], or train without --warm-start"
+            )
         requested = msgspec.structs.asdict(model)
         own = msgspec.structs.asdict(self.config)
         if wrong := [name for name in own if requested[name] != own[name] and name not in CHANGEABLE]:

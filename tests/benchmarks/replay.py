@@ -28,7 +28,8 @@ from tests.benchmarks import results
 from tests.oracle import Oracle
 from worker import config
 from worker.replay.local_servers import LocalKafka, LocalValkey
-from worker.replay.replay import ReplayOptions, ReplayReport, replay
+from worker.replay.replay import ReplayOptions, replay
+from worker.replay.report import ReplayReport
 
 MAX_EVENTS = 1024  # per ring, longer than any sequence of the log
 # The shop's transitions are sparse and sharp, so the model needs width. Hit rate@10 on the full validation slice of the

@@ -19,9 +19,10 @@ from pipeline.artifact import Artifact
 from pipeline.backends.item_table import ItemTable
 from pipeline.backends.torch import TorchModel
 from pipeline.errors import ArtifactError
+from pipeline.features.labels import LabelOptions, LabelRules
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
-from pipeline.manifest import COUNTERS, MANIFEST, VOCABULARY, WEIGHTS, Manifest, read_manifest
+from pipeline.manifest import COUNTERS, FORMAT, MANIFEST, VOCABULARY, WEIGHTS, Manifest, read_manifest
 from pipeline.model.config import HstuConfig
 from pipeline.records import EventSchema
 from pipeline.training.multi_task_model import MultiTaskModel
@@ -95,7 +96,7 @@ def test_edited_manifest_is_rejected(saved: Path) -> None:
         artifacts.load(saved)
 
 
-@pytest.mark.parametrize(("text", "reason"), [("{", "not a manifest"), ('{"format": 4}', "not a manifest")])
+@pytest.mark.parametrize(("text", "reason"), [("{", "not a manifest"), (f'{{"format": {FORMAT}}}', "not a manifest")])
 def test_broken_manifest_is_an_artifact_error(saved: Path, text: str, reason: str) -> None:
     (saved / MANIFEST).write_text(text)
     with pytest.raises(ArtifactError, match=reason):
@@ -104,8 +105,23 @@ def test_broken_manifest_is_an_artifact_error(saved: Path, text: str, reason: st
 
 def test_artifact_of_another_format_must_be_trained_again(saved: Path) -> None:
     update_manifest(saved, format=99)
-    with pytest.raises(ArtifactError, match="format 99, this millrace reads 4; train again"):
+    with pytest.raises(ArtifactError, match=f"format 99, this millrace reads {FORMAT}; train again"):
         artifacts.load(saved)
+
+
+def test_artifact_keeps_the_labels_that_it_was_trained_on_and_their_change_is_another_version(
+    tmp_path: Path, saved: Path
+) -> None:
+    labels = LabelOptions(engaged_actions=("share",), retention_days=1.0)
+    changed = make_draft()
+    changed.manifest = msgspec.structs.replace(changed.manifest, labels=labels)
+    artifacts.save(tmp_path / "changed", changed, {}, CREATED)
+    loaded = artifacts.load(tmp_path / "changed")
+    assert loaded.label_rules == LabelRules.from_options(EventSchema(), labels)
+    assert loaded.version != artifacts.load(saved).version
+    update_manifest(tmp_path / "changed", labels={})
+    with pytest.raises(ArtifactError, match="content hash"):
+        artifacts.load(tmp_path / "changed")
 
 
 @pytest.mark.parametrize("options", [{"norm_in": "rms"}, {"attention_scale": "length"}, {"dropout": 0.3}], ids=str)

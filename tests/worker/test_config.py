@@ -34,6 +34,8 @@ def test_environment_overrides_the_file_and_the_file_the_default(tmp_path) -> No
             "[events]\ntrigger_actions = ['cart', 'dance']\n",
             "events.trigger_actions: dance not in events.actions (view, ",
         ),
+        ("[labels]\npaid_actions = ['buy']\n", "labels.paid_actions: buy not in events.actions (view, "),
+        ("[labels]\nengaged_dwell_ms = -1\n", "$.labels.engaged_dwell_ms"),
         ("[pipeline]\nstrategy = 'oracle'\n", "strategy 'oracle' is unknown; want one of unified, "),
         ("[kafka]\nsasl_mechanism = 'SCRAM'\n", "$.kafka.sasl_mechanism"),
         ("[kafka\n", "not TOML"),
@@ -54,6 +56,11 @@ def test_trigger_action_may_be_added_by_the_environment(tmp_path) -> None:
     file.write_text("[events]\ntrigger_actions = ['dance']\n")
     loaded = config.load(file, {"MILLRACE__EVENTS__ACTIONS": "['view', 'dance']"})
     assert loaded.events.trigger_actions == ("dance",)
+
+
+def test_default_labels_fit_a_schema_without_their_actions() -> None:
+    loaded = config.load(None, {"MILLRACE__EVENTS__ACTIONS": "['view']", "MILLRACE__LABELS__RETENTION_DAYS": "1"})
+    assert loaded.labels.retention_days == 1
 
 
 def test_unknown_variable_and_missing_file_are_rejected() -> None:

@@ -55,7 +55,8 @@ def run(args: Namespace) -> int:
     from worker import config, logging
     from worker.kafka.client import cli_timeouts
     from worker.replay.display import print_summary
-    from worker.replay.replay import ReplayOptions, replay, summary
+    from worker.replay.replay import ReplayOptions, replay
+    from worker.replay.report import summary
 
     _check(args)
     loaded = config.load(args.config)

@@ -107,6 +107,7 @@ def configure(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
+    from msgspec.structs import replace
     from rich.console import Console
 
     from pipeline.artifact import check_target, load
@@ -116,11 +117,12 @@ def run(args: Namespace) -> int:
     from worker import config
     from worker.inference.load import pipeline_options
 
-    pipeline = pipeline_options(config.load(args.config))
+    loaded = config.load(args.config)
+    pipeline = pipeline_options(loaded)
     warm_start = WarmStart(load(args.warm_start)) if args.warm_start else None
-    options = training_options(args, warm_start)
+    options = replace(training_options(args, warm_start), labels=loaded.labels)
     if warm_start:
-        warm_start.check(options.model, pipeline.schema)
+        warm_start.check(options.model, pipeline.schema, options.labels)
     check_folder(args.out.absolute().parent, "--out")
     check_target(args.out)
     with process_group(resolve_device(pipeline.device)) as group:

@@ -31,12 +31,13 @@ from worker.kafka.sink import KafkaSink
 from worker.kafka.source import KafkaSource
 from worker.process import Components, build_components, supervise
 from worker.replay.baselines import build_evaluator
-from worker.replay.display import REFRESH_S, LatencyRecorder, Percentiles, ReplayDisplay, format_fractions
+from worker.replay.display import REFRESH_S, LatencyRecorder, Percentiles, ReplayDisplay
 from worker.replay.feed import STEP_S, at_once, at_rate, produce
 from worker.replay.file_sink import FileSink
 from worker.replay.local_servers import LocalKafka, LocalValkey
 from worker.replay.log_source import LogSource
-from worker.replay.prequential import CUTOFF, PrequentialEvaluator
+from worker.replay.prequential import PrequentialEvaluator
+from worker.replay.report import ReplayReport
 from worker.stream.health import HealthState
 from worker.stream.loop import Worker
 
@@ -61,36 +62,6 @@ class Timeline(NamedTuple):
 
     times_ms: "array[int]"
     unreadable: int
-
-
-class ReplayReport(msgspec.Struct, frozen=True):
-    """The result of a replay. Hit rates at 10 and latencies are those of the scored events.
-
-    strategies, backends: number of slates by each name
-    tied_fraction: of the scored events, those with the time of their user's event before
-    untied_hit_rates: hit rates of the others; empty without any
-    lost: number of records that got neither a slate nor a dead letter
-    log_speed: log seconds per real second; at high speeds a user's events wait for their predecessors
-    """
-
-    log: str
-    source: str
-    events: int
-    slates: int
-    dead_letters: int
-    lost: int
-    scored: int
-    scored_fraction: float
-    hit_rates: dict[str, float]
-    tied_fraction: float
-    untied_hit_rates: dict[str, float]
-    strategies: dict[str, int]
-    backends: dict[str, int]
-    events_per_s: float
-    latency: Percentiles
-    elapsed_s: float
-    log_speed: float
-    model_version: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,33 +243,3 @@ def _report(run: _Run, timeline: Timeline) -> ReplayReport:
         log_speed=round(log_s / recorder.elapsed_s, 1),
         model_version=evaluator.pipeline.version,
     )
-
-
-def summary(report: ReplayReport) -> list[tuple[str, str]]:
-    """Return the report as rows for the terminal."""
-    latency = report.latency
-    return [
-        ("events", f"{report.events:,} from {report.source}; {report.dead_letters:,} dead letters"),
-        ("slates", f"{report.slates:,}; {report.lost:,} events lost"),
-        ("rate", f"{report.events_per_s:,.0f} events/s over {report.elapsed_s:.1f} s"),
-        (
-            "speed",
-            f"{report.log_speed:,.0f} times the log's: a session's events arrive at once and wait for one another",
-        ),
-        (
-            "latency, scored part",
-            f"p50 {latency.p50_ms:.1f} ms  p95 {latency.p95_ms:.1f} ms  p99 {latency.p99_ms:.1f} ms",
-        ),
-        ("strategies", format_fractions(report.strategies)),
-        ("backends", format_fractions(report.backends)),
-        ("scored", f"{report.scored:,} events, {report.scored_fraction:.1%} of those to score"),
-        ("tied", f"{report.tied_fraction:.1%} of the scored events have the time of their user's event before"),
-        *((f"hit rate@{CUTOFF}, {ranking}", _rates(report, ranking)) for ranking in report.hit_rates),
-    ]
-
-
-def _rates(report: ReplayReport, ranking: str) -> str:
-    rate = f"{report.hit_rates[ranking]:.4f}"
-    if not report.tied_fraction or ranking not in report.untied_hit_rates:
-        return rate
-    return f"{rate}; of untied events {report.untied_hit_rates[ranking]:.4f}"

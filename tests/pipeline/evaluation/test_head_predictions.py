@@ -4,11 +4,12 @@ import pytest
 from pipeline.data.event_log import event_log_from_blocks
 from pipeline.data.sequences import UserSequences
 from pipeline.evaluation.head_predictions import held_out_labels
-from pipeline.features.labels import compute_labels
+from pipeline.features.labels import LabelRules, compute_labels
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import DAY_MS, Event, EventSchema
 
 SCHEMA = EventSchema()
+RULES = LabelRules.from_options(SCHEMA)
 DAYS = 30
 Sequences = tuple[UserSequences, UserSequences, np.ndarray]  # train, fit, validation mask
 
@@ -26,7 +27,7 @@ def sequences() -> Sequences:
 
 def test_held_out_labels_are_those_that_the_validation_slice_decides(sequences: Sequences) -> None:
     train, fit, validation = sequences
-    has_label = np.isfinite(held_out_labels(train, fit, validation, SCHEMA))
+    has_label = np.isfinite(held_out_labels(train, fit, validation, RULES))
     days = np.tile(np.arange(DAYS), 3)
     assert set(days[has_label[:, 0]]) == set(range(19, 29)), "the next event is in the slice"
     assert set(days[has_label[:, 1]]) == set(range(12, 22)), "a week ends within the slice"
@@ -35,9 +36,9 @@ def test_held_out_labels_are_those_that_the_validation_slice_decides(sequences: 
 
 def test_held_out_labels_equal_all_labels_without_trained_ones(sequences: Sequences) -> None:
     train, fit, validation = sequences
-    labels = held_out_labels(train, fit, validation, SCHEMA)
-    all_labels = compute_labels(train.histories, SCHEMA, 29 * DAY_MS + 2)
+    labels = held_out_labels(train, fit, validation, RULES)
+    all_labels = compute_labels(train.histories, RULES, 29 * DAY_MS + 2)
     has_label = np.isfinite(labels)
     np.testing.assert_array_equal(labels[has_label], all_labels[has_label])
-    is_trained = np.isfinite(compute_labels(fit.histories, SCHEMA, 19 * DAY_MS + 2))
+    is_trained = np.isfinite(compute_labels(fit.histories, RULES, 19 * DAY_MS + 2))
     assert not has_label[~validation][is_trained].any()

@@ -3,15 +3,16 @@
 import numpy as np
 import pytest
 
-from pipeline.features.labels import compute_labels, compute_log_labels
+from pipeline.features.labels import LabelOptions, LabelRules, compute_labels, compute_log_labels
 from pipeline.records import DAY_MS, Event, EventSchema, Histories
 
 SCHEMA = EventSchema()
+RULES = LabelRules.from_options(SCHEMA)
 MINUTE_MS = 60_000
 
 
 def labels(*users: list[Event], end_ms: int = 1 << 45) -> list[list[float]]:
-    return compute_labels(Histories.from_events(users, SCHEMA), SCHEMA, end_ms).tolist()
+    return compute_labels(Histories.from_events(users, SCHEMA), RULES, end_ms).tolist()
 
 
 def event(ts_ms: int, action: str = "view", user: str = "u", **more: float) -> Event:
@@ -60,9 +61,9 @@ def test_log_ends_with_the_newest_event_of_any_user() -> None:
     horizon_ms = MINUTE_MS + 7 * DAY_MS
     for newest_ms, retention in ((horizon_ms - 1, np.nan), (horizon_ms, 0)):
         users = [[event(0), event(MINUTE_MS)], [event(newest_ms, user="v")], []]
-        found = compute_log_labels(Histories.from_events(users, SCHEMA), SCHEMA)
+        found = compute_log_labels(Histories.from_events(users, SCHEMA), RULES)
         np.testing.assert_array_equal(found[0], [0, retention, 0])
-    assert compute_log_labels(Histories.from_events([[]], SCHEMA), SCHEMA).shape == (0, 3)
+    assert compute_log_labels(Histories.from_events([[]], SCHEMA), RULES).shape == (0, 3)
 
 
 def test_labels_never_cross_users() -> None:
@@ -70,3 +71,48 @@ def test_labels_never_cross_users() -> None:
     assert np.isnan(rows[0]).all()
     assert np.isnan(rows[2]).all()
     assert rows[1] == [0, 0, 0]
+
+
+TEN_POINTS = LabelOptions(
+    engaged_actions=("share",),
+    valued_actions=("rate", "click"),
+    engaged_value=8.0,
+    engaged_dwell_ms=150,
+    paid_actions=("like",),
+    retention_days=1.0,
+)
+
+
+@pytest.mark.parametrize(
+    ("following", "expected"),
+    [
+        (event(2, "like"), [0, 1]),
+        (event(2, "share"), [1, 0]),
+        (event(2, "cart"), [0, 0]),
+        (event(2, "rate", value=7.9), [0, 0]),
+        (event(2, "rate", value=8.0), [1, 0]),
+        (event(2, "click", value=9.0), [1, 0]),
+        (event(2, "view", value=9.0), [0, 0]),
+        (event(2, "view", dwell_ms=149), [0, 0]),
+        (event(2, "view", dwell_ms=250), [1, 0]),
+    ],
+)
+def test_labels_follow_their_options(following: Event, expected: list[int]) -> None:
+    rules = LabelRules.from_options(SCHEMA, TEN_POINTS)
+    found = compute_labels(Histories.from_events([[event(1), following]], SCHEMA), rules, 1 << 45)
+    assert found[0, [0, 2]].tolist() == expected
+
+
+def test_retention_window_is_an_option() -> None:
+    history = Histories.from_events([[event(0), event(1), event(1 + 2 * DAY_MS)]], SCHEMA)
+    for days, returned in ((1.0, 0.0), (2.0, 1.0)):
+        rules = LabelRules.from_options(SCHEMA, LabelOptions(retention_days=days))
+        assert compute_labels(history, rules, 1 << 45)[0, 1] == returned
+
+
+def test_dwell_of_zero_does_not_count_and_absent_actions_are_ignored() -> None:
+    schema = EventSchema(actions=("view", "watch"))
+    rules = LabelRules.from_options(schema, LabelOptions(engaged_actions=("watch", "like"), engaged_dwell_ms=0))
+    history = [event(0), event(1, dwell_ms=10**9), event(2, "watch"), event(3)]
+    found = compute_labels(Histories.from_events([history], schema), rules, 1 << 45)
+    assert found[:3, 0].tolist() == [0, 1, 0]

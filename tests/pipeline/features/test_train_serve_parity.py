@@ -10,7 +10,7 @@ from pipeline.features.affinity import AffinityEvents
 from pipeline.features.event_features import FEATURE_COLUMNS
 from pipeline.features.inputs import encode
 from pipeline.model.config import HstuConfig
-from pipeline.records import DAY_MS, EventSchema, Histories
+from pipeline.records import DAY_MS, Histories
 from pipeline.simulation.closed_loop import warm_up
 from pipeline.simulation.simulator import Simulator
 from pipeline.simulation.world import SimulatorConfig
@@ -59,7 +59,7 @@ def test_time_of_the_target_event_does_not_leak_into_its_features(setup: Trainin
     earlier = np.setdiff1d(np.arange(len(tokens)), latest)
 
     def features(histories: Histories) -> tuple[np.ndarray, np.ndarray]:
-        inputs = encode(histories, tokens, setup.catalogue.facts(tokens), EventSchema(), ring_events=512)
+        inputs = encode(histories, tokens, setup.catalogue.facts(tokens), setup.label_rules, ring_events=512)
         return inputs.events.feature_ids[earlier], inputs.visits[earlier]
 
     events = setup.train.events.copy()

@@ -5,6 +5,7 @@ import pytest
 
 from pipeline.artifact import Artifact
 from pipeline.data.sequences import UserSequences
+from pipeline.features.labels import LabelRules
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import Event, EventSchema, Histories, Item, encode_value
@@ -67,7 +68,8 @@ def test_item_dropout_trains_the_bias_of_the_unknown_item(
 ) -> None:
     tokens = Vocabulary(IDS).tokens(HISTORIES.items)
     sequences = UserSequences.from_columns(HISTORIES.events, tokens, HISTORIES.users)
-    columns = TrainingColumns.from_sequences(sequences, EventSchema(), NOTHING_EXCLUDED, ring_events=512)
+    rules = LabelRules.from_options(EventSchema())
+    columns = TrainingColumns.from_sequences(sequences, rules, NOTHING_EXCLUDED, ring_events=512)
     rng = np.random.default_rng(0)
     columns.labels[:] = 1
     columns.labels[sequences.offsets[1:] - 1] = np.nan

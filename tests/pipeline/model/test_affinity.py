@@ -12,6 +12,7 @@ from pipeline.data.sequences import UserSequences
 from pipeline.features.affinity import N_AFFINITY_FEATURES, WINDOWS
 from pipeline.features.event_features import COUNT_CAP
 from pipeline.features.inputs import encode
+from pipeline.features.labels import LabelRules
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.model import affinity
@@ -23,6 +24,7 @@ from pipeline.training.multi_task_model import successor_affinity
 
 NOTHING_EXCLUDED = Exclusion(action_codes=())
 SCHEMA = EventSchema()
+RULES = LabelRules.from_options(SCHEMA)
 ITEMS = [
     Item("a", category=["x", "red"], price=3.0),
     Item("b", category=["y", "red"], price=9.0),
@@ -45,7 +47,7 @@ def events_of(history: list[tuple[int, str]], user: str = "u") -> list[Event]:
 def affinity_of(histories: Histories, tokens: np.ndarray, max_events: int = COUNT_CAP) -> np.ndarray:
     """Return the features of items, tokens int [users, k], as serving computes them."""
     rows = VOCABULARY.tokens(histories.items)
-    events = encode(histories, rows, CATALOGUE.facts(rows), SCHEMA).affinity.tail(max_events)
+    events = encode(histories, rows, CATALOGUE.facts(rows), RULES).affinity.tail(max_events)
     columns = AffinityColumns(*map(torch.from_numpy, events.columns))
     latest = LatestEvents.of_users(columns, torch.from_numpy(events.offsets), events.longest)
     facts = CATALOGUE.facts(tokens.ravel())
@@ -104,7 +106,7 @@ def test_training_batch_features_equal_serving_features(seed: int) -> None:
     log = [[(int(rng.integers(5)), str(rng.choice(["view", "cart"]))) for _ in range(n)] for n in lengths]
     histories = Histories.from_events([events_of(history) for history in log], SCHEMA)
     sequences = UserSequences.from_columns(histories.events, VOCABULARY.tokens(histories.items), histories.users)
-    columns = TrainingColumns.from_sequences(sequences, SCHEMA, NOTHING_EXCLUDED, ring_events=512, catalogue=CATALOGUE)
+    columns = TrainingColumns.from_sequences(sequences, RULES, NOTHING_EXCLUDED, ring_events=512, catalogue=CATALOGUE)
     batch = make_batch(columns, sequences.offsets[:-1], np.diff(sequences.offsets), 0.5, rng)
     trained = successor_affinity(batch, torch.device("cpu")).numpy()
     for row in np.flatnonzero(batch.successors):

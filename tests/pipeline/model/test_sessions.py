@@ -20,6 +20,7 @@ from pipeline.backends.torch import TorchEncoder, TorchModel
 from pipeline.data.sequences import UserSequences
 from pipeline.evaluation.evaluate import EvaluationOptions, evaluate
 from pipeline.features.event_features import N_FEATURE_IDS, SESSION_GAP_S, EncoderInputs, encoder_inputs
+from pipeline.features.labels import LabelRules
 from pipeline.items.catalogue import Catalogue, ItemFacts
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.model.config import HstuConfig
@@ -39,6 +40,7 @@ NOTHING_EXCLUDED = Exclusion(action_codes=())
 ITEM_IDS = [f"i{number}" for number in range(12)]
 VOCABULARY = Vocabulary(ITEM_IDS)
 SCHEMA = EventSchema()
+RULES = LabelRules.from_options(SCHEMA)
 SERVING = PipelineOptions(device="cpu", threads=1)
 CONFIG = HstuConfig(
     items=1 + len(ITEM_IDS),
@@ -86,7 +88,7 @@ def make_artifact(model: MultiTaskModel) -> artifacts.Artifact:
 def batch_of_newest(histories: Histories, count: int) -> TrainingBatch:
     """Return a training batch with one crop per user, of the newest events."""
     sequences = UserSequences.from_columns(histories.events, VOCABULARY.tokens(histories.items), histories.users)
-    columns = TrainingColumns.from_sequences(sequences, SCHEMA, NOTHING_EXCLUDED, ring_events=512)
+    columns = TrainingColumns.from_sequences(sequences, RULES, NOTHING_EXCLUDED, ring_events=512)
     columns.older_events = CONFIG.history_length - CONFIG.recent_length
     counts = np.minimum(histories.lengths, count)
     return make_batch(columns, histories.offsets[1:] - counts, counts, 0.0, np.random.default_rng(0))

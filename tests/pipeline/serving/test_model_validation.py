@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import ArtifactError
+from pipeline.features.labels import LabelOptions
 from pipeline.manifest import Manifest
 from pipeline.model.config import HstuConfig
 from pipeline.records import EventSchema
@@ -61,7 +62,7 @@ def served(*slates: str) -> list[list[SlateItem]]:
 
 
 def make_manifest(**metrics: float) -> Manifest:
-    return Manifest(1, "m", "v", "", HstuConfig(), EventSchema(), metrics, {}, {}, "")
+    return Manifest(1, "m", "v", "", HstuConfig(), EventSchema(), LabelOptions(), metrics, {}, {}, "")
 
 
 def test_slate_may_be_short_only_where_the_catalogue_is_exhausted():

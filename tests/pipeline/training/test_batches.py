@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from pipeline.data.sequences import UserSequences
 from pipeline.features.inputs import encode
-from pipeline.features.labels import compute_labels
+from pipeline.features.labels import LabelRules, compute_labels
 from pipeline.items.catalogue import ItemFacts
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import EVENT_DTYPE, Event, EventPacker, EventSchema, Histories
@@ -12,6 +12,7 @@ from pipeline.strategies.exclusion import Exclusion
 from pipeline.training.batches import TrainingColumns, batch_crops, make_batch, random_crops
 
 SCHEMA = EventSchema()
+RULES = LabelRules.from_options(SCHEMA)
 RING = 512
 EVERYTHING = Exclusion()
 NOTHING = Exclusion(action_codes=())
@@ -34,7 +35,7 @@ def sequences_of(log: Log) -> UserSequences:
 
 
 def columns_of(log: Log, exclusion: Exclusion = EVERYTHING, ring_events: int = RING) -> TrainingColumns:
-    return TrainingColumns.from_sequences(sequences_of(log), SCHEMA, exclusion, ring_events)
+    return TrainingColumns.from_sequences(sequences_of(log), RULES, exclusion, ring_events)
 
 
 def tokens_by_user(log: Log) -> list[list[int]]:
@@ -60,13 +61,13 @@ def test_columns_of_chunks_equal_columns_of_all_users(log: Log, chunk_events: in
     assert [rows.start for rows, _ in chunks] == [0, *(rows.stop for rows, _ in chunks[:-1])]
     assert all(len(chunk.events) <= chunk_events or len(chunk) == 1 for _, chunk in chunks)
     facts = ItemFacts.unknown(len(log))
-    parts = [encode(chunk, sequences.tokens[rows], facts.select(rows), SCHEMA, RING) for rows, chunk in chunks]
-    at_once = encode(histories, sequences.tokens, facts, SCHEMA, RING)
+    parts = [encode(chunk, sequences.tokens[rows], facts.select(rows), RULES, RING) for rows, chunk in chunks]
+    at_once = encode(histories, sequences.tokens, facts, RULES, RING)
     assert np.array_equal(np.concatenate([part.events.feature_ids for part in parts]), at_once.events.feature_ids)
     assert np.array_equal(np.concatenate([part.visits for part in parts]), at_once.visits)
     assert np.array_equal(np.concatenate([part.affinity.engaged for part in parts]), at_once.affinity.engaged)
-    labels = [compute_labels(chunk, SCHEMA, 1000 * len(log)) for _, chunk in chunks]
-    assert np.array_equal(np.concatenate(labels), compute_labels(histories, SCHEMA, 1000 * len(log)), equal_nan=True)
+    labels = [compute_labels(chunk, RULES, 1000 * len(log)) for _, chunk in chunks]
+    assert np.array_equal(np.concatenate(labels), compute_labels(histories, RULES, 1000 * len(log)), equal_nan=True)
 
 
 @given(logs, st.integers(1, 5), st.data())

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from pipeline import artifact as artifacts
 from pipeline.data.event_log import EventLog, event_log_from_blocks
 from pipeline.data.sequences import UserSequences
+from pipeline.features.labels import LabelRules
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.model import heads
 from pipeline.model.config import HstuConfig
@@ -124,7 +125,8 @@ def test_main_process_alone_writes_and_leaves_no_checkpoint(one_process: Path, t
 def full_batch() -> TrainingBatch:
     log = random_log()
     sequences = UserSequences.from_log(log, Vocabulary(log.item_ids))
-    columns = TrainingColumns.from_sequences(sequences, EventSchema(), Exclusion(), ring_events=512)
+    rules = LabelRules.from_options(EventSchema())
+    columns = TrainingColumns.from_sequences(sequences, rules, Exclusion(), ring_events=512)
     columns.labels[:] = np.where(np.arange(len(sequences))[:, None] % (2, 3, 5), 1.0, np.nan)
     offsets = sequences.offsets
     return make_batch(columns, offsets[:-1], np.diff(offsets), 0.1, np.random.default_rng(0))

@@ -11,6 +11,7 @@ from pipeline.data.event_log import EventLog, event_log_from_blocks
 from pipeline.data.split import Split
 from pipeline.errors import ArtifactError, TrainingError
 from pipeline.evaluation.evaluate import EvaluationOptions, evaluate
+from pipeline.features.labels import LabelOptions
 from pipeline.model.config import HstuConfig
 from pipeline.records import DAY_MS, Event, EventSchema, Item
 from pipeline.serving.pipeline import Pipeline
@@ -156,6 +157,9 @@ def test_mismatch_with_the_artifact_is_rejected(old: Artifact, tmp_path: Path) -
         continue_training(old, tmp_path / "model", OLD_LOG)
     with pytest.raises(TrainingError, match="trained without item metadata"):
         prepare_warm_start(old, items=RECORDS)
+    other_labels = replace(FEW_EPOCHS, model=old.config, labels=LabelOptions(retention_days=1.0))
+    with pytest.raises(TrainingError, match=r'other labels, .*"retention_days":7.0.*restore them in .* \[labels\]'):
+        prepare(LOG, other_labels, SERVING, (), WarmStart(old))
     schema = EventSchema(actions=("click", "view"))
     with pytest.raises(ArtifactError, match=r"events.actions is \['click', 'view'\]"):
         prepare(LOG, replace(FEW_EPOCHS, model=old.config), replace(SERVING, schema=schema), (), WarmStart(old))

@@ -11,7 +11,7 @@ import pytest
 from worker.cli import main
 from worker.commands import demo
 from worker.replay.local_servers import missing_requirement
-from worker.replay.replay import ReplayReport
+from worker.replay.report import ReplayReport
 
 EVENTS = 1000
 

@@ -12,7 +12,7 @@ from pipeline.slates import Slate
 from tests.kafka.broker import Broker
 from worker.cli import main
 from worker.replay.child_process import free_ports
-from worker.replay.replay import ReplayReport
+from worker.replay.report import ReplayReport
 
 SETTINGS = {
     "defaults": {},
