@@ -20,7 +20,7 @@ from pipeline.items.metadata import ItemMetadata
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.manifest import WEIGHTS, read_manifest
 from pipeline.model.config import HstuConfig
-from pipeline.records import EventSchema, Item, item_hash
+from pipeline.records import EventSchema, Item, encode_value, item_hash
 from pipeline.training.multi_task_model import MultiTaskModel
 from pipeline.weights import ITEM_TABLE
 
@@ -59,6 +59,14 @@ def renumbered(artifact: Artifact) -> Artifact:
 def mixed_up(artifact: Artifact) -> Artifact:
     """Return a model whose items have each other's ids, as after a wrong join: it loads and answers, but is wrong."""
     return replace(artifact, item_ids=artifact.item_ids[::-1])
+
+
+def priced(artifact: Artifact, price: float) -> Artifact:
+    """Return the model with one price for all of its items."""
+    codes = np.full(len(artifact.item_ids), encode_value(price), np.uint16)
+    return replace(
+        artifact, metadata=replace(artifact.metadata, state=artifact.metadata.state | {"price_codes": codes})
+    )
 
 
 def nudged(artifact: Artifact, seed: int) -> Artifact:

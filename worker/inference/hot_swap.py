@@ -9,6 +9,8 @@ items, not tokens, so no count is touched. Until the swap no token loses its ite
 """
 
 import asyncio
+from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -16,10 +18,12 @@ import numpy as np
 
 from pipeline import artifact as artifacts
 from pipeline.artifact import Artifact
+from pipeline.items.catalogue import ItemFacts
 from pipeline.manifest import Manifest, read_manifest
 from pipeline.records import Histories
 from pipeline.serving import model_validation
 from pipeline.serving.model_validation import Thresholds
+from pipeline.serving.ranking import Generation
 from pipeline.strategies.own_strategies import check_own_strategies
 from pipeline.strategies.strategies import MODEL_STRATEGIES, strategies_of
 from pipeline.strategies.strategy import Strategy, close_all
@@ -36,6 +40,10 @@ from worker.interfaces import Clock
 log = logging.get("hotswap")
 LOAD_CHUNK_ITEMS = 1 << 16  # items whose metadata are restored per call in the pipeline's thread
 ADMIT_CHUNK_ITEMS = 1024  # new items per call in the pipeline's thread: a call delays ranking by 4 ms
+
+
+def _chunks(tokens: np.ndarray) -> Iterator[slice]:
+    return (slice(start, start + LOAD_CHUNK_ITEMS) for start in range(0, len(tokens), LOAD_CHUNK_ITEMS))
 
 
 class HotSwap:
@@ -88,11 +96,9 @@ class HotSwap:
             model_validation.check_hit_rate(manifest, self._serving, thresholds)
             artifact = await self._executor.run(self._load)
             async with self._ranker.pin_items(artifact.item_ids):
-                strategies, overlap = await self._load_valid_strategies(artifact, thresholds)
-                if await self._executor.run(fingerprint, self._folder) != seen:
-                    await self._executor.run(close_all, strategies)
-                    return  # replaced meanwhile: the next check sees it
-                replaced = [await self._ranker.swap(strategies, manifest.version)]
+                replaced, overlap = await self._replace(artifact, thresholds, seen)
+            if not replaced:
+                return
             for error in await self._executor.run(replaced[0].close):
                 log.warning("a replaced strategy did not close", error=repr(error))
             await self._executor.run(replaced.clear)  # frees the old model's tables and graphs in this thread
@@ -103,14 +109,35 @@ class HotSwap:
         self._serving = manifest
         self._trusted.add(manifest.version)
 
+    async def _replace(
+        self, artifact: Artifact, thresholds: Thresholds, seen: Fingerprint
+    ) -> tuple[list[Generation], float | None]:
+        """Swap the artifact's strategies in; return what served so far, and the overlap with its slates.
+
+        Nothing is swapped when the files have changed since they were seen: the next check sees the new ones.
+        ArtifactError or StrategyError when the strategies must not serve. The catalogue then is as before.
+        """
+        tokens = await self._admit_items(artifact)
+        facts_before = await self._load_facts(artifact, tokens)
+        replaced: list[Generation] = []
+        try:
+            strategies, overlap = await self._load_valid_strategies(artifact, thresholds, tokens)
+            if await self._executor.run(fingerprint, self._folder) == seen:
+                replaced.append(await self._ranker.swap(strategies, artifact.version))
+            else:
+                await self._executor.run(close_all, strategies)
+            return replaced, overlap
+        finally:
+            if not replaced:
+                await self._restore_facts(tokens, facts_before)
+
     async def _load_valid_strategies(
-        self, artifact: Artifact, thresholds: Thresholds
+        self, artifact: Artifact, thresholds: Thresholds, tokens: np.ndarray
     ) -> tuple[list[Strategy], float | None]:
         """Return all strategies of the artifact, and the model's overlap with the slates just served.
 
         ArtifactError or StrategyError when they must not serve; then none of them stays open.
         """
-        tokens = await self._admit_items(artifact)
         served = await self._ranker.served_samples()
         pipeline = self._ranker.pipeline
         strategies = await self._executor.run(strategies_of, pipeline.context(artifact))
@@ -130,17 +157,29 @@ class HotSwap:
         return artifact
 
     async def _admit_items(self, artifact: Artifact) -> np.ndarray:
-        """Give the artifact's items tokens and their metadata; return the tokens, int64 [n]."""
+        """Give the artifact's items tokens; return these, int64 [n]."""
         vocabulary = self._ranker.pipeline.vocabulary
         new = await self._executor.run(lambda: vocabulary.unknown(artifact.item_ids))
         for start in range(0, len(new), ADMIT_CHUNK_ITEMS):
             await self._ranker.run_in_thread(partial(vocabulary.admit, new[start : start + ADMIT_CHUNK_ITEMS]))
+        return await self._executor.run(artifact.tokens, vocabulary)
+
+    async def _load_facts(self, artifact: Artifact, tokens: np.ndarray) -> list[ItemFacts]:
+        """Load the items' facts into the catalogue, and return those that they had, chunk by chunk."""
         catalogue = self._ranker.pipeline.catalogue
-        tokens = await self._executor.run(artifact.tokens, vocabulary)
-        for start in range(0, len(tokens), LOAD_CHUNK_ITEMS):
-            part = slice(start, start + LOAD_CHUNK_ITEMS)
-            await self._ranker.run_in_thread(partial(artifact.load_into, catalogue, tokens, part))
-        return tokens
+
+        def load(part: slice) -> ItemFacts:
+            before = catalogue.facts(tokens[part])
+            artifact.load_into(catalogue, tokens, part)
+            return before
+
+        return [await self._ranker.run_in_thread(partial(load, part)) for part in _chunks(tokens)]
+
+    async def _restore_facts(self, tokens: np.ndarray, facts: list[ItemFacts]) -> None:
+        """Give items without a record the facts back that they had before a rejected artifact's."""
+        catalogue = self._ranker.pipeline.catalogue
+        for part, before in zip(_chunks(tokens), facts, strict=True):
+            await self._ranker.run_in_thread(partial(catalogue.restore_facts, tokens[part], asdict(before)))
 
     def _validate(
         self, artifact: Artifact, strategies: list[Strategy], tokens: np.ndarray, served: list[ServedSample]

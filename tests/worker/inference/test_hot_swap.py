@@ -5,6 +5,7 @@ import gc
 import shutil
 import weakref
 from collections.abc import Awaitable, Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from pipeline.artifact import Artifact
+from pipeline.records import encode_value
 from pipeline.slates import Slate
 from tests import artifacts as relatives
 from tests.worker.inference.conftest import SLATE_SIZE, Logged, Serving
@@ -143,6 +145,25 @@ async def test_broken_artifact_is_rejected_once_and_the_old_model_continues(
     assert line["artifact"] == str((serving.folder / "broken").resolve())
     good = serving.publish("good", relatives.nudged(original, 1))
     assert await serving.check() == good, "the next artifact is validated by itself"
+
+
+async def test_rejected_artifact_leaves_the_serving_models_facts_of_items(
+    serve: Callable[..., Serving], original: Artifact, batch: Batch
+) -> None:
+    serving = serve(min_overlap=0.5)
+    pipeline = serving.ranker.pipeline
+    tokens = original.tokens(pipeline.vocabulary)
+    before = pipeline.catalogue.facts(tokens)
+    await serving.ranker.rank(batch)
+    await serving.check()
+    serving.publish("broken", relatives.priced(relatives.mixed_up(original), 7.0))
+    await serving.check()
+    assert serving.version == original.version
+    for field in fields(before):
+        assert (getattr(pipeline.catalogue.facts(tokens), field.name) == getattr(before, field.name)).all()
+    serving.publish("good", relatives.priced(original, 7.0))
+    await serving.check()
+    assert (pipeline.catalogue.facts(tokens).price_codes == encode_value(7.0)).all()
 
 
 async def test_damaged_file_is_rejected_until_it_is_copied_again(
