@@ -6,6 +6,7 @@ facts (`EVENT_DTYPE`), which the model reads as numpy columns without touching a
 
 import math
 import struct
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from hashlib import blake2b
@@ -18,6 +19,13 @@ from msgspec import Meta
 from pipeline.jagged import last_runs, ranges
 
 Id = Annotated[str, Meta(min_length=1, max_length=256)]
+# Numbers that both JSON and MessagePack can carry: integers of 64 bits, finite floats. What one decoder accepts, every
+# encoder can write again.
+MAX_INT64 = (1 << 63) - 1
+Int64 = Annotated[int, Meta(ge=-MAX_INT64 - 1, le=MAX_INT64)]
+Count = Annotated[int, Meta(ge=0, le=MAX_INT64)]
+FiniteFloat = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
+Amount = Annotated[float, Meta(ge=0, le=sys.float_info.max)]
 DAY_MS = 86_400_000
 DAY_S = 86_400
 
@@ -53,12 +61,12 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True):
     item_id: Id
     action: Annotated[str, Meta(min_length=1, max_length=64)]
     ts_ms: Annotated[int, Meta(ge=0, le=MAX_TS_MS)]
-    value: Annotated[float, Meta(ge=0)] | None = None
-    dwell_ms: Annotated[int, Meta(ge=0)] | None = None
+    value: Amount | None = None
+    dwell_ms: Count | None = None
     session_id: str | None = None
     device: str | None = None
-    position: Annotated[int, Meta(ge=0)] | None = None
-    context: dict[str, str | int | float | bool | None] | None = None
+    position: Count | None = None
+    context: dict[str, str | Int64 | FiniteFloat | bool | None] | None = None
 
 
 class Item(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -69,7 +77,7 @@ class Item(msgspec.Struct, frozen=True, omit_defaults=True):
     text: str | None = None
     category: list[str] = []
     brand: str | None = None
-    price: Annotated[float, Meta(ge=0)] | None = None
+    price: Amount | None = None
     created_ms: Annotated[int, Meta(ge=0, le=MAX_TS_MS)] | None = None
     tags: list[str] = []
 

@@ -14,7 +14,6 @@ from pipeline.data.layout import (
     UNITS_MS,
     InvalidLine,
     LogLayout,
-    check_value,
     column_title,
     find_columns,
 )
@@ -83,10 +82,9 @@ class DelimitedReader:
                     row[field] = text
             if "context" in row:
                 row["context"] = msgspec.json.decode(row["context"])
-            event = msgspec.convert(row, Event, strict=False)
+            return msgspec.convert(row, Event, strict=False)
         except (msgspec.DecodeError, UnicodeDecodeError, csv.Error) as error:
             raise InvalidLine(f"not an event: {error}{_got(row, str(error))}") from error
-        return check_value(event)
 
     def _ts_ms(self, text: str) -> int:
         try:

@@ -19,8 +19,6 @@ from pipeline.records import (
     pack_columns,
 )
 
-MAX_INT64 = np.iinfo(np.int64).max
-
 
 @dataclass(slots=True)
 class EventLog:
@@ -114,8 +112,8 @@ class _BlockPacker:
 
 
 def _optional_column(numbers: list[int | None]) -> np.ndarray:
-    """Return int64 [n], -1 = missing. Compares in Python: a number may have more than 64 bits."""
-    return np.array([-1 if n is None else n if n < MAX_INT64 else MAX_INT64 for n in numbers], np.int64)
+    """Return int64 [n], -1 = missing."""
+    return np.array([-1 if number is None else number for number in numbers], np.int64)
 
 
 class _IdColumn:

@@ -1,6 +1,5 @@
 """Layouts of recorded logs: formats, column names, and the placeholder for a record that cannot be read."""
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -107,13 +106,6 @@ def find_columns(titles: Sequence[str], aliases: Mapping[str, Sequence[str]]) ->
     """
     present = ((field, next((alias for alias in names if alias in titles), None)) for field, names in aliases.items())
     return {field: titles.index(alias) for field, alias in present if alias is not None}
-
-
-def check_value(event: Event) -> Event:
-    """Return the event. InvalidLine when its value is infinite or NaN, which JSON cannot hold."""
-    if event.value is not None and not math.isfinite(event.value):
-        raise InvalidLine(f"value is {event.value}; want a finite number of at least 0")
-    return event
 
 
 def detect_format(name: str, start: bytes) -> str:

@@ -15,7 +15,7 @@ from itertools import chain
 import msgspec
 
 from pipeline.data.delimited import DelimitedReader
-from pipeline.data.layout import BadRecord, InvalidLine, LogEntry, LogLayout, check_value
+from pipeline.data.layout import BadRecord, InvalidLine, LogEntry, LogLayout
 from pipeline.records import Event
 
 CHUNK_BYTES = 1 << 18
@@ -177,9 +177,7 @@ def _msgpack_entries(data: bytes, number: int) -> tuple[list[LogEntry], int, boo
 
 def _msgpack_entry(raw: bytes, number: int) -> LogEntry:
     try:
-        return check_value(_from_msgpack(raw))
-    except InvalidLine as error:
-        return BadRecord(number, raw, str(error))
+        return _from_msgpack(raw)
     except DECODE_ERRORS as error:
         return BadRecord(number, raw, f"not an event: {error}")
 

@@ -1,7 +1,13 @@
 """An event's 24 ring bytes, and the packed histories read from them."""
 
+import contextlib
+import json
+import math
+
+import msgspec
 import numpy as np
 import oracle
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +19,7 @@ from pipeline.records import (
     EventPacker,
     EventSchema,
     Histories,
+    Item,
     item_hash,
     pack_columns,
 )
@@ -45,6 +52,41 @@ def test_history_columns_hold_event_facts_in_time_order(history: list[Event]):
     assert histories.ts_ms.tolist() == [event.ts_ms for event in ordered]
     assert histories.items.tolist() == [item_hash(event.item_id) for event in ordered]
     assert [SCHEMA.actions[code - 1] for code in histories.actions] == [event.action for event in ordered]
+
+
+NUMBERS = [0, 1.5, 2**63 - 1, 2**63, 2**64, 10**23, -1, -(2**63), -(2**63) - 1, 1.7e308, math.inf, math.nan, True, None]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("field", ["value", "dwell_ms", "position", "context"])
+def test_an_event_that_one_format_accepts_the_other_carries(field: str, number: float | None) -> None:
+    fields = {"user_id": "u", "item_id": "i", "action": "view", "ts_ms": 5}
+    fields[field] = {"key": number} if field == "context" else number
+    for event in accepted(fields, Event):
+        assert msgspec.msgpack.decode(msgspec.msgpack.encode(event), type=Event) == event
+        assert msgspec.json.decode(msgspec.json.encode(event), type=Event) == event
+        assert EventPacker(EventSchema()).pack(event)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("field", ["price", "created_ms"])
+def test_an_item_that_one_format_accepts_the_other_carries(field: str, number: float | None) -> None:
+    for item in accepted({"item_id": "i", field: number}, Item):
+        assert msgspec.msgpack.decode(msgspec.msgpack.encode(item), type=Item) == item
+        assert msgspec.json.decode(msgspec.json.encode(item), type=Item) == item
+
+
+def accepted(fields: dict, kind: type) -> list:
+    """Return the records that decoders of JSON, of MessagePack and of text accept; at most one each."""
+    records = []
+    for read in (
+        lambda: msgspec.json.decode(json.dumps(fields), type=kind),
+        lambda: msgspec.msgpack.decode(msgspec.msgpack.encode(fields), type=kind),
+        lambda: msgspec.convert(fields, kind, strict=False),
+    ):
+        with contextlib.suppress(msgspec.DecodeError, OverflowError):
+            records.append(read())
+    return records
 
 
 def ring(*ts_ms: int) -> bytes:

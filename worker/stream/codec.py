@@ -9,7 +9,6 @@ A record with an invalid header is dead-lettered, so the producer finds out. A r
 order then holds only within the record's partition, and it is counted (metrics.KEY_MISMATCHES).
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import TypeVar
@@ -124,8 +123,6 @@ class Codec:
             raise InvalidRecord(f"unknown action {event.action!r}; events.actions has {actions}")
         if not oldest_ms <= event.ts_ms <= newest_ms:
             raise InvalidRecord(_out_of_time(event.ts_ms, oldest_ms, newest_ms))
-        if event.value is not None and not math.isfinite(event.value):  # MessagePack can encode infinity
-            raise InvalidRecord(f"value is {event.value}; want a finite number of at least 0")
         if record.key is not None and record.key != event.user_id.encode():
             self._count_key_mismatch(record, event)
         return event

@@ -107,7 +107,7 @@ def test_quoted_commas_are_parsed(tmp_path: Path) -> None:
         ("u1,i1,view,1e300,1", "ts_ms"),
         ("u1,i1,view,5,good", "value`, got 'good'"),
         ("u1,i1,view,5,-1", "value"),
-        ("u1,i1,view,5,inf", "value is inf"),
+        ("u1,i1,view,5,inf", "value`, got 'inf'"),
         ("u1,i1,view,5,nan", "value`, got 'nan'"),
         ("u1," + "i" * 10_000 + ",view,5,1", "item_id"),
     ],

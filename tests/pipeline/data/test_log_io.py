@@ -131,7 +131,22 @@ def test_corrupt_messagepack_ends_in_a_bad_record_with_the_rest(tmp_path: Path) 
 def test_infinite_value_in_messagepack_is_a_bad_record(tmp_path: Path) -> None:
     raw = msgspec.msgpack.encode({**msgspec.to_builtins(EVENT), "value": math.inf})
     (entry,) = read_log(_write(tmp_path / "log.msgpack", raw))
-    assert entry == BadRecord(1, raw, "value is inf; want a finite number of at least 0")
+    assert isinstance(entry, BadRecord)
+    assert (entry.line, entry.raw) == (1, raw)
+    assert entry.reason.endswith("at `$.value`")
+
+
+@pytest.mark.parametrize("field", ["dwell_ms", "position", "context"])
+def test_integer_beyond_64_bits_is_a_bad_record_and_the_log_can_be_sorted_on_disk(field: str, tmp_path: Path) -> None:
+    number = 99_999_999_999_999_999_999_999
+    raw = msgspec.json.encode({**msgspec.to_builtins(EVENT), field: {"a": 1}}).rstrip(b"}")
+    bad = raw.replace(b'{"a":1', b'{"a":%d}}' % number if field == "context" else b"%d}" % number)
+    path = _write(tmp_path / "log.jsonl", LINE + bad + b"\n" + LINE)
+    first, entry, last = read_log_by_time(path, run_entries=1)
+    assert first == last == EVENT
+    assert isinstance(entry, BadRecord)
+    assert (entry.line, entry.raw) == (2, bad)
+    assert f"$.{field}" in entry.reason
 
 
 def test_unreadable_file_fails_at_once(tmp_path: Path) -> None:

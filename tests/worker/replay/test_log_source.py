@@ -123,6 +123,18 @@ async def test_recorded_file_is_read_in_event_time_order(tmp_path: Path) -> None
     assert [consumed.event for consumed in events] == [early, late]
 
 
+async def test_number_that_messagepack_cannot_carry_becomes_a_dead_letter(tmp_path: Path) -> None:
+    path = tmp_path / "shop.jsonl"
+    good = msgspec.json.encode(event(1))
+    bad = good.replace(b"}", b',"dwell_ms":99999999999999999999999}')
+    path.write_bytes(b"\n".join([good, bad, good]))
+    clock = VirtualClock()
+    events, dead_letters = await decode_all(LogSource(read_log_by_time(path), clock), clock)
+    assert [letter.value for letter in dead_letters] == [bad]
+    assert "$.dwell_ms" in dead_letters[0].reason
+    assert len(events) == 2
+
+
 async def test_paused_source_yields_nothing_and_counts_its_lag() -> None:
     source = LogSource([event(n) for n in range(5)], VirtualClock(), max_records=3)
     source.pause()
