@@ -7,6 +7,7 @@ source, secrets masked.
 import json
 import os
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -60,6 +61,7 @@ class EventsConfig(Struct, frozen=True, forbid_unknown_fields=True):
     actions: tuple[str, ...] = EventSchema().actions  # append only: rings store an action's position in this list
     devices: tuple[str, ...] = EventSchema().devices  # append only, like actions
     trigger_actions: tuple[str, ...] | None = None  # actions that request a fresh slate; unset: all of them
+    action_aliases: dict[str, str] = field(default_factory=dict)  # foreign names of actions: {addtocart = "cart"}
     max_clock_skew_s: PositiveFloat = 86400.0  # a phone's clock may be a day off; an event beyond that is dead-lettered
     max_age_days: NonNegativeFloat = 3650.0  # 0: no limit (recorded logs of any age)
 
@@ -176,6 +178,13 @@ def load(path: str | Path | None = None, env: dict[str, str] | None = None) -> C
     return config
 
 
+def check_actions(events: EventsConfig, actions: Iterable[str], where: str) -> None:
+    """Raise ConfigError if one of these actions is not in events.actions."""
+    if unknown := set(actions) - set(events.actions):
+        known = ", ".join(events.actions)
+        raise ConfigError(f"{where}: {', '.join(sorted(unknown))} not in events.actions ({known})")
+
+
 def show(config: Config, path: str | Path | None, env: dict[str, str] | None = None) -> list[tuple[str, str, str]]:
     """Return (key, value, source) for every key; the source is 'default', the file or the variable."""
     env = dict(os.environ) if env is None else env
@@ -203,13 +212,14 @@ def _read(path: str | Path | None) -> dict[str, Any]:
 def _check_actions(config: Config, where: str) -> None:
     """Raise ConfigError for an action that is not in `events.actions`; default names of labels need not be there."""
     defaults = msgspec.structs.asdict(LabelOptions())
-    chosen = {"events.trigger_actions": set(config.events.trigger_actions or ())}
+    chosen = {
+        "events.trigger_actions": set(config.events.trigger_actions or ()),
+        "events.action_aliases": set(config.events.action_aliases.values()),
+    }
     for name in ("engaged_actions", "valued_actions", "paid_actions"):
         chosen[f"labels.{name}"] = set(getattr(config.labels, name)) - set(defaults[name])
     for key, actions in chosen.items():
-        if unknown := actions - set(config.events.actions):
-            known = ", ".join(config.events.actions)
-            raise ConfigError(f"{where}: {key}: {', '.join(sorted(unknown))} not in events.actions ({known})")
+        check_actions(config.events, actions, f"{where}: {key}")
 
 
 def _put(tree: dict[str, Any], name: str, text: str) -> None:
@@ -227,10 +237,14 @@ def _is_text(section: str, key: str) -> bool:
 
 
 def _value(text: str) -> Any:
-    """Parse the text as a TOML value (number, boolean, list), else return the text itself."""
+    """Parse the text as a TOML value (number, boolean, list, table) or a JSON object, else return the text itself."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
+        pass
+    try:
+        return json.loads(text) if text.lstrip().startswith("{") else text
+    except json.JSONDecodeError:
         return text
 
 
@@ -249,4 +263,4 @@ def _masked(key: str, value: Any) -> str:
         return f"{scheme}://***@{rest.rsplit('@', 1)[1]}"
     if value is None or isinstance(value, str):
         return value or ""
-    return json.dumps(value, ensure_ascii=False)  # booleans, numbers and lists are written as in TOML
+    return json.dumps(value, ensure_ascii=False)  # booleans, numbers and lists as TOML writes them; a table as JSON

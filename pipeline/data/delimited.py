@@ -1,27 +1,26 @@
 """Delimited text: find the columns that hold an event's fields, and read events from its lines."""
 
-import csv
-import math
 from dataclasses import dataclass
 
 import msgspec
 
+from pipeline.data.cells import NONE_WORDS, CellSplitter
 from pipeline.data.layout import (
     EVENT_ALIASES,
     FIELD_BY_ALIAS,
     REQUIRED,
     SKIPPED,
-    UNITS_MS,
     InvalidLine,
     LogLayout,
+    RepeatedHeader,
     column_title,
     find_columns,
 )
+from pipeline.data.text_records import TextRecords
+from pipeline.data.timestamps import TimestampReader, is_time, recognise
 from pipeline.errors import LogFileError
 from pipeline.records import Event
 
-SEPARATORS = ("\t", "::", ",")
-SECONDS_BELOW = 1e11  # as seconds the year 5138, as milliseconds March 1973
 MILLISECOND_NAMES = ("ts_ms", "timestamp_ms")
 
 
@@ -36,63 +35,63 @@ class FieldColumn:
 
 @dataclass(slots=True, frozen=True)
 class DelimitedReader:
-    """Reads the lines of one log: 2.4 us of one core per line of four columns (python -m timeit).
+    """Reads the records of one log: 2.4 us of one core per line of four columns (python -m timeit).
 
     columns:   (field, column index) of each field but `ts_ms`
     ts_column: column index of the time; None when the log has no times: every event then has time 0
-    scale:     milliseconds per timestamp unit; None: detect
+    header:    the cells of the header line; None without one
+    notes:     what was recognised in the log's first lines, for the user
     """
 
-    separator: str
+    splitter: CellSplitter
     width: int
-    has_header: bool
+    header: list[str] | None
     columns: tuple[tuple[str, int], ...]
     ts_column: int | None
-    scale: int | None
+    times: TimestampReader
     action: str
+    notes: tuple[str, ...]
 
     @classmethod
-    def from_first_line(cls, layout: LogLayout, first: str, name: str) -> "DelimitedReader":
-        """Find the columns in the log's first line. LogFileError when it lacks one that is needed."""
-        separator = layout.separator or _detect_separator(first, name)
-        cells = _split(first, separator)
+    def from_records(cls, layout: LogLayout, records: TextRecords, name: str) -> "DelimitedReader":
+        """Find the columns in the log's first record, and the unit of its times in the following ones.
+
+        LogFileError when the first record lacks a column that is needed.
+        """
+        cells = next(records.splitter.split_closed([records.first]), None) or [records.first]
         has_header, columns = _find_event_columns(layout, cells, name)
         ts = next((column for column in columns if column.field == "ts_ms"), None)
-        unit = layout.unit or ("ms" if ts and ts.title in MILLISECOND_NAMES else None)
+        rows = [cells] * (not has_header) + list(records.splitter.split_closed(records.following))
+        times, times_note = _recognise_times(layout, ts, rows)
         return cls(
-            separator,
+            records.splitter,
             len(cells),
-            has_header,
+            cells if has_header else None,
             tuple((column.field, column.index) for column in columns if column is not ts),
             ts.index if ts else None,
-            UNITS_MS[unit] if unit else None,
+            times,
             layout.action,
+            tuple(filter(None, (_header_note(layout, cells, has_header, ts is not None), times_note))),
         )
 
-    def event(self, line: bytes) -> Event:
-        """Return the line's event. InvalidLine says in one sentence what is wrong with it."""
+    def event(self, record: bytes) -> Event:
+        """Return the record's event. InvalidLine says in one sentence what is wrong with it."""
         row: dict = {"action": self.action}
         try:
-            cells = _split(line.rstrip(b"\r\n").decode(), self.separator)
+            cells = self.splitter.split(record.rstrip(b"\r\n").decode())
+            if cells == self.header:
+                raise RepeatedHeader
             if len(cells) != self.width:
                 raise InvalidLine(f"{len(cells)} columns; the first line has {self.width}")
-            row["ts_ms"] = 0 if self.ts_column is None else self._ts_ms(cells[self.ts_column])
+            row["ts_ms"] = 0 if self.ts_column is None else self.times.read(cells[self.ts_column])
             for field, index in self.columns:
                 if text := cells[index]:
                     row[field] = text
             if "context" in row:
                 row["context"] = msgspec.json.decode(row["context"])
             return msgspec.convert(row, Event, strict=False)
-        except (msgspec.DecodeError, UnicodeDecodeError, csv.Error) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise InvalidLine(f"not an event: {error}{_got(row, str(error))}") from error
-
-    def _ts_ms(self, text: str) -> int:
-        try:
-            number = int(text) if text.isdecimal() else float(text)
-            scale = self.scale or (1000 if number < SECONDS_BELOW else 1)
-            return round(number * scale)
-        except (ValueError, OverflowError) as error:  # inf and nan, too
-            raise InvalidLine(f"timestamp '{text[:40]}' is not a number of seconds or milliseconds") from error
 
 
 def _got(row: dict, reason: str) -> str:
@@ -101,17 +100,19 @@ def _got(row: dict, reason: str) -> str:
     return f", got '{str(row[field])[:40]}'" if field in row else ""
 
 
-def _split(line: str, separator: str) -> list[str]:
-    if separator == "," and '"' in line:
-        return next(csv.reader([line]))
-    return line.split(separator)
+def _recognise_times(layout: LogLayout, ts: FieldColumn | None, rows: list[list[str]]) -> tuple[TimestampReader, str]:
+    if ts is None:
+        return recognise([], None)
+    unit = layout.unit or ("ms" if ts.title in MILLISECOND_NAMES else None)
+    return recognise([cells[ts.index] for cells in rows if ts.index < len(cells)], unit)
 
 
-def _detect_separator(first: str, name: str) -> str:
-    for separator in SEPARATORS:
-        if separator in first:
-            return separator
-    raise LogFileError(f"{name}: no tab, '::' or comma in its first line '{first[:60]}'; give the separator")
+def _header_note(layout: LogLayout, cells: list[str], has_header: bool, has_times: bool) -> str:
+    """Return how the first line was taken, where that is a guess."""
+    if layout.columns is None or layout.by_name or layout.header is not None or (has_times and not has_header):
+        return ""
+    taken = "a header; --no-header reads it as an event" if has_header else "an event; --header skips it"
+    return f"the first line, '{' '.join(cells)[:60]}', is taken for {taken}"
 
 
 def _find_event_columns(layout: LogLayout, cells: list[str], name: str) -> tuple[bool, list[FieldColumn]]:
@@ -131,11 +132,11 @@ def _find_event_columns(layout: LogLayout, cells: list[str], name: str) -> tuple
 
 
 def _is_header(columns: list[FieldColumn], cells: list[str]) -> bool:
-    """Whether the time's cell is not a number or, in a log without times, all cells are field names."""
-    ts = next((column for column in columns if column.field == "ts_ms"), None)
-    if ts is not None:
-        return not _is_number(cells[ts.index])
-    return all(column_title(cells[column.index]).lower() in FIELD_BY_ALIAS for column in columns)
+    """Whether all cells are field names, or the time's cell is neither empty nor a time."""
+    if all(column_title(cells[column.index]).lower() in FIELD_BY_ALIAS for column in columns):
+        return True
+    times = [cells[column.index] for column in columns if column.field == "ts_ms"]
+    return any(cell and cell.lower() not in NONE_WORDS and not is_time(cell) for cell in times)
 
 
 def _columns_by_title(pairs: tuple[str, ...], cells: list[str], name: str) -> list[FieldColumn]:
@@ -156,10 +157,3 @@ def _columns_by_alias(cells: list[str], name: str) -> list[FieldColumn]:
             "name the columns with --columns user,item,ts (user,item for a log without times)"
         )
     return [FieldColumn(field, index, lower[index]) for field, index in found.items()]
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False

@@ -1,8 +1,8 @@
 """A full log as numpy columns, for training, counters and evaluation."""
 
-from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from itertools import count
 
 import numpy as np
@@ -19,6 +19,8 @@ from pipeline.records import (
     pack_columns,
 )
 
+NO_ALIASES: Mapping[str, str] = {}
+
 
 @dataclass(slots=True)
 class EventLog:
@@ -29,6 +31,7 @@ class EventLog:
     events: EVENT_DTYPE [n]
     unreadable: number of records left out: bad ones, and events whose action is not in the schema
     first_error: what is wrong with the first of those
+    unknown_actions: number of events left out by their action
     """
 
     user_ids: list[str]
@@ -38,6 +41,7 @@ class EventLog:
     events: np.ndarray
     unreadable: int = 0
     first_error: str = ""
+    unknown_actions: Counter[str] = field(default_factory=Counter)
 
     def __len__(self) -> int:
         return len(self.events)
@@ -55,23 +59,31 @@ class EventLog:
         return EventLog(self.user_ids, self.users[mask], item_ids, new_index[items], self.events[mask])
 
 
-def event_log_from_blocks(blocks: Iterable[list[LogEntry]], schema: EventSchema) -> EventLog:
-    """Pack block by block: 32 bytes per event stay in memory, and the ids."""
-    packer = _BlockPacker(schema)
+def event_log_from_blocks(
+    blocks: Iterable[list[LogEntry]], schema: EventSchema, action_aliases: Mapping[str, str] = NO_ALIASES
+) -> EventLog:
+    """Pack block by block: 32 bytes per event stay in memory, and the ids.
+
+    action_aliases: foreign names of the schema's actions
+    """
+    packer = _BlockPacker(schema, action_aliases)
     users = _IdColumn()
     items = _IdColumn()
     packed = [np.empty(0, EVENT_DTYPE)]
     unreadable = 0
     first_error = ""
+    unknown_actions: Counter[str] = Counter()
     for block in blocks:
         events = [entry for entry in block if isinstance(entry, Event) and entry.action in packer.actions]
         if len(events) < len(block):
             unreadable += len(block) - len(events)
             first_error = first_error or next(filter(None, (_error(entry, packer.actions) for entry in block)))
+            actions = (entry.action for entry in block if isinstance(entry, Event))
+            unknown_actions.update(action for action in actions if action not in packer.actions)
         users.extend([event.user_id for event in events])
         items.extend([event.item_id for event in events])
         packed.append(packer.pack(events))
-    log = EventLog(*users.sorted(), *items.sorted(), np.concatenate(packed), unreadable, first_error)
+    log = EventLog(*users.sorted(), *items.sorted(), np.concatenate(packed), unreadable, first_error, unknown_actions)
     packed.clear()  # frees the blocks
     hashes = np.fromiter(map(item_hash, log.item_ids), np.uint64, len(log.item_ids))
     log.events["item"] = hashes[log.items]
@@ -92,8 +104,9 @@ def _error(entry: LogEntry, actions: dict[str, int]) -> str:
 class _BlockPacker:
     """Packs many events at once, without their items: 0.85 us per event instead of EventPacker's 1.7."""
 
-    def __init__(self, schema: EventSchema) -> None:
-        self.actions = schema.action_codes()
+    def __init__(self, schema: EventSchema, action_aliases: Mapping[str, str]) -> None:
+        codes = schema.action_codes()
+        self.actions = codes | {alias: codes[action] for alias, action in action_aliases.items()}
         self._devices: dict[str | None, int] = {**schema.device_codes()}
 
     def pack(self, events: list[Event]) -> np.ndarray:

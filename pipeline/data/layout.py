@@ -9,13 +9,13 @@ from pipeline.errors import LogFileError
 from pipeline.records import Event
 
 FORMATS = ("json", "msgpack", "text")
-UNITS_MS = {"s": 1000, "ms": 1}
+UNITS = {"s": (1000, 1), "ms": (1, 1), "us": (1, 1000), "ns": (1, 1_000_000)}  # multiplier and divisor to milliseconds
 SKIPPED = ("", "-", "_")  # names in `--columns` for a column that is not read
 SHORT_NAMES = ("user", "item", "action", "ts", "value", "dwell", "session", "device", "position", "context")
 REQUIRED = ("user_id", "item_id")  # and a time, unless --columns leaves it out
 EVENT_ALIASES = {
-    "user_id": ("user_id", "user", "userid", "uid", "visitorid", "customer_id"),
-    "item_id": ("item_id", "item", "itemid", "iid", "movieid", "movie_id", "product_id", "video_id"),
+    "user_id": ("user_id", "user", "userid", "uid", "visitorid", "customer_id", "customer"),
+    "item_id": ("item_id", "item", "itemid", "iid", "movieid", "movie_id", "product_id", "video_id", "product", "sku"),
     "action": ("action", "event", "event_type", "behavior", "behaviour", "behavior_type"),
     "ts_ms": ("ts_ms", "timestamp_ms", "ts", "timestamp", "time", "event_time"),
     "value": ("value", "rating", "price"),
@@ -44,7 +44,11 @@ LogEntry = Event | BadRecord
 
 
 class InvalidLine(ValueError):
-    """A line that does not hold an event; the message is the bad record's reason."""
+    """A line that does not hold a record; the message is the bad record's reason."""
+
+
+class RepeatedHeader(InvalidLine):
+    """A line that is the header again, as in concatenated files. It is not a record."""
 
 
 class LogLayout(msgspec.Struct, frozen=True):
@@ -52,9 +56,9 @@ class LogLayout(msgspec.Struct, frozen=True):
 
     columns:   field names by position (`user`, `item`, `ts`, ...; `-` skips one), or `field=header` pairs; without `ts`
                the log has no times: an event's position in the log is its time, in milliseconds
-    separator: tab, comma or `::` when detected
+    separator: tab, `::`, comma or semicolon when detected
     header:    whether the first line names the columns
-    unit:      `s` or `ms`; when detected, per timestamp: below 1e11 it counts seconds
+    unit:      of numbers that are times: `s`, `ms`, `us` or `ns`; detected by the size of the log's first ones
     action:    action of every event when no column holds one
     Raises LogFileError for an unknown format, field or unit.
     """
@@ -84,9 +88,16 @@ class LogLayout(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         _check_columns(self.columns, self.header)
         _check_choice(self.format, FORMATS, "format")
-        _check_choice(self.unit, tuple(UNITS_MS), "timestamp unit")
+        _check_choice(self.unit, tuple(UNITS), "timestamp unit")
         if self.separator == "":
             raise LogFileError("the separator is empty; want one or more characters, such as ';'")
+
+    @property
+    def text_options(self) -> list[str]:
+        """The given options that concern delimited text alone."""
+        options = {"--columns": self.columns, "--separator": self.separator, "--unit": self.unit}
+        given = [name for name, value in options.items() if value is not None]
+        return given + ([] if self.header is None else ["--header" if self.header else "--no-header"])
 
     @property
     def by_name(self) -> bool:
@@ -135,6 +146,8 @@ def _check_choice(value: str | None, choices: tuple[str, ...], what: str) -> Non
 
 def _check_columns(names: tuple[str, ...] | None, header: bool | None) -> None:
     if names is None:
+        if header is False:
+            raise LogFileError("--no-header: without a header the columns have no names; give --columns user,item,ts")
         return
     option = f"--columns {','.join(names)}"
     if len({"=" in name for name in names}) > 1:

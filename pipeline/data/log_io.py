@@ -5,18 +5,20 @@ A file that cannot be read at all is a LogFileError with one sentence.
 """
 
 import gzip
-from collections.abc import Callable, Iterable, Iterator
-from io import BufferedReader
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO
 
 import msgspec
 
-from pipeline.data.event_log import EventLog, event_log_from_blocks
+from pipeline.data.cells import quoted
+from pipeline.data.event_log import NO_ALIASES, EventLog, event_log_from_blocks
 from pipeline.data.external_sort import RUN_ENTRIES, sorted_by_time
 from pipeline.data.layout import BadRecord, LogEntry, LogLayout, detect_format
-from pipeline.data.parser import READ_ERRORS, ChunkedFile, json_blocks, msgpack_blocks, text_blocks
+from pipeline.data.messagepack import msgpack_blocks
+from pipeline.data.parser import json_blocks, text_blocks
+from pipeline.data.recorded_file import open_recorded
 from pipeline.errors import LogFileError
 from pipeline.records import Event, EventSchema
 
@@ -28,10 +30,10 @@ __all__ = [
     "read_event_log",
     "read_log",
     "read_log_by_time",
+    "recognised",
     "write_log",
 ]
 
-GZIP_MAGIC = b"\x1f\x8b"
 WRITE_EVENTS = 1000
 DEFAULT_SCHEMA = EventSchema()
 TEXT_FIELDS = tuple(field.name for field in msgspec.structs.fields(Event))
@@ -42,7 +44,7 @@ _to_msgpack = msgspec.msgpack.Encoder()
 
 def read_log(path: str | Path, layout: LogLayout | None = None) -> Iterator[LogEntry]:
     """Yield every record in the file's order. LogFileError, at once, when the file cannot be read at all."""
-    return chain.from_iterable(_blocks(Path(path), layout))
+    return chain.from_iterable(_open_blocks(Path(path), layout)[0])
 
 
 def read_log_by_time(
@@ -55,9 +57,22 @@ def read_log_by_time(
     return sorted_by_time(read_log(path, layout), run_entries)
 
 
-def read_event_log(path: str | Path, layout: LogLayout | None = None, schema: EventSchema = DEFAULT_SCHEMA) -> EventLog:
-    """Return the full log as columns, in the order of `read_log_by_time`. LogFileError as in `read_log`."""
-    return event_log_from_blocks(_blocks(Path(path), layout), schema)
+def read_event_log(
+    path: str | Path,
+    layout: LogLayout | None = None,
+    schema: EventSchema = DEFAULT_SCHEMA,
+    action_aliases: Mapping[str, str] = NO_ALIASES,
+) -> EventLog:
+    """Return the full log as columns, in the order of `read_log_by_time`. LogFileError as in `read_log`.
+
+    action_aliases: foreign names of the schema's actions, {"addtocart": "cart"}
+    """
+    return event_log_from_blocks(_open_blocks(Path(path), layout)[0], schema, action_aliases)
+
+
+def recognised(path: str | Path, layout: LogLayout | None = None) -> tuple[str, ...]:
+    """Return what is recognised in a log's first lines and could be wrong, one sentence each. LogFileError as above."""
+    return _open_blocks(Path(path), layout)[1]
 
 
 def write_log(path: str | Path, events: Iterable[Event]) -> int:
@@ -80,32 +95,17 @@ def write_log(path: str | Path, events: Iterable[Event]) -> int:
     return count
 
 
-def _blocks(path: Path, layout: LogLayout | None) -> Iterator[list[LogEntry]]:
-    """Open the file and detect its format now; read the blocks lazily."""
+def _open_blocks(path: Path, layout: LogLayout | None) -> tuple[Iterator[list[LogEntry]], tuple[str, ...]]:
+    """Open the file and recognise its format now; read the blocks lazily. Returns them, and what was recognised."""
     layout = layout or LogLayout()
-    try:
-        file = _open(path)
-        start = file.peek(4096)
-        format = layout.format or detect_format(path.name, start)
-    except READ_ERRORS as error:
-        reason = error.strerror if isinstance(error, OSError) else None
-        raise LogFileError(f"{path}: cannot be read: {reason or error}") from error
-    if format != "text" and layout.columns is not None:
-        raise LogFileError(f"{path}: holds {format}, whose fields have names; --columns is for delimited text")
-    chunked = ChunkedFile(file)
-    if format == "msgpack":
-        return msgpack_blocks(chunked)
-    return json_blocks(chunked) if format == "json" else text_blocks(chunked, layout, path.name)
-
-
-def _open(path: Path) -> BufferedReader | gzip.GzipFile:
-    with path.open("rb") as file:
-        start = file.read(2)
-    if start == GZIP_MAGIC:
-        return gzip.GzipFile(path)
-    if path.suffix == ".gz" and start:
-        raise LogFileError(f"{path}: is named .gz but is not gzipped; rename it, or download it again")
-    return path.open("rb")
+    file = open_recorded(path)
+    format = layout.format or detect_format(path.name, file.start)
+    if format == "text":
+        return text_blocks(file, layout, path.name)
+    if layout.text_options:
+        options = ", ".join(layout.text_options)
+        raise LogFileError(f"{path}: holds {format}, whose fields have names; {options} is for delimited text")
+    return (json_blocks if format == "json" else msgpack_blocks)(file), ()
 
 
 def _compressed(path: Path, raw: IO[bytes]) -> IO[bytes]:
@@ -139,7 +139,7 @@ def _cell(value: object) -> str:
     text = str(value)
     if not {"\t", "\n", "\r"}.isdisjoint(text):
         raise LogFileError(f"'{text[:60]}' contains a tab or a line break, which a .tsv cannot hold; write .jsonl")
-    return text
+    return quoted(text)
 
 
 def _join_cells(cells: Iterable[str]) -> bytes:

@@ -110,7 +110,7 @@ class Setting(msgspec.Struct, frozen=True):
             "validation_last_out": self.validation_last,
             "max_validation_events": len(log) or 1,
         }
-        items = read_items(self.log.with_suffix(".item")) if content else ()
+        items = read_items(self.log.with_suffix(".item")).items if content else ()
         return prepare(log, msgspec.convert(tree, TrainingOptions), PipelineOptions(device=self.device), items)
 
 

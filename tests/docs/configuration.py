@@ -43,12 +43,17 @@ def toml_literal(value: object) -> str:
     return json.dumps(list(value) if isinstance(value, tuple) else value)
 
 
+def default_of(key: msgspec.structs.FieldInfo) -> object:
+    """Return the key's default value."""
+    return key.default if key.default_factory is msgspec.NODEFAULT else key.default_factory()
+
+
 def table(section: str, struct: type) -> str:
     """Return a section's table; a key without a default value reads 'unset'."""
     comments = reasons(struct)
     rows = HEAD
     for key in msgspec.structs.fields(struct):
-        default = "unset" if key.default is None else f"`{toml_literal(key.default)}`"
+        default = "unset" if default_of(key) is None else f"`{toml_literal(default_of(key))}`"
         rows += f"| `{section}.{key.name}` | {default} | {comments[key.name]} |\n"
     return rows
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import msgspec
 import pytest
 
-from tests.docs.configuration import PAGE, reasons, rewritten, table, toml_literal
+from tests.docs.configuration import PAGE, default_of, reasons, rewritten, table, toml_literal
 from worker import config
 from worker.config import Config
 
@@ -27,7 +27,7 @@ def test_page_shows_every_key_with_its_default_and_reason() -> None:
     assert page == rewritten(page), "rewrite it: python -m tests.docs.configuration"
     for section in msgspec.structs.fields(Config):
         for key in msgspec.structs.fields(section.type):
-            default = "unset" if key.default is None else f"`{toml_literal(key.default)}`"
+            default = "unset" if default_of(key) is None else f"`{toml_literal(default_of(key))}`"
             reason = reasons(section.type)[key.name]
             assert f"| `{section.name}.{key.name}` | {default} | {reason} |\n" in page
 
@@ -77,7 +77,7 @@ def test_every_default_of_the_page_can_be_read_back(tmp_path: Path) -> None:
     for section in msgspec.structs.fields(Config):
         lines.append(f"[{section.name}]")
         fields = msgspec.structs.fields(section.type)
-        lines += [f"{key.name} = {toml_literal(key.default)}" for key in fields if key.default is not None]
+        lines += [f"{key.name} = {toml_literal(default_of(key))}" for key in fields if default_of(key) is not None]
     file = tmp_path / "defaults.toml"
     file.write_text("\n".join(lines))
     assert config.load(file, env={}) == Config()

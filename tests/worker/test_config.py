@@ -36,6 +36,11 @@ def test_environment_overrides_the_file_and_the_file_the_default(tmp_path) -> No
         ),
         ("[labels]\npaid_actions = ['buy']\n", "labels.paid_actions: buy not in events.actions (view, "),
         ("[labels]\nengaged_dwell_ms = -1\n", "$.labels.engaged_dwell_ms"),
+        (
+            "[events.action_aliases]\naddtocart = 'basket'\n",
+            "events.action_aliases: basket not in events.actions (view, ",
+        ),
+        ("[events]\naction_aliases = ['a']\n", "$.events.action_aliases"),
         ("[pipeline]\nstrategy = 'oracle'\n", "strategy 'oracle' is unknown; want one of unified, "),
         ("[kafka]\nsasl_mechanism = 'SCRAM'\n", "$.kafka.sasl_mechanism"),
         ("[kafka\n", "not TOML"),
@@ -61,6 +66,19 @@ def test_trigger_action_may_be_added_by_the_environment(tmp_path) -> None:
 def test_default_labels_fit_a_schema_without_their_actions() -> None:
     loaded = config.load(None, {"MILLRACE__EVENTS__ACTIONS": "['view']", "MILLRACE__LABELS__RETENTION_DAYS": "1"})
     assert loaded.labels.retention_days == 1
+
+
+@pytest.mark.parametrize("text", ['{addtocart = "cart"}', '{"addtocart": "cart"}'])
+def test_table_in_the_environment_is_read_as_toml_or_json(text: str, tmp_path) -> None:
+    file = tmp_path / "m.toml"
+    file.write_text('[events.action_aliases]\naddtocart = "cart"\n')
+    from_environment = config.load(None, {"MILLRACE__EVENTS__ACTION_ALIASES": text})
+    assert from_environment == config.load(file, {})
+    assert from_environment.events.action_aliases == {"addtocart": "cart"}
+    shown = shown_rows(env={"MILLRACE__EVENTS__ACTION_ALIASES": text})["events.action_aliases"]
+    assert shown == ('{"addtocart": "cart"}', "MILLRACE__EVENTS__ACTION_ALIASES")
+    with pytest.raises(ConfigError, match=r"events\.action_aliases: basket not in events\.actions"):
+        config.load(None, {"MILLRACE__EVENTS__ACTION_ALIASES": text.replace('"cart"', '"basket"')})
 
 
 def test_unknown_variable_and_missing_file_are_rejected() -> None:

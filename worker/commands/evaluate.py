@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING
 
 from worker.commands.arguments import cutoffs, fraction, positive, seed
 from worker.commands.config import add_config
-from worker.commands.log_arguments import LOG_HELP, add_items, add_log_layout, read_events, read_records
+from worker.commands.log_arguments import (
+    LOG_HELP,
+    add_items,
+    add_log_layout,
+    read_events,
+    read_records,
+    with_action_aliases,
+)
 from worker.output.paths import check_file
 
 if TYPE_CHECKING:
@@ -84,14 +91,14 @@ def run(args: Namespace) -> int:
     from worker.inference.load import pipeline_options
     from worker.output.evaluation_display import print_report
 
-    loaded = config.load(args.config)
+    loaded = with_action_aliases(config.load(args.config), args)
     request = evaluation_options(args)
     options = pipeline_options(loaded)
     if args.report:
         check_file(args.report, "--report")
     artifact = load(args.artifact)
     artifact.check_schema(options.schema)
-    report = evaluate(artifact, read_events(args, options.schema), options, request, read_records(args))
+    report = evaluate(artifact, read_events(args, loaded), options, request, read_records(args))
     if report.warning:
         print(f"millrace evaluate: WARNING: {report.warning}", file=sys.stderr)
     print_report(report)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from worker.commands.arguments import fraction, positive, rate, speed
 from worker.commands.config import add_config
-from worker.commands.log_arguments import LOG_HELP, add_log_layout, log_layout
+from worker.commands.log_arguments import LOG_HELP, add_log_layout, log_layout, say_recognised, with_action_aliases
 from worker.output.paths import check_file
 
 
@@ -59,16 +59,18 @@ def run(args: Namespace) -> int:
     from worker.replay.report import summary
 
     _check(args)
-    loaded = config.load(args.config)
+    loaded = with_action_aliases(config.load(args.config), args)
     if args.artifact:
         loaded = replace(loaded, pipeline=replace(loaded.pipeline, artifact=args.artifact))
     if args.kafka != "start":  # a broker of our own is up before the first request, so it needs no short timeout
         loaded = replace(loaded, kafka=cli_timeouts(loaded.kafka))
     logging.configure(replace(loaded.log, format="console", level="warning"))
+    layout = log_layout(args)
+    say_recognised(args, layout)
     options = ReplayOptions(
         log=args.log,
         slates=args.slates,
-        layout=log_layout(args),
+        layout=layout,
         limit=args.limit,
         speed=args.speed,
         train_fraction=args.train_fraction,

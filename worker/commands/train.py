@@ -29,15 +29,22 @@ from typing import TYPE_CHECKING
 
 from worker.commands.arguments import positive, rate, seed
 from worker.commands.config import add_config
-from worker.commands.log_arguments import LOG_HELP, add_items, add_log_layout, read_events, read_records
+from worker.commands.log_arguments import (
+    LOG_HELP,
+    add_items,
+    add_log_layout,
+    read_events,
+    read_records,
+    with_action_aliases,
+)
 from worker.output.paths import check_folder
 
 if TYPE_CHECKING:
     from pipeline.manifest import Manifest
-    from pipeline.strategies.options import PipelineOptions
     from pipeline.training.distributed import ProcessGroup
     from pipeline.training.preparation import TrainingOptions
     from pipeline.training.warm_start import WarmStart
+    from worker.config import Config
 
 NORMS = ("layer", "rms", "none")
 # Option: (type or choices, help). The option's name is the struct's field; omitted options keep the struct's default.
@@ -117,7 +124,7 @@ def run(args: Namespace) -> int:
     from worker import config
     from worker.inference.load import pipeline_options
 
-    loaded = config.load(args.config)
+    loaded = with_action_aliases(config.load(args.config), args)
     pipeline = pipeline_options(loaded)
     warm_start = WarmStart(load(args.warm_start)) if args.warm_start else None
     options = replace(training_options(args, warm_start), labels=loaded.labels)
@@ -126,7 +133,7 @@ def run(args: Namespace) -> int:
     check_folder(args.out.absolute().parent, "--out")
     check_target(args.out)
     with process_group(resolve_device(pipeline.device)) as group:
-        manifest = _train(args, options, pipeline, warm_start, group)
+        manifest = _train(args, options, loaded, warm_start, group)
     if not group.is_main:
         return 0
     metrics = manifest.metrics
@@ -140,7 +147,7 @@ def run(args: Namespace) -> int:
 def _train(
     args: Namespace,
     options: "TrainingOptions",
-    pipeline: "PipelineOptions",
+    config: "Config",
     warm_start: "WarmStart | None",
     group: "ProcessGroup",
 ) -> "Manifest":
@@ -150,6 +157,7 @@ def _train(
     from rich.console import Console
 
     from pipeline.training.train import train
+    from worker.inference.load import pipeline_options
     from worker.output.learning_curves import LearningCurves
     from worker.output.training_display import TrainingDisplay
 
@@ -158,8 +166,9 @@ def _train(
         callback = stack.enter_context(TrainingDisplay(Console(quiet=not group.is_main)))
         if args.learning_curves and group.is_main:
             callback = stack.enter_context(LearningCurves(args.learning_curves, callback))
-        log = read_events(args, pipeline.schema)
+        log = read_events(args, config)
         items = read_records(args)
+        pipeline = pipeline_options(config)
         return train(log, args.out, options, pipeline, callback, created, args.resume, items, warm_start, group)
 
 

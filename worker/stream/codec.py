@@ -6,7 +6,8 @@ Headers (names are case-sensitive, as Kafka's are; of two with the same name the
           strategy       where to start in the fallback order;  k   a slate length, 1 to 512
           unreadable     why a log's reader could not read the value: dead-lettered with that reason
 A record with an invalid header is dead-lettered, so the producer finds out. A record's key may differ from its user id:
-order then holds only within the record's partition, and it is counted (metrics.KEY_MISMATCHES).
+order then holds only within the record's partition, and it is counted (metrics.KEY_MISMATCHES). `events.action_aliases`
+maps foreign names of actions before they are checked.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,6 +15,7 @@ from functools import lru_cache
 from typing import TypeVar
 
 import msgspec
+from msgspec.structs import replace
 
 from pipeline.records import DAY_MS, Event, EventPacker
 from pipeline.strategies.own_strategies import own_names
@@ -61,6 +63,7 @@ class Codec:
         self._clock = clock
         self._packer = EventPacker(config.schema)
         self._actions = frozenset(config.events.actions)
+        self._action_aliases = config.events.action_aliases
         triggers = config.events.trigger_actions
         self._triggers = self._actions if triggers is None else frozenset(triggers)
         self._max_skew_ms = int(config.events.max_clock_skew_s * 1000)
@@ -118,6 +121,8 @@ class Codec:
             event = headers.decoder.decode(record.value)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise InvalidRecord(f"not an event: {error}") from error
+        if event.action in self._action_aliases:
+            event = replace(event, action=self._action_aliases[event.action])
         if event.action not in self._actions:
             actions = ", ".join(sorted(self._actions))
             raise InvalidRecord(f"unknown action {event.action!r}; events.actions has {actions}")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.data.layout import LogEntry
-from pipeline.data.log_io import BadRecord, EventLog, LogLayout, read_event_log, read_log, read_log_by_time
+from pipeline.data.log_io import BadRecord, EventLog, LogLayout, read_event_log, read_log, read_log_by_time, recognised
 from pipeline.errors import LogFileError
 from pipeline.records import Event
 
@@ -90,6 +90,57 @@ def test_header_option_overrides_detection(tmp_path: Path) -> None:
     assert len(_read(tmp_path, text, LogLayout.parse("user,item,ts", header=True))) == 1
 
 
+@pytest.mark.parametrize(
+    ("text", "columns", "note"),
+    [
+        ("customer,sku\nu1,i1\n", "user,item", "'customer sku', is taken for a header; --no-header reads it"),
+        ("kunde,artikel,zeit\nu1,i1,5\n", "user,item,ts", "'kunde artikel zeit', is taken for a header; --no-header"),
+        ("kunde,artikel\nu1,i1\n", "user,item", "'kunde artikel', is taken for an event; --header skips it"),
+    ],
+)
+def test_guess_about_the_first_line_is_said(text: str, columns: str, note: str, tmp_path: Path) -> None:
+    entries = _read(tmp_path, text, LogLayout.parse(columns))
+    assert len(entries) == (2 if "event" in note.partition(";")[0] else 1)
+    assert note in recognised(tmp_path / "log.txt", LogLayout.parse(columns))[0]
+    for header in (True, False):
+        layout = LogLayout.parse(columns, header=header)
+        assert len(_read(tmp_path, text, layout)) == 2 - header
+        assert not any("first line" in said for said in recognised(tmp_path / "log.txt", layout))
+
+
+@pytest.mark.parametrize("missing", ["", "NULL", r"\N", "-"])
+def test_first_line_whose_time_is_missing_is_a_bad_record(missing: str, tmp_path: Path) -> None:
+    bad, good = _read(tmp_path, f"u1,i1,{missing}\nu2,i2,5\n", LogLayout.parse("user,item,ts"))
+    assert isinstance(bad, BadRecord)
+    assert (bad.line, good) == (1, Event("u2", "i2", "rate", 5000))
+
+
+@pytest.mark.parametrize("header", ["user,item", "user,item,ts", "\ufeffuser,item", "user, item ,ts"])
+def test_header_that_is_repeated_is_no_event(header: str, tmp_path: Path) -> None:
+    time = ",5" if "ts" in header else ""
+    part = f"{header}\nu1,i1{time}\nu2,i2{time}\n"
+    columns = "user,item,ts" if time else "user,item"
+    entries = _read(tmp_path, part * 3, LogLayout.parse(columns))
+    assert [(entry.user_id, entry.item_id) for entry in entries if isinstance(entry, Event)] == [
+        ("u1", "i1"),
+        ("u2", "i2"),
+    ] * 3
+    assert len(entries) == 6
+
+
+def test_blanks_around_cells_are_not_part_of_ids(tmp_path: Path) -> None:
+    text = "user_id, item_id, timestamp\nu1, i1 , 5\n u1,\ti1,5\n"
+    assert _read(tmp_path, text) == [Event("u1", "i1", "rate", 5000)] * 2
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+def test_quotes_are_understood_with_every_separator(separator: str, tmp_path: Path) -> None:
+    text = '"user";"item";"ts"\n"u 1";"0155;61";"1700000000"\n'.replace(";", separator)
+    assert _read(tmp_path, text, LogLayout.parse(separator=separator)) == [
+        Event("u 1", f"0155{separator}61", "rate", 1_700_000_000_000)
+    ]
+
+
 def test_quoted_commas_are_parsed(tmp_path: Path) -> None:
     assert _read(tmp_path, 'user,item,ts\n"a ""b"", c",i1,1e12\n') == [Event('a "b", c', "i1", "rate", 10**12)]
 
@@ -104,7 +155,7 @@ def test_quoted_commas_are_parsed(tmp_path: Path) -> None:
         ("u1,i1,view,inf,1", "timestamp 'inf' is not a number"),
         ("u1,i1,view,,1", "timestamp '' is not a number"),
         ("u1,i1,view,-5,1", "ts_ms`, got '-5000'"),
-        ("u1,i1,view,1e300,1", "ts_ms"),
+        ("u1,i1,view,1e300,1", "timestamp '1e300' counts nanoseconds by its size; the log's first are seconds"),
         ("u1,i1,view,5,good", "value`, got 'good'"),
         ("u1,i1,view,5,-1", "value"),
         ("u1,i1,view,5,inf", "value`, got 'inf'"),
@@ -123,7 +174,7 @@ def test_invalid_line_is_a_bad_record_with_its_reason(line: str, reason: str, tm
 @pytest.mark.parametrize(
     ("text", "columns", "message"),
     [
-        ("one two three\n", None, "no tab, '::' or comma"),
+        ("one two three\n", None, "no tab, '::', comma or semicolon"),
         ("user,item,rating\n", None, "no header that names ts_ms"),
         ("196,242,3,881250949\n", None, "--columns user,item,ts"),
         ("user,item,ts\n", "user=user,item=thing,ts=ts", "has no column thing; its header names user, item, ts"),
@@ -145,6 +196,7 @@ def test_missing_columns_fail_at_once(text: str, columns: str | None, message: s
         ({"columns": "user=a,item,ts"}, "all by position"),
         ({"columns": "user=a,item=b,ts=c", "header": False}, "no header"),
         ({"columns": ""}, "has no user_id, item_id"),
+        ({"header": False}, "--no-header: without a header the columns have no names"),
         ({"unit": "min"}, "want one of s, ms"),
         ({"format": "parquet"}, "want one of json, msgpack, text"),
         ({"separator": ""}, "separator is empty"),

@@ -51,6 +51,17 @@ def test_bad_lines_are_counted_and_their_ids_left_out(tmp_path: Path) -> None:
     assert (len(log), log.unreadable, log.user_ids, log.item_ids) == (1, 2, ["u1"], ["i1"])
 
 
+def test_foreign_names_of_actions_are_mapped_and_unknown_ones_counted(tmp_path: Path) -> None:
+    actions = ["view", "addtocart", "transaction", "addtocart", "fly"]
+    write_log(tmp_path / "log.jsonl", [Event("u", "i", action, n) for n, action in enumerate(actions)])
+    log = read_event_log(tmp_path / "log.jsonl")
+    assert (len(log), log.unreadable, log.unknown_actions) == (1, 4, {"addtocart": 2, "transaction": 1, "fly": 1})
+    log = read_event_log(tmp_path / "log.jsonl", action_aliases={"addtocart": "cart", "transaction": "purchase"})
+    expected = [Event("u", "i", action, n) for n, action in enumerate(["view", "cart", "purchase", "cart"])]
+    assert log.events.tobytes() == b"".join(map(EventPacker(EventSchema()).pack, expected))
+    assert log.unknown_actions == {"fly": 1}
+
+
 def test_empty_log_has_empty_typed_columns(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").touch()
     log = read_event_log(tmp_path / "log.jsonl")

@@ -65,7 +65,7 @@ def test_full_disk_is_a_log_file_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_twenty_runs_are_sorted_in_the_memory_of_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.data.parser.CHUNK_BYTES", 1 << 14)
+    monkeypatch.setattr("pipeline.data.recorded_file.CHUNK_BYTES", 1 << 14)
     log = (Event(f"u{n % 101}", f"i{n}", "view", n * 7919 % 20_021) for n in range(20_000))
     write_log(tmp_path / "log.msgpack", log)
     tracemalloc.start()

@@ -96,7 +96,7 @@ def test_last_line_without_line_break_is_read(tmp_path: Path) -> None:
 def test_records_across_chunks_are_complete_and_numbered(
     suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.data.parser.CHUNK_BYTES", 100)
+    monkeypatch.setattr("pipeline.data.recorded_file.CHUNK_BYTES", 100)
     log = [Event("u" * n, "i" * 70, "view", n) for n in range(1, 250)]
     write_log(tmp_path / f"log.{suffix}", log)
     with (tmp_path / f"log.{suffix}").open("ab") as file:
@@ -163,6 +163,13 @@ def test_unreadable_file_fails_at_once(tmp_path: Path) -> None:
             read_log_by_time(path)
     with pytest.raises(LogFileError, match=r"--columns is for delimited text"):
         read_log(_write(tmp_path / "log.jsonl", LINE), LogLayout.parse("user,item,ts"))
+
+
+@pytest.mark.parametrize("options", [{"separator": ";"}, {"unit": "s"}, {"header": True}, {"header": False}])
+def test_options_of_delimited_text_are_refused_for_other_formats(options: dict, tmp_path: Path) -> None:
+    columns = {} if options.get("header") is not False else {"columns": "user,item"}
+    with pytest.raises(LogFileError, match="is for delimited text"):
+        read_log(_write(tmp_path / "log.jsonl", LINE), LogLayout.parse(**options, **columns))
 
 
 def test_empty_file_is_an_empty_log(tmp_path: Path) -> None:

@@ -204,6 +204,18 @@ def encoded(value: dict) -> bytes:
 values = st.none() | st.binary(max_size=64) | near_events.map(encoded)
 
 
+def test_foreign_names_of_actions_are_read_as_the_schemas():
+    aliases = {"addtocart": "cart", "click": "view"}
+    config = Config(events=EventsConfig(action_aliases=aliases, trigger_actions=("cart",)))
+    names = ["addtocart", "click", "view"]
+    events, _ = decode(*(record(json_of(action=name), n) for n, name in enumerate(names)), config=config)
+    assert [event.event.action for event in events] == ["cart", "view", "view"]
+    assert [event.trigger for event in events] == [True, False, False]
+    cart = msgspec.structs.replace(GOOD, action="cart")
+    assert events[0].packed == EventPacker(config.schema).pack(cart)
+    assert "unknown action 'fly'" in reason_for(json_of(action="fly"), config=config)
+
+
 @given(st.lists(st.tuples(st.none() | st.binary(max_size=4), values, headers), max_size=8))
 def test_any_bytes_become_exactly_one_event_or_dead_letter(raw: list):
     records = [LogRecord(2 * n, key, value, 0, tuple(head)) for n, (key, value, head) in enumerate(raw)]
