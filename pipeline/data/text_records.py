@@ -24,8 +24,8 @@ Blocks = Iterator[LineBlock | BadRecord]
 class TextRecords:
     """The records of delimited text, of which the first has been looked at.
 
-    first: the first record that is not blank, empty when there is none; following: the lines after it, at most
-           SAMPLE_LINES
+    first: the first record that is not blank, empty when there is none; following: the records after it in the first
+           lines of the file
     """
 
     splitter: CellSplitter
@@ -62,10 +62,11 @@ def _from_first_lines(
         separator or detect_separator(_decode(b"\n".join(lines[start : start + SAMPLE_LINES])), name)
     )
     end = _record_end(lines, start, splitter) or start + 1
+    first = b"\n".join(lines[start:end])
     return TextRecords(
         splitter,
-        _decode(b"\n".join(lines[start:end])),
-        [_decode(line) for line in lines[end : end + SAMPLE_LINES] if line.strip()],
+        _decode(first),
+        [_decode(record) for record in _complete(lines[end : end + SAMPLE_LINES], splitter, splitter.count(first))],
         chain(head, following),
         (block, slice(start, end)),
     )
@@ -82,6 +83,15 @@ def _sample(block: LineBlock, following: Blocks) -> list[LineBlock | BadRecord]:
     return [block]
 
 
+def _complete(lines: list[bytes], splitter: CellSplitter, width: int | None) -> Iterator[bytes]:
+    """Yield the records of these lines that are not blank, without one that may go on after them."""
+    start = 0
+    while start < len(lines) and (end := _record_end(lines, start, splitter, width)) is not None:
+        if (record := b"\n".join(lines[start:end])).strip():
+            yield record
+        start = end
+
+
 def _decode(line: bytes) -> str:
     return line.rstrip(b"\r").decode("utf-8", "replace")
 
@@ -95,7 +105,8 @@ def _joined(blocks: Blocks, splitter: CellSplitter, width: int) -> Blocks:
 
 
 def _join(block: LineBlock, following: Blocks, splitter: CellSplitter, width: int) -> Blocks:
-    """Join the lines of a block and of those that follow as long as a record goes on."""
+    """Join the lines of a block, and of those that follow as long as its last record goes on."""
+    first = block.first
     lines = block.lines
     records = []
     after = None
@@ -107,13 +118,16 @@ def _join(block: LineBlock, following: Blocks, splitter: CellSplitter, width: in
             if not isinstance(after, LineBlock):  # the file's end, or a line that cannot be read
                 end = start + 1
                 break
+            yield LineBlock(first, records)  # where every block ends within a record, memory stays bounded
+            records = []
+            first += start
             lines = lines[start:] + after.lines
             start = 0
             after = None
             end = _record_end(lines, start, splitter, width)
         records.append(b"\n".join(lines[start:end]))
         start = end
-    yield LineBlock(block.first, records)
+    yield LineBlock(first, records)
     if after is not None:
         yield after
 

@@ -1,5 +1,6 @@
 """A quoted cell may have line breaks; a quote that is not closed costs its own line alone."""
 
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,21 @@ def test_line_breaks_inside_quotes_are_part_of_the_cell(
     ]
     assert isinstance(entries[3], BadRecord)
     assert entries[3].line == 8, "a record's lines all count"
+
+
+def test_records_over_many_blocks_are_yielded_as_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.data.recorded_file.CHUNK_BYTES", 64)
+    path = tmp_path / "log.csv"
+    record = 'u,i,5,"one\ntwo\n' + "x" * 47 + '"\n'
+    assert len(record) == 64, "each chunk ends within a record"
+    path.write_text("user,item,ts,session\n" + record * 5000)
+    entries = read_log(path)
+    tracemalloc.start()
+    try:
+        assert sum(isinstance(entry, Event) for entry in entries) == 5000
+        assert tracemalloc.get_traced_memory()[1] < 400_000  # the records of all blocks together take 2.5 MB
+    finally:
+        tracemalloc.stop()
 
 
 def test_first_record_and_header_may_have_line_breaks(tmp_path: Path) -> None:
