@@ -1,10 +1,10 @@
-"""Cells of delimited text (RFC 4180), quoted and unquoted.
+"""Cells of delimited text (RFC 4180) by the csv module, one record at a time.
 
-A quoted cell begins with a quote and ends with one before the next separator; inside, two quotes stand for one. Any
-other quote is text, as in `7" single`. The csv module cannot say which cells had quotes, so blanks around a cell could
-not be told from blanks inside its quotes; and to it a lone quote opens a cell that nothing but the file's end closes.
+A cell that begins with a quote is quoted; any other quote is text, as in `7" single`. To the csv module a lone quote
+opens a cell that nothing but the end of its input closes: given one record, it can take no more than that.
 """
 
+import csv
 import re
 from collections.abc import Iterable, Iterator
 
@@ -20,63 +20,56 @@ class OpenQuoteError(InvalidLine):
 
 
 class CellSplitter:
-    """Splits records into cells and strips the unquoted ones. With a separator of several characters none is quoted."""
+    """Splits records into cells and strips them. With a separator of several characters no cell is quoted."""
 
     def __init__(self, separator: str) -> None:
         self.separator = separator
         self.has_quotes = len(separator) == 1 and separator != '"'
         self._blanks = " \t".replace(separator, "")
         self._has_tabs = separator != "\t"  # as blanks
-        begin = rf'[{self._blanks}]*"([^"]*+(?:""[^"]*+)*+)'
-        end = rf'"[{self._blanks}]*(?={re.escape(separator)}|\Z)'
-        self._quoted_cell = re.compile(rf"{begin}(?:{end}|(\Z))")
 
     def split(self, record: str) -> list[str]:
-        """Return the record's cells. OpenQuoteError when the last one is quoted and not closed."""
-        if '"' in record and self.has_quotes:
-            return self._split_quoted(record)
-        cells = record.split(self.separator)
+        """Return the record's cells. InvalidLine; OpenQuoteError when a quoted cell does not end."""
+        cells = self._split_quoted(record) if '"' in record and self.has_quotes else record.split(self.separator)
         if " " in record or (self._has_tabs and "\t" in record):
             return [cell.strip(self._blanks) for cell in cells]
         return cells
 
-    def split_closed(self, records: Iterable[str]) -> Iterator[list[str]]:
-        """Yield the cells of the records whose quoted cells are all closed."""
+    def split_valid(self, records: Iterable[str]) -> Iterator[list[str]]:
+        """Yield the cells of the records that can be split."""
         for record in records:
             try:
                 yield self.split(record)
-            except OpenQuoteError:
+            except InvalidLine:
                 continue
 
     def count(self, record: bytes) -> int | None:
-        """Return the number of cells; None when the last one is quoted and not closed."""
-        return next((len(cells) for cells in self.split_closed([record.decode("utf-8", "replace")])), None)
+        """Return the number of cells, 0 of an invalid record; None when the last one is quoted and not closed."""
+        try:
+            return len(self.split(record.decode("utf-8", "replace")))
+        except OpenQuoteError:
+            return None
+        except InvalidLine:
+            return 0
 
     def _split_quoted(self, record: str) -> list[str]:
-        plain = record[1:-1].split(f'"{self.separator}"')
-        if record[0] == record[-1] == '"' and record.count('"') == 2 * len(plain):
-            return plain  # all quoted, no quotes inside: 1 us for four cells instead of 4
-        cells = []
-        end = -1
-        while end < len(record):
-            start = end + 1
-            if quoted := self._quoted_cell.match(record, start):
-                if quoted[2] is not None:
-                    raise OpenQuoteError(f"the quote of cell {len(cells) + 1}, '{quoted[0][:40]}', is not closed")
-                end = quoted.end()
-                cells.append(quoted[1].replace('""', '"'))
-            else:
-                end = record.find(self.separator, start)
-                end = len(record) if end < 0 else end
-                cells.append(record[start:end].strip(self._blanks))
-        return cells
+        try:
+            return self._read(record, strict=True)
+        except csv.Error as error:
+            if "end of data" in str(error):
+                raise OpenQuoteError(f"a quoted cell is not closed in '{record[:60]}'") from error
+        try:
+            return self._read(record, strict=False)  # text after a closing quote, as in `"A" and "B"`
+        except csv.Error as error:
+            raise InvalidLine(f"not delimited text: {error}") from error
+
+    def _read(self, record: str, strict: bool) -> list[str]:
+        return next(csv.reader([record], delimiter=self.separator, skipinitialspace=True, strict=strict))
 
 
 def quoted(text: str) -> str:
-    """Return the cell that CellSplitter reads as this text, with quotes where it needs them."""
-    if text.startswith('"') or text != text.strip(" \t"):
-        return '"' + text.replace('"', '""') + '"'
-    return text
+    """Return the cell that CellSplitter reads as this text, which neither begins nor ends with a blank."""
+    return '"' + text.replace('"', '""') + '"' if text.startswith('"') else text
 
 
 def detect_separator(lines: str, name: str) -> str:

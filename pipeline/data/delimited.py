@@ -58,10 +58,10 @@ class DelimitedReader:
 
         LogFileError when the first record lacks a column that is needed.
         """
-        cells = next(records.splitter.split_closed([records.first]), None) or [records.first]
+        cells = next(records.splitter.split_valid([records.first]), None) or [records.first]
         has_header, columns = _find_event_columns(layout, cells, name)
         ts = next((column for column in columns if column.field == "ts_ms"), None)
-        rows = [cells] * (not has_header) + list(records.splitter.split_closed(records.following))
+        rows = [cells] * (not has_header) + list(records.splitter.split_valid(records.following))
         times, times_note = _recognise_times(layout, ts, rows)
         return cls(
             records.splitter,

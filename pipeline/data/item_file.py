@@ -55,7 +55,7 @@ class ItemReader:
     @classmethod
     def from_records(cls, records: TextRecords, path: Path) -> "ItemReader":
         """Find the columns in the header. LogFileError when none holds item ids."""
-        header = next(records.splitter.split_closed([records.first]), None) or [records.first]
+        header = next(records.splitter.split_valid([records.first]), None) or [records.first]
         columns = find_columns([column_title(cell).lower() for cell in header], ITEM_ALIASES)
         if "item_id" not in columns:
             titles = ", ".join(map(column_title, header))

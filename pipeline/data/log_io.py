@@ -137,8 +137,11 @@ def _cell(value: object) -> str:
     if isinstance(value, dict):
         return _to_json.encode(value).decode()
     text = str(value)
-    if not {"\t", "\n", "\r"}.isdisjoint(text):
-        raise LogFileError(f"'{text[:60]}' contains a tab or a line break, which a .tsv cannot hold; write .jsonl")
+    if not {"\t", "\n", "\r"}.isdisjoint(text) or text != text.strip(" "):
+        raise LogFileError(
+            f"'{text[:60]}' contains a tab or a line break, or begins or ends with a blank, which a .tsv cannot hold;"
+            " write .jsonl"
+        )
     return quoted(text)
 
 

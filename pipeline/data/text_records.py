@@ -13,7 +13,7 @@ from pipeline.data.layout import BadRecord
 from pipeline.data.recorded_file import LineBlock
 
 MAX_QUOTED_LINES = 500  # of one record
-MAX_QUOTED_BYTES = 1 << 18  # of one record
+MAX_QUOTED_BYTES = 1 << 17  # of one record, as much as a cell may have by the csv module
 SAMPLE_LINES = 1000
 SAMPLE_BLOCKS = 16  # of a gzipped file 8 KiB each
 

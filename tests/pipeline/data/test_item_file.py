@@ -106,7 +106,7 @@ def test_words_for_none_are_no_values_of_optional_fields(tmp_path: Path) -> None
         ("item_id\ttitle\na\tx\na\t1\t2\nb\t\n", "line 3: 3 columns; the first line has 2"),
         ("item_id\tprice\ttitle\na\t\tx\nc\tdear\ty\nb\t\t\n", "line 3: not an item: "),
         ("item_id,price,title\na,,x\nc,inf,y\nb,,\n", "line 3: not an item: "),
-        ('item_id,title\na,x\n"c,y\nb,\n', "line 3: the quote of cell 1"),
+        ('item_id,title\na,x\n"c,y\nb,\n', "line 3: a quoted cell is not closed"),
     ],
 )
 def test_invalid_item_is_left_out_counted_and_explained(text: str, error: str, tmp_path: Path) -> None:

@@ -45,8 +45,17 @@ def _write(path: Path, content: bytes) -> Path:
 def test_written_log_is_read_back_unchanged(suffix: str, log: list[Event]) -> None:
     with TemporaryDirectory() as folder:
         path = Path(folder) / f"log.{suffix}"
+        if suffix.startswith("tsv") and any(map(has_outer_blanks, log)):
+            with pytest.raises(LogFileError, match="begins or ends with a blank"):
+                write_log(path, iter(log))
+            return
         assert write_log(path, iter(log)) == len(log)
         assert list(read_log(path)) == log
+
+
+def has_outer_blanks(event: Event) -> bool:
+    texts = (event.user_id, event.item_id, event.action, event.session_id or "", event.device or "")
+    return any(text != text.strip(" ") for text in texts)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "msgpack", "tsv"])

@@ -69,7 +69,7 @@ def test_unclosed_quote_costs_its_line_alone(separator: str, tmp_path: Path) -> 
     bad = entries[1]
     assert isinstance(bad, BadRecord)
     assert bad.raw == lines[1].replace(",", separator).encode()
-    assert bad.reason.startswith("the quote of cell 1, '\"lone")
+    assert bad.reason.startswith("a quoted cell is not closed in '\"lone")
 
 
 @pytest.mark.parametrize(
