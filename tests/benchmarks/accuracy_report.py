@@ -1,78 +1,112 @@
-"""The result of the accuracy benchmark from its trials and ranks: rows, and intervals of HSTU's gain over SASRec."""
+"""The result of an accuracy benchmark from its trials and tests: metrics with intervals, and rows."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
-from pipeline.evaluation.bootstrap import interval, resampled_means
 from pipeline.evaluation.metrics import gains
 from tests.benchmarks import results
-from tests.benchmarks.accuracy_models import CONTENDERS
-from tests.benchmarks.accuracy_runs import Outcome, Trial
+from tests.benchmarks.accuracy_intervals import COLUMNS, CUTOFFS, METRICS, Estimate
+from tests.benchmarks.accuracy_models import Benchmark
+from tests.benchmarks.accuracy_runs import ALL_ITEMS, Outcome, Trial
 from tests.benchmarks.results import Cell
 
-CUTOFFS = (5, 10, 20, 50)
-METRICS = ("hr", "ndcg", "mrr")  # in the order of the columns of `gains`
-ALL_ITEMS = "all items"
+ALL_STEPS = "all"
+UNTIED_STEPS = "untied"
+Estimates = Mapping[str, Estimate]  # by ranking
 
 
-def report(trials: list[Trial], tests: list[Outcome], folder: Path) -> dict[str, float]:
-    """Write accuracy.json into the folder and return its metrics."""
-    metrics = _metrics(tests)
-    rows = [*_test_rows(tests), *_trial_rows(trials), *_space_rows()]
-    hardware = "; ".join(sorted({test.hardware for test in tests} | {trial.hardware for trial in trials}))
-    print(f"written: {results.write('accuracy', metrics, rows, folder, hardware)}")
-    for name, value in metrics.items():
+def report(benchmark: Benchmark, trials: list[Trial], tests: list[Outcome], folder: Path) -> dict[str, float]:
+    """Write the benchmark's result file into the folder and return its metrics."""
+    steps = {name: estimates(tests, name) for name in (ALL_STEPS, UNTIED_STEPS)}
+    metrics = _metrics(benchmark, steps) | {"tied_share": _tied_share(tests[0])}
+    rows = [
+        *_summary_rows(steps),
+        *_test_rows(benchmark, tests),
+        *_trial_rows(trials),
+        *_space_rows(benchmark),
+        *({"kind": "published", **row} for row in benchmark.published),
+    ]
+    stages = [each.stage for each in (*trials, *tests)]
+    machines = "; ".join(sorted({test.stage.hardware for test in tests}))
+    rounded = {name: round(value, 5) for name, value in metrics.items()}
+    print(f"written: {results.write(benchmark.name, rounded, rows, folder, machines, stages)}")
+    for name, value in rounded.items():
         print(f"  {name}: {value}")
-    return metrics
+    return rounded
 
 
-def _metrics(tests: list[Outcome]) -> dict[str, float]:
-    """Return means over seeds at 10 among all items, and the relative gains of HSTU over SASRec with their intervals.
-
-    A gain is left out when SASRec has too few hits to divide by.
-    """
-    means = {model: _mean_gains(tests, model) for model in CONTENDERS}
-    metrics = {
-        f"{metric}10_{model}": float(values[:, METRICS.index(metric)].mean())
-        for metric in ("ndcg", "hr")
-        for model, values in means.items()
+def estimates(tests: list[Outcome], steps: str) -> dict[str, Estimate]:
+    """Return the estimates by ranking, over the events drawn from all or over the untied ones; none without any."""
+    first = tests[0]
+    mask = np.array(first.is_sampled) if steps == ALL_STEPS else ~np.array(first.is_tied)
+    if not mask.any():
+        return {}
+    users = np.array(first.users)[mask]
+    ranks: dict[str, list[np.ndarray]] = {}
+    for test in tests:
+        ranks.setdefault(test.model, []).append(np.array(test.ranks[ALL_ITEMS])[mask])
+    return {
+        model: Estimate.from_ranks(by_seed, users, seed) for seed, (model, by_seed) in enumerate(sorted(ranks.items()))
     }
-    users = np.array(next(test for test in tests if test.model == "hstu").users)
-    samples = resampled_means(np.concatenate([means["hstu"], means["sasrec"]], axis=1), users)
-    for metric in ("ndcg", "hr"):
-        column = METRICS.index(metric)
-        ours = samples[:, column]
-        theirs = samples[:, column + len(METRICS)]
-        if not theirs.all():
-            print(f"no gain in {metric}: in a resample SASRec has no hit at all")
-            continue
-        low, high = interval(ours / theirs - 1)
-        gain = metrics[f"{metric}10_hstu"] / metrics[f"{metric}10_sasrec"] - 1
-        metrics |= {f"{metric}10_gain": gain, f"{metric}10_gain_ci_low": low, f"{metric}10_gain_ci_high": high}
-    return {name: round(float(value), 5) for name, value in metrics.items()}
 
 
-def _mean_gains(tests: list[Outcome], model: str) -> np.ndarray:
-    """Return float64 [events, 3]: each event's gains at 10, averaged over the seeds."""
-    return np.mean([gains(np.array(test.ranks[ALL_ITEMS]), 10) for test in tests if test.model == model], axis=0)
+def _metrics(benchmark: Benchmark, steps: Mapping[str, Estimates]) -> dict[str, float]:
+    """Return each contender's means at 10 among all items, and the relative gains with their intervals.
+
+    A gain is left out where the other ranking has too few hits to divide by.
+    """
+    metrics: dict[str, float] = {}
+    for name, by_model in steps.items():
+        suffix = "" if name == ALL_STEPS else f"_{name}"
+        for model in by_model.keys() & benchmark.contenders:
+            for column in ("hr10", "ndcg10"):
+                metrics[f"{column}_{model}{suffix}"] = by_model[model].at(column)[0]
+        for gain in benchmark.gains:
+            if by_model and (value := by_model[gain.ours].gain_over(by_model[gain.theirs], gain.column)):
+                metrics |= _with_bounds(f"{gain.name}{suffix}", value)
+    return dict(sorted(metrics.items()))
 
 
-def _test_rows(tests: Iterable[Outcome]) -> list[dict[str, Cell]]:
-    """Return one row per model, seed and set of candidates."""
+def _with_bounds(name: str, value: tuple[float, float, float]) -> dict[str, float]:
+    return dict(zip((name, f"{name}_ci_low", f"{name}_ci_high"), value, strict=True))
+
+
+def _tied_share(test: Outcome) -> float:
+    """Return the fraction of the held-out events whose user's previous event has the same time."""
+    return float(np.mean(np.array(test.is_tied)[np.array(test.is_sampled)]))
+
+
+def _summary_rows(steps: Mapping[str, Estimates]) -> list[dict[str, Cell]]:
+    """Return one row per ranking and set of steps: means over events and seeds, with their bounds."""
+    return [
+        {"kind": "summary", "model": model, "steps": name}
+        | {
+            key: round(value, 5)
+            for column in COLUMNS
+            for key, value in _with_bounds(column, estimate.at(column)).items()
+        }
+        for name, by_model in steps.items()
+        for model, estimate in by_model.items()
+    ]
+
+
+def _test_rows(benchmark: Benchmark, tests: Iterable[Outcome]) -> list[dict[str, Cell]]:
+    """Return one row per ranking, seed and set of candidates, over the events drawn from all."""
     return [
         {
             "kind": "test",
             "model": test.model,
-            "protocol": f"newest events, {candidates}",
+            "protocol": f"{benchmark.protocol}, {candidates}",
             "seed": test.seed,
-            "events": len(ranks),
+            "events": int(np.sum(test.is_sampled)),
             "epoch": test.epoch,
             "options": msgspec.json.encode(test.options).decode(),
-            **_at_cutoffs(np.array(ranks)),
+            **_at_cutoffs(np.array(ranks)[np.array(test.is_sampled)]),
             "seconds": round(test.seconds, 1),
+            "commit": test.stage.commit,
         }
         for test in tests
         for candidates, ranks in test.ranks.items()
@@ -100,15 +134,16 @@ def _trial_rows(trials: Iterable[Trial]) -> list[dict[str, Cell]]:
             "hr10": round(trial.metrics.hit_rate, 5),
             "options": msgspec.json.encode(trial.options).decode(),
             "seconds": round(trial.seconds, 1),
+            "commit": trial.stage.commit,
         }
         for trial in trials
     ]
 
 
-def _space_rows() -> list[dict[str, Cell]]:
+def _space_rows(benchmark: Benchmark) -> list[dict[str, Cell]]:
     """Return the values that the random search draws from, uniformly."""
     return [
         {"kind": "space", "model": model, "option": option, "values": ", ".join(map(str, values))}
-        for model, contender in CONTENDERS.items()
+        for model, contender in benchmark.contenders.items()
         for option, values in contender.space.items()
     ]
