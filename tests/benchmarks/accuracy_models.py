@@ -7,6 +7,7 @@ evaluates some of the epochs and keeps the best; the test stops at that epoch.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -27,6 +28,8 @@ from tests.benchmarks.accuracy_setting import Options, Setting, Value
 from tests.benchmarks.sasrec import SasRec, SasRecConfig, SasRecScorer
 
 Space = Mapping[str, tuple[Value, ...]]
+
+SMALL_SPACE = 64  # points; in such a space random draws would often repeat one
 
 
 class CountingRanker(ABC):
@@ -61,8 +64,17 @@ class Contender:
         """Whether it has epochs and seeds."""
         return "trainer.epochs" in self.space
 
+    @property
+    def size(self) -> int:
+        """Number of different trials: the points of the space."""
+        return prod(map(len, self.space.values()))
+
     def draw(self, trial: int) -> Options:
-        """Return the trial's options, the same on every machine."""
+        """Return the trial's options, the same on every machine. A small space is drawn from without replacement."""
+        if self.size <= SMALL_SPACE:
+            point = int(np.random.default_rng(20260).permutation(self.size)[trial])
+            chosen = np.unravel_index(point, tuple(map(len, self.space.values())))
+            return {name: values[index] for (name, values), index in zip(self.space.items(), chosen, strict=True)}
         rng = np.random.default_rng([20260, trial])
         return {name: values[int(rng.integers(len(values)))] for name, values in self.space.items()}
 

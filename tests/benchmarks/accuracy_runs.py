@@ -18,7 +18,6 @@ from tests.benchmarks.accuracy_setting import Options, Setting
 from tests.benchmarks.results import Stage
 
 SLATE_SIZE = 50
-EVALUATIONS = 12  # per trial, evenly spaced
 PATIENCE = 4  # evaluations without a better NDCG before a trial ends
 NEGATIVES = NegativeSampling(100, 0)
 ALL_ITEMS = "all items"
@@ -93,10 +92,11 @@ def run_trial(setting: Setting, model: str, contender: Contender, number: int, s
     options = contender.draw(number)
     setup, fits = contender.fit(setting, read_log(setting), False, options, number)
     scored = HeldOutEvents(setup.train, setup.validation_events.positions, setting.max_events)
-    every = max(1, setup.options.trainer.epochs // EVALUATIONS)
+    epochs = setup.options.trainer.epochs
+    every = -(-epochs // setting.evaluations)
     evaluated: list[tuple[int, RankingMetrics]] = []
     for epoch, build_ranker in fits:
-        if epoch % every == 0:
+        if epoch % every == 0 or epoch == epochs or not epoch:
             ranks = target_ranks(make_slates(build_ranker(), scored, 10), scored.targets)
             evaluated.append((epoch, ranking_metrics(ranks, 10)))
         if len(evaluated) - _best(evaluated) > PATIENCE:

@@ -38,6 +38,7 @@ class Setting(msgspec.Struct, frozen=True):
     validation_last:       number of each user's latest training events to validate on; by time the last 5 % of them
     max_validation_events: a random part of those, this many at most
     max_scored_events:     a random part of the held-out events, None for all; see ScoredEvents
+    evaluations:           of a trial with epochs, evenly spaced
     max_events:            latest events of a history that a ranking is given
     repeats:               items that a user has touched are recommended, too, and trained on
     negatives:             the target is also ranked among 100 uniform negatives, as older papers do
@@ -50,6 +51,7 @@ class Setting(msgspec.Struct, frozen=True):
     train_fraction: float = 0.8
     validation_last: int = 1
     max_validation_events: int = 1_000_000
+    evaluations: int = 12
     max_scored_events: int | None = None
     max_events: int = 512
     repeats: bool = False

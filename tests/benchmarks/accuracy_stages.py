@@ -81,12 +81,12 @@ def read(folder: Path, kind: str, record: type[Record]) -> list[Record]:
 
 
 def _trial_jobs(benchmark: Benchmark, folder: Path, stage: results.Stage | None = None) -> dict[Path, Job]:
-    """Return every trial of every contender by its file; one without options has a single trial."""
+    """Return every trial of every contender by its file; a small space has fewer trials than a large one."""
     return {
         _trial_path(folder, model, number): (run_trial, benchmark.setting, model, contender, number, stage)
         for number in range(benchmark.trials)
         for model, contender in benchmark.contenders.items()
-        if contender.space or number == 0
+        if number < contender.size
     }
 
 

@@ -39,14 +39,19 @@ from tests.benchmarks.accuracy_stages import main
 
 FOLDER = Path(os.environ.get("MILLRACE_DATA", "../shared/data")).absolute() / "amazon"
 SETTING = Setting(
-    FOLDER / "beauty.inter.gz", FOLDER / "beauty.item.gz", leave_out=1, validation_last=1, max_validation_events=10_000
+    FOLDER / "beauty.inter.gz",
+    FOLDER / "beauty.item.gz",
+    leave_out=1,
+    validation_last=1,
+    max_validation_events=10_000,
+    evaluations=10,
 )
 # Users have 8.9 events on average and seldom more than 50: published models read the latest 50, and so do these. Few
 # values per option, so that eight trials cover them: short histories need no depth, and all models overfit early.
 TRAINING: Space = {  # the same for both sequence models
     "trainer.learning_rate": (1e-3, 2e-3, 4e-3),
     "trainer.weight_decay": (0.01, 0.1),
-    "trainer.epochs": (15, 30),
+    "trainer.epochs": (20, 40),
     "model.width": (128, 256),
     "model.layers": (1, 2),
     "model.heads": (1, 2, 4),
