@@ -37,7 +37,7 @@ def tune(benchmark: Benchmark, folder: Path, workers: int, minutes: float | None
     _require_all(run_saved(jobs, workers, minutes), "trials")
 
 
-def test(benchmark: Benchmark, folder: Path, workers: int, minutes: float | None) -> None:
+def run_tests(benchmark: Benchmark, folder: Path, workers: int, minutes: float | None) -> None:
     """Test each contender's best trial, and its variants that differ from it."""
     _require_all(sum(not path.exists() for path in _trial_jobs(benchmark, folder)), "trials")
     jobs = _test_jobs(benchmark, folder, results.this_stage("test"))
@@ -123,7 +123,7 @@ def main(benchmark: Benchmark, quick: Benchmark, description: str | None) -> Non
     result_folder = args.out if args.quick else results.FOLDER
     stages: dict[str, Callable[[], None]] = {
         "tune": partial(tune, chosen, args.out, args.workers, args.minutes),
-        "test": partial(test, chosen, args.out, args.workers, args.minutes),
+        "test": partial(run_tests, chosen, args.out, args.workers, args.minutes),
         "report": partial(write_report, chosen, args.out, result_folder),
     }
     if args.trials_of:
