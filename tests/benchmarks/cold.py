@@ -4,8 +4,11 @@ In a simulated shop where new items arrive, the model is trained on the first 80
 Of the last 20 %, those are scored whose item has fewer than 5 events before the split, each ranked among all items:
 recall@50. The content-kNN's options are the best of a grid on these very events, which favours it.
 
+Rows are files in the folder --work as soon as they are there: the same command continues where an earlier one was
+stopped, or ran out of --minutes. It runs where there is only torch, numpy, msgspec and safetensors.
+
 usage: python -m tests.benchmarks.cold [--events 200000] [--epochs 16] [--seeds 3] [--device cuda]
-           [--workers 4] [--out DIR]
+           [--workers 4] [--work DIR] [--minutes N] [--out DIR]
 """
 
 import argparse
@@ -16,7 +19,6 @@ from tempfile import TemporaryDirectory
 
 import msgspec
 import numpy as np
-from rich.console import Console
 
 from pipeline import artifact as artifacts
 from pipeline.data.split import Split
@@ -38,7 +40,7 @@ from pipeline.training.train import train
 from pipeline.training.trainer import TrainerOptions
 from tests.benchmarks import results
 from tests.benchmarks.results import Cell
-from tests.benchmarks.workers import pool
+from tests.benchmarks.workers import Job, read_rows, run_saved
 from tests.pipeline.training.callbacks import SilentCallback
 
 RECALL = 50
@@ -110,6 +112,15 @@ def hstu(setting: Setting, seed: int) -> dict[str, Cell]:
     return {"model": "hstu", "seed": seed, "recall50": recall, "events": len(bench.cold)}
 
 
+def row_jobs(setting: Setting, seeds: int, folder: Path) -> dict[Path, Job]:
+    """Return the jobs that measure the rows, by their files."""
+    jobs: dict[Path, Job] = {folder / f"hstu-{seed}.json": (hstu, setting, seed) for seed in range(seeds)}
+    return jobs | {
+        folder / f"contentknn-{options.neighbours}-{options.recency}.json": (content_knn, setting, options)
+        for options in GRID
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--events", type=int, default=200_000, help="events of the shop (default 200000)")
@@ -117,17 +128,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="number of trained models (default 3)")
     parser.add_argument("--device", default="auto", help="device of the models (default auto)")
     parser.add_argument("--workers", type=int, default=1, help="number of parallel processes (default 1)")
+    parser.add_argument("--work", type=Path, help="folder of the rows (default: a temporary one)")
+    parser.add_argument("--minutes", type=float, help="start no training and no row after this many minutes")
     parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder of cold.json")
     args = parser.parse_args()
     shop = SimulatorConfig(args.events, args.events // 40, args.events // 100)
     setting = Setting(shop, args.epochs, args.device)
-    rows: list[dict[str, Cell]] = []
-    with pool(args.workers) as processes:
-        jobs = [processes.submit(hstu, setting, seed) for seed in range(args.seeds)]
-        jobs += [processes.submit(content_knn, setting, options) for options in GRID]
-        for job in jobs:
-            rows.append(job.result())
-            Console().print(rows[-1])
+    with TemporaryDirectory(prefix="millrace-cold-rows-") as temporary:
+        jobs = row_jobs(setting, args.seeds, args.work or Path(temporary))
+        if missing := run_saved(jobs, args.workers, args.minutes):
+            raise SystemExit(f"{missing} jobs are left: the same command with the same --work continues")
+        rows = list(read_rows(jobs))
     knn_recall = max(float(row["recall50"] or 0) for row in rows if row["model"] == "contentknn")
     hstu_recall = float(np.mean([float(row["recall50"] or 0) for row in rows if row["model"] == "hstu"]))
     metrics = {
@@ -135,7 +146,7 @@ def main() -> None:
         "recall50_contentknn": knn_recall,
         "ratio": hstu_recall / knn_recall,
     }
-    Console().print(metrics, f"written: {results.write('cold', metrics, rows, args.out)}")
+    print(metrics, f"written: {results.write('cold', metrics, rows, args.out)}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -12,12 +12,15 @@ The first part writes heads.json, the second closed_loop.json.
 The default shop is denser than that of `millrace simulate`: 86 events per user and 200 per item. The truth contains
 each item's exact hidden quality, of which an item's first hundred outcomes give only a rough estimate.
 
+Models and rows are files in the folder --work as soon as they are there: the same command continues where an earlier
+one was stopped, or ran out of --minutes. It runs where there is only torch, numpy, msgspec and safetensors.
+
 usage: python -m tests.benchmarks.heads [--parts weightings loop] [--epochs 12] [--forks 4] [--events N --users N
-           --items N] [--device cuda] [--workers N] [--quick] [--out DIR]
+           --items N] [--device cuda] [--workers N] [--quick] [--work DIR] [--minutes N] [--out DIR]
 """
 
 import argparse
-from collections.abc import Iterator
+import time
 from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
@@ -27,7 +30,6 @@ import msgspec
 import numpy as np
 import torch
 from msgspec.structs import asdict, replace
-from rich.console import Console
 
 from pipeline import artifact as artifacts
 from pipeline.artifact import Artifact
@@ -54,7 +56,7 @@ from pipeline.training.trainer import TrainerOptions
 from tests.benchmarks import results
 from tests.benchmarks.head_aucs import mean_auc_gain
 from tests.benchmarks.results import Cell
-from tests.benchmarks.workers import pool
+from tests.benchmarks.workers import Job, read_rows, run_saved
 from tests.pipeline.training.callbacks import SilentCallback
 
 SHOP = SimulatorConfig(events=60_000, users=700, items=300)
@@ -145,8 +147,9 @@ def get_bench(setting: Setting) -> Bench:
     return Bench(setting)
 
 
-def train_model(setting: Setting, weighting: str) -> None:
+def train_model(setting: Setting, weighting: str) -> dict[str, Cell]:
     get_bench(setting).train(weighting)
+    return {"weighting": weighting}
 
 
 def weighting_row(setting: Setting, weighting: str) -> dict[str, Cell]:
@@ -227,17 +230,37 @@ def _summary(outcomes: list[ClosedLoopMetrics]) -> dict[str, Cell]:
     return row
 
 
-def measured_rows(setting: Setting, parts: list[str], forks: int, workers: int) -> Iterator[dict[str, Cell]]:
-    """Train the models that the parts need, then yield the parts' rows."""
-    jobs: list[tuple] = [(weighting_row, setting, name) for name in WEIGHTINGS] if "weightings" in parts else []
+def row_jobs(setting: Setting, parts: list[str], forks: int) -> dict[Path, Job]:
+    """Return the jobs that measure the parts' rows, by their files."""
+    jobs: list[Job] = [(weighting_row, setting, name) for name in WEIGHTINGS] if "weightings" in parts else []
     if "loop" in parts:
         jobs += [(loop_row, setting, weighting, rerank, forks) for weighting, rerank in LOOPS]
-    needed = {weighting for _, _, weighting, *_ in jobs if weighting != NOTHING}
-    with pool(workers) as processes:
-        for training in [processes.submit(train_model, setting, name) for name in WEIGHTINGS if name in needed]:
-            training.result()
-        for row in [processes.submit(*job) for job in jobs]:
-            yield row.result()
+    return {setting.folder / f"{_stem(job)}.json": job for job in jobs}
+
+
+def training_jobs(setting: Setting, jobs: dict[Path, Job]) -> dict[Path, Job]:
+    """Return the jobs that train the models which the rows need."""
+    needed = {str(weighting) for _, _, weighting, *_ in jobs.values() if weighting != NOTHING}
+    trainings: list[Job] = [(train_model, setting, name) for name in WEIGHTINGS if name in needed]
+    return {setting.folder / f"{_stem(job)}.json": job for job in trainings}
+
+
+def _stem(job: Job) -> str:
+    function, _, *names = job
+    return "-".join([function.__name__, *map(str, names)]).replace(" ", "_")
+
+
+def measure(
+    setting: Setting, parts: list[str], forks: int, workers: int, minutes: float | None
+) -> list[dict[str, Cell]]:
+    """Train the models, measure the rows and return them. SystemExit when minutes ran out before."""
+    jobs = row_jobs(setting, parts, forks)
+    end_s = time.monotonic() + 60 * minutes if minutes is not None else None
+    for stage in (training_jobs(setting, jobs), jobs):
+        left = None if end_s is None else (end_s - time.monotonic()) / 60
+        if missing := run_saved(stage, workers, left):
+            raise SystemExit(f"{missing} jobs are left: the same command with the same --work continues")
+    return list(read_rows(jobs))
 
 
 def weighting_metrics(setting: Setting, rows: list[dict[str, Cell]]) -> dict[str, float]:
@@ -275,22 +298,20 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="device of the models (default cpu)")
     parser.add_argument("--workers", type=int, default=1, help="number of parallel processes (default 1)")
     parser.add_argument("--quick", action="store_true", help="a small shop, to see that it runs; no meaningful figures")
+    parser.add_argument("--work", type=Path, help="folder of models and rows (default: a temporary one)")
+    parser.add_argument("--minutes", type=float, help="start no training or row after this many minutes")
     parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder of the results")
     args = parser.parse_args()
     shop = QUICK if args.quick else SimulatorConfig(args.events, args.users, args.items)
-    rows: dict[str, list[dict[str, Cell]]] = {part: [] for part in args.parts}
-    metrics: dict[str, dict[str, float]] = {}
-    with TemporaryDirectory(prefix="millrace-heads-") as folder:
-        setting = Setting(shop, args.epochs, args.device, Path(folder))
-        for row in measured_rows(setting, args.parts, args.forks, args.workers):
-            Console().print(row)
-            rows[str(row["part"])].append(row)
-        if "weightings" in rows:
-            metrics["weightings"] = weighting_metrics(setting, rows["weightings"])
-        if "loop" in rows:
-            metrics["loop"] = loop_metrics(rows["loop"])
-    for part, figures in metrics.items():
-        Console().print(figures, f"written: {results.write(RESULTS[part], figures, rows[part], args.out)}")
+    with TemporaryDirectory(prefix="millrace-heads-") as temporary:
+        folder = (args.work or Path(temporary)).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        setting = Setting(shop, args.epochs, args.device, folder)
+        rows = measure(setting, args.parts, args.forks, args.workers, args.minutes)
+        for part in args.parts:
+            part_rows = [row for row in rows if row["part"] == part]
+            figures = weighting_metrics(setting, part_rows) if part == "weightings" else loop_metrics(part_rows)
+            print(figures, f"written: {results.write(RESULTS[part], figures, part_rows, args.out)}", sep="\n")
 
 
 if __name__ == "__main__":
