@@ -25,6 +25,7 @@ from pipeline.strategies.simple_strategy import SimpleStrategy
 from pipeline.training.preparation import TrainingSetup
 from pipeline.training.trainer import Trainer
 from tests.benchmarks.accuracy_setting import Options, Setting, Value
+from tests.benchmarks.results import Cell
 from tests.benchmarks.sasrec import SasRec, SasRecConfig, SasRecScorer
 
 Space = Mapping[str, tuple[Value, ...]]
@@ -103,7 +104,7 @@ class Benchmark:
     contenders: Mapping[str, Contender]
     gains: tuple[Gain, ...]
     variants: Mapping[str, tuple[str, Options]]
-    published: tuple[dict[str, str | float], ...] = ()
+    published: tuple[dict[str, Cell], ...] = ()
     trials: int = 24
     seeds: int = 5
 

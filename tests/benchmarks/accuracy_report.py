@@ -81,16 +81,13 @@ def _tied_share(test: Outcome) -> float:
 
 def _summary_rows(steps: Mapping[str, Estimates]) -> list[dict[str, Cell]]:
     """Return one row per ranking and set of steps: means over events and seeds, with their bounds."""
-    return [
-        {"kind": "summary", "model": model, "steps": name}
-        | {
-            key: round(value, 5)
-            for column in COLUMNS
-            for key, value in _with_bounds(column, estimate.at(column)).items()
-        }
-        for name, by_model in steps.items()
-        for model, estimate in by_model.items()
-    ]
+    rows: list[dict[str, Cell]] = []
+    for name, by_model in steps.items():
+        for model, estimate in by_model.items():
+            rows.append({"kind": "summary", "model": model, "steps": name})
+            for column in COLUMNS:
+                rows[-1] |= {key: round(x, 5) for key, x in _with_bounds(column, estimate.at(column)).items()}
+    return rows
 
 
 def _test_rows(benchmark: Benchmark, tests: Iterable[Outcome]) -> list[dict[str, Cell]]:

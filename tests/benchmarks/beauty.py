@@ -36,6 +36,7 @@ from tests.benchmarks.accuracy_models import (
 )
 from tests.benchmarks.accuracy_setting import IDS_ONLY, Setting
 from tests.benchmarks.accuracy_stages import main
+from tests.benchmarks.results import Cell
 
 FOLDER = Path(os.environ.get("MILLRACE_DATA", "../shared/data")).absolute() / "amazon"
 SETTING = Setting(
@@ -79,7 +80,7 @@ ITEMKNN: Space = {
     "recency": (0.6, 0.8, 0.9, 1.0),
 }
 SOURCE = "published: last event, all items"
-PUBLISHED: tuple[dict[str, str | float], ...] = tuple(
+PUBLISHED: tuple[dict[str, Cell], ...] = tuple(
     {"model": model, "hr10": hr10, "ndcg10": ndcg10, "protocol": SOURCE}
     for model, hr10, ndcg10 in (
         ("SASRec, sampled softmax", 0.0921, 0.0531),

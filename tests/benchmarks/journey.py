@@ -95,7 +95,7 @@ QUICK = replace(
     BENCHMARK,
     setting=replaced(SETTING, users=40, max_epochs=1, max_validation_events=200, max_scored_events=200),
     contenders={
-        name: Contender(each.space | QUICK_SPACE, each.fit) if each.is_trained else each
+        name: Contender({**each.space, **QUICK_SPACE}, each.fit) if each.is_trained else each
         for name, each in BENCHMARK.contenders.items()
     },
     trials=2,

@@ -69,7 +69,7 @@ def prepare(purchases: Columns, products: Columns, out: Path, min_purchases: int
 
 def read_table(path: Path, columns: tuple[str, ...]) -> Columns:
     """Read columns of a Parquet file as numpy arrays; a missing text is None."""
-    from pyarrow.parquet import read_table as read_parquet  # only this step needs pyarrow
+    from pyarrow.parquet import read_table as read_parquet  # pyright: ignore[reportMissingImports]
 
     table = read_parquet(path, columns=list(columns))
     return {name: table.column(name).to_numpy() for name in columns}

@@ -6,7 +6,10 @@ Simulated log: SHOP_MODEL is trained in the same way, and `millrace evaluate` gi
 
 Rows name each model by the options of `millrace train` that differ from the defaults.
 
-usage: python -m tests.benchmarks.replay [--epochs N] [--simulated-events 200000] [--out DIR]
+Models, the replay's report and the evaluation are files in the folder --work as soon as they are there: the same
+command continues where an earlier one was stopped, a training after its last full epoch.
+
+usage: python -m tests.benchmarks.replay [--epochs N] [--simulated-events 200000] [--work DIR] [--out DIR]
 """
 
 import argparse
@@ -25,6 +28,7 @@ from redis.asyncio import Redis
 from rich.console import Console
 
 from tests.benchmarks import results
+from tests.benchmarks.workers import save
 from tests.oracle import Oracle
 from worker import config
 from worker.replay.local_servers import LocalKafka, LocalValkey
@@ -42,18 +46,44 @@ MOVIELENS_MODEL: list[object] = ["--temperature", 0.12, "--dropout", 0.4]
 LOG = Path(os.environ.get("MILLRACE_DATA", "../shared/data")) / "ml-100k" / "ml-100k.inter"
 
 
+class RealReplay(msgspec.Struct, frozen=True):
+    """The replay of the real log. rings: number of rings, all of which equal the oracle's."""
+
+    report: ReplayReport
+    rings: int
+
+
 def millrace(*arguments: object) -> None:
     subprocess.run([sys.executable, "-m", "worker.cli", *map(str, arguments)], check=True)
 
 
-async def replay_through_kafka(artifact: Path, folder: Path, console: Console) -> tuple[ReplayReport, int]:
-    """Return the replay's report and the number of rings, all of which equal the oracle's."""
+def train(log: Path, artifact: Path, options: list[object]) -> None:
+    """Train an artifact unless it is there, from its checkpoint if there is one."""
+    checkpoint = artifact.with_name(f"{artifact.name}.checkpoint.safetensors")
+    if not artifact.exists():
+        millrace("train", log, "--out", artifact, *options, *(["--resume"] if checkpoint.exists() else []))
+
+
+def real_replay(folder: Path, training: list[object]) -> RealReplay:
+    """Train on the real log and replay it through Kafka, unless that was done before."""
+    path = folder / "replayed.json"
+    train(LOG, folder / "artifact", [*MOVIELENS_MODEL, *training])
+    if not path.exists():
+        save(path, asyncio.run(replay_through_kafka(folder / "artifact", folder, Console())))
+    return msgspec.json.decode(path.read_bytes(), type=RealReplay)
+
+
+async def replay_through_kafka(artifact: Path, folder: Path, console: Console) -> RealReplay:
     settings = config.load(None, {"MILLRACE__SEQUENCES__MAX_EVENTS": str(MAX_EVENTS)})
     settings = replaced(settings, pipeline=replaced(settings.pipeline, artifact=str(artifact)))
-    with LocalKafka(folder / "kafka") as kafka, LocalValkey(folder / "valkey") as valkey:
+    with (
+        TemporaryDirectory(prefix="millrace-servers-") as servers,
+        LocalKafka(Path(servers) / "kafka") as kafka,
+        LocalValkey(Path(servers) / "valkey") as valkey,
+    ):
         options = ReplayOptions(LOG, folder / "slates.jsonl", kafka=kafka.bootstrap, redis=valkey.url)
         report = await replay(settings, options, console)
-        return report, await check(kafka.bootstrap, options.name, valkey.url)
+        return RealReplay(report, await check(kafka.bootstrap, options.name, valkey.url))
 
 
 async def check(bootstrap: str, name: str, redis_url: str) -> int:
@@ -85,9 +115,11 @@ def simulated(events: int, folder: Path, training: list[object]) -> dict[str, fl
     """Return hit rates on a simulated log, and the fraction of the gap from co-occurrence to truth that hstu closes."""
     log = folder / "shop" / "events.jsonl"
     size = ["--events", events, "--users", events // 40, "--items", events // 100]
-    millrace("simulate", "--out", folder / "shop", *size)
-    millrace("train", log, "--out", folder / "shop-artifact", *training)
-    millrace("evaluate", folder / "shop-artifact", log, "--report", folder / "shop.json")
+    if not (folder / "shop" / "truth.json").exists():
+        millrace("simulate", "--out", folder / "shop", *size)
+    train(log, folder / "shop-artifact", training)
+    if not (folder / "shop.json").exists():
+        millrace("evaluate", folder / "shop-artifact", log, "--report", folder / "shop.json")
     report = msgspec.json.decode((folder / "shop.json").read_bytes())
     rates = {name: row["at"]["10"]["hit_rate"]["value"] for name, row in report["rankings"].items()}
     truth = msgspec.json.decode((folder / "shop" / "truth.json").read_bytes())["hit_rate"]
@@ -104,31 +136,35 @@ def main() -> None:
     epochs_help = "number of epochs of both trainings (default: millrace train's and SHOP_MODEL's)"
     parser.add_argument("--epochs", type=int, help=epochs_help)
     parser.add_argument("--simulated-events", type=int, default=200_000, help="length of the simulated log")
+    parser.add_argument("--work", type=Path, help="folder of models and reports (default: a temporary one)")
     parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder of replay.json")
     args = parser.parse_args()
     training: list[object] = ["--epochs", args.epochs] if args.epochs else []
-    with TemporaryDirectory(prefix="millrace-replay-") as name:
-        folder = Path(name)
-        millrace("train", LOG, "--out", folder / "artifact", *MOVIELENS_MODEL, *training)
-        real, rings = asyncio.run(replay_through_kafka(folder / "artifact", folder, Console()))
+    with TemporaryDirectory(prefix="millrace-replay-") as temporary:
+        folder = args.work or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        replayed = real_replay(folder, training)
         shop = simulated(args.simulated_events, folder, [*SHOP_MODEL, *training])
+    real = replayed.report
     assert real.strategies == {"hstu": real.slates}, f"other strategies answered too: {real.strategies}"
     metrics = {
         "hit_rate_hstu": real.hit_rates["slate"],
         "hit_rate_cooccurrence": real.hit_rates["cooccurrence"],
         "hit_rate_popularity": real.hit_rates["popularity"],
         "scored_fraction": real.scored_fraction,
+        "tied_fraction": real.tied_fraction,
         "truth_gap_closed_simulated": round(shop["closed"], 4),
         "events": real.events,
         "slates": real.slates,
         "lost": real.lost,
     }
     rates = {f"hit_rate_{name}": rate for name, rate in real.hit_rates.items()}
+    rates |= {f"hit_rate_{name}_untied": rate for name, rate in real.untied_hit_rates.items()}
     rows: list[dict[str, results.Cell]] = [
         {
             "log": "ml-100k",
             "model": as_text(MOVIELENS_MODEL),
-            "rings_equal": rings,
+            "rings_equal": replayed.rings,
             **rates,
             "events_per_s": real.events_per_s,
         },
