@@ -21,43 +21,24 @@ usage: python -m tests.benchmarks.heads [--parts weightings loop] [--epochs 12] 
 
 import argparse
 import time
-from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import msgspec
 import numpy as np
-import torch
-from msgspec.structs import asdict, replace
+from msgspec.structs import asdict
 
-from pipeline import artifact as artifacts
-from pipeline.artifact import Artifact
-from pipeline.data.sequences import UserSequences
-from pipeline.data.split import Split
 from pipeline.evaluation.head_predictions import predict_heads
 from pipeline.evaluation.metrics import head_metrics
 from pipeline.evaluation.ranking import HeldOutEvents, StrategyRecommender, evaluate_ranking
-from pipeline.features.labels import TASKS, LabelRules, compute_log_labels
-from pipeline.items.catalogue import Catalogue
-from pipeline.items.vocabulary import Vocabulary
-from pipeline.model.calibration import IDENTITY
-from pipeline.model.config import HstuConfig
-from pipeline.records import EventSchema
-from pipeline.simulation.closed_loop import TRUTHS, ClosedLoopMetrics, PolicyUnderTest, run, warm_up
-from pipeline.simulation.simulator import Simulator
+from pipeline.features.labels import TASKS
+from pipeline.simulation.closed_loop import TRUTHS, ClosedLoopMetrics, PolicyUnderTest, run
 from pipeline.simulation.world import SimulatorConfig
-from pipeline.strategies.hstu_strategy import HstuStrategy, load_hstu_strategy
-from pipeline.strategies.options import PipelineOptions
-from pipeline.strategies.rerank import RerankWeights
-from pipeline.training.preparation import TrainingOptions
-from pipeline.training.train import train
-from pipeline.training.trainer import TrainerOptions
 from tests.benchmarks import results
 from tests.benchmarks.head_aucs import mean_auc_gain
+from tests.benchmarks.heads_bench import RERANKS, WEIGHTINGS, Setting, get_bench, uncalibrated
 from tests.benchmarks.results import Cell
 from tests.benchmarks.workers import Job, read_rows, run_saved
-from tests.pipeline.training.callbacks import SilentCallback
 
 SHOP = SimulatorConfig(events=60_000, users=700, items=300)
 QUICK = SimulatorConfig(events=4_000, users=200, items=60, days=40)
@@ -65,86 +46,11 @@ LOOP_DAYS = 14
 RESULTS = {"weightings": "heads", "loop": "closed_loop"}  # by part
 PROBABILITIES = "probabilities.npy"  # of the scored events, next to the model
 HIT_RATE_EVENTS = 3000  # scored events whose hit rate is measured: what the heads cost the retrieval
-MAX_EVENTS = 512
-WEIGHTINGS: dict[str, TrainerOptions] = {
-    "fixed 1 1 1": TrainerOptions(),
-    "uncertainty": TrainerOptions(weighting="uncertainty"),
-    "dwa": TrainerOptions(weighting="dwa"),
-    "fixed 0.3 0.3 0.3": TrainerOptions(head_weights=(0.3, 0.3, 0.3)),
-    "fixed 2 0.5 0.5": TrainerOptions(head_weights=(2.0, 0.5, 0.5)),
-    "fixed 0.5 2 0.5": TrainerOptions(head_weights=(0.5, 2.0, 0.5)),
-    "fixed 0.5 0.5 2": TrainerOptions(head_weights=(0.5, 0.5, 2.0)),
-}
 LEARNED = ("uncertainty", "dwa")
 DEFAULT = "fixed 1 1 1"
 NOTHING = "nothing shown"
-RERANKS: dict[str, RerankWeights] = {
-    "off": RerankWeights(),
-    "engagement": RerankWeights(engagement=1.0),
-    "retention": RerankWeights(retention=1.0),
-    "monetization": RerankWeights(monetization=1.0),
-    "money": RerankWeights(monetization=1.0, value=1.0),
-    "all": RerankWeights(engagement=0.5, retention=0.5, monetization=0.5, value=0.5),
-}
 # No slates; the default model with every reranking; the learned weightings as ranked and reranked by money.
 LOOPS = [(NOTHING, "off"), *((DEFAULT, name) for name in RERANKS), *product(LEARNED, ("off", "money"))]
-
-
-class Setting(msgspec.Struct, frozen=True):
-    """Options shared by all processes. folder: of the trained models."""
-
-    shop: SimulatorConfig
-    epochs: int
-    device: str
-    folder: Path
-
-
-class Bench:
-    """One shop, its log, and the models trained on it."""
-
-    def __init__(self, setting: Setting) -> None:
-        self.setting = setting
-        self.pipeline = PipelineOptions(device=setting.device)
-        self.simulator = Simulator(setting.shop)
-        self.log, self.truth = warm_up(self.simulator, setting.shop.days)
-        self.vocabulary = Vocabulary(self.log.item_ids)
-        self.catalogue = Catalogue(self.vocabulary)
-        self.catalogue.upsert(self.simulator.items())
-
-    def path(self, weighting: str) -> Path:
-        return self.setting.folder / weighting.replace(" ", "_")
-
-    def train(self, weighting: str) -> None:
-        trainer = replace(WEIGHTINGS[weighting], epochs=self.setting.epochs)
-        options = TrainingOptions(trainer, HstuConfig(), patience=self.setting.epochs, refit=False)
-        items = self.simulator.items()
-        train(self.log, self.path(weighting), options, self.pipeline, SilentCallback(), "", items=items)
-
-    def load(self, weighting: str) -> Artifact:
-        return artifacts.load(self.path(weighting))
-
-    def strategy(self, artifact: Artifact, rerank: RerankWeights = RERANKS["off"]) -> HstuStrategy:
-        options = self.pipeline
-        return load_hstu_strategy(artifact, self.catalogue, options.exclusion, options.device, options.threads, rerank)
-
-    @cached_property
-    def scored(self) -> HeldOutEvents:
-        """The last 20 % of the events, except users' first ones."""
-        sequences = UserSequences.from_log(self.log, self.vocabulary)
-        held_out = Split().test_mask(self.log)[sequences.log_positions]
-        has_history = sequences.starts < np.arange(len(sequences))
-        return HeldOutEvents(sequences, np.flatnonzero(held_out & has_history), MAX_EVENTS)
-
-    @cached_property
-    def labels(self) -> np.ndarray:  # float32 [n, 3], of the scored events
-        rules = LabelRules.from_options(EventSchema())
-        return compute_log_labels(self.scored.sequences.histories, rules)[self.scored.positions - 1]
-
-
-@cache
-def get_bench(setting: Setting) -> Bench:
-    """Build the shop once per process."""
-    return Bench(setting)
 
 
 def train_model(setting: Setting, weighting: str) -> dict[str, Cell]:
@@ -199,11 +105,6 @@ def learned_over_fixed(setting: Setting, rows: list[dict[str, Cell]]) -> dict[st
     ours, theirs = (np.load(bench.path(best_weighting(rows, kind)) / PROBABILITIES) for kind in (True, False))
     names = ("learnt_over_fixed", "learnt_over_fixed_ci_low", "learnt_over_fixed_ci_high")
     return dict(zip(names, mean_auc_gain(ours, theirs, bench.labels, bench.scored.users), strict=True))
-
-
-def uncalibrated(artifact: Artifact) -> Artifact:
-    weights = dict(artifact.weights) | {"heads.calibration": torch.tensor([IDENTITY] * len(TASKS))}
-    return Artifact(artifact.manifest, weights, artifact.item_ids, artifact.counters, artifact.metadata)
 
 
 def loop_row(setting: Setting, weighting: str, rerank: str, forks: int) -> dict[str, Cell]:
