@@ -119,7 +119,8 @@ def _require_all(missing: int, what: str) -> None:
 def main(benchmark: Benchmark, quick: Benchmark, description: str | None) -> None:
     """Run the command line. quick: the benchmark with --quick, whose result stays in --out."""
     args = _parse(benchmark, description)
-    chosen = quick if args.quick else replace(benchmark, trials=args.trials, seeds=args.seeds)
+    variants = {name: benchmark.variants[name] for name in args.variants}
+    chosen = quick if args.quick else replace(benchmark, trials=args.trials, seeds=args.seeds, variants=variants)
     result_folder = args.out if args.quick else results.FOLDER
     stages: dict[str, Callable[[], None]] = {
         "tune": partial(tune, chosen, args.out, args.workers, args.minutes),
@@ -145,6 +146,9 @@ def _parse(benchmark: Benchmark, description: str | None) -> argparse.Namespace:
     parser.add_argument("--trials", type=int, default=benchmark.trials, help=trials_help)
     seeds_help = f"seeds per trained ranking (default {benchmark.seeds})"
     parser.add_argument("--seeds", type=int, default=benchmark.seeds, help=seeds_help)
+    names = list(benchmark.variants)
+    variants_help = f"ablations to test (default all: {'; '.join(names)})"
+    parser.add_argument("--variants", nargs="*", choices=names, default=names, metavar="NAME", help=variants_help)
     parser.add_argument("--trials-of", type=Path, metavar="FILE", help="result file whose trials to take over first")
     parser.add_argument("--trials-commit", default="", metavar="COMMIT", help="commit at which those trials ran")
     parser.add_argument("--quick", action="store_true", help="few users, trials and epochs, to see that it runs")
