@@ -48,7 +48,7 @@ TRAINING: Space = {  # the same for both sequence models
     "trainer.learning_rate": (1e-3, 2e-3, 4e-3),
     "trainer.epochs": (20,),
     "trainer.events_per_epoch": (262_144,),
-    "trainer.events_per_batch": (8_192,),
+    "trainer.events_per_batch": (4_096,),
     "trainer.crop_length": (200,),
     "model.width": (128, 256),
     "model.layers": (2,),
