@@ -46,6 +46,7 @@ SETTING = Setting(
 # Epochs of a fixed length: 20 of them see about five times as many events as the training log has.
 TRAINING: Space = {  # the same for both sequence models
     "trainer.learning_rate": (1e-3, 2e-3, 4e-3),
+    "trainer.weight_decay": (0.01, 0.1),
     "trainer.epochs": (20,),
     "trainer.events_per_epoch": (262_144,),
     "trainer.events_per_batch": (4_096,),
@@ -53,7 +54,7 @@ TRAINING: Space = {  # the same for both sequence models
     "model.width": (128, 256),
     "model.layers": (2,),
     "model.heads": (2, 4),
-    "model.dropout": (0.1, 0.2, 0.3),
+    "model.dropout": (0.2, 0.3, 0.5),
 }
 HSTU: Space = TRAINING | {
     "model.attention_dropout": (0.0, 0.2),
