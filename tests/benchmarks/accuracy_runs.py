@@ -69,7 +69,7 @@ class ScoredEvents:
     @classmethod
     def draw(cls, test: HeldOutEvents, count: int | None) -> "ScoredEvents":
         """Draw `count` events, the same ones for all contenders, and as many untied ones as half of that."""
-        is_tied = find_ties(test)
+        is_tied = test.is_tied
         if count is None or len(test) <= count:
             return cls(test, is_tied, np.ones(len(test), bool))
         order = np.random.default_rng(0).permutation(len(test))
@@ -78,12 +78,6 @@ class ScoredEvents:
         kept = np.union1d(drawn, untied)
         events = HeldOutEvents(test.sequences, test.positions[kept], test.max_events)
         return cls(events, is_tied[kept], np.isin(kept, drawn))
-
-
-def find_ties(test: HeldOutEvents) -> np.ndarray:
-    """Return bool [n]: the event has the same time as its user's previous event."""
-    ts_ms = test.sequences.histories.ts_ms
-    return (test.lengths > 0) & (ts_ms[test.positions] == ts_ms[test.positions - 1])
 
 
 def run_trial(setting: Setting, model: str, contender: Contender, number: int, stage: Stage) -> Trial:

@@ -1,9 +1,6 @@
 """The log of an accuracy benchmark, and how it is split: the same for all contenders."""
 
-import gzip
-from collections.abc import Iterable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import msgspec
 
@@ -11,7 +8,6 @@ from pipeline.data.event_log import EventLog
 from pipeline.data.item_file import read_items
 from pipeline.data.log_io import read_event_log
 from pipeline.features.event_features import FEATURE_COLUMNS
-from pipeline.records import Item
 from pipeline.strategies.exclusion import Exclusion
 from pipeline.strategies.options import PipelineOptions
 from pipeline.training.preparation import TrainingOptions, TrainingSetup, prepare
@@ -40,7 +36,7 @@ class Setting(msgspec.Struct, frozen=True):
     max_scored_events:     a random part of the held-out events, None for all; see ScoredEvents
     evaluations:           of a trial with epochs, evenly spaced
     max_events:            latest events of a history that a ranking is given
-    repeats:               items that a user has touched are recommended, too, and trained on
+    repeats:               nothing is excluded: items that a user has touched are recommended, too, and trained on
     negatives:             the target is also ranked among 100 uniform negatives, as older papers do
     users:                 number of first users, None for all; max_epochs: None for no limit
     """
@@ -63,7 +59,7 @@ class Setting(msgspec.Struct, frozen=True):
     @property
     def pipeline(self) -> PipelineOptions:
         exclusion = Exclusion(action_codes=()) if self.repeats else Exclusion()
-        return PipelineOptions(exclusion=exclusion, device=self.device)
+        return PipelineOptions(exclusion=exclusion, device=self.device, ring_events=self.max_events)
 
     def read(self) -> EventLog:
         """Read the log, with the events of one time in the order in which a worker would receive them: the file's."""
@@ -75,22 +71,12 @@ class Setting(msgspec.Struct, frozen=True):
     ) -> TrainingSetup:
         """Split the log. contents: the model reads the items' records."""
         tree = {
-            "trainer": (trainer or {}) | ({"train_on_repeats": True} if self.repeats else {}),
+            "trainer": trainer or {},
             "model": model or {},
             "train_fraction": self.train_fraction,
             "leave_last_out": self.leave_out,
             "validation_last_out": self.validation_last,
             "max_validation_events": self.max_validation_events,
         }
-        records = _read_items(self.items) if contents else ()
+        records = read_items(self.items).items if contents else ()
         return prepare(log, msgspec.convert(tree, TrainingOptions), self.pipeline, records)
-
-
-def _read_items(path: Path) -> Iterable[Item]:
-    """Read item records, gzipped or not."""
-    if path.suffix != ".gz":
-        return read_items(path)
-    with TemporaryDirectory(prefix="millrace-items-") as folder:
-        plain = Path(folder) / path.stem
-        plain.write_bytes(gzip.decompress(path.read_bytes()))
-        return read_items(plain)

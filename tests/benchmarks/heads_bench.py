@@ -13,7 +13,7 @@ from pipeline.artifact import Artifact
 from pipeline.data.sequences import UserSequences
 from pipeline.data.split import Split
 from pipeline.evaluation.ranking import HeldOutEvents
-from pipeline.features.labels import TASKS, compute_log_labels
+from pipeline.features.labels import TASKS, LabelRules, compute_log_labels
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.model.calibration import IDENTITY
@@ -97,7 +97,8 @@ class Bench:
 
     @cached_property
     def labels(self) -> np.ndarray:  # float32 [n, 3], of the scored events
-        return compute_log_labels(self.scored.sequences.histories, EventSchema())[self.scored.positions - 1]
+        rules = LabelRules.from_options(EventSchema())
+        return compute_log_labels(self.scored.sequences.histories, rules)[self.scored.positions - 1]
 
 
 @cache

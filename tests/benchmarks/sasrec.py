@@ -107,24 +107,28 @@ class SasRec(Trainable):
         targets = batch.targets
         table = self.item_embedding.weight
         if self.config.loss == "bce":
-            loss = _binary_loss(states, table, targets, batch.seen, rng)
+            loss = _binary_loss(states, table, targets, batch.excluded, rng)
         else:
             candidates = sample_candidates((batch.full_batch or batch).targets, frequency, rng)
             table = table if candidates.tokens is None else table[candidates.tokens.to(table.device)]
-            loss = next_item_loss(states, table, targets, batch.seen, candidates)
+            loss = next_item_loss(states, table, targets, batch.excluded, candidates)
         return loss, loss.new_zeros(0)
 
 
 def _binary_loss(
-    states: Tensor, table: Tensor, targets: np.ndarray, seen: tuple[np.ndarray, np.ndarray], rng: np.random.Generator
+    states: Tensor,
+    table: Tensor,
+    targets: np.ndarray,
+    excluded: tuple[np.ndarray, np.ndarray],
+    rng: np.random.Generator,
 ) -> Tensor:
     """Return the mean over rows of -log s(target) - log(1 - s(negative)), with one uniform negative per row.
 
-    A negative that is the row's target, or that the row has seen, does not count.
+    A negative that is the row's target, or that the row excludes, does not count.
     """
     negatives = rng.integers(1, len(table), len(targets))
     counted = negatives != targets
-    counted[seen[0][negatives[seen[0]] == seen[1]]] = False
+    counted[excluded[0][negatives[excluded[0]] == excluded[1]]] = False
     target_rows, negative_rows, weights = (
         torch.from_numpy(column).to(states.device) for column in (targets, negatives, counted)
     )

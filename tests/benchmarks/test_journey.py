@@ -83,7 +83,7 @@ def test_files_hold_the_products_that_are_bought_often_enough(tmp_path: Path) ->
     assert (events, items) == (counts[counts >= 8].sum(), (counts >= 8).sum())
     log = read_event_log(tmp_path / LOG)
     assert len(log) == events
-    records = {item.item_id: item for item in read_items(tmp_path / ITEMS)}
+    records = {item.item_id: item for item in read_items(tmp_path / ITEMS).items}
     assert records.keys() == set(log.item_ids)
     item = records[log.item_ids[0]]
     assert item.category == [f"d{int(item.item_id) % 5}"]

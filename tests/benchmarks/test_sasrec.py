@@ -13,6 +13,7 @@ from pipeline.evaluation.popularity import Popularity
 from pipeline.evaluation.ranking import HeldOutEvents, evaluate_ranking
 from pipeline.features.affinity import AffinityEvents
 from pipeline.features.event_features import EncoderInputs
+from pipeline.features.labels import LabelRules
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import Event, EventSchema
 from pipeline.strategies.exclusion import Exclusion
@@ -74,17 +75,17 @@ def test_loss_equals_its_definition_over_the_target_rows(loss: str) -> None:
     inputs = make_inputs([3, 4, 5], [7, 8])
     successors = np.array([4, 5, 0, 8, 0], np.int32)
     target_rows = np.array([0, 1, 3])
-    seen = np.array([0, 1, 1, 2]), np.array([3, 3, 4, 7])
+    excluded = np.array([0, 1, 1, 2]), np.array([3, 3, 4, 7])
     empty = np.zeros((5, 0), np.float32)
     none = np.zeros(5, np.int32)
     affinity = AffinityEvents(none, none, none, none, inputs.offsets)
-    batch = TrainingBatch(inputs, affinity, inputs.offsets, successors, none, none, empty, empty, target_rows, seen)
+    batch = TrainingBatch(inputs, affinity, inputs.offsets, successors, none, none, empty, empty, target_rows, excluded)
     got, side_losses = model.losses(batch, np.full(ITEMS, 1 / ITEMS), np.random.default_rng(5))
     logits = model(inputs)[target_rows] @ model.item_embedding.weight.T
     targets = torch.tensor([4, 5, 8])
     if loss == "softmax":
         logits[:, 0] = -torch.inf
-        logits[seen] = -torch.inf
+        logits[excluded] = -torch.inf
         expected = F.cross_entropy(logits, targets)
     else:
         negatives = torch.from_numpy(np.random.default_rng(5).integers(1, ITEMS, 3))
@@ -112,7 +113,8 @@ def test_deterministic_successors_are_learned(loss: str) -> None:
     model = {"items": len(vocabulary), "width": 32, "layers": 1, "max_events": 12, "dropout": 0.0, "loss": loss}
     config = msgspec.convert(model, SasRecConfig)
     options = TrainerOptions(epochs=30, crop_length=12, events_per_batch=128, learning_rate=1e-2)
-    columns = TrainingColumns.from_sequences(sequences, EventSchema(), repeats=False)
+    rules = LabelRules.from_options(EventSchema())
+    columns = TrainingColumns.from_sequences(sequences, rules, Exclusion(), ring_events=512)
     trainer = Trainer(lambda: SasRec(config), config.items, options, columns, torch.device("cpu"))
     for _ in range(options.epochs):
         trainer.train_epoch()
