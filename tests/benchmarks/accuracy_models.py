@@ -122,6 +122,8 @@ def sasrec(setting: Setting, log: EventLog, full: bool, options: Options, seed: 
     setup = setting.prepare(log, _trainer_options(setting, options, seed))
     sequences = fit_sequences(setup, full)
     config = msgspec.convert(_strip_prefix("model.", options) | {"items": len(setup.vocabulary)}, SasRecConfig)
+    positions = min(config.max_events, setup.options.trainer.crop_length)  # no crop trains a later one
+    config = msgspec.structs.replace(config, max_events=positions)
     device = resolve_device(setting.device)
     trainer = Trainer(lambda: SasRec(config), config.items, setup.options.trainer, setup.columns(sequences), device)
     popularity = Popularity(sequences, config.items)
