@@ -186,10 +186,20 @@ class Histories:
     @classmethod
     def from_rings(cls, rings: Sequence[bytes]) -> "Histories":
         """Read ring bytes in arrival order, one string of m * 24 bytes per user, without per-event Python."""
-        offsets = np.zeros(len(rings) + 1, np.int64)
-        np.cumsum([len(ring) // EVENT_BYTES for ring in rings], out=offsets[1:])
-        events = np.frombuffer(b"".join(rings), EVENT_DTYPE)
-        return cls(_sorted_by_time(events, offsets), offsets)
+        events, offsets = _joined_rings(rings)
+        order = _time_order(events, offsets)
+        return cls(events if order is None else events[order], offsets)
+
+    @classmethod
+    def from_rings_and_new(cls, rings: Sequence[bytes], new_counts: np.ndarray) -> "tuple[Histories, np.ndarray]":
+        """Return `from_rings`, and which of its events are the last new_counts[i] to arrive of user i: bool [total].
+
+        new_counts: int64 [n], more than a ring has for all of it
+        """
+        events, offsets = _joined_rings(rings)
+        is_new = np.arange(len(events)) >= np.repeat(offsets[1:] - new_counts, np.diff(offsets))
+        order = _time_order(events, offsets)
+        return (cls(events, offsets), is_new) if order is None else (cls(events[order], offsets), is_new[order])
 
     @classmethod
     def from_events(cls, histories: Iterable[Iterable[Event]], schema: EventSchema) -> "Histories":
@@ -251,10 +261,18 @@ class Histories:
         return Histories(self.events[index], offsets)
 
 
-def _sorted_by_time(events: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+def _joined_rings(rings: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """Return all events, EVENT_DTYPE [total], and the rings' offsets, int64 [n + 1]."""
+    offsets = np.zeros(len(rings) + 1, np.int64)
+    np.cumsum([len(ring) // EVENT_BYTES for ring in rings], out=offsets[1:])
+    return np.frombuffer(b"".join(rings), EVENT_DTYPE), offsets
+
+
+def _time_order(events: np.ndarray, offsets: np.ndarray) -> np.ndarray | None:
+    """Return the stable order by time of each user's events, int64 [total]; None when they are in it."""
     ts_ms = events["ts_action_device"] & np.uint64(MAX_TS_MS)
     steps_back = np.flatnonzero(ts_ms[1:] < ts_ms[:-1]) + 1
     if np.isin(steps_back, offsets).all():  # each of them starts another user's run: already sorted
-        return events
+        return None
     users = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-    return events[np.lexsort((ts_ms, users))]
+    return np.lexsort((ts_ms, users))

@@ -12,16 +12,21 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.arrays import grown
+from pipeline.counters.clock import EventClock
 from pipeline.counters.deltas import CountDeltas, DeltaLog, RawDeltas
 from pipeline.counters.neighbours import NeighbourTable, pad_rows
+from pipeline.counters.pairs import follows_new, new_pairs
 from pipeline.counters.popularity import PopularityOrder
 from pipeline.counters.scoring import CooccurrenceScorer
 from pipeline.items.vocabulary import Vocabulary
-from pipeline.jagged import ranges
+from pipeline.jagged import row_starts
 from pipeline.records import DAY_MS, Histories
 
 DISTANCE_EXPONENT = 0.25  # tuned as the constants of scoring.py: equal weights lose 0.6 points of hit rate@10
 REBASE_HALF_LIVES = 60  # float32 ends at 2^127
+# Sparse logs have such pauses. An event so far ahead counts as a thousand at the clock, and takes no precision from the
+# counts before it: float32 has room for a hundred half-lives more.
+MAX_LEAD_HALF_LIVES = 10
 RESTORE_ITEMS = 1 << 14  # at a time: padded rows of all items would take twice the table
 CHUNK_EVENTS = 4096
 
@@ -48,7 +53,6 @@ class Counters:
         self.vocabulary = vocabulary
         self.frozen = False
         self.log: DeltaLog | None = None
-        self.newest_ms = 0  # the virtual clock: the latest event time observed
         self.popularity = np.zeros(1)  # float64 [>= tokens], an event at the reference time weighs 1
         self.neighbours = NeighbourTable(neighbours, vocabulary.max_tokens)
         self._scorer = CooccurrenceScorer(vocabulary, self.neighbours)
@@ -56,25 +60,33 @@ class Counters:
         self._version = vocabulary.version
         self._followed = vocabulary.changes.end
         self._half_life_ms = half_life_days * DAY_MS
-        self._distances = np.arange(1, window_events + 1)
-        self._distance_weights = self._distances**-DISTANCE_EXPONENT
+        self._distance_weights = np.arange(1, window_events + 1) ** -DISTANCE_EXPONENT
         self._reference_ms = 0
+        self._clock = EventClock(MAX_LEAD_HALF_LIVES * self._half_life_ms)
 
-    def observe(self, histories: Histories, fresh: np.ndarray) -> None:
-        """Count the latest `fresh[i]` events of each user i. fresh: int [n]."""
-        fresh = np.minimum(fresh, histories.lengths)
-        if self.frozen or not fresh.any():
+    @property
+    def newest_ms(self) -> int:
+        """The virtual clock: the latest event time that is believed."""
+        return self._clock.newest_ms
+
+    def observe(self, histories: Histories, is_new: np.ndarray) -> None:
+        """Count these events, bool [total], and their pairs with each other and with their users' other events.
+
+        An event of a time that the clock does not believe counts as one at the clock's time.
+        """
+        if self.frozen or not is_new.any():
             return
         self._sync()
         tokens = self.vocabulary.tokens(histories.items)
-        new, _ = ranges(histories.offsets[1:] - fresh, fresh)  # [new] positions
-        first = np.repeat(histories.offsets[:-1], fresh)  # [new] start of the event's history
-        ts_ms = histories.ts_ms[new]
-        self._advance(int(ts_ms.max()))
-        weights = np.exp2((ts_ms - self._reference_ms) / self._half_life_ms)  # float64 [new]
-        for start in range(0, len(new), CHUNK_EVENTS):
+        all_ts_ms = histories.ts_ms
+        self._advance(all_ts_ms[is_new])
+        starts = row_starts(histories.offsets)  # [total] start of each event's history
+        affected = np.flatnonzero(follows_new(is_new, starts, len(self._distance_weights)))
+        ts_ms = np.minimum(all_ts_ms[affected], self.newest_ms)
+        weights = np.exp2((ts_ms - self._reference_ms) / self._half_life_ms)  # float64 [affected]
+        for start in range(0, len(affected), CHUNK_EVENTS):
             part = slice(start, start + CHUNK_EVENTS)
-            self._count(tokens, new[part], first[part], weights[part])
+            self._count(tokens, is_new, affected[part], starts[affected[part]], weights[part])
 
     def top_k(self, histories: Histories, excluded: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the k best items of each user, best first; popular items fill rows that co-occurrence leaves short.
@@ -118,8 +130,9 @@ class Counters:
     def replace_rows(self, rows: ItemCounts) -> None:
         """Replace items' counts by merged ones, and add again what `log` holds: it is not yet part of any merge."""
         self._sync()
-        self._advance(int(rows.as_of_ms.max(initial=0)))
-        units = np.exp2((rows.as_of_ms - self._reference_ms) / self._half_life_ms)  # float64 [n]
+        self._advance(rows.as_of_ms)
+        as_of_ms = np.minimum(rows.as_of_ms, self.newest_ms)
+        units = np.exp2((as_of_ms - self._reference_ms) / self._half_life_ms)  # float64 [n]
         self.popularity[rows.tokens] = rows.popularity * units
         is_written = (rows.columns > 0).any(axis=1)
         is_written |= (self.neighbours.tokens[rows.tokens] > 0).any(axis=1)
@@ -197,20 +210,22 @@ class Counters:
             np.add.at(self.popularity, rows[own], weights[own])
             self.neighbours.add(rows[pair], columns[pair], weights[pair])
 
-    def _count(self, tokens: np.ndarray, new: np.ndarray, first: np.ndarray, weights: np.ndarray) -> None:
-        """Count the events at positions `new` and their pairs with the events before them, from `first` on."""
-        before = new[:, None] - self._distances  # [new, window] positions
-        inside = before >= first[:, None]
-        one = tokens[new]  # [new]
-        other = np.where(inside, tokens[np.maximum(before, 0)], 0)  # [new, window]
-        is_pair = (one[:, None] > 0) & (other > 0) & (other != one[:, None])
+    def _count(
+        self, tokens: np.ndarray, is_new: np.ndarray, events: np.ndarray, starts: np.ndarray, weights: np.ndarray
+    ) -> None:
+        """Count the events at these positions and their pairs with the events before them, from `starts` on.
+
+        Events and pairs count if they are new; a pair is as new as the newer of the two, and weighs as the later one.
+        """
+        one = tokens[events]  # [events]
+        other, is_pair = new_pairs(tokens, is_new, events, starts, len(self._distance_weights))
         ones = np.broadcast_to(one[:, None], is_pair.shape)[is_pair]
         others = other[is_pair]
         pair_weights = (weights[:, None] * self._distance_weights)[is_pair].astype(np.float32)
         rows = np.concatenate([ones, others])
         columns = np.concatenate([others, ones])
         both_weights = np.concatenate([pair_weights, pair_weights])
-        has_token = one > 0
+        has_token = (one > 0) & is_new[events]
         items = one[has_token]
         item_weights = weights[has_token]
         np.add.at(self.popularity, items, item_weights)
@@ -228,8 +243,12 @@ class Counters:
         """Return the factor from stored units to counts as of `newest_ms`."""
         return 1.0 / self._weight_at(self.newest_ms)
 
-    def _advance(self, ts_ms: int) -> None:
-        self.newest_ms = max(self.newest_ms, ts_ms)
+    def _advance(self, ts_ms: np.ndarray) -> None:
+        """Take these times, int64 [n], to the clock, and move the reference time when the clock is far ahead of it."""
+        before_ms = self.newest_ms
+        self._clock.advance(ts_ms)
+        if self.newest_ms < before_ms:  # no more than a few events have been counted: let them be of the new time
+            self._reference_ms -= before_ms - self.newest_ms
         half_lives = (self.newest_ms - self._reference_ms) / self._half_life_ms
         if half_lives > REBASE_HALF_LIVES:
             factor = 2.0**-half_lives

@@ -11,6 +11,7 @@ from pipeline.counters.accumulator import RowTokenPairs
 # points of hit rate@10 worse on MovieLens, where popular items are a little likelier than their co-occurrence suggests.
 EVENT_EXPONENT = 0.5
 ITEM_EXPONENT = 0.35
+LEAST_POPULARITY = 1e-30  # for the norms, a hundred half-lives ago: those of smaller ones would not fit a float32
 UNRANKED = 1 << 40  # the rank of a blocked token
 MAX_GAPS = 1024  # tokens that were blocked since the last update; more of them are removed by an update
 
@@ -55,7 +56,7 @@ class PopularityOrder:
             elif token in self.gaps:
                 self.ranks[token] = self.gaps.pop(token)
                 if popularity[token] > 0:
-                    self.item_norms[token] = popularity[token] ** -ITEM_EXPONENT
+                    self.item_norms[token] = max(popularity[token], LEAST_POPULARITY) ** -ITEM_EXPONENT
             else:
                 self.age = len(self.tokens)  # blocked at the last update: its rank is not known
         if len(self.gaps) > MAX_GAPS:
@@ -83,7 +84,7 @@ class PopularityOrder:
         ranks = np.full(len(popularity), UNRANKED)
         ranks[tokens] = np.arange(len(tokens))
         ordered = popularity[tokens]
-        seen = np.where(popularity > 0, popularity, np.inf)
+        seen = np.where(popularity > 0, np.maximum(popularity, LEAST_POPULARITY), np.inf)
         self.tokens = self._stored("tokens", tokens)
         self.ranks = self._stored("ranks", ranks)
         relative = (ordered / max(ordered.max(initial=0), np.finfo(float).tiny)).astype(np.float32)

@@ -217,9 +217,9 @@ class Pipeline:
         evict_for([item.item_id for item in items], self.catalogue, self.counters)
         self.vocabulary.touch(self.load_items(items, delisted))
 
-    def observe(self, histories: Histories, new_counts: np.ndarray) -> None:
-        """Count new events: the last new_counts[i] of user i's history (int64 [n])."""
-        self.counters.observe(histories, new_counts)
+    def observe(self, histories: Histories, is_new: np.ndarray) -> None:
+        """Count the events that are new, bool [total events]: see Histories.from_rings_and_new."""
+        self.counters.observe(histories, is_new)
 
     def _result(self, ranking: Ranking, ranked: RankedItems) -> BatchResult:
         """Return the answer of the batch's strategy as slates.

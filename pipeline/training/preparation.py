@@ -248,7 +248,7 @@ def _counter_state(
         warm_start.update_counters(counters, sequences)
         values = np.where(values > 0, values, warm_start.item_values(vocabulary))
     else:
-        counters.observe(sequences.histories, sequences.histories.lengths)
+        counters.observe(sequences.histories, np.ones(len(sequences), bool))
     state = counters.state()
     return state | {"values": values[vocabulary.tokens(state["items"])]}
 

@@ -90,8 +90,7 @@ class WarmStart:
     def update_counters(self, counters: Counters, train: UserSequences) -> None:
         """Restore the artifact's counters and count new events alone, each after its user's earlier ones."""
         counters.restore(self.artifact.counters)
-        new_before = np.concatenate([[0], np.cumsum(train.histories.ts_ms > self.latest_ms)])
-        counters.observe(train.histories, np.diff(new_before[train.offsets]))
+        counters.observe(train.histories, train.histories.ts_ms > self.latest_ms)
 
     def item_events(self, sequences: UserSequences, items: int) -> np.ndarray:
         """Return int64 [items]: training events by token, the artifact's and the sequences' new ones."""

@@ -149,7 +149,7 @@ def cooccurrence(
     setup = setting.prepare(log)
     sequences = fit_sequences(setup, full)
     counters = new_counters(msgspec.convert(options, PipelineOptions), setup.vocabulary)
-    counters.observe(sequences.histories, sequences.histories.lengths)
+    counters.observe(sequences.histories, np.ones(len(sequences.histories.events), bool))
     return setup, iter([(0, lambda: StrategyRecommender(SimpleStrategy(counters, setup.pipeline.exclusion)))])
 
 

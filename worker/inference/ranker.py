@@ -98,7 +98,7 @@ class PipelineRanker:
 
     def _observe(self, items: list[str], rings: list[bytes], new_counts: list[int]) -> None:
         self.pipeline.admit(items)
-        self.pipeline.observe(Histories.from_rings(rings), np.array(new_counts, np.int64))
+        self.pipeline.observe(*Histories.from_rings_and_new(rings, np.array(new_counts, np.int64)))
         self._export_item_metrics()
 
     def _update_items(self, items: Collection[Item], delisted: Collection[str], live: bool) -> None:

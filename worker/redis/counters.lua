@@ -63,7 +63,7 @@ end
 
 -- KEYS: the item's row.
 -- ARGS: as_of_ms, half_life_ms, neighbours to keep, ttl_s, popularity, pairs (hash u64, count f32 each; the heaviest
---       first), and optionally 'absent': count only when there is no row yet.
+--       first), 'absent' to count only when there is no row yet, and the latest time that a row may be of.
 -- Returns the merged row.
 local function count(keys, args)
   local as_of_ms, half_life_ms = tonumber(args[1]), tonumber(args[2])
@@ -79,6 +79,9 @@ local function count(keys, args)
     end
     local _, _, _, ms, total = struct.unpack(HEADER, row)
     stored_ms, popularity = ms, total
+    if ms > tonumber(args[8]) then
+      stored_ms = as_of_ms -- no event is of such a time: a row that stayed there would outlive every later count
+    end
   end
   local latest_ms = math.max(as_of_ms, stored_ms)
   local stored_decay = 2 ^ ((stored_ms - latest_ms) / half_life_ms)

@@ -147,14 +147,14 @@ class CounterStore:
             raise
         return set(merged)
 
-    async def _merge_rows(self, deltas: CountDeltas, merged: list[int], *options: str) -> None:
+    async def _merge_rows(self, deltas: CountDeltas, merged: list[int], condition: str = "") -> None:
         """Add to the rows in Redis and read the sums back. Appends each token to `merged` once Redis has it."""
         rows = pack_rows(deltas, self._vocabulary.hashes)
         values: list[bytes] = []
         while batch := list(islice(rows, MERGE_BATCH_ROWS)):
             ids = [self._vocabulary.item_ids[token] for token, _, _ in batch]
             commands = [
-                self._merge_command(item_id, deltas.as_of_ms, popularity, pairs, options)
+                self._merge_command(item_id, deltas.as_of_ms, popularity, pairs, condition)
                 for item_id, (_, popularity, pairs) in zip(ids, batch, strict=True)
             ]
             new_items = [item_id for item_id in ids if item_id not in self._shared_items]
@@ -167,9 +167,7 @@ class CounterStore:
                 values = []
         await self._replace_rows(merged[len(merged) - len(values) :], values)
 
-    def _merge_command(
-        self, item_id: str, as_of_ms: int, popularity: float, pairs: bytes, options: tuple[str, ...]
-    ) -> Command:
+    def _merge_command(self, item_id: str, as_of_ms: int, popularity: float, pairs: bytes, condition: str) -> Command:
         return (
             "FCALL",
             "millrace_count",
@@ -181,8 +179,13 @@ class CounterStore:
             self._ttl_s,
             repr(popularity),
             pairs,
-            *options,
+            condition,
+            self._latest_ms(),
         )
+
+    def _latest_ms(self) -> int:
+        """Return the latest time that a row may be of: the stream accepts no event after it."""
+        return max(self._now_ms() + int(1000 * self._config.events.max_clock_skew_s), self._counters.newest_ms)
 
     async def _refresh(self, shard: int, merged: set[int]) -> None:
         """Read a shard's rows again, except those that were just merged."""
@@ -216,6 +219,7 @@ class CounterStore:
 
     async def _replace_rows(self, tokens: Sequence[int], values: Sequence[bytes]) -> None:
         rows = unpack_rows(tokens, values, self._vocabulary, self._config.counters.neighbours)
+        rows.as_of_ms = np.minimum(rows.as_of_ms, self._latest_ms())
         await self._run_in_thread(lambda: self._counters.replace_rows(rows))
 
     async def _write_popular(self) -> None:

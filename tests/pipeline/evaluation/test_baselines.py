@@ -59,7 +59,7 @@ def rankers() -> dict[str, Recommender]:
     torch.manual_seed(0)
     popularity = Popularity(TRAIN, SIZE)
     counters = new_counters(PipelineOptions(), VOCABULARY)
-    counters.observe(TRAIN.histories, TRAIN.histories.lengths)
+    counters.observe(TRAIN.histories, np.ones(len(TRAIN.histories.events), bool))
     scorers = [
         popularity,
         RecentPopularity(TRAIN, SIZE, 5.0),

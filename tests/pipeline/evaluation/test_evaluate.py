@@ -46,7 +46,7 @@ def untrained_model(train: EventLog, config: HstuConfig = SMALL) -> Artifact:
     vocabulary = Vocabulary(train.item_ids[item] for item in np.unique(train.items))
     counters = new_counters(OPTIONS, vocabulary)
     histories = UserSequences.from_columns(train.events, train.items, train.users).histories
-    counters.observe(histories, histories.lengths)
+    counters.observe(histories, np.ones(len(histories.events), bool))
     config = replace(config, items=len(vocabulary))
     return artifacts.draft(
         config,

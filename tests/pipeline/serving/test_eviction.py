@@ -22,7 +22,7 @@ def observe(pipeline: Pipeline, item_ids: Iterable[str]) -> None:
     item_ids = list(item_ids)
     pipeline.admit(item_ids)
     events = [Event("u", item_id, "view", 1_000 * number) for number, item_id in enumerate(item_ids, 1)]
-    pipeline.observe(Histories.from_events([events], SCHEMA), np.array([len(events)]))
+    pipeline.observe(Histories.from_events([events], SCHEMA), np.ones(len(events), bool))
 
 
 def admitted(pipeline: Pipeline) -> set[str]:

@@ -33,7 +33,7 @@ def make_vocabulary() -> Vocabulary:
 def make_simple(vocabulary: Vocabulary) -> SimpleStrategy:
     counters = new_counters(PipelineOptions(), vocabulary)
     seen = Histories.from_events([[Event("u", item, "view", n) for n, item in enumerate(IDS)]], EventSchema())
-    counters.observe(seen, seen.lengths)
+    counters.observe(seen, np.ones(len(seen.events), bool))
     return SimpleStrategy(counters, EXCLUSION)
 
 

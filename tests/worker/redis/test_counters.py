@@ -46,7 +46,8 @@ class Process:
             events["item"] = [item_hash(item) for item, _ in history]
             events["ts_action_device"] = [1_700_000_000_000 + minute * 60_000 for _, minute in history]
             rings.append(events.tobytes())
-        self.counters.observe(Histories.from_rings(rings), np.array([len(history) for history in histories]))
+        packed = Histories.from_rings(rings)
+        self.counters.observe(packed, np.ones(len(packed.events), bool))
 
     def rows(self) -> dict[str, tuple[float, dict[str, float]]]:
         """Return popularity and neighbours of every item, as of this process's newest event."""
@@ -240,3 +241,27 @@ async def test_stop_in_the_middle_of_a_round_counts_nothing_twice(server_client:
     after = Process(server_client)
     assert await after.store.merge()
     assert after.popularity("a") == pytest.approx(1, rel=1e-3)
+
+
+async def test_rows_of_the_far_future_take_no_counts_from_anyone_and_are_mended(server_client: RedisClient):
+    """A process whose clock was years ahead has merged its rows; the others count on as if it had not."""
+    runs = [[("a", minute), ("b", minute + 1), ("c", minute + 2)] for minute in range(50)]
+    healthy = Process(server_client)
+    healthy.observe(*runs)
+    assert await healthy.store.merge()
+    before = healthy.rows()
+    dizzy = Process(server_client)
+    dizzy.observe(*[[("a", 17 * 365 * DAY), ("b", 17 * 365 * DAY + 1)]] * 50)
+    assert await dizzy.store.merge()
+    assert dizzy.counters.newest_ms > 2_000_000_000_000
+    await run_rounds(healthy)
+    assert healthy.popularity("c") == pytest.approx(before["c"][0])
+    for _ in range(2):
+        healthy.observe(*runs)
+        await run_rounds(healthy)
+    starting = Process(server_client)
+    await run_rounds(starting)
+    for process in (healthy, starting):
+        assert process.counters.newest_ms == 1_700_000_000_000 + 51 * 60_000
+        assert process.popularity("c") == pytest.approx(3 * before["c"][0], rel=0.01)
+        assert process.popularity("a") == pytest.approx(2 * before["a"][0] + 50, rel=0.05), "and the dizzy one's events"
