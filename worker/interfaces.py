@@ -70,7 +70,8 @@ class ConsumedEvent:
     trigger: bool = True  # requests a slate
     strategy: str | None = None  # requested by the record's header
     k: int | None = None  # slate length requested by the record's header
-    is_new: bool = True  # set by Store.push; False: the ring had it already (a replay)
+    ring_offset: int | None = None  # while Store.push fails: its partition's last offset in the ring before that
+    is_new: bool = True  # set by Store.push; False: the ring had it before the first attempt (a replay)
     ring: bytes = b""  # set by Store.push: the user's events, oldest first, 24 bytes each
 
 
@@ -180,10 +181,11 @@ class Store(Protocol):
     async def push(self, events: Sequence[ConsumedEvent]) -> None:
         """Append the events to their users' rings (one round trip), and set `ring` and `is_new` of each.
 
-        Each event is guarded by its source's last offset, so pushing again changes nothing. `ring` holds the user's
-        events up to and including this one, not those pushed after it in the same call; of an event that is not new
-        it holds at least those.
-        Raises StoreUnavailable (retry with the same arguments), TopicRecreated, StoreError.
+        Each event is guarded by its source's last offset, so pushing again changes nothing: after an attempt that was
+        carried out but not answered, the same events are still new. `ring` holds the user's events up to and including
+        this one, not those pushed after it in the same call; of an event that the ring had already it holds at least
+        those.
+        Raises StoreUnavailable (retry with the same event objects), TopicRecreated, StoreError.
         """
         ...
 

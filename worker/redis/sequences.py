@@ -17,7 +17,7 @@ from worker.config import SequencesConfig
 from worker.errors import StoreError, TopicRecreated
 from worker.interfaces import ConsumedEvent, Partition
 from worker.redis.client import Command, RedisClient, ring_key
-from worker.redis.ring import Ring, source_id
+from worker.redis.ring import HEADER, Ring, source_id
 from worker.redis.ring_cache import RingCache
 
 log = logging.get("sequences")
@@ -35,6 +35,7 @@ class UserPush:
     events: list[ConsumedEvent]
     cached: Ring | None
     is_first_of_user: bool  # in the batch: only then is the cached version the one that the command will find
+    is_first_attempt: bool
 
     def expected_version(self) -> bytes:
         """Return the header that Redis is expected to hold, empty for no ring."""
@@ -61,6 +62,7 @@ class SequenceStore:
         self._cache = RingCache(config.cache_mib << 20)
         self._push_lock = asyncio.Lock()  # concurrent pushes of one user would append in either order
         self._rebuilt: set[str] | None = set() if rebuild else None
+        self._settled: set[bytes] = set()  # sources past the records that an earlier owner may have pushed
         self._warned_s = float("-inf")
         self._max_events = str(config.max_events).encode()
         self._ttl_s = str(int(config.ttl_days * DAY_S)).encode()
@@ -73,6 +75,7 @@ class SequenceStore:
         async with self._push_lock:
             lost_before = self.rings_lost
             pushes = self._group(events)
+            await self._note_offsets([push for push in pushes if push.is_first_attempt])
             replies = await self._client.pipeline([self._command(push) for push in pushes])
             stale_offsets = [self._apply(push, reply) for push, reply in zip(pushes, replies, strict=True)]
         self._warn(self.rings_lost - lost_before)
@@ -83,6 +86,7 @@ class SequenceStore:
     def forget(self, partition: Partition) -> None:
         """Drop the cached rings of a partition that is no longer owned: other processes will write them."""
         self._cache.forget(partition)
+        self._settled.discard(source_id(self._config.topic_generation, partition))
 
     def _group(self, events: Sequence[ConsumedEvent]) -> list[UserPush]:
         latest: dict[str, UserPush] = {}
@@ -93,11 +97,26 @@ class SequenceStore:
             push = latest.get(user_id)
             if push is None or push.partition != partition:
                 source = source_id(self._config.topic_generation, partition)
-                push = UserPush(user_id, partition, source, [], self._cache.get(user_id), push is None)
+                cached = self._cache.get(user_id)
+                push = UserPush(user_id, partition, source, [], cached, push is None, event.ring_offset is None)
                 latest[user_id] = push
                 pushes.append(push)
             push.events.append(event)
         return pushes
+
+    async def _note_offsets(self, pushes: Sequence[UserPush]) -> None:
+        """Set the events' `ring_offset`: when the reply is lost, nothing else tells which of them were new.
+
+        A ring that is not cached is looked at only while its partition has yielded nothing new.
+        """
+        unread = [push for push in pushes if push.cached is None and push.source not in self._settled]
+        users = list({push.user_id for push in unread})
+        replies = await self._client.pipeline([("GETRANGE", ring_key(user), 0, HEADER.size - 1) for user in users])
+        headers = dict(zip(users, replies, strict=True))
+        for push in pushes:
+            ring = push.cached or self._parsed(push.user_id, headers.get(push.user_id, b""))
+            for event in push.events:
+                event.ring_offset = ring.get_last_offset(push.source)
 
     def _command(self, push: UserPush) -> Command:
         """Return the FCALL of one push; sequences.lua describes its arguments."""
@@ -122,11 +141,17 @@ class SequenceStore:
         ring = self._ring_before(push, reply)
         appended = 0
         for event in push.events:
-            event.is_new = ring.push(push.source, event.record_offset.offset, event.packed, self._config.max_events)
+            offset = event.record_offset.offset
+            is_appended = ring.push(push.source, offset, event.packed, self._config.max_events)
+            was_appended = not push.is_first_attempt and event.ring_offset is not None and offset > event.ring_offset
+            event.is_new = is_appended or was_appended
             event.ring = ring.events
-            appended += event.is_new
+            event.ring_offset = None
+            appended += is_appended
         assert reply == appended or isinstance(reply, bytes), f"{push.user_id}: Redis {reply}, here {appended} appended"
         self._cache.put(push.user_id, ring, push.partition)
+        if push.events[-1].is_new:
+            self._settled.add(push.source)
         if self._rebuilt is not None:
             self._rebuilt.add(push.user_id)
         return None
@@ -138,10 +163,13 @@ class SequenceStore:
         if not reply and push.is_first_of_user and push.cached is not None and self._rebuilt is None:
             self.rings_lost += 1
             metrics.LOST_RINGS.inc()
+        return self._parsed(push.user_id, reply)
+
+    def _parsed(self, user_id: str, value: bytes) -> Ring:
         try:
-            return Ring.from_value(reply, self._config.max_events)
+            return Ring.from_value(value, self._config.max_events)
         except ValueError as error:
-            raise StoreError(f"{ring_key(push.user_id)} in Redis: {error}") from error
+            raise StoreError(f"{ring_key(user_id)} in Redis: {error}") from error
 
     def _warn(self, lost: int) -> None:
         """Log lost rings, at most once per WARNING_INTERVAL_S."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline.records import Event
 from worker.config import SequencesConfig
-from worker.errors import StoreError, TopicRecreated
+from worker.errors import StoreError, StoreUnavailable, TopicRecreated
 from worker.interfaces import ConsumedEvent, Partition, RecordOffset
 from worker.redis.client import RedisClient
 from worker.redis.ring import MAX_COUNT, Ring
@@ -246,3 +246,51 @@ async def test_cache_stays_within_its_bound_and_forgets_partitions(client: Redis
     store.forget(PARTITIONS[0])
     store.forget(PARTITIONS[1])
     assert (len(cache), cache.bytes) == (0, 0)
+
+
+class LosesReplies:
+    """A client whose next pushes are carried out, but their replies never arrive."""
+
+    def __init__(self, client: RedisClient, lost: int) -> None:
+        self._client = client
+        self.lost = lost
+
+    async def pipeline(self, commands: list) -> list:
+        replies = await self._client.pipeline(commands)
+        if commands and commands[0][0] == "FCALL" and self.lost:
+            self.lost -= 1
+            raise StoreUnavailable("the reply is lost")
+        return replies
+
+
+async def push_until_answered(store: SequenceStore, events: list[ConsumedEvent]) -> None:
+    while True:
+        try:
+            return await store.push(events)
+        except StoreUnavailable:
+            continue
+
+
+@pytest.mark.parametrize("lost", [0, 1, 3])
+@pytest.mark.parametrize("cached", ["nothing", "the user", "another user", "the user, then forgotten"])
+async def test_events_whose_push_was_not_answered_are_new_and_redelivered_ones_are_not(
+    client: RedisClient, new_user: NewUser, lost: int, cached: str
+) -> None:
+    user, other = new_user(), new_user()
+    await SequenceStore(client, SequencesConfig()).push([consumed_event(user, 0, offset) for offset in range(3)])
+    store = SequenceStore(LosesReplies(client, 0), SequencesConfig())  # pyright: ignore[reportArgumentType]: a client's part
+    if cached != "nothing":
+        await store.push([consumed_event(other if cached == "another user" else user, 0, 3)])
+    if cached == "the user, then forgotten":
+        store.forget(PARTITIONS[0])
+    store._client.lost = lost  # pyright: ignore[reportAttributeAccessIssue]: as above
+    first = 1 if cached == "nothing" else 4  # 1 and 2: read again after a start
+    events = [consumed_event(user, 0, offset) for offset in range(first, 9)]
+    events += [consumed_event(new, 0, 9) for new in (new_user(), new_user())]
+    await push_until_answered(store, events)
+    assert [event.is_new for event in events] == [event.record_offset.offset > 2 for event in events]
+    newest = SequenceStore(client, SequencesConfig())
+    after = consumed_event(user, 0, 20)
+    await newest.push([after])
+    assert after.ring.startswith(events[7 if first == 1 else 4].ring), "and each is in the ring once"
+    assert events[0].ring.endswith(event_bytes(0, 8)) or not lost

@@ -2,8 +2,9 @@
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -11,6 +12,8 @@ import pytest
 from pipeline.slates import Slate
 from tests.kafka.broker import Broker
 from worker.cli import main
+from worker.errors import StoreUnavailable
+from worker.redis.client import Command, RedisClient
 from worker.replay.child_process import free_ports
 from worker.replay.report import ReplayReport
 
@@ -175,3 +178,26 @@ def test_log_without_events_is_one_sentence(
     (tmp_path / "log.jsonl").write_text(text)
     assert main(["replay", str(tmp_path / "log.jsonl")]) == 2
     assert f"no event in it could be read; {reason}" in capsys.readouterr().err
+
+
+def test_events_whose_push_was_carried_out_but_not_answered_are_not_lost(
+    tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis' replies to the first push and to some later ones never arrive."""
+    pipeline = RedisClient.pipeline
+    pushes = 0
+
+    async def lose_some_replies(client: RedisClient, commands: Sequence[Command]) -> list[Any]:
+        nonlocal pushes
+        replies = await pipeline(client, commands)
+        if commands and commands[0][1] == "millrace_push":
+            pushes += 1
+            if pushes % 2:
+                raise StoreUnavailable("the reply is lost")
+        return replies
+
+    monkeypatch.setattr(RedisClient, "pipeline", lose_some_replies)
+    monkeypatch.setenv("MILLRACE__REDIS__RETRY_BACKOFF_S", "0.001")
+    report = replay(log, tmp_path, "--limit", 500)
+    assert pushes > 1
+    assert (report.events, report.slates, report.lost) == (500, 500, 0)
