@@ -24,6 +24,11 @@ MIN_CANDIDATES = 128  # kernels are compiled for powers of two, and most slates 
 # With fewer scores, computing all of them in memory is faster: the operator's launches take longer than the product
 # (`tests.benchmarks.retrieval`).
 FUSED_MIN_SCORES = 16_000_000
+# On a CPU the k best of a million scores of 16 users take 27 ms at once. By groups of 64 they take 7 ms for k = 10 and
+# 14 for k = 500; by groups of 256, 5 and 20; of 1,000, 6 and 88 (an EPYC's core). Fewer groups than 2 k are slower.
+# python -m timeit -s "import torch; from pipeline.strategies.retrieval import top_k_by_groups as top_k"
+#   -s "torch.set_num_threads(1); x = torch.randn(16, 1_000_000)" "top_k(x, 10)"
+GROUP_ITEMS = 64
 
 
 @dataclass(slots=True)
@@ -159,8 +164,28 @@ class Retrieval:
         scores = (states / self._temperature) @ self._vectors.T  # [n, items]
         scores.index_fill_(1, self._blocked, -torch.inf)
         scores.index_put_((excluded.users, excluded.rows), scores.new_full((), -torch.inf))  # a number would be copied
-        best, rows = scores.topk(min(k, scores.shape[1]), dim=1)
+        length = min(k, scores.shape[1])
+        best, rows = scores.topk(length, dim=1) if scores.is_cuda else top_k_by_groups(scores, length)
         missing = k - best.shape[1]
         if not missing:
             return best, rows
         return F.pad(best, (0, missing), value=-torch.inf), F.pad(rows, (0, missing))
+
+
+def top_k_by_groups(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return torch.topk(scores, k, dim=1): the k best scores of each user, best first, and their columns, [n, k].
+
+    The k groups of columns with the highest maxima hold the k best scores: any other group's are at most as high as
+    each of these k maxima. scores: [n, items], not NaN; which of equal scores come first is not specified, as in torch.
+    """
+    n, items = scores.shape
+    n_groups = items // GROUP_ITEMS
+    if n_groups < max(1, 2 * k):
+        return scores.topk(k, dim=1)
+    grouped = scores[:, : n_groups * GROUP_ITEMS].unflatten(1, (n_groups, GROUP_ITEMS))
+    groups = grouped.amax(2).topk(k, dim=1).indices  # [n, k]
+    within = torch.arange(GROUP_ITEMS, device=scores.device)
+    rest = torch.arange(n_groups * GROUP_ITEMS, items, device=scores.device)  # columns after the last group
+    columns = torch.cat([(groups[:, :, None] * GROUP_ITEMS + within).flatten(1), rest.expand(n, -1)], dim=1)
+    best, order = scores.gather(1, columns).topk(k, dim=1)
+    return best, columns.gather(1, order)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.strategies import retrieval
-from pipeline.strategies.retrieval import ExcludedItems, FusedRetrieval, Retrieval
+from pipeline.strategies.retrieval import ExcludedItems, FusedRetrieval, Retrieval, top_k_by_groups
 
 
 def brute_force(table: np.ndarray, states: np.ndarray, excluded: set[tuple[int, int]], k: int) -> list[list[int]]:
@@ -119,3 +119,40 @@ def test_slate_longer_than_the_operators_limit_is_found_in_memory() -> None:
     found, _ = FusedRetrieval(table).top_k(states, nothing(len(states)), 480)
     expected, _ = Retrieval(table).top_k(states, nothing(len(states)), 480)
     assert found.tolist() == expected.tolist()
+
+
+@given(
+    users=st.integers(0, 3),
+    items=st.integers(1, 700),
+    k=st.integers(0, 12),
+    distinct=st.sampled_from([1, 3, 1000]),
+    missing=st.sampled_from([0.0, 0.5, 0.99, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_top_k_by_groups_equals_top_k_at_once_also_with_ties_and_too_few_items(
+    users: int, items: int, k: int, distinct: int, missing: float, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    scores = torch.from_numpy(rng.integers(0, distinct, (users, items)).astype(np.float32))
+    scores[torch.from_numpy(rng.random((users, items)) < missing)] = -torch.inf
+    k = min(k, items)
+    best, rows = top_k_by_groups(scores, k)
+    assert torch.equal(best, scores.topk(k, dim=1).values)
+    assert torch.equal(best, scores.gather(1, rows))
+    assert all(len(set(row)) == k for row in rows.tolist()), "no row twice"
+
+
+@pytest.mark.parametrize("items", [64 * 2 * 10, 5_000])
+def test_cpu_never_sorts_a_large_catalogue_at_once(items: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    widest = 0
+    topk = torch.Tensor.topk
+
+    def watched(x: torch.Tensor, *args: int, **options: int) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal widest
+        widest = max(widest, x.shape[1])
+        return topk(x, *args, **options)
+
+    monkeypatch.setattr(torch.Tensor, "topk", watched)
+    torch.manual_seed(6)
+    Retrieval(torch.randn(items, 4)).top_k(torch.randn(2, 4), nothing(2), 10)
+    assert widest < items
