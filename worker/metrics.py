@@ -22,6 +22,11 @@ SLATES = Counter(
 FALLBACKS = Counter(
     "millrace_fallbacks_total", "Batches that a failing strategy left to the next one", ["strategy", "error"]
 )
+SET_ASIDE_USERS = Counter(
+    "millrace_users_set_aside_total",
+    "Users whom a strategy that ranks others left to the next one",
+    ["strategy", "error"],
+)
 BATCH_USERS = Histogram("millrace_batch_users", "Users per batch", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512))
 STAGE_SECONDS = Histogram("millrace_stage_seconds", "Time per batch in a stage", ["stage"], buckets=LATENCY_BUCKETS)
 SLATE_SECONDS = Histogram(

@@ -10,8 +10,6 @@ It is also a library:
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,8 +20,10 @@ from pipeline.counters.counters import Counters
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import Event, Histories, Item
+from pipeline.serving.batch_result import BatchResult, RankedSlates
 from pipeline.serving.eviction import evict_for
-from pipeline.serving.ranking import Generation, Ranking
+from pipeline.serving.generation import Fallback, Generation
+from pipeline.serving.ranking import Ranking
 from pipeline.slates import SlateItem, Why
 from pipeline.strategies.conformance import check_answer
 from pipeline.strategies.options import PipelineOptions, new_counters
@@ -44,25 +44,7 @@ class Recommendation(msgspec.Struct, frozen=True):
     why: Why
 
 
-@dataclass(slots=True)
-class BatchResult:
-    """A batch's recommendations in the order of its users.
-
-    slates: ranked items per user; ranked: the same as columns, with the milliseconds of the stages before
-    strategy, backend, why: see Recommendation; version: of the model that was serving when the batch was prepared
-    rank_ms: the last stage's, from the strategy's retrieval to these slates
-    """
-
-    slates: list[list[SlateItem]]
-    strategy: str
-    backend: str
-    why: Why
-    version: str
-    ranked: RankedItems
-    rank_ms: float
-
-
-def _ignore(strategy: str, error: Exception) -> None:
+def _ignore(fallback: Fallback) -> None:
     """Do nothing: a library's caller sees the strategy in the answer."""
 
 
@@ -76,7 +58,7 @@ class Pipeline:
         counters: Counters,
         strategies: Sequence[Strategy],
         version: str = "none",
-        on_fallback: Callable[[str, Exception], None] = _ignore,
+        on_fallback: Callable[[Fallback], None] = _ignore,
     ) -> None:
         """strategies: of `strategies_of`, made on this catalogue and these counters"""
         self.options = options
@@ -91,12 +73,11 @@ class Pipeline:
         cls,
         folder: str | Path | None,
         options: PipelineOptions | None = None,
-        on_fallback: Callable[[str, Exception], None] = _ignore,
+        on_fallback: Callable[[Fallback], None] = _ignore,
     ) -> "Pipeline":
         """Load an artifact; with None, only strategies without a model answer.
 
-        Raises ArtifactError, DeviceError, StrategyError. on_fallback: called with a strategy's name and its error
-        whenever the next strategy takes over
+        Raises ArtifactError, DeviceError, StrategyError. on_fallback: called whenever a strategy fails on a batch
         """
         options = options or PipelineOptions()
         if folder is None:
@@ -115,7 +96,7 @@ class Pipeline:
         return cls._from_context(StrategyContext(artifact, catalogue, counters, options), on_fallback)
 
     @classmethod
-    def _from_context(cls, context: StrategyContext, on_fallback: Callable[[str, Exception], None]) -> "Pipeline":
+    def _from_context(cls, context: StrategyContext, on_fallback: Callable[[Fallback], None]) -> "Pipeline":
         version = "none" if context.artifact is None else context.artifact.version
         strategies = strategies_of(context)
         try:
@@ -151,23 +132,23 @@ class Pipeline:
         self._check(histories, k, strategy)
         self.admit([event.item_id for history in histories for event in history])
         result = self.rank(Histories.from_events(histories, self.options.schema), k, strategy)
-        return [Recommendation(items, result.strategy, result.backend, result.why) for items in result.slates]
+        return [Recommendation(items, *origin) for items, origin in zip(result.slates, result.origins, strict=True)]
 
     def rank(
         self, histories: Histories, k: int, strategy: str | None = None, deadline_s: float = math.inf
     ) -> BatchResult:
         """Return slates of at most k items: `prepare`, `launch` and `finish` at once.
 
-        When a strategy raises, `on_fallback` gets the error and the next strategy ranks; only the last one's error is
-        raised. deadline_s: on time.monotonic's clock, when the slates are due
+        When a strategy raises, `on_fallback` gets the error, and the next strategy ranks the users for whom it raises;
+        only the last one's error is raised. deadline_s: on time.monotonic's clock, when the slates are due
         """
         return self.finish(self.launch(self.prepare(Request(histories, k, deadline_s), strategy)))
 
     def prepare(self, request: Request, strategy: str | None = None) -> Ranking:
         """Begin a batch: the host's part before the device's. strategy: where to start in the fallback order.
 
-        Every batch that begins must be finished, in the order of their beginnings, unless a step raises. Tokens must
-        keep their items until then: see Vocabulary.pinned.
+        Every batch that begins must be finished, in the order of their beginnings; only `finish` raises a strategy's
+        error. Tokens must keep their items until then: see Vocabulary.pinned.
         """
         ranking = Ranking(request, self._serving, strategy)
         ranking.advance("prepare")
@@ -180,7 +161,7 @@ class Pipeline:
 
     def finish(self, ranking: Ranking) -> BatchResult:
         """Wait for a launched batch and return its slates."""
-        return ranking.finish(partial(self._result, ranking))
+        return BatchResult.from_parts(ranking.finish(self._slates), ranking.version)
 
     def swap(self, strategies: Sequence[Strategy], version: str) -> Generation:
         """Rank with these strategies from the next batch on, their breakers closed.
@@ -221,18 +202,15 @@ class Pipeline:
         """Count the events that are new, bool [total events]: see Histories.from_rings_and_new."""
         self.counters.observe(histories, is_new)
 
-    def _result(self, ranking: Ranking, ranked: RankedItems) -> BatchResult:
-        """Return the answer of the batch's strategy as slates.
+    def _slates(self, strategy: Strategy, request: Request, ranked: RankedItems) -> RankedSlates:
+        """Return a strategy's answer as slates.
 
         Raises an error of any kind unless it is an answer: one of one's own is trusted with nothing.
         """
         start_s = time.perf_counter()
-        strategy = ranking.strategy
         if strategy.name not in FALLBACK_ORDER:
-            check_answer(ranked, ranking.request, self.vocabulary)
-        slates = _slate_items(ranked, self.vocabulary.item_ids)
-        rank_ms = ranked.rank_ms + 1e3 * (time.perf_counter() - start_s)
-        return BatchResult(slates, strategy.name, strategy.backend, ranking.why, ranking.version, ranked, rank_ms)
+            check_answer(ranked, request, self.vocabulary)
+        return RankedSlates.from_ranked(ranked, self.vocabulary.item_ids, start_s)
 
     def _generation(self, strategies: Sequence[Strategy], version: str) -> Generation:
         return Generation(FallbackChain(strategies, time.monotonic), version, self._on_fallback)
@@ -245,23 +223,3 @@ class Pipeline:
         unknown = {event.action for history in histories for event in history} - set(self.options.schema.actions)
         if unknown:
             raise ValueError(f"recommend: unknown actions {sorted(unknown)}, want of {self.options.schema.actions}")
-
-
-def _slate_items(ranked: RankedItems, item_ids: list[str]) -> list[list[SlateItem]]:
-    """Return the slates as Python objects: one `tolist` per column, one struct per item."""
-    n, k = ranked.tokens.shape
-    tokens = ranked.tokens.tolist()
-    scores = np.round(ranked.scores.astype(np.float64), 5).tolist()
-    sources = ranked.source.tolist() if isinstance(ranked.source, np.ndarray) else [[ranked.source] * k] * n
-    if ranked.heads is None:
-        heads = [[(None, None, None)] * k] * n
-    else:
-        heads = np.round(ranked.heads.astype(np.float64), 5).tolist()
-    return [
-        [
-            SlateItem(item_ids[token], score, head[0], head[1], head[2], source)
-            for token, score, head, source in zip(*row, strict=True)
-            if token
-        ]
-        for row in zip(tokens, scores, heads, sources, strict=True)
-    ]

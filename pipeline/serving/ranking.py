@@ -1,74 +1,50 @@
-"""A batch on its way through a strategy's steps, and through the next strategy's when one fails."""
+"""A batch on its way through a strategy's steps; the next strategy ranks the users for whom one fails."""
 
-import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Generic, Literal, TypeVar
 
+import numpy as np
+
+from pipeline.serving.generation import Generation
+from pipeline.serving.isolation import isolate
 from pipeline.slates import Why
-from pipeline.strategies.strategy import FallbackChain, RankedItems, Request, Strategy, close_all
+from pipeline.strategies.strategy import RankedItems, Request, Strategy
 
 T = TypeVar("T")
+Use = Callable[[Strategy, Request, RankedItems], T]
 Step = Literal["prepare", "launch", "finish"]
 STEPS: tuple[Step, ...] = ("prepare", "launch", "finish")
 
 
-@dataclass(slots=True)
-class Generation:
-    """The strategies that serve one version of the model.
+@dataclass(frozen=True, slots=True)
+class Part(Generic[T]):
+    """Users of a batch, int64 [n], that one strategy ranked together, and what was made of its answer."""
 
-    on_fallback: called with a strategy's name and its error whenever the next strategy takes over
-    pending: batches that have begun and not ended
-    """
-
-    strategies: FallbackChain
-    version: str
-    on_fallback: Callable[[str, Exception], None]
-    pending: int = 0
-    is_retired: bool = False
-    done: threading.Event = field(default_factory=threading.Event)
-
-    def begin(self) -> None:
-        self.pending += 1
-
-    def end(self) -> None:
-        self.pending -= 1
-        self._check_done()
-
-    def retire(self) -> None:
-        """Begin no other batch."""
-        self.is_retired = True
-        self._check_done()
-
-    def close(self) -> list[Exception]:
-        """Wait until the last batch has ended, close the strategies, return the errors of those that raise.
-
-        For another thread than the one that ranks, and after `retire`.
-        """
-        self.done.wait()
-        return close_all(self.strategies)
-
-    def _check_done(self) -> None:
-        if self.is_retired and not self.pending:
-            self.done.set()
+    users: np.ndarray
+    strategy: Strategy
+    why: Why
+    answer: T
 
 
 class Ranking:
-    """One batch. It ends with `finish`, or when the last strategy raises."""
+    """One batch. It ends with `finish`."""
 
     def __init__(self, request: Request, generation: Generation, start: str | None) -> None:
         """start: where in the fallback order to begin, None: at its best. ValueError: no strategy from there on."""
-        self.request = request
+        self._request = request
         self._generation = generation
         self._candidates = generation.strategies.candidates(start, request.deadline_s)
         first = next(self._candidates, None)
         if first is None:
             raise ValueError(f"no strategy at or after '{start}' in this process")
-        self.strategy: Strategy
-        self.why: Why
-        self.strategy, self.why = first
+        self._strategy: Strategy
+        self._why: Why
+        self._strategy, self._why = first
         self._steps_done = 0
         self._state: Any = request  # what the last step returned
+        self._error: Exception | None = None  # what the last step raised: `finish` deals with it
         generation.begin()
 
     @property
@@ -77,38 +53,90 @@ class Ranking:
         return self._generation.version
 
     def advance(self, step: Step) -> None:
-        """Bring the batch through a step; when one raises, the next strategy takes it there from the beginning."""
-        while self._steps_done <= STEPS.index(step):
-            try:
-                self._state = getattr(self.strategy, STEPS[self._steps_done])(self._state)
+        """Bring the batch through a step, unless an earlier one has failed."""
+        try:
+            while self._error is None and self._steps_done <= STEPS.index(step):
+                self._state = getattr(self._strategy, STEPS[self._steps_done])(self._state)
                 self._steps_done += 1
-            except Exception as error:  # any failure of any step: the chain must answer
-                self._fall_back(error)
+        except Exception as error:  # any failure of any step: the chain must answer
+            self._error = error
 
-    def finish(self, use: Callable[[RankedItems], T]) -> T:
-        """Bring the batch to its end and return what `use` makes of the answer.
+    def finish(self, use: Use[T]) -> list[Part[T]]:
+        """Bring the batch to its end and return what `use` makes of the strategies' answers, the largest part first.
 
-        An answer that `use` raises an error for is a failure of its strategy.
+        Users for whom a strategy fails are ranked by the next one; raises the last one's error. An answer that `use`
+        raises an error for is a failure, too.
         """
-        while True:
+        try:
             self.advance("finish")
-            try:
-                used = use(self._state)
-            except Exception as error:  # an answer of one's own strategy may be anything
-                self._fall_back(error)
-                continue
-            self._generation.strategies.record_success(self.strategy)
+            return sorted(self._parts(use), key=lambda part: -len(part.users))
+        finally:
             self._generation.end()
-            return used
 
-    def _fall_back(self, error: Exception) -> None:
-        """Give the batch to the next strategy; raise the error if there is none."""
-        self._generation.strategies.record_failure(self.strategy)
-        self._generation.on_fallback(self.strategy.name, error)
-        following = next(self._candidates, None)
-        if following is None:
-            self._generation.end()
-            raise error
-        self.strategy, self.why = following
-        self._state = self.request
-        self._steps_done = 0
+    def _parts(self, use: Use[T]) -> list[Part[T]]:
+        users = np.arange(len(self._request.histories))
+        parts: list[Part[T]] = []
+        attempt = partial(self._use_state, use)
+        while True:
+            try:
+                parts.append(Part(users, self._strategy, self._why, attempt(users)))
+            except Exception as error:  # as above; and an answer of one's own strategy may be anything
+                users = self._isolate(users, error, use, parts)
+                attempt = partial(self._rank_users, use)
+            else:
+                self._generation.record_success(self._strategy, self._request_of(users))
+                return parts
+            if users is None:
+                return parts
+
+    def _isolate(self, users: np.ndarray, error: Exception, use: Use[T], parts: list[Part[T]]) -> np.ndarray | None:
+        """Let the strategy that failed for these users answer those it can, and take the next one for the others.
+
+        Returns the others, int64 [n]; None: it has answered all. Raises its error when there is no next strategy.
+        """
+        strategies = self._generation.strategies
+        is_late = partial(strategies.is_late, self._request.deadline_s)
+        isolation = isolate(partial(self._rank_users, use), users, error, is_late)
+        parts += [Part(some, self._strategy, self._why, answer) for some, answer in isolation.answers]
+        for some, _ in isolation.answers:
+            self._generation.record_success(self._strategy, self._request_of(some))
+        rest = isolation.rest
+        is_resting = isolation.others_failed or not (isolation.answers or self._can_rank_another(use))
+        self._generation.record_failure(self._strategy, isolation.error, 0 if rest is None else len(rest), is_resting)
+        if rest is not None:
+            following = next(self._candidates, None)
+            if following is None:
+                raise isolation.error
+            self._strategy, self._why = following
+        return rest
+
+    def _use_state(self, use: Use[T], users: np.ndarray) -> T:
+        """Return what `use` makes of the answer to the whole batch, after its last step."""
+        if self._error is not None:
+            raise self._error
+        return use(self._strategy, self._request, self._state)
+
+    def _can_rank_another(self, use: Use[T]) -> bool:
+        """Whether the strategy ranks the user with the longest history of the latest batch that it answered."""
+        answered = self._generation.answered.get(self._strategy.name)
+        if answered is None or not len(answered.histories):
+            return False
+        longest = np.array([answered.histories.lengths.argmax()])
+        try:
+            self._rank(use, replace(answered, histories=answered.histories.select(longest)))
+        except Exception:  # as above: it fails for two users
+            return False
+        return True
+
+    def _rank_users(self, use: Use[T], users: np.ndarray) -> T:
+        return self._rank(use, self._request_of(users))
+
+    def _rank(self, use: Use[T], request: Request) -> T:
+        """Bring the request through all steps of the strategy."""
+        strategy = self._strategy
+        return use(strategy, request, strategy.finish(strategy.launch(strategy.prepare(request))))
+
+    def _request_of(self, users: np.ndarray) -> Request:
+        if len(users) == len(self._request.histories):
+            return self._request
+        return replace(self._request, histories=self._request.histories.select(users))

@@ -1,6 +1,7 @@
 """Strategies and their fallback chain: every batch gets an answer.
 
-A strategy that raises is skipped for a while, then probed with one batch; meanwhile the next strategy answers.
+A strategy that raises for several users is skipped for a while, then probed with one batch; meanwhile the next strategy
+answers. A single user for whom it raises is set aside, to the next strategy.
 """
 
 import math
@@ -61,7 +62,8 @@ class Strategy(Protocol):
     """One way to rank a batch, in three steps, so that batches can overlap: one is prepared while another is computed.
 
     One thread makes all calls; other batches' steps may come between two of a batch's. A step may raise anything: then
-    the next strategy ranks the batch. `pipeline/strategies/conformance.py` checks what is promised here.
+    parts of the batch are tried again, from `prepare` on, and the next strategy ranks the users for whom it raises.
+    `pipeline/strategies/conformance.py` checks what is promised here.
 
     name: on slates and in requests; backend: the runtime it ranks with, such as `torch`, `kernels` or `numpy`, fixed
     once it is loaded
@@ -129,7 +131,7 @@ class FallbackChain:
         names = [name for name in self._strategies if self.order.index(name) >= start]
         why = self._first_reason(requested)
         for name in names:
-            is_late = why == "failed" and self._monotonic() >= deadline_s
+            is_late = why == "failed" and self.is_late(deadline_s)
             if name == names[-1] or not (is_late or self._monotonic() < self._open_until_s[name]):
                 yield self._strategies[name], why
                 why = "failed"
@@ -140,6 +142,9 @@ class FallbackChain:
         """Raise ValueError for the name of a strategy that neither this process nor any other has."""
         if requested not in self.order:
             raise ValueError(f"no strategy '{requested}', want one of {', '.join(self.order)}")
+
+    def is_late(self, deadline_s: float) -> bool:
+        return self._monotonic() >= deadline_s
 
     def record_failure(self, strategy: Strategy) -> None:
         self._open_until_s[strategy.name] = self._monotonic() + COOLDOWN_S

@@ -6,6 +6,7 @@ import msgspec
 
 from pipeline.backends.encoder import GraphOptions
 from pipeline.manifest import Manifest, read_manifest
+from pipeline.serving.generation import Fallback
 from pipeline.serving.pipeline import Pipeline
 from pipeline.strategies.exclusion import Exclusion
 from pipeline.strategies.options import PipelineOptions
@@ -78,6 +79,12 @@ def pipeline_options(config: Config) -> PipelineOptions:
     )
 
 
-def _log_fallback(strategy: str, error: Exception) -> None:
-    metrics.FALLBACKS.labels(strategy, type(error).__name__).inc()
-    log.warning("strategy failed, the next one answers", strategy=strategy, error=repr(error))
+def _log_fallback(fallback: Fallback) -> None:
+    labels = fallback.strategy, type(fallback.error).__name__
+    fields = {"strategy": fallback.strategy, "error": repr(fallback.error), "users": fallback.users}
+    if fallback.is_resting:
+        metrics.FALLBACKS.labels(*labels).inc()
+        log.warning("strategy failed, the next one answers", **fields)
+    else:
+        metrics.SET_ASIDE_USERS.labels(*labels).inc(fallback.users)
+        log.warning("strategy failed for these users alone: the next one answers them", **fields)

@@ -12,9 +12,10 @@ import numpy as np
 
 from pipeline.evaluation.business_metrics import BUSINESS_METRICS, business_metrics
 from pipeline.records import Histories, Item
+from pipeline.serving.batch_result import BatchResult, Origin
 from pipeline.serving.eviction import evict_for
-from pipeline.serving.pipeline import BatchResult, Pipeline
-from pipeline.serving.ranking import Generation
+from pipeline.serving.generation import Generation
+from pipeline.serving.pipeline import Pipeline
 from pipeline.slates import Covers, Latency, Slate, SlateItem
 from pipeline.strategies.simple_strategy import SimpleStrategy
 from pipeline.strategies.strategy import RankedItems, Strategy
@@ -142,33 +143,34 @@ class PipelineRanker:
         lengths = [entry.events[0].k or self._slate_size for entry in batch.entries]
         deadline_s = time.monotonic() + (batch.deadline_ms - self._clock.now_ms()) / 1e3
         result = self.pipeline.rank(histories, max(lengths), batch.strategy or self._strategy, deadline_s)
-        if result.strategy != SimpleStrategy.name:
-            self._served.extend(zip(rings, result.slates, strict=True))
+        for ring, slate, origin in zip(rings, result.slates, result.origins, strict=True):
+            if origin.strategy != SimpleStrategy.name:
+                self._served.append((ring, slate))
         metrics.BATCH_USERS.observe(len(batch.entries))
-        ranked = result.ranked
-        stages_ms = {"features": ranked.features_ms, "encode": ranked.encode_ms, "rank": result.rank_ms}
+        stages_ms = {"features": result.features_ms, "encode": result.encode_ms, "rank": result.rank_ms}
         for stage, stage_ms in stages_ms.items():
             metrics.STAGE_SECONDS.labels(stage).observe(stage_ms / 1e3)
-        _count_business_metrics(ranked)
-        rows = zip(batch.entries, result.slates, lengths, strict=True)
-        return [self._slate(batch, entry, result, items[:k]) for entry, items, k in rows]
+        for ranked in result.ranked:
+            _count_business_metrics(ranked)
+        rows = zip(batch.entries, result.slates, result.origins, lengths, strict=True)
+        return [self._slate(batch, entry, result, items[:k], origin) for entry, items, origin, k in rows]
 
-    def _slate(self, batch: Batch, entry: Entry, result: BatchResult, items: list[SlateItem]) -> Slate:
+    def _slate(self, batch: Batch, entry: Entry, result: BatchResult, items: list[SlateItem], origin: Origin) -> Slate:
         total_s = self._clock.monotonic() - entry.events[0].polled_s
         metrics.SLATE_SECONDS.observe(total_s)
         latency = Latency(
             queue=round(1e3 * (batch.opened_s - entry.events[0].polled_s), 3),
-            features=round(result.ranked.features_ms, 3),
-            encode=round(result.ranked.encode_ms, 3),
+            features=round(result.features_ms, 3),
+            encode=round(result.encode_ms, 3),
             rank=round(result.rank_ms, 3),
             total=round(1e3 * total_s, 3),
         )
         return Slate(
             user_id=entry.user_id,
             items=items,
-            strategy=result.strategy,
-            backend=result.backend,
-            why=result.why,
+            strategy=origin.strategy,
+            backend=origin.backend,
+            why=origin.why,
             model_version=result.version,
             covers=_covers(entry),
             created_ms=self._clock.now_ms(),

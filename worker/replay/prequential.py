@@ -68,8 +68,8 @@ class PrequentialEvaluator:
                 self.latencies_ms.append(slate.latency_ms.total)
             baselines = self._pending.pop(slate.user_id, {})
             self._shown[slate.user_id] = {"slate": [item.item_id for item in slate.items[:CUTOFF]], **baselines}
-        self.strategies[slates[0].strategy] += len(slates)
-        self.backends[slates[0].backend] += len(slates)
+        self.strategies.update(slate.strategy for slate in slates)
+        self.backends.update(slate.backend for slate in slates)
 
     @property
     def rankings(self) -> list[str]:

@@ -8,6 +8,7 @@ slate or dead letter (or Redis its ring push, for an action that triggers no sla
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -117,8 +118,8 @@ class Worker:
         self.tracker.complete(batch.record_offsets)
         self.batcher.finish(batch)
         self.in_flight.release()
-        batch_labels = slates[0].strategy, slates[0].backend, slates[0].why
-        metrics.SLATES.labels(*batch_labels).inc(len(slates))
+        for labels, count in Counter((slate.strategy, slate.backend, slate.why) for slate in slates).items():
+            metrics.SLATES.labels(*labels).inc(count)
 
     async def push(self, events: list[ConsumedEvent]) -> None:
         for start in range(0, len(events), PUSH_CHUNK_EVENTS):

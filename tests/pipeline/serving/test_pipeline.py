@@ -62,7 +62,9 @@ def test_slate_depends_on_its_history_alone_and_not_on_the_events_order(pipeline
 
 def test_failing_model_is_reported_once_and_the_counters_answer(shop, histories, monkeypatch):
     failures: list[tuple[str, str]] = []
-    pipeline = Pipeline.load(shop.artifact, OPTIONS, lambda strategy, error: failures.append((strategy, str(error))))
+    pipeline = Pipeline.load(
+        shop.artifact, OPTIONS, lambda failed: failures.append((failed.strategy, str(failed.error)))
+    )
 
     def fail(*_):
         raise RuntimeError("CUDA error: out of memory")

@@ -67,7 +67,12 @@ class Bench:
         counters = new_counters(options, vocabulary)
         strategies = [self.simple, self.hstu, self.best]
         self.pipeline = Pipeline(
-            options, Catalogue(vocabulary), counters, strategies, "v1", lambda name, _: self.failures.append(name)
+            options,
+            Catalogue(vocabulary),
+            counters,
+            strategies,
+            "v1",
+            lambda fallback: self.failures.append(fallback.strategy),
         )
 
 
@@ -81,7 +86,10 @@ def test_steps_of_two_batches_may_alternate(bench: Bench) -> None:
     first = pipeline.launch(pipeline.prepare(Request(HISTORIES, 1)))
     second = pipeline.prepare(Request(HISTORIES, 1), "hstu")
     results = [pipeline.finish(first), pipeline.finish(pipeline.launch(second))]
-    assert [(result.strategy, result.slates[0][0].item_id) for result in results] == [("best", "a"), ("hstu", "b")]
+    assert [(result.origins[0].strategy, result.slates[0][0].item_id) for result in results] == [
+        ("best", "a"),
+        ("hstu", "b"),
+    ]
     assert bench.best.calls == bench.hstu.calls == list(STEPS)
 
 
@@ -89,11 +97,11 @@ def test_steps_of_two_batches_may_alternate(bench: Bench) -> None:
 def test_strategy_that_fails_in_any_step_leaves_the_batch_to_the_next_from_its_start(bench: Bench, step: str) -> None:
     bench.best.failing = {step}
     result = bench.pipeline.rank(HISTORIES, 1)
-    assert (result.strategy, result.why) == ("hstu", "failed")
+    assert result.origins[0][::2] == ("hstu", "failed")
     assert bench.failures == ["best"]
     assert bench.best.calls == list(STEPS[: STEPS.index(step) + 1])
     assert bench.hstu.calls == list(STEPS)
-    assert bench.pipeline.rank(HISTORIES, 1).why == "cooling"
+    assert bench.pipeline.rank(HISTORIES, 1).origins[0].why == "cooling"
 
 
 def test_last_strategys_error_is_raised(bench: Bench) -> None:
@@ -109,13 +117,13 @@ def test_last_strategys_error_is_raised(bench: Bench) -> None:
 def test_deadline_reaches_the_strategies_and_after_a_late_failure_the_last_one_is_next(bench: Bench) -> None:
     bench.best.failing = {"finish"}
     result = bench.pipeline.rank(HISTORIES, 1, deadline_s=-1.0)
-    assert (result.strategy, result.why) == ("simple", "failed")
+    assert result.origins[0][::2] == ("simple", "failed")
     assert bench.hstu.calls == []
     assert bench.best.deadlines_s == bench.simple.deadlines_s == [-1.0]
 
 
 def test_late_batch_is_ranked_by_the_best_strategy_while_nothing_fails(bench: Bench) -> None:
-    assert bench.pipeline.rank(HISTORIES, 1, deadline_s=-1.0).strategy == "best"
+    assert bench.pipeline.rank(HISTORIES, 1, deadline_s=-1.0).origins[0].strategy == "best"
 
 
 def test_batch_in_flight_ends_with_the_strategies_it_began_with(bench: Bench) -> None:
@@ -128,7 +136,7 @@ def test_batch_in_flight_ends_with_the_strategies_it_began_with(bench: Bench) ->
     assert "close" not in bench.best.calls, "its batch has not ended"
     result = pipeline.finish(pending)
     closing.join(timeout=30)
-    assert (result.strategy, result.version) == ("best", "v1")
+    assert (result.origins[0].strategy, result.version) == ("best", "v1")
     assert bench.best.calls == [*STEPS, "close"]
     assert bench.simple.calls == ["close"]
 

@@ -8,9 +8,13 @@ from prometheus_client import REGISTRY
 
 from pipeline.backends.encoder import GraphOptions
 from pipeline.evaluation.business_metrics import BUSINESS_METRICS
-from pipeline.records import Event, EventPacker, EventSchema, Histories, Item
-from pipeline.serving.pipeline import BatchResult, Pipeline
+from pipeline.records import Event, EventPacker, EventSchema, Histories, Item, item_hash
+from pipeline.serving.batch_result import BatchResult
+from pipeline.serving.pipeline import Pipeline
+from pipeline.strategies.hstu_batch import PreparedBatch
+from pipeline.strategies.hstu_strategy import HstuStrategy
 from pipeline.strategies.options import PipelineOptions
+from pipeline.strategies.strategy import Request
 from worker.clock import WallClock
 from worker.config import BatcherConfig, Config, PipelineConfig
 from worker.errors import ConfigError
@@ -150,3 +154,31 @@ def test_configured_strategy_that_nobody_has_is_one_sentence() -> None:
         ConfigError, match=r"pipeline\.strategy: no strategy 'oracle', want one of alphabetical, unified"
     ):
         load_pipeline(Config(pipeline=PipelineConfig(strategies=own, strategy="oracle")))
+
+
+async def test_slate_of_a_user_set_aside_names_its_own_strategy_and_is_counted(
+    shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison = item_hash("item-2")
+    prepare = HstuStrategy.prepare
+
+    def prepare_unless_poisoned(strategy: HstuStrategy, request: Request) -> PreparedBatch:
+        if (request.histories.items == poison).any():
+            raise RuntimeError("this ring cannot be ranked")
+        return prepare(strategy, request)
+
+    monkeypatch.setattr(HstuStrategy, "prepare", prepare_unless_poisoned)
+    config = Config(pipeline=PipelineConfig(str(shop.artifact), device="cpu", threads=1))
+    ranker = PipelineRanker(load_pipeline(config), 10, WallClock())
+    batch = Batch([entry(number) for number in range(5)], 32)
+    for each in batch.entries:
+        each.deadline_ms = WallClock().now_ms() + 60_000
+    labels = {"strategy": "hstu", "error": "RuntimeError"}
+    before = sample("millrace_users_set_aside_total", **labels)
+    slates = await ranker.rank(batch)
+    served = await ranker.served_samples()
+    ranker.close()
+    expected = dict.fromkeys(range(5), ("hstu", "best")) | {2: ("simple", "failed")}
+    assert [(slate.strategy, slate.why) for slate in slates] == list(expected.values())
+    assert len(served) == 4, "by the model"
+    assert sample("millrace_users_set_aside_total", **labels) == before + 1
