@@ -24,6 +24,7 @@ from pipeline.serving.batch_result import BatchResult, RankedSlates
 from pipeline.serving.eviction import evict_for
 from pipeline.serving.generation import Fallback, Generation
 from pipeline.serving.ranking import Ranking
+from pipeline.serving.validation import check_ids, check_items, check_new, checked_histories
 from pipeline.slates import SlateItem, Why
 from pipeline.strategies.conformance import check_answer
 from pipeline.strategies.options import PipelineOptions, new_counters
@@ -126,12 +127,13 @@ class Pipeline:
         """Return the k best items for each history (events of one user, any order); popular ones for an empty history.
 
         strategy: where to start in the fallback order; None: the best. Raises ValueError for an unknown strategy,
-        k < 1, or an action that the schema does not have.
+        k < 1, or an event with an invalid field or an action that the schema does not have; nothing of the call stays.
         """
-        histories = [list(history) for history in histories]
-        self._check(histories, k, strategy)
-        self.admit([event.item_id for history in histories for event in history])
-        result = self.rank(Histories.from_events(histories, self.options.schema), k, strategy)
+        self._check(k, strategy)
+        events = checked_histories("recommend", histories, self.options.schema.actions)
+        packed = Histories.from_events(events, self.options.schema)
+        self.admit([event.item_id for history in events for event in history])
+        result = self.rank(packed, k, strategy)
         return [Recommendation(items, *origin) for items, origin in zip(result.slates, result.origins, strict=True)]
 
     def rank(
@@ -180,27 +182,43 @@ class Pipeline:
             raise error
 
     def admit(self, item_ids: Collection[str]) -> None:
-        """Give the items of new events tokens, evicting others if needed; items that find no slot stay unknown."""
+        """Give the items of new events tokens, evicting others if needed; items that find no slot stay unknown.
+
+        Raises ValueError for an invalid id.
+        """
+        check_ids("admit", list(item_ids))
         evict_for(item_ids, self.catalogue, self.counters)
         self.vocabulary.touch(self.vocabulary.admit(item_ids))
 
     def load_items(self, items: Iterable[Item], delisted: Iterable[str] = ()) -> np.ndarray:
         """Load item records and delisted items, as found at the start or in a file; no item is in both.
 
-        Features and the model use them from now on. Returns the tokens of the records, int64 [n].
+        Features and the model use them from now on. Returns the tokens of the records, int64 [n]. Raises ValueError for
+        an invalid record or id, and loads nothing then.
         """
-        tokens = self.catalogue.upsert(items)
-        self.catalogue.delist(delisted)
-        return tokens
+        items = list(items)
+        delisted = list(delisted)
+        check_items("load_items", items)
+        check_ids("load_items", delisted)
+        return self._load_items(items, delisted)
 
     def update_items(self, items: Collection[Item], delisted: Iterable[str] = ()) -> None:
         """Apply live changes: as `load_items`, but items with a new record count as seen, evicting others if needed."""
+        delisted = list(delisted)
+        check_items("update_items", items)
+        check_ids("update_items", delisted)
         evict_for([item.item_id for item in items], self.catalogue, self.counters)
-        self.vocabulary.touch(self.load_items(items, delisted))
+        self.vocabulary.touch(self._load_items(items, delisted))
 
     def observe(self, histories: Histories, is_new: np.ndarray) -> None:
         """Count the events that are new, bool [total events]: see Histories.from_rings_and_new."""
+        check_new(histories, is_new)
         self.counters.observe(histories, is_new)
+
+    def _load_items(self, items: Collection[Item], delisted: Collection[str]) -> np.ndarray:
+        tokens = self.catalogue.upsert(items)
+        self.catalogue.delist(delisted)
+        return tokens
 
     def _slates(self, strategy: Strategy, request: Request, ranked: RankedItems) -> RankedSlates:
         """Return a strategy's answer as slates.
@@ -215,11 +233,8 @@ class Pipeline:
     def _generation(self, strategies: Sequence[Strategy], version: str) -> Generation:
         return Generation(FallbackChain(strategies, time.monotonic), version, self._on_fallback)
 
-    def _check(self, histories: list[list[Event]], k: int, strategy: str | None) -> None:
-        if k < 1:
+    def _check(self, k: int, strategy: str | None) -> None:
+        if not isinstance(k, int | np.integer) or k < 1:
             raise ValueError(f"recommend: k = {k}, want at least 1")
         if strategy is not None:
             self.strategies.check(strategy)
-        unknown = {event.action for history in histories for event in history} - set(self.options.schema.actions)
-        if unknown:
-            raise ValueError(f"recommend: unknown actions {sorted(unknown)}, want of {self.options.schema.actions}")
