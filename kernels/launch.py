@@ -25,6 +25,16 @@ def device_guard(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device)
 
 
+def is_nvidia(device: torch.device) -> bool:
+    """Whether the device is an NVIDIA GPU, which runs PTX: torch calls AMD's "cuda", too."""
+    return device.type == "cuda" and torch.version.cuda is not None
+
+
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """Return an NVIDIA GPU's (major, minor); (0, 0) for other devices, also those that have numbers of their own."""
+    return torch.cuda.get_device_capability(device) if is_nvidia(device) else (0, 0)
+
+
 def max_shared_bytes(device: torch.device) -> int:
     """Return the shared memory that one program may use; the interpreter on a CPU has no limit."""
     if device.type != "cuda":

@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels.fused_attention_layernorm.gate_norm import normalisation, normalise_and_gate
 from kernels.fused_attention_layernorm.launch import HOPPER, ProjectionTiles, dot_precision, tile_descriptor
 from kernels.fused_attention_layernorm.projection import project_out, store_residual
-from kernels.launch import ceil_div, launch
+from kernels.launch import ceil_div, compute_capability, launch
 
 # `python -m tests.benchmarks.kernels_gated`, on an H200: 74,108 rows and 8 layers take 1.21 ms, in two launches 1.28;
 # 5,601 rows 0.132 and 0.138; 2,300 rows 0.120 in one launch, 0.115 in two.
@@ -113,7 +113,7 @@ def project_gated(
 
 def select_tiles(attn_out: Tensor, x: Tensor) -> ProjectionTiles | None:
     """Return the tiles of one launch; None where two launches are faster, or one was not measured."""
-    on_hopper = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == HOPPER
+    on_hopper = compute_capability(x.device)[0] == HOPPER
     measured = on_hopper and x.shape[1] == LARGE.block_n
     if not measured or not attn_out.dtype == x.dtype == torch.bfloat16 or len(x) <= MAX_ROWS_TWO_LAUNCHES:
         return None

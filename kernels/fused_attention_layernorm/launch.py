@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.fused_attention_layernorm.dropout import keep_scale, keep_threshold
 from kernels.fused_attention_layernorm.kernel import attention_kernel, last_attention_kernel
-from kernels.launch import SHARED_BYTES, launch, max_shared_bytes, next_power_of_2
+from kernels.launch import SHARED_BYTES, compute_capability, is_nvidia, launch, max_shared_bytes, next_power_of_2
 
 HOPPER = 9  # major compute capability
 AMPERE = 8
@@ -53,9 +53,7 @@ KERNEL_CONFIGS = {  # (major capability, bytes per element, short); only Hopper'
 
 def kernel_config_for(device: torch.device, dtype: torch.dtype, max_length: int) -> KernelConfig:
     """Return the table's configuration, or one that runs on every device."""
-    if device.type != "cuda":
-        return SAFE_CONFIG
-    major = torch.cuda.get_device_capability(device)[0]
+    major, _ = compute_capability(device)
     return KERNEL_CONFIGS.get((major, dtype.itemsize, max_length <= SHORT_LENGTH), SAFE_CONFIG)
 
 
@@ -170,8 +168,8 @@ def or_placeholder(argument: Tensor | None, placeholder: Tensor) -> Tensor:
 
 
 def can_use_ptx(q: Tensor) -> bool:
-    """Whether the kernels use PTX for the special function unit: in half precision on a GPU."""
-    return q.is_cuda and q.dtype != torch.float32
+    """Whether the kernels use PTX for the special function unit: in half precision on an NVIDIA GPU."""
+    return is_nvidia(q.device) and q.dtype != torch.float32
 
 
 def attend(

@@ -1,6 +1,7 @@
 """The public call: checked, on any device, supported by autograd, torch.compile, torch.export and CUDA graphs.
 
-On a GPU the kernels run; elsewhere, and for unsupported head widths, the reference runs on padded rows.
+On a GPU the kernels run; elsewhere, and for unsupported head widths, the reference runs on a few padded users at a
+time.
 """
 
 from typing import Any
@@ -11,10 +12,10 @@ from torch import Tensor
 from kernels.fused_attention_layernorm import validation
 from kernels.fused_attention_layernorm.backward import attention_backward
 from kernels.fused_attention_layernorm.dropout import keep_scale
+from kernels.fused_attention_layernorm.fallback import packed_reference
 from kernels.fused_attention_layernorm.gate_norm import gate_backward, normalise_and_gate
 from kernels.fused_attention_layernorm.launch import KernelConfig, attend, attend_last, attn_out_dtype, fits
 from kernels.fused_attention_layernorm.plan import AttentionPlan
-from kernels.fused_attention_layernorm.reference import packed_reference
 
 
 def fused_attention_layernorm(

@@ -32,7 +32,7 @@ from kernels.fused_attention_layernorm.launch import (
     projection_tiles_for,
     tile_descriptor,
 )
-from kernels.launch import ceil_div, launch, max_shared_bytes
+from kernels.launch import ceil_div, compute_capability, launch, max_shared_bytes
 
 
 def fold_norm(
@@ -152,7 +152,7 @@ def compute_row_stats(x: Tensor) -> Tensor:
 @cache
 def import_projection_hopper(device: torch.device) -> ModuleType | None:
     """Return the module with `project_in` in CuTe DSL (docs/adr/0002); None on other GPUs or without the package."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != HOPPER:
+    if compute_capability(device)[0] != HOPPER:
         return None
     try:
         from kernels.fused_attention_layernorm import projection_hopper

@@ -30,6 +30,7 @@ def fused_attention_layernorm(
     num_contextual: int = 0,
     dropout: float = 0.0,
     seed: Tensor | None = None,
+    first_row: int = 0,
 ) -> Tensor:
     """Return Norm(A V) * U of right-padded users: float32 [users, length, heads * d_v], 0 in the padding.
 
@@ -40,6 +41,7 @@ def fused_attention_layernorm(
     norm_weight, norm_bias: [heads * d_v]. max_events: the constant N. alpha scales the dot products.
     num_contextual: the first rows that describe the user, not a moment; they see all rows.
     dropout: fraction of the weights to drop (rounded to 16 bits), chosen by seed, int64 []; the rest is scaled up.
+    first_row: of the first user in the packed batch, where these users follow each other.
     """
     users, length = seconds.shape
     positions = torch.arange(length, device=seconds.device)
@@ -48,72 +50,26 @@ def fused_attention_layernorm(
     visible = (column <= row) | (row < num_contextual)
     valid = visible & (row < lengths[:, None, None]) & (column < lengths[:, None, None])  # [users, length, length]
     elapsed = (seconds[:, :, None] - seconds[:, None, :]).clamp(min=0)
-    bucket = (elapsed[..., None] >= time_thresholds).sum(-1)  # [users, length, length]
+    bucket = torch.bucketize(elapsed, time_thresholds.to(elapsed.dtype), right=True)  # [users, length, length]
     bias = position_bias[:, (row - column).clamp(min=0)][None] + time_bias[:, bucket].transpose(0, 1)
     scores = alpha * torch.einsum("uihd,ujhd->uhij", q, k) + bias  # [users, heads, length, length]
     weights = F.silu(scores) / max_events * valid[:, None]
     if dropout:
         assert seed is not None
-        weights = weights * dropout_weights(seed, lengths, length, scores.shape[1], dropout)
+        weights = weights * dropout_weights(seed, lengths, length, scores.shape[1], dropout, first_row)
     attn_out = torch.einsum("uhij,ujhd->uihd", weights, v).reshape(users, length, -1)
     normed = F.layer_norm(attn_out, attn_out.shape[-1:], norm_weight, norm_bias, eps)
     return normed * u.reshape(users, length, -1) * (positions < lengths[:, None])[..., None]
 
 
-def dropout_weights(seed: Tensor, lengths: Tensor, length: int, heads: int, dropout: float) -> Tensor:
+def dropout_weights(
+    seed: Tensor, lengths: Tensor, length: int, heads: int, dropout: float, first_row: int = 0
+) -> Tensor:
     """Return float [users, heads, length, length]: 0 for a dropped weight, else 1 / (1 - p).
 
     The draw depends on a row's index in the packed batch, where users follow each other, not on the padding.
     """
     positions = torch.arange(length, device=lengths.device)
-    rows = (lengths.cumsum(0) - lengths)[:, None, None, None] + positions[:, None]
+    rows = first_row + (lengths.cumsum(0) - lengths)[:, None, None, None] + positions[:, None]
     heads_index = torch.arange(heads, device=lengths.device)[:, None, None]
     return keep_mask(seed, rows, positions, heads_index, dropout) * keep_scale(dropout)
-
-
-def packed_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    u: Tensor,
-    position_bias: Tensor,
-    time_bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    seconds: Tensor,
-    offsets: Tensor,
-    thresholds: Tensor,
-    seed: Tensor | None,
-    eps: float,
-    max_events: int,
-    alpha: float,
-    dropout: float,
-    num_contextual: int,
-) -> Tensor:
-    """Run the reference on packed rows: pad, compute in float32, pack again."""
-    lengths = offsets.diff().long()
-    positions = torch.arange(int(lengths.max()) if len(lengths) else 0, device=q.device)
-    valid = positions < lengths[:, None]  # [users, length]
-    rows = torch.where(valid, offsets[:-1].long()[:, None] + positions, 0)
-    if not valid.any():
-        return torch.zeros_like(u).flatten(1)
-    y = fused_attention_layernorm(
-        q[rows].float(),
-        k[rows].float(),
-        v[rows].float(),
-        u[rows].float(),
-        seconds[rows].long(),
-        lengths,
-        position_bias,
-        time_bias,
-        thresholds,
-        norm_weight,
-        norm_bias,
-        eps,
-        max_events,
-        alpha,
-        num_contextual,
-        dropout,
-        seed,
-    )
-    return y[valid].to(u.dtype)

@@ -11,6 +11,9 @@ from kernels.sequence_recommendation_interaction.tiles import PACK
 
 # The registers are declared for the entire function, outside of braces, and so keep their values from tile to tile. A
 # slot of -1 is beyond every capacity: nothing is pending.
+# NOTE: no document promises that inline code finds its registers again. A compiler that drops them, or that duplicates
+# or reorders the code, loses candidates; so results are compared with torch's before a model serves on a GPU
+# (`check_fused_retrieval` in pipeline/strategies/retrieval.py).
 _DECLARE = ".reg .b32 pending_slot; .reg .b64 pending_key, pending_first; mov.b32 pending_slot, -1; mov.b32 $0, 0;"
 
 

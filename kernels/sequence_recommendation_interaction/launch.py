@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.launch import ceil_div, launch, next_power_of_2
+from kernels.launch import ceil_div, is_nvidia, launch, next_power_of_2
 from kernels.sequence_recommendation_interaction import kernel
 from kernels.sequence_recommendation_interaction.tiles import TileLimits, TopKTiles, tiles_for
 
@@ -13,7 +13,6 @@ CANDIDATES_PER_USER = 8192  # 64 KiB, and what one program selects from in its r
 USERS_PER_PASS = 256  # 16 MiB of candidates
 MAX_GROUPS = 16384  # maxima that one program holds in its registers without spilling
 CANDIDATE_BLOCK = 16  # candidates per program of candidate_kernel
-HAS_PTX = torch.version.cuda is not None  # the inline code is NVIDIA's
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +119,7 @@ def _top_k(
         kernel.filter_kernel, _grid(plan.tiles, users, items, num_sms),
         states, table, scales, eligible, bounds, counts, candidates, users, items, *strides,
         **sizes, **_tile_options(plan.tiles, width), **catalogue.flags,
-        USE_PTX=states.is_cuda and HAS_PTX and plan.tiles.fills_packs,
+        USE_PTX=is_nvidia(states.device) and plan.tiles.fills_packs,
     )  # fmt: skip
     arguments = (
         bounds, counts, candidates, seen_rows, seen_offsets, overflow_users, overflow_count, best, rows, k,

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kernels.launch import max_shared_bytes, next_power_of_2
+from kernels.launch import compute_capability, max_shared_bytes, next_power_of_2
 
 PACK = 8  # scores of a thread that the inline code (compaction.py) handles at a time
 SPARE_BYTES = 3072  # shared memory that the compiler adds
@@ -51,7 +51,7 @@ class TileLimits:
 
     @classmethod
     def from_device(cls, device: torch.device) -> "TileLimits":
-        return cls(torch.cuda.get_device_capability(device), max_shared_bytes(device))
+        return cls(compute_capability(device), max_shared_bytes(device))
 
 
 # (capability, bytes per element, columns, large batch). Hopper's are measured, by

@@ -1,6 +1,8 @@
 """Exact top-k of the entire catalogue for each user state, without excluded and blocked items."""
 
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from kernels.sequence_recommendation_interaction.op import (
     sequence_recommendation_interaction,
 )
 from pipeline.backends.item_table import GROWTH
+from pipeline.errors import DeviceError
 from pipeline.items.vocabulary import UNKNOWN
 from pipeline.tensors import to_device
 
@@ -29,6 +32,11 @@ FUSED_MIN_SCORES = 16_000_000
 # python -m timeit -s "import torch; from pipeline.strategies.retrieval import top_k_by_groups as top_k"
 #   -s "torch.set_num_threads(1); x = torch.randn(16, 1_000_000)" "top_k(x, 10)"
 GROUP_ITEMS = 64
+CHECKED_USERS = 16
+CHECKED_ITEMS = 40_000
+CHECK_TOLERANCE = (
+    1e-4  # of 16 users and 512 columns sums differ by 2e-6; a lost candidate moves a score by 3e-4 or more
+)
 
 
 @dataclass(slots=True)
@@ -63,10 +71,12 @@ class FusedRetrieval:
     """
 
     def __init__(self, vectors: Tensor, temperature: float = 1.0) -> None:
-        """See Retrieval.__init__."""
+        """See Retrieval.__init__. Raises DeviceError when the operator's results are wrong on this GPU."""
         self._temperature = temperature
         self._vectors = vectors
         self._in_memory = Retrieval(vectors, temperature)
+        if vectors.is_cuda:
+            check_fused_retrieval(vectors.shape[1], vectors.device)
         self._half = self._half_table(vectors, len(vectors))
         self.block(np.array([UNKNOWN]))
 
@@ -170,6 +180,22 @@ class Retrieval:
         if not missing:
             return best, rows
         return F.pad(best, (0, missing), value=-torch.inf), F.pad(rows, (0, missing))
+
+
+@cache
+def check_fused_retrieval(width: int, device: torch.device) -> None:
+    """Compare the operator with torch on random vectors, more than it selects from without a bound. DeviceError."""
+    generator = torch.Generator(device).manual_seed(0)
+    states, table = (
+        torch.randn(n, width, device=device, generator=generator).bfloat16() for n in (CHECKED_USERS, CHECKED_ITEMS)
+    )
+    best, _ = sequence_recommendation_interaction(states, table, MIN_CANDIDATES, check_values=False)
+    expected = (states.float() @ table.float().T).topk(MIN_CANDIDATES, dim=1).values
+    if not torch.allclose(best, expected, rtol=CHECK_TOLERANCE, atol=CHECK_TOLERANCE):
+        raise DeviceError(
+            f"the kernel that retrieves items gives wrong results on {torch.cuda.get_device_name(device)} with Triton"
+            f" {version('triton')}; set pipeline.custom_kernels to false, or install the Triton of pyproject.toml"
+        )
 
 
 def top_k_by_groups(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:

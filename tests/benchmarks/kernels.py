@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.fused_attention_layernorm.encoder import KernelEncoder
+from kernels.fused_attention_layernorm.fallback import packed_reference
 from kernels.fused_attention_layernorm.launch import SHORT_LENGTH, KernelConfig, attend, fits
 from kernels.fused_attention_layernorm.op import fused_attention_layernorm
 from kernels.fused_attention_layernorm.plan import AttentionPlan
-from kernels.fused_attention_layernorm.reference import packed_reference
 from kernels.graphs import BatchGraphs, Bucket
 from pipeline.backends.fused import make_kernel_encoder
 from pipeline.features.event_features import TIME_THRESHOLDS

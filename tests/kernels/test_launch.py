@@ -8,9 +8,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels.fused_attention_layernorm.launch import HOPPER_ROWS
+from kernels import launch as launching
+from kernels.fused_attention_layernorm.gate_projection import LARGE, select_tiles
+from kernels.fused_attention_layernorm.launch import HOPPER_ROWS, SAFE_CONFIG, can_use_ptx, kernel_config_for
 from kernels.fused_attention_layernorm.projection import compute_row_stats, fold_norm, project_in
-from kernels.launch import launch
+from kernels.launch import is_nvidia, launch
+from kernels.sequence_recommendation_interaction import tiles
+from kernels.sequence_recommendation_interaction.tiles import TileLimits
 
 
 class RecordingKernel:
@@ -64,3 +68,23 @@ def test_product_on_a_gpu_that_is_not_current_equals_that_on_the_current_one(row
         weights = fold_norm(weight, bias, gain, shift, torch.bfloat16)
         results.append(project_in(x, compute_row_stats(x), *weights, 1e-6).cpu())
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize(("cuda", "expected"), [("13.0", True), (None, False)], ids=["NVIDIA", "AMD"])
+def test_ptx_and_tables_by_capability_are_for_nvidias_gpus_alone(
+    monkeypatch: pytest.MonkeyPatch, cuda: str | None, expected: bool
+) -> None:
+    """AMD's GPUs are `cuda` to torch, and have numbers that look like compute capabilities."""
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(launching, "max_shared_bytes", lambda device: 65_536)
+    monkeypatch.setattr(tiles, "max_shared_bytes", lambda device: 65_536)
+    device = torch.device("cuda:0")
+    assert is_nvidia(device) is expected
+    assert (kernel_config_for(device, torch.bfloat16, 1000) != SAFE_CONFIG) is expected
+    assert TileLimits.from_device(device).capability == ((9, 0) if expected else (0, 0))
+    with FakeTensorMode():
+        x = torch.empty(5000, LARGE.block_n, dtype=torch.bfloat16, device=device)
+        assert can_use_ptx(x) is expected
+        assert (select_tiles(x, x) is not None) is expected
+    assert not is_nvidia(torch.device("cpu"))

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kernels.fused_attention_layernorm.fallback import packed_reference
 from kernels.fused_attention_layernorm.launch import SAFE_CONFIG, KernelConfig
 from kernels.fused_attention_layernorm.op import fused_attention_layernorm
 from kernels.fused_attention_layernorm.plan import AttentionPlan
-from kernels.fused_attention_layernorm.reference import packed_reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 THRESHOLDS = torch.tensor([0, 1, 2, 5, 11, 23, 47, 1000, 40_000], dtype=torch.int32, device=DEVICE)
