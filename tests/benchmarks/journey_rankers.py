@@ -144,7 +144,7 @@ class CountingCooccurrence(CountingRanker):
 
 
 def _with_context(sequences: UserSequences, positions: np.ndarray, context: int) -> tuple[Histories, np.ndarray]:
-    """Return histories that end with these events, `context` older ones before, and how many are new, int64 [users].
+    """Return histories that end with these events, `context` older ones before, and which are new, bool [total].
 
     positions: int64 [n]; those of one user follow each other in the sequences
     """
@@ -152,7 +152,7 @@ def _with_context(sequences: UserSequences, positions: np.ndarray, context: int)
     ends = np.sort(positions)[np.cumsum(fresh) - 1] + 1
     starts = np.maximum(sequences.offsets[users], ends - fresh - context)
     index, offsets = ranges(starts, ends - starts)
-    return Histories(sequences.events[index], offsets), fresh
+    return Histories(sequences.events[index], offsets), np.isin(index, positions)
 
 
 def personal_frequency(
