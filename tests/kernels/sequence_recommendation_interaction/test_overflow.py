@@ -102,7 +102,7 @@ def test_only_filled_packs_on_nvidia_gpus_use_the_inline_code(
     """The inline code would append the scores that pad a pack."""
     launched: dict[Any, dict[str, Any]] = {}
     monkeypatch.setattr(launch, "launch", lambda kernel, grid, *_, **options: launched.update({kernel: options}))
-    monkeypatch.setattr(launch, "HAS_PTX", has_ptx)
+    monkeypatch.setattr(torch.version, "cuda", "13.0" if has_ptx else None)
     with FakeTensorMode():
         states, table = (torch.empty(rows, 16, device="cuda") for rows in (40, 100))
         launch.top_k(states, ItemRows(table, None, None), 5, None, TopKPlan(0, 0, tiles), num_sms=1)
