@@ -1,4 +1,4 @@
 """The recommender without a model: decayed popularity and item-item co-occurrence.
 
-May import: arrays, jagged, records, items.
+May import: arrays, event_clock, jagged, records, items.
 """

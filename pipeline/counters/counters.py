@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.arrays import grown
-from pipeline.counters.clock import EventClock
 from pipeline.counters.deltas import CountDeltas, DeltaLog, RawDeltas
 from pipeline.counters.neighbours import NeighbourTable, pad_rows
 from pipeline.counters.pairs import follows_new, new_pairs
 from pipeline.counters.popularity import PopularityOrder
 from pipeline.counters.scoring import CooccurrenceScorer
+from pipeline.event_clock import EventClock
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.jagged import row_starts
 from pipeline.records import DAY_MS, Histories

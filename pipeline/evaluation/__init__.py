@@ -1,4 +1,4 @@
 """Offline evaluation: metrics, protocols, baselines, the report.
 
-May import: errors, jagged, types, records, items, data, features, counters, model, artifact, strategies.
+May import: errors, event_clock, jagged, types, records, items, data, features, counters, model, artifact, strategies.
 """

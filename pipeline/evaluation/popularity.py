@@ -2,8 +2,10 @@
 
 import numpy as np
 
+from pipeline.counters.counters import MAX_LEAD_HALF_LIVES
 from pipeline.data.sequences import UserSequences
 from pipeline.evaluation.full_ranking import popularity_scores
+from pipeline.event_clock import latest_believed
 from pipeline.records import DAY_MS, Histories
 
 
@@ -25,7 +27,7 @@ class RecentPopularity:
     """Popularity in which a training event's count halves with every half-life before the user's latest event.
 
     Training events after that time do not count: serving would not have had them yet. A user without events is ranked
-    as of the end of training.
+    as of the end of training, the latest time that is believed.
     """
 
     name = "recent_popularity"
@@ -37,6 +39,7 @@ class RecentPopularity:
         self._tokens = train.tokens[order]
         self._items = items
         self._half_life_ms = half_life_days * DAY_MS
+        self._end_ms = latest_believed(self._ts_ms, MAX_LEAD_HALF_LIVES * self._half_life_ms)
 
     def score(self, histories: Histories, tokens: np.ndarray) -> np.ndarray:
         """See CatalogueScorer."""
@@ -55,7 +58,7 @@ class RecentPopularity:
 
     def _request_ms(self, histories: Histories) -> np.ndarray:
         """Return int64 [n]: the time of each user's latest event."""
-        request_ms = np.full(len(histories), self._ts_ms[-1] if len(self._ts_ms) else 0)
+        request_ms = np.full(len(histories), self._end_ms)
         has_events = histories.lengths > 0
         request_ms[has_events] = histories.ts_ms[histories.offsets[1:][has_events] - 1]
         return request_ms

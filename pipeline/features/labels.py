@@ -14,11 +14,13 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from pipeline.event_clock import latest_believed
 from pipeline.features.event_features import after_pause
 from pipeline.records import DAY_MS, DWELL_STEP_MS, MAX_STEPS_U16, EventSchema, Histories, encode_value
 from pipeline.types import NonNegativeFloat, PositiveFloat
 
 TASKS = ("engagement", "retention", "monetization")
+LONGEST_PAUSE_MS = 365 * DAY_MS  # of a log; see event_clock.py
 MAX_DWELL_MS = MAX_STEPS_U16 * DWELL_STEP_MS
 
 
@@ -93,8 +95,8 @@ def compute_labels(histories: Histories, rules: LabelRules, end_ms: int) -> np.n
 
 
 def compute_log_labels(histories: Histories, rules: LabelRules) -> np.ndarray:
-    """Return the labels of a full log, which ends with its newest event; see `compute_labels`."""
-    return compute_labels(histories, rules, int(histories.ts_ms.max(initial=0)))
+    """Return the labels of a full log, which ends with its newest event that is believed; see `compute_labels`."""
+    return compute_labels(histories, rules, latest_believed(histories.ts_ms, LONGEST_PAUSE_MS))
 
 
 def _fill_labels(labels: np.ndarray, histories: Histories, rules: LabelRules, end_ms: int) -> None:

@@ -119,6 +119,24 @@ def test_recent_popularity_halves_per_half_life_and_ignores_later_events() -> No
         assert np.argsort(-row)[:seen].tolist() == np.argsort(-weights, kind="stable")[:seen].tolist()
 
 
+def test_recent_popularity_of_a_user_without_events_is_not_that_of_the_far_future() -> None:
+    times = np.tile(np.arange(40) * DAY_MS, (5, 1)) + 1_700_000_000_000
+    users = [
+        [Event(f"u{row}", f"i{(row + day) % 7}", "view", int(ts)) for day, ts in enumerate(times[row])]
+        for row in range(5)
+    ]
+    wrong = [*users, [Event("late", "i0", "view", int(times.max()) + 20 * 365 * DAY_MS)]]
+    vocabulary = Vocabulary(f"i{item}" for item in range(7))
+    slates = []
+    for log in (users, wrong):
+        histories = Histories.from_events(log, SCHEMA)
+        train = UserSequences.from_columns(histories.events, vocabulary.tokens(histories.items), histories.users)
+        popularity = RecentPopularity(train, len(vocabulary), half_life_days=3.0)
+        nobody = Histories.from_events([[]], SCHEMA)
+        slates.append(popularity.score(nobody, np.empty(0, np.int32))[0].argsort().tolist())
+    assert slates[0] == slates[1] != sorted(slates[0], reverse=True)
+
+
 def similarities(shrinkage: float) -> np.ndarray:
     """Return the similarity of every two items by its definition, 0 on the diagonal."""
     users = [{e.user_id for e in EVENTS if VOCABULARY.token(e.item_id) == token} for token in range(SIZE)]

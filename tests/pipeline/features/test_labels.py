@@ -116,3 +116,13 @@ def test_dwell_of_zero_does_not_count_and_absent_actions_are_ignored() -> None:
     history = [event(0), event(1, dwell_ms=10**9), event(2, "watch"), event(3)]
     found = compute_labels(Histories.from_events([history], schema), rules, 1 << 45)
     assert found[:3, 0].tolist() == [0, 1, 0]
+
+
+def test_event_of_the_far_future_does_not_make_unknown_returns_known() -> None:
+    """All users are seen once a day; without the wrong time the last week's returns are unknown."""
+    users = [[event(day * DAY_MS + user) for day in range(20)] for user in range(10)]
+    honest = compute_log_labels(Histories.from_events(users, SCHEMA), RULES)
+    wrong = [*users, [event(0), event(20 * 365 * DAY_MS)]]
+    found = compute_log_labels(Histories.from_events(wrong, SCHEMA), RULES)
+    assert np.array_equal(found[: len(honest)], honest, equal_nan=True)
+    assert np.isnan(honest[:, 1]).any()

@@ -1,4 +1,4 @@
-"""The virtual clock of the counters: the latest event time that they believe.
+"""The virtual clock of a log: its latest event time that is believed.
 
 Logs are of any age, so no wall clock can tell a wrong time. But the times of a log follow each other, and a device
 whose clock is years ahead sends a few events among many. Were it believed, every count would decay by those years.
@@ -13,6 +13,13 @@ import numpy as np
 MIN_VOTES = 32
 MAX_VOTES = 10_000
 VOTE_DIVISOR = 100
+
+
+def latest_believed(ts_ms: np.ndarray, max_lead_ms: float) -> int:
+    """Return the latest time of a log's events, int64 [n] in any order, that is believed; 0 without any."""
+    clock = EventClock(max_lead_ms)
+    clock.advance(ts_ms)
+    return clock.newest_ms
 
 
 @dataclass(slots=True)

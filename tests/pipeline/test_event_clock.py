@@ -1,11 +1,11 @@
-"""The counters' clock: true pauses move it, a few wrong times do not."""
+"""The clock of events: true pauses move it, a few wrong times do not."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.counters.clock import MIN_VOTES, EventClock
+from pipeline.event_clock import MIN_VOTES, EventClock
 
 LEAD_MS = 1_000
 START_MS = 1_700_000_000_000
