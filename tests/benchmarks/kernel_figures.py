@@ -8,7 +8,7 @@ import re
 from tests.benchmarks import results
 from tests.benchmarks.results import Result
 
-N = r"([\d,]*\d(?:\.\d+)?)"
+N = r"([−+]?[\d,]*\d(?:\.\d+)?)"
 KERNEL, PROJECTION, GATED, TOP_K, RETRIEVAL, ENCODING, STEPS, RANKING = (
     results.load(results.FOLDER / f"{name}_h200.json")
     for name in (
