@@ -139,6 +139,13 @@ def test_every_row_of_the_readme_table_is_checked() -> None:
     assert unchecked == []
 
 
+def test_rows_of_the_readme_table_name_the_machine_of_their_file() -> None:
+    rows = re.findall(r"\| (\w+), \[\w+\]\((tests/benchmarks/results/\S+)\) \|", page_text("README.md"))
+    assert len(rows) == len(README)
+    for machine, path in rows:
+        assert machine == MACHINES[results.load(results.ROOT / path).hardware]
+
+
 def test_movielens_model_is_named_by_its_training_options() -> None:
     assert f"MovieLens 100k, `{MOVIELENS['model']}`;" in page_text("docs/benchmarks.md")
 
