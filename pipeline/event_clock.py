@@ -13,9 +13,10 @@ import numpy as np
 MIN_VOTES = 32
 MAX_VOTES = 10_000
 VOTE_DIVISOR = 100
+LONGEST_PAUSE_MS = 365 * 86_400_000  # of a log, where nothing decays
 
 
-def latest_believed(ts_ms: np.ndarray, max_lead_ms: float) -> int:
+def latest_believed(ts_ms: np.ndarray, max_lead_ms: float = LONGEST_PAUSE_MS) -> int:
     """Return the latest time of a log's events, int64 [n] in any order, that is believed; 0 without any."""
     clock = EventClock(max_lead_ms)
     clock.advance(ts_ms)

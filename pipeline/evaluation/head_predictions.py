@@ -33,7 +33,7 @@ def fit_calibration(
     probabilities = predict_heads(hstu, events).astype(np.float64)
     probabilities = np.clip(probabilities, PROBABILITY_FLOOR, 1 - PROBABILITY_FLOOR)
     logits = np.log(probabilities) - np.log1p(-probabilities)
-    return [fit_platt(logits[:, task], labels[positions, task]) for task in range(len(TASKS))]
+    return [fit_platt(logits[:, task], labels[positions, task], events.users) for task in range(len(TASKS))]
 
 
 def held_out_labels(train: UserSequences, fit: UserSequences, validation: np.ndarray, rules: LabelRules) -> np.ndarray:

@@ -110,7 +110,7 @@ def excluded_sentence(excluded: int, events: int) -> str:
     """Return why some of the events count as missed by every ranking."""
     return (
         f"{excluded:,} of {events:,} scored items are excluded from their user's slates, because of what the user did"
-        " with them before (pipeline.exclude_actions): no ranking can hit them"
+        " with them before (pipeline.exclude_actions, pipeline.exclude_window_days): no ranking can hit them"
     )
 
 

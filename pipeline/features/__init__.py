@@ -1,4 +1,4 @@
 """Features of histories: event features, visit frequency, user-item affinity, item values, labels. numpy only.
 
-May import: event_clock, jagged, types, records, items.
+May import: event_clock, jagged, records, items.
 """

@@ -17,10 +17,8 @@ from msgspec import Meta
 from pipeline.event_clock import latest_believed
 from pipeline.features.event_features import after_pause
 from pipeline.records import DAY_MS, DWELL_STEP_MS, MAX_STEPS_U16, EventSchema, Histories, encode_value
-from pipeline.types import NonNegativeFloat, PositiveFloat
 
 TASKS = ("engagement", "retention", "monetization")
-LONGEST_PAUSE_MS = 365 * DAY_MS  # of a log; see event_clock.py
 MAX_DWELL_MS = MAX_STEPS_U16 * DWELL_STEP_MS
 
 
@@ -32,10 +30,10 @@ class LabelOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     engaged_actions: tuple[str, ...] = ("like", "cart", "purchase", "share")
     valued_actions: tuple[str, ...] = ("rate",)  # an event of these is engaged from `engaged_value` on
-    engaged_value: NonNegativeFloat = 4.0  # stars of five
+    engaged_value: Annotated[float, Meta(ge=0, le=1e9)] = 4.0  # stars of five
     engaged_dwell_ms: Annotated[int, Meta(ge=0, le=MAX_DWELL_MS)] = 30_000  # of any action; 0: dwell does not count
     paid_actions: tuple[str, ...] = ("cart", "purchase")  # of monetization, and of an item's usual value
-    retention_days: PositiveFloat = 7.0  # the user is back when a new session begins within this time
+    retention_days: Annotated[float, Meta(gt=0, le=3650)] = 7.0  # the user is back if a new session begins by then
 
 
 @dataclass(slots=True, frozen=True)
@@ -56,7 +54,7 @@ class LabelRules:
         codes = schema.action_codes()
 
         def known(actions: tuple[str, ...]) -> tuple[int, ...]:
-            return tuple(codes[name] for name in actions if name in codes)
+            return tuple(sorted(codes[name] for name in set(actions) if name in codes))
 
         dwell_steps = -(-options.engaged_dwell_ms // DWELL_STEP_MS) if options.engaged_dwell_ms else MAX_STEPS_U16 + 1
         return cls(
@@ -96,7 +94,7 @@ def compute_labels(histories: Histories, rules: LabelRules, end_ms: int) -> np.n
 
 def compute_log_labels(histories: Histories, rules: LabelRules) -> np.ndarray:
     """Return the labels of a full log, which ends with its newest event that is believed; see `compute_labels`."""
-    return compute_labels(histories, rules, latest_believed(histories.ts_ms, LONGEST_PAUSE_MS))
+    return compute_labels(histories, rules, latest_believed(histories.ts_ms))
 
 
 def _fill_labels(labels: np.ndarray, histories: Histories, rules: LabelRules, end_ms: int) -> None:

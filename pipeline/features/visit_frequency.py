@@ -11,7 +11,7 @@ from pipeline.records import DAY_S, Histories
 
 WINDOWS_DAYS = (7, 30, 90)
 N_VISIT_FEATURES = len(WINDOWS_DAYS) + 1
-_SECONDS_BITS = 33  # seconds since a user's first event: 272 years
+_SECONDS_BITS = 39  # of seconds since a user's first event, at most MAX_TS_MS; 24 bits are left for users
 
 
 def visit_frequency(histories: Histories, positions: np.ndarray, ring_events: int) -> np.ndarray:

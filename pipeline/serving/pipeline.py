@@ -24,7 +24,7 @@ from pipeline.serving.batch_result import BatchResult, RankedSlates
 from pipeline.serving.eviction import evict_for
 from pipeline.serving.generation import Fallback, Generation
 from pipeline.serving.ranking import Ranking
-from pipeline.serving.validation import check_ids, check_items, check_new, checked_histories
+from pipeline.serving.validation import check_items, check_k, check_new, checked_histories, checked_ids
 from pipeline.slates import SlateItem, Why
 from pipeline.strategies.conformance import check_answer
 from pipeline.strategies.options import PipelineOptions, new_counters
@@ -126,10 +126,11 @@ class Pipeline:
     ) -> list[Recommendation]:
         """Return the k best items for each history (events of one user, any order); popular ones for an empty history.
 
-        strategy: where to start in the fallback order; None: the best. Raises ValueError for an unknown strategy,
-        k < 1, or an event with an invalid field or an action that the schema does not have; nothing of the call stays.
+        strategy: where to start in the fallback order; None: the best. Raises ValueError for an unknown strategy, an
+        invalid k, or an event with an invalid field or an action that the schema does not have; then nothing stays.
         """
-        self._check(k, strategy)
+        check_k("recommend", k)
+        self._check_strategy(strategy)
         events = checked_histories("recommend", histories, self.options.schema.actions)
         packed = Histories.from_events(events, self.options.schema)
         self.admit([event.item_id for history in events for event in history])
@@ -143,6 +144,7 @@ class Pipeline:
 
         When a strategy raises, `on_fallback` gets the error, and the next strategy ranks the users for whom it raises;
         only the last one's error is raised. deadline_s: on time.monotonic's clock, when the slates are due
+        Raises ValueError for an invalid k or an unknown strategy.
         """
         return self.finish(self.launch(self.prepare(Request(histories, k, deadline_s), strategy)))
 
@@ -150,8 +152,11 @@ class Pipeline:
         """Begin a batch: the host's part before the device's. strategy: where to start in the fallback order.
 
         Every batch that begins must be finished, in the order of their beginnings; only `finish` raises a strategy's
-        error. Tokens must keep their items until then: see Vocabulary.pinned.
+        error. Tokens must keep their items until then: see Vocabulary.pinned. Raises ValueError for an invalid k or an
+        unknown strategy.
         """
+        check_k("rank", request.k)
+        self._check_strategy(strategy)
         ranking = Ranking(request, self._serving, strategy)
         ranking.advance("prepare")
         return ranking
@@ -181,12 +186,12 @@ class Pipeline:
         for error in close_all(self.strategies):
             raise error
 
-    def admit(self, item_ids: Collection[str]) -> None:
+    def admit(self, item_ids: Iterable[str]) -> None:
         """Give the items of new events tokens, evicting others if needed; items that find no slot stay unknown.
 
         Raises ValueError for an invalid id.
         """
-        check_ids("admit", list(item_ids))
+        item_ids = checked_ids("admit", item_ids)
         evict_for(item_ids, self.catalogue, self.counters)
         self.vocabulary.touch(self.vocabulary.admit(item_ids))
 
@@ -197,16 +202,15 @@ class Pipeline:
         an invalid record or id, and loads nothing then.
         """
         items = list(items)
-        delisted = list(delisted)
         check_items("load_items", items)
-        check_ids("load_items", delisted)
+        delisted = checked_ids("load_items", delisted)
         return self._load_items(items, delisted)
 
-    def update_items(self, items: Collection[Item], delisted: Iterable[str] = ()) -> None:
+    def update_items(self, items: Iterable[Item], delisted: Iterable[str] = ()) -> None:
         """Apply live changes: as `load_items`, but items with a new record count as seen, evicting others if needed."""
-        delisted = list(delisted)
+        items = list(items)
         check_items("update_items", items)
-        check_ids("update_items", delisted)
+        delisted = checked_ids("update_items", delisted)
         evict_for([item.item_id for item in items], self.catalogue, self.counters)
         self.vocabulary.touch(self._load_items(items, delisted))
 
@@ -233,8 +237,6 @@ class Pipeline:
     def _generation(self, strategies: Sequence[Strategy], version: str) -> Generation:
         return Generation(FallbackChain(strategies, time.monotonic), version, self._on_fallback)
 
-    def _check(self, k: int, strategy: str | None) -> None:
-        if not isinstance(k, int | np.integer) or k < 1:
-            raise ValueError(f"recommend: k = {k}, want at least 1")
+    def _check_strategy(self, strategy: str | None) -> None:
         if strategy is not None:
             self.strategies.check(strategy)

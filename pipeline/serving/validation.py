@@ -8,11 +8,15 @@ import numpy as np
 
 from pipeline.records import Event, Histories, Id, Item
 
+MAX_SLATE_ITEMS = 10_000  # as many as reranking may have candidates
+
 
 def checked_histories(
     call: str, histories: Iterable[Iterable[Event]], actions: Collection[str]
 ) -> list[Sequence[Event]]:
     """Return the histories. ValueError, which names history and event, unless all are events with these actions."""
+    if not isinstance(histories, Iterable):
+        raise ValueError(f"{call}: the histories are {type(histories).__name__}, want one list of events per user")
     return [_checked_history(f"{call}: history {row}", each, actions) for row, each in enumerate(histories)]
 
 
@@ -28,13 +32,23 @@ def _checked_history(call: str, history: Iterable[Event], actions: Collection[st
     return history
 
 
-def check_ids(call: str, item_ids: Sequence[str]) -> None:
-    """Raise ValueError, which names the position, unless all are item ids."""
+def check_k(call: str, k: object) -> None:
+    """Raise ValueError unless this is a possible number of items per slate."""
+    if isinstance(k, bool) or not isinstance(k, int | np.integer) or not 1 <= k <= MAX_SLATE_ITEMS:
+        raise ValueError(f"{call}: k = {k!r}, want a whole number from 1 to {MAX_SLATE_ITEMS:,}")
+
+
+def checked_ids(call: str, item_ids: Iterable[str]) -> list[str]:
+    """Return the ids. ValueError, which names the position, unless all are item ids."""
+    if isinstance(item_ids, str) or not isinstance(item_ids, Iterable):
+        raise ValueError(f"{call}: the item ids are {type(item_ids).__name__}, want a list of them")
+    item_ids = list(item_ids)
     try:
         "".join(msgspec.convert(item_ids, list[Id])).encode()  # all at once takes a tenth of one by one
     except (msgspec.ValidationError, UnicodeEncodeError):
         for position, item_id in enumerate(item_ids):
             _check(f"{call}: item id {position}", item_id, Id)
+    return item_ids
 
 
 def check_items(call: str, items: Iterable[Item]) -> None:
@@ -52,7 +66,9 @@ def check_new(histories: Histories, is_new: np.ndarray) -> None:
 def _check_record(place: str, record: object, kind: type[msgspec.Struct]) -> None:
     if not isinstance(record, kind):
         raise ValueError(f"{place}: it is {type(record).__name__}, want {kind.__name__}")
-    _check(place, msgspec.structs.asdict(record), kind)
+    fields = msgspec.structs.asdict(record)
+    plain = {name: each.item() if isinstance(each, np.generic) else each for name, each in fields.items()}
+    _check(place, plain, kind)
 
 
 def _check(place: str, value: object, kind: object) -> None:

@@ -121,7 +121,7 @@ class TrainingSetup:
         columns.older_events = self.config.history_length - self.config.recent_length
         if not columns.target_mask.any():
             raise TrainingError(
-                f"training: in the {len(sequences)} training events of {len(sequences.offsets) - 1} users no user goes"
+                f"training: in {len(sequences)} training events of {len(sequences.offsets) - 1} users no user goes"
                 " from one item to another that slates may hold then; give a longer log, split later (--train-fraction)"
                 " or by user (--leave-last-out), or exclude fewer items (pipeline.exclude_actions)"
             )

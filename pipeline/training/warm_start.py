@@ -1,9 +1,10 @@
 """Warm start: training continues from an artifact, as in a daily refresh.
 
 The log must hold everything that its events need as context: the days to train on and the history before them. Events
-later than the latest one in the artifact's counters are new. All training events train the model, but only new ones
-are counted (popularity, co-occurrence, events and values of items) and serve as validation: the artifact was trained on
-the others. Its items keep their tokens, whether they are in the log or not; new items come after them.
+later than the latest one in the artifact's counters are new, unless their times are not believed (event_clock.py). All
+training events train the model, but only new ones are counted (popularity, co-occurrence, events and values of items)
+and serve as validation: the artifact was trained on the others. Its items keep their tokens, whether they are in the
+log or not; new items come after them.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ from pipeline.counters.counters import Counters
 from pipeline.data.event_log import EventLog
 from pipeline.data.sequences import UserSequences
 from pipeline.errors import TrainingError
-from pipeline.features.labels import LabelOptions
+from pipeline.event_clock import latest_believed
+from pipeline.features.labels import LabelOptions, LabelRules
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
 from pipeline.model.config import HstuConfig
@@ -47,7 +49,7 @@ class WarmStart:
     def check(self, model: HstuConfig, schema: EventSchema, labels: LabelOptions) -> None:
         """Raise TrainingError for another shape or other labels, ArtifactError for a schema that it cannot read."""
         self.artifact.check_schema(schema)
-        if labels != self.artifact.manifest.labels:
+        if LabelRules.from_options(schema, labels) != LabelRules.from_options(schema, self.artifact.manifest.labels):
             raise TrainingError(
                 f"--warm-start: artifact {self.artifact.version} was trained on other labels,"
                 f" {msgspec.json.encode(self.artifact.manifest.labels).decode()}; restore them in the configuration's"
@@ -73,7 +75,7 @@ class WarmStart:
 
     def new_events(self, log: EventLog) -> np.ndarray:
         """Return bool [n]: which events are new. TrainingError when none is."""
-        is_new = log.ts_ms > self.latest_ms
+        is_new = self._is_new(log.ts_ms)
         if not is_new.any():
             raise TrainingError(
                 f"--warm-start: none of the {len(log)} training events is later than the latest that artifact"
@@ -81,6 +83,10 @@ class WarmStart:
                 " or split later (--train-fraction 1)"
             )
         return is_new
+
+    def _is_new(self, ts_ms: np.ndarray) -> np.ndarray:
+        """Return bool [n]: which of these times of a log are later than the artifact's, and believed."""
+        return (ts_ms > self.latest_ms) & (ts_ms <= latest_believed(ts_ms))
 
     def load_into(self, catalogue: Catalogue) -> None:
         """Restore the artifact's item metadata; the catalogue's vocabulary must begin with its items."""
@@ -90,11 +96,11 @@ class WarmStart:
     def update_counters(self, counters: Counters, train: UserSequences) -> None:
         """Restore the artifact's counters and count new events alone, each after its user's earlier ones."""
         counters.restore(self.artifact.counters)
-        counters.observe(train.histories, train.histories.ts_ms > self.latest_ms)
+        counters.observe(train.histories, self._is_new(train.histories.ts_ms))
 
     def item_events(self, sequences: UserSequences, items: int) -> np.ndarray:
         """Return int64 [items]: training events by token, the artifact's and the sequences' new ones."""
-        events = np.bincount(sequences.tokens[sequences.histories.ts_ms > self.latest_ms], minlength=items)
+        events = np.bincount(sequences.tokens[self._is_new(sequences.histories.ts_ms)], minlength=items)
         events[1 : len(self.artifact.item_ids) + 1] += self.artifact.metadata.events
         return events
 

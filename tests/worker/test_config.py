@@ -36,6 +36,8 @@ def test_environment_overrides_the_file_and_the_file_the_default(tmp_path) -> No
         ),
         ("[labels]\npaid_actions = ['buy']\n", "labels.paid_actions: buy not in events.actions (view, "),
         ("[labels]\nengaged_dwell_ms = -1\n", "$.labels.engaged_dwell_ms"),
+        ("[labels]\nengaged_value = inf\n", "$.labels.engaged_value"),
+        ("[labels]\nretention_days = 1e12\n", "$.labels.retention_days"),
         (
             "[events.action_aliases]\naddtocart = 'basket'\n",
             "events.action_aliases: basket not in events.actions (view, ",

@@ -22,8 +22,8 @@ from pipeline.items.catalogue import ItemFacts
 from pipeline.manifest import Manifest, read_manifest
 from pipeline.records import Histories
 from pipeline.serving import model_validation
+from pipeline.serving.generation import Generation
 from pipeline.serving.model_validation import Thresholds
-from pipeline.serving.ranking import Generation
 from pipeline.strategies.own_strategies import check_own_strategies
 from pipeline.strategies.strategies import MODEL_STRATEGIES, strategies_of
 from pipeline.strategies.strategy import Strategy, close_all

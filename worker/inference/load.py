@@ -85,6 +85,8 @@ def _log_fallback(fallback: Fallback) -> None:
     if fallback.is_resting:
         metrics.FALLBACKS.labels(*labels).inc()
         log.warning("strategy failed, the next one answers", **fields)
-    else:
+    elif fallback.users:
         metrics.SET_ASIDE_USERS.labels(*labels).inc(fallback.users)
-        log.warning("strategy failed for these users alone: the next one answers them", **fields)
+        log.warning("strategy failed for some users of a batch, whom the next one answers", **fields)
+    else:
+        log.warning("strategy failed, and answered the batch at its second attempt", **fields)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from pipeline.records import Histories
+from pipeline.records import Histories, item_hash
 from pipeline.serving.pipeline import Pipeline
 from pipeline.slates import Slate
 from worker.inference.ranker import PipelineRanker
@@ -17,6 +17,7 @@ from worker.interfaces import Batch, ConsumedEvent
 
 Baseline = Callable[[Histories, int], np.ndarray]  # (histories, k) -> int32 [n, k] tokens
 CUTOFF = 10
+NOTHING = np.empty(0, np.uint64)
 
 
 class PrequentialEvaluator:
@@ -38,9 +39,12 @@ class PrequentialEvaluator:
         self.answered = 0  # distinct events with a slate
         self.scored = 0
         self.tied = 0  # scored events with the time of their user's event before
+        self.excluded = 0  # scored events whose item was kept off the slate before; not counted without baselines
         self.hits: Counter[str] = Counter()
         self.untied_hits: Counter[str] = Counter()
         self._latest_ms: dict[str, int] = {}  # by user: time of the event before
+        self._excluded: dict[str, np.ndarray] = {}  # by user: items kept off the slate last shown, uint64 hashes
+        self._pending_excluded: dict[str, np.ndarray] = {}  # the same of slates not yet delivered
         self.strategies: Counter[str] = Counter()  # slates by strategy
         self.backends: Counter[str] = Counter()  # slates by backend
         self.latencies_ms: list[float] = []  # of every scored slate since the last `take_latencies`
@@ -67,6 +71,7 @@ class PrequentialEvaluator:
             if entry.events[-1].event.ts_ms >= self._score_from_ms:
                 self.latencies_ms.append(slate.latency_ms.total)
             baselines = self._pending.pop(slate.user_id, {})
+            self._excluded[slate.user_id] = self._pending_excluded.pop(slate.user_id, NOTHING)
             self._shown[slate.user_id] = {"slate": [item.item_id for item in slate.items[:CUTOFF]], **baselines}
         self.strategies.update(slate.strategy for slate in slates)
         self.backends.update(slate.backend for slate in slates)
@@ -97,6 +102,7 @@ class PrequentialEvaluator:
             return
         self.scored += 1
         self.tied += is_tied
+        self.excluded += item_hash(event.item_id) in self._excluded.get(event.user_id, NOTHING)
         for ranking in self.rankings:
             is_hit = event.item_id in (shown[ranking] if shown else self._popular)
             self.hits[ranking] += is_hit
@@ -104,6 +110,9 @@ class PrequentialEvaluator:
 
     def _rank_baselines(self, batch: Batch) -> None:
         histories = Histories.from_rings([entry.ring for entry in batch.entries])
+        excluded = np.where(self._ranker.pipeline.options.exclusion.mask(histories), histories.items, 0)
+        by_user = np.split(excluded, histories.offsets[1:-1])
+        self._pending_excluded |= {entry.user_id: each for entry, each in zip(batch.entries, by_user, strict=True)}
         item_ids = self._ranker.pipeline.vocabulary.item_ids
         for name, baseline in self._baselines.items():
             for entry, row in zip(batch.entries, baseline(histories, CUTOFF).tolist(), strict=True):

@@ -230,6 +230,7 @@ def _report(run: _Run, timeline: Timeline) -> ReplayReport:
         scored_fraction=round(evaluator.scored / to_score, 6),
         hit_rates={ranking: round(evaluator.hit_rate(ranking), 5) for ranking in evaluator.rankings},
         tied_fraction=round(evaluator.tied / max(1, evaluator.scored), 6),
+        excluded=evaluator.excluded,
         untied_hit_rates={
             ranking: round(evaluator.untied_hit_rate(ranking), 5)
             for ranking in evaluator.rankings

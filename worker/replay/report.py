@@ -2,6 +2,7 @@
 
 import msgspec
 
+from pipeline.evaluation.ranking import excluded_sentence
 from worker.replay.display import Percentiles, format_fractions
 from worker.replay.prequential import CUTOFF
 
@@ -12,6 +13,7 @@ class ReplayReport(msgspec.Struct, frozen=True):
     strategies, backends: number of slates by each name
     tied_fraction: of the scored events, those with the time of their user's event before
     untied_hit_rates: hit rates of the others; empty without any
+    excluded: number of scored events whose item was kept off their user's slates; 0 without an artifact
     lost: number of records that got neither a slate nor a dead letter
     log_speed: log seconds per real second; at high speeds a user's events wait for their predecessors
     """
@@ -27,6 +29,7 @@ class ReplayReport(msgspec.Struct, frozen=True):
     hit_rates: dict[str, float]
     tied_fraction: float
     untied_hit_rates: dict[str, float]
+    excluded: int
     strategies: dict[str, int]
     backends: dict[str, int]
     events_per_s: float
@@ -54,6 +57,7 @@ def summary(report: ReplayReport) -> list[tuple[str, str]]:
         ("strategies", format_fractions(report.strategies)),
         ("backends", format_fractions(report.backends)),
         ("scored", f"{report.scored:,} events, {report.scored_fraction:.1%} of those to score"),
+        *([("excluded", excluded_sentence(report.excluded, report.scored))] if report.excluded else []),
         ("tied", f"{report.tied_fraction:.1%} of the scored events have the time of their user's event before"),
         *((f"hit rate@{CUTOFF}, {ranking}", _rates(report, ranking)) for ranking in report.hit_rates),
     ]

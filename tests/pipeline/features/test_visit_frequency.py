@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.features.visit_frequency import N_VISIT_FEATURES, WINDOWS_DAYS, latest_visit_frequency, visit_frequency
-from pipeline.records import DAY_MS, Event, EventSchema, Histories
+from pipeline.records import DAY_MS, MAX_TS_MS, Event, EventSchema, Histories
 
 MINUTE_MS = 60_000
 RING = 100
@@ -61,3 +61,11 @@ def test_training_reads_what_a_ring_of_serving_still_shows(gaps: list[int], ring
 
 def test_no_events_give_no_rows() -> None:
     assert visit_frequency(histories([], []), np.empty(0, np.int64), RING).shape == (0, N_VISIT_FEATURES)
+
+
+def test_users_whose_times_are_ages_apart_do_not_disturb_each_other() -> None:
+    others = [0, DAY_MS, 2 * DAY_MS]
+    alone = counts(histories(others))
+    found = counts(histories([0, MAX_TS_MS], others, [5, MAX_TS_MS], others))
+    assert found[2:5] == found[7:10] == alone
+    assert found[1] == found[6] == [1, 1, 1, 90]

@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
@@ -17,15 +19,21 @@ def miscalibrated(n: int = 20_000, seed: int = 0) -> tuple[np.ndarray, np.ndarra
     return 2 * true_logits + 1.5, (rng.random(n) < sigmoid(true_logits)).astype(np.float32)
 
 
+def each_its_own(labels: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Return a user per label."""
+    return np.arange(len(labels))
+
+
 def test_fit_recovers_the_scaling() -> None:
     logits, labels = miscalibrated()
-    scale, shift = fit_platt(logits, labels)
+    scale, shift = fit_platt(logits, labels, each_its_own(labels))
     assert scale == pytest.approx(0.5, abs=0.03)
     assert shift == pytest.approx(-0.75, abs=0.06)
 
 
 def test_fit_calibrates_held_out_labels_and_keeps_their_order() -> None:
-    scale, shift = fit_platt(*miscalibrated(seed=1))
+    logits, labels = miscalibrated(seed=1)
+    scale, shift = fit_platt(logits, labels, each_its_own(labels))
     logits, labels = miscalibrated(seed=2)
     before = sigmoid(logits)
     after = sigmoid(scale * logits + shift)
@@ -41,24 +49,43 @@ def test_fit_calibrates_held_out_labels_and_keeps_their_order() -> None:
 def test_nan_labels_are_ignored() -> None:
     logits, labels = miscalibrated(2000)
     padded = np.concatenate([labels, np.full(500, np.nan)])
-    assert fit_platt(np.concatenate([logits, np.full(500, 9.0)]), padded) == fit_platt(logits, labels)
+    found = fit_platt(np.concatenate([logits, np.full(500, 9.0)]), padded, each_its_own(padded))
+    assert found == fit_platt(logits, labels, each_its_own(labels)) != IDENTITY
 
 
 @pytest.mark.parametrize("labels", [[], [1, 1, 1], [0, 0, 0], [np.nan] * 3])
 def test_labels_of_one_class_leave_the_head_as_it_is(labels: list[float]) -> None:
-    assert fit_platt(np.linspace(-1, 1, len(labels)), np.array(labels)) == IDENTITY
+    assert fit_platt(np.linspace(-1, 1, len(labels)), np.array(labels), each_its_own(labels)) == IDENTITY
 
 
 def test_few_labels_move_the_head_only_a_little() -> None:
     logits, labels = miscalibrated()
-    scale, shift = fit_platt(logits[:10], labels[:10])
+    scale, shift = fit_platt(logits[:10], labels[:10], each_its_own(labels[:10]))
     assert 0.8 < scale < 1.2
     assert abs(shift) < 0.4
 
 
 def test_head_with_reversed_order_is_left_as_it_is() -> None:
     logits, labels = miscalibrated()
-    assert fit_platt(-logits, labels) == IDENTITY
+    assert fit_platt(-logits, labels, each_its_own(labels)) == IDENTITY
+
+
+def test_labels_that_repeat_each_other_move_the_head_no_more_than_one_of_them() -> None:
+    """A hundred users have one outcome each, by the head's own probability, and two hundred labels of it."""
+    rng = np.random.default_rng(3)
+    moved = []
+    for _ in range(40):
+        logits = rng.normal(2, 0.5, 100)
+        outcomes = (rng.random(100) < sigmoid(logits)).astype(np.float32)
+        users = np.repeat(np.arange(100), 200)
+        moved.append(fit_platt(logits[users], outcomes[users], users) != IDENTITY)
+    assert np.mean(moved) < 0.2, "independent, these labels would move nearly every head"
+
+
+def test_labels_of_a_few_users_leave_the_head_as_it_is() -> None:
+    logits, labels = miscalibrated(900)
+    assert fit_platt(logits, labels, np.arange(900) % 9) == IDENTITY
+    assert fit_platt(logits, labels, np.arange(900) % 90) != IDENTITY
 
 
 @pytest.mark.parametrize("row", [[0.0, 0.0], [-1.0, 0.0], [np.nan, 0.0], [1.0, np.inf]])

@@ -149,7 +149,7 @@ def test_missing_device_is_one_sentence(shop, device: str):
 
 
 def test_invalid_requests_are_rejected(pipeline, histories):
-    with pytest.raises(ValueError, match="k = 0, want at least 1"):
+    with pytest.raises(ValueError, match="k = 0, want a whole number from 1"):
         pipeline.recommend(histories, k=0)
     with pytest.raises(ValueError, match="no strategy 'best', want one of unified"):
         pipeline.recommend(histories, strategy="best")

@@ -106,11 +106,6 @@ def test_history_that_is_not_one_is_refused(pipeline: Pipeline, history: Any) ->
     assert_refused(pipeline, lambda: pipeline.recommend([[GOOD], history]), "^recommend: history 1: ")
 
 
-@pytest.mark.parametrize("k", [0, -3, 2.5, "10", None])
-def test_slate_size_that_is_not_one_is_refused_before_anything_is_admitted(pipeline: Pipeline, k: Any) -> None:
-    assert_refused(pipeline, lambda: pipeline.recommend([[GOOD]], k), "^recommend: k = ")
-
-
 @pytest.mark.parametrize("bad", [*BAD_ITEMS, "item", None], ids=repr)
 @pytest.mark.parametrize("method", ["load_items", "update_items"])
 def test_loading_an_invalid_record_names_it_and_leaves_nothing(pipeline: Pipeline, method: str, bad: Any) -> None:
@@ -129,3 +124,34 @@ def test_invalid_ids_are_refused_wherever_ids_are_given(pipeline: Pipeline, bad:
 def test_observing_without_a_mark_per_event_is_refused(pipeline: Pipeline, is_new: Any) -> None:
     histories = Histories.from_events([[Event("u", "a", "view", 8), Event("u", "c", "view", 9)]], EventSchema())
     assert_refused(pipeline, lambda: pipeline.observe(histories, is_new), "^observe: is_new ")
+
+
+@pytest.mark.parametrize("k", [True, 0, -1, "5", None, 1.5, 10**30])
+def test_impossible_slate_size_is_refused_at_once_and_rests_no_strategy(pipeline: Pipeline, k: Any) -> None:
+    histories = Histories.from_events([[GOOD], []], EventSchema())
+    assert_refused(pipeline, lambda: pipeline.recommend([[GOOD]], k), "^recommend: k = ")
+    assert_refused(pipeline, lambda: pipeline.rank(histories, k), "^rank: k = ")
+    assert_refused(pipeline, lambda: pipeline.rank(histories, 5, "nope"), "no strategy 'nope'")
+    assert [answer.why for answer in pipeline.recommend([[], []])] == ["best", "best"]
+
+
+@pytest.mark.parametrize("bad", [None, 5, GOOD])
+def test_histories_and_ids_that_are_no_lists_are_refused(pipeline: Pipeline, bad: Any) -> None:
+    assert_refused(pipeline, lambda: pipeline.recommend(bad), "^recommend: the histories are ")
+    assert_refused(pipeline, lambda: pipeline.admit(bad), "^admit: the item ids are ")
+    assert_refused(pipeline, lambda: pipeline.load_items([], "abc"), "^load_items: the item ids are str")
+
+
+def test_numbers_of_a_data_frame_are_numbers(pipeline: Pipeline) -> None:
+    fields: dict[str, Any] = {"ts_ms": np.int64(5), "value": np.float64(3), "dwell_ms": np.int32(100)}
+    event = msgspec.structs.replace(GOOD, **fields)
+    plain = msgspec.structs.replace(GOOD, value=3.0, dwell_ms=100)
+    assert [answer.items for answer in pipeline.recommend([[event]])] == [
+        answer.items for answer in pipeline.recommend([[plain]])
+    ]
+
+
+def test_items_may_come_from_a_generator(pipeline: Pipeline) -> None:
+    pipeline.update_items(Item(item_id, title="x") for item_id in ("d", "e"))
+    assert pipeline.vocabulary.token("d")
+    assert pipeline.vocabulary.token("e")

@@ -13,7 +13,7 @@ from pipeline.errors import ArtifactError, TrainingError
 from pipeline.evaluation.evaluate import EvaluationOptions, evaluate
 from pipeline.features.labels import LabelOptions
 from pipeline.model.config import HstuConfig
-from pipeline.records import DAY_MS, Event, EventSchema, Item
+from pipeline.records import DAY_MS, EVENT_DTYPE, Event, EventPacker, EventSchema, Item
 from pipeline.serving.pipeline import Pipeline
 from pipeline.strategies.options import PipelineOptions
 from pipeline.training.multi_task_model import MultiTaskModel
@@ -147,6 +147,29 @@ def test_only_new_events_are_counted_and_validated_on(old: Artifact) -> None:
     ts_ms = warm.validation_events.sequences.histories.ts_ms[warm.validation_events.positions]
     assert (ts_ms > WarmStart(old).latest_ms).all()
     assert len(ts_ms) == 4 * USERS // 5, "a fifth of the new events"
+
+
+def test_event_of_the_far_future_is_not_new_on_every_day(old: Artifact, tmp_path: Path) -> None:
+    future = Event("u0", "i0", "view", int(OLD_LOG.ts_ms.max()) + 150 * 365 * DAY_MS)
+    log = with_event(LOG, future)
+    warm = prepare(log, replace(FEW_EPOCHS, model=old.config), SERVING, warm_start=WarmStart(old))
+    assert warm.metadata(warm.train).events.sum() == len(LOG)
+    with pytest.raises(TrainingError, match=r"none of the .* continues after it"):
+        continue_training(old, tmp_path / "model", with_event(OLD_LOG, future))
+
+
+def with_event(log: EventLog, event: Event) -> EventLog:
+    """Return the log with one more event of a user and an item that it has, at its end."""
+    packed = np.frombuffer(EventPacker(EventSchema()).pack(event), EVENT_DTYPE)
+    user = log.user_ids.index(event.user_id)
+    item = log.item_ids.index(event.item_id)
+    return EventLog(
+        log.user_ids,
+        np.append(log.users, np.int32(user)),
+        log.item_ids,
+        np.append(log.items, np.int32(item)),
+        np.concatenate([log.events, packed]),
+    )
 
 
 def test_mismatch_with_the_artifact_is_rejected(old: Artifact, tmp_path: Path) -> None:

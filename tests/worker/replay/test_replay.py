@@ -66,6 +66,7 @@ def test_replay_reports_the_hit_rates_of_the_evaluation(
     expected = {"slate": rates["hstu"], "cooccurrence": rates["cooccurrence"], "popularity": rates["popularity"]}
     assert report.hit_rates == pytest.approx(expected, abs=1e-5)
     assert report.hit_rates["slate"] > 0
+    assert report.excluded == evaluation["excluded"]
     assert 0.01 < report.tied_fraction < 0.9
     assert report.tied_fraction == pytest.approx(evaluation["tied_fraction"], abs=1e-6)
     untied = {name: ranking["slices"]["untied"]["hit_rate"] for name, ranking in evaluation["rankings"].items()}
