@@ -1,7 +1,9 @@
 """Cells of delimited text (RFC 4180) by the csv module, one record at a time.
 
 A cell that begins with a quote is quoted; any other quote is text, as in `7" single`. To the csv module a lone quote
-opens a cell that nothing but the end of its input closes: given one record, it can take no more than that.
+opens a cell that nothing but the end of its input closes: given one record, it can take no more than that. On one line
+text may follow a closing quote, as in `"A" and "B"`; over several lines such text shows that the quotes of two lines
+were taken for a pair.
 """
 
 import csv
@@ -58,8 +60,10 @@ class CellSplitter:
         except csv.Error as error:
             if "end of data" in str(error):
                 raise OpenQuoteError(f"a quoted cell is not closed in '{record[:60]}'") from error
+            if "\n" in record:
+                raise InvalidLine(f"not delimited text: {error}") from error
         try:
-            return self._read(record, strict=False)  # text after a closing quote, as in `"A" and "B"`
+            return self._read(record, strict=False)  # text after a closing quote
         except csv.Error as error:
             raise InvalidLine(f"not delimited text: {error}") from error
 

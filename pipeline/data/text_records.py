@@ -1,7 +1,7 @@
 """Records of delimited text: lines, and joined lines where a quoted cell has line breaks; the first of them by itself.
 
-An unclosed quote costs no more than its line: lines are joined only up to a limit, and only if the record then has as
-many cells as the first one.
+An unclosed quote costs no more than its line: lines are joined only up to a limit, and only into a record that is valid
+as RFC 4180 has it and has as many cells as the first one.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from pipeline.data.recorded_file import LineBlock
 MAX_QUOTED_LINES = 500  # of one record
 MAX_QUOTED_BYTES = 1 << 17  # of one record, as much as a cell may have by the csv module
 SAMPLE_LINES = 1000
-SAMPLE_BLOCKS = 16  # of a gzipped file 8 KiB each
+SAMPLE_BLOCKS = 16  # and bad records between them; of a gzipped file 8 KiB each
 
 Blocks = Iterator[LineBlock | BadRecord]
 
@@ -24,8 +24,8 @@ Blocks = Iterator[LineBlock | BadRecord]
 class TextRecords:
     """The records of delimited text, of which the first has been looked at.
 
-    first: the first record that is not blank, empty when there is none; following: the records after it in the first
-           lines of the file
+    first:     the first record that is not blank, empty when there is none
+    following: the records after it in the first lines of the file that have as many cells
     """
 
     splitter: CellSplitter
@@ -55,7 +55,7 @@ def text_records(blocks: Blocks, separator: str | None, name: str) -> TextRecord
 def _from_first_lines(
     block: LineBlock, following: Blocks, head: list[LineBlock | BadRecord], separator: str | None, name: str
 ) -> TextRecords:
-    head += _sample(block, following)
+    sample = _sample(block, following)
     lines = block.lines
     start = next(index for index, line in enumerate(lines) if line.strip())
     splitter = CellSplitter(
@@ -63,31 +63,43 @@ def _from_first_lines(
     )
     end = _record_end(lines, start, splitter) or start + 1
     first = b"\n".join(lines[start:end])
+    parts = [lines[end:], *(block.lines for block in sample[1:] if isinstance(block, LineBlock))]
+    records = chain.from_iterable(_sampled(part, splitter, splitter.count(first)) for part in parts)
     return TextRecords(
         splitter,
         _decode(first),
-        [_decode(record) for record in _complete(lines[end : end + SAMPLE_LINES], splitter, splitter.count(first))],
-        chain(head, following),
+        [_decode(record) for record in islice(records, SAMPLE_LINES)],
+        chain(head, sample, following),
         (block, slice(start, end)),
     )
 
 
 def _sample(block: LineBlock, following: Blocks) -> list[LineBlock | BadRecord]:
-    """Extend the block to SAMPLE_LINES, if the file has them; return it and a bad record that follows."""
-    for more in islice(following, SAMPLE_BLOCKS):
-        if isinstance(more, BadRecord):
-            return [block, more]
-        block.lines += more.lines
-        if len(block.lines) >= SAMPLE_LINES:
+    """Return the block and what follows it up to SAMPLE_LINES, with the lines between two bad records in one block."""
+    sample: list[LineBlock | BadRecord] = [block]
+    missing = SAMPLE_LINES - len(block.lines)
+    for more in islice(following, SAMPLE_BLOCKS) if missing > 0 else ():
+        if isinstance(more, LineBlock):
+            missing -= len(more.lines)
+        if isinstance(more, LineBlock) and isinstance(sample[-1], LineBlock):
+            sample[-1].lines += more.lines
+        else:
+            sample.append(more)
+        if missing <= 0:
             break
-    return [block]
+    return sample
 
 
-def _complete(lines: list[bytes], splitter: CellSplitter, width: int | None) -> Iterator[bytes]:
-    """Yield the records of these lines that are not blank, without one that may go on after them."""
+def _sampled(lines: list[bytes], splitter: CellSplitter, width: int | None) -> Iterator[bytes]:
+    """Yield the records of these lines that have this number of cells.
+
+    Where a record may go on after the last line, its own first line alone is left out: that is all an open quote costs.
+    """
     start = 0
-    while start < len(lines) and (end := _record_end(lines, start, splitter, width)) is not None:
-        if (record := b"\n".join(lines[start:end])).strip():
+    while start < len(lines):
+        end = _record_end(lines, start, splitter, width) or start + 1
+        record = b"\n".join(lines[start:end])
+        if record.strip() and splitter.count(record.rstrip(b"\r")) == width:
             yield record
         start = end
 
@@ -148,5 +160,5 @@ def _record_end(lines: list[bytes], start: int, splitter: CellSplitter, width: i
         if b'"' in line:
             cells = splitter.count(b"\n".join(lines[start:end]).rstrip(b"\r"))
             if cells is not None:
-                return end if width in (None, cells) else start + 1
+                return end if cells and width in (None, cells) else start + 1
     return None

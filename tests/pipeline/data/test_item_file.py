@@ -140,3 +140,11 @@ def test_file_without_any_readable_item_is_an_error(content: str | bytes, messag
 def test_missing_item_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(LogFileError, match="cannot be read"):
         read_items(tmp_path / "missing")
+
+
+def test_stray_quotes_of_two_items_cost_these_two(tmp_path: Path) -> None:
+    path = tmp_path / "items.tsv"
+    path.write_text('item_id\ttitle\tbrand\n1\t"Foo\tx\n2\t"Bar\ty\n3\tQux\tz\n')
+    file = read_items(path)
+    assert file.items == [Item("3", title="Qux", brand="z")]
+    assert (file.unreadable, file.first_error[:40]) == (2, "line 2: a quoted cell is not closed in '")

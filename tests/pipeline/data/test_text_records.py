@@ -72,6 +72,16 @@ def test_unclosed_quote_costs_its_line_alone(separator: str, tmp_path: Path) -> 
     assert bad.reason.startswith("a quoted cell is not closed in '\"lone")
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("second", ['v,"j,6', 'v,"j"k,6', '"v"w,j,6'])
+def test_two_quotes_that_are_not_closed_are_no_pair(second: str, separator: str, tmp_path: Path) -> None:
+    lines = [GOOD, 'u,"i,5', second, GOOD]
+    entries = read(tmp_path, "\n".join(lines).replace(",", separator), separator=separator)
+    alone = read(tmp_path, f"{GOOD}\n{second}".replace(",", separator), separator=separator)[1]
+    assert users(entries)[:2] == ["u", 2]
+    assert users(entries)[2:] == [alone.user_id if isinstance(alone, Event) else 3, "u"]
+
+
 @pytest.mark.parametrize(
     ("inside", "is_one_record"), [("\n" * 400, True), ("\n" * 600, False), (("x" * 999 + "\n") * 300, False)]
 )
