@@ -17,7 +17,7 @@ from pipeline.data.layout import (
     find_columns,
 )
 from pipeline.data.text_records import TextRecords
-from pipeline.data.timestamps import TimestampReader, is_time, recognise
+from pipeline.data.timestamps import FirstNumberReader, TimestampReader, is_time, recognise
 from pipeline.errors import LogFileError
 from pipeline.records import Event
 
@@ -48,7 +48,7 @@ class DelimitedReader:
     header: list[str] | None
     columns: tuple[tuple[str, int], ...]
     ts_column: int | None
-    times: TimestampReader
+    times: TimestampReader | FirstNumberReader
     action: str
     notes: tuple[str, ...]
 
@@ -100,7 +100,9 @@ def _got(row: dict, reason: str) -> str:
     return f", got '{str(row[field])[:40]}'" if field in row else ""
 
 
-def _recognise_times(layout: LogLayout, ts: FieldColumn | None, rows: list[list[str]]) -> tuple[TimestampReader, str]:
+def _recognise_times(
+    layout: LogLayout, ts: FieldColumn | None, rows: list[list[str]]
+) -> tuple[TimestampReader | FirstNumberReader, str]:
     if ts is None:
         return recognise([], None)
     unit = layout.unit or ("ms" if ts.title in MILLISECOND_NAMES else None)
