@@ -72,8 +72,11 @@ class CellSplitter:
 
 
 def quoted(text: str) -> str:
-    """Return the cell that CellSplitter reads as this text, which neither begins nor ends with a blank."""
-    return '"' + text.replace('"', '""') + '"' if text.startswith('"') else text
+    """Return the cell that is read as this text, which neither begins nor ends with a blank.
+
+    A cell that begins with a quote is quoted, and so is one that at the start of a line would lose a byte order mark.
+    """
+    return '"' + text.replace('"', '""') + '"' if text.startswith(('"', "\ufeff")) else text
 
 
 def detect_separator(lines: str, name: str) -> str:

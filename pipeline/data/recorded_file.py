@@ -4,12 +4,14 @@ A line ends at a line feed and nowhere else: U+2028, U+0085 and form feeds are p
 the start of a line is dropped, in the middle of the file too, where files were concatenated.
 """
 
+import codecs
 import gzip
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
+from shlex import quote
 
 from pipeline.data.layout import BadRecord
 from pipeline.errors import LogFileError
@@ -19,7 +21,14 @@ MAX_RECORD_BYTES = 1 << 24  # a greater length comes from a corrupt file, not fr
 KEPT_BYTES = 1 << 12  # of a line that is too long
 GZIP_MAGIC = b"\x1f\x8b"
 BOM = b"\xef\xbb\xbf"
-UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+MARKS = {  # UTF-32's first: UTF-16's begins it
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+WIDE_ENCODINGS = ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE")
+ASCII_TEXT = frozenset("\t\r\n" + "".join(map(chr, range(32, 127))))
 READ_ERRORS = (OSError, EOFError, zlib.error)
 
 
@@ -35,11 +44,12 @@ class LineBlock:
 class RecordedFile:
     """An open file. `broken` says, after the last chunk, why reading stopped before the file's end.
 
-    start: its first bytes, at most a few KiB
+    start: its first bytes, at most a few KiB; path: for messages
     """
 
     file: BufferedReader | gzip.GzipFile
     start: bytes
+    path: Path
     broken: str = ""
 
     def chunks(self) -> Iterator[bytes]:
@@ -52,7 +62,17 @@ class RecordedFile:
             self.broken = f"the file ends early here: {error}"
 
     def lines(self) -> Iterator[LineBlock | BadRecord]:
-        """Yield the lines in blocks. A line that is too long, or within which the file breaks off, is a bad record."""
+        """Return the lines in blocks. A line that is too long, or within which the file breaks off, is a bad record.
+
+        LogFileError, at once, when they end with carriage returns alone.
+        """
+        if b"\r" in self.start.rstrip(b"\r") and b"\n" not in self.start:
+            self.file.close()
+            command = _conversion(self.file, self.path, r"tr '\r' '\n'", "lf")
+            raise LogFileError(f"{self.path}: its lines end with carriage returns alone; convert them: {command}")
+        return self._lines()
+
+    def _lines(self) -> Iterator[LineBlock | BadRecord]:
         number = 1
         tail = _Tail()
         for chunk in self.chunks():
@@ -100,17 +120,18 @@ class _Tail:
 
 
 def open_recorded(path: Path) -> RecordedFile:
-    """Open a file, gzipped or not. LogFileError when it cannot be read, or is not UTF-8 but UTF-16."""
+    """Open a file, gzipped or not. LogFileError when it cannot be read, or is not UTF-8 but UTF-16 or UTF-32."""
     try:
         file = _open(path)
         start = file.peek(4096)
     except READ_ERRORS as error:
         reason = error.strerror if isinstance(error, OSError) else None
         raise LogFileError(f"{path}: cannot be read: {reason or error}") from error
-    if _is_utf16(start):
+    if encoding := _wide_encoding(start):
         file.close()
-        raise LogFileError(f"{path}: is UTF-16; convert it: iconv -f UTF-16 -t UTF-8 {path.name} > utf8-{path.name}")
-    return RecordedFile(file, start)
+        command = _conversion(file, path, f"iconv -f {encoding} -t UTF-8", "utf8")
+        raise LogFileError(f"{path}: is {encoding}; convert it: {command}")
+    return RecordedFile(file, start, path)
 
 
 def _open(path: Path) -> BufferedReader | gzip.GzipFile:
@@ -123,6 +144,28 @@ def _open(path: Path) -> BufferedReader | gzip.GzipFile:
     return path.open("rb")
 
 
-def _is_utf16(start: bytes) -> bool:
-    """Whether the bytes begin with UTF-16's mark or, as Latin text without a mark does, have every second one zero."""
-    return start.startswith(UTF16_MARKS) or (len(start) >= 4 and not (any(start[:64:2]) and any(start[1:64:2])))
+def _conversion(file: BufferedReader | gzip.GzipFile, path: Path, program: str, prefix: str) -> str:
+    """Return the shell's command that writes the file, converted by a program, beside it."""
+    name = quote(path.name)
+    target = quote(f"{prefix}-{path.name.removesuffix('.gz')}")
+    if isinstance(file, gzip.GzipFile):
+        return f"gzip -dc < {name} | {program} > {target}"
+    return f"{program} < {name} > {target}"
+
+
+def _wide_encoding(start: bytes) -> str | None:
+    """Return the encoding, as iconv calls it, of a file of UTF-16 or UTF-32, with a mark or without; None of others."""
+    marked = next((encoding for mark, encoding in MARKS.items() if start.startswith(mark)), None)
+    return marked or next((encoding for encoding in WIDE_ENCODINGS if _is_text_of(start, encoding)), None)
+
+
+def _is_text_of(start: bytes, encoding: str) -> bool:
+    """Whether an eighth of the characters are ASCII, as separators and digits are, in this wide encoding, and none NUL.
+
+    In a wide encoding ASCII has zero bytes, which UTF-8 does not have at all, and MessagePack in runs: NUL.
+    """
+    try:
+        text = codecs.getincrementaldecoder(encoding)().decode(start)  # which may end within a character
+    except UnicodeDecodeError:
+        return False
+    return len(text) > 1 and "\0" not in text and 8 * sum(map(ASCII_TEXT.__contains__, text)) >= len(text)

@@ -53,6 +53,14 @@ def test_written_log_is_read_back_unchanged(suffix: str, log: list[Event]) -> No
         assert list(read_log(path)) == log
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "msgpack", "tsv", "tsv.gz"])
+@pytest.mark.parametrize("user_id", ["\ufeff", "\ufeffu", '\ufeff"u"', "\ufeff\ufeffu"])
+def test_byte_order_mark_that_begins_an_id_is_kept(user_id: str, suffix: str, tmp_path: Path) -> None:
+    log = [Event(user_id, "i", "view", 1), Event("u", "\ufeffi", "view", 2), Event(user_id, "i", "view", 3)]
+    write_log(tmp_path / f"log.{suffix}", log)
+    assert list(read_log(tmp_path / f"log.{suffix}")) == log
+
+
 def has_outer_blanks(event: Event) -> bool:
     texts = (event.user_id, event.item_id, event.action, event.session_id or "", event.device or "")
     return any(text != text.strip(" ") for text in texts)

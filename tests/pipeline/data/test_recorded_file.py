@@ -2,9 +2,11 @@
 
 import contextlib
 import gzip
+import subprocess
 import time
 from io import BufferedReader, BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import cast
 
 import pytest
@@ -13,9 +15,10 @@ from hypothesis import strategies as st
 
 from pipeline.data.item_file import read_items
 from pipeline.data.layout import BadRecord
-from pipeline.data.log_io import read_log
+from pipeline.data.log_io import read_log, write_log
 from pipeline.data.recorded_file import BOM, LineBlock, RecordedFile, open_recorded
 from pipeline.errors import LogFileError
+from pipeline.records import MAX_TS_MS, Event
 
 EVENT = b'{"user_id":"u","item_id":"i","action":"view","ts_ms":1}'
 lines_of_text = st.lists(st.text("ab\u2028\u0085\f\r\x1c\ufeff", max_size=4).map("x{}".format), max_size=12)
@@ -45,7 +48,7 @@ def test_lines_end_at_line_feeds_alone_however_they_are_read(
 ) -> None:
     lines = [text.encode() for text in texts]
     content = b"\n".join((BOM if has_mark else b"") + line for line in lines) + (b"\n" if ends and lines else b"")
-    file = RecordedFile(cast(BufferedReader, Pieces(content, piece_bytes)), b"")
+    file = RecordedFile(cast(BufferedReader, Pieces(content, piece_bytes)), b"", Path("log"))
     assert numbered_lines(file) == list(enumerate(lines, 1))
 
 
@@ -90,12 +93,47 @@ def test_record_that_goes_on_to_the_end_of_the_file_takes_linear_time(
     assert time.process_time() - start_s < 2  # 0.1 s; joined or scanned again with every chunk: 6 s and more
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+LATIN = "user_id,item_id,ts_ms,title\nu,i,1,x\n"
+CYRILLIC = "user_id,товар,время\nпользователь,лампа настольная,1700000000\n"
+WIDE_CODECS = ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"]
+
+
+@pytest.mark.parametrize("text", [LATIN, CYRILLIC, CYRILLIC * 500])
+@pytest.mark.parametrize("codec", WIDE_CODECS)
 @pytest.mark.parametrize("packed", [False, True])
-def test_utf16_is_refused_with_the_command_that_converts_it(encoding: str, packed: bool, tmp_path: Path) -> None:
-    content = "user_id,item_id,ts,title\nu,i,1,x\n".encode(encoding)
-    path = tmp_path / "log.csv"
+def test_wide_encoding_is_refused_with_the_command_that_converts_it(
+    text: str, codec: str, packed: bool, tmp_path: Path
+) -> None:
+    assert converted(tmp_path / "my log.csv", text.encode(codec), packed, f"is UTF-{codec[4:6]}") == text
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("text", [LATIN, CYRILLIC, LATIN.removesuffix("\n")])
+def test_carriage_returns_alone_are_refused_with_the_command_that_converts_them(
+    text: str, packed: bool, tmp_path: Path
+) -> None:
+    content = text.replace("\n", "\r").encode()
+    assert converted(tmp_path / "my log.csv", content, packed, "its lines end with carriage returns alone") == text
+
+
+def converted(path: Path, content: bytes, packed: bool, message: str) -> str:
+    """Return the file's text as the command that its refusal names converts it."""
     path.write_bytes(gzip.compress(content) if packed else content)
     for read in (read_log, read_items):
-        with pytest.raises(LogFileError, match=r"log\.csv: is UTF-16; convert it: iconv -f UTF-16 -t UTF-8 log\.csv"):
+        with pytest.raises(LogFileError, match=message) as refusal:
             read(path)
+    command, _, target = str(refusal.value).partition("convert ")[2].partition(": ")[2].rpartition(" > ")
+    subprocess.run(["bash", "-c", f"{command} > {target}"], cwd=path.parent, check=True)
+    return (path.parent / target.strip("'")).read_text(encoding="utf-8-sig")
+
+
+@given(
+    st.lists(
+        st.builds(Event, st.text("aя\ufeff", min_size=1), st.just("i"), st.just("view"), st.integers(0, MAX_TS_MS))
+    )
+)
+def test_logs_of_integers_and_any_letters_are_not_taken_for_a_wide_encoding(log: list[Event]) -> None:
+    with TemporaryDirectory() as folder:
+        for name in ("log.msgpack", "log.jsonl", "log.tsv"):
+            write_log(Path(folder) / name, log)
+            assert list(read_log(Path(folder) / name)) == log
