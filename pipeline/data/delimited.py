@@ -21,6 +21,7 @@ from pipeline.data.timestamps import FirstNumberReader, TimestampReader, is_time
 from pipeline.errors import LogFileError
 from pipeline.records import Event
 
+DEFAULT_ACTION = "rate"
 MILLISECOND_NAMES = ("ts_ms", "timestamp_ms")
 
 
@@ -70,7 +71,7 @@ class DelimitedReader:
             tuple((column.field, column.index) for column in columns if column is not ts),
             ts.index if ts else None,
             times,
-            layout.action,
+            layout.action or DEFAULT_ACTION,
             tuple(filter(None, (_header_note(layout, cells, has_header, ts is not None), times_note))),
         )
 

@@ -27,6 +27,8 @@ EVENT_ALIASES = {
 }
 FIELD_BY_ALIAS = {alias: field for field, aliases in EVENT_ALIASES.items() for alias in aliases}
 
+DECODE_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # of a record; a deep one recurses too far
+
 _SUFFIXES = {"jsonl": "json", "ndjson": "json", "json": "json", "msgpack": "msgpack", "mpk": "msgpack", "tsv": "text"}
 _SUFFIXES |= dict.fromkeys(("csv", "inter", "dat", "data", "txt"), "text")
 _CONTROL_BYTES = re.compile(rb"[\x00-\x08\x0e-\x1f]")
@@ -59,8 +61,8 @@ class LogLayout(msgspec.Struct, frozen=True):
     separator: tab, `::`, comma or semicolon when detected
     header:    whether the first line names the columns
     unit:      of numbers that are times: `s`, `ms`, `us` or `ns`; detected by the size of the log's first ones
-    action:    action of every event when no column holds one
-    Raises LogFileError for an unknown format, field or unit.
+    action:    action of every event when no column holds one; None: `rate`
+    Raises LogFileError for an unknown format, field or unit, and for the unit of a log without times.
     """
 
     format: str | None = None
@@ -68,7 +70,7 @@ class LogLayout(msgspec.Struct, frozen=True):
     separator: str | None = None
     header: bool | None = None
     unit: str | None = None
-    action: str = "rate"
+    action: str | None = None
 
     @classmethod
     def parse(
@@ -83,19 +85,28 @@ class LogLayout(msgspec.Struct, frozen=True):
     ) -> "LogLayout":
         """Parse the command line's options; `columns` is comma-separated."""
         names = None if columns is None else tuple(name.strip() for name in columns.split(","))
-        return cls(format, names, separator, header, unit, action or "rate")
+        return cls(format, names, separator, header, unit, action)
 
     def __post_init__(self) -> None:
         _check_columns(self.columns, self.header)
         _check_choice(self.format, FORMATS, "format")
         _check_choice(self.unit, tuple(UNITS), "timestamp unit")
+        if self.unit is not None and self.columns is not None and "ts_ms" not in _fields(self.columns):
+            raise LogFileError(
+                f"--unit {self.unit}: --columns {','.join(self.columns)} names no ts, so it has no effect"
+            )
         if self.separator == "":
             raise LogFileError("the separator is empty; want one or more characters, such as ';'")
 
     @property
     def text_options(self) -> list[str]:
         """The given options that concern delimited text alone."""
-        options = {"--columns": self.columns, "--separator": self.separator, "--unit": self.unit}
+        options = {
+            "--columns": self.columns,
+            "--separator": self.separator,
+            "--unit": self.unit,
+            "--action": self.action,
+        }
         given = [name for name, value in options.items() if value is not None]
         return given + ([] if self.header is None else ["--header" if self.header else "--no-header"])
 
@@ -154,11 +165,15 @@ def _check_columns(names: tuple[str, ...] | None, header: bool | None) -> None:
         raise LogFileError(f"{option}: give all by position (user,item,ts) or all as field=header")
     if "=" in "".join(names) and header is False:
         raise LogFileError(f"{option}: refers to header names, but the layout says that there is no header")
-    fields = [_field(name.partition("=")[0]) for name in names if name not in SKIPPED]
+    fields = _fields(names)
     if duplicate := next((field for field in fields if fields.count(field) > 1), None):
         raise LogFileError(f"{option}: names {duplicate} twice")
     if missing := [field for field in REQUIRED if field not in fields]:
         raise LogFileError(f"{option}: has no {', '.join(missing)}; want at least user and item")
+
+
+def _fields(columns: tuple[str, ...]) -> list[str]:
+    return [_field(name.partition("=")[0]) for name in columns if name not in SKIPPED]
 
 
 def _field(name: str) -> str:

@@ -4,11 +4,9 @@ from collections.abc import Iterator
 
 import msgspec
 
-from pipeline.data.layout import BadRecord, InvalidLine, LogEntry
+from pipeline.data.layout import DECODE_ERRORS, BadRecord, InvalidLine, LogEntry
 from pipeline.data.recorded_file import MAX_RECORD_BYTES, RecordedFile
 from pipeline.records import Event
-
-DECODE_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 _decode = msgspec.msgpack.Decoder(Event).decode
 

@@ -11,12 +11,10 @@ from typing import TypeVar
 import msgspec
 
 from pipeline.data.delimited import DelimitedReader
-from pipeline.data.layout import BadRecord, InvalidLine, LogEntry, LogLayout, RepeatedHeader
+from pipeline.data.layout import DECODE_ERRORS, BadRecord, InvalidLine, LogEntry, LogLayout, RepeatedHeader
 from pipeline.data.recorded_file import LineBlock, RecordedFile
 from pipeline.data.text_records import text_records
 from pipeline.records import Event
-
-DECODE_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 Record = TypeVar("Record")
 

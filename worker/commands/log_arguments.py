@@ -17,6 +17,23 @@ SHOWN_ACTIONS = 10
 
 def add_log_layout(parser: ArgumentParser) -> None:
     """Add the options that describe delimited text, and the names of actions."""
+    _add_columns(parser)
+    parser.add_argument(
+        "--unit",
+        choices=("s", "ms", "us", "ns"),
+        help="unit of numeric timestamps in delimited text (default: detected by their size)",
+    )
+    parser.add_argument("--action", help="action of every event when delimited text has no such column (default: rate)")
+    parser.add_argument(
+        "--map-actions",
+        type=_pairs,
+        default={},
+        metavar="NAME=ACTION,…",
+        help="the log's names of actions, such as addtocart=cart,transaction=purchase; added to events.action_aliases",
+    )
+
+
+def _add_columns(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--columns",
         help="columns of delimited text by position: user,item[,action,ts,value,dwell]; - skips one; without ts an"
@@ -29,19 +46,6 @@ def add_log_layout(parser: ArgumentParser) -> None:
         "--header",
         action=BooleanOptionalAction,
         help="whether the first line of delimited text names the columns (default: detected)",
-    )
-    parser.add_argument(
-        "--unit",
-        choices=("s", "ms", "us", "ns"),
-        help="unit of numeric timestamps in delimited text (default: detected by their size)",
-    )
-    parser.add_argument("--action", help="action of every event when the log has no such column (default: rate)")
-    parser.add_argument(
-        "--map-actions",
-        type=_pairs,
-        default={},
-        metavar="NAME=ACTION,…",
-        help="the log's names of actions, such as addtocart=cart,transaction=purchase; added to events.action_aliases",
     )
 
 
@@ -78,10 +82,8 @@ def read_records(args: Namespace) -> "list[Item]":
         return []
     file = read_items(args.items)
     if file.unreadable:
-        _say(
-            f"{args.items}: {file.unreadable:,} records cannot be read, the first: {file.first_error}; they are"
-            f" skipped, {len(file.items):,} items are read"
-        )
+        left_out = _cannot_be_read(file.unreadable, file.first_error)
+        _say(f"{args.items}: {left_out}; {_skipped(file.unreadable, len(file.items), 'item')}")
     return file.items
 
 
@@ -116,7 +118,7 @@ def read_events(args: Namespace, config: "Config") -> "EventLog":
     if not len(log):
         raise LogFileError(f"{args.log}: no event in it could be read: {_left_out(log) or 'it is empty'}")
     if log.unreadable:
-        _say(f"{args.log}: {_left_out(log)}; they are skipped, {len(log):,} events are read")
+        _say(f"{args.log}: {_left_out(log)}; {_skipped(log.unreadable, len(log), 'event')}")
     return log
 
 
@@ -127,14 +129,28 @@ def _left_out(log: "EventLog") -> str:
     counts = [f"{action} {count:,}" for action, count in log.unknown_actions.most_common(SHOWN_ACTIONS)]
     more = len(log.unknown_actions) - len(counts)
     actions = f"; by unknown actions: {', '.join(counts)}{f' and {more:,} more' if more else ''} (see --map-actions)"
-    return f"{log.unreadable:,} records cannot be read, the first: {log.first_error}{actions if counts else ''}"
+    return f"{_cannot_be_read(log.unreadable, log.first_error)}{actions if counts else ''}"
+
+
+def _cannot_be_read(count: int, first_error: str) -> str:
+    if count == 1:
+        return f"1 record cannot be read: {first_error}"
+    return f"{count:,} records cannot be read, the first: {first_error}"
+
+
+def _skipped(count: int, read: int, kind: str) -> str:
+    skipped = "it is skipped" if count == 1 else "they are skipped"
+    return f"{skipped}, 1 {kind} is read" if read == 1 else f"{skipped}, {read:,} {kind}s are read"
 
 
 def _pairs(text: str) -> dict[str, str]:
     pairs = [part.partition("=") for part in text.split(",")]
     if not all(name.strip() and action.strip() for name, _, action in pairs):
         raise ArgumentTypeError(f"'{text}': want NAME=ACTION,…, such as addtocart=cart,transaction=purchase")
-    return {name.strip(): action.strip() for name, _, action in pairs}
+    actions = {name.strip(): action.strip() for name, _, action in pairs}
+    if len(actions) < len(pairs):
+        raise ArgumentTypeError(f"'{text}': names an action of the log twice")
+    return actions
 
 
 def _say(text: str) -> None:

@@ -125,7 +125,9 @@ class Codec:
             event = replace(event, action=self._action_aliases[event.action])
         if event.action not in self._actions:
             actions = ", ".join(sorted(self._actions))
-            raise InvalidRecord(f"unknown action {event.action!r}; events.actions has {actions}")
+            raise InvalidRecord(
+                f"unknown action {event.action!r}; events.actions has {actions}; map it with events.action_aliases"
+            )
         if not oldest_ms <= event.ts_ms <= newest_ms:
             raise InvalidRecord(_out_of_time(event.ts_ms, oldest_ms, newest_ms))
         if record.key is not None and record.key != event.user_id.encode():

@@ -56,7 +56,7 @@ def test_log_without_an_event_is_one_sentence(command: str, shop, tmp_path: Path
     nan = '{"user_id": "u", "item_id": "i", "action": "view", "ts_ms": 1, "value": NaN}'
     for content, reason in [
         ("", "it is empty"),
-        ('{"user_id": 1}\n', "1 records cannot be read, the first: line 1"),
+        ('{"user_id": 1}\n', "1 record cannot be read: line 1"),
         (nan, "line 1: not an event: JSON is malformed: invalid character (byte 72), at 'NaN}'"),
     ]:
         (tmp_path / "log.jsonl").write_text(content)

@@ -76,6 +76,27 @@ def test_mistake_in_the_mapped_actions_is_one_sentence(tmp_path: Path, capsys: C
     with pytest.raises(SystemExit, match="2"):
         parsed(tmp_path, "--map-actions", "addtocart")
     assert "'addtocart': want NAME=ACTION,…" in capsys.readouterr().err
+    for twice in ("a=cart,a=view", "a=cart, a=cart"):
+        with pytest.raises(SystemExit, match="2"):
+            parsed(tmp_path, "--map-actions", twice)
+        assert f"'{twice}': names an action of the log twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options", "message"),
+    [
+        ("log.csv", "u,i\n", ("--columns", "user,item", "--unit", "s"), "--unit s: --columns user,item names no ts"),
+        ("log.csv", "a,b\nu,i\n", ("--columns", "user=a,item=b", "--unit", "ms"), "names no ts, so it has no effect"),
+        ("log.jsonl", "{}\n", ("--action", "view"), "holds json, .* --action is for delimited text"),
+        ("log.msgpack", "\x01", ("--action", "rate"), "holds msgpack, .* --action is for delimited text"),
+    ],
+)
+def test_option_that_would_have_no_effect_is_refused(
+    name: str, content: str, options: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(LogFileError, match=message):
+        read_events(parsed(tmp_path / name, *options), Config())
 
 
 def test_invalid_items_are_reported_and_skipped(tmp_path: Path, capsys: Capture) -> None:
@@ -83,7 +104,10 @@ def test_invalid_items_are_reported_and_skipped(tmp_path: Path, capsys: Capture)
     items.write_text("item_id,title\na,Lamp\nb\nc,Desk\n")
     assert [item.item_id for item in read_records(parsed(tmp_path, "--items", str(items)))] == ["a", "c"]
     assert capsys.readouterr().err == (
-        f"{items}: 1 records cannot be read, the first: line 3: 1 columns; the first line has 2; they are skipped,"
-        " 2 items are read\n"
+        f"{items}: 1 record cannot be read: line 3: 1 columns; the first line has 2; it is skipped, 2 items are read\n"
     )
+    items.write_text("item_id,title\na,Lamp\nb\nc\n")
+    assert len(read_records(parsed(tmp_path, "--items", str(items)))) == 1
+    assert "2 records cannot be read, the first: line 3: 1" in (said := capsys.readouterr().err)
+    assert said.endswith("; they are skipped, 1 item is read\n")
     assert read_records(parsed(tmp_path)) == []
