@@ -67,31 +67,50 @@ def event_log_from_blocks(
     action_aliases: foreign names of the schema's actions
     """
     packer = _BlockPacker(schema, action_aliases)
+    left_out = _LeftOut()
     users = _IdColumn()
     items = _IdColumn()
     packed = [np.empty(0, EVENT_DTYPE)]
-    unreadable = 0
-    first_error = ""
-    unknown_actions: Counter[str] = Counter()
     for block in blocks:
         events = [entry for entry in block if isinstance(entry, Event) and entry.action in packer.actions]
         if len(events) < len(block):
-            unreadable += len(block) - len(events)
-            first_error = first_error or next(filter(None, (_error(entry, packer.actions) for entry in block)))
-            actions = (entry.action for entry in block if isinstance(entry, Event))
-            unknown_actions.update(action for action in actions if action not in packer.actions)
+            left_out.add(block, packer.actions)
         users.extend([event.user_id for event in events])
         items.extend([event.item_id for event in events])
         packed.append(packer.pack(events))
-    log = EventLog(*users.sorted(), *items.sorted(), np.concatenate(packed), unreadable, first_error, unknown_actions)
+    log = EventLog(*users.sorted(), *items.sorted(), np.concatenate(packed), *left_out.fields())
     packed.clear()  # frees the blocks
     hashes = np.fromiter(map(item_hash, log.item_ids), np.uint64, len(log.item_ids))
     log.events["item"] = hashes[log.items]
+    _sort_by_time(log)
+    return log
+
+
+def _sort_by_time(log: EventLog) -> None:
     order = np.argsort(log.ts_ms, kind="stable")
     log.users = log.users[order]
     log.items = log.items[order]
     log.events = log.events[order]
-    return log
+
+
+@dataclass(slots=True)
+class _LeftOut:
+    """The records that cannot be packed: their number, what is wrong with the first, and the unknown actions."""
+
+    count: int = 0
+    first_error: str = ""
+    unknown_actions: Counter[str] = field(default_factory=Counter)
+
+    def add(self, block: list[LogEntry], actions: dict[str, int]) -> None:
+        """Add those of a block."""
+        errors = list(filter(None, (_error(entry, actions) for entry in block)))
+        self.count += len(errors)
+        self.first_error = self.first_error or errors[0]
+        names = (entry.action for entry in block if isinstance(entry, Event))
+        self.unknown_actions.update(name for name in names if name not in actions)
+
+    def fields(self) -> tuple[int, str, Counter[str]]:
+        return self.count, self.first_error, self.unknown_actions
 
 
 def _error(entry: LogEntry, actions: dict[str, int]) -> str:

@@ -98,9 +98,9 @@ def read_items(path: Path) -> ItemFile:
     if not items:
         raise LogFileError(f"{path}: no item in it could be read: {first_error or 'it is empty'}")
     if all(item == Item(item.item_id) for item in items):
+        those = "its one record has no" if len(items) == 1 else f"not one of its {len(items):,} records has a"
         raise LogFileError(
-            f"{path}: not one of its {len(items):,} records has a {', '.join(list(ITEM_ALIASES)[1:-1])} or tags: want"
-            " item records, not events"
+            f"{path}: {those} {', '.join(list(ITEM_ALIASES)[1:-1])} or tags: want item records, not events"
         )
     return ItemFile(items, len(bad), first_error)
 
@@ -113,5 +113,7 @@ def _open_blocks(path: Path) -> Iterator[list[Item | BadRecord]]:
     if format == "json":
         return parsed(file.lines(), _item_from_json, "an item")
     records = text_records(file.lines(), None, path.name)
+    if not records.first:  # only blank lines, or the file ended early
+        return parsed(records.blocks(0, skip_first=False), _item_from_json, "an item")
     reader = ItemReader.from_records(records, path)
     return parsed(records.blocks(len(reader.header), skip_first=True), reader.item, "an item")

@@ -121,7 +121,8 @@ def test_invalid_item_is_left_out_counted_and_explained(text: str, error: str, t
     [
         ('{"item_id": "a", "price": -1}\n', "no item in it could be read: line 1: not an item"),
         ("name\tprice\nx\t1\n", "no header that names item_id"),
-        ("", "no header"),
+        ("", "no item in it could be read: it is empty"),
+        ("\n\n", "no item in it could be read: it is empty"),
         ("item_id,title\n", "no item in it could be read: it is empty"),
         ("[1, 2]", "JSON array"),
         (b"\x81\xa1a\x01", "holds MessagePack"),
@@ -129,7 +130,7 @@ def test_invalid_item_is_left_out_counted_and_explained(text: str, error: str, t
             '{"item_id": "a", "user_id": "u", "action": "view"}\n{"item_id": "b"}\n',
             "not one of its 2 records has a title",
         ),
-        ("user\titem\nu\ti\n", "not one of its 1 records has a title"),
+        ("user\titem\nu\ti\n", "its one record has no title, text"),
     ],
 )
 def test_file_without_any_readable_item_is_an_error(content: str | bytes, message: str, tmp_path: Path) -> None:
