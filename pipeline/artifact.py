@@ -26,7 +26,7 @@ from pipeline.errors import ArtifactError
 from pipeline.features.event_features import FEATURE_LAYOUT
 from pipeline.features.labels import LabelOptions, LabelRules
 from pipeline.files import exchange, flush, hash_mismatch
-from pipeline.items.catalogue import Catalogue
+from pipeline.items.catalogue import Catalogue, ItemFacts
 from pipeline.items.metadata import ItemMetadata
 from pipeline.items.vocabulary import UNKNOWN, Vocabulary
 from pipeline.manifest import (
@@ -92,6 +92,12 @@ class Artifact:
         admitted = tokens[part] != UNKNOWN
         facts = {name: column[part][admitted] for name, column in self.metadata.facts.items()}
         catalogue.restore_facts(tokens[part][admitted], facts)
+
+    def exchange_facts(self, catalogue: Catalogue, tokens: np.ndarray, part: slice) -> ItemFacts:
+        """Restore the items' metadata as `load_into` does, and return the facts that the items of the part had."""
+        before = catalogue.facts(tokens[part])
+        self.load_into(catalogue, tokens, part)
+        return before
 
     def check_schema(self, schema: EventSchema) -> None:
         """Raise ArtifactError unless the codes that the model was trained with mean the same in `schema`."""

@@ -166,14 +166,8 @@ class HotSwap:
 
     async def _load_facts(self, artifact: Artifact, tokens: np.ndarray) -> list[ItemFacts]:
         """Load the items' facts into the catalogue, and return those that they had, chunk by chunk."""
-        catalogue = self._ranker.pipeline.catalogue
-
-        def load(part: slice) -> ItemFacts:
-            before = catalogue.facts(tokens[part])
-            artifact.load_into(catalogue, tokens, part)
-            return before
-
-        return [await self._ranker.run_in_thread(partial(load, part)) for part in _chunks(tokens)]
+        exchange = partial(artifact.exchange_facts, self._ranker.pipeline.catalogue, tokens)
+        return [await self._ranker.run_in_thread(partial(exchange, part)) for part in _chunks(tokens)]
 
     async def _restore_facts(self, tokens: np.ndarray, facts: list[ItemFacts]) -> None:
         """Give items without a record the facts back that they had before a rejected artifact's."""
