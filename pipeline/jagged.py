@@ -40,3 +40,23 @@ def rank_in_run(keys: np.ndarray) -> np.ndarray:
     """Return each value's position within its run of equal values: int64 [n]."""
     starts = run_starts(keys)
     return np.arange(len(keys)) - np.repeat(starts, np.diff(np.append(starts, len(keys))))
+
+
+def latest_equal(rows: np.ndarray, values: np.ndarray, selected: np.ndarray) -> np.ndarray:
+    """Return each position's latest earlier one that is selected and has its row and value: int64 [total]; -1 = none.
+
+    rows, values: [total], of integers; selected: bool [total]
+    """
+    total = len(selected)
+    order = np.lexsort((values, rows))  # stable: a run of equal pairs is in the order of positions
+    rows = rows[order]
+    values = values[order]
+    starts_run = np.ones(total, bool)
+    starts_run[1:] = (rows[1:] != rows[:-1]) | (values[1:] != values[:-1])
+    run_start = np.maximum.accumulate(np.where(starts_run, np.arange(total), 0))
+    places = np.where(selected[order], np.arange(total), -1)
+    before = np.maximum.accumulate(np.append(-1, places[:-1]))[:total]
+    found = before >= run_start
+    latest = np.full(total, -1)
+    latest[order[found]] = order[before[found]]
+    return latest

@@ -7,7 +7,7 @@ import numpy as np
 
 from pipeline.data.event_log import EventLog
 from pipeline.items.vocabulary import Vocabulary
-from pipeline.jagged import find_rows, ranges, row_starts
+from pipeline.jagged import find_rows, latest_equal, ranges, row_starts
 from pipeline.records import Histories
 
 
@@ -63,15 +63,7 @@ class UserSequences:
     @property
     def is_first_touch(self) -> np.ndarray:
         """Whether the user touches this item for the first time: bool [total]."""
-        users = np.repeat(np.arange(len(self.offsets) - 1, dtype=np.uint64), np.diff(self.offsets))
-        order = np.lexsort((self.events["item"], users))
-        items = self.events["item"][order]
-        users = users[order]
-        starts_run = np.ones(len(order), bool)
-        starts_run[1:] = (items[1:] != items[:-1]) | (users[1:] != users[:-1])
-        is_first = np.empty(len(order), bool)
-        is_first[order] = starts_run  # lexsort is stable: a run starts with its earliest event
-        return is_first
+        return latest_equal(self.histories.users, self.events["item"], np.ones(len(self), bool)) < 0
 
     def histories_before(self, positions: np.ndarray, max_events: int) -> Histories:
         """Return their users' histories just before these events, the latest `max_events`, as a ring keeps them.

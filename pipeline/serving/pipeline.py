@@ -133,7 +133,7 @@ class Pipeline:
         self._check_strategy(strategy)
         events = checked_histories("recommend", histories, self.options.schema.actions)
         packed = Histories.from_events(events, self.options.schema)
-        self.admit([event.item_id for history in events for event in history])
+        self._admit([event.item_id for history in events for event in history])
         result = self.rank(packed, k, strategy)
         return [Recommendation(items, *origin) for items, origin in zip(result.slates, result.origins, strict=True)]
 
@@ -191,9 +191,7 @@ class Pipeline:
 
         Raises ValueError for an invalid id.
         """
-        item_ids = checked_ids("admit", item_ids)
-        evict_for(item_ids, self.catalogue, self.counters)
-        self.vocabulary.touch(self.vocabulary.admit(item_ids))
+        self._admit(checked_ids("admit", item_ids))
 
     def load_items(self, items: Iterable[Item], delisted: Iterable[str] = ()) -> np.ndarray:
         """Load item records and delisted items, as found at the start or in a file; no item is in both.
@@ -218,6 +216,10 @@ class Pipeline:
         """Count the events that are new, bool [total events]: see Histories.from_rings_and_new."""
         check_new(histories, is_new)
         self.counters.observe(histories, is_new)
+
+    def _admit(self, item_ids: Collection[str]) -> None:
+        evict_for(item_ids, self.catalogue, self.counters)
+        self.vocabulary.touch(self.vocabulary.admit(item_ids))
 
     def _load_items(self, items: Collection[Item], delisted: Collection[str]) -> np.ndarray:
         tokens = self.catalogue.upsert(items)

@@ -1,6 +1,5 @@
 """Checks of what a library's caller passes, made before anything is admitted: a refused call leaves nothing behind."""
 
-import math
 from collections.abc import Collection, Iterable, Sequence
 
 import msgspec
@@ -72,7 +71,7 @@ def _check_record(place: str, record: object, kind: type[msgspec.Struct]) -> Non
 
 
 def _check(place: str, value: object, kind: object) -> None:
-    """Raise ValueError unless the value has this type, its texts can be encoded and its numbers are finite."""
+    """Raise ValueError unless the value has this type, with finite numbers, and its texts can be encoded."""
     try:
         msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
@@ -87,8 +86,6 @@ def _check_leaves(place: str, value: object) -> None:
                 value.encode()
             except UnicodeEncodeError as error:
                 raise ValueError(f"{place}: {value!r} is not valid Unicode: {error.reason}") from error
-        case float() if not math.isfinite(value):
-            raise ValueError(f"{place}: {value} is not a finite number")
         case dict():
             for key, each in value.items():
                 _check_leaves(place, key)

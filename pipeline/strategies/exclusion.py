@@ -3,7 +3,7 @@
 import msgspec
 import numpy as np
 
-from pipeline.jagged import row_starts
+from pipeline.jagged import latest_equal, row_starts
 from pipeline.records import DAY_MS, EventSchema, Histories
 
 
@@ -24,19 +24,18 @@ class Exclusion(msgspec.Struct, frozen=True):
 
     def mask(self, histories: Histories) -> np.ndarray:
         """Return bool [total]: the events whose item must not be recommended to their user."""
-        newest = np.repeat(histories.offsets[1:] - 1, histories.lengths)
-        return self.excludes(histories, np.arange(len(newest)), newest)
+        mask = self._selected(histories)
+        if self.window_ms:
+            newest = np.repeat(histories.offsets[1:] - 1, histories.lengths)
+            mask &= self._is_recent(histories, np.arange(len(newest)), newest)
+        return mask
 
     def excludes(self, histories: Histories, events: np.ndarray, newest: np.ndarray) -> np.ndarray:
         """Return bool [m]: whether each event keeps its item off the slate that follows the user's event `newest`.
 
         events, newest: int64 [m], positions in the histories, each pair of one user
         """
-        excludes = self._selected(histories)[events]
-        if self.window_ms:
-            ts_ms = histories.ts_ms
-            excludes &= ts_ms[events] >= ts_ms[newest] - self.window_ms
-        return excludes
+        return self._selected(histories)[events] & self._is_recent(histories, events, newest)
 
     def excluded_targets(self, histories: Histories, max_events: int) -> np.ndarray:
         """Return bool [total]: events whose item this rule kept off the slate just before them.
@@ -45,10 +44,11 @@ class Exclusion(msgspec.Struct, frozen=True):
         """
         excluded = np.zeros(len(histories.events), bool)
         for part, chunk in histories.chunks():
-            latest = _latest_before(chunk, self._selected(chunk))  # if this one excludes nothing, no earlier one does
+            # The latest selected event: if this one excludes nothing, no earlier one does.
+            latest = latest_equal(chunk.users, chunk.items, self._selected(chunk))
             oldest = np.maximum(row_starts(chunk.offsets), np.arange(len(latest)) - max_events)  # in the ring
             events = np.flatnonzero(latest >= oldest)
-            excluded[part][events] = self.excludes(chunk, latest[events], events - 1)
+            excluded[part][events] = self._is_recent(chunk, latest[events], events - 1)
         return excluded
 
     def _selected(self, histories: Histories) -> np.ndarray:
@@ -57,19 +57,9 @@ class Exclusion(msgspec.Struct, frozen=True):
             return np.ones(len(histories.events), bool)
         return np.isin(histories.actions, self.action_codes)
 
-
-def _latest_before(histories: Histories, selected: np.ndarray) -> np.ndarray:
-    """Return int64 [total]: each event's latest earlier selected event of the same user and item; -1 = none."""
-    total = len(selected)
-    order = np.lexsort((histories.items, histories.users))  # stable: a run of equal pairs is in time order
-    users = histories.users[order]
-    items = histories.items[order]
-    starts_run = np.ones(total, bool)
-    starts_run[1:] = (users[1:] != users[:-1]) | (items[1:] != items[:-1])
-    places = np.where(selected[order], np.arange(total), -1)
-    latest = np.maximum.accumulate(np.append(-1, places[:-1]))[:total]
-    run_start = np.maximum.accumulate(np.where(starts_run, np.arange(total), 0))
-    earlier = np.full(total, -1)
-    found = latest >= run_start
-    earlier[order[found]] = order[latest[found]]
-    return earlier
+    def _is_recent(self, histories: Histories, events: np.ndarray, newest: np.ndarray) -> np.ndarray:
+        """Return bool [m]: whether each event is within the window that ends with the event `newest`."""
+        if not self.window_ms:
+            return np.ones(len(events), bool)
+        ts_ms = histories.ts_ms
+        return ts_ms[events] >= ts_ms[newest] - self.window_ms

@@ -34,9 +34,8 @@ FUSED_MIN_SCORES = 16_000_000
 GROUP_ITEMS = 64
 CHECKED_USERS = 16
 CHECKED_ITEMS = 40_000
-CHECK_TOLERANCE = (
-    1e-4  # of 16 users and 512 columns sums differ by 2e-6; a lost candidate moves a score by 3e-4 or more
-)
+# Of 16 users and 512 columns sums differ by 2e-6; a lost candidate moves a score by 3e-4 or more.
+CHECK_TOLERANCE = 1e-4
 
 
 @dataclass(slots=True)

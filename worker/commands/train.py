@@ -41,6 +41,7 @@ from worker.output.paths import check_folder
 
 if TYPE_CHECKING:
     from pipeline.manifest import Manifest
+    from pipeline.strategies.options import PipelineOptions
     from pipeline.training.distributed import ProcessGroup
     from pipeline.training.preparation import TrainingOptions
     from pipeline.training.warm_start import WarmStart
@@ -133,7 +134,7 @@ def run(args: Namespace) -> int:
     check_folder(args.out.absolute().parent, "--out")
     check_target(args.out)
     with process_group(resolve_device(pipeline.device)) as group:
-        manifest = _train(args, options, loaded, warm_start, group)
+        manifest = _train(args, options, loaded, pipeline, warm_start, group)
     if not group.is_main:
         return 0
     metrics = manifest.metrics
@@ -148,6 +149,7 @@ def _train(
     args: Namespace,
     options: "TrainingOptions",
     config: "Config",
+    pipeline: "PipelineOptions",
     warm_start: "WarmStart | None",
     group: "ProcessGroup",
 ) -> "Manifest":
@@ -157,7 +159,6 @@ def _train(
     from rich.console import Console
 
     from pipeline.training.train import train
-    from worker.inference.load import pipeline_options
     from worker.output.learning_curves import LearningCurves
     from worker.output.training_display import TrainingDisplay
 
@@ -168,7 +169,6 @@ def _train(
             callback = stack.enter_context(LearningCurves(args.learning_curves, callback))
         log = read_events(args, config)
         items = read_records(args)
-        pipeline = pipeline_options(config)
         return train(log, args.out, options, pipeline, callback, created, args.resume, items, warm_start, group)
 
 
