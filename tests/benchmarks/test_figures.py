@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks import accuracy_figures, kernel_figures, results
-from tests.benchmarks.accuracy_figures import ACCURACY, JOURNEY, best_trial, summary
+from tests.benchmarks.accuracy_figures import (
+    ACCURACY,
+    BEAUTY,
+    BEAUTY_AGAIN,
+    JOURNEY,
+    best_trial,
+    most_trials,
+    number,
+    summary,
+)
 from tests.benchmarks.kernel_figures import N
 
 RANKINGS = ("hit_rate_popularity", "hit_rate_cooccurrence", "hit_rate_hstu")
@@ -42,8 +51,9 @@ README = {
     rf"slate consumed, at {N} events/s \| p50 {N} ms, p95 {N} ms, p99 {N} ms": [
         STREAM.metrics[name] for name in ("latency_rate_per_s", "p50_ms", "p95_ms", "p99_ms")
     ],
-    rf"through Kafka; [^|]*\| {N} \| popularity {N}, co-occurrence {N} \|": [
-        REPLAY.metrics[name] for name in ("hit_rate_hstu", "hit_rate_popularity", "hit_rate_cooccurrence")
+    rf"through Kafka \| {N} \| popularity {N}, co-occurrence {N}; on [^|]* {N}, popularity {N}, co-occurrence {N} \|": [
+        MOVIELENS[f"hit_rate_{name}{steps}"]
+        for steps in ("", "_untied") for name in ("slate", "popularity", "cooccurrence")
     ],
     rf"simulated shop \| {N} \| popularity {N}, co-occurrence {N}, ground truth {N} \|": [
         SHOP[f"hit_rate_{name}"] for name in ("hstu", "popularity", "cooccurrence", "truth")
@@ -82,6 +92,10 @@ BENCHMARKS = {
     ],
     rf"full log through Kafka: {N} slates, {N} lost \| {N} \| {N} \| {N} \|": [
         REPLAY.metrics["slates"], REPLAY.metrics["lost"], *(REPLAY.metrics[name] for name in RANKINGS),
+    ],
+    rf"{N} % of the scored steps are tied; on the others {N}, {N} and {N} \|": [
+        100 * REPLAY.metrics["tied_fraction"],
+        *(MOVIELENS[f"hit_rate_{name}_untied"] for name in ("popularity", "cooccurrence", "slate")),
     ],
     rf"8 heads\) \| {N} \| {N} \| {N} \| {N} % of the gap to the ground truth's {N}": [
         *(SHOP[name] for name in RANKINGS), 100 * REPLAY.metrics["truth_gap_closed_simulated"], SHOP["hit_rate_truth"],
@@ -160,8 +174,15 @@ def test_ablations_lie_within_the_interval_of_the_tuned_model() -> None:
 
 def test_best_trials_on_the_groceries_end_at_their_last_epoch() -> None:
     for model in ("hstu", "sasrec"):
-        epoch, options = best_trial(JOURNEY, model)
-        assert epoch == options["trainer.epochs"]
+        best = best_trial(JOURNEY, model)
+        assert best["epoch"] == json.loads(str(best["options"]))["trainer.epochs"]
+
+
+def test_best_trials_on_beauty_are_those_of_its_first_search() -> None:
+    assert most_trials(BEAUTY) == most_trials(BEAUTY_AGAIN)
+    for model in ("hstu", "hstu_contents", "sasrec"):
+        first, second = (number(best_trial(result, model)["ndcg10"]) for result in (BEAUTY, BEAUTY_AGAIN))
+        assert first > second
 
 
 @pytest.mark.parametrize("path", sorted(results.FOLDER.glob("*.json")), ids=lambda path: path.stem)
