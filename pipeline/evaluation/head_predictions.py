@@ -21,11 +21,12 @@ def predict_heads(hstu: HstuStrategy, events: HeldOutEvents) -> np.ndarray:
 
 
 def fit_calibration(
-    hstu: HstuStrategy, train: UserSequences, labels: np.ndarray, ring_events: int, seed: int
+    hstu: HstuStrategy, train: UserSequences, labels: np.ndarray, rules: LabelRules, ring_events: int, seed: int
 ) -> list[tuple[float, float]]:
     """Return scale and shift of each head, fitted to its probabilities for rings of `ring_events`, as in serving.
 
-    hstu: not calibrated; labels: float [total, 3], NaN where the model was trained on the label or none exists.
+    hstu: not calibrated
+    labels: by these rules, float [total, 3], NaN where the model was trained on the label or none exists
     """
     positions = np.random.default_rng(seed).permutation(np.flatnonzero(np.isfinite(labels).any(axis=1)))
     positions = np.sort(positions[:MAX_CALIBRATION_EVENTS])
@@ -33,7 +34,10 @@ def fit_calibration(
     probabilities = predict_heads(hstu, events).astype(np.float64)
     probabilities = np.clip(probabilities, PROBABILITY_FLOOR, 1 - PROBABILITY_FLOOR)
     logits = np.log(probabilities) - np.log1p(-probabilities)
-    return [fit_platt(logits[:, task], labels[positions, task], events.users) for task in range(len(TASKS))]
+    groupings = {task: [events.users] for task in TASKS}
+    # Labels of one time overlap: they are about the same days.
+    groupings["retention"].append(train.histories.ts_ms[events.positions] // max(rules.retention_ms, 1))
+    return [fit_platt(logits[:, n], labels[positions, n], *groupings[task]) for n, task in enumerate(TASKS)]
 
 
 def held_out_labels(train: UserSequences, fit: UserSequences, validation: np.ndarray, rules: LabelRules) -> np.ndarray:

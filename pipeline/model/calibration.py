@@ -3,9 +3,10 @@
 probability = sigmoid(scale * logit + shift); with shift 0 this is temperature scaling (Platt 1999; Guo et al., ICML
 2017). A scale above 0 keeps every order: a head's AUC does not change.
 
-A user's labels depend on each other: all events of a session have the same next session. On a simulated shop 11,000
-labels of returns within eight days told as much as 1,000 independent ones, and a scaling fitted to them followed the
-week instead of the head. So a head is scaled only if its labels, taken user by user, show that it needs it.
+Labels depend on each other: all events of a user's session have the same next session, and labels of the returns of a
+week share that week. On a simulated shop 11,000 of them within eight days told as much as 1,000 independent ones, and a
+scaling fitted to them followed the week instead of the head. So a head is scaled only if its labels show that it needs
+it even if those of one user, or of one week, count as one.
 """
 
 import numpy as np
@@ -16,14 +17,14 @@ IDENTITY = (1.0, 0.0)
 # The weight of a prior at IDENTITY, in labels: with few labels the scaling stays near the head's own output.
 PRIOR_LABELS = 20.0
 NEWTON_STEPS = 25  # from IDENTITY it takes 4 to 6
-MIN_USERS = 10  # with fewer, their spread says nothing
-MIN_WALD = 5.99  # the 95 % quantile of chi-squared with two degrees of freedom
+SIGNIFICANCE = 0.05
 
 
-def fit_platt(logits: np.ndarray, labels: np.ndarray, users: np.ndarray) -> tuple[float, float]:
+def fit_platt(logits: np.ndarray, labels: np.ndarray, *groupings: np.ndarray) -> tuple[float, float]:
     """Return the scale and shift of the lowest log loss.
 
-    logits, labels: float [n], labels of NaN are ignored; users: int [n], each label's user
+    logits, labels: float [n], labels of NaN are ignored
+    groupings: int [n] each, say each label's user: labels of one group may depend on each other
     Returns IDENTITY where all labels are equal, where they do not show at 95 % that the head is off, or where the best
     scale would reverse the order.
     """
@@ -38,7 +39,8 @@ def fit_platt(logits: np.ndarray, labels: np.ndarray, users: np.ndarray) -> tupl
         theta = theta + np.linalg.solve(hessian, scores.sum(0) - PRIOR_LABELS * (theta - IDENTITY))
     scale, shift = theta.tolist()
     scores, hessian = _derivatives(x, targets, theta)
-    is_needed = scale > 0 and _wald(theta - IDENTITY, hessian, scores, users[labelled]) > MIN_WALD
+    steps = scores @ np.linalg.inv(hessian)  # by how much each label moved theta
+    is_needed = scale > 0 and all(_is_significant(theta - IDENTITY, steps, groups[labelled]) for groups in groupings)
     return (scale, shift) if is_needed else IDENTITY
 
 
@@ -49,19 +51,25 @@ def _derivatives(x: np.ndarray, targets: np.ndarray, theta: np.ndarray) -> tuple
     return x * (targets - probabilities)[:, None], hessian
 
 
-def _wald(difference: np.ndarray, hessian: np.ndarray, scores: np.ndarray, users: np.ndarray) -> float:
-    """Return the Wald statistic of a difference, float [2], with a covariance by users (Liang and Zeger 1986).
+def _is_significant(difference: np.ndarray, steps: np.ndarray, groups: np.ndarray) -> bool:
+    """Whether a difference, float [2], is not 0 at SIGNIFICANCE, if labels of one group depend on each other.
 
-    scores, hessian: of _derivatives. 0 for too few users to tell.
+    Hotelling's test on the groups' steps: a Wald test with a covariance by groups (Liang and Zeger 1986) whose bound
+    grows as groups get few. With two groups or fewer nothing is significant.
+
+    steps: float [n, 2], of each label; groups: int [n]
     """
-    _, rows = np.unique(users, return_inverse=True)
-    sums = np.zeros((int(rows.max()) + 1, 2))
-    if len(sums) < MIN_USERS:
-        return 0.0
-    np.add.at(sums, rows, scores)
-    bread = np.linalg.inv(hessian)
-    covariance = bread @ (sums.T @ sums) @ bread * len(sums) / (len(sums) - 1)
-    return float(difference @ np.linalg.solve(covariance, difference))
+    _, rows = np.unique(groups, return_inverse=True)
+    count = int(rows.max()) + 1
+    if count <= len(difference):
+        return False
+    sums = np.zeros((count, len(difference)))
+    np.add.at(sums, rows, steps)
+    covariance = sums.T @ sums * count / (count - 1)
+    statistic = float(difference @ np.linalg.pinv(covariance, hermitian=True) @ difference)  # logits may be constant
+    # (count - 1) times 2 / (count - 2) times the quantile of F with 2 and count - 2 degrees of freedom
+    bound = (count - 1) * (SIGNIFICANCE ** (-2 / (count - 2)) - 1)
+    return statistic > bound
 
 
 def check_calibration(calibration: np.ndarray, version: str) -> None:

@@ -186,9 +186,10 @@ def _calibrate(setup: TrainingSetup, weights: dict[str, Tensor]) -> list[tuple[f
     """
     if not setup.group.is_main:
         return [IDENTITY] * len(TASKS)
-    labels = held_out_labels(setup.train, setup.fit, setup.validation_mask, setup.label_rules)
+    rules = setup.label_rules
+    labels = held_out_labels(setup.train, setup.fit, setup.validation_mask, rules)
     ring_events = setup.pipeline.ring_events
-    return fit_calibration(setup.ranker(weights), setup.train, labels, ring_events, setup.options.trainer.seed)
+    return fit_calibration(setup.ranker(weights), setup.train, labels, rules, ring_events, setup.options.trainer.seed)
 
 
 def _refit(

@@ -3,10 +3,11 @@ import pytest
 
 from pipeline.data.event_log import event_log_from_blocks
 from pipeline.data.sequences import UserSequences
-from pipeline.evaluation.head_predictions import held_out_labels
-from pipeline.features.labels import LabelRules, compute_labels
+from pipeline.evaluation.head_predictions import fit_calibration, held_out_labels
+from pipeline.features.labels import TASKS, LabelRules, compute_labels
 from pipeline.items.vocabulary import Vocabulary
-from pipeline.records import DAY_MS, Event, EventSchema
+from pipeline.model.calibration import IDENTITY
+from pipeline.records import DAY_MS, Event, EventSchema, Histories
 
 SCHEMA = EventSchema()
 RULES = LabelRules.from_options(SCHEMA)
@@ -42,3 +43,23 @@ def test_held_out_labels_equal_all_labels_without_trained_ones(sequences: Sequen
     np.testing.assert_array_equal(labels[has_label], all_labels[has_label])
     is_trained = np.isfinite(compute_labels(fit.histories, RULES, 19 * DAY_MS + 2))
     assert not has_label[~validation][is_trained].any()
+
+
+class ConfidentHeads:
+    """Heads that are always too sure, for fit_calibration: 0.7 or 0.9."""
+
+    def probabilities(self, histories: Histories, tokens: np.ndarray) -> np.ndarray:
+        confident = np.where(histories.lengths % 2, 0.9, 0.7)
+        return np.tile(confident[:, None, None], (1, 1, len(TASKS)))
+
+
+@pytest.mark.parametrize(("days", "is_retention_scaled"), [(13, False), (84, True)])
+def test_retention_is_scaled_only_by_labels_of_several_horizons(days: int, is_retention_scaled: bool) -> None:
+    events = [Event(f"u{user}", "i1", "view", day * DAY_MS + user) for day in range(days) for user in range(40)]
+    log = event_log_from_blocks([events], SCHEMA)
+    train = UserSequences.from_log(log, Vocabulary(log.item_ids))
+    labels = (np.random.default_rng(0).random((len(train), len(TASKS))) < 0.5).astype(np.float32)
+    labels[train.offsets[1:] - 1] = np.nan
+    calibration = fit_calibration(ConfidentHeads(), train, labels, RULES, 64, 0)
+    is_scaled = dict(zip(TASKS, (each != IDENTITY for each in calibration), strict=True))
+    assert is_scaled == {"engagement": True, "retention": is_retention_scaled, "monetization": True}

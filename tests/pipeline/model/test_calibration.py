@@ -70,22 +70,48 @@ def test_head_with_reversed_order_is_left_as_it_is() -> None:
     assert fit_platt(-logits, labels, each_its_own(labels)) == IDENTITY
 
 
-def test_labels_that_repeat_each_other_move_the_head_no_more_than_one_of_them() -> None:
-    """A hundred users have one outcome each, by the head's own probability, and two hundred labels of it."""
+@pytest.mark.parametrize("shared", ["user", "period"])
+def test_labels_that_repeat_each_other_move_the_head_no_more_than_one_of_them(shared: str) -> None:
+    """A hundred users, or weeks, have one outcome each, by the head's own probability, and two hundred labels of it."""
     rng = np.random.default_rng(3)
     moved = []
     for _ in range(40):
         logits = rng.normal(2, 0.5, 100)
         outcomes = (rng.random(100) < sigmoid(logits)).astype(np.float32)
-        users = np.repeat(np.arange(100), 200)
-        moved.append(fit_platt(logits[users], outcomes[users], users) != IDENTITY)
+        groups = np.repeat(np.arange(100), 200)
+        others = np.arange(len(groups))
+        users, periods = (groups, others) if shared == "user" else (others, groups)
+        moved.append(fit_platt(logits[groups], outcomes[groups], users, periods) != IDENTITY)
     assert np.mean(moved) < 0.2, "independent, these labels would move nearly every head"
 
 
-def test_labels_of_a_few_users_leave_the_head_as_it_is() -> None:
+@pytest.mark.parametrize("periods", [3, 5, 12])
+def test_a_right_head_is_seldom_scaled_however_few_the_periods(periods: int) -> None:
+    """In each period all users return more or less often: a shift of their logits, 0 in the mean."""
+    rng = np.random.default_rng(4)
+    scaled = []
+    for _ in range(200):
+        logits = rng.normal(0, 1, 2000)
+        period = np.arange(2000) % periods
+        outcomes = (rng.random(2000) < sigmoid(logits + rng.normal(0, 0.4, periods)[period])).astype(np.float32)
+        scaled.append(fit_platt(logits, outcomes, np.arange(2000), period) != IDENTITY)
+    assert np.mean(scaled) < 0.12
+
+
+def test_labels_of_few_users_or_periods_leave_the_head_as_it_is() -> None:
     logits, labels = miscalibrated(900)
-    assert fit_platt(logits, labels, np.arange(900) % 9) == IDENTITY
-    assert fit_platt(logits, labels, np.arange(900) % 90) != IDENTITY
+    each = np.arange(900)
+    for few in (each % 1, each % 2):
+        assert fit_platt(logits, labels, few, each) == IDENTITY
+        assert fit_platt(logits, labels, each, few) == IDENTITY
+    assert fit_platt(logits, labels, each % 90, each % 12) != IDENTITY
+
+
+def test_constant_logits_are_shifted_to_the_labels_mean() -> None:
+    rng = np.random.default_rng(5)
+    labels = (rng.random(5000) < 0.6).astype(np.float32)
+    scale, shift = fit_platt(np.full(5000, 1.5), labels, each_its_own(labels))
+    assert sigmoid(np.array(scale * 1.5 + shift)) == pytest.approx(labels.mean(), abs=0.01)
 
 
 @pytest.mark.parametrize("row", [[0.0, 0.0], [-1.0, 0.0], [np.nan, 0.0], [1.0, np.inf]])
