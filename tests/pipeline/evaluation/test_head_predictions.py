@@ -45,21 +45,39 @@ def test_held_out_labels_equal_all_labels_without_trained_ones(sequences: Sequen
     assert not has_label[~validation][is_trained].any()
 
 
-class ConfidentHeads:
-    """Heads that are always too sure, for fit_calibration: 0.7 or 0.9."""
+class Heads:
+    """Heads for fit_calibration that say one of two probabilities, whatever the history."""
+
+    def __init__(self, even: float, odd: float) -> None:
+        self._even = even
+        self._odd = odd
 
     def probabilities(self, histories: Histories, tokens: np.ndarray) -> np.ndarray:
-        confident = np.where(histories.lengths % 2, 0.9, 0.7)
-        return np.tile(confident[:, None, None], (1, 1, len(TASKS)))
+        said = np.where(histories.lengths % 2, self._odd, self._even)
+        return np.tile(said[:, None, None], (1, 1, len(TASKS)))
 
 
-@pytest.mark.parametrize(("days", "is_retention_scaled"), [(13, False), (84, True)])
-def test_retention_is_scaled_only_by_labels_of_several_horizons(days: int, is_retention_scaled: bool) -> None:
+def daily_sequences(days: int) -> UserSequences:
+    """Return 40 users with one event per day."""
     events = [Event(f"u{user}", "i1", "view", day * DAY_MS + user) for day in range(days) for user in range(40)]
     log = event_log_from_blocks([events], SCHEMA)
-    train = UserSequences.from_log(log, Vocabulary(log.item_ids))
+    return UserSequences.from_log(log, Vocabulary(log.item_ids))
+
+
+@pytest.mark.parametrize(("days", "is_retention_scaled"), [(13, False), (28, True)])
+def test_retention_is_scaled_only_by_labels_of_several_horizons(days: int, is_retention_scaled: bool) -> None:
+    train = daily_sequences(days)
     labels = (np.random.default_rng(0).random((len(train), len(TASKS))) < 0.5).astype(np.float32)
     labels[train.offsets[1:] - 1] = np.nan
-    calibration = fit_calibration(ConfidentHeads(), train, labels, RULES, 64, 0)
+    calibration = fit_calibration(Heads(0.7, 0.9), train, labels, RULES, 64, 0)
     is_scaled = dict(zip(TASKS, (each != IDENTITY for each in calibration), strict=True))
     assert is_scaled == {"engagement": True, "retention": is_retention_scaled, "monetization": True}
+
+
+def test_labels_of_one_user_count_as_one() -> None:
+    """30 of 40 users are always engaged, where the heads say 0.85: a thousand labels would show that it is too much."""
+    train = daily_sequences(28)
+    labels = np.repeat((np.arange(40) % 4 > 0).astype(np.float32)[:, None], 28, axis=0).repeat(len(TASKS), axis=1)
+    labels[train.offsets[1:] - 1] = np.nan
+    calibration = fit_calibration(Heads(0.85, 0.85), train, labels, RULES, 64, 0)
+    assert calibration == [IDENTITY] * len(TASKS)
