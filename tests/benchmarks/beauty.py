@@ -48,7 +48,7 @@ SETTING = Setting(
     evaluations=10,
 )
 # Users have 8.9 events on average and seldom more than 50: published models read the latest 50, and so do these. Few
-# values per option, so that eight trials cover them. `beauty_second_search` has other spaces.
+# values per option; eight trials are a small sample all the same. `beauty_second_search` has other spaces.
 TRAINING: Space = {  # the same for both sequence models
     "trainer.learning_rate": (1e-3, 2e-3, 4e-3),
     "trainer.weight_decay": (0.01, 0.1),

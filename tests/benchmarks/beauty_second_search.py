@@ -1,8 +1,8 @@
 """The benchmark `beauty` with other search spaces: how much its result depends on the tuning.
 
-Its first search suggested them by its validation events: a weight decay of 0.1, one head and a learning rate of 1e-3
-never won, and HSTU's best epochs were its last ones. So these spaces are narrower, with longer trainings and a few more
-options, for as many trials. The stages are those of `beauty`, the result is beauty_second_search.json.
+These spaces have fewer values for most options, longer trainings, and two options more (items that training treats as
+unknown, features that HSTU does not read), for as many trials. The stages are those of `beauty`, in a folder --out of
+their own; the result is beauty_second_search.json.
 """
 
 from dataclasses import replace

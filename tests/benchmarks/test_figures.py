@@ -54,11 +54,12 @@ README = {
     rf"slate consumed, at {N} events/s \| p50 {N} ms, p95 {N} ms, p99 {N} ms": [
         STREAM.metrics[name] for name in ("latency_rate_per_s", "p50_ms", "p95_ms", "p99_ms")
     ],
-    rf"through Kafka \| {N} \| popularity {N}, co-occurrence {N}; on [^|]* {N}, popularity {N}, co-occurrence {N} \|": [
+    rf"through Kafka \| {N} \| [^|]*: popularity {N}, co-occurrence {N}; "
+    rf"on [^|]* {N}, popularity {N}, co-occurrence {N} \|": [
         MOVIELENS[f"hit_rate_{name}{steps}"]
         for steps in ("", "_untied") for name in ("slate", "popularity", "cooccurrence")
     ],
-    rf"simulated shop \| {N} \| popularity {N}, co-occurrence {N}, ground truth {N} \|": [
+    rf"simulated shop \| {N} \| [^|]*: popularity {N}, co-occurrence {N}, ground truth {N} \|": [
         SHOP[f"hit_rate_{name}"] for name in ("hstu", "popularity", "cooccurrence", "truth")
     ],
 } | accuracy_figures.README | kernel_figures.README  # fmt: skip
