@@ -28,15 +28,16 @@ examples:
   millrace run --config millrace.toml
 
 exit codes:
-      0  done (run: drained and committed)
+      0  done (run: drained and committed, or stopped during the start)
       1  internal error
       2  bad usage, configuration or log
       3  artifact missing or failed verification
       4  Kafka unreachable, or it rejected a request
       5  Redis unreachable, or it rejected a command
       6  dead-letter limit reached
-      7  stalled: lag without progress, tasks dumped
+      7  stalled: lag without progress, or a thread hangs; stacks dumped
       8  events topic re-created: change sequences.topic_generation
+      9  stopped before everything was answered and committed: the rest is read again
      44  no slate for this user
 130/143  a second signal cut the drain short
 """

@@ -53,6 +53,7 @@ class KafkaConfig(Struct, frozen=True, forbid_unknown_fields=True):
 class RedisConfig(Struct, frozen=True, forbid_unknown_fields=True):
     url: str = "redis://localhost:6379/0"  # rediss:// for TLS; user and password in the URL are masked when printed
     cluster: bool = False
+    start_timeout_s: PositiveFloat = 60.0  # a Redis that comes up later than the worker is waited for, like Kafka
     timeout_s: PositiveFloat = 2.0  # per round trip; redis-py's own default is 5 s and 10 retries
     retry_backoff_s: PositiveFloat = 0.2  # first delay, doubled up to 5 s; no event is dropped, however long it takes
 
@@ -130,9 +131,12 @@ class DeadLettersConfig(Struct, frozen=True, forbid_unknown_fields=True):
 class HealthConfig(Struct, frozen=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 9108  # /livez /readyz /metrics; 0: a free port
-    stall_timeout_s: PositiveFloat = 300.0  # lag without progress: dump the tasks and exit
+    # lag without progress: dump the tasks and exit; a server that is known to be away is waited for
+    stall_timeout_s: PositiveFloat = 300.0
     commit_interval_s: PositiveFloat = 1.0  # records after the last commit are read again after a kill
-    drain_timeout_s: PositiveFloat = 20.0  # on SIGTERM and on revoke; keep it below rebalance_timeout_ms
+    # for the whole way out after SIGTERM or an error, plus 2 s; for answering on revoke: keep it below
+    # rebalance_timeout_ms
+    drain_timeout_s: PositiveFloat = 20.0
 
 
 class LogConfig(Struct, frozen=True, forbid_unknown_fields=True):

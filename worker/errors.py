@@ -15,10 +15,12 @@ MillraceError                  exit  retriable  what the worker does
 ├── SinkError                     4  no         halts: the slate can never be written (too large, not authorized)
 │   └── SinkUnavailable           4  yes        keeps the slates, retries with back-off
 ├── DeadLetterLimit               6  no         halts: too many bad records, by ratio or in a row
+├── NotDrained                    9  no         ended with events open or offsets not committed: they are read again
 ├── Stalled                       7  no         the watchdog saw lag without progress: dumps all tasks, exits
 └── UnknownUser                  44  no         lookup: neither a slate nor a popular one (HTTP 404)
 
-Exit 0: drained and committed. Exit 1: internal error. Exit 130/143: a second signal cut the drain short.
+Exit 0: drained and committed, or stopped before anything was read. Exit 1: internal error. Exit 130/143: a second
+signal cut the drain short.
 A message says what, where, got, want, and the next step.
 """
 
@@ -40,6 +42,7 @@ __all__ = [
     "EvaluationError",
     "LogFileError",
     "MillraceError",
+    "NotDrained",
     "SinkError",
     "SinkUnavailable",
     "SourceError",
@@ -88,6 +91,10 @@ class SinkUnavailable(SinkError):
 
 class DeadLetterLimit(MillraceError):
     exit_code = 6
+
+
+class NotDrained(MillraceError):
+    exit_code = 9
 
 
 class Stalled(MillraceError):

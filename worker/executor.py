@@ -22,6 +22,12 @@ class SingleThreadExecutor:
         """Queue the call and return its result."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
 
+    async def finishes_within(self, timeout_s: float) -> bool:
+        """Wait for the queued calls; return whether all have ended."""
+        last = asyncio.wrap_future(self._pool.submit(lambda: None))
+        _, late = await asyncio.wait({last}, timeout=timeout_s)
+        return not late
+
     def close(self, wait: bool = True) -> None:
         """Accept no more calls. wait: for the queued ones; False: cancel those that have not started."""
         self._pool.shutdown(wait=wait, cancel_futures=not wait)

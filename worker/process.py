@@ -1,10 +1,11 @@
 """Build a worker from its configuration, run it until a signal, and close its components."""
 
 import asyncio
+import math
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING
 from worker import logging
 from worker.clock import WallClock
 from worker.config import Config
+from worker.deadline import Deadline
+from worker.executor import SingleThreadExecutor
 from worker.inference.load import load_pipeline
 from worker.inference.ranker import PipelineRanker
 from worker.interfaces import Clock, OnDelivered, Ranker, Sink, Source
@@ -19,10 +22,12 @@ from worker.items.feed import ItemFeed
 from worker.items.journal import ItemJournal
 from worker.kafka.sink import KafkaSink
 from worker.kafka.source import KafkaSource
-from worker.redis.client import connect
+from worker.redis.client import connect_at_start
 from worker.redis.counters import CounterStore
 from worker.redis.sequences import SequenceStore
 from worker.redis.slates import SlateStore
+from worker.stream import drain
+from worker.stream.exit_guard import ExitGuard
 from worker.stream.health import HealthServer, HealthState
 from worker.stream.loop import Worker, ignore_delivery
 
@@ -30,6 +35,7 @@ if TYPE_CHECKING:
     from worker.inference.hot_swap import HotSwap
 
 log = logging.get("process")
+STOP_S = 10.0  # for one step of the way out, when no deadline is set
 
 
 @dataclass(slots=True)
@@ -43,6 +49,7 @@ class Components:
     slates: SlateStore
     counters: CounterStore
     hot_swap: "HotSwap | None"
+    deadline: Deadline  # of the way out
 
     def worker(
         self,
@@ -53,44 +60,98 @@ class Components:
         on_delivered: OnDelivered = ignore_delivery,
     ) -> Worker:
         """Build the worker. ranker: instead of the pipeline's own."""
+        ranker = ranker or self.ranker
         return Worker(
-            self.config, self.clock, source, self.sequences, ranker or self.ranker, sink, health, on_delivered
+            self.config, self.clock, source, self.sequences, ranker, sink, health, on_delivered, self.deadline
         )
 
 
 @asynccontextmanager
-async def build_components(config: Config, clock: Clock) -> AsyncIterator[Components]:
-    """Load the artifact, connect to Redis and load its functions; close the ranker and the connection at the end."""
-    pipeline = load_pipeline(config)
-    ranker = PipelineRanker(pipeline, config.pipeline.slate_size, clock, config.pipeline.strategy)
-    client = await connect(config.redis)
+async def build_components(
+    config: Config, clock: Clock, deadline: Deadline | None = None, report: Callable[[str], None] = lambda _: None
+) -> AsyncIterator[Components]:
+    """Load the artifact, connect to Redis and load its functions; close the ranker and the connection at the end.
+
+    report: called with the reason why Redis is waited for, and with "" when it is there
+    """
+    deadline = deadline or Deadline(clock)
+    loading = SingleThreadExecutor("loading")
     try:
+        pipeline = await loading.run(load_pipeline, config)  # for seconds to minutes: the event loop must go on
+    finally:
+        loading.close(wait=False)
+    ranker = PipelineRanker(pipeline, config.pipeline.slate_size, clock, config.pipeline.strategy)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(lambda: ranker.stop(deadline.share_s(STOP_S)))
+        client = await connect_at_start(config.redis, clock, report)
+        stack.push_async_callback(lambda: deadline.finish(client.aclose(), STOP_S))
         slates = SlateStore(client, config.slates, config.sequences.topic_generation)
         counters = CounterStore(
             client, config, pipeline.counters, slates, ranker.run_in_thread, ranker.pin_items, lambda: pipeline.version
         )
         sequences = SequenceStore(client, config.sequences)
-        yield Components(config, clock, ranker, sequences, slates, counters, _hot_swap(config, ranker, clock))
-    finally:
-        ranker.close()
-        await client.aclose()
+        hot_swap = _hot_swap(config, ranker, clock)
+        yield Components(config, clock, ranker, sequences, slates, counters, hot_swap, deadline)
 
 
-async def consume(config: Config) -> None:
-    """Consume events until a signal: `millrace run`. Raises the error that ended the worker."""
-    clock = WallClock()
-    health = HealthState(clock, clock.monotonic())
-    server = HealthServer(config.health, health)
-    log.info("starting", health_port=server.port, artifact=config.pipeline.artifact)
-    try:
-        async with build_components(config, clock) as components, KafkaSink(config, components.slates) as sink:
-            worker = components.worker(KafkaSource(config.kafka, clock), sink, health)
-            _handle_signals(worker)
+class Process:
+    """`millrace run`: consumes events until a signal."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._clock = WallClock()
+        self._health = HealthState(self._clock, self._clock.monotonic())
+        self._deadline = Deadline(self._clock)
+        self._worker: Worker | None = None
+        self._stopped_start = False
+        self.guard = ExitGuard(config.health, self._health, self._deadline)
+
+    async def run(self) -> None:
+        """Return when drained and committed, or stopped during the start.
+
+        Raises NotDrained, and the error that ended the worker.
+        """
+        server = HealthServer(self._config.health, self._health)
+        log.info("starting", health_port=server.port, artifact=self._config.pipeline.artifact)
+        beating = asyncio.create_task(self._health.beat(), name="heartbeat")
+        consuming = asyncio.create_task(self._consume(), name="consume")
+        _handle_signals(lambda: self._stop(consuming))
+        try:
+            await consuming
+        except asyncio.CancelledError:
+            if not self._stopped_start:
+                raise
+        finally:
+            drain.start(self._deadline, self._config.health)
+            beating.cancel()
+            server.close()
+        log.info("stopped during the start, nothing was read" if self._stopped_start else "drained and committed")
+
+    async def _consume(self) -> None:
+        config = self._config
+        clock = self._clock
+        deadline = self._deadline
+        async with (
+            build_components(config, clock, deadline, self._report_redis) as components,
+            KafkaSink(config, components.slates, clock, deadline) as sink,
+        ):
+            self._worker = components.worker(KafkaSource(config.kafka, clock, deadline), sink, self._health)
             async with follow_items(config, components):
-                await supervise(worker, components)
-    finally:
-        server.close()
-    log.info("drained and committed")
+                await supervise(self._worker, components)
+
+    def _report_redis(self, reason: str) -> None:
+        self._health.problems["redis"] = reason
+        if not reason:
+            del self._health.problems["redis"]
+
+    def _stop(self, consuming: asyncio.Task) -> None:
+        """Drain a worker that has joined its group; end a start where it is, before it joins."""
+        if self._worker is not None and self._worker.started:
+            self._worker.stop()
+        else:
+            self._stopped_start = True
+            drain.start(self._deadline, self._config.health)
+            consuming.cancel()
 
 
 @asynccontextmanager
@@ -101,7 +162,7 @@ async def follow_items(config: Config, components: Components) -> AsyncIterator[
     folder = config.pipeline.state_dir
     following: asyncio.Task | None = None
     journal = ItemJournal(Path(folder), config.kafka.items_topic, ranker, clock) if folder else None
-    feed = ItemFeed(config.kafka, ranker.update_items, clock, journal)
+    feed = ItemFeed(config.kafka, ranker.update_items, clock, journal, components.deadline)
     try:
         await feed.start()
         following = asyncio.create_task(feed.run(), name="items")
@@ -125,9 +186,18 @@ async def supervise(worker: Worker, components: Components) -> None:
     except BaseExceptionGroup as group:
         raise first_error(group) from group
     finally:
-        for task in background:
+        await _cancel(background, components.deadline)
+
+
+async def _cancel(tasks: Sequence[asyncio.Task], deadline: Deadline) -> None:
+    """Cancel the tasks; those that first finish what they are at are cancelled again when their time is over."""
+    for timeout_s in (deadline.share_s(), deadline.share_s(STOP_S)):
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*background, return_exceptions=True)
+        _, late = await asyncio.wait(tasks, timeout=None if timeout_s == math.inf else timeout_s)
+        tasks = list(late)
+        if not tasks:
+            return
 
 
 def first_error(group: BaseExceptionGroup) -> BaseException:
@@ -146,18 +216,18 @@ def _hot_swap(config: Config, ranker: PipelineRanker, clock: Clock) -> "HotSwap 
     return HotSwap(config, ranker, clock)
 
 
-def _handle_signals(worker: Worker) -> None:
-    """Let the first signal drain the worker and the second exit at once."""
+def _handle_signals(stop: Callable[[], None]) -> None:
+    """Let the first signal call `stop` and the second exit at once."""
 
     def exit_now(number: int) -> Callable[[], None]:
         return lambda: os._exit(128 + number)
 
-    def drain(number: int) -> None:
+    def stop_once(number: int) -> None:
         log.info("draining", signal=signal.Signals(number).name)
-        worker.stop()
+        stop()
         for each in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(each, exit_now(each))
 
     loop = asyncio.get_running_loop()
     for each in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(each, drain, each)
+        loop.add_signal_handler(each, stop_once, each)

@@ -153,7 +153,7 @@ async def test_redis_restarted_empty_loses_rings_but_no_slate(
 
 async def test_unreachable_redis_at_the_start_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(StoreUnavailable, match=r"^Redis at 127\.0\.0\.1:1 is unreachable[^\n]*$") as caught:
-        await stream(settings("redis://127.0.0.1:1"), [], tmp_path / "slates.jsonl")
+        await stream(settings("redis://127.0.0.1:1", REDIS__START_TIMEOUT_S="0.1"), [], tmp_path / "slates.jsonl")
     assert caught.value.exit_code == 5
 
 

@@ -28,6 +28,7 @@ Start = Callable[..., Ended]
 def start(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Start]:
     """Return `start(SECTION__KEY=value)`, which runs `millrace run` in this process until it ends."""
     monkeypatch.setattr("worker.malloc_tuning.trim_large_blocks", lambda: None)  # it lasts for the whole session
+    monkeypatch.setattr("worker.stream.exit_guard.ExitGuard.start", lambda guard: None)  # it would end this process
 
     def run(*arguments: str, **settings: object) -> Ended:
         for key, value in {"HEALTH__PORT": 0, **settings}.items():
@@ -53,7 +54,7 @@ def test_unknown_configuration_key_is_named(start: Start, tmp_path: Path) -> Non
 
 
 def test_unreachable_redis_is_reported(kafka: str, start: Start) -> None:
-    done = start(KAFKA__BOOTSTRAP_SERVERS=kafka, REDIS__URL="redis://127.0.0.1:1")
+    done = start(KAFKA__BOOTSTRAP_SERVERS=kafka, REDIS__URL="redis://127.0.0.1:1", REDIS__START_TIMEOUT_S=0.1)
     assert done.returncode == 5
     assert "Redis at 127.0.0.1:1 is unreachable" in sentence(done)
 

@@ -1,7 +1,8 @@
 """Consume events from Kafka and answer them with slates, until SIGTERM or SIGINT.
 
-The first signal drains the worker: admitted events are answered and committed, exit 0. The second exits at once (128 +
-signal); the next owner of the partitions reads the rest again.
+The first signal drains the worker: admitted events are answered and committed, exit 0; what is not within
+health.drain_timeout_s is read again by the next owner of the partitions, exit 9. The second exits at once (128 +
+signal).
 
 example:
   MILLRACE__KAFKA__BOOTSTRAP_SERVERS=broker:9092 millrace run --config millrace.toml
@@ -20,10 +21,18 @@ def run(args: Namespace) -> int:
     import asyncio
 
     from worker import config, logging, malloc_tuning
-    from worker.process import consume
+    from worker.errors import MillraceError
+    from worker.process import Process
 
     loaded = config.load(args.config)
     logging.configure(loaded.log)
     malloc_tuning.trim_large_blocks()
-    asyncio.run(consume(loaded))
+    process = Process(loaded)
+    process.guard.start()
+    try:
+        asyncio.run(process.run())
+    except MillraceError as error:
+        process.guard.exit_code = error.exit_code
+        raise
+    process.guard.exit_code = 0
     return 0

@@ -94,6 +94,12 @@ class PipelineRanker:
         """Replace all strategies; slates carry the version that ranked them. See Pipeline.swap for what it returns."""
         return await self._executor.run(self._swap, strategies, version)
 
+    async def stop(self, timeout_s: float) -> None:
+        """Wait for the calls that are queued or run, at most this long; a call that hangs keeps its thread."""
+        if not await self._executor.finishes_within(timeout_s):
+            log.warning("the pipeline's thread still runs", waited_s=round(timeout_s, 1))
+        self._executor.close(wait=False)
+
     def close(self) -> None:
         self._executor.close()
 

@@ -15,6 +15,7 @@ from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition, errors
 from pipeline.records import Id, Item
 from worker import logging, metrics
 from worker.config import KafkaConfig
+from worker.deadline import Deadline
 from worker.interfaces import Clock
 from worker.items.journal import ItemJournal
 from worker.kafka.client import is_permanent, list_partitions, retry_at_start
@@ -24,6 +25,7 @@ from worker.stream.codec import InvalidRecord, decoder_named, decoders_for, head
 log = logging.get("items")
 SAVE_INTERVAL_S = 10.0  # between two saves: a restart reads at most this much of the topic again
 CHUNK_ITEMS = 500  # items per call in the pipeline's thread: a call delays ranking by 20 ms
+STOP_S = 10.0
 RETRY_S = 2.0  # until the next poll of a broker that does not answer
 DECODERS = decoders_for(Item)
 Change = tuple[str, Item | None]  # an item's id and its record; None: delisted
@@ -38,12 +40,19 @@ class ItemFeed:
     """
 
     def __init__(
-        self, config: KafkaConfig, update_items: UpdateItems, clock: Clock, journal: ItemJournal | None = None
+        self,
+        config: KafkaConfig,
+        update_items: UpdateItems,
+        clock: Clock,
+        journal: ItemJournal | None = None,
+        deadline: Deadline | None = None,
     ) -> None:
+        """deadline: of the way out; without one, stopping takes up to STOP_S."""
         self._config = config
         self._update_items = update_items
         self._clock = clock
         self._journal = journal
+        self._deadline = deadline or Deadline(clock)
         self._consumer: AIOKafkaConsumer | None = None
         self._has_warned = False
         self._saved_s = 0.0
@@ -78,7 +87,7 @@ class ItemFeed:
 
     async def stop(self) -> None:
         if self._consumer is not None:
-            await self._consumer.stop()
+            await self._deadline.finish(self._consumer.stop(), STOP_S)
 
     async def _without_restored(self, ranges: dict[TopicPartition, OffsetRange]) -> dict[TopicPartition, OffsetRange]:
         """Restore the journal; return what it does not cover."""

@@ -3,7 +3,6 @@
 aiokafka logs and swallows the exceptions of rebalance listeners, so they are kept here and raised by the next poll.
 """
 
-import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,7 +11,8 @@ from aiokafka.structs import OffsetAndMetadata
 
 from worker import logging
 from worker.config import KafkaConfig
-from worker.interfaces import Partition, RebalanceListener
+from worker.deadline import Deadline
+from worker.interfaces import Clock, Partition, RebalanceListener
 from worker.kafka.client import client_options
 
 log = logging.get("group")
@@ -25,9 +25,13 @@ class GroupMember:
     Reads committed records only. `consumer.getmany` raises when a position is missing or out of range.
     """
 
-    def __init__(self, config: KafkaConfig, listener: RebalanceListener) -> None:
+    def __init__(
+        self, config: KafkaConfig, listener: RebalanceListener, clock: Clock, deadline: Deadline | None = None
+    ) -> None:
         self._config = config
         self._listener = listener
+        self._clock = clock
+        self._deadline = deadline or Deadline(clock)
         self._generation = -1  # the group's generation when the partitions were assigned
         self._assignment_count = 0  # numbers the assignments
         self.assignments: dict[Partition, int] = {}
@@ -58,11 +62,8 @@ class GroupMember:
 
     async def leave(self) -> None:
         """Stop within STOP_S. A static member stays in the group until its session times out."""
-        stopping = asyncio.ensure_future(self.consumer.stop())
-        _, late = await asyncio.wait({stopping}, timeout=STOP_S)
-        for task in late:
-            task.cancel()
-            log.warning("leaving the group timed out: it waits for the session timeout", group=self._config.group_id)
+        if not await self._deadline.finish(self.consumer.stop(), STOP_S):
+            log.warning("leaving the group failed: it waits for the session timeout", group=self._config.group_id)
 
     async def commit(self, offsets: Mapping[Partition, int]) -> None:
         """Commit once, without a retry.

@@ -16,6 +16,7 @@ from aiokafka.producer.message_accumulator import BatchBuilder
 from worker import logging
 from worker.clock import WallClock
 from worker.config import KafkaConfig
+from worker.deadline import Deadline
 from worker.errors import SinkError, SinkUnavailable
 from worker.interfaces import Clock
 from worker.kafka.client import client_options, is_permanent, retry_at_start
@@ -38,9 +39,11 @@ class Message(NamedTuple):
 class BatchProducer:
     """Use as `async with BatchProducer(config) as producer`. Any number of deliveries may run at a time."""
 
-    def __init__(self, config: KafkaConfig, clock: Clock | None = None) -> None:
+    def __init__(self, config: KafkaConfig, clock: Clock | None = None, deadline: Deadline | None = None) -> None:
+        """deadline: of the way out; without one, stopping takes up to STOP_S per step."""
         self._config = config
         self._clock = clock or WallClock()
+        self._deadline = deadline or Deadline(self._clock)
         self._options = client_options(config)
         self._producer: AIOKafkaProducer | None = None
         self._start_lock = asyncio.Lock()
@@ -53,8 +56,8 @@ class BatchProducer:
         """Wait for running deliveries, at most STOP_S."""
         producer = self._producer
         self._producer = None
-        if producer is not None and not await _finishes_within(STOP_S, producer.stop()):
-            await _abort(producer)
+        if producer is not None and not await _finishes_within(self._deadline.share_s(STOP_S), producer.stop()):
+            await _abort(producer, self._deadline)
 
     async def __aenter__(self) -> "BatchProducer":
         await self.start()
@@ -69,7 +72,9 @@ class BatchProducer:
 
     def start_delivery(self, topic: str, messages: Iterable[Message]) -> asyncio.Task[None]:
         """Start a delivery and return its task. Cancelling a waiter does not stop it."""
-        return asyncio.create_task(self._deliver(topic, messages), name=f"deliver to {topic}")
+        delivery = asyncio.create_task(self._deliver(topic, messages), name=f"deliver to {topic}")
+        delivery.add_done_callback(_retrieve)
+        return delivery
 
     async def wait_acknowledged(self, delivery: asyncio.Task[None]) -> None:
         """Wait for a delivery, at most `request_timeout_ms`.
@@ -125,7 +130,7 @@ class BatchProducer:
                 try:
                     await producer.start()
                 except BaseException:
-                    await _abort(producer)
+                    await _abort(producer, self._deadline)
                     raise
                 self._producer = producer
             return self._producer
@@ -134,7 +139,13 @@ class BatchProducer:
         if self._producer is producer:
             self._producer = None
             log.warning("producer failed, replacing it", error=repr(error))
-            await _abort(producer)
+            await _abort(producer, self._deadline)
+
+
+def _retrieve(delivery: asyncio.Task[None]) -> None:
+    """Retrieve the error, so that asyncio does not log it when nobody waits any more: on the way out."""
+    if not delivery.cancelled():
+        delivery.exception()
 
 
 def _batches(
@@ -179,18 +190,18 @@ def murmur2(data: bytes) -> int:
     return h ^ h >> 15
 
 
-async def _abort(producer: AIOKafkaProducer) -> None:
+async def _abort(producer: AIOKafkaProducer, deadline: Deadline) -> None:
     """Stop without delivering: end the sender, close its connections, then fail the pending batches."""
     # NOTE: private in aiokafka 0.14: `_sender` and its `sender_task`, `_message_accumulator` and its `fail_all`. The
     # public `stop()` waits until everything is delivered; cancelling it leaves the sender at work.
     sender = producer._sender.sender_task
     if sender is not None:
         sender.cancel()
-    await _finishes_within(STOP_S, producer.client.close())
+    await _finishes_within(deadline.share_s(STOP_S), producer.client.close())
     if sender is not None:
-        await asyncio.wait({sender}, timeout=STOP_S)
+        await asyncio.wait({sender}, timeout=deadline.share_s(STOP_S))
     producer._message_accumulator.fail_all(errors.ProducerClosed())
-    await _finishes_within(STOP_S, producer.stop())
+    await _finishes_within(deadline.share_s(STOP_S), producer.stop())
 
 
 async def _finishes_within(timeout_s: float, stopping: Awaitable[None]) -> bool:

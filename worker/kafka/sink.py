@@ -8,6 +8,7 @@ import msgspec
 from pipeline.slates import Slate
 from worker.clock import WallClock
 from worker.config import Config
+from worker.deadline import Deadline
 from worker.errors import SinkError
 from worker.interfaces import Clock, DeadLetter, SlateWriter
 from worker.kafka.client import ensure_topics
@@ -23,11 +24,13 @@ _encode = msgspec.json.Encoder().encode
 class KafkaSink:
     """Implements Sink. Sending the same sequence again waits for its running delivery instead of sending it twice."""
 
-    def __init__(self, config: Config, store: SlateWriter, clock: Clock | None = None) -> None:
+    def __init__(
+        self, config: Config, store: SlateWriter, clock: Clock | None = None, deadline: Deadline | None = None
+    ) -> None:
         self._config = config.kafka
         self._store = store
         self._clock = clock or WallClock()
-        self._producer = BatchProducer(config.kafka, self._clock)
+        self._producer = BatchProducer(config.kafka, self._clock, deadline)
         # By id() of the delivered sequence, which is held here so that its id is not reused.
         self._deliveries: dict[int, tuple[object, asyncio.Task[None]]] = {}
 

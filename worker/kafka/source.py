@@ -11,10 +11,11 @@ from aiokafka import TopicPartition, errors
 
 from worker import logging
 from worker.config import KafkaConfig
+from worker.deadline import Deadline
 from worker.errors import SourceError
 from worker.interfaces import Clock, Partition, PolledRecords, RebalanceListener
 from worker.kafka.client import ensure_coordinator, ensure_topics, is_permanent, retry_at_start
-from worker.kafka.consumer_group import GroupMember
+from worker.kafka.consumer_group import STOP_S, GroupMember
 from worker.kafka.corrupt_record import DECODE_ERRORS, CorruptRecord
 
 log = logging.get("source")
@@ -30,10 +31,14 @@ STALE_GENERATION = (errors.UnknownMemberIdError, errors.IllegalGenerationError, 
 class KafkaSource:
     """Implements Source. Starts from the earliest record where the group has no offset yet."""
 
-    def __init__(self, config: KafkaConfig, clock: Clock) -> None:
+    def __init__(self, config: KafkaConfig, clock: Clock, deadline: Deadline | None = None) -> None:
+        """deadline: of the way out; without one the last commit and leaving take up to their own time limits."""
         self._config = config
         self._clock = clock
-        self._pending_commit: dict[Partition, int] = {}  # next offsets whose commit is not yet acknowledged
+        self._deadline = deadline or Deadline(clock)
+        # (assignment, next offset) of each partition whose commit is not yet acknowledged
+        self._pending_commit: dict[Partition, tuple[int, int]] = {}
+        self._committing: asyncio.Task[bool] | None = None
         self._fetching: asyncio.Task[list[PolledRecords]] | None = None
         self._paused = False
         self._member_or_none: GroupMember | None = None
@@ -45,7 +50,7 @@ class KafkaSource:
         await ensure_coordinator(self._config, self._clock, self._config.group_id)
 
         async def join() -> GroupMember:
-            member = GroupMember(self._config, rebalance)
+            member = GroupMember(self._config, rebalance, self._clock, self._deadline)
             await member.join()
             return member
 
@@ -73,25 +78,24 @@ class KafkaSource:
     def resume(self) -> None:
         self._paused = False
 
-    async def commit(self, offsets: Mapping[Partition, int], assignments: Mapping[Partition, int]) -> None:
-        """Commit the next offsets, skipping partitions from an older assignment.
+    async def commit(
+        self, offsets: Mapping[Partition, int], assignments: Mapping[Partition, int]
+    ) -> Mapping[Partition, int]:
+        """Commit the next offsets, skipping partitions from an older assignment; return what is not acknowledged.
 
         Retries while the coordinator is unavailable, at most `request_timeout_ms`; offsets still pending then go with
-        the next commit. Raises SourceError when the commit is refused.
+        the next commit, unless their assignment has passed. Raises SourceError when the commit is refused.
         """
-        owned = self._member.assignments
-        self._pending_commit |= {
-            partition: offset
-            for partition, offset in offsets.items()
-            if partition in owned and owned[partition] == assignments.get(partition)
-        }
-        deadline_s = self._clock.monotonic() + self._config.request_timeout_ms / 1000
-        # Shielded: after a cancelled request it would be unknown what was committed.
-        while not await asyncio.shield(self._commit_once()):
-            if self._clock.monotonic() >= deadline_s:
-                log.warning("commit pending, coordinator unavailable", offsets=_offsets_by_name(self._pending_commit))
-                return
-            await asyncio.sleep(COMMIT_RETRY_S)
+        for partition, offset in offsets.items():
+            if partition in assignments:
+                self._pending_commit[partition] = assignments[partition], offset
+        give_up_s = self._clock.monotonic() + self._deadline.share_s(self._config.request_timeout_ms / 1000)
+        while not await self._attempt_commit(give_up_s):
+            if self._clock.monotonic() >= give_up_s:
+                log.warning("commit pending, coordinator unavailable", offsets=_offsets_by_name(self._uncommitted()))
+                break
+            await asyncio.sleep(min(COMMIT_RETRY_S, self._deadline.left_s()))
+        return self._uncommitted()
 
     def lag(self) -> Mapping[Partition, int]:
         return {partition: self._member.lag(partition) for partition in self._member.assignments}
@@ -102,7 +106,7 @@ class KafkaSource:
         return self._corrupt is not None
 
     async def stop(self) -> None:
-        """Commit pending offsets and leave the group. Raises SourceError when a record could not be decoded."""
+        """Leave the group. Raises SourceError when a record could not be decoded."""
         await self._leave()
         if self._corrupt is not None:
             raise self._corrupt
@@ -110,12 +114,12 @@ class KafkaSource:
     async def _leave(self) -> None:
         if self._member_or_none is None:
             return
-        if self._pending_commit:
-            await self.commit({}, {})
         await self._member_or_none.leave()
-        if self._fetching is not None:
-            self._fetching.cancel()
-            await asyncio.wait({self._fetching})
+        running = [task for task in (self._fetching, self._committing) if task is not None]
+        for task in running:
+            task.cancel()
+        if running:
+            await asyncio.wait(running, timeout=self._deadline.share_s(STOP_S))
 
     @property
     def _member(self) -> GroupMember:
@@ -184,28 +188,48 @@ class KafkaSource:
             )
             await self._member.consumer.seek_to_beginning(tp)
 
+    async def _attempt_commit(self, give_up_s: float) -> bool:
+        """Wait until then for the running attempt, started if there is none; return whether a commit can end.
+
+        An attempt is never cancelled: it would be unknown what was committed. aiokafka may wait for its reply longer
+        than a commit may take.
+        """
+        if self._committing is None:
+            self._committing = asyncio.create_task(self._commit_once(), name="commit attempt")
+        attempt = self._committing
+        await asyncio.wait({attempt}, timeout=max(0.0, give_up_s - self._clock.monotonic()))
+        if not attempt.done():
+            return False
+        if self._committing is attempt:
+            self._committing = None
+        return attempt.result()
+
     async def _commit_once(self) -> bool:
-        """Return True when nothing is pending any more: acknowledged, or no longer owned."""
-        sent = {
-            partition: offset
-            for partition, offset in self._pending_commit.items()
-            if partition in self._member.assignments
-        }
+        """Return whether nothing is left to try: all is acknowledged, or the group is about to rebalance."""
+        sent = self._uncommitted()
         try:
             if sent:
                 await self._member.commit(sent)
         except STALE_GENERATION:
             log.info("commit skipped, generation is stale", offsets=_offsets_by_name(sent))
+            return True
         except errors.KafkaError as error:
             self._raise_unless_transient(error)
             return False
-        # Offsets that moved meanwhile stay pending; those of partitions that are no longer owned do not.
+        for partition, offset in sent.items():  # offsets that moved meanwhile stay pending
+            if self._pending_commit.get(partition, (0, -1))[1] == offset:
+                del self._pending_commit[partition]
+        return not self._uncommitted()
+
+    def _uncommitted(self) -> dict[Partition, int]:
+        """Return the offsets to commit, dropping those of a passed assignment: another member may be further by now."""
+        owned = self._member.assignments
         self._pending_commit = {
-            partition: offset
-            for partition, offset in self._pending_commit.items()
-            if partition in self._member.assignments and sent.get(partition) != offset
+            partition: (assignment, offset)
+            for partition, (assignment, offset) in self._pending_commit.items()
+            if owned.get(partition) == assignment
         }
-        return not self._pending_commit
+        return {partition: offset for partition, (_, offset) in self._pending_commit.items()}
 
     def _raise_unless_transient(self, error: errors.KafkaError) -> None:
         if is_permanent(error) or not error.retriable:

@@ -16,9 +16,14 @@ from redis.asyncio.cluster import RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from worker import logging
+from worker.backoff import Backoff
 from worker.config import RedisConfig
 from worker.errors import ConfigError, StoreError, StoreUnavailable
+from worker.interfaces import Clock
 
+log = logging.get("redis")
+START_BACKOFF = Backoff(first_s=0.5, cap_s=4.0)  # a server that comes up is noticed soon, a dead one is not hammered
 LIBRARIES = [Path(__file__).with_name(name) for name in ("sequences.lua", "slates.lua", "counters.lua")]
 POPULAR_KEY = "rec:popular"
 FUNCTION_NOT_FOUND = "Function not found"  # after a restart without persistence, or failover to a replica without it
@@ -163,6 +168,30 @@ class RedisClient:
         if isinstance(error, redis_errors.ResponseError):
             return StoreError(f"Redis at {self.address} rejected a command: {error}")
         return StoreUnavailable(f"Redis at {self.address} is unreachable: {error}; start it or set redis.url")
+
+
+async def connect_at_start(config: RedisConfig, clock: Clock, report: Callable[[str], None]) -> RedisClient:
+    """Return a client whose functions are loaded, waiting for a server that is away. Same errors as `connect`.
+
+    report: called with the reason of each failed attempt, and with "" at the end
+
+    Raises StoreUnavailable after `start_timeout_s`.
+    """
+    give_up_s = clock.monotonic() + config.start_timeout_s
+    delays_s = START_BACKOFF.delays()
+    while True:
+        try:
+            client = await connect(config)
+        except StoreUnavailable as error:
+            delay_s = next(delays_s)
+            if clock.monotonic() + delay_s >= give_up_s:
+                raise
+            report(str(error))
+            log.warning("Redis is not ready", error=str(error), delay_s=delay_s)
+            await asyncio.sleep(delay_s)
+        else:
+            report("")
+            return client
 
 
 async def connect(config: RedisConfig) -> RedisClient:

@@ -86,7 +86,8 @@ class CounterStore:
     async def run(self) -> None:
         """Merge every `counters.merge_interval_s` until cancelled, and then once more.
 
-        No round is interrupted: counts that Redis had added without a reply would be sent again.
+        No round is interrupted, unless by a second cancel: counts that Redis had added without a reply would be sent
+        again. Loading is: what it sends changes nothing when it is sent again.
         """
         merging = asyncio.create_task(self.merge(), name="merge")
         try:
@@ -95,6 +96,8 @@ class CounterStore:
                 await asyncio.sleep(self._config.counters.merge_interval_s)
                 merging = asyncio.create_task(self.merge(), name="merge")
         finally:
+            if self._artifact_counts is not None:
+                merging.cancel()
             await merging
             await self.merge()
 

@@ -88,8 +88,11 @@ class LogSource:
     def resume(self) -> None:
         self._paused = False
 
-    async def commit(self, offsets: Mapping[Partition, int], assignments: Mapping[Partition, int]) -> None:
+    async def commit(
+        self, offsets: Mapping[Partition, int], assignments: Mapping[Partition, int]
+    ) -> Mapping[Partition, int]:
         self.committed = offsets.get(self.partition, self.committed)
+        return {}
 
     def lag(self) -> Mapping[Partition, int]:
         """Return the number of records read but not polled; 0 while the clock has not reached the first of them."""

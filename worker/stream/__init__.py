@@ -1,4 +1,4 @@
 """The story of one event: poll, decode, push, batch, rank, deliver, commit. Imports neither aiokafka nor redis-py.
 
-May import: errors, backoff, interfaces, metrics, config, logging, pipeline.
+May import: errors, backoff, interfaces, metrics, config, deadline, logging, pipeline.
 """

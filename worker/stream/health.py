@@ -23,6 +23,7 @@ from worker.stream.offset_tracker import OffsetTracker
 log = logging.get("health")
 LOOP_BLOCKED_S = 10.0  # without a heartbeat the loop is blocked: the longest batch on a CPU takes under 1 s
 HEARTBEAT_S = 0.5
+CHECK_S = 0.5  # between two checks of the watchdog
 
 
 @dataclass(slots=True)
@@ -33,6 +34,13 @@ class HealthState:
     heartbeat_s: float = 0.0  # Clock.monotonic() of the event loop's last heartbeat
     ready: bool = False
     problems: dict[str, str] = field(default_factory=dict)  # by part: why the worker waits
+    next_attempt_s: float = 0.0  # Clock.monotonic() of the next attempt of a write that failed: no stall until then
+
+    async def beat(self) -> None:
+        """Set the heartbeat until cancelled. A task of its own: a start beats, too, however long it takes."""
+        while True:
+            self.heartbeat_s = self.clock.monotonic()
+            await asyncio.sleep(HEARTBEAT_S)
 
     def alive(self) -> tuple[bool, str]:
         late_s = self.clock.monotonic() - self.heartbeat_s
@@ -84,7 +92,10 @@ class HealthServer:
 
 
 class Watchdog:
-    """Raises Stalled when events are open or lagging and none was completed for `stall_timeout_s`."""
+    """Raises Stalled when events are open or lagging and none was completed for `stall_timeout_s`.
+
+    A server that is away is no stall: every failed attempt of a write, which /readyz names, counts as progress.
+    """
 
     def __init__(
         self, config: HealthConfig, tracker: OffsetTracker, source: Source, health: HealthState, clock: Clock
@@ -102,20 +113,19 @@ class Watchdog:
         try:
             while True:
                 self.check()
-                await asyncio.sleep(HEARTBEAT_S)
+                await asyncio.sleep(CHECK_S)
         finally:
             self._export_lag({})
 
     def check(self) -> None:
-        """Set the heartbeat and export the gauges. Raises Stalled."""
+        """Export the gauges. Raises Stalled."""
         now_s = self._clock.monotonic()
-        self._health.heartbeat_s = now_s
         self._export(now_s)
         waiting = self._tracker.open_count + sum(self._source.lag().values())
         if self._tracker.completed_count != self._completed or not waiting:
             self._completed = self._tracker.completed_count
             self._progress_s = now_s
-        elif now_s - self._progress_s > self._config.stall_timeout_s:
+        elif now_s - max(self._progress_s, self._health.next_attempt_s) > self._config.stall_timeout_s:
             dump_tasks()
             raise Stalled(
                 f"no event was completed for {now_s - self._progress_s:.0f} s while {waiting} wait "

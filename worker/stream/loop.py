@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pipeline.slates import Slate
 from worker import logging, metrics
 from worker.config import Config
+from worker.deadline import Deadline
 from worker.interfaces import Batch, Clock, ConsumedEvent, DeadLetter, OnDelivered, Ranker, Sink, Source, Store
 from worker.stream.batcher import Batcher
 from worker.stream.codec import Codec
 from worker.stream.dead_letter_limits import DeadLetterLimits
+from worker.stream.drain import Drain
 from worker.stream.health import HealthState, Watchdog
 from worker.stream.offset_committer import OffsetCommitter
 from worker.stream.offset_tracker import OffsetTracker
@@ -46,6 +48,7 @@ class Worker:
     sink: Sink
     health: HealthState
     on_delivered: OnDelivered = ignore_delivery
+    deadline: Deadline | None = None  # of the way out; None: one of its own
 
     def __post_init__(self) -> None:
         self.codec = Codec(self.config, self.clock)
@@ -56,17 +59,21 @@ class Worker:
         self.watchdog = Watchdog(self.config.health, self.tracker, self.source, self.health, self.clock)
         self.retry = Retry(self.config.redis.retry_backoff_s, self.health)
         self.poll_queue = PollQueue()
+        deadline = self.deadline or Deadline(self.clock)
+        self.drain = Drain(self.config.health, self.tracker, self.offsets, self.source, self.health, deadline)
         self.in_flight = asyncio.Semaphore(self.config.batcher.max_in_flight_batches)
+        self.started = False
         self.stopping = False
 
     def stop(self) -> None:
         """Stop polling and report not ready; `run` answers what was admitted, commits and returns."""
         self.stopping = True
-        self.health.problems["worker"] = "draining"
+        self.drain.begin()
 
     async def run(self) -> None:
+        """NotDrained when a stop's deadline comes first."""
         await self.source.start(self.offsets)
-        self.health.ready = True
+        self.started = self.health.ready = True
         try:
             async with asyncio.TaskGroup() as tasks:
                 background = [tasks.create_task(self.offsets.run(), name="commit")]
@@ -76,12 +83,14 @@ class Worker:
                     tasks.create_task(self.serve(), name="serve"),
                 ]
                 await self.poll()
-                await self.drain(stages)
+                await self.drain.answer(stages)
                 for task in background:
                     task.cancel()
         finally:
-            self.health.ready = False
-            await self.source.stop()
+            await self.drain.close()
+        if self.limits.error:
+            raise self.limits.error
+        self.drain.check()
 
     async def poll(self) -> None:
         while not (self.stopping or self.source.exhausted):
@@ -136,6 +145,8 @@ class Worker:
             self.tracker.complete(letter.record_offset for letter in dead_letters)
             metrics.DEAD_LETTERS.inc(len(dead_letters))
         self.limits.count(among, dead_letters)
+        if self.limits.error:
+            self.stop()
 
     def apply_backpressure(self) -> None:
         """Pause and resume partitions, with hysteresis to avoid flapping."""
@@ -145,12 +156,3 @@ class Worker:
         elif self.tracker.open_count <= self.config.batcher.max_pending_events // 2:
             self.source.resume()
             metrics.PAUSED.set(0)
-
-    async def drain(self, stages: Sequence[asyncio.Task]) -> None:
-        """Let the stages answer what was admitted, within `drain_timeout_s` when stopped; the rest is read again."""
-        _, late = await asyncio.wait(stages, timeout=self.config.health.drain_timeout_s if self.stopping else None)
-        if late:
-            log.warning("drain timed out: the next owner reads the rest again", open=self.tracker.open_count)
-        for task in late:
-            task.cancel()
-        await self.offsets.commit()

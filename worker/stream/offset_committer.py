@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from worker import logging, metrics
 from worker.config import HealthConfig
+from worker.errors import MillraceError
 from worker.interfaces import Partition, Source
 from worker.stream.offset_tracker import OffsetTracker
 
@@ -49,6 +50,15 @@ class OffsetCommitter:
         if offsets := self._tracker.committable():
             await self._source.commit(offsets, self._tracker.assignments())
             metrics.COMMITS.inc()
+
+    async def commit_rest(self) -> Mapping[Partition, int]:
+        """Commit before the end, also what earlier commits have left. Return the offsets that are not committed."""
+        offsets = self._tracker.committable()
+        try:
+            return await self._source.commit(offsets, self._tracker.assignments())
+        except MillraceError as error:  # on the way out: the error that led there must not be replaced
+            log.warning("last commit failed", error=str(error))
+            return offsets
 
     async def run(self) -> None:
         while True:

@@ -31,6 +31,7 @@ class Retry:
         while (error := await _attempt(write, values)) is not None:
             delay_s = next(delays_s)
             self._health.problems[part] = str(error)
+            self._health.next_attempt_s = self._health.clock.monotonic() + delay_s
             metrics.RETRIES.labels(type(error).__name__).inc()
             log.warning("write failed, retrying", part=part, error=str(error), delay_s=delay_s)
             await asyncio.sleep(delay_s)

@@ -16,6 +16,7 @@ from aiokafka.record.default_records import DefaultRecordBatch
 from aiokafka.record.memory_records import MemoryRecords
 
 from tests.kafka.broker import RecordingListener, record_batch
+from worker.clock import WallClock
 from worker.config import KafkaConfig
 from worker.interfaces import Partition
 from worker.kafka import consumer_group
@@ -29,7 +30,7 @@ TP = TopicPartition("events", 0)
 @pytest.fixture
 async def member() -> AsyncIterator[GroupMember]:
     """A member that is assigned one partition and never connects."""
-    member = GroupMember(KafkaConfig(), RecordingListener())
+    member = GroupMember(KafkaConfig(), RecordingListener(), WallClock())
     member.consumer.subscribe([TP.topic])
     member.consumer._subscription.assign_from_subscribed({TP})
     yield member

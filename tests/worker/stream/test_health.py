@@ -138,6 +138,18 @@ def test_progress_resets_the_watchdog(clock: ManualClock):
     assert tracker.open_count == 1
 
 
+async def test_failed_attempts_of_a_write_are_no_stall_but_one_that_never_ends_is(clock: ManualClock):
+    tracker, _, watchdog = watched(clock)
+    tracker.open(PolledRecords(PARTITION, 1, 6, 0, 0.0, [FakeRecord(5)]))  # type: ignore[list-item]
+    for _ in range(10):
+        clock.now_s += 59
+        watchdog._health.next_attempt_s = clock.now_s + 5
+        watchdog.check()
+    clock.now_s += 66
+    with pytest.raises(Stalled):
+        watchdog.check()
+
+
 async def test_lag_of_a_revoked_partition_is_no_longer_exported(clock: ManualClock):
     _, source, watchdog = watched(clock)
     source.records = {PARTITION: 7, Partition("events", 1): 3}

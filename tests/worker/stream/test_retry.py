@@ -35,6 +35,7 @@ async def test_retriable_error_is_retried_until_the_write_succeeds(health: Healt
     assert store.written == [["slate"]]
     assert store.problems == [[], ["down"], ["still down"]]
     assert health.problems == {}
+    assert 0 < health.next_attempt_s <= health.clock.monotonic(), "the watchdog knows of the last wait"
 
 
 async def test_permanent_error_is_raised_at_once(health: HealthState):
