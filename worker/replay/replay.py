@@ -29,7 +29,7 @@ from worker.config import Config, KafkaConfig
 from worker.interfaces import Clock, Sink, Source
 from worker.kafka.sink import KafkaSink
 from worker.kafka.source import KafkaSource
-from worker.process import Components, build_components, supervise
+from worker.process import Components, build_components, first_error, supervise
 from worker.replay.baselines import build_evaluator
 from worker.replay.display import REFRESH_S, LatencyRecorder, Percentiles, ReplayDisplay
 from worker.replay.feed import STEP_S, at_once, at_rate, produce
@@ -109,15 +109,16 @@ async def replay(config: Config, options: ReplayOptions, console: Console) -> Re
 
 
 async def _supervise(run: _Run, display: ReplayDisplay) -> None:
-    background = [asyncio.create_task(_every(REFRESH_S, lambda: _show(run, display)), name="display")]
-    if run.options.kafka is not None:
-        background.append(asyncio.create_task(_feed(run), name="feed"))
+    """Run until the worker ends; the first error of worker, feed and display ends the others."""
     try:
-        await supervise(run.worker, run.components)
-    finally:
-        for task in background:
-            task.cancel()
-        await asyncio.gather(*background, return_exceptions=True)
+        async with asyncio.TaskGroup() as tasks:
+            showing = tasks.create_task(_every(REFRESH_S, lambda: _show(run, display)), name="display")
+            if run.options.kafka is not None:
+                tasks.create_task(_feed(run), name="feed")
+            await supervise(run.worker, run.components)
+            showing.cancel()
+    except BaseExceptionGroup as group:
+        raise first_error(group) from group
 
 
 async def _feed(run: _Run) -> None:

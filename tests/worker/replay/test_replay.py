@@ -134,6 +134,19 @@ def test_replay_through_an_unreachable_broker_ends_after_the_commands_timeout(
     assert "within 1 s" in capsys.readouterr().err
 
 
+def test_replay_through_kafka_ends_with_the_error_of_an_event_that_cannot_be_produced(
+    shop, tmp_path: Path, kafka: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = shop.log.read_bytes().splitlines()[:50]
+    event = msgspec.json.decode(lines[0])
+    lines[25] = msgspec.json.encode(event | {"user_id": "u", "context": {"note": "x" * 1_100_000}})
+    log = tmp_path / "large.jsonl"
+    log.write_bytes(b"\n".join(lines) + b"\n")
+    options = ["--kafka", kafka, "--report", tmp_path / "report.json"]
+    assert main(["replay", *map(str, [log, *options])]) == 4
+    assert "rejects the record" in capsys.readouterr().err
+
+
 def test_replay_without_an_artifact_is_answered_by_counters_and_has_no_baselines(shop, tmp_path: Path) -> None:
     report = replay(shop.log, tmp_path, "--limit", 1000)
     assert report.strategies == {"simple": report.events}
