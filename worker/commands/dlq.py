@@ -3,6 +3,7 @@
 `ls` shows the newest dead letters. `requeue` sends records back to the topic and partition they came from, without
 millrace's headers. The same transaction stores on the broker which ones were sent, as offsets of the consumer group
 `<kafka.group_id>.requeue`: a second requeue sends none of them again (Kafka forgets it 7 days after the last requeue).
+Of several copies of a record one is sent. Records whose topic does not exist stay.
 
 example:
   millrace dlq ls --limit 5
@@ -16,9 +17,12 @@ from worker.commands.arguments import positive
 from worker.commands.config import add_config
 
 if TYPE_CHECKING:
-    from worker.operations.dead_letter_topic import DeadLetterRecord
+    from collections.abc import AsyncIterator
+
+    from worker.operations.dead_letter_topic import DeadLetterRecord, DeadLetterTopic
 
 MAX_CELL_CHARACTERS = 60
+TABLE_ROWS = 50  # per table of a dry run, which holds no more letters than one table shows
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -57,22 +61,46 @@ def run(args: Namespace) -> int:
 
     from worker import config, logging
     from worker.kafka.client import cli_timeouts
-    from worker.operations.dead_letter_topic import DeadLetterTopic, requeueable
+    from worker.operations.dead_letter_topic import DeadLetterTopic
 
     loaded = config.load(args.config)
     logging.configure(loaded.log)
     topic = DeadLetterTopic(cli_timeouts(loaded.kafka))
     if args.action == "ls":
-        letters = asyncio.run(topic.read(args.limit))[-args.limit :]
-    elif args.dry_run:
-        letters = requeueable(asyncio.run(topic.read()), args.reason, args.limit)
+        _show(asyncio.run(topic.read(args.limit))[-args.limit :], args.json)
     else:
-        letters = asyncio.run(topic.requeue(args.reason, args.limit))
-    _show(letters, args.json)
-    if args.action == "requeue" and not args.json:
-        would = "would be " if args.dry_run else ""
-        print(f"{len(letters)} dead letter{'s' * (len(letters) != 1)} {would}requeued; position: group {topic.group}")
+        asyncio.run(_requeue(topic, args))
     return 0
+
+
+async def _requeue(topic: "DeadLetterTopic", args: Namespace) -> None:
+    """Requeue, or select for --dry-run, and show the letters as they come."""
+    import sys
+
+    from worker.operations.requeue import Requeue
+
+    requeue = Requeue(topic, args.reason, args.limit)
+    count = 0
+    async for letters in _in_tables(requeue.select()) if args.dry_run else requeue.run():
+        count += len(letters)
+        if letters:
+            _show(letters, args.json)
+    if not args.json:
+        would = "would be " if args.dry_run else ""
+        print(f"{count} dead letter{'s' * (count != 1)} {would}requeued; position: group {topic.group}")
+    for name, missing in sorted(requeue.missing.items()):
+        print(f"{missing} stay: their topic {name} does not exist; create it and run again", file=sys.stderr)
+
+
+async def _in_tables(letters: "AsyncIterator[DeadLetterRecord]") -> "AsyncIterator[list[DeadLetterRecord]]":
+    """Yield lists of at most TABLE_ROWS letters."""
+    rows: list[DeadLetterRecord] = []
+    async for letter in letters:
+        rows.append(letter)
+        if len(rows) == TABLE_ROWS:
+            yield rows
+            rows = []
+    yield rows
 
 
 def _show(letters: "list[DeadLetterRecord]", as_json: bool) -> None:

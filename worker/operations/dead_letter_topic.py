@@ -1,29 +1,27 @@
-"""The dead-letter topic: list its records, and requeue each of them once.
+"""The dead-letter topic: its records, oldest first, and which of them were requeued.
 
 The consumer group `<kafka.group_id>.requeue` remembers on the broker which records were requeued: its committed offset,
-and in the commit's metadata the runs of offsets after it (a requeue by reason leaves holes). Offset, runs and records
-are written in one transaction. Kafka forgets them `offsets.retention.minutes` (7 days) after the last requeue: keep
-dead letters no longer than that.
+and in the commit's metadata the runs of offsets after it (a requeue by reason leaves holes). Kafka forgets them
+`offsets.retention.minutes` (7 days) after the last requeue: keep dead letters no longer than that.
 """
 
-import asyncio
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from hashlib import blake2b
+from heapq import heappop, heappush
 
 import msgspec
-from aiokafka import AIOKafkaProducer, ConsumerRecord, TopicPartition, errors
-from aiokafka.structs import OffsetAndMetadata
+from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 
 from worker.clock import WallClock
 from worker.config import KafkaConfig
-from worker.errors import SinkError, SinkUnavailable
 from worker.interfaces import Clock
-from worker.kafka.client import client_options, ensure_coordinator, ensure_topics, retry_at_start, with_admin
+from worker.kafka.client import ensure_coordinator, ensure_topics, retry_at_start, with_admin
 from worker.kafka.sink import HEADER_PREFIX
 from worker.kafka.topic_reader import OffsetRange, make_consumer, offset_ranges, read_ranges
+from worker.operations.requeue_progress import RequeueProgress
 
-CHUNK = 2000  # dead letters per transaction
-METADATA_BYTES = 4000  # brokers accept 4,096 (offset.metadata.max.bytes)
+Part = Callable[[int, OffsetRange], OffsetRange]  # of a partition's number and offsets: those to read
 
 
 class DeadLetterRecord(msgspec.Struct, frozen=True):
@@ -40,145 +38,96 @@ class DeadLetterRecord(msgspec.Struct, frozen=True):
     not_requeueable: bool  # truncated because of its size, or without an origin
     requeued: bool
 
+    @property
+    def size(self) -> int:
+        return len(self.key or b"") + len(self.value or b"") + sum(len(name) + len(each) for name, each in self.headers)
+
+    def identity(self) -> bytes:
+        """Return what all copies of a record have in common: a worker that restarts may send one again.
+
+        The content counts, too: after the topic was re-created, another record may have the same origin.
+        """
+        origin = self.origin if self.origin[2] >= 0 else (self.partition, self.offset)
+        content = msgspec.msgpack.encode((origin, self.key, self.value))
+        return blake2b(content, digest_size=8).digest()
+
 
 class DeadLetterTopic:
-    """Reads and requeues dead letters.
-
-    SourceUnavailable, SourceError when Kafka is unreachable or refuses a read; SinkUnavailable, SinkError for a write.
-    """
+    """Reads dead letters. SourceUnavailable, SourceError when Kafka is unreachable or refuses a read."""
 
     def __init__(self, config: KafkaConfig, clock: Clock | None = None) -> None:
-        self._config = config
-        self._clock = clock or WallClock()
+        self.config = config
+        self.clock = clock or WallClock()
         self.group = f"{config.group_id}.requeue"
 
-    async def read(self, newest: int | None = None) -> list[DeadLetterRecord]:
-        """Return the dead letters in time order. newest: this many of each partition; None: all."""
-        await ensure_topics(self._config, self._clock, [self._config.dead_letter_topic])
-        progress = await self._progress()
-        records = await retry_at_start(self._config, self._clock, lambda: self._read(newest))
-        letters = [_parse(record, progress.get(record.partition, RequeueProgress(0))) for record in records]
+    async def read(self, newest: int) -> list[DeadLetterRecord]:
+        """Return the newest dead letters, this many of each partition, in time order."""
+
+        def last_offsets(_: int, offsets: OffsetRange) -> OffsetRange:
+            return OffsetRange(max(offsets.begin, offsets.end - newest), offsets.end)
+
+        progress = await self.progress()
+        letters = [letter async for letter in self.letters(progress, last_offsets)]
         return sorted(letters, key=lambda letter: (letter.ts_ms, letter.partition, letter.offset))
 
-    async def requeue(self, reason: str = "", limit: int | None = None) -> list[DeadLetterRecord]:
-        """Send the records whose reason contains `reason` back to their origin, oldest first; return them."""
-        producer = AIOKafkaProducer(**client_options(self._config), transactional_id=self.group)
-        try:
-            # Before the progress is read: this ends the open transaction of another requeue, and fences that one.
-            await retry_at_start(self._config, self._clock, producer.start)
-            letters = await self.read()
-            selected = requeueable(letters, reason, limit)
-            await ensure_topics(self._config, self._clock, sorted({letter.origin[0] for letter in selected}))
-            progress = await self._progress()
-            for start in range(0, len(selected), CHUNK):
-                await self._requeue_chunk(producer, letters, selected[start : start + CHUNK], progress)
-        finally:
-            await producer.stop()
-        return selected
+    async def letters(self, progress: Mapping[int, RequeueProgress], part: Part) -> AsyncGenerator[DeadLetterRecord]:
+        """Yield the dead letters of a part of each partition, oldest first, those of one partition by offset.
 
-    async def _requeue_chunk(
-        self,
-        producer: AIOKafkaProducer,
-        letters: Sequence[DeadLetterRecord],
-        chunk: Sequence[DeadLetterRecord],
-        progress: dict[int, "RequeueProgress"],
-    ) -> None:
-        offsets: dict[TopicPartition, OffsetAndMetadata] = {}
-        for partition in {letter.partition for letter in chunk}:
-            before = progress.get(partition, RequeueProgress(0))
-            sent = {letter.offset for letter in chunk if letter.partition == partition}
-            remaining = [each for each in letters if each.partition == partition and each.offset >= before.offset]
-            progress[partition] = before.extended(sent, sorted(remaining, key=lambda letter: letter.offset))
-            offsets[TopicPartition(self._config.dead_letter_topic, partition)] = progress[partition].to_offset(
-                self.group
-            )
+        One poll per partition is in memory.
+        """
+        await ensure_topics(self.config, self.clock, [self.config.dead_letter_topic])
+        consumer, offsets = await retry_at_start(self.config, self.clock, self._open)
         try:
-            async with asyncio.timeout(self._config.request_timeout_ms / 1000), producer.transaction():
-                await asyncio.gather(*await _send(producer, chunk))
-                await producer.send_offsets_to_transaction(offsets, self.group)
-        except (errors.KafkaError, TimeoutError) as error:
-            raise SinkUnavailable(
-                f"requeue to kafka {self._config.bootstrap_servers}: {error!r}; run it again"
-            ) from error
-
-    async def _progress(self) -> dict[int, "RequeueProgress"]:
-        await ensure_coordinator(self._config, self._clock, self.group)
-        offsets = await with_admin(
-            self._config, self._clock, lambda admin: admin.list_consumer_group_offsets(self.group)
-        )
-        return {
-            partition.partition: RequeueProgress.from_offset(offset)
-            for partition, offset in offsets.items()
-            if partition.topic == self._config.dead_letter_topic and offset.offset >= 0
-        }
-
-    async def _read(self, newest: int | None) -> list[ConsumerRecord]:
-        consumer = make_consumer(self._config, self._config.dead_letter_topic)
-        try:
-            await consumer.start()
-            offsets = await offset_ranges(consumer, sorted(consumer.assignment()))
-            ranges = {each: _last_offsets(offsets[each], newest) for each in offsets}
-            polls = read_ranges(consumer, ranges, self._config, self._clock)
-            return [record async for polled in polls for records in polled.values() for record in records]
+            streams = [self._records(consumer, tp, part(tp.partition, offsets[tp])) for tp in offsets]
+            async with aclosing(_oldest_first(streams)) as records:
+                async for record in records:
+                    yield _parse(record, progress.get(record.partition, RequeueProgress()))
         finally:
             await consumer.stop()
 
+    async def progress(self) -> dict[int, RequeueProgress]:
+        """Return what was requeued, by partition."""
+        await ensure_coordinator(self.config, self.clock, self.group)
+        offsets = await with_admin(self.config, self.clock, lambda admin: admin.list_consumer_group_offsets(self.group))
+        return {
+            partition.partition: RequeueProgress.from_offset(offset)
+            for partition, offset in offsets.items()
+            if partition.topic == self.config.dead_letter_topic and offset.offset >= 0
+        }
 
-def _last_offsets(offsets: OffsetRange, count: int | None) -> OffsetRange:
-    """Return the last `count` offsets of a range; all of them for None."""
-    return offsets if count is None else OffsetRange(max(offsets.begin, offsets.end - count), offsets.end)
+    async def _open(self) -> tuple[AIOKafkaConsumer, dict[TopicPartition, OffsetRange]]:
+        consumer = make_consumer(self.config, self.config.dead_letter_topic)
+        try:
+            await consumer.start()
+            return consumer, await offset_ranges(consumer, sorted(consumer.assignment()))
+        except BaseException:
+            await consumer.stop()
+            raise
 
-
-class RequeueProgress(msgspec.Struct, frozen=True):
-    """The offsets of a partition that were requeued: all before `offset`, and the runs (first, last) after it."""
-
-    offset: int
-    runs: tuple[tuple[int, int], ...] = ()
-
-    def __contains__(self, offset: int) -> bool:
-        return offset < self.offset or any(first <= offset <= last for first, last in self.runs)
-
-    def extended(self, sent: set[int], remaining: Sequence[DeadLetterRecord]) -> "RequeueProgress":
-        """Return the progress after the offsets in `sent` were requeued as well.
-
-        remaining: the partition's dead letters from `offset` on, by offset; those not requeueable count as handled
-        """
-
-        def is_handled(letter: DeadLetterRecord) -> bool:
-            return letter.offset in sent or letter.offset in self or letter.not_requeueable
-
-        offset = self.offset
-        runs: list[tuple[int, int]] = []
-        for handled, group in groupby(remaining, is_handled):
-            offsets = [letter.offset for letter in group]
-            if handled and offsets[0] == remaining[0].offset:
-                offset = offsets[-1] + 1
-            elif handled:
-                runs.append((offsets[0], offsets[-1]))
-        return RequeueProgress(offset, tuple(runs))
-
-    def to_offset(self, group: str) -> OffsetAndMetadata:
-        """Return the commit that stores it. SinkError when the runs do not fit into its metadata."""
-        metadata = ",".join(f"{first}-{last}" for first, last in self.runs)
-        if len(metadata) > METADATA_BYTES:
-            raise SinkError(
-                f"group {group} cannot store {len(self.runs)} separate runs of requeued dead letters; requeue without "
-                f"--reason, or fewer with --limit"
-            )
-        return OffsetAndMetadata(self.offset, metadata)
-
-    @classmethod
-    def from_offset(cls, committed: OffsetAndMetadata) -> "RequeueProgress":
-        runs = [tuple(map(int, run.split("-"))) for run in (committed.metadata or "").split(",") if run]
-        return cls(committed.offset, tuple((first, last) for first, last in runs))
+    async def _records(
+        self, consumer: AIOKafkaConsumer, tp: TopicPartition, offsets: OffsetRange
+    ) -> AsyncIterator[ConsumerRecord]:
+        async for polled in read_ranges(consumer, {tp: offsets}, self.config, self.clock):
+            for record in polled.get(tp, []):
+                if record.offset < offsets.end:
+                    yield record
 
 
-def requeueable(
-    letters: Iterable[DeadLetterRecord], reason: str = "", limit: int | None = None
-) -> list[DeadLetterRecord]:
-    """Return the dead letters that a requeue would send, in their order."""
-    matching = [each for each in letters if not each.requeued and not each.not_requeueable and reason in each.reason]
-    return matching[:limit]
+async def _oldest_first(streams: Sequence[AsyncIterator[ConsumerRecord]]) -> AsyncGenerator[ConsumerRecord]:
+    """Merge streams by the times of their next records."""
+    heads: list[tuple[int, int, ConsumerRecord]] = []  # (time, number of the stream, its next record)
+
+    async def push_next(number: int) -> None:
+        async for record in streams[number]:
+            heappush(heads, (record.timestamp, number, record))
+            return
+
+    for number in range(len(streams)):
+        await push_next(number)
+    while heads:
+        _, number, record = heappop(heads)
+        yield record
+        await push_next(number)
 
 
 def _parse(record: ConsumerRecord, progress: RequeueProgress) -> DeadLetterRecord:
@@ -205,19 +154,3 @@ def _header_text(headers: Mapping[str, bytes], name: str) -> str:
 def _header_number(headers: Mapping[str, bytes], name: str) -> int:
     text = _header_text(headers, name)
     return int(text) if text.isascii() and text.isdigit() else -1
-
-
-async def _send(producer: AIOKafkaProducer, letters: Sequence[DeadLetterRecord]) -> list[asyncio.Future]:
-    """Send each record to the partition it came from, where its user's other events are; by key if that is gone."""
-    partitions: Mapping[str, set[int]] = {
-        topic: await producer.partitions_for(topic) for topic in {letter.origin[0] for letter in letters}
-    }
-    acknowledgements = []
-    for letter in letters:
-        topic, origin_partition, _ = letter.origin
-        partition = origin_partition if origin_partition in partitions[topic] else None
-        value = letter.value if letter.key is not None else letter.value or b""  # a record has a key or a value
-        acknowledgements.append(
-            await producer.send(topic, value, letter.key, partition=partition, headers=letter.headers)
-        )
-    return acknowledgements
