@@ -194,6 +194,25 @@ async def test_start_that_waits_for_a_server_is_live_and_ends_at_once_on_sigterm
     assert "stopped during the start" in last_line(log)
 
 
+async def test_worker_outlasts_a_redis_that_is_away_at_the_start_and_later_for_longer_than_a_stall(
+    deployment: dict[str, str], topics: Callable[[str], str], tmp_path: Path, eventually: Eventually
+) -> None:
+    broker = Broker(deployment["KAFKA__BOOTSTRAP_SERVERS"], topics)
+    server = LocalValkey(tmp_path / "valkey")
+    log = tmp_path / "log"
+    with worker(log, **deployment, REDIS__URL=server.url, HEALTH__STALL_TIMEOUT_S=1) as process:
+        await eventually(lambda: '"Redis is not ready"' in log.read_text())
+        with server:
+            async with one_open_event(server, deployment, broker, log, eventually):
+                away_s = time.monotonic()
+                await eventually(lambda: time.monotonic() - away_s > 4)
+                assert process.poll() is None
+                assert "SequenceStore.push: Redis" in get(log, "/readyz")[1]
+            assert len(await broker.read(deployment["KAFKA__RECOMMENDATIONS_TOPIC"], 1)) == 1
+            assert await stop(process) < END_S
+    assert process.returncode == 0
+
+
 async def test_sigterm_while_the_group_is_joined_ends_at_once(
     deployment: dict[str, str], valkey: str, topics: Callable[[str], str], tmp_path: Path, eventually: Eventually
 ) -> None:
