@@ -101,6 +101,10 @@ class Entry:
     def ring(self) -> bytes:
         return self.events[-1].ring
 
+    @property
+    def partition(self) -> Partition:
+        return self.events[0].record_offset.partition
+
 
 @dataclass(slots=True)
 class Batch:

@@ -14,7 +14,7 @@ from itertools import count
 
 from pipeline.records import EVENT_BYTES
 from worker.config import BatcherConfig
-from worker.interfaces import Batch, Clock, ConsumedEvent, Entry
+from worker.interfaces import Batch, Clock, ConsumedEvent, Entry, Partition
 
 Lane = tuple[str, int]  # (requested strategy or "", length bucket)
 HeapEntry = tuple[int, int, Entry]  # (deadline_ms, order of admission, entry)
@@ -55,6 +55,20 @@ class Batcher:
                 self._enqueue(queue[0])
             else:
                 del self._users[entry.user_id]
+        self._wake()
+
+    def drop(self, partition: Partition) -> None:
+        """Drop the entries of a partition that is no longer owned, except those in a batch: its next owner answers."""
+        self._lanes.clear()
+        for user_id, queue in list(self._users.items()):
+            kept = deque(entry for entry in queue if entry.is_taken or entry.partition != partition)
+            self.pending -= sum(len(entry.events) for entry in queue) - sum(len(entry.events) for entry in kept)
+            if kept:
+                self._users[user_id] = kept
+            else:
+                del self._users[user_id]
+            if kept and not kept[0].is_taken:
+                self._enqueue(kept[0])
         self._wake()
 
     def close(self) -> None:

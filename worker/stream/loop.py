@@ -16,7 +16,19 @@ from pipeline.slates import Slate
 from worker import logging, metrics
 from worker.config import Config
 from worker.deadline import Deadline
-from worker.interfaces import Batch, Clock, ConsumedEvent, DeadLetter, OnDelivered, Ranker, Sink, Source, Store
+from worker.interfaces import (
+    Batch,
+    Clock,
+    ConsumedEvent,
+    DeadLetter,
+    OnDelivered,
+    Partition,
+    Ranker,
+    Sink,
+    Source,
+    Store,
+)
+from worker.stream.backpressure import Backpressure
 from worker.stream.batcher import Batcher
 from worker.stream.codec import Codec
 from worker.stream.dead_letter_limits import DeadLetterLimits
@@ -54,14 +66,16 @@ class Worker:
         self.codec = Codec(self.config, self.clock)
         self.limits = DeadLetterLimits(self.config.dead_letters)
         self.tracker = OffsetTracker(self.clock)
-        self.offsets = OffsetCommitter(self.config.health, self.tracker, self.source, self.store.forget)
+        self.offsets = OffsetCommitter(self.config.health, self.tracker, self.source, self.forget)
         self.batcher = Batcher(self.config.batcher, self.clock)
         self.watchdog = Watchdog(self.config.health, self.tracker, self.source, self.health, self.clock)
         self.retry = Retry(self.config.redis.retry_backoff_s, self.health)
         self.poll_queue = PollQueue()
+        self.backpressure = Backpressure(self.config.batcher, self.source)
         deadline = self.deadline or Deadline(self.clock)
         self.drain = Drain(self.config.health, self.tracker, self.offsets, self.source, self.health, deadline)
         self.in_flight = asyncio.Semaphore(self.config.batcher.max_in_flight_batches)
+        self.ingesting = 0  # records taken from the poll queue and not yet in the batcher
         self.started = False
         self.stopping = False
 
@@ -94,7 +108,7 @@ class Worker:
 
     async def poll(self) -> None:
         while not (self.stopping or self.source.exhausted):
-            self.apply_backpressure()
+            self.backpressure.apply(self.pending)
             if polled := await self.source.poll(POLL_S):
                 for records in polled:
                     self.tracker.open(records)
@@ -103,13 +117,16 @@ class Worker:
 
     async def ingest(self) -> None:
         while polls := await self.poll_queue.take():
+            self.ingesting = sum(len(records.records) for polled in polls for records in polled)
             events: list[ConsumedEvent] = []
             for polled in polls:  # dead-letter limits are checked per poll
-                decoded, dead_letters = self.codec.decode_all(polled)
+                owned = [records for records in polled if self.tracker.owns(records.partition, records.assignment)]
+                decoded, dead_letters = self.codec.decode_all(owned)
                 await self.dead_letter(dead_letters, among=len(decoded) + len(dead_letters))
                 events += decoded
             await self.push(events)
-            self.batcher.add(event for event in events if event.trigger)
+            self.batcher.add(each for each in events if each.trigger and self.tracker.owns(*each.record_offset[:2]))
+            self.ingesting = 0
         self.batcher.close()
 
     async def serve(self) -> None:
@@ -148,11 +165,14 @@ class Worker:
         if self.limits.error:
             self.stop()
 
-    def apply_backpressure(self) -> None:
-        """Pause and resume partitions, with hysteresis to avoid flapping."""
-        if self.tracker.open_count >= self.config.batcher.max_pending_events:
-            self.source.pause()
-            metrics.PAUSED.set(1)
-        elif self.tracker.open_count <= self.config.batcher.max_pending_events // 2:
-            self.source.resume()
-            metrics.PAUSED.set(0)
+    @property
+    def pending(self) -> int:
+        """The records that are held; those of a passed assignment are no longer open, and still take memory."""
+        held = self.poll_queue.record_count + self.ingesting + self.batcher.pending
+        return max(self.tracker.open_count, held)
+
+    def forget(self, partition: Partition) -> None:
+        """Drop what is held of a partition that is no longer owned: its next owner reads it again."""
+        self.store.forget(partition)
+        self.poll_queue.drop(partition)
+        self.batcher.drop(partition)

@@ -56,11 +56,16 @@ class OffsetTracker:
             offsets.open.clear()
             offsets.idle.set()
 
+    def owns(self, partition: Partition, assignment: int) -> bool:
+        """Whether this is the partition's current assignment. Work for an earlier one is void: it is read again."""
+        offsets = self._partitions.get(partition)
+        return offsets is not None and offsets.assignment == assignment
+
     def open(self, polled: PolledRecords) -> None:
         """Open a poll's records, in their order, before anything is done with them."""
-        offsets = self._partitions.get(polled.partition)
-        if offsets is None or offsets.assignment != polled.assignment or not polled.records:
+        if not self.owns(polled.partition, polled.assignment) or not polled.records:
             return
+        offsets = self._partitions[polled.partition]
         opened = [record.offset for record in polled.records]
         self.open_count -= len(offsets.open)
         offsets.order.extend(opened)

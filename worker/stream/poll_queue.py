@@ -7,7 +7,7 @@ pipeline's thread: at 1,000 events/s on two busy cores slates were 5 s late and 
 
 import asyncio
 
-from worker.interfaces import PolledRecords
+from worker.interfaces import Partition, PolledRecords
 
 
 class PollQueue:
@@ -21,6 +21,15 @@ class PollQueue:
     def put(self, polled: list[PolledRecords]) -> None:
         self._waiting.append(polled)
         self._changed.set()
+
+    @property
+    def record_count(self) -> int:
+        return sum(len(records.records) for polled in self._waiting for records in polled)
+
+    def drop(self, partition: Partition) -> None:
+        """Drop the records of a partition that is no longer owned."""
+        self._waiting = [[each for each in polled if each.partition != partition] for polled in self._waiting]
+        self._waiting = [polled for polled in self._waiting if polled]
 
     def close(self) -> None:
         """Accept no more polls."""

@@ -52,6 +52,19 @@ async def test_events_of_one_user_coalesce_into_one_entry_with_the_latest_ring()
     assert {record_offset.offset for record_offset in batch.record_offsets} == {1, 2, 3}
 
 
+async def test_dropped_partition_leaves_the_entries_of_others_and_of_unfinished_batches():
+    batcher = Batcher(BatcherConfig(max_users=1), StillClock())
+    batcher.add([consumed("a", 1), consumed("b", 2), consumed("c", 3, partition=1), consumed("c", 4)])
+    first = await take(batcher)
+    batcher.add([consumed("a", 5), consumed("a", 6, partition=1)])
+    batcher.drop(PARTITION)
+    assert batcher.pending == 3
+    assert users(await take(batcher)) == ["c"]
+    batcher.finish(first)
+    second = await take(batcher)
+    assert [record_offset.offset for record_offset in second.record_offsets] == [6]
+
+
 async def test_user_of_an_unfinished_batch_waits_until_it_finishes():
     batcher = Batcher(BatcherConfig(), StillClock())
     batcher.add([consumed("a", 1)])

@@ -1,17 +1,28 @@
 """The worker's stages, one by one, between parts that the test controls."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+import pytest
 from prometheus_client import REGISTRY
 
 from pipeline.records import EVENT_BYTES, Event
 from pipeline.slates import Covers, Latency, Slate
 from worker.clock import VirtualClock
-from worker.config import BatcherConfig, Config
-from worker.interfaces import Batch, ConsumedEvent, DeadLetter, Partition, PolledRecords, RecordOffset
-from worker.replay.log_source import LogSource
+from worker.config import BatcherConfig, Config, EventsConfig, HealthConfig
+from worker.interfaces import (
+    Batch,
+    ConsumedEvent,
+    DeadLetter,
+    Partition,
+    PolledRecords,
+    RebalanceListener,
+    RecordOffset,
+)
+from worker.replay.log_source import LogRecord, LogSource
 from worker.stream.health import HealthState
 from worker.stream.loop import PUSH_CHUNK_EVENTS, Worker
 
@@ -52,8 +63,13 @@ class FakeParts:
     observed: list[list[ConsumedEvent]] = field(default_factory=list)
     sent: list[Slate] = field(default_factory=list)
     open: asyncio.Event = field(default_factory=asyncio.Event)
+    push_open: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.push_open.set()
 
     async def push(self, events: Sequence[ConsumedEvent]) -> None:
+        await self.push_open.wait()
         self.pushed.append(list(events))
 
     def forget(self, partition: Partition) -> None: ...
@@ -127,6 +143,84 @@ async def test_backpressure_bounds_unanswered_events_while_polling_continues(eve
     parts.open.set()
     await running
     assert len(parts.sent) == 500
+
+
+class RebalancingSource:
+    """A log whose partition is revoked and assigned again whenever `rebalance` is called; it is read again then."""
+
+    def __init__(self, log: Sequence[Event], poll_records: int) -> None:
+        self.log = [LogRecord(n, None, msgspec.json.encode(event), 0) for n, event in enumerate(log)]
+        self.poll_records = poll_records
+        self.assignment = 0
+        self.committed = 0
+        self.position = 0
+        self.paused = False
+
+    async def start(self, rebalance: RebalanceListener) -> None:
+        self.listener = rebalance
+        await self.rebalance()
+
+    async def rebalance(self) -> None:
+        await self.listener.revoked([PARTITION])
+        self.assignment += 1
+        self.position = self.committed
+        await self.listener.assigned({PARTITION: self.assignment})
+
+    async def poll(self, timeout_s: float) -> list[PolledRecords]:
+        await asyncio.sleep(0)
+        records = [] if self.paused else self.log[self.position : self.position + self.poll_records]
+        self.position += len(records)
+        return [PolledRecords(PARTITION, self.assignment, len(self.log), 0, 0.0, records)] if records else []
+
+    def pause(self) -> None:
+        self.paused = True
+
+    def resume(self) -> None:
+        self.paused = False
+
+    async def commit(self, offsets: dict[Partition, int], assignments: dict[Partition, int]) -> dict[Partition, int]:
+        self.committed = offsets.get(PARTITION, self.committed)
+        return {}
+
+    def lag(self) -> dict[Partition, int]:
+        return {PARTITION: len(self.log) - self.position}
+
+    @property
+    def exhausted(self) -> bool:
+        return self.committed == len(self.log)
+
+    async def stop(self) -> None: ...
+
+
+@pytest.mark.parametrize("stuck", ["push", "send"])
+async def test_rebalances_while_a_server_is_away_neither_pile_up_events_nor_repeat_slates(stuck: str, eventually):
+    log = [Event(f"u{n}", "item", "view", n) for n in range(500)]
+    config = Config(
+        events=EventsConfig(max_age_days=0),
+        batcher=BatcherConfig(max_pending_events=100, max_users=10, max_in_flight_batches=2),
+        health=HealthConfig(drain_timeout_s=0.01, commit_interval_s=0.01),
+    )
+    source = RebalancingSource(log, poll_records=30)
+    parts = FakeParts()
+    if stuck == "push":
+        parts.open.set()
+        parts.push_open.clear()
+    worker = Worker(config, VirtualClock(), source, parts, parts, parts, HealthState(VirtualClock()))
+    running = asyncio.create_task(worker.run())
+    held = []
+    for _ in range(6):
+        await eventually(lambda: source.paused)
+        await source.rebalance()
+        await eventually(lambda: worker.poll_queue.record_count or source.paused)
+        held.append(worker.pending)
+    parts.open.set()
+    parts.push_open.set()
+    await running
+    assert max(held) < 100 + 30
+    repeated = Counter(slate.user_id for slate in parts.sent)
+    assert set(repeated) == {event.user_id for event in log}
+    in_flight = 2 * 10 if stuck == "send" else 0  # what was being sent is sent
+    assert sum(repeated.values()) <= 500 + in_flight
 
 
 async def test_delivered_slates_are_counted_by_what_ranked_them_and_why():

@@ -28,3 +28,11 @@ async def test_take_waits_for_a_poll_and_returns_empty_only_when_closed() -> Non
     queue.close()
     assert len(await queue.take()) == 1
     assert await queue.take() == []
+
+
+async def test_records_of_a_dropped_partition_are_not_taken() -> None:
+    queue = PollQueue()
+    queue.put([polled(0), polled(1)])
+    queue.put([polled(0)])
+    queue.drop(Partition("events", 0))
+    assert [[records.partition.partition for records in each] for each in await queue.take()] == [[1]]
