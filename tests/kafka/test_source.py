@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from aiokafka import AIOKafkaProducer, TopicPartition
+from aiokafka import AIOKafkaProducer, TopicPartition, errors
 from aiokafka.admin import RecordsToDelete
 from aiokafka.protocol.produce import ProduceRequest
 from aiokafka.record.util import calc_crc32c
@@ -17,6 +17,7 @@ from worker.clock import WallClock
 from worker.config import KafkaConfig
 from worker.errors import SourceError, SourceUnavailable
 from worker.interfaces import Partition, PolledRecords
+from worker.kafka.consumer_group import GroupMember
 from worker.kafka.source import KafkaSource
 from worker.replay.child_process import free_ports
 
@@ -260,3 +261,54 @@ async def test_restart_of_a_static_member_causes_no_rebalance(broker: Broker, ev
         async with joined(second_config, second):
             assert set(second.assignments) == set(before)
             assert first.history == history
+
+
+async def test_two_processes_with_one_instance_id_end_with_its_name(broker: Broker):
+    topic = await broker.topic()
+    config = msgspec.structs.replace(broker.config(events_topic=topic), group_instance_id="pod-7")
+    sources = [KafkaSource(config, WallClock()) for _ in range(2)]
+
+    async def poll_until_it_ends(source: KafkaSource) -> None:
+        await source.start(RecordingListener())
+        while True:
+            await source.poll(0.1)
+
+    polling = [asyncio.create_task(poll_until_it_ends(source)) for source in sources]
+    async with asyncio.timeout(60):
+        done, running = await asyncio.wait(polling, return_when=asyncio.FIRST_COMPLETED)
+    for task in running:
+        task.cancel()
+    await asyncio.gather(*running, return_exceptions=True)
+    for source in sources:
+        await source.stop()
+    with pytest.raises(SourceError, match=r"another process has kafka.group_instance_id = 'pod-7'"):
+        done.pop().result()
+
+
+async def test_offset_owed_from_an_earlier_assignment_is_not_committed_in_a_later_one(
+    broker: Broker, listener: RecordingListener, monkeypatch: pytest.MonkeyPatch, eventually
+):
+    topic = await broker.topic(partitions=2)
+    first, second = Partition(topic, 0), Partition(topic, 1)
+    config = broker.config(events_topic=topic, request_timeout_ms=1000)
+    for partition in (first, second):
+        await broker.produce(topic, numbers(0, 10), partition.partition)
+
+    async def fail(member: GroupMember, offsets: object) -> None:
+        raise errors.CoordinatorNotAvailableError
+
+    async with joined(config, listener) as source:
+        before = dict(listener.assignments)
+        with monkeypatch.context() as patched:
+            patched.setattr(GroupMember, "commit", fail)
+            assert await source.commit({first: 3}, before) == {first: 3}
+        polling = asyncio.create_task(poll_records(source, 100))
+        other = RecordingListener()
+        async with joined(config, other) as second_source:  # it takes a partition, and hands it back further on
+            await eventually(lambda: len(listener.assignments) == len(other.assignments) == 1)
+            (taken,) = other.assignments
+            await second_source.commit({taken: 8}, other.assignments)
+        await eventually(lambda: len(listener.assignments) == 2)
+        assert await source.commit({second: 9}, listener.assignments) == {}
+        polling.cancel()
+    assert await broker.committed(topic, config.group_id) == (8 if taken == first else None)
