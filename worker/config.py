@@ -21,6 +21,7 @@ from pipeline.strategies.strategy import FALLBACK_ORDER
 from pipeline.types import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from worker.errors import ConfigError
 
+TtlDays = Annotated[float, Meta(ge=1 / 86400)]  # Redis expires keys after whole seconds, at least one
 SECRETS = ("password", "secret")
 
 
@@ -69,7 +70,7 @@ class EventsConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
 class SequencesConfig(Struct, frozen=True, forbid_unknown_fields=True):
     max_events: Annotated[int, Meta(ge=1, le=65535)] = 512  # per user, 12 KiB; at least the model's receptive field
-    ttl_days: PositiveFloat = 90.0  # since the user's last event
+    ttl_days: TtlDays = 90.0  # since the user's last event
     topic_generation: str = "1"  # change it after re-creating the events topic: offsets start again from 0
     cache_mib: PositiveInt = 64  # rings of owned partitions kept in the process
 
@@ -77,7 +78,14 @@ class SequencesConfig(Struct, frozen=True, forbid_unknown_fields=True):
 class BatcherConfig(Struct, frozen=True, forbid_unknown_fields=True):
     max_users: PositiveInt = 256  # per batch
     max_tokens: PositiveInt = 32768  # events per batch
-    length_buckets: tuple[PositiveInt, ...] = (32, 64, 128, 256, 512, 1024)  # events per user
+    length_buckets: Annotated[tuple[PositiveInt, ...], Meta(min_length=1)] = (
+        32,
+        64,
+        128,
+        256,
+        512,
+        1024,
+    )  # events per user
     slo_ms: PositiveInt = 100  # time from poll to slate to aim for: it sets the batches' deadlines
     max_pending_events: PositiveInt = 4096  # admitted and unanswered; above it partitions are paused
     coalesce: bool = True  # false: one slate per event, for evaluation
@@ -119,7 +127,7 @@ class CountersConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class SlatesConfig(Struct, frozen=True, forbid_unknown_fields=True):
-    ttl_days: PositiveFloat = 30.0  # in Redis, since the slate was written
+    ttl_days: TtlDays = 30.0  # in Redis, since the slate was written
 
 
 class DeadLettersConfig(Struct, frozen=True, forbid_unknown_fields=True):

@@ -9,7 +9,7 @@ MillraceError                  exit  retriable  what the worker does
 ├── ArtifactError                 3  no         refuses to start (defined in pipeline/errors.py)
 ├── SourceError                   4  no         halts: topic missing, credentials rejected, corrupt record
 │   └── SourceUnavailable         4  yes        retries with back-off; at start, until `kafka.start_timeout_s`
-├── StoreError                    5  no         halts: Redis rejects the function or the key's type
+├── StoreError                    5  no         halts: Redis rejects the function, or a ring is of another version
 │   ├── StoreUnavailable          5  yes        keeps the events, pauses the partitions, retries with back-off
 │   └── TopicRecreated            8  no         halts: offsets in Redis are past the partition's end
 ├── SinkError                     4  no         halts: the slate can never be written (too large, not authorized)

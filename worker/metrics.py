@@ -12,6 +12,7 @@ IN_FLIGHT_EVENTS = Gauge("millrace_in_flight_events", "Records polled and not ye
 KEY_MISMATCHES = Counter("millrace_key_mismatches_total", "Events whose record key is not their user id")
 DEAD_LETTERS = Counter("millrace_dead_letters_total", "Records sent to the dead-letter topic")
 LOST_RINGS = Counter("millrace_rings_lost_total", "Rings that Redis had lost when they were pushed to")
+UNREADABLE_RINGS = Counter("millrace_rings_unreadable_total", "Keys of rings that held none and were renamed")
 
 # Slates
 SLATES = Counter(

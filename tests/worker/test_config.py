@@ -131,3 +131,12 @@ def test_secrets_are_masked_when_shown() -> None:
     assert shown["kafka.sasl_password"][0] == "***"
     assert shown["redis.url"][0] == "rediss://***@cache:6380/1"
     assert "hunter2" not in str(shown)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("BATCHER__LENGTH_BUCKETS", "[]"), ("SEQUENCES__TTL_DAYS", "0.00001"), ("SLATES__TTL_DAYS", "0.00001")],
+)
+def test_value_that_would_fail_at_the_first_event_is_refused_at_load(name: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=f"MILLRACE__{name}"):
+        config.load(None, {f"MILLRACE__{name}": value})

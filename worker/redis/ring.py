@@ -38,13 +38,27 @@ class Ring:
         """Parse the value in Redis, empty bytes where there is none. Raises ValueError for another format."""
         if not value:
             return cls(cap)
-        if len(value) < HEADER.size or value[:2] != PREFIX:
-            raise ValueError(
-                f"not a ring of format {FORMAT}, {EVENT_BYTES} bytes per event: it begins with {value[:8]!r}"
-            )
-        _, _, cap, count, *sources = HEADER.unpack_from(value)
+        ring = cls.from_header(value[: HEADER.size])
+        cap = ring.cap
+        count = ring.count
+        length = HEADER.size + min(count, cap) * EVENT_BYTES
+        if len(value) != length:
+            raise ValueError(f"not a ring: {len(value)} bytes, where its header wants {length}")
         oldest = HEADER.size + count % cap * EVENT_BYTES if count > cap else HEADER.size
-        return cls(cap, count, *sources, events=value[oldest:] + value[HEADER.size : oldest])
+        ring.events = value[oldest:] + value[HEADER.size : oldest]
+        return ring
+
+    @classmethod
+    def from_header(cls, header: bytes) -> "Ring":
+        """Parse the 40 bytes alone: a ring without its events. ValueError as in `from_value`."""
+        if len(header) < HEADER.size or header[:2] != PREFIX:
+            raise ValueError(
+                f"not a ring of format {FORMAT}, {EVENT_BYTES} bytes per event: it begins with {header[:8]!r}"
+            )
+        _, _, cap, count, *sources = HEADER.unpack(header)
+        if cap == 0:
+            raise ValueError("not a ring: it has room for no event")
+        return cls(cap, count, *sources)
 
     def header(self) -> bytes:
         """Return the 40 bytes that name this version of the ring; empty before the first push."""

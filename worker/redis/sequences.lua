@@ -19,7 +19,7 @@ local function read_header(key, bytes)
     return { count = 0, source = NO_SOURCE, last_offset = 0, other_source = NO_SOURCE, other_last_offset = 0 }
   end
   local format, event_bytes = string.byte(bytes, 1, 2)
-  if #bytes < HEADER_BYTES or format ~= FORMAT or event_bytes ~= EVENT_BYTES then
+  if #bytes < HEADER_BYTES or format ~= FORMAT or event_bytes ~= EVENT_BYTES or string.sub(bytes, 3, 4) == '\0\0' then
     error({ err = 'MILLRACEFORMAT ' .. key .. ' is not a ring that this version can read (format ' ..
       tostring(format) .. ', ' .. tostring(event_bytes) .. ' bytes per event)' })
   end

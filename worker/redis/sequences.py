@@ -14,11 +14,12 @@ from typing import Any
 from pipeline.records import DAY_S
 from worker import logging, metrics
 from worker.config import SequencesConfig
-from worker.errors import StoreError, TopicRecreated
+from worker.errors import StoreError, StoreUnavailable, TopicRecreated
 from worker.interfaces import ConsumedEvent, Partition
 from worker.redis.client import Command, RedisClient, ring_key
 from worker.redis.ring import HEADER, Ring, source_id
 from worker.redis.ring_cache import RingCache
+from worker.redis.unreadable import set_unreadable_aside
 
 log = logging.get("sequences")
 WARNING_INTERVAL_S = 60.0
@@ -70,14 +71,27 @@ class SequenceStore:
     async def push(self, events: Sequence[ConsumedEvent]) -> None:
         """Append the events and set `ring` and `is_new` of each: see Store.push.
 
-        When it raises StoreUnavailable, some events may be in Redis: pushing the same again skips them.
+        When it raises StoreUnavailable, some events may be in Redis: pushing the same again skips them. A key that
+        holds no ring is renamed first, so that the next attempt finds none.
         """
+        try:
+            await self._push(events)
+        except StoreError as error:
+            if error.retriable or isinstance(error, TopicRecreated):
+                raise
+            if not (keys := await set_unreadable_aside(self._client, [each.event.user_id for each in events])):
+                raise
+            raise StoreUnavailable(f"{', '.join(keys[:3])} in Redis held no ring and was renamed") from error
+
+    async def _push(self, events: Sequence[ConsumedEvent]) -> None:
         async with self._push_lock:
             lost_before = self.rings_lost
             pushes = self._group(events)
             await self._note_offsets([push for push in pushes if push.is_first_attempt])
             replies = await self._client.pipeline([self._command(push) for push in pushes])
-            stale_offsets = [self._apply(push, reply) for push, reply in zip(pushes, replies, strict=True)]
+            # All of them before any event is touched: a value that is no ring fails the whole attempt.
+            rings = [self._ring_before(push, reply) for push, reply in zip(pushes, replies, strict=True)]
+            stale_offsets = [self._apply(*each) for each in zip(pushes, replies, rings, strict=True)]
         self._warn(self.rings_lost - lost_before)
         for push, stored_offset in zip(pushes, stale_offsets, strict=True):
             if stored_offset is not None:
@@ -114,7 +128,7 @@ class SequenceStore:
         replies = await self._client.pipeline([("GETRANGE", ring_key(user), 0, HEADER.size - 1) for user in users])
         headers = dict(zip(users, replies, strict=True))
         for push in pushes:
-            ring = push.cached or self._parsed(push.user_id, headers.get(push.user_id, b""))
+            ring = push.cached or self._parsed(push.user_id, headers.get(push.user_id, b""), is_header=True)
             for event in push.events:
                 event.ring_offset = ring.get_last_offset(push.source)
 
@@ -134,11 +148,10 @@ class SequenceStore:
         )
         return command if self._rebuilt is None or push.user_id in self._rebuilt else (*command, "fresh")
 
-    def _apply(self, push: UserPush, reply: Any) -> int | None:
+    def _apply(self, push: UserPush, reply: Any, ring: Ring) -> int | None:
         """Append as the function did. Return the stored last offset if the function found the topic re-created."""
         if isinstance(reply, list):
             return reply[1]
-        ring = self._ring_before(push, reply)
         appended = 0
         for event in push.events:
             offset = event.record_offset.offset
@@ -156,17 +169,19 @@ class SequenceStore:
             self._rebuilt.add(push.user_id)
         return None
 
-    def _ring_before(self, push: UserPush, reply: int | bytes) -> Ring:
+    def _ring_before(self, push: UserPush, reply: Any) -> Ring:
         """Return the ring as it was in Redis before this push."""
-        if isinstance(reply, int):
+        if not isinstance(reply, bytes):
             return push.cached or Ring(self._config.max_events)
         if not reply and push.is_first_of_user and push.cached is not None and self._rebuilt is None:
             self.rings_lost += 1
             metrics.LOST_RINGS.inc()
         return self._parsed(push.user_id, reply)
 
-    def _parsed(self, user_id: str, value: bytes) -> Ring:
+    def _parsed(self, user_id: str, value: bytes, is_header: bool = False) -> Ring:
         try:
+            if is_header and value:
+                return Ring.from_header(value)
             return Ring.from_value(value, self._config.max_events)
         except ValueError as error:
             raise StoreError(f"{ring_key(user_id)} in Redis: {error}") from error

@@ -8,9 +8,9 @@ local STAMP_BYTES = 16
 -- KEYS: the slate.  ARGS: source, last offset, JSON, ttl_s.
 -- Returns 1, or 0 when the stored slate has the same source and covers later offsets.
 local function put(keys, args)
-  local stamp = redis.call('GETRANGE', keys[1], 0, STAMP_BYTES - 1)
+  local stamp = redis.pcall('GETRANGE', keys[1], 0, STAMP_BYTES - 1) -- a table when the key is of another type
   local offset = tonumber(args[2])
-  if #stamp == STAMP_BYTES then
+  if type(stamp) == 'string' and #stamp == STAMP_BYTES then
     local source, stored_offset = struct.unpack(STAMP, stamp)
     if source == args[1] and stored_offset > offset then
       return 0

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from worker.errors import TopicRecreated
 from worker.interfaces import Clock, Partition, PolledRecords, RecordOffset
 
 
@@ -62,11 +63,20 @@ class OffsetTracker:
         return offsets is not None and offsets.assignment == assignment
 
     def open(self, polled: PolledRecords) -> None:
-        """Open a poll's records, in their order, before anything is done with them."""
+        """Open a poll's records, in their order, before anything is done with them.
+
+        TopicRecreated when they lie before open ones: completions could not tell the old offsets from the new.
+        """
         if not self.owns(polled.partition, polled.assignment) or not polled.records:
             return
         offsets = self._partitions[polled.partition]
         opened = [record.offset for record in polled.records]
+        if offsets.order and opened[0] <= offsets.order[-1]:
+            topic, partition = polled.partition
+            raise TopicRecreated(
+                f"{topic}-{partition} continues at offset {opened[0]} while offset {offsets.order[-1]} is unanswered: "
+                f"the topic was re-created; change sequences.topic_generation"
+            )
         self.open_count -= len(offsets.open)
         offsets.order.extend(opened)
         offsets.open.update(opened)

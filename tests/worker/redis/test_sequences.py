@@ -175,25 +175,47 @@ async def test_every_push_renews_the_expiry_of_a_ring(client: RedisClient, new_u
 
 
 @pytest.mark.parametrize(
-    "value",
-    [b"\x02\x18" + bytes(38), b"short", b"\x01\x20" + bytes(62)],
-    ids=["format 2", "too short", "32-byte events"],
+    "value", [b"\x02\x18" + bytes(38), b"\x01\x20" + bytes(62)], ids=["format 2", "32-byte events"]
 )
-async def test_value_of_another_format_is_rejected_and_left_unchanged(
+async def test_ring_of_another_version_is_rejected_and_left_unchanged(
     client: RedisClient, new_user: NewUser, value: bytes
 ):
     user = new_user()
     await client.call("SET", f"seq:{{u:{user}}}", value)
-    with pytest.raises(StoreError, match=r"format"):
+    with pytest.raises(StoreError, match=r"format") as caught:
         await SequenceStore(client, SequencesConfig()).push([consumed_event(user, 0, 1)])
+    assert not caught.value.retriable
     assert await read_value(client, user) == value
 
 
-async def test_key_of_another_type_is_rejected(client: RedisClient, new_user: NewUser):
-    user = new_user()
-    await client.call("LPUSH", f"seq:{{u:{user}}}", "x")
-    with pytest.raises(StoreError, match="WRONGTYPE"):
-        await SequenceStore(client, SequencesConfig()).push([consumed_event(user, 0, 1)])
+RING_OF_TWO = Ring(4, 2, source(0), 9, events=bytes(48)).value()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        ("LPUSH", "x"),
+        ("SET", "short"),
+        ("SET", "a text that is longer than the header of a ring is"),
+        ("SET", RING_OF_TWO[:2] + bytes(2) + RING_OF_TWO[4:]),
+        ("SET", RING_OF_TWO[:-1]),
+    ],
+    ids=["list", "short text", "long text", "no room", "cut"],
+)
+async def test_key_that_holds_no_ring_is_renamed_and_the_ring_starts_again(
+    client: RedisClient, new_user: NewUser, write: tuple[str, str | bytes]
+):
+    command, value = write
+    user, healthy = new_user(), new_user()
+    await client.call(command, f"seq:{{u:{user}}}", value)
+    store = SequenceStore(client, SequencesConfig())
+    events = [consumed_event(healthy, 0, 1), consumed_event(user, 0, 2), consumed_event(user, 0, 3)]
+    with pytest.raises(StoreUnavailable, match="held no ring"):
+        await store.push(events)
+    await store.push(events)
+    assert [event.is_new for event in events] == [True] * 3
+    assert (events[0].ring, events[2].ring) == (event_bytes(0, 1), event_bytes(0, 2) + event_bytes(0, 3))
+    assert await client.call("EXISTS", f"seq:unreadable:{{u:{user}}}") == 1
 
 
 async def test_lost_ring_is_counted_and_restarts_with_the_pushed_event(client: RedisClient, new_user: NewUser):

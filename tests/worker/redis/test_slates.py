@@ -91,6 +91,13 @@ async def test_slate_stored_before_slates_named_their_backend_is_still_read(
     assert await lookup.slate(user) == msgspec.structs.replace(slate(user, 7), backend="unknown", why="unknown")
 
 
+async def test_key_that_holds_no_slate_is_replaced(client: RedisClient, new_user):
+    user = new_user()
+    await client.call("LPUSH", f"rec:{{u:{user}}}", "x")
+    await SlateStore(client, SlatesConfig()).put([slate(user, 7)])
+    assert await client.call("TYPE", f"rec:{{u:{user}}}") == b"string"
+
+
 async def test_popular_slate_answers_unknown_users_and_is_replaced_only_by_a_later_one(
     server: LocalValkey, server_client: RedisClient
 ):

@@ -2,10 +2,12 @@
 
 import asyncio
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from worker.errors import TopicRecreated
 from worker.interfaces import Partition, PolledRecords, RecordOffset
 from worker.replay.log_source import LogRecord
 from worker.stream.offset_tracker import OffsetTracker
@@ -103,6 +105,17 @@ async def test_drain_ends_with_the_last_completed_record():
     assert not waiting.done()
     tracker.complete(record_offsets(1))
     await waiting
+
+
+def test_position_that_goes_back_below_open_records_is_a_re_created_topic():
+    tracker = opened(5, 6)
+    tracker.complete(record_offsets(5))
+    with pytest.raises(TopicRecreated, match="continues at offset 0 while offset 6 is unanswered"):
+        tracker.open(poll(P0, 1, 0, 1))
+    assert (tracker.open_count, tracker.oldest_open_s is not None) == (1, True)
+    tracker.complete(record_offsets(6))
+    tracker.open(poll(P0, 1, 0, 1))
+    assert tracker.open_count == 2, "without open records, a rewind reads them again"
 
 
 async def test_drain_ends_when_the_partition_is_revoked():
