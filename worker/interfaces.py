@@ -163,14 +163,12 @@ class Source(Protocol):
 
     def resume(self) -> None: ...
 
-    async def commit(
-        self, offsets: Mapping[Partition, int], assignments: Mapping[Partition, int]
-    ) -> Mapping[Partition, int]:
-        """Commit the next offsets, skipping partitions from an older assignment. A rebalance is not an error.
+    async def commit(self, offsets: Mapping[Partition, int], assignments: Mapping[Partition, int]) -> None:
+        """Commit the next offsets, skipping partitions from an older assignment. A rebalance is not an error."""
+        ...
 
-        Returns those that are not acknowledged, of earlier calls too. They go with the next commit, as long as their
-        assignment lasts.
-        """
+    def uncommitted(self) -> Mapping[Partition, int]:
+        """Return the next offsets whose commit is not acknowledged; they go with the next commit of their assignment."""
         ...
 
     def lag(self) -> Mapping[Partition, int]:

@@ -78,24 +78,34 @@ class KafkaSource:
     def resume(self) -> None:
         self._paused = False
 
-    async def commit(
-        self, offsets: Mapping[Partition, int], assignments: Mapping[Partition, int]
-    ) -> Mapping[Partition, int]:
-        """Commit the next offsets, skipping partitions from an older assignment; return what is not acknowledged.
+    async def commit(self, offsets: Mapping[Partition, int], assignments: Mapping[Partition, int]) -> None:
+        """Commit the next offsets, skipping partitions from an older assignment.
 
         Retries while the coordinator is unavailable, at most `request_timeout_ms`; offsets still pending then go with
         the next commit, unless their assignment has passed. Raises SourceError when the commit is refused.
         """
-        for partition, offset in offsets.items():
-            if partition in assignments:
-                self._pending_commit[partition] = assignments[partition], offset
+        owned = self._member.assignments
+        self._pending_commit |= {
+            partition: (assignments[partition], offset)
+            for partition, offset in offsets.items()
+            if partition in owned and owned[partition] == assignments.get(partition)
+        }
         give_up_s = self._clock.monotonic() + self._deadline.share_s(self._config.request_timeout_ms / 1000)
         while not await self._attempt_commit(give_up_s):
             if self._clock.monotonic() >= give_up_s:
-                log.warning("commit pending, coordinator unavailable", offsets=_offsets_by_name(self._uncommitted()))
-                break
+                log.warning("commit pending, coordinator unavailable", offsets=_offsets_by_name(self.uncommitted()))
+                return
             await asyncio.sleep(min(COMMIT_RETRY_S, self._deadline.left_s()))
-        return self._uncommitted()
+
+    def uncommitted(self) -> dict[Partition, int]:
+        """Return the offsets to commit, dropping those of a passed assignment: another member may be further by now."""
+        owned = self._member.assignments
+        self._pending_commit = {
+            partition: (assignment, offset)
+            for partition, (assignment, offset) in self._pending_commit.items()
+            if owned.get(partition) == assignment
+        }
+        return {partition: offset for partition, (_, offset) in self._pending_commit.items()}
 
     def lag(self) -> Mapping[Partition, int]:
         return {partition: self._member.lag(partition) for partition in self._member.assignments}
@@ -206,7 +216,7 @@ class KafkaSource:
 
     async def _commit_once(self) -> bool:
         """Return whether nothing is left to try: all is acknowledged, or the group is about to rebalance."""
-        sent = self._uncommitted()
+        sent = self.uncommitted()
         try:
             if sent:
                 await self._member.commit(sent)
@@ -219,17 +229,7 @@ class KafkaSource:
         for partition, offset in sent.items():  # offsets that moved meanwhile stay pending
             if self._pending_commit.get(partition, (0, -1))[1] == offset:
                 del self._pending_commit[partition]
-        return not self._uncommitted()
-
-    def _uncommitted(self) -> dict[Partition, int]:
-        """Return the offsets to commit, dropping those of a passed assignment: another member may be further by now."""
-        owned = self._member.assignments
-        self._pending_commit = {
-            partition: (assignment, offset)
-            for partition, (assignment, offset) in self._pending_commit.items()
-            if owned.get(partition) == assignment
-        }
-        return {partition: offset for partition, (_, offset) in self._pending_commit.items()}
+        return not self.uncommitted()
 
     def _raise_unless_transient(self, error: errors.KafkaError) -> None:
         if is_permanent(error) or not error.retriable:

@@ -87,7 +87,8 @@ class CounterStore:
         """Merge every `counters.merge_interval_s` until cancelled, and then once more.
 
         No round is interrupted, unless by a second cancel: counts that Redis had added without a reply would be sent
-        again. Loading is: what it sends changes nothing when it is sent again.
+        again. Loading is interrupted, and then nothing is merged: it may take minutes, and what it sends changes
+        nothing when it is sent again.
         """
         merging = asyncio.create_task(self.merge(), name="merge")
         try:
@@ -98,8 +99,10 @@ class CounterStore:
         finally:
             if self._artifact_counts is not None:
                 merging.cancel()
-            await merging
-            await self.merge()
+                await asyncio.wait({merging})
+            else:
+                await merging
+                await self.merge()
 
     async def merge(self) -> bool:
         """Run one round; the first one loads. Return False when Redis failed: the next round catches up."""

@@ -88,10 +88,10 @@ class LogSource:
     def resume(self) -> None:
         self._paused = False
 
-    async def commit(
-        self, offsets: Mapping[Partition, int], assignments: Mapping[Partition, int]
-    ) -> Mapping[Partition, int]:
+    async def commit(self, offsets: Mapping[Partition, int], assignments: Mapping[Partition, int]) -> None:
         self.committed = offsets.get(self.partition, self.committed)
+
+    def uncommitted(self) -> Mapping[Partition, int]:
         return {}
 
     def lag(self) -> Mapping[Partition, int]:

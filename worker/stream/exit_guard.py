@@ -12,6 +12,7 @@ from worker.errors import Stalled
 from worker.stream.health import LOOP_BLOCKED_S, HealthState
 
 CHECK_S = 0.1
+PAUSE_S = 5.0  # a sleep of CHECK_S that takes so long: the process was suspended, and its event loop with it
 GRACE_S = 0.5  # after the deadline: the steps of the way out give up at it, and then need a moment to say so
 INTERPRETER_EXIT_S = 0.5  # for threads that still run when the main thread has ended; Python would wait for them
 
@@ -30,13 +31,17 @@ class ExitGuard:
         self._config = config
         self._health = health
         self._deadline = deadline
+        self._resumed_s = 0.0  # when the process went on after it had been suspended as a whole
 
     def start(self) -> None:
         threading.Thread(target=self._watch, name="exit guard", daemon=True).start()
 
     def _watch(self) -> None:
         while (reason := self._reason()) is None:
+            before_s = self._health.clock.monotonic()
             time.sleep(CHECK_S)
+            if self._health.clock.monotonic() - before_s > PAUSE_S:
+                self._resumed_s = self._health.clock.monotonic()
         print(f"millrace run: {reason}; exit {self.exit_code}; stacks of all threads:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr)
         os._exit(self.exit_code)
@@ -46,7 +51,7 @@ class ExitGuard:
         now_s = self._health.clock.monotonic()
         if now_s > self._deadline.at_s + GRACE_S:
             return f"the way out did not end within health.drain_timeout_s = {self._config.drain_timeout_s:g} s"
-        late_s = now_s - self._health.heartbeat_s
+        late_s = now_s - max(self._health.heartbeat_s, self._resumed_s)
         if late_s > max(self._config.stall_timeout_s, LOOP_BLOCKED_S) and self._deadline.left_s() > 0:
             return f"the event loop has not run for {late_s:.0f} s"
         if not threading.main_thread().is_alive():

@@ -53,12 +53,11 @@ class OffsetCommitter:
 
     async def commit_rest(self) -> Mapping[Partition, int]:
         """Commit before the end, also what earlier commits have left. Return the offsets that are not committed."""
-        offsets = self._tracker.committable()
         try:
-            return await self._source.commit(offsets, self._tracker.assignments())
+            await self._source.commit(self._tracker.committable(), self._tracker.assignments())
         except MillraceError as error:  # on the way out: the error that led there must not be replaced
             log.warning("last commit failed", error=str(error))
-            return offsets
+        return self._source.uncommitted()
 
     async def run(self) -> None:
         while True:

@@ -1,6 +1,8 @@
 """Counters merged through a real Valkey: they converge, survive restarts and outages, and fill rec:popular."""
 
 import asyncio
+import os
+import signal
 from collections.abc import Callable
 
 import numpy as np
@@ -11,7 +13,7 @@ from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import EVENT_DTYPE, Histories, item_hash
 from worker.config import Config, CountersConfig, RedisConfig
 from worker.lookup.lookup import Lookup
-from worker.redis.client import RedisClient
+from worker.redis.client import RedisClient, connect
 from worker.redis.counters import INDEX_SHARDS, CounterStore
 from worker.redis.slates import SlateStore
 from worker.replay.local_servers import LocalValkey
@@ -220,6 +222,21 @@ async def test_last_counts_are_merged_when_the_process_stops(server_client: Redi
     await asyncio.gather(running, return_exceptions=True)
     assert await after.store.merge()
     assert after.popularity("a") == pytest.approx(1, rel=1e-3)
+
+
+async def test_stop_while_the_counters_are_loaded_ends_at_once(server: LocalValkey):
+    client = await connect(RedisConfig(url=server.url, timeout_s=60))
+    process = Process(client)
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        merging = asyncio.create_task(process.store.run())
+        await asyncio.sleep(0)  # it has begun
+        merging.cancel()
+        _, late = await asyncio.wait({merging}, timeout=10)
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+    assert not late
+    await client.aclose()
 
 
 async def test_stop_in_the_middle_of_a_round_counts_nothing_twice(server_client: RedisClient):

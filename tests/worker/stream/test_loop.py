@@ -178,8 +178,10 @@ class RebalancingSource:
     def resume(self) -> None:
         self.paused = False
 
-    async def commit(self, offsets: dict[Partition, int], assignments: dict[Partition, int]) -> dict[Partition, int]:
+    async def commit(self, offsets: dict[Partition, int], assignments: dict[Partition, int]) -> None:
         self.committed = offsets.get(PARTITION, self.committed)
+
+    def uncommitted(self) -> dict[Partition, int]:
         return {}
 
     def lag(self) -> dict[Partition, int]:
@@ -221,6 +223,26 @@ async def test_rebalances_while_a_server_is_away_neither_pile_up_events_nor_repe
     assert set(repeated) == {event.user_id for event in log}
     in_flight = 2 * 10 if stuck == "send" else 0  # what was being sent is sent
     assert sum(repeated.values()) <= 500 + in_flight
+
+
+async def test_worker_that_fails_commits_what_is_completed(eventually):
+    log = [Event(f"u{n}", "item", "view", n) for n in range(50)]
+    config = Config(
+        batcher=BatcherConfig(max_users=10, max_in_flight_batches=1), health=HealthConfig(commit_interval_s=60)
+    )
+    worker, parts, source = build(config, log, poll_records=10)
+    parts.open.set()
+    rank = parts.rank
+
+    async def rank_twice(batch: Batch) -> list[Slate]:
+        if worker.tracker.completed_count >= 20:
+            raise RuntimeError("broken")
+        return await rank(batch)
+
+    parts.rank = rank_twice  # type: ignore[method-assign]
+    with pytest.raises(ExceptionGroup):
+        await worker.run()
+    assert source.committed == worker.tracker.completed_count == 20
 
 
 async def test_delivered_slates_are_counted_by_what_ranked_them_and_why():
