@@ -168,7 +168,7 @@ class Source(Protocol):
         ...
 
     def uncommitted(self) -> Mapping[Partition, int]:
-        """Return the next offsets whose commit is not acknowledged; they go with the next commit of their assignment."""
+        """Return the next offsets whose commit is not acknowledged; they go with the next commit."""
         ...
 
     def lag(self) -> Mapping[Partition, int]:
