@@ -125,6 +125,8 @@ class Process:
             drain.start(self._deadline, self._config.health)
             beating.cancel()
             server.close()
+            # What an aborted producer leaves unread must not be logged after the last words.
+            asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
         log.info("stopped during the start, nothing was read" if self._stopped_start else "drained and committed")
 
     async def _consume(self) -> None:
