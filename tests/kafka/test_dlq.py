@@ -1,5 +1,7 @@
 """Dead letters in a real topic: listed, requeued once, by reason; and the command."""
 
+import tracemalloc
+
 import msgspec
 import pytest
 from aiokafka import AIOKafkaProducer
@@ -155,6 +157,21 @@ async def test_requeue_is_sent_in_transactions_of_bounded_bytes(broker: Broker, 
     chunks = [len(chunk) async for chunk in Requeue(DeadLetterTopic(kafka)).run()]
     assert [count for count in chunks if count] == [3, 3, 1]
     assert len(await broker.read(kafka.events_topic, 7)) == 7
+
+
+async def test_dry_run_holds_a_few_letters_in_memory_not_the_topic(broker: Broker):
+    kafka = await send_dead_letters(broker, [])
+    await send(kafka, *(letter_of(kafka, number, b"x" * 900_000) for number in range(40)))
+    tracemalloc.start()
+    try:
+        count = 0
+        async for _ in Requeue(DeadLetterTopic(kafka)).select():
+            count += 1
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert count == 40
+    assert peak_bytes < 15 << 20
 
 
 @given(st.lists(st.sets(st.integers(0, 30)), max_size=5), st.sets(st.integers(0, 30), min_size=1), st.integers(0, 31))
