@@ -61,3 +61,8 @@ REJECTED_ITEMS = Counter(
 # Model
 MODEL = Gauge("millrace_model_info", "The serving artifact", ["version"])
 SWAPS = Counter("millrace_model_swaps_total", "New artifacts that were accepted or rejected while serving", ["outcome"])
+
+# Tasks beside the worker
+BACKGROUND_FAILURES = Counter(
+    "millrace_background_failures_total", "Failures of a task beside the worker, which was started again", ["task"]
+)

@@ -6,6 +6,7 @@ import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ from worker.redis.sequences import SequenceStore
 from worker.redis.slates import SlateStore
 from worker.stream.health import HealthServer, HealthState
 from worker.stream.loop import Worker, ignore_delivery
+from worker.stream.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from worker.inference.hot_swap import HotSwap
@@ -64,14 +66,18 @@ async def build_components(config: Config, clock: Clock) -> AsyncIterator[Compon
     pipeline = load_pipeline(config)
     ranker = PipelineRanker(pipeline, config.pipeline.slate_size, clock, config.pipeline.strategy)
     client = await connect(config.redis)
+    hot_swap: HotSwap | None = None
     try:
         slates = SlateStore(client, config.slates, config.sequences.topic_generation)
         counters = CounterStore(
             client, config, pipeline.counters, slates, ranker.run_in_thread, ranker.pin_items, lambda: pipeline.version
         )
         sequences = SequenceStore(client, config.sequences)
-        yield Components(config, clock, ranker, sequences, slates, counters, _hot_swap(config, ranker, clock))
+        hot_swap = _hot_swap(config, ranker, clock)
+        yield Components(config, clock, ranker, sequences, slates, counters, hot_swap)
     finally:
+        if hot_swap is not None:
+            hot_swap.close()
         ranker.close()
         await client.aclose()
 
@@ -86,7 +92,7 @@ async def consume(config: Config) -> None:
         async with build_components(config, clock) as components, KafkaSink(config, components.slates) as sink:
             worker = components.worker(KafkaSource(config.kafka, clock), sink, health)
             _handle_signals(worker)
-            async with follow_items(config, components):
+            async with follow_items(config, components, health):
                 await supervise(worker, components)
     finally:
         server.close()
@@ -94,22 +100,21 @@ async def consume(config: Config) -> None:
 
 
 @asynccontextmanager
-async def follow_items(config: Config, components: Components) -> AsyncIterator[None]:
+async def follow_items(config: Config, components: Components, health: HealthState) -> AsyncIterator[None]:
     """Read the whole items topic before the body runs, and follow it meanwhile."""
     ranker = components.ranker
     clock = components.clock
     folder = config.pipeline.state_dir
-    following: asyncio.Task | None = None
     journal = ItemJournal(Path(folder), config.kafka.items_topic, ranker, clock) if folder else None
     feed = ItemFeed(config.kafka, ranker.update_items, clock, journal)
     try:
         await feed.start()
-        following = asyncio.create_task(feed.run(), name="items")
-        yield
+        following = {"items": feed.run}
+        if journal is not None:
+            following["items-journal"] = partial(journal.run, lambda: feed.positions)
+        async with Supervisor(health).running(following):
+            yield
     finally:
-        if following is not None:
-            following.cancel()
-            await asyncio.gather(following, return_exceptions=True)
         await feed.stop()
         if journal is not None:
             journal.close()
@@ -117,17 +122,14 @@ async def follow_items(config: Config, components: Components) -> AsyncIterator[
 
 async def supervise(worker: Worker, components: Components) -> None:
     """Run the worker and its background tasks; raise the error that ended it, outside of its exception groups."""
-    background = [asyncio.create_task(components.counters.run(), name="counters")]
+    background = {"counters": components.counters.run}
     if components.hot_swap is not None:
-        background.append(asyncio.create_task(components.hot_swap.run(), name="hotswap"))
+        background["hotswap"] = components.hot_swap.run
     try:
-        await worker.run()
+        async with Supervisor(worker.health).running(background):
+            await worker.run()
     except BaseExceptionGroup as group:
         raise first_error(group) from group
-    finally:
-        for task in background:
-            task.cancel()
-        await asyncio.gather(*background, return_exceptions=True)
 
 
 def first_error(group: BaseExceptionGroup) -> BaseException:

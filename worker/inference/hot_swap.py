@@ -64,12 +64,13 @@ class HotSwap:
 
     async def run(self) -> None:
         """Check every `pipeline.artifact_poll_interval_s` until cancelled."""
-        try:
-            while True:
-                await self.check()
-                await asyncio.sleep(self._config.pipeline.artifact_poll_interval_s)
-        finally:
-            self._executor.close(wait=False)
+        while True:
+            await self.check()
+            await asyncio.sleep(self._config.pipeline.artifact_poll_interval_s)
+
+    def close(self) -> None:
+        """End the thread, once it has finished the call that it runs."""
+        self._executor.close(wait=False)
 
     async def check(self) -> None:
         """Handle a new artifact once, when two checks in a row see the same files: until then a copy may be running."""

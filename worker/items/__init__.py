@@ -1,4 +1,4 @@
 """The items topic, and the local journal that makes a restart fast.
 
-May import: errors, interfaces, metrics, executor, config, logging, stream, kafka, inference, pipeline.
+May import: errors, interfaces, metrics, executor, rate_limit, config, logging, stream, kafka, inference, pipeline.
 """

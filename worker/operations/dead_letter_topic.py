@@ -116,7 +116,7 @@ class DeadLetterTopic:
         consumer = make_consumer(self._config, self._config.dead_letter_topic)
         try:
             await consumer.start()
-            offsets = await offset_ranges(consumer, sorted(consumer.assignment()))
+            offsets = await offset_ranges(consumer, sorted(consumer.assignment()), self._config)
             ranges = {each: _last_offsets(offsets[each], newest) for each in offsets}
             polls = read_ranges(consumer, ranges, self._config, self._clock)
             return [record async for polled in polls for records in polled.values() for record in records]

@@ -70,6 +70,7 @@ def serve(shop, tmp_path: Path, logged: Logged) -> Iterator[Callable[..., Servin
 
     yield start
     for each in started:
+        each.swap.close()
         each.ranker.close()
 
 
