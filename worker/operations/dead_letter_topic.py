@@ -23,6 +23,7 @@ from worker.kafka.sink import HEADER_PREFIX
 from worker.kafka.topic_reader import OffsetRange, make_consumer, offset_ranges, read_ranges
 
 CHUNK = 2000  # dead letters per transaction
+MAX_DIGITS = 18  # of a number in a header, as many as 64 bits always hold; Python refuses to read 5,000
 METADATA_BYTES = 4000  # brokers accept 4,096 (offset.metadata.max.bytes)
 
 
@@ -204,7 +205,7 @@ def _header_text(headers: Mapping[str, bytes], name: str) -> str:
 
 def _header_number(headers: Mapping[str, bytes], name: str) -> int:
     text = _header_text(headers, name)
-    return int(text) if text.isascii() and text.isdigit() else -1
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS else -1
 
 
 async def _send(producer: AIOKafkaProducer, letters: Sequence[DeadLetterRecord]) -> list[asyncio.Future]:
