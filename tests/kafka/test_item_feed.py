@@ -9,6 +9,7 @@ import msgspec
 import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.admin import NewPartitions, NewTopic
+from aiokafka.errors import TopicAuthorizationFailedError
 
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
@@ -16,11 +17,14 @@ from pipeline.records import Item
 from pipeline.serving.pipeline import Pipeline
 from tests.kafka.broker import Broker
 from worker import metrics
+from worker.backoff import Backoff
 from worker.clock import WallClock
 from worker.config import KafkaConfig
 from worker.inference.ranker import PipelineRanker
 from worker.items.feed import ItemFeed
 from worker.items.journal import ItemJournal
+from worker.stream.health import HealthState
+from worker.stream.supervisor import Supervisor
 
 MSGPACK = [("content-type", b"application/msgpack")]
 ItemRecord = tuple[str, bytes | None, list[tuple[str, bytes]]]  # key, value, headers
@@ -283,3 +287,34 @@ async def produce_to(kafka: KafkaConfig, partition: int, record: ItemRecord) -> 
     key, value, headers = record
     async with AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers) as producer:
         await producer.send_and_wait(kafka.items_topic, value, key=key.encode(), partition=partition, headers=headers)
+
+
+async def test_lasting_refusal_is_reported_again_and_again_and_the_feed_goes_on_after_it(
+    broker: Broker, updates: CatalogueUpdates, monkeypatch: pytest.MonkeyPatch, eventually, logged
+):
+    """The broker of the tests refuses nobody, so the client raises what it raises for a topic without permission."""
+    kafka = broker.config(items_topic=await broker.topic(1))
+    feed = ItemFeed(kafka, updates.update, WallClock())
+    await feed.start()
+    assert feed._consumer is not None
+    health = HealthState(WallClock(), ready=True)
+
+    async def refuse(*_: object, **__: object) -> None:
+        raise TopicAuthorizationFailedError(kafka.items_topic)
+
+    def reports() -> list[str]:
+        lines.extend(line["error"] for line in logged() if line["event"] == "background task failed")
+        return lines
+
+    lines: list[str] = []
+    async with Supervisor(health, Backoff(0.01, 0.01), stable_s=0.2).running({"items": feed.run}):
+        with monkeypatch.context() as patched:
+            patched.setattr(feed._consumer, "getmany", refuse)
+            await eventually(lambda: len(reports()) >= 3)
+            ready, text = health.serving()
+            assert not ready
+            assert "TopicAuthorizationFailed" in text
+        await send(kafka, item_record("a", title="t"))
+        await eventually(lambda: updates.content_size("a") and health.serving()[0])
+    assert all(f"topic {kafka.items_topic}" in line for line in lines)
+    await feed.stop()

@@ -22,11 +22,16 @@ class Process:
     """One worker's counters with their store. Without `state` it starts with nothing but Redis."""
 
     def __init__(
-        self, client: RedisClient, neighbours: int = 16, state: dict | None = None, max_items: int = 1000
+        self,
+        client: RedisClient,
+        neighbours: int = 16,
+        state: dict | None = None,
+        max_items: int = 1000,
+        drain_timeout_s: float = 20,
     ) -> None:
         config = Config(
             counters=CountersConfig(half_life_days=HALF_LIFE_DAYS, neighbours=neighbours),
-            health=HealthConfig(drain_timeout_s=0.5),
+            health=HealthConfig(drain_timeout_s=drain_timeout_s),
         )
         vocabulary = Vocabulary("ab" if state else "", max_items)
         self.counters = Counters(vocabulary, HALF_LIFE_DAYS, neighbours, window_events=3)
