@@ -149,7 +149,8 @@ class CounterStore:
         unshared = [token for token in artifact_counts.items.tolist() if ids[token] not in self._index]
         seeds = artifact_counts.select(np.array(unshared, np.int32))
         log.info("counters loaded", shared=len(self._index), from_artifact=len(seeds.items))
-        await self._merge_rows(seeds, set(), set(), "absent")
+        if (refused := await self._merge_rows(seeds, set(), set(), "absent")) is not None:
+            raise refused  # the next round loads again
 
     async def _send_deltas(self) -> tuple[set[int], StoreError | None]:
         """Return the tokens whose rows were merged, and the first error of a row that is merged later.

@@ -203,9 +203,9 @@ async def test_row_without_marks_of_an_earlier_format_is_continued(server_client
     assert process.popularity("a") == pytest.approx(6, rel=1e-3)
 
 
-async def test_full_shard_of_a_cluster_delays_its_own_rows_alone_and_none_counts_twice(
-    nodes: list[LocalValkey], eventually: Eventually
-):
+@pytest.fixture
+async def shards(nodes: list[LocalValkey], eventually: Eventually) -> AsyncIterator[list[RedisClient]]:
+    """Clients of the nodes, which have formed a cluster: each owns half of the slots."""
     clients = [RedisClient(RedisConfig(url=node.url)) for node in nodes]
     await clients[0].call("CLUSTER", "ADDSLOTSRANGE", 0, 8191)
     await clients[1].call("CLUSTER", "ADDSLOTSRANGE", 8192, 16383)
@@ -216,22 +216,54 @@ async def test_full_shard_of_a_cluster_delays_its_own_rows_alone_and_none_counts
         return all(b"cluster_state:ok" in each and b"cluster_known_nodes:2" in each for each in states)
 
     await eventually(formed)
-    cluster = await connect(RedisConfig(url=nodes[0].url, cluster=True))
+    yield clients
+    for client in clients:
+        await client.aclose()
+
+
+@pytest.fixture
+async def cluster(nodes: list[LocalValkey], shards: list[RedisClient]) -> AsyncIterator[RedisClient]:
+    client = await connect(RedisConfig(url=nodes[0].url, cluster=True))
+    yield client
+    await client.aclose()
+
+
+async def set_memory_limit(shard: RedisClient, limit: str) -> None:
+    await shard.call("CONFIG", "SET", "maxmemory", limit)
+
+
+async def test_full_shard_of_a_cluster_delays_its_own_rows_alone_and_none_counts_twice(
+    shards: list[RedisClient], cluster: RedisClient
+):
     process, starting = Process(cluster), Process(cluster)
     items = [f"i{number}" for number in range(100)]
     assert await process.store.merge()
     process.observe(*[[(item, 1)] for item in items])
-    await clients[1].call("CONFIG", "SET", "maxmemory", "1mb")
+    await set_memory_limit(shards[1], "1mb")
     for _ in range(3):
         assert not await process.store.merge()
-    await clients[1].call("CONFIG", "SET", "maxmemory", "0")
+    await set_memory_limit(shards[1], "0")
     assert [process.popularity(item) for item in items] == pytest.approx([1] * 100, rel=1e-3)
     assert await process.store.merge()
     await run_rounds(starting, process)
     assert_equal_counts(process, starting)
     assert [starting.popularity(item) for item in items] == pytest.approx([1] * 100, rel=1e-3)
-    for client in (*clients, cluster):
-        await client.aclose()
+
+
+async def test_artifact_counts_that_a_full_shard_refuses_are_shared_later(
+    shards: list[RedisClient], cluster: RedisClient
+):
+    """The slot of b's row is the full shard's, that of a's is not."""
+    trained = Process(cluster)
+    trained.observe(*[[("a", 1), ("b", 2)]] * 4)
+    await set_memory_limit(shards[1], "1mb")
+    process = Process(cluster, state=trained.counters.state())
+    assert not await process.store.merge()
+    await set_memory_limit(shards[1], "0")
+    assert await process.store.merge()
+    starting = Process(cluster)
+    assert await starting.store.merge()
+    assert [starting.popularity(item) for item in "ab"] == pytest.approx([4, 4], rel=1e-3)
 
 
 async def test_index_is_written_again_after_redis_lost_its_data(server_client: RedisClient):
