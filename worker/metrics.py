@@ -59,6 +59,15 @@ REJECTED_ITEMS = Counter(
     "millrace_items_rejected_total", "Times a new item found the vocabulary full and stayed unknown"
 )
 
+INVALID_COUNTERS = Counter(
+    "millrace_counters_invalid_total", "Rows and index members of the shared counters that cannot be used"
+)
+
 # Model
 MODEL = Gauge("millrace_model_info", "The serving artifact", ["version"])
 SWAPS = Counter("millrace_model_swaps_total", "New artifacts that were accepted or rejected while serving", ["outcome"])
+
+# Tasks beside the worker
+BACKGROUND_FAILURES = Counter(
+    "millrace_background_failures_total", "Failures of a task beside the worker, which was started again", ["task"]
+)

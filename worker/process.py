@@ -1,12 +1,12 @@
 """Build a worker from its configuration, run it until a signal, and close its components."""
 
 import asyncio
-import math
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,7 @@ from worker.stream import drain
 from worker.stream.exit_guard import ExitGuard
 from worker.stream.health import HealthServer, HealthState
 from worker.stream.loop import Worker, ignore_delivery
+from worker.stream.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from worker.inference.hot_swap import HotSwap
@@ -91,6 +92,8 @@ async def build_components(
         )
         sequences = SequenceStore(client, config.sequences)
         hot_swap = _hot_swap(config, ranker, clock)
+        if hot_swap is not None:
+            stack.callback(hot_swap.close)
         yield Components(config, clock, ranker, sequences, slates, counters, hot_swap, deadline)
 
 
@@ -138,7 +141,7 @@ class Process:
             KafkaSink(config, components.slates, clock, deadline) as sink,
         ):
             self._worker = components.worker(KafkaSource(config.kafka, clock, deadline), sink, self._health)
-            async with follow_items(config, components):
+            async with follow_items(config, components, self._health):
                 await supervise(self._worker, components)
 
     def _report_redis(self, reason: str) -> None:
@@ -157,22 +160,21 @@ class Process:
 
 
 @asynccontextmanager
-async def follow_items(config: Config, components: Components) -> AsyncIterator[None]:
+async def follow_items(config: Config, components: Components, health: HealthState) -> AsyncIterator[None]:
     """Read the whole items topic before the body runs, and follow it meanwhile."""
     ranker = components.ranker
     clock = components.clock
     folder = config.pipeline.state_dir
-    following: asyncio.Task | None = None
     journal = ItemJournal(Path(folder), config.kafka.items_topic, ranker, clock) if folder else None
-    feed = ItemFeed(config.kafka, ranker.update_items, clock, journal, components.deadline)
+    feed = ItemFeed(config.kafka, ranker.update_items, clock, journal, deadline=components.deadline)
     try:
         await feed.start()
-        following = asyncio.create_task(feed.run(), name="items")
-        yield
+        following = {"items": feed.run}
+        if journal is not None:
+            following["items-journal"] = partial(journal.run, lambda: feed.positions)
+        async with Supervisor(health, deadline=components.deadline).running(following):
+            yield
     finally:
-        if following is not None:
-            following.cancel()
-            await asyncio.gather(following, return_exceptions=True)
         await feed.stop()
         if journal is not None:
             journal.close()
@@ -180,26 +182,14 @@ async def follow_items(config: Config, components: Components) -> AsyncIterator[
 
 async def supervise(worker: Worker, components: Components) -> None:
     """Run the worker and its background tasks; raise the error that ended it, outside of its exception groups."""
-    background = [asyncio.create_task(components.counters.run(), name="counters")]
+    background = {"counters": components.counters.run}
     if components.hot_swap is not None:
-        background.append(asyncio.create_task(components.hot_swap.run(), name="hotswap"))
+        background["hotswap"] = components.hot_swap.run
     try:
-        await worker.run()
+        async with Supervisor(worker.health, deadline=components.deadline).running(background):
+            await worker.run()
     except BaseExceptionGroup as group:
         raise first_error(group) from group
-    finally:
-        await _cancel(background, components.deadline)
-
-
-async def _cancel(tasks: Sequence[asyncio.Task], deadline: Deadline) -> None:
-    """Cancel the tasks; those that first finish what they are at are cancelled again when their time is over."""
-    for timeout_s in (deadline.share_s(), deadline.share_s(STOP_S)):
-        for task in tasks:
-            task.cancel()
-        _, late = await asyncio.wait(tasks, timeout=None if timeout_s == math.inf else timeout_s)
-        tasks = list(late)
-        if not tasks:
-            return
 
 
 def first_error(group: BaseExceptionGroup) -> BaseException:

@@ -9,13 +9,16 @@ from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.protocol.produce import ProduceRequest
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
+from aiokafka.record.util import calc_crc32c
 
 from worker.config import KafkaConfig
 from worker.interfaces import Partition
 from worker.replay.child_process import HOST, free_ports
 from worker.replay.local_servers import LocalKafka
 
+CRC_AT = 17  # position of the checksum in a batch; it covers everything after it
 PLAIN_LOGIN = "org.apache.kafka.common.security.plain.PlainLoginModule required"
 
 
@@ -71,6 +74,18 @@ class Broker:
             for value in values:
                 await producer.send(topic, value, key=value, partition=partition)
             await producer.flush()
+
+    async def append_undecodable(self, topic: str, values: Sequence[bytes], bad: int, partition: int = 0) -> None:
+        """Append one batch in which record `bad` has a header name that is not UTF-8."""
+        batch = record_batch([(value, "plain" if number != bad else "wrong") for number, value in enumerate(values)])
+        raw = batch.replace(b"wrong", b"wr\xffng")
+        raw[CRC_AT : CRC_AT + 4] = calc_crc32c(raw[CRC_AT + 4 :]).to_bytes(4, "big")
+        async with AIOKafkaProducer(bootstrap_servers=self.bootstrap) as producer:
+            await producer.partitions_for(topic)
+            leader = producer.client.cluster.leader_for_partition(TopicPartition(topic, partition))
+            request = ProduceRequest(None, 1, 10_000, [(topic, [(partition, bytes(raw))])])
+            response = await producer.client.send(leader, request)
+            assert response.topics[0][1][0][1] == 0
 
     async def read(self, topic: str, count: int) -> list:
         """Return all records in the order of their arrival, once there are at least `count`."""

@@ -90,6 +90,18 @@ async def test_aborted_records_at_the_end_do_not_block_a_listing(broker: Broker)
     assert [letter.reason for letter in await letters.read(newest=100)] == ["one"]
 
 
+async def test_hostile_records_do_not_stop_a_listing(broker: Broker):
+    kafka = await send_dead_letters(broker, ["one"])
+    topic = kafka.dead_letter_topic
+    await broker.append_undecodable(topic, [b"x"], bad=0)
+    headers = [("millrace-topic", b"t"), ("millrace-offset", b"9" * 5000), ("millrace-reason", b"\xff")]
+    async with AIOKafkaProducer(bootstrap_servers=broker.bootstrap) as producer:
+        await producer.send_and_wait(topic, b"", key=b"k", headers=headers)
+    letters = await DeadLetterTopic(kafka).read()
+    assert [letter.offset for letter in letters] == [0, 2]
+    assert letters[1].origin == ("t", -1, -1)
+
+
 async def test_truncated_dead_letter_is_never_requeued(broker: Broker):
     kafka = await send_dead_letters(broker, ["large"], value=b"x" * 1_000_000)
     letters = await DeadLetterTopic(kafka).read(newest=100)

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from aiokafka import AIOKafkaProducer, ConsumerRecord
+from aiokafka import AIOKafkaProducer
+from aiokafka.admin import NewPartitions, NewTopic
+from aiokafka.errors import TopicAuthorizationFailedError
 
 from pipeline.items.catalogue import Catalogue
 from pipeline.items.vocabulary import Vocabulary
@@ -15,11 +17,14 @@ from pipeline.records import Item
 from pipeline.serving.pipeline import Pipeline
 from tests.kafka.broker import Broker
 from worker import metrics
+from worker.backoff import Backoff
 from worker.clock import WallClock
 from worker.config import KafkaConfig
 from worker.inference.ranker import PipelineRanker
 from worker.items.feed import ItemFeed
 from worker.items.journal import ItemJournal
+from worker.stream.health import HealthState
+from worker.stream.supervisor import Supervisor
 
 MSGPACK = [("content-type", b"application/msgpack")]
 ItemRecord = tuple[str, bytes | None, list[tuple[str, bytes]]]  # key, value, headers
@@ -59,11 +64,12 @@ def count_invalid() -> Callable[[], float]:
 @asynccontextmanager
 async def following(kafka: KafkaConfig, updates: CatalogueUpdates) -> AsyncIterator[None]:
     """A feed that has read the topic, and follows it meanwhile."""
-    feed = ItemFeed(kafka, updates.update, WallClock())
+    feed = ItemFeed(kafka, updates.update, WallClock(), partition_check_s=0.1)
     await feed.start()
     running = asyncio.create_task(feed.run())
     try:
         yield
+        assert not running.done()
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
@@ -169,19 +175,146 @@ async def test_restart_reads_only_records_after_the_last_save(broker: Broker, tm
     assert read == []
 
 
-async def test_missing_items_topic_leaves_the_catalogue_empty(broker: Broker, updates: CatalogueUpdates):
-    feed = ItemFeed(broker.config(items_topic="never-created"), updates.update, WallClock())
+HOSTILE = {
+    "infinite price": ("x", msgspec.msgpack.encode({"item_id": "x", "price": float("inf")}), MSGPACK),
+    "nested brackets": ("x", b'{"item_id": "x", "extra": ' + b"[" * 1000 + b"]" * 1000 + b"}", []),
+    "nested brackets in MessagePack": ("x", b"\x82\xa7item_id\xa1x\xa5extra" + b"\x91" * 2000 + b"\x90", MSGPACK),
+    "unknown content type": ("x", b"{}", [("content-type", b"text/html")]),
+    "tombstone of no item": ("", None, []),
+}
+
+
+@pytest.mark.parametrize("record", HOSTILE.values(), ids=HOSTILE)
+async def test_hostile_record_is_skipped_and_named_at_the_start_and_while_following(
+    broker: Broker,
+    updates: CatalogueUpdates,
+    count_invalid: Callable[[], float],
+    eventually,
+    logged,
+    record: ItemRecord,
+):
+    kafka = broker.config(items_topic=await broker.topic(1))
+    await send(kafka, item_record("a", title="t"), record, item_record("b", title="t"))
+    async with following(kafka, updates):
+        assert [updates.content_size(item_id) > 0 for item_id in "ab"] == [True, True]
+        assert count_invalid() == 1
+        [line] = [line for line in logged() if "invalid" in line["event"]]
+        assert (line["partition"], line["offset"]) == (0, 1)
+        assert line["error"]
+        await send(kafka, record, item_record("c", title="t"))
+        await eventually(lambda: updates.content_size("c"))
+        assert count_invalid() == 2
+
+
+async def test_record_that_cannot_be_decoded_costs_the_rest_of_its_batch(
+    broker: Broker, updates: CatalogueUpdates, count_invalid: Callable[[], float], eventually, logged
+):
+    def values(*item_ids: str) -> list[bytes]:
+        return [item_record(item_id, title="t")[1] or b"" for item_id in item_ids]
+
+    kafka = broker.config(items_topic=await broker.topic(1))
+    await broker.append_undecodable(kafka.items_topic, values("a", "bad", "lost"), bad=1)
+    await send(kafka, item_record("b", title="t"))
+    async with following(kafka, updates):
+        assert [updates.content_size(item_id) > 0 for item_id in ("a", "bad", "lost", "b")] == [
+            True,
+            False,
+            False,
+            True,
+        ]
+        assert count_invalid() == 2
+        [line] = [line for line in logged() if "invalid" in line["event"]]
+        assert (line["offset"], line["records"]) == (1, 2)
+        await broker.append_undecodable(kafka.items_topic, values("c", "worse"), bad=1)
+        await send(kafka, item_record("d", title="t"))
+        await eventually(lambda: updates.content_size("d"))
+        assert updates.content_size("c") > 0
+        assert count_invalid() == 3
+
+
+async def test_new_partitions_are_read_from_their_beginning_and_old_ones_go_on(
+    broker: Broker, updates: CatalogueUpdates, eventually
+):
+    kafka = broker.config(items_topic=await broker.topic(1))
+    await send(kafka, item_record("a", title="t"))
+    async with following(kafka, updates):
+        async with broker.admin() as admin:
+            await admin.create_partitions({kafka.items_topic: NewPartitions(3)})
+        await produce_to(kafka, 2, item_record("b", title="t"))
+        await produce_to(kafka, 1, tombstone("a"))
+        vocabulary = updates.catalogue.vocabulary
+        await eventually(lambda: updates.content_size("b") and vocabulary.blocked[vocabulary.token("a")])
+        await produce_to(kafka, 0, item_record("c", title="t"))
+        await eventually(lambda: updates.content_size("c"))
+        assert updates.live_items == ["b", "c"], "nothing is read twice"
+
+
+async def test_topic_that_is_created_after_the_start_is_followed(broker: Broker, updates: CatalogueUpdates, eventually):
+    kafka = broker.config(items_topic=broker.name("late"))
+    async with following(kafka, updates):
+        assert not updates.updated.is_set()
+        async with broker.admin() as admin:
+            await admin.create_topics([NewTopic(kafka.items_topic, 2, 1)])
+        await send(kafka, item_record("a", title="t"))
+        await eventually(lambda: updates.content_size("a"))
+
+
+async def test_feed_that_failed_continues_where_it_ended(
+    broker: Broker, updates: CatalogueUpdates, monkeypatch: pytest.MonkeyPatch
+):
+    """The failure is between the poll and the update: the poll has moved the consumer's position."""
+    kafka = broker.config(items_topic=await broker.topic(1))
+    feed = ItemFeed(kafka, updates.update, WallClock())
     await feed.start()
-    await feed.run()
+    await send(kafka, item_record("a", title="t"))
+
+    async def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("a defect")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(feed._updater, "apply", fail)
+        with pytest.raises(RuntimeError, match="a defect"):
+            await feed.run()
+    running = asyncio.create_task(feed.run())
+    await asyncio.wait_for(updates.updated.wait(), 30)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
     await feed.stop()
-    assert not updates.updated.is_set()
+    assert updates.content_size("a") > 0
 
 
-def test_header_without_a_value_makes_an_invalid_item(count_invalid: Callable[[], float]):
-    async def update(*_: object) -> None:
-        pytest.fail("an invalid item must not reach the catalogue")
+async def produce_to(kafka: KafkaConfig, partition: int, record: ItemRecord) -> None:
+    key, value, headers = record
+    async with AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers) as producer:
+        await producer.send_and_wait(kafka.items_topic, value, key=key.encode(), partition=partition, headers=headers)
 
-    feed = ItemFeed(KafkaConfig(), update, WallClock())
-    record = ConsumerRecord("items", 0, 7, 0, 0, b"a", b'{"item_id": "a"}', 0, 1, 16, [("content-type", None)])
-    assert list(feed._changes([record])) == []
-    assert count_invalid() == 1
+
+async def test_lasting_refusal_is_reported_again_and_again_and_the_feed_goes_on_after_it(
+    broker: Broker, updates: CatalogueUpdates, monkeypatch: pytest.MonkeyPatch, eventually, logged
+):
+    """The broker of the tests refuses nobody, so the client raises what it raises for a topic without permission."""
+    kafka = broker.config(items_topic=await broker.topic(1))
+    feed = ItemFeed(kafka, updates.update, WallClock())
+    await feed.start()
+    assert feed._consumer is not None
+    health = HealthState(WallClock(), ready=True)
+
+    async def refuse(*_: object, **__: object) -> None:
+        raise TopicAuthorizationFailedError(kafka.items_topic)
+
+    def reports() -> list[str]:
+        lines.extend(line["error"] for line in logged() if line["event"] == "background task failed")
+        return lines
+
+    lines: list[str] = []
+    async with Supervisor(health, Backoff(0.01, 0.01), stable_s=0.2).running({"items": feed.run}):
+        with monkeypatch.context() as patched:
+            patched.setattr(feed._consumer, "getmany", refuse)
+            await eventually(lambda: len(reports()) >= 3)
+            ready, text = health.serving()
+            assert not ready
+            assert "TopicAuthorizationFailed" in text
+        await send(kafka, item_record("a", title="t"))
+        await eventually(lambda: updates.content_size("a") and health.serving()[0])
+    assert all(f"topic {kafka.items_topic}" in line for line in lines)
+    await feed.stop()

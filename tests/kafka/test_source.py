@@ -8,10 +8,8 @@ import msgspec
 import pytest
 from aiokafka import AIOKafkaProducer, TopicPartition, errors
 from aiokafka.admin import RecordsToDelete
-from aiokafka.protocol.produce import ProduceRequest
-from aiokafka.record.util import calc_crc32c
 
-from tests.kafka.broker import Broker, RecordingListener, record_batch
+from tests.kafka.broker import Broker, RecordingListener
 from tests.kafka.sources import joined, poll_records, values
 from worker.clock import WallClock
 from worker.config import KafkaConfig
@@ -20,8 +18,6 @@ from worker.interfaces import Partition, PolledRecords
 from worker.kafka.consumer_group import GroupMember
 from worker.kafka.source import KafkaSource
 from worker.replay.child_process import free_ports
-
-CRC_AT = 17  # position of the checksum in a batch; it covers everything after it
 
 
 def numbers(start: int, stop: int) -> list[bytes]:
@@ -189,26 +185,13 @@ async def test_missing_offset_is_logged_and_reading_restarts_at_the_beginning(
     assert any("reading from its beginning" in str(line) for line in logged())
 
 
-async def append_undecodable(broker: Broker, topic: str, values: list[bytes], bad: int) -> None:
-    """Append one batch in which record `bad` has a header name that is not UTF-8."""
-    batch = record_batch([(value, "plain" if number != bad else "wrong") for number, value in enumerate(values)])
-    raw = batch.replace(b"wrong", b"wr\xffng")
-    raw[CRC_AT : CRC_AT + 4] = calc_crc32c(raw[CRC_AT + 4 :]).to_bytes(4, "big")
-    async with AIOKafkaProducer(bootstrap_servers=broker.bootstrap) as producer:
-        await producer.partitions_for(topic)
-        leader = producer.client.cluster.leader_for_partition(TopicPartition(topic, 0))
-        request = ProduceRequest(None, 1, 10_000, [(topic, [(0, bytes(raw))])])
-        response = await producer.client.send(leader, request)
-        assert response.topics[0][1][0][1] == 0
-
-
 async def test_undecodable_record_ends_the_source_after_the_records_before_it(
     broker: Broker, listener: RecordingListener
 ):
     topic = await broker.topic()
     config = broker.config(events_topic=topic)
     await broker.produce(topic, numbers(0, 3))
-    await append_undecodable(broker, topic, numbers(3, 8), bad=2)
+    await broker.append_undecodable(topic, numbers(3, 8), bad=2)
     await broker.produce(topic, [b"after"])
     source = KafkaSource(config, WallClock())
     await source.start(listener)

@@ -7,10 +7,12 @@ from contextlib import asynccontextmanager
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import RecordsToDelete
+from aiokafka.errors import TopicAuthorizationFailedError
 
 from tests.kafka.broker import Broker
 from worker.clock import WallClock
 from worker.config import KafkaConfig
+from worker.errors import SourceError
 from worker.kafka.topic_reader import OffsetRange, make_consumer, offset_ranges, read_ranges
 
 # A read that waits for the end of a transaction or for a record that never comes takes the request timeout.
@@ -40,7 +42,7 @@ async def read(
 async def read_all(broker: Broker, topic: str, **options: int) -> list[tuple[int, int]]:
     config = broker.config(**options)
     async with consuming(config, topic) as consumer:
-        return await read(consumer, await offset_ranges(consumer, sorted(consumer.assignment())), config)
+        return await read(consumer, await offset_ranges(consumer, sorted(consumer.assignment()), config), config)
 
 
 async def delete_before(broker: Broker, topic: str, offset: int) -> None:
@@ -108,7 +110,7 @@ async def test_range_begins_at_the_first_record_that_retention_left(broker: Brok
     await delete_before(broker, topic, 6)
     config = broker.config()
     async with consuming(config, topic) as consumer:
-        ranges = await offset_ranges(consumer, sorted(consumer.assignment()))
+        ranges = await offset_ranges(consumer, sorted(consumer.assignment()), config)
         assert ranges == {TopicPartition(topic, 0): OffsetRange(6, 10)}
         assert await read(consumer, ranges, config) == [(0, offset) for offset in range(6, 10)]
 
@@ -118,7 +120,7 @@ async def test_records_that_retention_deletes_before_they_are_read_are_skipped(b
     await broker.produce(topic, [b"x"] * 10)
     config = broker.config()
     async with consuming(config, topic) as consumer:
-        ranges = await offset_ranges(consumer, sorted(consumer.assignment()))
+        ranges = await offset_ranges(consumer, sorted(consumer.assignment()), config)
         await delete_before(broker, topic, 6)
         assert await read(consumer, ranges, config) == [(0, offset) for offset in range(6, 10)]
 
@@ -150,3 +152,34 @@ async def test_records_polled_after_the_end_are_handed_over(broker: Broker):
     async with consuming(config, topic) as consumer:
         offsets = await read(consumer, {tp: OffsetRange(0, 5)}, config)
         assert offsets == [(0, offset) for offset in range(await consumer.position(tp))]
+
+
+@pytest.mark.parametrize("max_poll_records", [1, 3, 100])
+async def test_record_that_cannot_be_decoded_costs_its_batch_alone(broker: Broker, max_poll_records: int, logged):
+    topic = await broker.topic(partitions=2)
+    await broker.produce(topic, [b"x"] * 3)
+    await broker.append_undecodable(topic, [b"x"] * 5, bad=2)
+    await broker.append_undecodable(topic, [b"x"] * 2, bad=0)
+    await broker.produce(topic, [b"x"] * 2)
+    await broker.produce(topic, [b"x"] * 4, partition=1)
+    first = [(0, offset) for offset in (0, 1, 2, 3, 4, 10, 11)]
+    other = [(1, offset) for offset in range(4)]
+    assert await read_all(broker, topic, max_poll_records=max_poll_records) == first + other
+    skipped = [(line["partition"], line["offset"], line["next_batch"]) for line in logged() if "offset" in line]
+    assert skipped == [(0, 5, 8), (0, 8, 10)]
+
+
+async def test_refused_read_is_a_source_error(broker: Broker, monkeypatch: pytest.MonkeyPatch):
+    """The broker of the tests refuses nobody, so the client raises what it raises for a topic without permission."""
+    topic = await broker.topic()
+    await broker.produce(topic, [b"x"])
+    config = broker.config()
+
+    async def refuse(*partitions: TopicPartition, **options: int) -> None:
+        raise TopicAuthorizationFailedError(topic)
+
+    async with consuming(config, topic) as consumer:
+        monkeypatch.setattr(consumer, "getmany", refuse)
+        with pytest.raises(SourceError, match=f"topic {topic}: .*TopicAuthorizationFailed") as caught:
+            await read(consumer, {TopicPartition(topic, 0): OffsetRange(0, 1)}, config)
+    assert not caught.value.retriable

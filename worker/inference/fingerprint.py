@@ -1,5 +1,6 @@
 """A cheap fingerprint of a folder, to detect changes without reading its files."""
 
+import os
 from pathlib import Path
 
 Fingerprint = tuple[str, ...]
@@ -11,7 +12,8 @@ def fingerprint(folder: Path) -> Fingerprint:
     Its first element is the real path. For a missing or unreadable folder it is the path and the reason.
     """
     try:
-        real_path = folder.resolve(strict=True)
+        # Not Path.resolve: before Python 3.13 it raises RuntimeError for a link that points to itself.
+        real_path = Path(os.path.realpath(folder, strict=True))
         files = sorted((entry.name, entry.stat()) for entry in real_path.iterdir())
     except OSError as error:
         return str(folder), str(error.strerror)

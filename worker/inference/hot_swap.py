@@ -4,17 +4,20 @@
 
 The path is a symlink that is set to another folder, or a folder that is replaced. Loading and validation run in a
 thread of their own. What touches the vocabulary runs in the pipeline's thread between two batches, in short chunks; the
-swap itself takes microseconds. Vocabulary and counters belong to the process and stay: an artifact brings rows for
-items, not tokens, so no count is touched. Until the swap no token loses its item.
+swap itself takes microseconds. An artifact that is rejected is not tried again until the path changes, unless the
+reason may pass by itself: too little memory, a file that cannot be read. Vocabulary and counters belong to the process
+and stay: an artifact brings rows for items, not tokens, so no count is touched. Until the swap no token loses its item.
 """
 
 import asyncio
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from pipeline import artifact as artifacts
 from pipeline.artifact import Artifact
@@ -29,6 +32,7 @@ from pipeline.strategies.strategies import MODEL_STRATEGIES, strategies_of
 from pipeline.strategies.strategy import Strategy, close_all
 from pipeline.strategies.warm_up import synthetic_histories
 from worker import logging, metrics
+from worker.backoff import Backoff
 from worker.config import Config
 from worker.errors import MillraceError
 from worker.executor import SingleThreadExecutor
@@ -39,6 +43,7 @@ from worker.interfaces import Clock
 
 log = logging.get("hotswap")
 LOAD_CHUNK_ITEMS = 1 << 16  # items whose metadata are restored per call in the pipeline's thread
+RETRY_BACKOFF = Backoff(first_s=10.0, cap_s=300.0)  # each attempt reads the artifact and warms a model up
 ADMIT_CHUNK_ITEMS = 1024  # new items per call in the pipeline's thread: a call delays ranking by 4 ms
 
 
@@ -59,32 +64,49 @@ class HotSwap:
         self._executor = SingleThreadExecutor("hotswap")
         self._last_seen: Fingerprint | None = None  # at the last check
         self._handled: Fingerprint | None = None  # accepted or rejected
+        self._retry_delays_s = RETRY_BACKOFF.delays()
+        self._retry_at_s = math.inf  # when the handled one is tried again; never, unless its fault may pass
         self._serving: Manifest | None = None  # None: not read since the start
         self._trusted = {ranker.pipeline.version}  # versions that have served in this process
 
     async def run(self) -> None:
         """Check every `pipeline.artifact_poll_interval_s` until cancelled."""
-        try:
-            while True:
-                await self.check()
-                await asyncio.sleep(self._config.pipeline.artifact_poll_interval_s)
-        finally:
-            self._executor.close(wait=False)
+        while True:
+            await self.check()
+            await asyncio.sleep(self._config.pipeline.artifact_poll_interval_s)
+
+    def close(self) -> None:
+        """End the thread, once it has finished the call that it runs."""
+        self._executor.close(wait=False)
 
     async def check(self) -> None:
         """Handle a new artifact once, when two checks in a row see the same files: until then a copy may be running."""
         seen = await self._executor.run(fingerprint, self._folder)
         is_settled = seen == self._last_seen
         self._last_seen = seen
-        if not is_settled or seen == self._handled:
+        is_new = seen != self._handled
+        if not is_settled or not (is_new or self._clock.monotonic() >= self._retry_at_s):
             return
+        if is_new:
+            self._retry_delays_s = RETRY_BACKOFF.delays()
         self._handled = seen
+        self._retry_at_s = math.inf
         try:
             await self._swap(seen)
         except Exception as error:  # whatever is wrong with an artifact, the serving model continues
-            reason = str(error) if isinstance(error, MillraceError) else repr(error)
+            self._handle_failure(seen, error)
+
+    def _handle_failure(self, seen: Fingerprint, error: Exception) -> None:
+        """Log and count the failure; try again later if it may pass by itself."""
+        reason = str(error) if isinstance(error, MillraceError) else repr(error)
+        if not _may_pass(error):
             metrics.SWAPS.labels("rejected").inc()
             log.warning("artifact rejected, serving model continues", artifact=seen[0], reason=reason)
+            return
+        delay_s = next(self._retry_delays_s)
+        self._retry_at_s = self._clock.monotonic() + delay_s
+        metrics.SWAPS.labels("postponed").inc()
+        log.warning("artifact not loaded, serving model continues", artifact=seen[0], reason=reason, retry_in_s=delay_s)
 
     async def _swap(self, seen: Fingerprint) -> None:
         start_s = self._clock.monotonic()
@@ -197,3 +219,14 @@ class HotSwap:
                 ranked = model_validation.check_output(model, histories, longest, items)
                 overlaps.append(model_validation.slate_overlap(ranked, slates, pipeline.vocabulary.item_ids))
         return overlaps[0]
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Whether the same files may load later: there was too little memory, or they could not be read."""
+    while error is not None:
+        is_missing = isinstance(error, FileNotFoundError | NotADirectoryError)  # until then the files change
+        is_short_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "out of memory" in str(error)
+        if is_short_of_memory or (isinstance(error, OSError) and not is_missing):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

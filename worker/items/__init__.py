@@ -1,4 +1,5 @@
 """The items topic, and the local journal that makes a restart fast.
 
-May import: errors, interfaces, metrics, executor, config, deadline, logging, stream, kafka, inference, pipeline.
+May import: errors, interfaces, metrics, executor, rate_limit, config, deadline, logging, stream, kafka, inference,
+pipeline.
 """

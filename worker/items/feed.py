@@ -2,34 +2,28 @@
 item's content is known before its first event is ranked.
 
 The topic is compacted: an item's latest record counts. A tombstone delists the item: it is not recommended until a
-record brings it back. An invalid record is counted and skipped; the next record with the same key replaces it. With a
-state folder the items are kept in a journal, and a restart reads only what has been added since.
+record brings it back. An invalid record is counted and skipped. With a state folder the items are kept in a journal,
+and a restart reads only what has been added since. New partitions, and a topic that is created after the start, are
+found within PARTITION_CHECK_S and read from their beginning.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 
-import msgspec
-from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition, errors
+from aiokafka import AIOKafkaConsumer, TopicPartition
 
-from pipeline.records import Id, Item
-from worker import logging, metrics
+from worker import logging
 from worker.config import KafkaConfig
 from worker.deadline import Deadline
 from worker.interfaces import Clock
 from worker.items.journal import ItemJournal
-from worker.kafka.client import is_permanent, list_partitions, retry_at_start
-from worker.kafka.topic_reader import POLL_MS, OffsetRange, make_consumer, offset_ranges, read_ranges
-from worker.stream.codec import InvalidRecord, decoder_named, decoders_for, header_values
+from worker.items.updater import ItemUpdater, UpdateItems
+from worker.kafka.client import list_partitions, retry_at_start
+from worker.kafka.topic_reader import OffsetRange, make_consumer, offset_ranges, poll, positions_of, read_ranges
 
 log = logging.get("items")
-SAVE_INTERVAL_S = 10.0  # between two saves: a restart reads at most this much of the topic again
-CHUNK_ITEMS = 500  # items per call in the pipeline's thread: a call delays ranking by 20 ms
+PARTITION_CHECK_S = 30.0  # between two looks at the topic's partitions, one short connection each
 STOP_S = 10.0
-RETRY_S = 2.0  # until the next poll of a broker that does not answer
-DECODERS = decoders_for(Item)
-Change = tuple[str, Item | None]  # an item's id and its record; None: delisted
-UpdateItems = Callable[[list[Item], list[str], bool], Awaitable[None]]
 
 
 class ItemFeed:
@@ -45,49 +39,69 @@ class ItemFeed:
         update_items: UpdateItems,
         clock: Clock,
         journal: ItemJournal | None = None,
+        partition_check_s: float = PARTITION_CHECK_S,
         deadline: Deadline | None = None,
     ) -> None:
         """deadline: of the way out; without one, stopping takes up to STOP_S."""
         self._config = config
-        self._update_items = update_items
         self._clock = clock
         self._journal = journal
         self._deadline = deadline or Deadline(clock)
+        self._partition_check_s = partition_check_s
+        self._updater = ItemUpdater(update_items, clock)
         self._consumer: AIOKafkaConsumer | None = None
-        self._has_warned = False
-        self._saved_s = 0.0
+        self._positions: dict[TopicPartition, int] = {}
+        self._checked_s = clock.monotonic()
+
+    @property
+    def positions(self) -> Mapping[TopicPartition, int]:
+        """The next offset of each partition: everything before it has been applied."""
+        return self._positions
 
     async def start(self) -> None:
         """Return when the whole topic has been read, or does not exist. SourceError, SourceUnavailable."""
         if not (partitions := await list_partitions(self._config, self._clock, self._config.items_topic)):
             log.info("no items topic: items are known from events only", topic=self._config.items_topic)
             return
-        self._consumer = make_consumer(self._config)
-        await retry_at_start(self._config, self._clock, self._consumer.start)
-        self._consumer.assign(partitions)
-        ranges = await self._without_restored(await offset_ranges(self._consumer, partitions))
+        consumer = await self._connect()
+        consumer.assign(partitions)
+        ranges = await self._without_restored(await offset_ranges(consumer, partitions, self._config))
         records = 0
-        async for polled in read_ranges(self._consumer, ranges, self._config, self._clock):
-            records += await self._apply(polled, live=False)
-        await self._save()
+        polls = read_ranges(consumer, ranges, self._config, self._clock, self._updater.skip_corrupt)
+        async for polled in polls:
+            for partition_records in polled.values():
+                records += len(partition_records)
+                await self._updater.apply(partition_records, live=False)
+        self._positions = await positions_of(consumer, ranges, self._config)
+        if self._journal is not None:
+            await self._journal.save(self._positions)
         log.info("items topic read", topic=self._config.items_topic, records=records)
 
     async def run(self) -> None:
-        """Follow the topic until cancelled, waiting for an unreachable broker."""
-        while self._consumer is not None:
-            try:
+        """Follow the topic until cancelled. SourceError, SourceUnavailable; another run continues where it ended."""
+        self._seek()
+        while True:
+            if self._clock.monotonic() >= self._checked_s + self._partition_check_s:
+                await self._follow_new_partitions()
+            if self._consumer is None:
+                await asyncio.sleep(self._partition_check_s)
+            else:
                 await self._poll(self._consumer)
-                if self._clock.monotonic() >= self._saved_s + SAVE_INTERVAL_S:
-                    await self._save()
-            except errors.KafkaError as error:
-                if is_permanent(error):
-                    log.error("stopped following the items topic", error=str(error))
-                    return
-                await asyncio.sleep(RETRY_S)
 
     async def stop(self) -> None:
         if self._consumer is not None:
             await self._deadline.finish(self._consumer.stop(), STOP_S)
+
+    async def _connect(self) -> AIOKafkaConsumer:
+        if self._consumer is None:
+            consumer = make_consumer(self._config)
+            try:
+                await retry_at_start(self._config, self._clock, consumer.start)
+            except BaseException:
+                await consumer.stop()
+                raise
+            self._consumer = consumer
+        return self._consumer
 
     async def _without_restored(self, ranges: dict[TopicPartition, OffsetRange]) -> dict[TopicPartition, OffsetRange]:
         """Restore the journal; return what it does not cover."""
@@ -96,49 +110,28 @@ class ItemFeed:
         restored = await self._journal.restore({each: offsets.end for each, offsets in ranges.items()})
         return {each: OffsetRange(restored.get(each, begin), end) for each, (begin, end) in ranges.items()}
 
-    async def _save(self) -> None:
-        if self._journal is not None and self._consumer is not None:
-            positions = {
-                partition: await self._consumer.position(partition) for partition in self._consumer.assignment()
-            }
-            await self._journal.save(positions)
-            self._saved_s = self._clock.monotonic()
+    async def _follow_new_partitions(self) -> None:
+        partitions = await list_partitions(self._config, self._clock, self._config.items_topic)
+        self._checked_s = self._clock.monotonic()
+        if new := sorted(set(partitions) - self._positions.keys()):
+            consumer = await self._connect()
+            ranges = await offset_ranges(consumer, new, self._config)
+            self._positions |= {each: offsets.begin for each, offsets in ranges.items()}
+            consumer.assign(list(self._positions))
+            self._seek()
+            log.info(
+                "following new partitions",
+                topic=self._config.items_topic,
+                partitions=[each.partition for each in new],
+            )
+
+    def _seek(self) -> None:
+        """Continue from the applied offsets; a new assignment has none, and a failed poll may have passed them."""
+        for partition, offset in self._positions.items():
+            assert self._consumer is not None, "positions are those of a consumer"
+            self._consumer.seek(partition, offset)
 
     async def _poll(self, consumer: AIOKafkaConsumer) -> None:
-        polled = await consumer.getmany(timeout_ms=POLL_MS, max_records=self._config.max_poll_records)
-        await self._apply(polled, live=True)
-
-    async def _apply(self, polled: Mapping[TopicPartition, list[ConsumerRecord]], live: bool) -> int:
-        """Pass the records on in chunks and return their number."""
-        records = [record for partition_records in polled.values() for record in partition_records]
-        changes = list(self._changes(records))
-        for start in range(0, len(changes), CHUNK_ITEMS):
-            latest = dict(changes[start : start + CHUNK_ITEMS])
-            items = [item for item in latest.values() if item is not None]
-            delisted = [item_id for item_id, item in latest.items() if item is None]
-            await self._update_items(items, delisted, live)
-            metrics.ITEMS.inc(len(items))
-            metrics.DELISTED_ITEMS.inc(len(delisted))
-        return len(records)
-
-    def _changes(self, records: Iterable[ConsumerRecord]) -> Iterator[Change]:
-        for record in records:
-            try:
-                yield _decode_record(record)
-            except (msgspec.DecodeError, UnicodeDecodeError, InvalidRecord) as error:
-                metrics.INVALID_ITEMS.inc()
-                if not self._has_warned:
-                    self._has_warned = True
-                    log.warning(
-                        "skipping invalid item record (logged once, then counted)",
-                        partition=record.partition,
-                        offset=record.offset,
-                        error=str(error),
-                    )
-
-
-def _decode_record(record: ConsumerRecord) -> Change:
-    if record.value is None:
-        return msgspec.convert((record.key or b"").decode(), Id), None
-    item = decoder_named(header_values(record.headers), DECODERS).decode(record.value)
-    return item.item_id, item
+        for records in (await poll(consumer, self._positions, self._config, self._updater.skip_corrupt)).values():
+            await self._updater.apply(records, live=True)
+        self._positions = await positions_of(consumer, self._positions, self._config)

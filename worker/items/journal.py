@@ -6,8 +6,9 @@ evicted, or when another artifact serves. The saved items are used only with the
 saved for; what they lack is read from the topic.
 """
 
+import asyncio
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -32,6 +33,7 @@ from worker.items.chunk_database import ChunkDatabase, is_locked
 
 log = logging.get("items")
 CHUNK_ITEMS = 2000  # items per call in the pipeline's thread: a call delays ranking by 10 ms
+SAVE_INTERVAL_S = 10.0  # between two saves: a restart reads at most this much of the topic again
 SLACK_BYTES = 1 << 20  # changes below this size are never worth a new snapshot
 HEARTBEAT_MS = 600_000  # a save without changes is written this often: it proves that nothing was missed until then
 # Kafka drops a tombstone `delete.retention.ms` after it was written, by default a day later: a worker that has not read
@@ -54,7 +56,7 @@ class Save(msgspec.Struct, frozen=True):
 
 
 class ItemJournal:
-    """Used by one task: restore once, then save. ConfigError for a folder that is not writable or already used."""
+    """Restore once, then save, one call at a time. ConfigError for a folder that is not writable or already used."""
 
     def __init__(self, folder: Path, topic: str, ranker: PipelineRanker, clock: Clock) -> None:
         self._path = folder / "items.sqlite"
@@ -81,24 +83,30 @@ class ItemJournal:
         """
         try:
             state = await self._executor.run(self._database.load)
-        except sqlite3.Error as error:
+            if state is None:
+                return self._reject("it holds no complete save")
+            saved = msgspec.json.decode(state, type=Save)
+            if reason := self._mismatch(saved, ends):
+                return self._reject(reason)
+            await self._apply_chunks()
+        except Exception as error:  # whatever is wrong with a save, the topic has everything
             self._failure = error
             return self._reject(f"it cannot be read: {error}")
-        if state is None:
-            return self._reject("it holds no complete save")
-        saved = msgspec.json.decode(state, type=Save)
-        if reason := self._mismatch(saved, ends):
-            return self._reject(reason)
-        await self._apply_chunks()
         self._saved = saved
         self._saved_version = (await self._changes_since(self._artifact_version)).version
         log.info("items restored", path=str(self._path), items=len(self._ranker.pipeline.vocabulary) - 1)
         return self._positions(saved)
 
+    async def run(self, positions: Callable[[], Offsets]) -> None:
+        """Save every SAVE_INTERVAL_S until cancelled. positions: returns the next offset to read, by partition"""
+        while True:
+            await asyncio.sleep(SAVE_INTERVAL_S)
+            await self.save(positions())
+
     async def save(self, positions: Offsets) -> None:
         """Add the changes since the last save. A failure is logged, and the next save writes everything.
 
-        positions: next offset to read, by partition
+        positions: next offset to read, by partition; everything before it has been applied
         """
         save = Save(
             artifact=self._ranker.pipeline.version,
@@ -113,9 +121,11 @@ class ItemJournal:
                 await self._save_snapshot(save)
             else:
                 await self._save_changes(save)
-        except (OSError, sqlite3.Error) as error:
+        except Exception as error:
             self._failure = error
             self._saved = self._no_save()
+            if not isinstance(error, OSError | sqlite3.Error):
+                raise
             log.warning("items not saved: a restart reads the whole topic", path=str(self._path), error=str(error))
 
     def close(self) -> None:

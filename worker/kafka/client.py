@@ -79,6 +79,16 @@ def is_permanent(error: BaseException) -> bool:
     return isinstance(error, PERMANENT_ERRORS)
 
 
+def source_error(config: KafkaConfig, topic: str, error: errors.KafkaError) -> SourceError:
+    """Return an error of a read as one of the worker's: SourceUnavailable when a retry may succeed."""
+    is_transient = error.retriable or isinstance(error, errors.KafkaTimeoutError)
+    kind = SourceUnavailable if is_transient and not is_permanent(error) else SourceError
+    return kind(
+        f"kafka {config.bootstrap_servers}, topic {topic}: {error!r}; see the broker's log and kafka.* in the "
+        "configuration"
+    )
+
+
 def cli_timeouts(config: KafkaConfig) -> KafkaConfig:
     """Shorten `start_timeout_s` for a command at a terminal; a value that was set is kept.
 

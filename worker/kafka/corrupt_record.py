@@ -23,8 +23,19 @@ class CorruptRecord(NamedTuple):
     next_batch: int
 
     @classmethod
+    def find(cls, error: Exception) -> "CorruptRecord | None":
+        """Return the record if decoding one raised the error, in whatever way; None for any other error.
+
+        A batch whose compression this process lacks is not corrupt: the error is one of the set-up.
+        """
+        if isinstance(error, errors.KafkaError) and not isinstance(error, DECODE_ERRORS):
+            return None
+        names = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+        return cls.from_error(error) if "_unpack_records" in names else None
+
+    @classmethod
     def from_error(cls, error: Exception) -> "CorruptRecord":
-        """Read the position from the traceback of one of DECODE_ERRORS."""
+        """Read the position from the traceback of an error that decoding a record raised."""
         # NOTE: private in aiokafka 0.14: the generator `_unpack_records` and its locals `tp`, `next_batch` and `self`,
         # whose `next_fetch_offset` is the record's. Nothing public names the partition that failed or its next batch,
         # and `position()` still is the offset from which the call began to read.

@@ -22,6 +22,7 @@ from worker.kafka.topic_reader import OffsetRange, make_consumer, offset_ranges,
 from worker.operations.requeue_progress import RequeueProgress
 
 Part = Callable[[int, OffsetRange], OffsetRange]  # of a partition's number and offsets: those to read
+MAX_DIGITS = 18  # of a number in a header, as many as 64 bits always hold; Python refuses to read 5,000
 
 
 class DeadLetterRecord(msgspec.Struct, frozen=True):
@@ -99,7 +100,7 @@ class DeadLetterTopic:
         consumer = make_consumer(self.config, self.config.dead_letter_topic)
         try:
             await consumer.start()
-            return consumer, await offset_ranges(consumer, sorted(consumer.assignment()))
+            return consumer, await offset_ranges(consumer, sorted(consumer.assignment()), self.config)
         except BaseException:
             await consumer.stop()
             raise
@@ -153,4 +154,4 @@ def _header_text(headers: Mapping[str, bytes], name: str) -> str:
 
 def _header_number(headers: Mapping[str, bytes], name: str) -> int:
     text = _header_text(headers, name)
-    return int(text) if text.isascii() and text.isdigit() else -1
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS else -1

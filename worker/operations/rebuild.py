@@ -100,7 +100,7 @@ class Rebuild:
         committed = await with_admin(
             kafka, self._clock, lambda admin: admin.list_consumer_group_offsets(kafka.group_id)
         )
-        offsets = await offset_ranges(consumer, partitions)
+        offsets = await offset_ranges(consumer, partitions, kafka)
         ranges = {
             each: OffsetRange(begin, min(committed[each].offset, end))
             for each, (begin, end) in offsets.items()

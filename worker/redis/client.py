@@ -86,6 +86,18 @@ class RedisClient:
 
         A function that the server has lost is loaded again, and its calls are repeated.
         """
+        replies = await self.replies(commands)
+        for reply in replies:
+            if isinstance(reply, StoreError):
+                raise reply
+        return replies
+
+    async def replies(self, commands: Sequence[Command]) -> list[Any]:
+        """Return what `pipeline` does; a command that the server refused has its StoreError in its reply's place.
+
+        Raises an error that concerns more than a key: no connection, a lost reply, missing permissions. Then it is
+        unknown which commands have run.
+        """
         if not commands:
             return []
         replies = await self._with_deadline(self._send(commands))
@@ -97,8 +109,10 @@ class RedisClient:
             for index, reply in zip(without_function, repeated, strict=True):
                 replies[index] = reply
         for index in failed:
-            if isinstance(replies[index], Exception):
-                raise self._error(replies[index])
+            if isinstance(error := replies[index], Exception):
+                replies[index] = self._error(error)
+                if not isinstance(error, redis_errors.ResponseError) or _concerns_all_keys(error):
+                    raise replies[index]
         return replies
 
     async def info(self, section: str) -> dict[str, Any]:
@@ -168,6 +182,10 @@ class RedisClient:
         if isinstance(error, redis_errors.ResponseError):
             return StoreError(f"Redis at {self.address} rejected a command: {error}")
         return StoreUnavailable(f"Redis at {self.address} is unreachable: {error}; start it or set redis.url")
+
+
+def _concerns_all_keys(error: redis_errors.ResponseError) -> bool:
+    return isinstance(error, redis_errors.NoPermissionError) or "unknown command" in str(error)
 
 
 async def connect_at_start(config: RedisConfig, clock: Clock, report: Callable[[str], None]) -> RedisClient:

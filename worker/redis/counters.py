@@ -1,38 +1,38 @@
 """Counters that all workers share: each sends its deltas to Redis and reads the merged rows back.
 
-`cnt:{i:<item>}` is an item's row (counters.lua); `cnt:index:<shard>` are sets of the items that have one, so that a
-starting worker finds the rows without a scan over all users' keys. Every round also reads one shard again, and with it
-the items that only other workers count. Failures are safe: unmerged counts are sent in the next round.
+`cnt:{i:<item>}` is an item's row (counters.lua), `cnt:index:<shard>` the index of the rows (counter_index.py). Every
+round merges what was counted since the last one (counter_merger.py), then reads one shard again, and with it the items
+that only other workers count. Failures are safe: unmerged counts are sent in the next round. A row or an index member
+that cannot be used is skipped, counted and logged.
 """
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from itertools import islice
 from typing import Any, TypeVar
-from zlib import crc32
 
 import numpy as np
 
 from pipeline.counters.counters import Counters
 from pipeline.counters.deltas import CountDeltas, DeltaLog
-from pipeline.records import DAY_MS
-from pipeline.slates import Covers, Latency, Slate, SlateItem
-from pipeline.strategies.simple_strategy import SimpleStrategy
-from worker import logging
+from worker import logging, metrics
 from worker.config import Config
 from worker.errors import StoreError
-from worker.redis.client import Command, RedisClient
-from worker.redis.counter_rows import pack_rows, rows_as_deltas, unpack_rows
+from worker.rate_limit import RateLimit
+from worker.redis.client import RedisClient
+from worker.redis.counter_index import INDEX_SHARDS, CounterIndex
+from worker.redis.counter_merger import CounterMerger, RowMerge, row_key
+from worker.redis.counter_rows import pack_rows, row_fault, rows_as_deltas, unpack_rows
+from worker.redis.popular_slate import popular_slate
 from worker.redis.slates import SlateStore
 
 log = logging.get("counters")
-INDEX_SHARDS = 16  # at one per round every row is read again within 4 minutes
 MERGE_BATCH_ROWS = 32  # per pipeline: one keeps Redis from the rings' pushes for 3 ms
 READ_BATCH_ROWS = 512  # per pipeline and replacement: one keeps the pipeline's thread from ranking for 3 ms
 MIN_FREE_FRACTION = 1 / 8  # of the vocabulary: indexed but inactive items must not replace those that were evicted
-TTL_HALF_LIVES = 12  # a row that was not touched for so long has lost all but 1/4096 of its weight: it expires
+LAST_MERGE_S = 5.0  # at most, after the drain: a pod is killed 30 s after SIGTERM. Merging 10,000 rows takes 1 s
 T = TypeVar("T")
 RunInThread = Callable[[Callable[[], Any]], Awaitable[Any]]
 PinItems = Callable[[], AbstractAsyncContextManager[Any]]
@@ -72,23 +72,20 @@ class CounterStore:
         self._version = version
         self._now_ms = now_ms
         self._slates = slates
-        self._shared_items: set[str] = set()
+        self._log_limit = RateLimit(time.monotonic)
+        self._index = CounterIndex(client, self._report_invalid)
+        self._merger = CounterMerger(client, config.counters, self._index, self._latest_ms, self._report_invalid)
         self._failing = False
         self._round = 0
-        half_life_ms = config.counters.half_life_days * DAY_MS
-        self._half_life_ms = repr(half_life_ms)
-        self._ttl_s = int(TTL_HALF_LIVES * half_life_ms / 1000) + 1
         artifact_rows = counters.rows(counters.counted())
         self._artifact_counts: CountDeltas | None = rows_as_deltas(artifact_rows, counters.newest_ms)  # until loaded
         self._artifact_vocabulary_version = self._vocabulary.version
         counters.log = DeltaLog()
 
     async def run(self) -> None:
-        """Merge every `counters.merge_interval_s` until cancelled, and then once more.
+        """Merge every `counters.merge_interval_s` until cancelled, and then once more, within LAST_MERGE_S.
 
-        No round is interrupted, unless by a second cancel: counts that Redis had added without a reply would be sent
-        again. Loading is interrupted, and then nothing is merged: it may take minutes, and what it sends changes
-        nothing when it is sent again.
+        A round is not interrupted while there is time, but a load is: it has nothing to save.
         """
         merging = asyncio.create_task(self.merge(), name="merge")
         try:
@@ -96,13 +93,9 @@ class CounterStore:
                 await asyncio.shield(merging)
                 await asyncio.sleep(self._config.counters.merge_interval_s)
                 merging = asyncio.create_task(self.merge(), name="merge")
-        finally:
-            if self._artifact_counts is not None:
-                merging.cancel()
-                await asyncio.wait({merging})
-            else:
-                await merging
-                await self.merge()
+        except asyncio.CancelledError:
+            await self._finish(merging)
+            raise
 
     async def merge(self) -> bool:
         """Run one round; the first one loads. Return False when Redis failed: the next round catches up."""
@@ -115,79 +108,103 @@ class CounterStore:
             self._failing = True
             return False
         self._failing = False
-        self._round += 1
         return True
+
+    async def _finish(self, merging: asyncio.Task[bool]) -> None:
+        """End the round and merge what was counted since."""
+        if self._artifact_counts is not None:
+            merging.cancel()  # it loads
+        try:
+            async with asyncio.timeout(min(LAST_MERGE_S, self._config.health.drain_timeout_s)):
+                await asyncio.wait({merging})
+                async with self._pin_items():
+                    await self._send_deltas()
+        except (StoreError, TimeoutError) as error:
+            log.warning("the last counts of this process are not merged", error=str(error) or repr(error))
+        finally:
+            merging.cancel()
+            for outcome in await asyncio.gather(merging, return_exceptions=True):
+                if isinstance(outcome, Exception):
+                    log.warning("the last round failed", error=repr(outcome))
 
     async def _merge(self) -> None:
         if self._artifact_counts is not None:
             evicted = self._vocabulary.evicted_since(self._artifact_vocabulary_version)
             await self._load(self._artifact_counts.without(evicted))
             self._artifact_counts = None
-        merged = await self._send_deltas()
+        merged, refused = await self._send_deltas()
         await self._refresh(self._round % INDEX_SHARDS, merged)
+        self._round += 1
         await self._write_popular()
+        if refused is not None:
+            raise refused
 
     async def _load(self, artifact_counts: CountDeltas) -> None:
         """Read all rows; an item that only the artifact has counted gets its row from there."""
         # All shards first: a row names items of any shard.
         shards = [await self._read_index(shard) for shard in range(INDEX_SHARDS)]
-        for shard, shard_items in enumerate(shards):
-            await self._read_rows(shard, shard_items)
+        for shard, (shard_items, missing) in enumerate(shards):
+            await self._read_rows(shard, shard_items + missing, missing)
         ids = self._vocabulary.item_ids
-        unshared = [token for token in artifact_counts.items.tolist() if ids[token] not in self._shared_items]
+        unshared = [token for token in artifact_counts.items.tolist() if ids[token] not in self._index]
         seeds = artifact_counts.select(np.array(unshared, np.int32))
-        log.info("counters loaded", shared=len(self._shared_items), from_artifact=len(seeds.items))
-        await self._merge_rows(seeds, [], "absent")
+        log.info("counters loaded", shared=len(self._index), from_artifact=len(seeds.items))
+        if (refused := await self._merge_rows(seeds, set(), set(), "absent")) is not None:
+            raise refused  # the next round loads again
 
-    async def _send_deltas(self) -> set[int]:
-        """Return the tokens whose rows were merged."""
+    async def _send_deltas(self) -> tuple[set[int], StoreError | None]:
+        """Return the tokens whose rows were merged, and the first error of a row that is merged later.
+
+        When this raises, counts of rows that were not sent are in the counters' log again.
+        """
+        await self._replace_rows_of(await self._merger.settle())
         raw = await self._run_in_thread(self._counters.take_deltas)
         # In another thread: sums what 8 k events/s leave in 15 s (2.4 M pairs) in 0.6 s, mostly without the GIL.
         deltas: CountDeltas = await asyncio.to_thread(raw.summed, self._config.counters.neighbours)
-        merged: list[int] = []
+        sent: set[int] = set()
+        merged: set[int] = set()
         try:
-            await self._merge_rows(deltas, merged)
-        except BaseException:
-            unsent = deltas.select(np.setdiff1d(deltas.touched(), merged))
+            refused = await self._merge_rows(deltas, sent, merged)
+        finally:
+            unsent = deltas.select(np.setdiff1d(deltas.touched(), np.array(sorted(sent), np.int32)))
             await self._run_in_thread(lambda: self._counters.put_back(unsent))
-            raise
-        return set(merged)
+        return merged, refused
 
-    async def _merge_rows(self, deltas: CountDeltas, merged: list[int], condition: str = "") -> None:
-        """Add to the rows in Redis and read the sums back. Appends each token to `merged` once Redis has it."""
+    async def _merge_rows(
+        self, deltas: CountDeltas, sent: set[int], merged: set[int], condition: str = ""
+    ) -> StoreError | None:
+        """Add to the rows in Redis and read the sums back. Returns the first error of a row that Redis may take later.
+
+        sent, merged: get the tokens whose counts are out of this process's hands, and those whose sums were read back
+        """
         rows = pack_rows(deltas, self._vocabulary.hashes)
-        values: list[bytes] = []
+        mark = self._merger.next_mark()
+        refused: StoreError | None = None
+        values: dict[int, bytes] = {}
         while batch := list(islice(rows, MERGE_BATCH_ROWS)):
-            ids = [self._vocabulary.item_ids[token] for token, _, _ in batch]
-            commands = [
-                self._merge_command(item_id, deltas.as_of_ms, popularity, pairs, condition)
-                for item_id, (_, popularity, pairs) in zip(ids, batch, strict=True)
-            ]
-            new_items = [item_id for item_id in ids if item_id not in self._shared_items]
-            commands += [("SADD", index_key(index_shard(item_id)), item_id) for item_id in new_items]
-            values += (await self._client.pipeline(commands))[: len(batch)]
-            merged += [token for token, _, _ in batch]
-            self._shared_items.update(new_items)
+            merges = [self._row_merge(deltas, row, mark, condition) for row in batch]
+            tokens = [token for token, _, _ in batch]
+            sent.update(tokens)
+            replies = dict(zip(tokens, await self._merger.send(merges), strict=True))
+            errors = {token: reply for token, reply in replies.items() if isinstance(reply, StoreError)}
+            later = {token: error for token, error in errors.items() if error.retriable}
+            sent.difference_update(later)
+            refused = refused or next(iter(later.values()), None)
+            if refused is not None and len(later) == MERGE_BATCH_ROWS:
+                raise refused  # of every row: not one of a cluster's shards, but all of Redis refuses
+            values |= {token: reply for token, reply in replies.items() if not isinstance(reply, StoreError)}
             if len(values) >= READ_BATCH_ROWS:
-                await self._replace_rows(merged[-len(values) :], values)
-                values = []
-        await self._replace_rows(merged[len(merged) - len(values) :], values)
+                await self._replace_rows(values)
+                merged.update(values)
+                values = {}
+        await self._replace_rows(values)
+        merged.update(values)
+        return refused
 
-    def _merge_command(self, item_id: str, as_of_ms: int, popularity: float, pairs: bytes, condition: str) -> Command:
-        return (
-            "FCALL",
-            "millrace_count",
-            1,
-            row_key(item_id),
-            as_of_ms,
-            self._half_life_ms,
-            self._config.counters.neighbours,
-            self._ttl_s,
-            repr(popularity),
-            pairs,
-            condition,
-            self._latest_ms(),
-        )
+    def _row_merge(self, deltas: CountDeltas, row: tuple[int, float, bytes], mark: bytes, condition: str) -> RowMerge:
+        token, popularity, pairs = row
+        item_id = self._vocabulary.item_ids[token]
+        return self._merger.row_merge(item_id, deltas.as_of_ms, popularity, pairs, mark, condition)
 
     def _latest_ms(self) -> int:
         """Return the latest time that a row may be of: the stream accepts no event after it."""
@@ -195,75 +212,77 @@ class CounterStore:
 
     async def _refresh(self, shard: int, merged: set[int]) -> None:
         """Read a shard's rows again, except those that were just merged."""
-        ids = await self._read_index(shard)
+        ids, missing = await self._read_index(shard)
         tokens = self._vocabulary.tokens_of_ids(ids).tolist()
         unmerged = [item_id for item_id, token in zip(ids, tokens, strict=True) if token not in merged]
-        await self._read_rows(shard, unmerged)
+        await self._read_rows(shard, unmerged + missing, missing)
 
-    async def _read_index(self, shard: int) -> list[str]:
-        """Return the items of a shard of the index, admitted while the vocabulary has enough free slots."""
-        ids = [member.decode() for member in await self._client.call("SMEMBERS", index_key(shard))]
+    async def _read_index(self, shard: int) -> tuple[list[str], list[str]]:
+        """Return the items of a shard, admitted while the vocabulary has enough free slots, and those it lacks."""
+        ids, missing = await self._index.read(shard)
         await self._run_in_thread(lambda: self._admit(ids))
-        self._shared_items.update(ids)
-        return ids
+        return ids, missing
 
     def _admit(self, ids: Sequence[str]) -> None:
         reserved = int(self._vocabulary.max_items * MIN_FREE_FRACTION)
         free = max(0, self._vocabulary.free_slots - reserved)
         self._vocabulary.admit(self._vocabulary.unknown(ids)[:free])
 
-    async def _read_rows(self, shard: int, ids: Sequence[str]) -> None:
-        """Take over the rows of these items, and remove those that have expired from the index."""
+    async def _read_rows(self, shard: int, ids: Sequence[str], missing: Sequence[str]) -> None:
+        """Take over the rows of these items, and correct the index, which lacks some, by what was found."""
         for batch in _batches(ids):
-            values = await self._client.pipeline([("GET", row_key(item_id)) for item_id in batch])
-            stored = {item_id: value for item_id, value in zip(batch, values, strict=True) if value}
-            tokens = self._vocabulary.tokens_of_ids(list(stored)).tolist()
-            await self._replace_rows(tokens, list(stored.values()))
-            if expired := [item_id for item_id in batch if item_id not in stored]:
-                await self._client.call("SREM", index_key(shard), *expired)
-                self._shared_items.difference_update(expired)
+            replies = await self._client.replies([("GET", row_key(item_id)) for item_id in batch])
+            stored: dict[str, bytes] = {}
+            expired: list[str] = []
+            for item_id, reply in zip(batch, replies, strict=True):
+                if isinstance(reply, StoreError):
+                    self._raise_or_report(item_id, reply)
+                elif reply is None:
+                    expired.append(item_id)
+                else:
+                    stored[item_id] = reply
+            await self._replace_rows_of(stored)
+            await self._index.update(shard, missing, stored.keys(), expired)
 
-    async def _replace_rows(self, tokens: Sequence[int], values: Sequence[bytes]) -> None:
-        rows = unpack_rows(tokens, values, self._vocabulary, self._config.counters.neighbours)
+    async def _replace_rows_of(self, rows: Mapping[str, bytes]) -> None:
+        """Replace the counts of these items by their rows."""
+        tokens = self._vocabulary.tokens_of_ids(list(rows)).tolist()
+        await self._replace_rows({token: row for token, row in zip(tokens, rows.values(), strict=True) if token})
+
+    async def _replace_rows(self, values: Mapping[int, bytes]) -> None:
+        """Replace the counts of these tokens by their rows."""
+        usable: dict[int, bytes] = {}
+        for token, value in values.items():
+            if fault := row_fault(value):
+                self._report_invalid(row_key(self._vocabulary.item_ids[token]), fault)
+            else:
+                usable[token] = value
+        slots = self._config.counters.neighbours
+        rows = unpack_rows(list(usable), list(usable.values()), self._vocabulary, slots)
         rows.as_of_ms = np.minimum(rows.as_of_ms, self._latest_ms())
         await self._run_in_thread(lambda: self._counters.replace_rows(rows))
+
+    def _raise_or_report(self, item_id: str, error: StoreError) -> None:
+        if error.retriable:
+            raise error
+        self._report_invalid(row_key(item_id), error)
+
+    def _report_invalid(self, key: str, reason: object) -> None:
+        """Count and log content of a key that cannot be used."""
+        metrics.INVALID_COUNTERS.inc()
+        if (not_logged := self._log_limit.admit()) is not None:
+            log.warning("skipping invalid counters", key=key, reason=str(reason), not_logged=not_logged)
 
     async def _write_popular(self) -> None:
         """Write the slate of users without one of their own."""
         slate_size = self._config.pipeline.slate_size
         tokens, scores = await self._run_in_thread(lambda: self._counters.popular(slate_size))
         as_of_ms = self._counters.newest_ms
-        ids = self._vocabulary.item_ids
-        items = [
-            SlateItem(ids[token], round(score, 5), None, None, None, "popular")
-            for token, score in zip(tokens.tolist(), scores.tolist(), strict=True)
-        ]
-        if items:
-            covers = Covers(self._config.kafka.events_topic, -1, -1, -1, 0, as_of_ms)
-            slate = Slate(
-                user_id="",
-                items=items,
-                strategy="popular",
-                backend=SimpleStrategy.backend,
-                why="default",
-                model_version=self._version(),
-                covers=covers,
-                created_ms=self._now_ms(),
-                latency_ms=Latency(),
-            )
+        ids = [self._vocabulary.item_ids[token] for token in tokens.tolist()]
+        if ids:
+            topic = self._config.kafka.events_topic
+            slate = popular_slate(ids, scores.tolist(), topic, as_of_ms, self._version(), self._now_ms())
             await self._slates.put_popular(slate, as_of_ms)
-
-
-def row_key(item_id: str) -> str:
-    return f"cnt:{{i:{item_id}}}"
-
-
-def index_key(shard: int) -> str:
-    return f"cnt:index:{shard}"
-
-
-def index_shard(item_id: str) -> int:
-    return crc32(item_id.encode()) % INDEX_SHARDS
 
 
 def _batches(values: Sequence[T]) -> Iterator[Sequence[T]]:

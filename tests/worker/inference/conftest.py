@@ -15,7 +15,7 @@ from worker.config import Config, CountersConfig, PipelineConfig, SequencesConfi
 from worker.inference.hot_swap import HotSwap
 from worker.inference.load import load_pipeline
 from worker.inference.ranker import PipelineRanker
-from worker.interfaces import Batch, ConsumedEvent, Entry, Partition, RecordOffset
+from worker.interfaces import Batch, Clock, ConsumedEvent, Entry, Partition, RecordOffset
 
 SLATE_SIZE = 5
 Logged = Callable[[], list[dict[str, Any]]]
@@ -25,7 +25,13 @@ class Serving:
     """A ranker and the hot swap that follows its artifact: `link`, a symlink to the folder `first`."""
 
     def __init__(
-        self, folder: Path, artifact: Path, max_events: int = 512, max_items: int = 1000, **options: Any
+        self,
+        folder: Path,
+        artifact: Path,
+        max_events: int = 512,
+        max_items: int = 1000,
+        clock: Clock | None = None,
+        **options: Any,
     ) -> None:
         self.folder = folder
         self.link = folder / "current"
@@ -37,7 +43,7 @@ class Serving:
             counters=CountersConfig(max_items=max_items),
         )
         self.ranker = PipelineRanker(load_pipeline(config), SLATE_SIZE, WallClock())
-        self.swap = HotSwap(config, self.ranker, WallClock())
+        self.swap = HotSwap(config, self.ranker, clock or WallClock())
 
     @property
     def version(self) -> str:
@@ -70,6 +76,7 @@ def serve(shop, tmp_path: Path, logged: Logged) -> Iterator[Callable[..., Servin
 
     yield start
     for each in started:
+        each.swap.close()
         each.ranker.close()
 
 

@@ -20,6 +20,7 @@ from tests import artifacts as relatives
 from worker.clock import WallClock
 from worker.errors import ConfigError
 from worker.inference.ranker import PipelineRanker
+from worker.items.chunk_database import ChunkDatabase
 from worker.items.journal import TOMBSTONE_MS, ItemJournal
 
 ITEM_IDS = [f"i{number}" for number in range(8)]
@@ -265,6 +266,32 @@ async def test_damaged_journal_is_not_used_and_logged_and_the_next_save_replaces
     third = machine.start()
     assert await third.journal.restore({PARTITION: 6}) == {PARTITION: 6}
     assert third.pipeline.vocabulary.item_ids[-1] == "lamp"
+    third.stop()
+
+
+@pytest.mark.parametrize(
+    ("chunk", "state"), [(b"", b"no json"), (b"no chunk", None)], ids=["its state", "one of its chunks"]
+)
+async def test_intact_journal_that_cannot_be_understood_is_not_used_and_replaced(
+    machine: Machine, logged: Logged, chunk: bytes, state: bytes | None
+) -> None:
+    (await machine.start_and_save(SHOE)).stop()
+    database = ChunkDatabase(machine.journal)
+    saved = database.load() or b""
+    database.begin(replace=False)
+    if chunk:
+        database.append(chunk)
+    database.commit(state or saved)
+    database.close()
+    second = machine.start()
+    assert await second.journal.restore({PARTITION: 5}) == {}
+    assert "it cannot be read" in logged()[-1]["reason"]
+    await second.update(LAMP)
+    await second.journal.save({PARTITION: 6})
+    second.stop()
+    third = machine.start()
+    assert await third.journal.restore({PARTITION: 6}) == {PARTITION: 6}
+    assert third.pipeline.vocabulary.token("lamp")
     third.stop()
 
 

@@ -1,90 +1,17 @@
 """Counters merged through a real Valkey: they converge, survive restarts and outages, and fill rec:popular."""
 
 import asyncio
-import os
-import signal
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from pipeline.counters.counters import Counters
-from pipeline.items.vocabulary import Vocabulary
-from pipeline.records import EVENT_DTYPE, Histories, item_hash
-from worker.config import Config, CountersConfig, RedisConfig
+from tests.worker.redis.counting import Process, assert_equal_counts, run_rounds
+from worker.config import RedisConfig
 from worker.lookup.lookup import Lookup
-from worker.redis.client import RedisClient, connect
-from worker.redis.counters import INDEX_SHARDS, CounterStore
-from worker.redis.slates import SlateStore
+from worker.redis.client import RedisClient
 from worker.replay.local_servers import LocalValkey
 
-HALF_LIFE_DAYS = 10.0
-DAY = 24 * 60
-History = list[tuple[str, int]]  # (item, minute)
-
-
-class Process:
-    """One worker's counters with their store. Without `state` it starts with nothing but Redis."""
-
-    def __init__(
-        self, client: RedisClient, neighbours: int = 16, state: dict | None = None, max_items: int = 1000
-    ) -> None:
-        config = Config(counters=CountersConfig(half_life_days=HALF_LIFE_DAYS, neighbours=neighbours))
-        vocabulary = Vocabulary("ab" if state else "", max_items)
-        self.counters = Counters(vocabulary, HALF_LIFE_DAYS, neighbours, window_events=3)
-        if state:
-            self.counters.restore(state)
-        self.store = CounterStore(client, config, self.counters, SlateStore(client, config.slates), self.run)
-
-    async def run(self, function: Callable):
-        return function()
-
-    def observe(self, *histories: History) -> None:
-        """Count each history as that of a new user."""
-        rings = []
-        for history in histories:
-            self.counters.vocabulary.admit(item for item, _ in history)
-            events = np.zeros(len(history), EVENT_DTYPE)
-            events["item"] = [item_hash(item) for item, _ in history]
-            events["ts_action_device"] = [1_700_000_000_000 + minute * 60_000 for _, minute in history]
-            rings.append(events.tobytes())
-        packed = Histories.from_rings(rings)
-        self.counters.observe(packed, np.ones(len(packed.events), bool))
-
-    def rows(self) -> dict[str, tuple[float, dict[str, float]]]:
-        """Return popularity and neighbours of every item, as of this process's newest event."""
-        ids = self.counters.vocabulary.item_ids
-        rows = self.counters.rows(np.arange(1, len(ids), dtype=np.int32))
-        columns = rows.columns.tolist()
-        weights = rows.weights.tolist()
-        return {
-            ids[token]: (
-                float(rows.popularity[token - 1]),
-                {ids[c]: w for c, w in zip(columns[token - 1], weights[token - 1], strict=True) if w},
-            )
-            for token in range(1, len(ids))
-        }
-
-    def popularity(self, item: str) -> float:
-        return self.rows()[item][0]
-
-
-def assert_equal_counts(one: Process, other: Process) -> None:
-    """Compare all rows; weights are float32 in Redis."""
-    rows = one.rows()
-    other_rows = other.rows()
-    assert rows
-    assert rows.keys() == other_rows.keys()
-    for item, (popularity, neighbours) in rows.items():
-        assert other_rows[item][0] == pytest.approx(popularity, rel=1e-5)
-        assert other_rows[item][1] == pytest.approx(neighbours, rel=1e-4)
-
-
-async def run_rounds(*processes: Process) -> None:
-    """Run enough rounds for every process to read every shard after the last delta."""
-    for _ in range(INDEX_SHARDS + 1):
-        for process in processes:
-            assert await process.store.merge()
+DAY = 24 * 60  # in minutes
 
 
 async def test_index_fills_the_vocabulary_except_the_slots_reserved_for_new_items(server_client: RedisClient):
@@ -184,16 +111,16 @@ async def test_full_row_in_redis_stays_bounded_and_admits_newcomers(server_clien
 
 async def test_events_counted_during_a_merge_are_not_lost(server_client: RedisClient):
     process = Process(server_client)
-    pipeline = server_client.pipeline
+    replies = server_client.replies
 
     async def observe_meanwhile(commands):
-        server_client.pipeline = pipeline
+        server_client.replies = replies
         process.observe([("a", 5), ("b", 6)])  # the deltas are being sent
-        return await pipeline(commands)
+        return await replies(commands)
 
     assert await process.store.merge()
     process.observe([("a", 1), ("b", 2)])
-    server_client.pipeline = observe_meanwhile
+    server_client.replies = observe_meanwhile
     assert await process.store.merge()
     assert process.popularity("a") == pytest.approx(2, rel=1e-3)
     assert await process.store.merge()
@@ -224,35 +151,20 @@ async def test_last_counts_are_merged_when_the_process_stops(server_client: Redi
     assert after.popularity("a") == pytest.approx(1, rel=1e-3)
 
 
-async def test_stop_while_the_counters_are_loaded_ends_at_once(server: LocalValkey):
-    client = await connect(RedisConfig(url=server.url, timeout_s=60))
-    process = Process(client)
-    os.kill(server.pid, signal.SIGSTOP)
-    try:
-        merging = asyncio.create_task(process.store.run())
-        await asyncio.sleep(0)  # it has begun
-        merging.cancel()
-        _, late = await asyncio.wait({merging}, timeout=10)
-    finally:
-        os.kill(server.pid, signal.SIGCONT)
-    assert not late
-    await client.aclose()
-
-
 async def test_stop_in_the_middle_of_a_round_counts_nothing_twice(server_client: RedisClient):
     process = Process(server_client)
-    pipeline = server_client.pipeline
+    send = server_client.replies
 
     async def stop_before_the_reply(commands):
-        replies = await pipeline(commands)
-        if commands[0][0] == "FCALL":
-            server_client.pipeline = pipeline
+        replies = await send(commands)
+        if commands and commands[0][0] == "FCALL":
+            server_client.replies = send
             running.cancel()
             await asyncio.sleep(0)  # Redis has merged the counts, the reply has not arrived
         return replies
 
     process.observe([("a", 1), ("b", 2)])
-    server_client.pipeline = stop_before_the_reply
+    server_client.replies = stop_before_the_reply
     running = asyncio.create_task(process.store.run())
     await asyncio.gather(running, return_exceptions=True)
     after = Process(server_client)
