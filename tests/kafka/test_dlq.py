@@ -97,7 +97,7 @@ async def test_hostile_records_do_not_stop_a_listing(broker: Broker):
     headers = [("millrace-topic", b"t"), ("millrace-offset", b"9" * 5000), ("millrace-reason", b"\xff")]
     async with AIOKafkaProducer(bootstrap_servers=broker.bootstrap) as producer:
         await producer.send_and_wait(topic, b"", key=b"k", headers=headers)
-    letters = await DeadLetterTopic(kafka).read()
+    letters = await DeadLetterTopic(kafka).read(newest=10)
     assert [letter.offset for letter in letters] == [0, 2]
     assert letters[1].origin == ("t", -1, -1)
 
