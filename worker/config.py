@@ -143,6 +143,7 @@ class LogConfig(Struct, frozen=True, forbid_unknown_fields=True):
 class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 8080  # 0: a free port
+    max_concurrent_lookups: PositiveInt = 4096  # queued; one more is answered with 503, so that memory stays bounded
 
 
 class Config(Struct, frozen=True, forbid_unknown_fields=True):

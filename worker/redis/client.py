@@ -81,6 +81,14 @@ class RedisClient:
 
         A function that the server has lost is loaded again, and its calls are repeated.
         """
+        replies = await self.replies(commands)
+        for reply in replies:
+            if isinstance(reply, StoreError):
+                raise reply
+        return replies
+
+    async def replies(self, commands: Sequence[Command]) -> list[Any]:
+        """Return the replies as `pipeline` does, with a StoreError in the position of each command that failed."""
         if not commands:
             return []
         replies = await self._with_deadline(self._send(commands))
@@ -91,10 +99,19 @@ class RedisClient:
             repeated = await self._with_deadline(self._send([commands[index] for index in without_function]))
             for index, reply in zip(without_function, repeated, strict=True):
                 replies[index] = reply
-        for index in failed:
-            if isinstance(replies[index], Exception):
-                raise self._error(replies[index])
-        return replies
+        return [self._error(reply) if isinstance(reply, Exception) else reply for reply in replies]
+
+    @property
+    def is_cluster(self) -> bool:
+        return self._cluster is not None
+
+    def node_of(self, key: str) -> str:
+        """Return the name of the cluster's node that holds the key, as far as known; "" on a single server."""
+        try:
+            node = None if self._cluster is None else self._cluster.get_node_from_key(key)
+        except redis_errors.SlotNotCoveredError:  # not connected yet, or no node has the slot
+            node = None
+        return "" if node is None else node.name
 
     async def info(self, section: str) -> dict[str, Any]:
         """Return a section of INFO of the node that redis.url names."""
