@@ -17,7 +17,8 @@ from worker import logging, metrics
 from worker.config import KafkaConfig
 from worker.interfaces import Clock
 from worker.items.journal import ItemJournal
-from worker.kafka.client import is_permanent, list_partitions, retry_at_start
+from worker.kafka.client import list_partitions, retry_at_start
+from worker.kafka.error_causes import is_permanent
 from worker.kafka.topic_reader import POLL_MS, OffsetRange, make_consumer, offset_ranges, read_ranges
 from worker.stream.codec import InvalidRecord, decoder_named, decoders_for, header_values
 

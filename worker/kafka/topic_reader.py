@@ -1,15 +1,16 @@
 """Read partitions from one offset to another, without a consumer group."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition, errors
 
 from worker.config import KafkaConfig
-from worker.errors import SourceUnavailable
+from worker.errors import SourceError, SourceUnavailable
 from worker.interfaces import Clock
 from worker.kafka.client import client_options
+from worker.kafka.error_causes import explain, is_permanent
 
 POLL_MS = 500
 
@@ -53,7 +54,7 @@ async def read_ranges(
 
     A finished partition is no longer polled; its last poll may return records after the end. A poll may be empty:
     transaction markers and aborted records have offsets, too. Raises SourceUnavailable when no position moves for
-    `request_timeout_ms`; the caller's own time does not count.
+    `request_timeout_ms`; the caller's own time does not count. Raises SourceError when a read is refused.
     """
     for partition, offsets in ranges.items():
         consumer.seek(partition, offsets.begin)
@@ -65,7 +66,18 @@ async def read_ranges(
             moved_s = clock.monotonic()
         elif clock.monotonic() - moved_s >= config.request_timeout_ms / 1000:
             raise _no_answer(config, ranges)
-        yield await consumer.getmany(*unread, timeout_ms=POLL_MS, max_records=config.max_poll_records)
+        yield await _poll(consumer, unread, config)
+
+
+async def _poll(
+    consumer: AIOKafkaConsumer, partitions: Collection[TopicPartition], config: KafkaConfig
+) -> dict[TopicPartition, list[ConsumerRecord]]:
+    try:
+        return await consumer.getmany(*partitions, timeout_ms=POLL_MS, max_records=config.max_poll_records)
+    except errors.KafkaError as error:
+        if error.retriable and not is_permanent(error):
+            raise
+        raise SourceError(explain(config, error, next(iter(partitions)).topic)) from error
 
 
 async def _unread_positions(

@@ -19,6 +19,7 @@ from worker.config import KafkaConfig
 from worker.errors import SinkError, SinkUnavailable
 from worker.interfaces import Clock
 from worker.kafka.client import client_options, ensure_coordinator, ensure_topics, retry_at_start, with_admin
+from worker.kafka.error_causes import explain, is_permanent
 from worker.kafka.sink import HEADER_PREFIX
 from worker.kafka.topic_reader import OffsetRange, make_consumer, offset_ranges, read_ranges
 
@@ -97,6 +98,8 @@ class DeadLetterTopic:
                 await asyncio.gather(*await _send(producer, chunk))
                 await producer.send_offsets_to_transaction(offsets, self.group)
         except (errors.KafkaError, TimeoutError) as error:
+            if is_permanent(error):
+                raise SinkError(explain(self._config, error, self._config.dead_letter_topic)) from error
             raise SinkUnavailable(
                 f"requeue to kafka {self._config.bootstrap_servers}: {error!r}; run it again"
             ) from error
