@@ -20,11 +20,20 @@ from pipeline.strategies.rerank import RerankWeights
 from pipeline.strategies.strategy import FALLBACK_ORDER
 from pipeline.types import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from worker.errors import ConfigError
+from worker.secrets import masked
 
-SECRETS = ("password", "secret")
+
+class Section(Struct, frozen=True, forbid_unknown_fields=True):
+    """A section of the tree. Its `repr`, as tracebacks and logs show it, masks secrets."""
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return [(name, masked(name, value)) for name, value in msgspec.structs.asdict(self).items()]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.__rich_repr__())})"
 
 
-class KafkaConfig(Struct, frozen=True, forbid_unknown_fields=True):
+class KafkaConfig(Section, frozen=True, forbid_unknown_fields=True):
     bootstrap_servers: str = "localhost:9092"
     group_id: str = "millrace"
     events_topic: str = "events"
@@ -50,7 +59,7 @@ class KafkaConfig(Struct, frozen=True, forbid_unknown_fields=True):
     ssl_keyfile: str | None = None
 
 
-class RedisConfig(Struct, frozen=True, forbid_unknown_fields=True):
+class RedisConfig(Section, frozen=True, forbid_unknown_fields=True):
     url: str = "redis://localhost:6379/0"  # rediss:// for TLS; user and password in the URL are masked when printed
     cluster: bool = False
     timeout_s: PositiveFloat = 2.0  # per round trip; redis-py's own default is 5 s and 10 retries
@@ -195,7 +204,7 @@ def show(config: Config, path: str | Path | None, env: dict[str, str] | None = N
         for key, value in values.items():
             variable = f"MILLRACE__{section}__{key}".upper()
             source = variable if variable in env else str(path) if key in in_file.get(section, {}) else "default"
-            rows.append((f"{section}.{key}", _masked(key, value), source))
+            rows.append((f"{section}.{key}", _printed(key, value), source))
     return rows
 
 
@@ -256,12 +265,8 @@ def _convert(tree: dict[str, Any], source: str) -> Config:
         raise ConfigError(f"{source}: {error}; `millrace config show` lists every key") from error
 
 
-def _masked(key: str, value: Any) -> str:
-    if value and any(secret in key for secret in SECRETS):
-        return "***"
-    if isinstance(value, str) and "://" in value and "@" in value:
-        scheme, rest = value.split("://", 1)
-        return f"{scheme}://***@{rest.rsplit('@', 1)[1]}"
+def _printed(key: str, value: Any) -> str:
+    value = masked(key, value)
     if value is None or isinstance(value, str):
         return value or ""
     return json.dumps(value, ensure_ascii=False)  # booleans, numbers and lists as TOML writes them; a table as JSON

@@ -18,6 +18,7 @@ from redis.backoff import NoBackoff
 
 from worker.config import RedisConfig
 from worker.errors import ConfigError, StoreError, StoreUnavailable
+from worker.redis.url import WANT, check_url
 
 LIBRARIES = [Path(__file__).with_name(name) for name in ("sequences.lua", "slates.lua", "counters.lua")]
 POPULAR_KEY = "rec:popular"
@@ -63,12 +64,14 @@ class RedisClient:
             "retry": Retry(NoBackoff(), 0),
             "protocol": 2,
         }
+        check_url(config.url)
         try:
             if config.cluster:
                 self._cluster = RedisCluster.from_url(config.url, **options)
             self._pool = ConnectionPool.from_url(config.url, **options)
-        except (ValueError, redis_errors.RedisError, redis_errors.RedisClusterException) as error:
-            raise ConfigError(f"redis.url: {error}; want redis://HOST:PORT/DB or rediss://...") from error
+        except (ValueError, TypeError, redis_errors.RedisError, redis_errors.RedisClusterException) as error:
+            # Not the error's text: it may quote the URL.
+            raise ConfigError(f"redis.url: {type(error).__name__} from its options; {WANT}") from None
         connection = self._pool.connection_kwargs
         self.address = connection.get("path") or f"{connection.get('host', 'localhost')}:{connection.get('port', 6379)}"
 
