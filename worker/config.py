@@ -67,12 +67,19 @@ class RedisConfig(Section, frozen=True, forbid_unknown_fields=True):
 
 
 class EventsConfig(Struct, frozen=True, forbid_unknown_fields=True):
-    actions: tuple[str, ...] = EventSchema().actions  # append only: rings store an action's position in this list
-    devices: tuple[str, ...] = EventSchema().devices  # append only, like actions
+    # append only, without duplicates: rings store an action's position in this list, in one byte
+    actions: Annotated[tuple[str, ...], Meta(min_length=1, max_length=255)] = EventSchema().actions
+    # append only, like actions
+    devices: Annotated[tuple[str, ...], Meta(max_length=255)] = EventSchema().devices
     trigger_actions: tuple[str, ...] | None = None  # actions that request a fresh slate; unset: all of them
     action_aliases: dict[str, str] = field(default_factory=dict)  # foreign names of actions: {addtocart = "cart"}
     max_clock_skew_s: PositiveFloat = 86400.0  # a phone's clock may be a day off; an event beyond that is dead-lettered
     max_age_days: NonNegativeFloat = 3650.0  # 0: no limit (recorded logs of any age)
+
+    def __post_init__(self) -> None:
+        for key, names in (("actions", self.actions), ("devices", self.devices)):
+            if repeated := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(f"{key} has {', '.join(repeated)} more than once; a name's position is its code")
 
 
 class SequencesConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -88,6 +95,7 @@ class BatcherConfig(Struct, frozen=True, forbid_unknown_fields=True):
     length_buckets: tuple[PositiveInt, ...] = (32, 64, 128, 256, 512, 1024)  # events per user
     slo_ms: PositiveInt = 100  # time from poll to slate to aim for: it sets the batches' deadlines
     max_pending_events: PositiveInt = 4096  # admitted and unanswered; above it partitions are paused
+    max_pending_mib: PositiveInt = 256  # of polled values and of waiting users' rings, likewise; 4096 rings take 48 MiB
     coalesce: bool = True  # false: one slate per event, for evaluation
     max_in_flight_batches: PositiveInt = 4  # batches whose slates are not yet acknowledged
 

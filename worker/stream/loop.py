@@ -139,10 +139,14 @@ class Worker:
 
     def apply_backpressure(self) -> None:
         """Pause and resume partitions, with hysteresis to avoid flapping."""
-        if self.tracker.open_count >= self.config.batcher.max_pending_events:
+        pending = max(
+            self.tracker.open_count / self.config.batcher.max_pending_events,
+            (self.poll_queue.value_bytes + self.batcher.ring_bytes) / (self.config.batcher.max_pending_mib << 20),
+        )
+        if pending >= 1:
             self.source.pause()
             metrics.PAUSED.set(1)
-        elif self.tracker.open_count <= self.config.batcher.max_pending_events // 2:
+        elif pending <= 0.5:
             self.source.resume()
             metrics.PAUSED.set(0)
 

@@ -17,9 +17,11 @@ class PollQueue:
         self._waiting: list[list[PolledRecords]] = []
         self._closed = False
         self._changed = asyncio.Event()
+        self.value_bytes = 0  # of the waiting records
 
     def put(self, polled: list[PolledRecords]) -> None:
         self._waiting.append(polled)
+        self.value_bytes += sum(len(record.value or b"") for records in polled for record in records.records)
         self._changed.set()
 
     def close(self) -> None:
@@ -34,4 +36,5 @@ class PollQueue:
             await self._changed.wait()
         taken = self._waiting
         self._waiting = []
+        self.value_bytes = 0
         return taken

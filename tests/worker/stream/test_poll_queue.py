@@ -3,6 +3,7 @@
 import asyncio
 
 from worker.interfaces import Partition, PolledRecords
+from worker.replay.log_source import LogRecord
 from worker.stream.poll_queue import PollQueue
 
 
@@ -28,3 +29,13 @@ async def test_take_waits_for_a_poll_and_returns_empty_only_when_closed() -> Non
     queue.close()
     assert len(await queue.take()) == 1
     assert await queue.take() == []
+
+
+async def test_bytes_of_waiting_values_are_counted() -> None:
+    queue = PollQueue()
+    values = [LogRecord(0, None, b"x" * 1000, 0, ()), LogRecord(1, None, None, 0, ())]
+    for _ in range(2):
+        queue.put([PolledRecords(Partition("events", 0), 1, 0, 0, 0.0, values)])
+    assert queue.value_bytes == 2000
+    await queue.take()
+    assert queue.value_bytes == 0
