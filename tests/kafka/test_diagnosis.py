@@ -12,17 +12,20 @@ from typing import Any
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, codec, errors
 from aiokafka.coordinator.assignors.range import RangePartitionAssignor
+from msgspec.structs import replace
 
 from tests.kafka.broker import BreakableKafka, Broker, RecordingListener
-from tests.kafka.sources import joined, poll_records
+from tests.kafka.sources import joined, poll_records, values
 from worker.cli import main
 from worker.clock import WallClock
 from worker.config import KafkaConfig
 from worker.errors import SourceError, SourceUnavailable
+from worker.interfaces import Partition
 from worker.kafka.client import client_options, list_partitions
 from worker.kafka.diagnosis import diagnose
 from worker.kafka.error_causes import cause_of, describe
 from worker.kafka.source import KafkaSource
+from worker.kafka.static_membership import is_instance_taken
 from worker.operations.dead_letter_topic import DeadLetterTopic
 from worker.replay.child_process import HOST, free_ports
 from worker.replay.local_servers import LocalKafka, missing_requirement
@@ -66,6 +69,37 @@ async def test_group_with_another_assignor_is_refused_at_once(broker: Broker) ->
     assert "by another strategy or protocol" in str(error)
     assert f"kafka.group_id = '{config.group_id}'" in str(error)
     assert "set another kafka.group_id" in str(error)
+
+
+async def poll_until_error(source: KafkaSource) -> None:
+    async with asyncio.timeout(SOON_S):
+        while True:
+            await source.poll(0.1)
+
+
+async def test_second_worker_with_an_instance_id_ends_the_first_with_its_name_and_goes_on(broker: Broker) -> None:
+    topic = await broker.topic()
+    config = broker.config(events_topic=topic, group_instance_id="pod-0")
+    listener = RecordingListener()
+    async with joined(config, RecordingListener()) as first, joined(config, listener) as second:
+        taken = r"another process .*kafka\.group_instance_id = 'pod-0'.*its own"
+        with pytest.raises(SourceError, match=taken) as caught:
+            await poll_until_error(first)
+        await first.stop()
+        await broker.produce(topic, [b"event"])
+        assert values(await poll_records(second, 1)) == [b"event"]
+        await second.commit({Partition(topic, 0): 1}, listener.assignments)
+        assert listener.history == ["assigned"]
+    assert await broker.committed(topic, config.group_id) == 1
+    assert not caught.value.retriable
+
+
+async def test_instance_id_is_taken_while_a_member_has_exactly_this_one(broker: Broker) -> None:
+    config = broker.config(events_topic=await broker.topic(), group_instance_id="pod-0")
+    assert not await is_instance_taken(config)
+    async with joined(config, RecordingListener()):
+        assert await is_instance_taken(config)
+        assert not await is_instance_taken(replace(config, group_instance_id="pod"))
 
 
 def test_error_of_a_taken_instance_id_is_known_though_the_client_passes_it_on_as_text(broker: Broker) -> None:

@@ -12,8 +12,11 @@ from aiokafka.structs import OffsetAndMetadata
 
 from worker import logging
 from worker.config import KafkaConfig
+from worker.errors import SourceError
 from worker.interfaces import Partition, RebalanceListener
 from worker.kafka.client import client_options
+from worker.kafka.error_causes import FENCED_INSTANCE, describe
+from worker.kafka.static_membership import is_instance_taken
 
 log = logging.get("group")
 STOP_S = 10.0
@@ -120,6 +123,13 @@ class GroupMember:
 
     async def revoked(self) -> None:
         """Revoke every partition: rebalancing is eager, even for those that come back."""
+        if self.assignments and not self._coordinator.member_id and await is_instance_taken(self._config):
+            self.failure = SourceError(describe(self._config, FENCED_INSTANCE, "it joined later"))
+            self.assignments = {}
+            # NOTE: private in aiokafka 0.14: the coordinator's `_max_poll_interval`. A member that has not polled for
+            # longer does not join again, and nothing public keeps it from that: it would take the place back.
+            self._coordinator._max_poll_interval = 0
+            return
         try:
             if self.assignments:
                 await self._listener.revoked(list(self.assignments))
