@@ -16,7 +16,9 @@ from pipeline.records import EVENT_BYTES
 from worker.config import BatcherConfig
 from worker.interfaces import Batch, Clock, ConsumedEvent, Entry
 
-LARGE_SLATE = 64  # items; larger slates are ranked apart, because a batch ranks as many items as its largest slate
+# Items. Larger slates are ranked apart, because a batch ranks as many items as its largest slate: `Pipeline.rank` takes
+# 46 ms for 10 items, 79 ms for 64 and 558 ms for 512 (256 users, 20,000 items, width 64, one EPYC core).
+LARGE_SLATE = 64
 Lane = tuple[str, bool, int]  # (requested strategy or "", a large slate is requested, length bucket)
 HeapEntry = tuple[int, int, Entry]  # (deadline_ms, order of admission, entry)
 
