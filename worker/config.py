@@ -20,12 +20,22 @@ from pipeline.strategies.rerank import RerankWeights
 from pipeline.strategies.strategy import FALLBACK_ORDER
 from pipeline.types import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from worker.errors import ConfigError
+from worker.secrets import masked
 
 TtlDays = Annotated[float, Meta(ge=1 / 86400)]  # Redis expires keys after whole seconds, at least one
-SECRETS = ("password", "secret")
 
 
-class KafkaConfig(Struct, frozen=True, forbid_unknown_fields=True):
+class Section(Struct, frozen=True, forbid_unknown_fields=True):
+    """A section of the tree. Its `repr`, as tracebacks and logs show it, masks secrets."""
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return [(name, masked(name, value)) for name, value in msgspec.structs.asdict(self).items()]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.__rich_repr__())})"
+
+
+class KafkaConfig(Section, frozen=True, forbid_unknown_fields=True):
     bootstrap_servers: str = "localhost:9092"
     group_id: str = "millrace"
     events_topic: str = "events"
@@ -51,7 +61,7 @@ class KafkaConfig(Struct, frozen=True, forbid_unknown_fields=True):
     ssl_keyfile: str | None = None
 
 
-class RedisConfig(Struct, frozen=True, forbid_unknown_fields=True):
+class RedisConfig(Section, frozen=True, forbid_unknown_fields=True):
     url: str = "redis://localhost:6379/0"  # rediss:// for TLS; user and password in the URL are masked when printed
     cluster: bool = False
     start_timeout_s: PositiveFloat = 60.0  # a Redis that comes up later than the worker is waited for, like Kafka
@@ -60,12 +70,19 @@ class RedisConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class EventsConfig(Struct, frozen=True, forbid_unknown_fields=True):
-    actions: tuple[str, ...] = EventSchema().actions  # append only: rings store an action's position in this list
-    devices: tuple[str, ...] = EventSchema().devices  # append only, like actions
+    # append only, without duplicates: rings store an action's position in this list, in one byte
+    actions: Annotated[tuple[str, ...], Meta(min_length=1, max_length=255)] = EventSchema().actions
+    # append only, like actions
+    devices: Annotated[tuple[str, ...], Meta(max_length=255)] = EventSchema().devices
     trigger_actions: tuple[str, ...] | None = None  # actions that request a fresh slate; unset: all of them
     action_aliases: dict[str, str] = field(default_factory=dict)  # foreign names of actions: {addtocart = "cart"}
     max_clock_skew_s: PositiveFloat = 86400.0  # a phone's clock may be a day off; an event beyond that is dead-lettered
     max_age_days: NonNegativeFloat = 3650.0  # 0: no limit (recorded logs of any age)
+
+    def __post_init__(self) -> None:
+        for key, names in (("actions", self.actions), ("devices", self.devices)):
+            if repeated := sorted({name for name in names if names.count(name) > 1}):
+                raise ValueError(f"{key} has {', '.join(repeated)} more than once; a name's position is its code")
 
 
 class SequencesConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -88,6 +105,7 @@ class BatcherConfig(Struct, frozen=True, forbid_unknown_fields=True):
     )  # events per user
     slo_ms: PositiveInt = 100  # time from poll to slate to aim for: it sets the batches' deadlines
     max_pending_events: PositiveInt = 4096  # admitted and unanswered; above it partitions are paused
+    max_pending_mib: PositiveInt = 256  # of polled values and of waiting users' rings, likewise; 4096 rings take 48 MiB
     coalesce: bool = True  # false: one slate per event, for evaluation
     max_in_flight_batches: PositiveInt = 4  # batches whose slates are not yet acknowledged
 
@@ -155,6 +173,7 @@ class LogConfig(Struct, frozen=True, forbid_unknown_fields=True):
 class ServeConfig(Struct, frozen=True, forbid_unknown_fields=True):
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 8080  # 0: a free port
+    max_concurrent_lookups: PositiveInt = 4096  # queued; one more is answered with 503, so that memory stays bounded
 
 
 class Config(Struct, frozen=True, forbid_unknown_fields=True):
@@ -206,7 +225,7 @@ def show(config: Config, path: str | Path | None, env: dict[str, str] | None = N
         for key, value in values.items():
             variable = f"MILLRACE__{section}__{key}".upper()
             source = variable if variable in env else str(path) if key in in_file.get(section, {}) else "default"
-            rows.append((f"{section}.{key}", _masked(key, value), source))
+            rows.append((f"{section}.{key}", _printed(key, value), source))
     return rows
 
 
@@ -267,12 +286,8 @@ def _convert(tree: dict[str, Any], source: str) -> Config:
         raise ConfigError(f"{source}: {error}; `millrace config show` lists every key") from error
 
 
-def _masked(key: str, value: Any) -> str:
-    if value and any(secret in key for secret in SECRETS):
-        return "***"
-    if isinstance(value, str) and "://" in value and "@" in value:
-        scheme, rest = value.split("://", 1)
-        return f"{scheme}://***@{rest.rsplit('@', 1)[1]}"
+def _printed(key: str, value: Any) -> str:
+    value = masked(key, value)
     if value is None or isinstance(value, str):
         return value or ""
     return json.dumps(value, ensure_ascii=False)  # booleans, numbers and lists as TOML writes them; a table as JSON

@@ -61,7 +61,7 @@ class PolledRecords:
 class ConsumedEvent:
     """One decoded event. It copies three values of its poll, so that the poll's raw records can be freed."""
 
-    event: Event
+    event: Event  # without context, session and device
     packed: bytes  # the event's 24 ring bytes
     record_offset: RecordOffset
     end_offset: int
@@ -72,7 +72,8 @@ class ConsumedEvent:
     k: int | None = None  # slate length requested by the record's header
     ring_offset: int | None = None  # while Store.push fails: its partition's last offset in the ring before that
     is_new: bool = True  # set by Store.push; False: the ring had it before the first attempt (a replay)
-    ring: bytes = b""  # set by Store.push: the user's events, oldest first, 24 bytes each
+    # set by Store.push: the user's events, oldest first, 24 bytes each; dropped where a later event of its entry has it
+    ring: bytes = b""
 
 
 @dataclass(slots=True)

@@ -20,7 +20,7 @@ import numpy as np
 from pipeline.arrays import grown
 from pipeline.items.change_log import ChangeLog
 from pipeline.items.hash_index import HashIndex
-from pipeline.records import item_hash
+from pipeline.records import item_hash, uncached_item_hash
 
 UNKNOWN = 0
 CACHED_IDS = 1 << 14  # hashes of fewer items at a time go through the cache of `item_hash`
@@ -218,6 +218,5 @@ class Vocabulary:
 
 def _hashes(item_ids: Sequence[str]) -> np.ndarray:
     """Return the items' hashes: uint64 [n]."""
-    # Many items would push all others out of the cache, and take twice as long.
-    function = item_hash if len(item_ids) < CACHED_IDS else item_hash.__wrapped__
+    function = item_hash if len(item_ids) < CACHED_IDS else uncached_item_hash
     return np.fromiter(map(function, item_ids), np.uint64, len(item_ids))

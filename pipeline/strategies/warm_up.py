@@ -19,7 +19,7 @@ def synthetic_histories(item_ids: Sequence[str], lengths: Sequence[int], items_a
     positions = np.concatenate([np.arange(length) for length in lengths])
     items, item_rows = np.unique((positions + items_apart * users) % len(item_ids), return_inverse=True)
     events = np.zeros(len(positions), EVENT_DTYPE)
-    events["item"] = np.array([item_hash(item_ids[item]) for item in items], np.uint64)[item_rows]
+    events["item"] = np.array([item_hash(item_ids[int(item)]) for item in items], np.uint64)[item_rows]
     events["ts_action_device"] = positions * _MINUTE_MS + _FIRST_ACTION
     return Histories(events, np.concatenate([[0], np.cumsum(lengths)]))
 

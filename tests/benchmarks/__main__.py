@@ -9,7 +9,7 @@ import argparse
 import subprocess
 import sys
 
-MODULES = ("stream", "items", "replay", "swap", "heads", "training", "plots")
+MODULES = ("stream", "items", "lookup", "replay", "swap", "heads", "training", "plots")
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ STREAM, REPLAY, SWAP, TRAINING, TRAINING_GPU = (
     results.load(results.FOLDER / f"{name}.json") for name in ("stream", "replay", "swap", "training", "training_gpu")
 )
 ITEMS = results.load(results.FOLDER / "items.json")
+LOOKUP = results.load(results.FOLDER / "lookup.json")
 PAIRS = results.load(results.FOLDER / "stream_pairs.json")
 RUNS = {row["run"]: row for row in STREAM.rows}
 MOVIELENS, SHOP = REPLAY.rows
@@ -35,6 +36,10 @@ MOVIELENS, SHOP = REPLAY.rows
 
 def items_figures(name: str) -> list[float]:
     return [ITEMS.metrics[f"{name}_{width}"] for width in (64, 512)]
+
+
+def lookup_figures(size: int) -> list[float]:
+    return [LOOKUP.metrics[f"{by}_{size}_{figure}"] for by in ("library", "http") for figure in ("p50_ms", "p99_ms")]
 
 
 MACHINES = {
@@ -78,6 +83,8 @@ BENCHMARKS = {
     rf"a quarter, {N} events/s \| {N} ms \| {N} ms \| {N} ms": [
         RUNS["a quarter of the rate"][name] for name in ("latency_rate_per_s", "p50_ms", "p95_ms", "p99_ms")
     ],
+    rf"\| 400 \| p50 {N} ms, p99 {N} ms \| p50 {N} ms, p99 {N} ms \|": lookup_figures(400),
+    rf"\| 2,000 \| p50 {N} ms, p99 {N} ms \| p50 {N} ms, p99 {N} ms \|": lookup_figures(2000),
     rf"adds to the next batches \| {N} ms \| {N} ms": items_figures("new_record_ms"),
     rf"the slowest of 11 new records \| {N} ms \| {N} ms": items_figures("worst_new_item_ms"),
     rf"withdrawal, likewise \| {N} ms \| {N} ms": items_figures("withdrawal_ms"),
@@ -162,6 +169,10 @@ def test_rows_of_the_readme_table_name_the_machine_of_their_file() -> None:
     assert len(rows) == len(README)
     for machine, path in rows:
         assert machine == MACHINES[results.load(results.ROOT / path).hardware]
+
+
+def test_no_lookup_of_a_burst_failed() -> None:
+    assert [row["failed"] for row in LOOKUP.rows] == [0] * 4
 
 
 def test_movielens_model_is_named_by_its_training_options() -> None:

@@ -3,8 +3,7 @@
 import asyncio
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 
@@ -16,16 +15,14 @@ from pipeline.artifact import Artifact, load
 from pipeline.records import Event, item_hash
 from tests import artifacts
 from tests.kafka.broker import Broker
+from tests.kafka.workers import running
 from tests.oracle import Oracle
 from worker.clock import WallClock
 from worker.config import Config, CountersConfig, EventsConfig, PipelineConfig, RedisConfig
-from worker.kafka.sink import KafkaSink
-from worker.kafka.source import KafkaSource
 from worker.lookup.lookup import Lookup
-from worker.process import Components, build_components, supervise
+from worker.process import Components, build_components
 from worker.replay.feed import at_rate, produce
 from worker.replay.local_servers import LocalValkey
-from worker.stream.health import HealthState
 from worker.stream.loop import Worker
 
 PARTITIONS = 2
@@ -88,21 +85,6 @@ async def config(broker: Broker, valkey: str, tmp_path: Path) -> Config:
         ),
         counters=CountersConfig(merge_interval_s=0.1, half_life_days=36_500),
     )
-
-
-@asynccontextmanager
-async def running(config: Config) -> AsyncIterator[tuple[Components, Worker]]:
-    """A complete worker with its background tasks, as in `millrace run`; drained at the end."""
-    clock = WallClock()
-    async with build_components(config, clock) as components, KafkaSink(config, components.slates) as sink:
-        health = HealthState(clock, clock.monotonic())
-        worker = components.worker(KafkaSource(config.kafka, clock), sink, health)
-        supervising = asyncio.create_task(supervise(worker, components))
-        try:
-            yield components, worker
-        finally:
-            worker.stop()
-            await supervising
 
 
 class Publisher:

@@ -224,7 +224,7 @@ async def test_missing_topic_is_created_when_configured(broker: Broker, listener
 async def test_unreachable_broker_is_one_error_after_the_start_timeout(listener: RecordingListener):
     bootstrap = f"127.0.0.1:{free_ports(1)[0]}"
     source = KafkaSource(KafkaConfig(bootstrap_servers=bootstrap, start_timeout_s=1.2), WallClock())
-    with pytest.raises(SourceUnavailable, match=rf"no answer from Kafka at {bootstrap} within 1.2 s"):
+    with pytest.raises(SourceUnavailable, match=rf"Kafka at {bootstrap} does not answer \(for 1.2 s: "):
         async with asyncio.timeout(10):
             await source.start(listener)
 
@@ -244,28 +244,6 @@ async def test_restart_of_a_static_member_causes_no_rebalance(broker: Broker, ev
         async with joined(second_config, second):
             assert set(second.assignments) == set(before)
             assert first.history == history
-
-
-async def test_two_processes_with_one_instance_id_end_with_its_name(broker: Broker):
-    topic = await broker.topic()
-    config = msgspec.structs.replace(broker.config(events_topic=topic), group_instance_id="pod-7")
-    sources = [KafkaSource(config, WallClock()) for _ in range(2)]
-
-    async def poll_until_it_ends(source: KafkaSource) -> None:
-        await source.start(RecordingListener())
-        while True:
-            await source.poll(0.1)
-
-    polling = [asyncio.create_task(poll_until_it_ends(source)) for source in sources]
-    async with asyncio.timeout(60):
-        done, running = await asyncio.wait(polling, return_when=asyncio.FIRST_COMPLETED)
-    for task in running:
-        task.cancel()
-    await asyncio.gather(*running, return_exceptions=True)
-    for source in sources:
-        await source.stop()
-    with pytest.raises(SourceError, match=r"another process has kafka.group_instance_id = 'pod-7'"):
-        done.pop().result()
 
 
 async def test_offset_owed_from_an_earlier_assignment_is_not_committed_in_a_later_one(

@@ -1,5 +1,7 @@
 """The configuration tree: every mistake is named with its path, every value with its source."""
 
+import json
+
 import pytest
 
 from worker import config
@@ -140,3 +142,14 @@ def test_secrets_are_masked_when_shown() -> None:
 def test_value_that_would_fail_at_the_first_event_is_refused_at_load(name: str, value: str) -> None:
     with pytest.raises(ConfigError, match=f"MILLRACE__{name}"):
         config.load(None, {f"MILLRACE__{name}": value})
+
+
+@pytest.mark.parametrize("key", ["actions", "devices"])
+def test_names_that_do_not_fit_into_a_rings_byte_or_repeat_are_refused(key: str) -> None:
+    names = [f"name-{number}" for number in range(256)]
+    variable = f"MILLRACE__EVENTS__{key.upper()}"
+    assert len(getattr(config.load(env={variable: json.dumps(names[:255])}).events, key)) == 255
+    with pytest.raises(ConfigError, match=rf"{variable}.*length <= 255"):
+        config.load(env={variable: json.dumps(names)})
+    with pytest.raises(ConfigError, match=rf"{variable}.*{key} has view more than once"):
+        config.load(env={variable: '["view", "cart", "view"]'})

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from pipeline.errors import MillraceError
+from worker.output.printable import printable
 
 INTERRUPTED = 130
+NEWLINE = "\n"
 
 
 def run_command(name: str, argv: Sequence[str]) -> int:
@@ -20,7 +22,7 @@ def run_command(name: str, argv: Sequence[str]) -> int:
     try:
         return command.run(parser.parse_args(argv))
     except MillraceError as error:
-        print(f"millrace {name}: {error}", file=sys.stderr)
+        print(f"millrace {name}: {printable(str(error), keep=NEWLINE)}", file=sys.stderr)
         return error.exit_code
     except (KeyboardInterrupt, BrokenPipeError):
         return INTERRUPTED

@@ -5,6 +5,8 @@ from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, N
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from worker.output.printable import printable
+
 if TYPE_CHECKING:
     from pipeline.data.event_log import EventLog
     from pipeline.data.log_io import LogLayout
@@ -154,4 +156,4 @@ def _pairs(text: str) -> dict[str, str]:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(printable(text, keep="\n"), file=sys.stderr)

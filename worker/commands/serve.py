@@ -40,7 +40,11 @@ def run(args: Namespace) -> int:
     logging.configure(loaded.log)
     listening = listen(args.host or loaded.serve.host, loaded.serve.port if args.port is None else args.port)
     options = uvicorn.Config(
-        application(loaded.redis), log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S
+        application(loaded),
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=GRACE_S,
+        backlog=loaded.serve.max_concurrent_lookups,
     )
     for each in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again after its shutdown: ignore that
         signal.signal(each, lambda *_: None)

@@ -1,4 +1,4 @@
-"""Connect to Kafka: client options, retries at start, topics, group coordinators, permanent errors."""
+"""Connect to Kafka: client options, retries at start, topics, group coordinators."""
 
 import asyncio
 import ssl
@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from aiokafka import TopicPartition, errors
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from aiokafka.conn import collect_hosts, create_conn
+from aiokafka.conn import collect_hosts
 from aiokafka.helpers import create_ssl_context
 from msgspec.structs import replace
 
@@ -16,6 +16,8 @@ from worker.backoff import Backoff
 from worker.config import KafkaConfig
 from worker.errors import ConfigError, SourceError, SourceUnavailable
 from worker.interfaces import Clock
+from worker.kafka.diagnosis import Diagnosis, diagnose
+from worker.kafka.error_causes import describe, explain, is_permanent
 
 log = logging.get("kafka")
 T = TypeVar("T")
@@ -23,19 +25,7 @@ T = TypeVar("T")
 START_BACKOFF = Backoff(first_s=0.5, cap_s=4.0)
 CLI_START_TIMEOUT_S = 8.0  # `start_timeout_s` of an interactive command
 METADATA_POLL_S = 0.05  # between polls of cluster metadata: a new topic's leaders, a group's coordinator
-DIAGNOSE_TIMEOUT_S = 5.0  # for one more connection attempt, to learn why connecting fails
 TOPIC_VISIBLE_S = 2.0  # until a topic that was just created is visible on every broker
-PERMANENT_ERRORS = (
-    errors.TopicAuthorizationFailedError,
-    errors.GroupAuthorizationFailedError,
-    errors.ClusterAuthorizationFailedError,
-    errors.TransactionalIdAuthorizationFailed,
-    errors.AuthenticationFailedError,
-    errors.SaslAuthenticationFailed,
-    errors.UnsupportedSaslMechanismError,
-    errors.IllegalSaslStateError,
-    ssl.SSLCertVerificationError,
-)
 
 
 def client_options(config: KafkaConfig) -> dict[str, Any]:
@@ -74,19 +64,11 @@ def _ssl_context(config: KafkaConfig) -> ssl.SSLContext | None:
         raise ConfigError(f"kafka: TLS set-up from {files} failed: {error}") from error
 
 
-def is_permanent(error: BaseException) -> bool:
-    """Whether a retry cannot succeed: authentication, authorization or certificate failed."""
-    return isinstance(error, PERMANENT_ERRORS)
-
-
 def source_error(config: KafkaConfig, topic: str, error: errors.KafkaError) -> SourceError:
     """Return an error of a read as one of the worker's: SourceUnavailable when a retry may succeed."""
     is_transient = error.retriable or isinstance(error, errors.KafkaTimeoutError)
     kind = SourceUnavailable if is_transient and not is_permanent(error) else SourceError
-    return kind(
-        f"kafka {config.bootstrap_servers}, topic {topic}: {error!r}; see the broker's log and kafka.* in the "
-        "configuration"
-    )
+    return kind(explain(config, error, topic))
 
 
 def cli_timeouts(config: KafkaConfig) -> KafkaConfig:
@@ -105,36 +87,31 @@ async def retry_at_start(config: KafkaConfig, clock: Clock, operation: Callable[
     """
     deadline_s = clock.monotonic() + config.start_timeout_s
     delays_s = START_BACKOFF.delays()
-    logged = ""
+    logged: Diagnosis | None = None
     with logging.silenced("aiokafka"):  # it would log the same connection error on every attempt
         while True:
             try:
                 async with asyncio.timeout(max(0.0, deadline_s - clock.monotonic())):
                     return await operation()
             except (errors.KafkaError, OSError, TimeoutError) as raised:
-                error = await _diagnose(config, raised)
+                error = raised
+            diagnosis = await diagnose(client_options(config), error)
             # The first delay's length remains for the last attempt.
             left_s = deadline_s - clock.monotonic() - START_BACKOFF.first_s
-            _raise_if_final(config, error, left_s)
-            if _describe(error) != logged:
-                logged = _describe(error)
-                log.warning("Kafka is not ready", bootstrap=config.bootstrap_servers, error=logged)
+            _raise_if_final(config, diagnosis, error, left_s)
+            if diagnosis != logged:
+                logged = diagnosis
+                log.warning("Kafka is not ready", error=describe(config, *diagnosis))
             await asyncio.sleep(min(next(delays_s), left_s))
 
 
-def _raise_if_final(config: KafkaConfig, error: Exception, left_s: float) -> None:
+def _raise_if_final(config: KafkaConfig, diagnosis: Diagnosis, error: Exception, left_s: float) -> None:
     """Raise when the error is permanent or the time is up."""
-    if is_permanent(error):
-        raise SourceError(
-            f"kafka {config.bootstrap_servers} refuses this client: {_describe(error)}; see kafka.sasl_* and"
-            " kafka.ssl_*"
-        ) from error
+    if diagnosis.cause.is_permanent:
+        raise SourceError(describe(config, *diagnosis)) from error
     if left_s <= 0:
-        raise SourceUnavailable(
-            f"no answer from Kafka at {config.bootstrap_servers} within {config.start_timeout_s:g} s "
-            f"({_describe(error)}); start the broker, or set kafka.bootstrap_servers, "
-            f"kafka.security_protocol or kafka.start_timeout_s"
-        ) from error
+        waited = f"for {config.start_timeout_s:g} s: {diagnosis.detail}"
+        raise SourceUnavailable(describe(config, diagnosis.cause, waited)) from error
 
 
 async def with_admin(config: KafkaConfig, clock: Clock, query: Callable[[AIOKafkaAdminClient], Awaitable[T]]) -> T:
@@ -164,20 +141,6 @@ async def list_partitions(config: KafkaConfig, clock: Clock, topic: str) -> list
         return [TopicPartition(topic, entry["partition"]) for entry in described["partitions"]]
 
     return await with_admin(config, clock, query)
-
-
-async def _diagnose(config: KafkaConfig, error: Exception) -> Exception:
-    """Return the reason of a failed connection, which aiokafka only logs."""
-    if not isinstance(error, errors.KafkaConnectionError):
-        return error
-    options = client_options(config)
-    host, port, _ = collect_hosts(options.pop("bootstrap_servers"))[0]
-    try:
-        async with asyncio.timeout(DIAGNOSE_TIMEOUT_S):
-            (await create_conn(host, port, **options)).close()
-    except (errors.KafkaError, OSError, TimeoutError) as cause:
-        return cause
-    return error
 
 
 async def ensure_topics(config: KafkaConfig, clock: Clock, topics: Sequence[str]) -> None:
@@ -262,7 +225,3 @@ async def _coordinator_error(admin: AIOKafkaAdminClient, group: str) -> errors.K
     (described,) = answer.to_object()["groups"]
     error = errors.for_code(described["error_code"])
     return None if error is errors.NoError else error(group)
-
-
-def _describe(error: BaseException) -> str:
-    return str(error) or type(error).__name__

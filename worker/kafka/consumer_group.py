@@ -15,10 +15,11 @@ from worker.deadline import Deadline
 from worker.errors import SourceError
 from worker.interfaces import Clock, Partition, RebalanceListener
 from worker.kafka.client import client_options
+from worker.kafka.error_causes import FENCED_INSTANCE, describe
+from worker.kafka.static_membership import is_instance_taken
 
 log = logging.get("group")
 STOP_S = 10.0
-MAX_LOSSES = 5  # of the membership in a row: two processes with one instance id take it from each other once per second
 
 
 class GroupMember:
@@ -36,8 +37,6 @@ class GroupMember:
         self._deadline = deadline or Deadline(clock)
         self._generation = -1  # the group's generation when the partitions were assigned
         self._assignment_count = 0  # numbers the assignments
-        self._assigned_s = 0.0
-        self._losses = 0  # of the membership in a row, each within a session timeout of the assignment
         self.assignments: dict[Partition, int] = {}
         self.failure: Exception | None = None  # raised by a rebalance callback, not yet re-raised
         # A join waits until the other members have drained.
@@ -119,37 +118,24 @@ class GroupMember:
 
     async def assigned(self, partitions: Iterable[TopicPartition]) -> None:
         self._assignment_count += 1
-        self._assigned_s = self._clock.monotonic()
         self._generation = self._coordinator.generation
         self.assignments = {Partition(tp.topic, tp.partition): self._assignment_count for tp in partitions}
         await self._listener.assigned(dict(self.assignments))
 
     async def revoked(self) -> None:
         """Revoke every partition: rebalancing is eager, even for those that come back."""
-        is_lost = bool(self.assignments) and self._coordinator.generation < 0  # the group has forgotten this member
+        if self.assignments and not self._coordinator.member_id and await is_instance_taken(self._config):
+            self.failure = SourceError(describe(self._config, FENCED_INSTANCE, "it joined later"))
+            self.assignments = {}
+            # NOTE: private in aiokafka 0.14: the coordinator's `_max_poll_interval`. A member that has not polled for
+            # longer does not join again, and nothing public keeps it from that: it would take the place back.
+            self._coordinator._max_poll_interval = 0
+            return
         try:
             if self.assignments:
                 await self._listener.revoked(list(self.assignments))
         finally:
             self.assignments = {}
-        self._check_losses(is_lost)
-
-    def _check_losses(self, is_lost: bool) -> None:
-        """Raise SourceError when another process keeps taking over this static member."""
-        is_soon = self._clock.monotonic() - self._assigned_s < self._config.session_timeout_ms / 1000
-        self._losses = self._losses + 1 if is_lost and is_soon else 0
-        if self._losses >= MAX_LOSSES and self._config.group_instance_id is not None:
-            raise SourceError(
-                f"group {self._config.group_id} has given this process's membership away {self._losses} times in a "
-                f"row; {instance_id_hint(self._config)}"
-            )
-
-
-def instance_id_hint(config: KafkaConfig) -> str:
-    return (
-        f"probably another process has kafka.group_instance_id = {config.group_instance_id!r}, too: give each process "
-        "of the group its own, such as its pod's ordinal"
-    )
 
 
 class _ListenerAdapter(ConsumerRebalanceListener):

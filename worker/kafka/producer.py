@@ -19,7 +19,8 @@ from worker.config import KafkaConfig
 from worker.deadline import Deadline
 from worker.errors import SinkError, SinkUnavailable
 from worker.interfaces import Clock
-from worker.kafka.client import client_options, is_permanent, retry_at_start
+from worker.kafka.client import client_options, retry_at_start
+from worker.kafka.error_causes import explain, is_permanent
 
 log = logging.get("producer")
 BATCH_BYTES = 256 << 10  # per partition and request: 256 slates of 1.6 KB over 8 partitions fill a fifth of it
@@ -87,10 +88,10 @@ class BatchProducer:
         if not delivery.done():
             raise SinkUnavailable(f"{where} has acknowledged nothing for {self._config.request_timeout_ms} ms")
         error = delivery.exception()
-        if isinstance(error, UNDELIVERABLE) or (error is not None and is_permanent(error)):
-            raise SinkError(
-                f"{where} rejects the record: {error!r}; check the topic's max.message.bytes and this client's ACLs"
-            ) from error
+        if error is not None and is_permanent(error):
+            raise SinkError(explain(self._config, error, delivery.get_name())) from error
+        if isinstance(error, UNDELIVERABLE):
+            raise SinkError(f"{where} rejects the record: {error!r}; check the topic's max.message.bytes") from error
         if isinstance(error, errors.KafkaError | OSError):
             raise SinkUnavailable(f"{where}: {error!r}") from error
         delivery.result()

@@ -14,9 +14,10 @@ from worker.config import KafkaConfig
 from worker.deadline import Deadline
 from worker.errors import SourceError
 from worker.interfaces import Clock, Partition, PolledRecords, RebalanceListener
-from worker.kafka.client import ensure_coordinator, ensure_topics, is_permanent, retry_at_start
-from worker.kafka.consumer_group import STOP_S, GroupMember, instance_id_hint
+from worker.kafka.client import ensure_coordinator, ensure_topics, retry_at_start
+from worker.kafka.consumer_group import STOP_S, GroupMember
 from worker.kafka.corrupt_record import DECODE_ERRORS, CorruptRecord
+from worker.kafka.error_causes import explain, is_permanent
 
 log = logging.get("source")
 POLL_GRACE_S = 0.05  # beyond a poll's timeout: only a rebalance takes longer
@@ -233,12 +234,7 @@ class KafkaSource:
 
     def _raise_unless_transient(self, error: errors.KafkaError) -> None:
         if is_permanent(error) or not error.retriable:
-            config = self._config
-            where = f"kafka {config.bootstrap_servers}, topic {config.events_topic}, group {config.group_id}"
-            # FENCED_INSTANCE_ID is unknown to aiokafka 0.14, which shows it as this.
-            is_fenced = config.group_instance_id is not None and "UnknownError" in repr(error)
-            hint = instance_id_hint(config) if is_fenced else "see the broker's log and kafka.* in the configuration"
-            raise SourceError(f"{where}: {error!r}; {hint}") from error
+            raise SourceError(explain(self._config, error, self._config.events_topic)) from error
         log.warning("transient error, retrying", error=repr(error))
 
     def _raise_failure(self) -> None:

@@ -5,20 +5,29 @@ example:
       slate = await lookup.slate("u1")
 """
 
+import asyncio
+
 import msgspec
 
 from pipeline.slates import Slate
 from worker.config import RedisConfig
-from worker.errors import UnknownUser
+from worker.errors import StoreUnavailable, UnknownUser
 from worker.redis.client import POPULAR_KEY, RedisClient, slate_key
-from worker.redis.slates import read_slate
+from worker.redis.read_batcher import ReadBatcher
+from worker.redis.slates import decode_slate
 
 
 class Lookup:
-    """Reads slates from Redis: one GET for a user with a slate, two for one without. Connects at the first read."""
+    """Reads slates from Redis: one GET for a user with a slate, two for one without. Connects at the first read.
+
+    Any number of lookups may run at a time: they share one connection per node (`ReadBatcher`). Each takes at most
+    `redis.timeout_s`.
+    """
 
     def __init__(self, config: RedisConfig) -> None:
+        self._timeout_s = config.timeout_s
         self._client = RedisClient(config)
+        self._reads = ReadBatcher(self._client)
 
     async def __aenter__(self) -> "Lookup":
         return self
@@ -31,10 +40,27 @@ class Lookup:
 
         Raises UnknownUser when there is neither, StoreUnavailable when Redis is unreachable, StoreError.
         """
-        slate = await read_slate(self._client, slate_key(user_id))
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await self._slate(user_id)
+        except TimeoutError as error:
+            raise StoreUnavailable(
+                f"Redis at {self._client.address} did not answer a lookup within {self._timeout_s:g} s"
+            ) from error
+
+    async def check(self) -> None:
+        """Return when Redis answers. Raises StoreUnavailable, StoreError."""
+        await self._reads.get(POPULAR_KEY)
+
+    async def aclose(self) -> None:
+        await self._reads.aclose()
+        await self._client.aclose()
+
+    async def _slate(self, user_id: str) -> Slate:
+        slate = await self._read(slate_key(user_id))
         if slate is not None:
             return slate
-        popular = await read_slate(self._client, POPULAR_KEY)
+        popular = await self._read(POPULAR_KEY)
         if popular is None:
             raise UnknownUser(
                 f"no slate for user {user_id[:256]!r} in Redis at {self._client.address}, and no popular one yet: "
@@ -42,9 +68,6 @@ class Lookup:
             )
         return msgspec.structs.replace(popular, user_id=user_id)
 
-    async def check(self) -> None:
-        """Return when Redis answers. Raises StoreUnavailable, StoreError."""
-        await self._client.call("EXISTS", POPULAR_KEY)
-
-    async def aclose(self) -> None:
-        await self._client.aclose()
+    async def _read(self, key: str) -> Slate | None:
+        value = await self._reads.get(key)
+        return None if value is None else decode_slate(key, value)

@@ -42,9 +42,12 @@ async def _kafka(config: Config) -> str:
     import asyncio
 
     from aiokafka import AIOKafkaConsumer
+    from aiokafka.codec import has_zstd
     from aiokafka.errors import KafkaError
 
     from worker.kafka.client import client_options
+    from worker.kafka.diagnosis import diagnose
+    from worker.kafka.error_causes import CODEC_MISSING, describe
 
     kafka = config.kafka
     options: dict[str, Any] = client_options(kafka) | {"request_timeout_ms": 5000}
@@ -54,12 +57,12 @@ async def _kafka(config: Config) -> str:
             await asyncio.wait_for(consumer.start(), 8)
         topics = await asyncio.wait_for(consumer.topics(), 8)
     except (TimeoutError, KafkaError, OSError) as error:
-        raise SourceError(
-            f"no broker answers at {kafka.bootstrap_servers} ({type(error).__name__}); start one, or set"
-            " kafka.bootstrap_servers"
-        ) from error
+        with logging.silenced("aiokafka"):
+            raise SourceError(describe(kafka, *await diagnose(options, error))) from error
     finally:
         await consumer.stop()
+    if not has_zstd():
+        raise SourceError(describe(kafka, CODEC_MISSING, "zstd, lz4 and snappy cannot be read"))
     missing = ", ".join(sorted({kafka.events_topic, kafka.recommendations_topic, kafka.dead_letter_topic} - topics))
     if missing and not kafka.create_topics:
         raise SourceError(

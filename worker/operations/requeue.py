@@ -11,8 +11,9 @@ from contextlib import aclosing
 
 from aiokafka import AIOKafkaProducer, TopicPartition, errors
 
-from worker.errors import SinkUnavailable
+from worker.errors import SinkError, SinkUnavailable
 from worker.kafka.client import client_options, retry_at_start, with_admin
+from worker.kafka.error_causes import explain, is_permanent
 from worker.kafka.topic_reader import OffsetRange
 from worker.operations.dead_letter_topic import DeadLetterRecord, DeadLetterTopic
 from worker.operations.requeue_progress import ProgressWalk, RequeueProgress
@@ -120,6 +121,8 @@ class Requeue:
                 await asyncio.gather(*await _send(producer, chunk))
                 await producer.send_offsets_to_transaction(offsets, self._topic.group)
         except (errors.KafkaError, TimeoutError) as error:
+            if is_permanent(error):
+                raise SinkError(explain(self._config, error, self._config.dead_letter_topic)) from error
             raise SinkUnavailable(
                 f"requeue to kafka {self._config.bootstrap_servers}: {error!r}; run it again"
             ) from error

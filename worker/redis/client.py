@@ -21,6 +21,7 @@ from worker.backoff import Backoff
 from worker.config import RedisConfig
 from worker.errors import ConfigError, StoreError, StoreUnavailable
 from worker.interfaces import Clock
+from worker.redis.url import WANT, check_url
 
 log = logging.get("redis")
 START_BACKOFF = Backoff(first_s=0.5, cap_s=4.0)  # a server that comes up is noticed soon, a dead one is not hammered
@@ -68,12 +69,14 @@ class RedisClient:
             "retry": Retry(NoBackoff(), 0),
             "protocol": 2,
         }
+        check_url(config.url)
         try:
             if config.cluster:
                 self._cluster = RedisCluster.from_url(config.url, **options)
             self._pool = ConnectionPool.from_url(config.url, **options)
-        except (ValueError, redis_errors.RedisError, redis_errors.RedisClusterException) as error:
-            raise ConfigError(f"redis.url: {error}; want redis://HOST:PORT/DB or rediss://...") from error
+        except (ValueError, TypeError, redis_errors.RedisError, redis_errors.RedisClusterException) as error:
+            # Not the error's text: it may quote the URL.
+            raise ConfigError(f"redis.url: {type(error).__name__} from its options; {WANT}") from None
         connection = self._pool.connection_kwargs
         self.address = connection.get("path") or f"{connection.get('host', 'localhost')}:{connection.get('port', 6379)}"
 
@@ -114,6 +117,18 @@ class RedisClient:
                 if not isinstance(error, redis_errors.ResponseError) or _concerns_all_keys(error):
                     raise replies[index]
         return replies
+
+    @property
+    def is_cluster(self) -> bool:
+        return self._cluster is not None
+
+    def node_of(self, key: str) -> str:
+        """Return the name of the cluster's node that holds the key, as far as known; "" on a single server."""
+        try:
+            node = None if self._cluster is None else self._cluster.get_node_from_key(key)
+        except redis_errors.SlotNotCoveredError:  # not connected yet, or no node has the slot
+            node = None
+        return "" if node is None else node.name
 
     async def info(self, section: str) -> dict[str, Any]:
         """Return a section of INFO of the node that redis.url names."""

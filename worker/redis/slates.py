@@ -50,11 +50,8 @@ class SlateStore:
         return "FCALL", "millrace_slate", 1, key, source, covers.last_offset, _encode(slate), self._ttl_s
 
 
-async def read_slate(client: RedisClient, key: str) -> Slate | None:
-    """Return the slate stored under the key, None when there is none. Raises StoreError when it is not a slate."""
-    value = await client.call("GET", key)
-    if value is None:
-        return None
+def decode_slate(key: str, value: bytes) -> Slate:
+    """Return the slate that is stored under the key. Raises StoreError when the value is not a slate."""
     try:
         return _decoder.decode(value[STAMP_BYTES:])
     except msgspec.MsgspecError as error:

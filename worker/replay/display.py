@@ -9,8 +9,9 @@ import numpy as np
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
+from worker.output.printable import printable
+from worker.output.tables import PrintableTable
 from worker.replay.prequential import CUTOFF, PrequentialEvaluator
 
 REFRESH_S = 0.5
@@ -81,7 +82,7 @@ class ReplayDisplay:
         self._progress.update(self._task, completed=completed)
         recent = recorder.recent
         latency = f"p50 {recent.p50_ms:.1f}  p95 {recent.p95_ms:.1f}  p99 {recent.p99_ms:.1f}"
-        table = Table(box=None, show_header=False)
+        table = PrintableTable(box=None, show_header=False)
         table.add_row("events/s", f"{recorder.events_per_s:,.0f}", "pending", f"{pending:,}")
         table.add_row("latency ms", latency, "", "")
         strategies = format_fractions(evaluator.strategies) or "none yet"
@@ -101,7 +102,7 @@ def format_fractions(slates: Mapping[str, int]) -> str:
 
 
 def print_summary(console: Console, title: str, rows: Sequence[tuple[str, str]]) -> None:
-    table = Table(title=title, box=None, show_header=False, title_justify="left")
+    table = PrintableTable(title=printable(title), box=None, show_header=False, title_justify="left")
     table.add_column(style="dim")
     table.add_column()
     for row in rows:

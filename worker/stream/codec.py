@@ -26,6 +26,10 @@ from worker.interfaces import Clock, ConsumedEvent, DeadLetter, PolledRecords, R
 
 log = logging.get("codec")
 UNREADABLE = "unreadable"
+REQUEST_HEADERS = frozenset(
+    ("content-type", "schema", "strategy", "k", UNREADABLE)
+)  # others, as trace ids, are not read
+CACHED_HEADER_BYTES = 256  # a record's headers that are larger are read each time
 MAX_K = 512  # as pipeline.slate_size
 JSON: tuple[str, ...] = ("application/json", "text/json")
 MSGPACK: tuple[str, ...] = ("application/msgpack", "application/x-msgpack", "application/vnd.msgpack")
@@ -53,6 +57,9 @@ class RequestHeaders(msgspec.Struct, frozen=True):
     decoder: Decoder[Event]
     strategy: str | None
     k: int | None
+
+
+NO_HEADERS = RequestHeaders(DECODERS["application/json"], None, None)
 
 
 class Codec:
@@ -90,12 +97,12 @@ class Codec:
         for record in polled.records:
             record_offset = RecordOffset(polled.partition, polled.assignment, record.offset)
             try:
-                headers = _request_headers(tuple(record.headers))
+                headers = _request_headers(record.headers)
                 self._check_strategy(headers.strategy)
                 event = self._event(record, headers, oldest_ms, now_ms + self._max_skew_ms)
                 events.append(
                     ConsumedEvent(
-                        event,
+                        _without_texts(event),
                         self._packer.pack(event),
                         record_offset,
                         polled.end_offset,
@@ -146,10 +153,16 @@ class Codec:
             )
 
 
-@lru_cache(maxsize=4096)  # producers repeat their headers; a trace id in each costs 2 us per record
 def _request_headers(headers: Sequence[tuple[str, bytes]]) -> RequestHeaders:
+    """Return the request of a record's headers. Cached: producers repeat them, and reading them takes 2 us."""
     if not headers:
-        return RequestHeaders(DECODERS["application/json"], None, None)
+        return NO_HEADERS
+    ours = tuple([header for header in headers if header[0] in REQUEST_HEADERS])
+    size = sum([len(value or b"") for _, value in ours])
+    return _cached_request(ours) if size <= CACHED_HEADER_BYTES else _request(ours)
+
+
+def _request(headers: Sequence[tuple[str, bytes]]) -> RequestHeaders:
     values = header_values(headers)
     if UNREADABLE in values:
         raise InvalidRecord(_text(values, UNREADABLE, "") or "the log's reader could not read it")
@@ -157,6 +170,9 @@ def _request_headers(headers: Sequence[tuple[str, bytes]]) -> RequestHeaders:
     if schema.split(".")[0] != "event/1":
         raise InvalidRecord(f"schema {schema!r}; this worker reads event/1")
     return RequestHeaders(decoder_named(values, DECODERS), _text(values, "strategy", "") or None, _k(values))
+
+
+_cached_request = lru_cache(maxsize=4096)(_request)  # at most 3 MiB
 
 
 def header_values(headers: Iterable[tuple[str, bytes | None]]) -> dict[str, bytes]:
@@ -183,6 +199,13 @@ def _k(values: dict[str, bytes]) -> int | None:
 
 def _text(values: dict[str, bytes], name: str, default: str) -> str:
     return values[name].decode("utf-8", "backslashreplace") if name in values else default
+
+
+def _without_texts(event: Event) -> Event:
+    """Return the event without its texts of any length: thousands of events may wait, and the packed form has them."""
+    if event.context is None and event.session_id is None and event.device is None:
+        return event
+    return replace(event, context=None, session_id=None, device=None)
 
 
 def _out_of_time(ts_ms: int, oldest_ms: int, newest_ms: int) -> str:

@@ -4,12 +4,16 @@ They answer while the event loop is blocked: that is when they are needed.
 """
 
 import asyncio
+import contextlib
 import faulthandler
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from socketserver import ThreadingMixIn
+from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import make_wsgi_app
@@ -24,6 +28,8 @@ log = logging.get("health")
 LOOP_BLOCKED_S = 10.0  # without a heartbeat the loop is blocked: the longest batch on a CPU takes under 1 s
 HEARTBEAT_S = 0.5
 CHECK_S = 0.5  # between two checks of the watchdog
+MAX_CONNECTIONS = 32  # probes and scrapes, a few per second and milliseconds each; one more is closed at once
+CONNECTION_S = 5.0  # a probe waits 1 s, Prometheus 10 s for a page that takes milliseconds
 
 
 @dataclass(slots=True)
@@ -53,7 +59,34 @@ class HealthState:
 
 
 class _Server(ThreadingMixIn, WSGIServer):
+    """A thread per connection, for at most MAX_CONNECTIONS of them, each for at most CONNECTION_S."""
+
     daemon_threads = True
+
+    def __init__(self, *args: Any) -> None:
+        self._opened_s: dict[Any, float] = {}  # by socket
+        super().__init__(*args)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if len(self._opened_s) >= MAX_CONNECTIONS:
+            self.shutdown_request(request)
+            return
+        self._opened_s[request] = time.monotonic()
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self._opened_s.pop(request, None)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        """End connections that are open for too long, by any way of being slow. Called twice per second."""
+        oldest_s = time.monotonic() - CONNECTION_S
+        for request in [request for request, opened_s in list(self._opened_s.items()) if opened_s < oldest_s]:
+            with contextlib.suppress(OSError):
+                request.shutdown(socket.SHUT_RDWR)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.debug("probe failed", client=client_address, exc_info=True)
 
 
 class _SilentHandler(WSGIRequestHandler):

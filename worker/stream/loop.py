@@ -108,7 +108,7 @@ class Worker:
 
     async def poll(self) -> None:
         while not (self.stopping or self.source.exhausted):
-            self.backpressure.apply(self.pending)
+            self.backpressure.apply(self.pending, self.poll_queue.value_bytes + self.batcher.ring_bytes)
             if polled := await self.source.poll(POLL_S):
                 for records in polled:
                     self.tracker.open(records)

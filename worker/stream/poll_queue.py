@@ -17,9 +17,11 @@ class PollQueue:
         self._waiting: list[list[PolledRecords]] = []
         self._closed = False
         self._changed = asyncio.Event()
+        self.value_bytes = 0  # of the waiting records
 
     def put(self, polled: list[PolledRecords]) -> None:
         self._waiting.append(polled)
+        self.value_bytes += _value_bytes(polled)
         self._changed.set()
 
     @property
@@ -30,6 +32,7 @@ class PollQueue:
         """Drop the records of a partition that is no longer owned."""
         self._waiting = [[each for each in polled if each.partition != partition] for polled in self._waiting]
         self._waiting = [polled for polled in self._waiting if polled]
+        self.value_bytes = sum(map(_value_bytes, self._waiting))
 
     def close(self) -> None:
         """Accept no more polls."""
@@ -43,4 +46,9 @@ class PollQueue:
             await self._changed.wait()
         taken = self._waiting
         self._waiting = []
+        self.value_bytes = 0
         return taken
+
+
+def _value_bytes(polled: list[PolledRecords]) -> int:
+    return sum(len(record.value or b"") for records in polled for record in records.records)

@@ -64,7 +64,10 @@ async def parts(member: GroupMember) -> AsyncIterator[list[tuple[object, str]]]:
         (subscription, "assignment"),
         (subscription.assignment, "state_value"),
         *((type(state), name) for name in ("has_valid_position", "position")),
-        *((coordinator, name) for name in ("_commit_lock", "_do_commit_offsets", "generation")),
+        *(
+            (coordinator, name)
+            for name in ("_commit_lock", "_do_commit_offsets", "_max_poll_interval", "generation", "member_id")
+        ),
         *((producer, name) for name in ("_sender", "_message_accumulator", "client")),
         (producer._sender, "sender_task"),
         (producer._message_accumulator, "fail_all"),

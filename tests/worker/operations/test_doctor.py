@@ -50,7 +50,7 @@ def test_each_gap_has_a_sentence_and_the_first_sets_the_exit_code(
     configure(KAFKA__BOOTSTRAP_SERVERS="127.0.0.1:1", REDIS__URL=valkey, PIPELINE__ARTIFACT="nowhere")
     assert main(["doctor"]) == 4
     findings = lines()
-    assert "no broker answers at 127.0.0.1:1" in findings["kafka"]
+    assert "Kafka at 127.0.0.1:1 does not answer" in findings["kafka"]
     assert "✓" in findings["redis"]
     assert "millrace train LOG" in findings["artifact"]
 

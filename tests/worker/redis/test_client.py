@@ -3,25 +3,18 @@
 import asyncio
 import os
 import signal
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from pipeline.records import Event
+from tests.worker.redis.clusters import cluster
 from worker.config import RedisConfig, SequencesConfig
 from worker.errors import ConfigError, StoreError, StoreUnavailable
 from worker.interfaces import ConsumedEvent, Partition, RecordOffset
 from worker.redis.client import RedisClient, connect
 from worker.redis.sequences import SequenceStore
 from worker.replay.local_servers import LocalValkey
-
-
-class ClusterValkey(LocalValkey):
-    """One node of a cluster; it serves once it owns the slots."""
-
-    def _command(self) -> Sequence[str]:
-        return [*super()._command(), "--cluster-enabled", "yes"]
 
 
 def consumed_events(count: int, users: int = 1) -> list[ConsumedEvent]:
@@ -115,15 +108,9 @@ async def test_failed_command_of_a_pipeline_leaves_the_connection_usable(server_
     assert await server_client.pipeline([("GET", "a"), ("GET", "b")]) == [b"1", b"3"]
 
 
-async def test_cluster_accepts_pushes_of_many_users(tmp_path: Path, eventually):
-    with ClusterValkey(tmp_path) as server:
+async def test_cluster_accepts_pushes_of_many_users(tmp_path: Path):
+    async with cluster(tmp_path, nodes=1) as (server,):
         node = RedisClient(RedisConfig(url=server.url))
-        await node.call("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
-
-        async def formed() -> bool:
-            return b"cluster_state:ok" in await node.call("CLUSTER", "INFO")
-
-        await eventually(formed)
         client = await connect(RedisConfig(url=server.url, cluster=True))
         events = consumed_events(60, users=20)
         await SequenceStore(client, SequencesConfig()).push(events)

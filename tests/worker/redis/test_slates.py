@@ -140,11 +140,12 @@ async def test_http_serves_slates_errors_and_health_and_stops_on_sigterm(
         assert msgspec.json.decode(response.content, type=Slate) == slate("a/b c?", 7)
         unknown_user = await http.get("/v1/slates/stranger")
         assert unknown_user.status_code == 404
-        assert "no slate for user 'stranger'" in unknown_user.json()["error"]
+        assert unknown_user.json() == {"error": "no slate for this user, and no popular one yet"}
         server.stop()
         without_redis = await http.get("/v1/slates/a%2Fb%20c%3F")
         assert (without_redis.status_code, (await http.get("/readyz")).status_code) == (503, 503)
-        assert "is unreachable" in without_redis.json()["error"]
+        assert without_redis.json() == {"error": "slates cannot be read at present; try again"}
+        assert without_redis.headers["retry-after"] == "1"
         assert (await http.get("/livez")).status_code == 200
         server.start()
         assert (await http.get("/readyz")).status_code == 200

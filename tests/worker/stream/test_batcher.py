@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pipeline.records import EVENT_BYTES, Event
 from worker.config import BatcherConfig
 from worker.interfaces import Batch, ConsumedEvent, Partition, RecordOffset
-from worker.stream.batcher import Batcher
+from worker.stream.batcher import LARGE_SLATE, Batcher
 
 PARTITION = Partition("events", 0)
 
@@ -59,6 +59,7 @@ async def test_dropped_partition_leaves_the_entries_of_others_and_of_unfinished_
     batcher.add([consumed("a", 5), consumed("a", 6, partition=1)])
     batcher.drop(PARTITION)
     assert batcher.pending == 3
+    assert batcher.ring_bytes == 3 * EVENT_BYTES
     assert users(await take(batcher)) == ["c"]
     batcher.finish(first)
     second = await take(batcher)
@@ -174,3 +175,20 @@ async def test_every_event_is_batched_once_in_order_and_users_never_overlap(
     while batcher.pending:
         await take_or_finish()
     assert answered == expected
+
+
+async def test_waiting_entry_keeps_its_latest_ring_only_and_bytes_are_counted_until_it_is_finished():
+    batcher = Batcher(BatcherConfig(), StillClock())
+    events = [consumed("a", offset, events=offset) for offset in range(1, 50)]
+    batcher.add([*events, consumed("b", 50, events=7)])
+    assert [len(event.ring) for event in events] == [0] * 48 + [49 * EVENT_BYTES]
+    assert batcher.ring_bytes == (49 + 7) * EVENT_BYTES
+    batcher.finish(await take(batcher))
+    assert batcher.ring_bytes == 0
+
+
+async def test_user_who_requests_a_large_slate_is_ranked_apart_from_the_others():
+    batcher = Batcher(BatcherConfig(), StillClock())
+    batcher.add([consumed("a", 1), consumed("b", 2, k=512), consumed("c", 3, k=LARGE_SLATE), consumed("d", 4, k=300)])
+    assert users(await take(batcher)) == ["a", "c"]
+    assert users(await take(batcher)) == ["b", "d"]

@@ -8,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
+from pipeline import records
 from pipeline.records import DAY_MS, Event, EventPacker
 from worker.config import Config, EventsConfig, PipelineConfig
 from worker.interfaces import Partition, PolledRecords
 from worker.replay.log_source import LogRecord
+from worker.stream import codec
 from worker.stream.codec import Codec
 
 NOW_MS = 1_700_000_000_000
@@ -62,7 +64,9 @@ def test_json_and_messagepack_carry_the_same_event():
         record(packed, 2, content_type=b"application/x-msgpack; charset=binary", schema=b"event/1.9"),
     )
     assert not dead_letters
-    assert [event.event for event in events] == [sent] * 3
+    kept = msgspec.structs.replace(sent, session_id=None, device=None, context=None)
+    assert [event.event for event in events] == [kept] * 3
+    assert {event.packed for event in events} == {EventPacker(Config().schema).pack(sent)}
     assert [event.record_offset.offset for event in events] == [0, 1, 2]
     assert {event.packed for event in events} == {EventPacker(Config().schema).pack(sent)}
 
@@ -226,3 +230,22 @@ def test_any_bytes_become_exactly_one_event_or_dead_letter(raw: list):
     assert sorted(offsets) == [entry.offset for entry in records]
     assert all(len(event.packed) == 24 for event in events)
     assert all(letter.reason for letter in dead_letters)
+
+
+def test_headers_of_every_record_cost_no_memory_that_stays():
+    request_caches = (codec._cached_request, records._cached_hash)
+    for cache in request_caches:
+        cache.cache_clear()
+    for number in range(300):
+        event = json_of(item_id=f"{number}" * 50 + "x" * 100)
+        trace = f"{number}".encode() * 5000
+        events, _ = decode(record(event, trace=trace), record(event, strategy=f"{number}".encode() * 300))
+        assert len(events) == 1
+    assert [cache.cache_info().currsize for cache in request_caches] == [1, 0]
+
+
+def test_waiting_event_keeps_no_text_of_any_length():
+    texts = {"context": {"page": "x" * 10_000}, "session_id": "x" * 10_000, "device": "x" * 10_000}
+    [event], _ = decode(record(json_of(**texts)))
+    assert len(msgspec.json.encode(event.event)) < 200
+    assert event.packed == EventPacker(Config().schema).pack(msgspec.json.decode(json_of(**texts), type=Event))

@@ -1,6 +1,9 @@
 """The probes answer from their own thread; the watchdog stops a worker that makes no progress, and no other."""
 
 import asyncio
+import contextlib
+import socket
+import threading
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
@@ -11,7 +14,8 @@ from worker import metrics
 from worker.config import HealthConfig
 from worker.errors import ConfigError, Stalled
 from worker.interfaces import Partition, PolledRecords, RecordOffset
-from worker.stream.health import LOOP_BLOCKED_S, HealthServer, HealthState, Watchdog
+from worker.stream import health
+from worker.stream.health import LOOP_BLOCKED_S, MAX_CONNECTIONS, HealthServer, HealthState, Watchdog
 from worker.stream.offset_tracker import OffsetTracker
 
 PARTITION = Partition("events", 0)
@@ -94,6 +98,29 @@ def test_port_in_use_is_one_clear_sentence(served):
     port, state = served
     with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}.*health.port"):
         HealthServer(HealthConfig(port=port), state)
+
+
+def test_idle_and_slow_connections_are_bounded_and_ended_so_that_probes_are_answered(served, monkeypatch):
+    port, _ = served
+    monkeypatch.setattr(health, "CONNECTION_S", 0.3)
+    threads_before = threading.active_count()
+    with contextlib.ExitStack() as stack:
+        connections = []
+        for _ in range(5 * MAX_CONNECTIONS):
+            connections.append(stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10)))
+            with contextlib.suppress(ConnectionError):
+                connections[-1].sendall(b"GET /livez")
+            assert threading.active_count() - threads_before <= MAX_CONNECTIONS
+        assert {received(connection) for connection in connections} == {b""}
+    assert get(port, "/livez")[0] == 200
+
+
+def received(connection: socket.socket) -> bytes:
+    """Return what the server sends before it ends the connection."""
+    try:
+        return connection.recv(100)
+    except ConnectionError:
+        return b""
 
 
 def watched(clock: ManualClock) -> tuple[OffsetTracker, FakeSource, Watchdog]:

@@ -245,6 +245,24 @@ async def test_worker_that_fails_commits_what_is_completed(eventually):
     assert source.committed == worker.tracker.completed_count == 20
 
 
+async def test_backpressure_bounds_the_bytes_of_waiting_rings(eventually):
+    log = [Event(f"u{n}", "item", "view", n) for n in range(200)]
+    worker, parts, source = build(Config(batcher=BatcherConfig(max_pending_mib=1)), log)
+    ring = b"\1" * (EVENT_BYTES * 5000)  # nine of them take 1 MiB
+
+    async def push_long_rings(events: Sequence[ConsumedEvent]) -> None:
+        for event in events:
+            event.ring = ring
+
+    parts.push = push_long_rings
+    running = asyncio.create_task(worker.run())
+    await eventually(lambda: source.empty_count >= 2)
+    assert source.polled_count < 200
+    parts.open.set()
+    await running
+    assert len(parts.sent) == 200
+
+
 async def test_delivered_slates_are_counted_by_what_ranked_them_and_why():
     labels = {"strategy": "simple", "backend": "numpy", "why": "requested"}
     before = REGISTRY.get_sample_value("millrace_slates_total", labels) or 0.0

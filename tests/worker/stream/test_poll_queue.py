@@ -3,11 +3,13 @@
 import asyncio
 
 from worker.interfaces import Partition, PolledRecords
+from worker.replay.log_source import LogRecord
 from worker.stream.poll_queue import PollQueue
 
 
 def polled(partition: int) -> PolledRecords:
-    return PolledRecords(Partition("events", partition), 1, 0, 0, 0.0, [])
+    record = LogRecord(0, None, b"x", 0, ())
+    return PolledRecords(Partition("events", partition), 1, 0, 0, 0.0, [record])
 
 
 async def test_waiting_polls_are_taken_together_in_order() -> None:
@@ -35,4 +37,15 @@ async def test_records_of_a_dropped_partition_are_not_taken() -> None:
     queue.put([polled(0), polled(1)])
     queue.put([polled(0)])
     queue.drop(Partition("events", 0))
+    assert queue.value_bytes == 1
     assert [[records.partition.partition for records in each] for each in await queue.take()] == [[1]]
+
+
+async def test_bytes_of_waiting_values_are_counted() -> None:
+    queue = PollQueue()
+    values = [LogRecord(0, None, b"x" * 1000, 0, ()), LogRecord(1, None, None, 0, ())]
+    for _ in range(2):
+        queue.put([PolledRecords(Partition("events", 0), 1, 0, 0, 0.0, values)])
+    assert queue.value_bytes == 2000
+    await queue.take()
+    assert queue.value_bytes == 0
