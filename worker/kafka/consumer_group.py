@@ -17,6 +17,7 @@ from worker.kafka.client import client_options
 
 log = logging.get("group")
 STOP_S = 10.0
+NO_PARTITION = TopicPartition("", -1)  # polled to stay a member of the group without taking records
 
 
 class GroupMember:
@@ -76,9 +77,14 @@ class GroupMember:
         coordinator = self._coordinator
         to_commit = {TopicPartition(*partition): OffsetAndMetadata(offset, "") for partition, offset in offsets.items()}
         async with coordinator._commit_lock:
-            if coordinator.generation != self._generation:
+            if not self.is_current:
                 raise errors.IllegalGenerationError(self._config.group_id)
             await coordinator._do_commit_offsets(self._assignment, to_commit)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the group's generation is still the one in which the partitions were assigned."""
+        return self._coordinator.generation == self._generation
 
     def lag(self, partition: Partition) -> int:
         """Return the number of readable records after the last polled one, as of the last fetch.

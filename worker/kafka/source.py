@@ -14,16 +14,12 @@ from worker.config import KafkaConfig
 from worker.errors import SourceError
 from worker.interfaces import Clock, Partition, PolledRecords, RebalanceListener
 from worker.kafka.client import ensure_coordinator, ensure_topics, is_permanent, retry_at_start
-from worker.kafka.consumer_group import GroupMember
+from worker.kafka.consumer_group import NO_PARTITION, GroupMember
 from worker.kafka.corrupt_record import DECODE_ERRORS, CorruptRecord
 
 log = logging.get("source")
 POLL_GRACE_S = 0.05  # beyond a poll's timeout: only a rebalance takes longer
 COMMIT_RETRY_S = 0.2
-# Polled while paused: the member stays live and its errors are raised, and prefetched records stay in the buffer.
-# aiokafka's own pause would drop them and fetch up to 1 MiB per partition again. Partitions that are assigned during
-# the pause are not polled either.
-NO_PARTITION = TopicPartition("", -1)
 STALE_GENERATION = (errors.UnknownMemberIdError, errors.IllegalGenerationError, errors.RebalanceInProgressError)
 
 
@@ -125,6 +121,9 @@ class KafkaSource:
     async def _fetch(self, timeout_s: float) -> list[PolledRecords]:
         """Call getmany once. Records get their assignment before another task runs: no rebalance comes between."""
         consumer = self._member.consumer
+        # While paused the member stays live and its errors are raised, and prefetched records stay in the buffer.
+        # aiokafka's own pause would drop them and fetch up to 1 MiB per partition again. Partitions that are assigned
+        # during the pause are not polled either.
         partitions = (NO_PARTITION,) if self._paused else ()
         try:
             fetched = await consumer.getmany(

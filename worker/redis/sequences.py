@@ -52,16 +52,13 @@ class SequenceStore:
         client: RedisClient,
         config: SequencesConfig,
         monotonic: Callable[[], float] = time.monotonic,
-        rebuild: bool = False,
     ) -> None:
-        """rebuild: drop a user's old ring at the user's first push."""
         self.rings_lost = 0
         self._client = client
         self._config = config
         self._monotonic = monotonic
         self._cache = RingCache(config.cache_mib << 20)
         self._push_lock = asyncio.Lock()  # concurrent pushes of one user would append in either order
-        self._rebuilt: set[str] | None = set() if rebuild else None
         self._settled: set[bytes] = set()  # sources past the records that an earlier owner may have pushed
         self._warned_s = float("-inf")
         self._max_events = str(config.max_events).encode()
@@ -120,7 +117,7 @@ class SequenceStore:
 
     def _command(self, push: UserPush) -> Command:
         """Return the FCALL of one push; sequences.lua describes its arguments."""
-        command = (
+        return (
             "FCALL",
             "millrace_push",
             1,
@@ -132,7 +129,6 @@ class SequenceStore:
             push.events[-1].end_offset,
             b"".join([event.record_offset.offset.to_bytes(8, "little") + event.packed for event in push.events]),
         )
-        return command if self._rebuilt is None or push.user_id in self._rebuilt else (*command, "fresh")
 
     def _apply(self, push: UserPush, reply: Any) -> int | None:
         """Append as the function did. Return the stored last offset if the function found the topic re-created."""
@@ -152,15 +148,13 @@ class SequenceStore:
         self._cache.put(push.user_id, ring, push.partition)
         if push.events[-1].is_new:
             self._settled.add(push.source)
-        if self._rebuilt is not None:
-            self._rebuilt.add(push.user_id)
         return None
 
     def _ring_before(self, push: UserPush, reply: int | bytes) -> Ring:
         """Return the ring as it was in Redis before this push."""
         if isinstance(reply, int):
             return push.cached or Ring(self._config.max_events)
-        if not reply and push.is_first_of_user and push.cached is not None and self._rebuilt is None:
+        if not reply and push.is_first_of_user and push.cached is not None:
             self.rings_lost += 1
             metrics.LOST_RINGS.inc()
         return self._parsed(push.user_id, reply)
