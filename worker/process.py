@@ -84,7 +84,8 @@ async def consume(config: Config) -> None:
     log.info("starting", health_port=server.port, artifact=config.pipeline.artifact)
     try:
         async with build_components(config, clock) as components, KafkaSink(config, components.slates) as sink:
-            worker = components.worker(KafkaSource(config.kafka, clock), sink, health)
+            source = KafkaSource(config.kafka, clock, components.sequences.claim_topic)
+            worker = components.worker(source, sink, health)
             _handle_signals(worker)
             async with follow_items(config, components):
                 await supervise(worker, components)

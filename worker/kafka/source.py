@@ -5,43 +5,64 @@ poll; fetched records are never lost to cancellation.
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 from aiokafka import TopicPartition, errors
 
 from worker import logging
 from worker.config import KafkaConfig
-from worker.errors import SourceError
+from worker.errors import SourceError, TopicRecreated
 from worker.interfaces import Clock, Partition, PolledRecords, RebalanceListener
 from worker.kafka.client import ensure_coordinator, ensure_topics, is_permanent, retry_at_start
 from worker.kafka.consumer_group import NO_PARTITION, GroupMember
 from worker.kafka.corrupt_record import DECODE_ERRORS, CorruptRecord
+from worker.kafka.topic_id import TopicIdentity, read_topic_id
 
 log = logging.get("source")
 POLL_GRACE_S = 0.05  # beyond a poll's timeout: only a rebalance takes longer
 COMMIT_RETRY_S = 0.2
+TOPIC_CHECK_S = 1.0  # between requests for the topic's id, besides those of commits
 STALE_GENERATION = (errors.UnknownMemberIdError, errors.IllegalGenerationError, errors.RebalanceInProgressError)
+
+
+ClaimTopic = Callable[[str, str], Awaitable[None]]
+
+
+async def ignore_topic_id(topic: str, topic_id: str) -> None:
+    pass
 
 
 class KafkaSource:
     """Implements Source. Starts from the earliest record where the group has no offset yet."""
 
-    def __init__(self, config: KafkaConfig, clock: Clock) -> None:
+    def __init__(self, config: KafkaConfig, clock: Clock, claim_topic: ClaimTopic = ignore_topic_id) -> None:
+        """claim_topic: called once with the topic's name and id; raises TopicRecreated if the rings are another's."""
+        self._claim_topic = claim_topic
         self._config = config
         self._clock = clock
         self._pending_commit: dict[Partition, int] = {}  # next offsets whose commit is not yet acknowledged
         self._fetching: asyncio.Task[list[PolledRecords]] | None = None
         self._paused = False
+        self._topic_check_s = 0.0  # by Clock.monotonic(): when the topic's id is due to be looked at
         self._member_or_none: GroupMember | None = None
         self._corrupt: SourceError | None = None  # set at a record that cannot be decoded: nothing after it is read
 
     async def start(self, rebalance: RebalanceListener) -> None:
-        """Return when the group has assigned partitions. Raises SourceError, SourceUnavailable, ConfigError."""
-        await ensure_topics(self._config, self._clock, [self._config.events_topic])
+        """Return when the group has assigned partitions.
+
+        Raises SourceError, SourceUnavailable, ConfigError, and TopicRecreated.
+        """
+        topic = self._config.events_topic
+        await ensure_topics(self._config, self._clock, [topic])
+        identity = TopicIdentity(topic, await read_topic_id(self._config, self._clock, topic))
+        if identity.topic_id is not None:
+            await self._claim_topic(topic, identity.topic_id)
+        else:
+            log.warning("the broker tells no topic ids: a topic that is created again may not be noticed", topic=topic)
         await ensure_coordinator(self._config, self._clock, self._config.group_id)
 
         async def join() -> GroupMember:
-            member = GroupMember(self._config, rebalance)
+            member = GroupMember(self._config, rebalance, identity)
             await member.join()
             return member
 
@@ -73,7 +94,7 @@ class KafkaSource:
         """Commit the next offsets, skipping partitions from an older assignment.
 
         Retries while the coordinator is unavailable, at most `request_timeout_ms`; offsets still pending then go with
-        the next commit. Raises SourceError when the commit is refused.
+        the next commit. Raises SourceError when the commit is refused, TopicRecreated.
         """
         owned = self._member.assignments
         self._pending_commit |= {
@@ -126,12 +147,14 @@ class KafkaSource:
         # during the pause are not polled either.
         partitions = (NO_PARTITION,) if self._paused else ()
         try:
+            await self._check_topic_if_due()
             fetched = await consumer.getmany(
                 *partitions, timeout_ms=int(timeout_s * 1000), max_records=self._config.max_poll_records
             )
         except errors.NoOffsetForPartitionError as error:
             await consumer.seek_to_beginning(error.args[0])
         except errors.OffsetOutOfRangeError as error:
+            await self._member.check_topic()
             await self._rewind(error.args[0])
         except errors.ConsumerStoppedError:
             return []
@@ -142,6 +165,12 @@ class KafkaSource:
         else:
             return [self._to_polled(tp, records) for tp, records in fetched.items()]
         return []
+
+    async def _check_topic_if_due(self) -> None:
+        """Notice a topic that was created again while this member has no partition of it, or nothing to commit."""
+        if self._clock.monotonic() >= self._topic_check_s:
+            self._topic_check_s = self._clock.monotonic() + TOPIC_CHECK_S
+            await self._member.check_topic()
 
     async def _read_up_to(self, error: Exception) -> list[PolledRecords]:
         """Return the partition's records before the corrupt one, which were lost in the same call, re-read one by one.
@@ -193,6 +222,9 @@ class KafkaSource:
         try:
             if sent:
                 await self._member.commit(sent)
+        except TopicRecreated:
+            self._pending_commit = {}
+            raise
         except STALE_GENERATION:
             log.info("commit skipped, generation is stale", offsets=_offsets_by_name(sent))
         except errors.KafkaError as error:

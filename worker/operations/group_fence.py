@@ -34,7 +34,7 @@ class GroupFence:
         self._member_or_none: GroupMember | None = None
 
     async def __aenter__(self) -> Self:
-        """Join the group. Raises SourceError when it has other members, SourceUnavailable."""
+        """Join the group. Raises SourceError when it has other members, SourceUnavailable, TopicRecreated."""
         if count := await self._count_members():
             raise self._error(f"has members that push to the same rings ({count})")
 
@@ -49,7 +49,7 @@ class GroupFence:
         self._member_or_none = await retry_at_start(self._config, self._clock, join)
         if self._owned != self._partitions:
             await self._member.leave()
-            raise self._error("was joined by a worker")
+            raise self._member.failure or self._error("was joined by a worker")
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -15,10 +15,12 @@ from worker.config import Config
 from worker.errors import SourceError
 from worker.interfaces import Clock, ConsumedEvent, Partition, PolledRecords
 from worker.kafka.client import ensure_coordinator, list_partitions, retry_at_start, with_admin
+from worker.kafka.topic_id import TopicIdentity, read_topic_id
 from worker.kafka.topic_reader import OffsetRange, make_consumer, offset_ranges, read_ranges
 from worker.operations.group_fence import GroupFence
 from worker.operations.ring_restorer import RingRestorer
 from worker.redis.client import RedisClient
+from worker.redis.sequences import SequenceStore
 from worker.stream.codec import Codec
 
 OnProgress = Callable[[int, int], None]
@@ -71,13 +73,16 @@ class Rebuild:
 
         force: without joining the group, even while it has members, whose pushes would conflict with these
         on_progress: called after every poll with the number of offsets read so far and to read in total
-        Raises SourceError, also when a worker joins the group, SourceUnavailable, StoreError.
+        Raises SourceError, also when a worker joins the group, SourceUnavailable, StoreError, TopicRecreated.
         """
         kafka = self._config.kafka
         if not (partitions := await list_partitions(kafka, self._clock, kafka.events_topic)):
             raise SourceError(
                 f"topic {kafka.events_topic} is not on {kafka.bootstrap_servers}: nothing to rebuild from"
             )
+        identity = TopicIdentity(kafka.events_topic, await read_topic_id(kafka, self._clock, kafka.events_topic))
+        if identity.topic_id is not None:
+            await SequenceStore(self._client, self._config.sequences).claim_topic(identity.topic, identity.topic_id)
         await ensure_coordinator(kafka, self._clock, kafka.group_id)
         async with AsyncExitStack() as stack:
             if not force:
@@ -85,7 +90,7 @@ class Rebuild:
             consumer = make_consumer(kafka)
             stack.push_async_callback(consumer.stop)
             await retry_at_start(kafka, self._clock, consumer.start)
-            plan = await self._plan(consumer, partitions)
+            plan = await self._plan(consumer, partitions, identity)
             return plan, await self._restore(consumer, plan, on_progress)
 
     async def _restore(self, consumer: AIOKafkaConsumer, plan: RebuildPlan, on_progress: OnProgress) -> RebuildReport:
@@ -109,11 +114,14 @@ class Rebuild:
                 on_progress(read, plan.offsets + second.offsets)
         return report
 
-    async def _plan(self, consumer: AIOKafkaConsumer, partitions: Sequence[TopicPartition]) -> RebuildPlan:
+    async def _plan(
+        self, consumer: AIOKafkaConsumer, partitions: Sequence[TopicPartition], identity: TopicIdentity
+    ) -> RebuildPlan:
         kafka = self._config.kafka
         stored = await with_admin(kafka, self._clock, lambda admin: admin.list_consumer_group_offsets(kafka.group_id))
         offsets = await offset_ranges(consumer, partitions)
-        committed = {each: stored[each].offset if each in stored else offsets[each].begin for each in partitions}
+        owned = {tp: each.offset for tp, each in stored.items() if identity.owns_commit(each.metadata)}
+        committed = {tp: owned.get(tp, offsets[tp].begin) for tp in partitions}
         return RebuildPlan(offsets, committed, lost=sum(begin for begin, _ in offsets.values()))
 
     async def _read(

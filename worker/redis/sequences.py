@@ -16,7 +16,7 @@ from worker import logging, metrics
 from worker.config import SequencesConfig
 from worker.errors import StoreError, TopicRecreated
 from worker.interfaces import ConsumedEvent, Partition
-from worker.redis.client import Command, RedisClient, ring_key
+from worker.redis.client import Command, RedisClient, ring_key, topic_key
 from worker.redis.ring import HEADER, Ring, source_id
 from worker.redis.ring_cache import RingCache
 
@@ -79,6 +79,18 @@ class SequenceStore:
         for push, stored_offset in zip(pushes, stale_offsets, strict=True):
             if stored_offset is not None:
                 raise _recreated_error(push, stored_offset)
+
+    async def claim_topic(self, topic: str, topic_id: str) -> None:
+        """Note that the rings' offsets are of the topic with this id. Raises TopicRecreated if they are another's."""
+        key = topic_key(self._config.topic_generation, topic)
+        _, stored = await self._client.pipeline([("SET", key, topic_id, "NX"), ("GET", key)])
+        owner = stored.decode()
+        if owner != topic_id:
+            raise TopicRecreated(
+                f"topic {topic} has id {topic_id}, but the rings in Redis have offsets of id {owner} ({key}): "
+                f"the topic was deleted and created again; set sequences.topic_generation, now "
+                f"{self._config.topic_generation!r}, to a value that was never used; the rings keep their events"
+            )
 
     def forget(self, partition: Partition) -> None:
         """Drop the cached rings of a partition that is no longer owned: other processes will write them."""
