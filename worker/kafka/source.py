@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from aiokafka import TopicPartition, errors
 
-from worker import logging
+from worker import logging, metrics
 from worker.config import KafkaConfig
 from worker.errors import SourceError, TopicRecreated
 from worker.interfaces import Clock, Partition, PolledRecords, RebalanceListener
@@ -154,8 +154,7 @@ class KafkaSource:
         except errors.NoOffsetForPartitionError as error:
             await consumer.seek_to_beginning(error.args[0])
         except errors.OffsetOutOfRangeError as error:
-            await self._member.check_topic()
-            await self._rewind(error.args[0])
+            await self._continue_in_range(error.args[0])
         except errors.ConsumerStoppedError:
             return []
         except DECODE_ERRORS as error:
@@ -201,16 +200,49 @@ class KafkaSource:
             records=records,
         )
 
-    async def _rewind(self, offsets: Mapping[TopicPartition, int]) -> None:
-        for tp, offset in offsets.items():
-            log.error(
-                "next offset not in the topic: events were deleted before they were read, or the topic was re-created; "
-                "reading from its beginning",
-                topic=tp.topic,
-                partition=tp.partition,
-                offset=offset,
-            )
-            await self._member.consumer.seek_to_beginning(tp)
+    async def _continue_in_range(self, offsets: Mapping[TopicPartition, int]) -> None:
+        """Raises TopicRecreated, SourceError."""
+        try:
+            await self._member.check_topic()
+            for tp, offset in offsets.items():
+                await self._apply_policy(tp, offset)
+        except errors.KafkaError as error:  # the next fetch finds the same offsets out of range
+            self._raise_unless_transient(error)
+
+    async def _apply_policy(self, tp: TopicPartition, offset: int) -> None:
+        """Continue a partition whose next offset it does not have, as `on_offset_out_of_range` says.
+
+        Raises SourceError when the policy is to halt.
+        """
+        consumer = self._member.consumer
+        policy = self._config.on_offset_out_of_range
+        begin = (await consumer.beginning_offsets([tp]))[tp]
+        end = (await consumer.end_offsets([tp]))[tp]
+        if policy == "halt":
+            raise self._out_of_range_error(tp, offset, begin, end)
+        target = begin if policy == "earliest" else end
+        skipped = max(0, target - offset)
+        metrics.SKIPPED_RECORDS.labels(tp.topic, tp.partition).inc(skipped)
+        log.error(
+            "next offset not in the topic: retention deleted records before they were read, or the partition was cut",
+            topic=tp.topic,
+            partition=tp.partition,
+            offset=offset,
+            first_offset=begin,
+            end_offset=end,
+            continues_at=target,
+            records_skipped=skipped,
+        )
+        consumer.seek(tp, target)
+
+    def _out_of_range_error(self, tp: TopicPartition, offset: int, begin: int, end: int) -> SourceError:
+        config = self._config
+        return SourceError(
+            f"topic {tp.topic}, partition {tp.partition}: the next offset is {offset}, but the partition has offsets "
+            f"{begin} to {end - 1}, and kafka.on_offset_out_of_range is halt; set it to earliest or latest, or stop "
+            f"the group's workers, kafka-consumer-groups.sh --bootstrap-server {config.bootstrap_servers} --group "
+            f"{config.group_id} --topic {tp.topic}:{tp.partition} --reset-offsets --to-offset {begin} --execute, start"
+        )
 
     async def _commit_once(self) -> bool:
         """Return True when nothing is pending any more: acknowledged, or no longer owned."""
