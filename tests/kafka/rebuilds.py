@@ -9,7 +9,7 @@ from tests.kafka.broker import Broker, RecordingListener
 from tests.kafka.sources import joined
 from tests.oracle import Oracle
 from worker.clock import WallClock
-from worker.config import Config, SequencesConfig
+from worker.config import Config
 from worker.operations.rebuild import Rebuild, RebuildPlan, RebuildReport
 from worker.redis.client import RedisClient
 from worker.redis.sequences import SequenceStore
@@ -39,9 +39,9 @@ class Shop:
         self.values: list[list[bytes]] = [[], []]
 
     @classmethod
-    async def open(cls, broker: Broker, client: RedisClient, max_events: int = 512) -> "Shop":
-        kafka = broker.config(events_topic=await broker.topic(2), max_poll_records=20)
-        return cls(broker, Config(kafka=kafka, sequences=SequencesConfig(max_events=max_events)), client)
+    async def open(cls, broker: Broker, client: RedisClient, max_poll_records: int = 20) -> "Shop":
+        kafka = broker.config(events_topic=await broker.topic(2), max_poll_records=max_poll_records)
+        return cls(broker, Config(kafka=kafka), client)
 
     async def produce(self, count: int) -> None:
         for partition, values in enumerate(self.values):

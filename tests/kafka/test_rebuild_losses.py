@@ -18,7 +18,7 @@ from worker.redis.client import RedisClient
 
 
 async def test_user_on_two_partitions_gets_every_event(broker: Broker, client: RedisClient):
-    shop = await Shop.open(broker, client)
+    shop = await Shop.open(broker, client, max_poll_records=1000)  # one poll returns both partitions
     await shop.produce(40)
     await shop.work()
     await client.pipeline([("DEL", key) for key in await read_rings(client, shop.topic)])
