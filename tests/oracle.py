@@ -37,7 +37,7 @@ def pack(event: dict) -> bytes:
 
 
 class Oracle:
-    """Feed it the events topic's valid records in offset order, each user's from one partition.
+    """Feed it the events topic's valid records as they were appended: in offset order, a user's from two partitions.
 
     cap: events per ring; triggers: actions that need a slate
     """
@@ -48,24 +48,28 @@ class Oracle:
         self.topic_generation = topic_generation
         self.triggers = triggers
         self.events: dict[str, list[bytes]] = defaultdict(list)
-        self.last: dict[str, tuple[int, int]] = {}
+        self.last: dict[str, dict[int, int]] = defaultdict(dict)  # partition: offset, the latest partition at the end
         self.to_answer: dict[str, set[tuple[int, int]]] = defaultdict(set)
 
     def feed(self, partition: int, offset: int, event: dict) -> None:
         user = event["user_id"]
         self.events[user].append(pack(event))
-        self.last[user] = (partition, offset)
+        self.last[user].pop(partition, None)
+        self.last[user][partition] = offset
         if event["action"] in self.triggers:
             self.to_answer[user].add((partition, offset))
 
     def ring(self, user: str) -> bytes:
         events = self.events[user]
-        partition, offset = self.last[user]
+        assert len(self.last[user]) <= 2, f"{user}: events in partitions {sorted(self.last[user])}"
         slots = [b""] * min(len(events), self.cap)
         for number, event in enumerate(events):
             slots[number % self.cap] = event
-        source = hash64(f"{self.topic_generation}\0{self.topic}\0{partition}") + struct.pack("<q", offset)
-        return struct.pack("<BBHI", 1, 24, self.cap, len(events)) + source + bytes(16) + b"".join(slots)
+        sources = b"".join(self.source(*each) for each in reversed(self.last[user].items())).ljust(32, b"\0")
+        return struct.pack("<BBHI", 1, 24, self.cap, len(events)) + sources + b"".join(slots)
+
+    def source(self, partition: int, offset: int) -> bytes:
+        return hash64(f"{self.topic_generation}\0{self.topic}\0{partition}") + struct.pack("<q", offset)
 
     def rings(self) -> dict[str, bytes]:
         return {f"seq:{{u:{user}}}": self.ring(user) for user in self.events}

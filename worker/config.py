@@ -45,6 +45,8 @@ class KafkaConfig(Section, frozen=True, forbid_unknown_fields=True):
     create_topics: bool = False  # a typo must not create a topic; the demo and the tests turn it on
     partitions: PositiveInt = 8  # for topics that millrace creates
     replication_factor: PositiveInt = 1  # for topics that millrace creates
+    # where to continue when the next offset was deleted by retention or lies beyond the end: earliest loses the least
+    on_offset_out_of_range: Literal["earliest", "latest", "halt"] = "earliest"
     group_instance_id: str | None = None  # the pod's ordinal: a restart within the session keeps its partitions
     max_poll_records: PositiveInt = 2000  # 8 k events/s need 4 polls per second; more delays a poll's first event
     start_timeout_s: PositiveFloat = 60.0  # aiokafka's start() can hang; dlq, rebuild and replay use 8 s unless set

@@ -11,7 +11,7 @@ MillraceError                  exit  retriable  what the worker does
 │   └── SourceUnavailable         4  yes        retries with back-off; at start, until `kafka.start_timeout_s`
 ├── StoreError                    5  no         halts: Redis rejects the function, or a ring is of another version
 │   ├── StoreUnavailable          5  yes        keeps the events, pauses the partitions, retries with back-off
-│   └── TopicRecreated            8  no         halts: offsets in Redis are past the partition's end
+│   └── TopicRecreated            8  no         halts: the topic's id has changed, or offsets in Redis are past its end
 ├── SinkError                     4  no         halts: the slate can never be written (too large, not authorized)
 │   └── SinkUnavailable           4  yes        keeps the slates, retries with back-off
 ├── DeadLetterLimit               6  no         halts: too many bad records, by ratio or in a row

@@ -11,6 +11,11 @@ REDELIVERED_EVENTS = Counter("millrace_events_redelivered_total", "Events that w
 IN_FLIGHT_EVENTS = Gauge("millrace_in_flight_events", "Records polled and not yet completed")
 KEY_MISMATCHES = Counter("millrace_key_mismatches_total", "Events whose record key is not their user id")
 DEAD_LETTERS = Counter("millrace_dead_letters_total", "Records sent to the dead-letter topic")
+SKIPPED_RECORDS = Counter(
+    "millrace_records_skipped_total",
+    "Records that were never read, because retention had deleted them or kafka.on_offset_out_of_range is latest",
+    ["topic", "partition"],
+)
 LOST_RINGS = Counter("millrace_rings_lost_total", "Rings that Redis had lost when they were pushed to")
 UNREADABLE_RINGS = Counter("millrace_rings_unreadable_total", "Keys of rings that held none and were renamed")
 

@@ -140,7 +140,8 @@ class Process:
             build_components(config, clock, deadline, self._report_redis) as components,
             KafkaSink(config, components.slates, clock, deadline) as sink,
         ):
-            self._worker = components.worker(KafkaSource(config.kafka, clock, deadline), sink, self._health)
+            source = KafkaSource(config.kafka, clock, components.sequences.claim_topic, deadline)
+            self._worker = components.worker(source, sink, self._health)
             async with follow_items(config, components, self._health):
                 await supervise(self._worker, components)
 

@@ -1,4 +1,4 @@
-"""`millrace run` that cannot start: one clear sentence and its exit code; and a second signal during a drain."""
+"""`millrace run` that cannot start or go on: one clear sentence and its exit code; a second signal during a drain."""
 
 import logging
 import os
@@ -12,6 +12,7 @@ import pytest
 from aiokafka import AIOKafkaProducer
 
 from tests.faults.processes import launch, run_to_end
+from tests.kafka.broker import Broker
 from worker.cli import main
 from worker.replay.local_servers import LocalValkey
 
@@ -88,6 +89,32 @@ def test_flipped_byte_of_an_artifact_is_reported(shop, start: Start, tmp_path: P
     done = start(PIPELINE__ARTIFACT=folder)
     assert done.returncode == 3
     assert f"{weights}: SHA-256 is " in sentence(done)
+
+
+async def test_topic_that_is_created_again_ends_a_running_worker_and_its_restart(
+    deployment: dict[str, str],
+    valkey: str,
+    topics: Callable[[str], str],
+    eventually: Callable[..., Awaitable[Any]],
+    tmp_path: Path,
+) -> None:
+    broker = Broker(deployment["KAFKA__BOOTSTRAP_SERVERS"], topics)
+    topic = deployment["KAFKA__EVENTS_TOPIC"]
+    log = tmp_path / "log"
+    worker = launch(log, **deployment, REDIS__URL=valkey)
+    try:
+        await eventually(lambda: '"partitions assigned"' in log.read_text())
+        await broker.produce(topic, [b'{"user_id": "again", "item_id": "i", "action": "view", "ts_ms": 1}'])
+        await eventually(lambda: broker.committed(topic, deployment["KAFKA__GROUP_ID"]))
+        await broker.recreate(topic)
+        await broker.produce(topic, [b'{"user_id": "again", "item_id": "n", "action": "view", "ts_ms": 2}'] * 3)
+        await eventually(lambda: worker.poll() is not None)
+    finally:
+        worker.kill()
+    assert worker.returncode == 8
+    done = run_to_end(**deployment, REDIS__URL=valkey)
+    assert done.returncode == 8
+    assert "set sequences.topic_generation, now '1', to a value that was never used" in sentence(done)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

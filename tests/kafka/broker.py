@@ -1,5 +1,6 @@
 """Real brokers for tests, and plain aiokafka clients to prepare and inspect them independently of the worker."""
 
+import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
@@ -68,6 +69,15 @@ class Broker:
             response = await admin.create_topics([NewTopic(topic, partitions, 1, topic_configs=settings)])
         assert [entry["error_code"] for entry in response.to_object()["topic_errors"]] == [0]
         return topic
+
+    async def recreate(self, topic: str, partitions: int = 1) -> None:
+        """Delete the topic and create it again."""
+        async with self.admin() as admin:
+            await admin.delete_topics([topic])
+            while topic in await admin.list_topics():  # noqa: ASYNC110 - Kafka cannot notify
+                await asyncio.sleep(0.02)
+            response = await admin.create_topics([NewTopic(topic, partitions, 1)])
+        assert [entry["error_code"] for entry in response.to_object()["topic_errors"]] == [0]
 
     async def produce(self, topic: str, values: Iterable[bytes], partition: int | None = 0) -> None:
         async with AIOKafkaProducer(bootstrap_servers=self.bootstrap) as producer:

@@ -1,6 +1,5 @@
 """Rings restored from a real topic into a real Valkey, as if every committed event had just been read."""
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
@@ -10,22 +9,14 @@ from aiokafka.admin import RecordsToDelete
 
 from pipeline.records import Event
 from tests.kafka.broker import Broker
+from tests.kafka.rebuilds import NOW_MS, read_rings, rebuild
 from tests.oracle import Oracle
 from worker.cli import main
 from worker.clock import WallClock
-from worker.config import Config, KafkaConfig, RedisConfig, SequencesConfig
+from worker.config import Config, KafkaConfig, SequencesConfig
 from worker.errors import SourceError
-from worker.operations.rebuild import Rebuild, RebuildPlan, RebuildReport
-from worker.redis.client import RedisClient, connect
-
-NOW_MS = WallClock().now_ms()
-
-
-@pytest.fixture
-async def client(valkey: str) -> AsyncIterator[RedisClient]:
-    client = await connect(RedisConfig(url=valkey))
-    yield client
-    await client.aclose()
+from worker.operations.rebuild import Rebuild, RebuildPlan
+from worker.redis.client import RedisClient
 
 
 async def fill_topic(broker: Broker, count: int, transactional: bool = False) -> Config:
@@ -69,16 +60,6 @@ async def commit(kafka: KafkaConfig, offsets: dict[int, int]) -> None:
         await consumer.commit(tps)
 
 
-async def rebuild(config: Config, client: RedisClient, force: bool = False) -> tuple[RebuildPlan, RebuildReport]:
-    return await Rebuild(config, client, WallClock()).run(force, lambda report, total: None)
-
-
-async def read_rings(client: RedisClient, topic: str) -> dict[str, bytes]:
-    keys = [f"seq:{{u:{topic}.u{number}}}" for number in range(4)]
-    values = await client.pipeline([("GET", key) for key in keys])
-    return {key: value for key, value in zip(keys, values, strict=True) if value}
-
-
 async def test_rebuilt_rings_equal_the_oracle_up_to_the_committed_offsets(broker: Broker, client: RedisClient):
     config = await fill_topic(broker, 100)
     topic = config.kafka.events_topic
@@ -86,12 +67,12 @@ async def test_rebuilt_rings_equal_the_oracle_up_to_the_committed_offsets(broker
     for number in range(100):
         if number % 10 != 9 and (number % 2 == 0 or number // 2 < 45):
             oracle.feed(number % 2, number // 2, msgspec.json.decode(record(topic, number)))
-    await client.call("SET", f"seq:{{u:{topic}.u1}}", b"\x01\x18" + bytes(38) + b"stale" * 24)
     plan, report = await rebuild(config, client)
     assert await read_rings(client, topic) == oracle.rings()
-    assert (report.offsets, plan.offsets, len(report.users)) == (95, 95, 4)
-    assert report.events + report.unreadable == 95
-    assert await rebuild(config, client) == (plan, report)
+    assert (report.offsets, plan.offsets, report.users) == (100, 100, 4)
+    assert (report.events + report.unreadable, report.restored, report.rewritten) == (100, 86, 0)
+    _, again = await rebuild(config, client)
+    assert (again.restored, again.rewritten) == (0, 0)
     assert await read_rings(client, topic) == oracle.rings()
 
 
@@ -105,15 +86,16 @@ async def test_retention_during_a_rebuild_costs_only_the_deleted_records(broker:
     config = await fill_topic(broker, 40)
 
     class RebuildAfterRetention(Rebuild):
-        async def _plan(self, consumer: AIOKafkaConsumer) -> RebuildPlan:
-            plan = await super()._plan(consumer)
+        async def _plan(self, *args) -> RebuildPlan:
+            plan = await super()._plan(*args)
             async with broker.admin() as admin:
                 await admin.delete_records(dict.fromkeys(plan.ranges, RecordsToDelete(5)))
             return plan
 
     plan, report = await RebuildAfterRetention(config, client, WallClock()).run(False, lambda report, total: None)
-    assert plan.offsets == 35
-    assert report.events + report.unreadable == 25
+    assert plan.offsets == 40
+    assert report.events + report.unreadable == 30
+    assert report.lost == 10
 
 
 async def test_group_with_members_is_rebuilt_only_by_force(broker: Broker, client: RedisClient):
@@ -121,7 +103,7 @@ async def test_group_with_members_is_rebuilt_only_by_force(broker: Broker, clien
     kafka = config.kafka
     member = AIOKafkaConsumer(kafka.events_topic, bootstrap_servers=kafka.bootstrap_servers, group_id=kafka.group_id)
     async with member:
-        with pytest.raises(SourceError, match=r"has members .*\(1\); stop them first"):
+        with pytest.raises(SourceError, match=r"has members .*\(1\); stop the workers, then run rebuild again"):
             await rebuild(config, client)
         assert await read_rings(client, kafka.events_topic) == {}
         _, report = await rebuild(config, client, force=True)
@@ -144,4 +126,6 @@ def test_rebuild_command_prints_what_it_restored(run, broker: Broker, valkey: st
     }.items():
         monkeypatch.setenv(f"MILLRACE__{name}", value)
     assert main(["rebuild"]) == 0
-    assert "4 rings from 14 events of 2 partitions" in capsys.readouterr().out
+    assert (
+        "14 events restored: 18 of 4 users in 2 partitions read, 0 rings with gaps rewritten" in capsys.readouterr().out
+    )

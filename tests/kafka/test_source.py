@@ -8,6 +8,7 @@ import msgspec
 import pytest
 from aiokafka import AIOKafkaProducer, TopicPartition, errors
 from aiokafka.admin import RecordsToDelete
+from prometheus_client import REGISTRY
 
 from tests.kafka.broker import Broker, RecordingListener
 from tests.kafka.sources import joined, poll_records, values
@@ -170,19 +171,57 @@ async def test_transaction_markers_and_aborted_records_are_neither_read_nor_lag(
         await eventually(has_no_lag)
 
 
-async def test_missing_offset_is_logged_and_reading_restarts_at_the_beginning(
-    broker: Broker, listener: RecordingListener, logged: Callable[[], list[dict[str, Any]]]
-):
+async def fall_behind_retention(broker: Broker, listener: RecordingListener, **options: Any) -> KafkaConfig:
+    """Commit offset 2 of 10, then delete the records before offset 6."""
     topic = await broker.topic()
-    config = broker.config(events_topic=topic)
+    config = broker.config(events_topic=topic, **options)
     await broker.produce(topic, numbers(0, 10))
     async with joined(config, listener) as source:
         await source.commit({Partition(topic, 0): 2}, listener.assignments)
     async with broker.admin() as admin:
         await admin.delete_records({TopicPartition(topic, 0): RecordsToDelete(6)})
+    return config
+
+
+def skipped(config: KafkaConfig) -> float | None:
+    labels = {"topic": config.events_topic, "partition": "0"}
+    return REGISTRY.get_sample_value("millrace_records_skipped_total", labels)
+
+
+@pytest.mark.parametrize(("policy", "count"), [("earliest", 4), ("latest", 8)])
+async def test_offset_below_retention_follows_the_policy_and_counts_what_it_skips(
+    broker: Broker, listener: RecordingListener, logged: Callable[[], list[dict[str, Any]]], policy: str, count: int
+):
+    config = await fall_behind_retention(broker, listener, on_offset_out_of_range=policy)
     async with joined(config, listener) as source:
-        assert values(await poll_records(source, 4)) == numbers(6, 10)
-    assert any("reading from its beginning" in str(line) for line in logged())
+        while skipped(config) is None:
+            polled = await source.poll(0.2)
+            assert polled == []
+        await broker.produce(config.events_topic, numbers(10, 12))
+        expected = numbers(2 + count, 12)
+        assert values(await poll_records(source, len(expected))) == expected
+    assert skipped(config) == count
+    assert any(line.get("records_skipped") == count for line in logged())
+
+
+async def test_offset_below_retention_halts_the_worker_when_configured(broker: Broker, listener: RecordingListener):
+    config = await fall_behind_retention(broker, listener, on_offset_out_of_range="halt")
+    async with joined(config, listener) as source:
+        with pytest.raises(SourceError, match=r"next offset is 2, .* offsets 6 to 9, .*--to-offset 6 ") as caught:
+            await poll_records(source, 1)
+    assert caught.value.exit_code == 4
+    assert await broker.committed(config.events_topic, config.group_id) == 2
+
+
+async def test_offset_beyond_the_end_is_read_from_the_beginning(broker: Broker, listener: RecordingListener):
+    topic = await broker.topic()
+    config = broker.config(events_topic=topic)
+    await broker.produce(topic, numbers(0, 3))
+    async with joined(config, listener) as source:
+        await source.commit({Partition(topic, 0): 9}, listener.assignments)
+    async with joined(config, listener) as source:
+        assert values(await poll_records(source, 3)) == numbers(0, 3)
+    assert skipped(config) == 0
 
 
 async def test_undecodable_record_ends_the_source_after_the_records_before_it(

@@ -1,7 +1,8 @@
 """Restore the users' rings in Redis from the events topic.
 
-Reads each partition from its beginning to the consumer group's committed offset, drops each user's old ring at their
-first event, then pushes all their events. No slates are sent. Stop the workers first; start them again afterwards.
+Reads each partition from its beginning to the consumer group's committed offset and pushes the events that the rings
+lack. Rings that Redis still holds whole are kept, with events that the topic no longer has. No slates are sent. Stop
+the workers first; start them again afterwards. An interrupted run can be repeated.
 
 example:
   millrace rebuild --config millrace.toml
@@ -13,7 +14,11 @@ from worker.commands.config import add_config
 
 
 def configure(parser: ArgumentParser) -> None:
-    parser.add_argument("--force", action="store_true", help="run even while the consumer group has members")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="run even while the consumer group has members; pushes of those that are alive may be lost",
+    )
     add_config(parser)
 
 
@@ -36,7 +41,7 @@ def run(args: Namespace) -> int:
         try:
             work = Rebuild(replace(loaded, kafka=cli_timeouts(loaded.kafka)), client, WallClock())
             return await work.run(
-                args.force, lambda report, total: progress.update(task, completed=report.offsets, total=total)
+                args.force, lambda offsets, total: progress.update(task, completed=offsets, total=total)
             )
         finally:
             await client.aclose()
@@ -46,9 +51,16 @@ def run(args: Namespace) -> int:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         plan, report = asyncio.run(rebuild(progress))
-    print(f"{len(report.users)} rings from {report.events} events of {len(plan.ranges)} partitions")
+    print(
+        f"{report.restored} events restored: {report.events} of {report.users} users in {len(plan.ranges)} partitions "
+        f"read, {report.rewritten} rings with gaps rewritten"
+    )
     if report.unreadable:
         print(f"{report.unreadable} invalid records skipped: the workers dead-lettered them when they first read them")
     if plan.lost:
-        print(f"{plan.lost} older records are no longer in the topic: their events cannot be restored")
+        print(
+            f"{plan.lost} older records are no longer in the topic: only rings that still hold their events have them"
+        )
+    if report.lost:
+        print(f"{report.lost} records were deleted by retention before they were read")
     return 0

@@ -3,6 +3,7 @@
 aiokafka logs and swallows the exceptions of rebalance listeners, so they are kept here and raised by the next poll.
 """
 
+import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,14 +13,16 @@ from aiokafka.structs import OffsetAndMetadata
 from worker import logging
 from worker.config import KafkaConfig
 from worker.deadline import Deadline
-from worker.errors import SourceError
+from worker.errors import SourceError, SourceUnavailable
 from worker.interfaces import Clock, Partition, RebalanceListener
-from worker.kafka.client import client_options
+from worker.kafka.client import METADATA_POLL_S, client_options
 from worker.kafka.error_causes import FENCED_INSTANCE, describe
 from worker.kafka.static_membership import is_instance_taken
+from worker.kafka.topic_id import TopicIdentity, fetch_topic_id
 
 log = logging.get("group")
 STOP_S = 10.0
+NO_PARTITION = TopicPartition("", -1)  # polled to stay a member of the group without taking records
 
 
 class GroupMember:
@@ -29,9 +32,16 @@ class GroupMember:
     """
 
     def __init__(
-        self, config: KafkaConfig, listener: RebalanceListener, clock: Clock, deadline: Deadline | None = None
+        self,
+        config: KafkaConfig,
+        listener: RebalanceListener,
+        clock: Clock,
+        identity: TopicIdentity | None = None,
+        deadline: Deadline | None = None,
     ) -> None:
+        """identity: of the events topic, where it is known already; deadline: of the way out."""
         self._config = config
+        self._identity = identity or TopicIdentity(config.events_topic)
         self._listener = listener
         self._clock = clock
         self._deadline = deadline or Deadline(clock)
@@ -39,6 +49,7 @@ class GroupMember:
         self._assignment_count = 0  # numbers the assignments
         self.assignments: dict[Partition, int] = {}
         self.failure: Exception | None = None  # raised by a rebalance callback, not yet re-raised
+        self.was_assigned = asyncio.Event()  # the first assignment's callback has ended
         # A join waits until the other members have drained.
         timeout_ms = max(config.request_timeout_ms, config.rebalance_timeout_ms + 5000)
         options: dict[str, Any] = client_options(config) | {"request_timeout_ms": timeout_ms}
@@ -59,6 +70,7 @@ class GroupMember:
         self.consumer.subscribe([self._config.events_topic], listener=_ListenerAdapter(self))
         try:
             await self.consumer.start()
+            await self.was_assigned.wait()  # start() does not wait for the callback
         except BaseException:
             await self.leave()
             raise
@@ -69,20 +81,33 @@ class GroupMember:
             log.warning("leaving the group failed: it waits for the session timeout", group=self._config.group_id)
 
     async def commit(self, offsets: Mapping[Partition, int]) -> None:
-        """Commit once, without a retry.
+        """Commit once, without a retry, and with the topic's id.
 
-        Raises KafkaError; IllegalGenerationError when the generation is stale, whichever side notices it.
+        Raises KafkaError; IllegalGenerationError when the generation is stale, whichever side notices it;
+        TopicRecreated, because the offsets are of another topic.
         """
+        await self.check_topic()
         # NOTE: private in aiokafka 0.14: the coordinator's `_commit_lock` and `_do_commit_offsets`. Once the broker has
         # forgotten a member, its commits go out without a generation and might move offsets back, so the generation is
         # compared here. The public `commit()` retries internally, and may have lost the generation by then;
         # `_do_commit_offsets` builds its request before its first await, so this comparison holds for it.
         coordinator = self._coordinator
-        to_commit = {TopicPartition(*partition): OffsetAndMetadata(offset, "") for partition, offset in offsets.items()}
+        metadata = self._identity.commit_metadata
+        to_commit = {TopicPartition(*each): OffsetAndMetadata(offset, metadata) for each, offset in offsets.items()}
         async with coordinator._commit_lock:
-            if coordinator.generation != self._generation:
+            if not self.is_current:
                 raise errors.IllegalGenerationError(self._config.group_id)
             await coordinator._do_commit_offsets(self._assignment, to_commit)
+
+    async def check_topic(self) -> None:
+        """Raise TopicRecreated if the topic is no longer the one that this process read. Raises KafkaError."""
+        # NOTE: private in aiokafka 0.14: the consumer's `_client`, whose connections are open already.
+        self._identity.check(await fetch_topic_id(self.consumer._client, self._config.events_topic))
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the group's generation is still the one in which the partitions were assigned."""
+        return self._coordinator.generation == self._generation
 
     def lag(self, partition: Partition) -> int:
         """Return the number of readable records after the last polled one, as of the last fetch.
@@ -120,7 +145,44 @@ class GroupMember:
         self._assignment_count += 1
         self._generation = self._coordinator.generation
         self.assignments = {Partition(tp.topic, tp.partition): self._assignment_count for tp in partitions}
+        # Nothing has been fetched yet, and nothing is until the listener knows the partitions.
+        self.consumer.pause(*partitions)
+        await self._skip_commits_of_another_topic(list(partitions))
         await self._listener.assigned(dict(self.assignments))
+        self.consumer.resume(*partitions)
+
+    async def _skip_commits_of_another_topic(self, partitions: list[TopicPartition]) -> None:
+        """Read partitions from their beginning whose committed offset belongs to a predecessor of the topic.
+
+        Raises TopicRecreated if this process has read the predecessor, too.
+        """
+        try:
+            async with asyncio.timeout(self._config.request_timeout_ms / 1000):
+                await self._check_topic_when_ready()
+                committed = await self._coordinator.fetch_committed_offsets(partitions)  # retries without end
+        except TimeoutError as error:
+            raise SourceUnavailable(
+                f"kafka {self._config.bootstrap_servers} did not tell the topic's id and the committed offsets of group"
+                f" {self._config.group_id} within {self._config.request_timeout_ms} ms; check the broker, start again"
+            ) from error
+        foreign = [tp for tp, offset in committed.items() if not self._identity.owns_commit(offset.metadata)]
+        for tp, begin in (await self.consumer.beginning_offsets(foreign) if foreign else {}).items():
+            log.warning(
+                "the committed offset is of a topic that was deleted: reading the new one from its beginning",
+                topic=tp.topic,
+                partition=tp.partition,
+                committed=committed[tp].offset,
+            )
+            self.consumer.seek(tp, begin)
+
+    async def _check_topic_when_ready(self) -> None:
+        while True:
+            try:
+                return await self.check_topic()
+            except errors.KafkaError as error:
+                if not error.retriable:
+                    raise
+                await asyncio.sleep(METADATA_POLL_S)
 
     async def revoked(self) -> None:
         """Revoke every partition: rebalancing is eager, even for those that come back."""
@@ -143,10 +205,14 @@ class _ListenerAdapter(ConsumerRebalanceListener):
         self._member = member
 
     def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> Any:
-        return self._keep_failure(lambda: self._member.assigned(assigned))
+        return self._assigned(assigned)
 
     def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> Any:
         return self._keep_failure(self._member.revoked)
+
+    async def _assigned(self, assigned: Iterable[TopicPartition]) -> None:
+        await self._keep_failure(lambda: self._member.assigned(assigned))
+        self._member.was_assigned.set()
 
     async def _keep_failure(self, callback: Callable[[], Any]) -> None:
         try:

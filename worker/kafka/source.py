@@ -5,35 +5,51 @@ poll; fetched records are never lost to cancellation.
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 from aiokafka import TopicPartition, errors
 
-from worker import logging
+from worker import logging, metrics
 from worker.config import KafkaConfig
 from worker.deadline import Deadline
-from worker.errors import SourceError
+from worker.errors import SourceError, TopicRecreated
 from worker.interfaces import Clock, Partition, PolledRecords, RebalanceListener
 from worker.kafka.client import ensure_coordinator, ensure_topics, retry_at_start
-from worker.kafka.consumer_group import STOP_S, GroupMember
+from worker.kafka.consumer_group import NO_PARTITION, STOP_S, GroupMember
 from worker.kafka.corrupt_record import DECODE_ERRORS, CorruptRecord
 from worker.kafka.error_causes import explain, is_permanent
+from worker.kafka.topic_id import TopicIdentity, read_topic_id
 
 log = logging.get("source")
 POLL_GRACE_S = 0.05  # beyond a poll's timeout: only a rebalance takes longer
 COMMIT_RETRY_S = 0.2
-# Polled while paused: the member stays live and its errors are raised, and prefetched records stay in the buffer.
-# aiokafka's own pause would drop them and fetch up to 1 MiB per partition again. Partitions that are assigned during
-# the pause are not polled either.
-NO_PARTITION = TopicPartition("", -1)
+TOPIC_CHECK_S = 1.0  # between requests for the topic's id, besides those of commits
 STALE_GENERATION = (errors.UnknownMemberIdError, errors.IllegalGenerationError, errors.RebalanceInProgressError)
+
+
+ClaimTopic = Callable[[str, str], Awaitable[None]]
+
+
+async def ignore_topic_id(topic: str, topic_id: str) -> None:
+    pass
 
 
 class KafkaSource:
     """Implements Source. Starts from the earliest record where the group has no offset yet."""
 
-    def __init__(self, config: KafkaConfig, clock: Clock, deadline: Deadline | None = None) -> None:
-        """deadline: of the way out; without one the last commit and leaving take up to their own time limits."""
+    def __init__(
+        self,
+        config: KafkaConfig,
+        clock: Clock,
+        claim_topic: ClaimTopic = ignore_topic_id,
+        deadline: Deadline | None = None,
+    ) -> None:
+        """Join nothing yet.
+
+        claim_topic: called once with the topic's name and id; raises TopicRecreated if the rings are another's
+        deadline: of the way out; without one the last commit and leaving take up to their own time limits
+        """
+        self._claim_topic = claim_topic
         self._config = config
         self._clock = clock
         self._deadline = deadline or Deadline(clock)
@@ -42,16 +58,26 @@ class KafkaSource:
         self._committing: asyncio.Task[bool] | None = None
         self._fetching: asyncio.Task[list[PolledRecords]] | None = None
         self._paused = False
+        self._topic_check_s = 0.0  # by Clock.monotonic(): when the topic's id is due to be looked at
         self._member_or_none: GroupMember | None = None
         self._corrupt: SourceError | None = None  # set at a record that cannot be decoded: nothing after it is read
 
     async def start(self, rebalance: RebalanceListener) -> None:
-        """Return when the group has assigned partitions. Raises SourceError, SourceUnavailable, ConfigError."""
-        await ensure_topics(self._config, self._clock, [self._config.events_topic])
+        """Return when the group has assigned partitions.
+
+        Raises SourceError, SourceUnavailable, ConfigError, and TopicRecreated.
+        """
+        topic = self._config.events_topic
+        await ensure_topics(self._config, self._clock, [topic])
+        identity = TopicIdentity(topic, await read_topic_id(self._config, self._clock, topic))
+        if identity.topic_id is not None:
+            await self._claim_topic(topic, identity.topic_id)
+        else:
+            log.warning("the broker tells no topic ids: a topic that is created again may not be noticed", topic=topic)
         await ensure_coordinator(self._config, self._clock, self._config.group_id)
 
         async def join() -> GroupMember:
-            member = GroupMember(self._config, rebalance, self._clock, self._deadline)
+            member = GroupMember(self._config, rebalance, self._clock, identity, self._deadline)
             await member.join()
             return member
 
@@ -83,7 +109,8 @@ class KafkaSource:
         """Commit the next offsets, skipping partitions from an older assignment.
 
         Retries while the coordinator is unavailable, at most `request_timeout_ms`; offsets still pending then go with
-        the next commit, unless their assignment has passed. Raises SourceError when the commit is refused.
+        the next commit, unless their assignment has passed. Raises SourceError when the commit is refused,
+        TopicRecreated.
         """
         owned = self._member.assignments
         self._pending_commit |= {
@@ -140,15 +167,19 @@ class KafkaSource:
     async def _fetch(self, timeout_s: float) -> list[PolledRecords]:
         """Call getmany once. Records get their assignment before another task runs: no rebalance comes between."""
         consumer = self._member.consumer
+        # While paused the member stays live and its errors are raised, and prefetched records stay in the buffer.
+        # aiokafka's own pause would drop them and fetch up to 1 MiB per partition again. Partitions that are assigned
+        # during the pause are not polled either.
         partitions = (NO_PARTITION,) if self._paused else ()
         try:
+            await self._check_topic_if_due()
             fetched = await consumer.getmany(
                 *partitions, timeout_ms=int(timeout_s * 1000), max_records=self._config.max_poll_records
             )
         except errors.NoOffsetForPartitionError as error:
             await consumer.seek_to_beginning(error.args[0])
         except errors.OffsetOutOfRangeError as error:
-            await self._rewind(error.args[0])
+            await self._continue_in_range(error.args[0])
         except errors.ConsumerStoppedError:
             return []
         except DECODE_ERRORS as error:
@@ -158,6 +189,12 @@ class KafkaSource:
         else:
             return [self._to_polled(tp, records) for tp, records in fetched.items()]
         return []
+
+    async def _check_topic_if_due(self) -> None:
+        """Notice a topic that was created again while this member has no partition of it, or nothing to commit."""
+        if self._clock.monotonic() >= self._topic_check_s:
+            self._topic_check_s = self._clock.monotonic() + TOPIC_CHECK_S
+            await self._member.check_topic()
 
     async def _read_up_to(self, error: Exception) -> list[PolledRecords]:
         """Return the partition's records before the corrupt one, which were lost in the same call, re-read one by one.
@@ -188,16 +225,49 @@ class KafkaSource:
             records=records,
         )
 
-    async def _rewind(self, offsets: Mapping[TopicPartition, int]) -> None:
-        for tp, offset in offsets.items():
-            log.error(
-                "next offset not in the topic: events were deleted before they were read, or the topic was re-created; "
-                "reading from its beginning",
-                topic=tp.topic,
-                partition=tp.partition,
-                offset=offset,
-            )
-            await self._member.consumer.seek_to_beginning(tp)
+    async def _continue_in_range(self, offsets: Mapping[TopicPartition, int]) -> None:
+        """Raises TopicRecreated, SourceError."""
+        try:
+            await self._member.check_topic()
+            for tp, offset in offsets.items():
+                await self._apply_policy(tp, offset)
+        except errors.KafkaError as error:  # the next fetch finds the same offsets out of range
+            self._raise_unless_transient(error)
+
+    async def _apply_policy(self, tp: TopicPartition, offset: int) -> None:
+        """Continue a partition whose next offset it does not have, as `on_offset_out_of_range` says.
+
+        Raises SourceError when the policy is to halt.
+        """
+        consumer = self._member.consumer
+        policy = self._config.on_offset_out_of_range
+        begin = (await consumer.beginning_offsets([tp]))[tp]
+        end = (await consumer.end_offsets([tp]))[tp]
+        if policy == "halt":
+            raise self._out_of_range_error(tp, offset, begin, end)
+        target = begin if policy == "earliest" else end
+        skipped = max(0, target - offset)
+        metrics.SKIPPED_RECORDS.labels(tp.topic, tp.partition).inc(skipped)
+        log.error(
+            "next offset not in the topic: retention deleted records before they were read, or the partition was cut",
+            topic=tp.topic,
+            partition=tp.partition,
+            offset=offset,
+            first_offset=begin,
+            end_offset=end,
+            continues_at=target,
+            records_skipped=skipped,
+        )
+        consumer.seek(tp, target)
+
+    def _out_of_range_error(self, tp: TopicPartition, offset: int, begin: int, end: int) -> SourceError:
+        config = self._config
+        return SourceError(
+            f"topic {tp.topic}, partition {tp.partition}: the next offset is {offset}, but the partition has offsets "
+            f"{begin} to {end - 1}, and kafka.on_offset_out_of_range is halt; set it to earliest or latest, or stop "
+            f"the group's workers, kafka-consumer-groups.sh --bootstrap-server {config.bootstrap_servers} --group "
+            f"{config.group_id} --topic {tp.topic}:{tp.partition} --reset-offsets --to-offset {begin} --execute, start"
+        )
 
     async def _attempt_commit(self, give_up_s: float) -> bool:
         """Wait until then for the running attempt, started if there is none; return whether a commit can end.
@@ -221,6 +291,9 @@ class KafkaSource:
         try:
             if sent:
                 await self._member.commit(sent)
+        except TopicRecreated:
+            self._pending_commit = {}
+            raise
         except STALE_GENERATION:
             log.info("commit skipped, generation is stale", offsets=_offsets_by_name(sent))
             return True

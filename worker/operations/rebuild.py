@@ -1,27 +1,29 @@
-"""Restore the users' rings from the events topic after Redis lost them.
+"""Restore the users' rings from the events topic after Redis lost some or all of them.
 
-Each partition is read from its beginning to the consumer group's committed offset; the workers continue from there. No
-slates are sent.
+Each partition is read to its end. Events before the consumer group's committed offset are restored; those after it are
+only compared with the rings, because the workers will read them. No slates are sent. Rings that Redis still holds whole
+stay as they are.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
 
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 
-from worker import logging
 from worker.config import Config
 from worker.errors import SourceError
-from worker.interfaces import Clock, Partition, PolledRecords
+from worker.interfaces import Clock, ConsumedEvent, Partition, PolledRecords
 from worker.kafka.client import ensure_coordinator, list_partitions, retry_at_start, with_admin
+from worker.kafka.topic_id import TopicIdentity, read_topic_id
 from worker.kafka.topic_reader import OffsetRange, make_consumer, offset_ranges, read_ranges
+from worker.operations.group_fence import GroupFence
+from worker.operations.ring_restorer import RingRestorer
 from worker.redis.client import RedisClient
 from worker.redis.sequences import SequenceStore
 from worker.stream.codec import Codec
-from worker.stream.health import HealthState
-from worker.stream.retry import Retry
 
-log = logging.get("rebuild")
+OnProgress = Callable[[int, int], None]
 
 
 @dataclass(slots=True)
@@ -29,84 +31,111 @@ class RebuildPlan:
     """The offsets to read."""
 
     ranges: dict[TopicPartition, OffsetRange]
+    committed: dict[TopicPartition, int]  # the offset from which the workers continue
     lost: int = 0  # records that retention has deleted: their events cannot be restored
 
     @property
     def offsets(self) -> int:
         return sum(end - begin for begin, end in self.ranges.values())
 
+    def only_committed(self) -> "RebuildPlan":
+        """Return the plan up to the committed offsets."""
+        ends = {tp: min(offsets.end, self.committed[tp]) for tp, offsets in self.ranges.items()}
+        ranges = {tp: OffsetRange(offsets.begin, max(offsets.begin, ends[tp])) for tp, offsets in self.ranges.items()}
+        return RebuildPlan(ranges, self.committed)
+
 
 @dataclass(slots=True)
 class RebuildReport:
-    """The counts of a rebuild, so far."""
+    """The counts of a rebuild."""
 
-    offsets: int = 0  # read so far, including gaps (transaction markers)
+    offsets: int = 0  # read, including gaps (transaction markers)
     events: int = 0
     unreadable: int = 0
-    users: set[str] = field(default_factory=set)
+    users: int = 0
+    restored: int = 0  # events that rings did not have
+    rewritten: int = 0  # rings that lacked events before others that they had
+    lost: int = 0  # records that retention deleted before they were read
 
 
 class Rebuild:
-    """One rebuild. Retries pushes to Redis until they succeed or fail permanently."""
+    """One rebuild."""
 
     def __init__(self, config: Config, client: RedisClient, clock: Clock) -> None:
         self._config = config
+        self._client = client
         self._clock = clock
         self._codec = Codec(config, clock)
-        self._sequences = SequenceStore(client, config.sequences, rebuild=True)
-        self._retry = Retry(config.redis.retry_backoff_s, HealthState(clock))
+        self._fence: GroupFence | None = None
 
-    async def run(
-        self, force: bool, progress: Callable[[RebuildReport, int], None]
-    ) -> tuple[RebuildPlan, RebuildReport]:
-        """Read the planned offsets and push their events.
+    async def run(self, force: bool, on_progress: OnProgress) -> tuple[RebuildPlan, RebuildReport]:
+        """Restore the rings while this process owns all partitions of the group.
 
-        force: even while the group has members, whose pushes would conflict with these
-        progress: called after every poll with the report so far and the total number of offsets
-        Raises SourceError, SourceUnavailable, StoreError.
+        force: without joining the group, even while it has members, whose pushes would conflict with these
+        on_progress: called after every poll with the number of offsets read so far and to read in total
+        Raises SourceError, also when a worker joins the group, SourceUnavailable, StoreError, TopicRecreated.
         """
-        await ensure_coordinator(self._config.kafka, self._clock, self._config.kafka.group_id)
-        if not force:
-            await self._check_no_members()
-        consumer = make_consumer(self._config.kafka)
-        try:
-            await retry_at_start(self._config.kafka, self._clock, consumer.start)
-            plan = await self._plan(consumer)
-            report = RebuildReport()
-            consumer.assign(list(plan.ranges))
-            async for polled in read_ranges(consumer, plan.ranges, self._config.kafka, self._clock):
-                await self._push(self._to_polled(polled, plan), report)
-                report.offsets = sum([await _offsets_read(consumer, *item) for item in plan.ranges.items()])
-                progress(report, plan.offsets)
-            return plan, report
-        finally:
-            await consumer.stop()
-
-    async def _check_no_members(self) -> None:
-        kafka = self._config.kafka
-        responses = await with_admin(kafka, self._clock, lambda admin: admin.describe_consumer_groups([kafka.group_id]))
-        if count := sum(len(group["members"]) for each in responses for group in each.to_object()["groups"]):
-            raise SourceError(
-                f"group {kafka.group_id} has members that push to the same rings ({count}); stop them first "
-                f"(or use --force when they are dead)"
-            )
-
-    async def _plan(self, consumer: AIOKafkaConsumer) -> RebuildPlan:
         kafka = self._config.kafka
         if not (partitions := await list_partitions(kafka, self._clock, kafka.events_topic)):
             raise SourceError(
                 f"topic {kafka.events_topic} is not on {kafka.bootstrap_servers}: nothing to rebuild from"
             )
-        committed = await with_admin(
-            kafka, self._clock, lambda admin: admin.list_consumer_group_offsets(kafka.group_id)
-        )
+        identity = TopicIdentity(kafka.events_topic, await read_topic_id(kafka, self._clock, kafka.events_topic))
+        if identity.topic_id is not None:
+            await SequenceStore(self._client, self._config.sequences).claim_topic(identity.topic, identity.topic_id)
+        await ensure_coordinator(kafka, self._clock, kafka.group_id)
+        async with AsyncExitStack() as stack:
+            if not force:
+                self._fence = await stack.enter_async_context(GroupFence(kafka, self._clock, partitions))
+            consumer = make_consumer(kafka)
+            stack.push_async_callback(consumer.stop)
+            await retry_at_start(kafka, self._clock, consumer.start)
+            plan = await self._plan(consumer, partitions, identity)
+            return plan, await self._restore(consumer, plan, on_progress)
+
+    async def _restore(self, consumer: AIOKafkaConsumer, plan: RebuildPlan, on_progress: OnProgress) -> RebuildReport:
+        report = RebuildReport()
+        committed = {Partition(*tp): offset for tp, offset in plan.committed.items()}
+        rings = RingRestorer(self._config, self._client, self._clock, committed, self._fence)
+        consumer.assign(list(plan.ranges))
+        async for events, unreadable in self._read(consumer, plan, report):
+            report.events += len(events)
+            report.unreadable += unreadable
+            report.restored += await rings.restore(events)
+            report.offsets = await _offsets_read(consumer, plan)
+            on_progress(report.offsets, plan.offsets)
+        report.users = rings.user_count
+        report.rewritten = await rings.cut_rings_with_gaps()
+        if report.rewritten:
+            second = plan.only_committed()
+            async for events, _ in self._read(consumer, second, report):
+                report.restored += await rings.rewrite(events)
+                read = report.offsets + await _offsets_read(consumer, second)
+                on_progress(read, plan.offsets + second.offsets)
+        return report
+
+    async def _plan(
+        self, consumer: AIOKafkaConsumer, partitions: Sequence[TopicPartition], identity: TopicIdentity
+    ) -> RebuildPlan:
+        kafka = self._config.kafka
+        stored = await with_admin(kafka, self._clock, lambda admin: admin.list_consumer_group_offsets(kafka.group_id))
         offsets = await offset_ranges(consumer, partitions, kafka)
-        ranges = {
-            each: OffsetRange(begin, min(committed[each].offset, end))
-            for each, (begin, end) in offsets.items()
-            if each in committed and begin < min(committed[each].offset, end)
-        }
-        return RebuildPlan(ranges, sum(begin for begin, _ in offsets.values()))
+        owned = {tp: each.offset for tp, each in stored.items() if identity.owns_commit(each.metadata)}
+        committed = {tp: owned.get(tp, offsets[tp].begin) for tp in partitions}
+        return RebuildPlan(offsets, committed, lost=sum(begin for begin, _ in offsets.values()))
+
+    async def _read(
+        self, consumer: AIOKafkaConsumer, plan: RebuildPlan, report: RebuildReport
+    ) -> AsyncIterator[tuple[list[ConsumedEvent], int]]:
+        """Yield the events and the number of invalid records of each poll. Counts `report.lost`."""
+        expected = {each: offsets.begin for each, offsets in plan.ranges.items()}
+        async for polled in read_ranges(consumer, plan.ranges, self._config.kafka, self._clock):
+            report.lost += await _count_deleted(consumer, plan, expected, polled)
+            expected = {each: await consumer.position(each) for each in expected}
+            events, dead_letters = self._codec.decode_all(self._to_polled(polled, plan))
+            yield events, len(dead_letters)
+            if self._fence is not None:
+                await self._fence.keep_alive()
 
     def _to_polled(
         self, polled: Mapping[TopicPartition, list[ConsumerRecord]], plan: RebuildPlan
@@ -124,14 +153,28 @@ class Rebuild:
             for tp, records in polled.items()
         ]
 
-    async def _push(self, polled: list[PolledRecords], report: RebuildReport) -> None:
-        events, dead_letters = self._codec.decode_all(polled)
-        if events:
-            await self._retry(self._sequences.push, events)
-        report.events += len(events)
-        report.unreadable += len(dead_letters)
-        report.users.update(consumed.event.user_id for consumed in events)
+
+async def _offsets_read(consumer: AIOKafkaConsumer, plan: RebuildPlan) -> int:
+    positions = [(await consumer.position(each), offsets) for each, offsets in plan.ranges.items()]
+    return sum(min(position, offsets.end) - offsets.begin for position, offsets in positions)
 
 
-async def _offsets_read(consumer: AIOKafkaConsumer, partition: TopicPartition, offsets: OffsetRange) -> int:
-    return min(await consumer.position(partition), offsets.end) - offsets.begin
+async def _count_deleted(
+    consumer: AIOKafkaConsumer,
+    plan: RebuildPlan,
+    expected: Mapping[TopicPartition, int],
+    polled: Mapping[TopicPartition, list[ConsumerRecord]],
+) -> int:
+    """Return how many planned records a poll has jumped over because retention had deleted them.
+
+    expected: the next offset of each partition before the poll
+    """
+    arrived = {
+        tp: min(polled[tp][0].offset if polled.get(tp) else await consumer.position(tp), plan.ranges[tp].end)
+        for tp in expected
+    }
+    jumped = [tp for tp, offset in arrived.items() if offset > expected[tp]]
+    if not jumped:
+        return 0
+    begins = await consumer.beginning_offsets(jumped)  # other gaps are transaction markers
+    return sum(max(0, min(begins[tp], arrived[tp]) - expected[tp]) for tp in jumped)

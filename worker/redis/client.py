@@ -55,6 +55,10 @@ def slate_key(user_id: str) -> str:
     return f"rec:{{u:{user_id}}}"
 
 
+def topic_key(topic_generation: str, topic: str) -> str:
+    return f"topic:{{{topic_generation}:{topic}}}"
+
+
 class RedisClient:
     """One server or one cluster. Every method raises StoreUnavailable (may be retried) or StoreError."""
 

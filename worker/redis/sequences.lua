@@ -109,14 +109,11 @@ end
 
 -- KEYS: the ring.
 -- ARGS: cap, ttl_s, the header that the caller has cached ('' = no ring), source, end offset of its partition, entries
---       (offset i64 + event each), and optionally 'fresh': drop the old ring first.
+--       (offset i64 + event each).
 -- Returns the number of appended events when the stored header equals the cached one, else the value before the push;
 -- or {-1, last offset} when the source's last offset lies at or beyond the end of its partition.
 local function push(keys, args)
   local key, cap, ttl_s, cached_header, source = keys[1], tonumber(args[1]), args[2], args[3], args[4]
-  if args[7] == 'fresh' then
-    redis.call('DEL', key)
-  end
   local stored_header = redis.call('GETRANGE', key, 0, HEADER_BYTES - 1)
   local header = read_header(key, stored_header)
   local value_before = stored_header ~= cached_header and (redis.call('GET', key) or '') or nil

@@ -16,7 +16,7 @@ from worker import logging, metrics
 from worker.config import SequencesConfig
 from worker.errors import StoreError, StoreUnavailable, TopicRecreated
 from worker.interfaces import ConsumedEvent, Partition
-from worker.redis.client import Command, RedisClient, ring_key
+from worker.redis.client import Command, RedisClient, ring_key, topic_key
 from worker.redis.ring import HEADER, Ring, source_id
 from worker.redis.ring_cache import RingCache
 from worker.redis.unreadable import set_unreadable_aside
@@ -53,16 +53,13 @@ class SequenceStore:
         client: RedisClient,
         config: SequencesConfig,
         monotonic: Callable[[], float] = time.monotonic,
-        rebuild: bool = False,
     ) -> None:
-        """rebuild: drop a user's old ring at the user's first push."""
         self.rings_lost = 0
         self._client = client
         self._config = config
         self._monotonic = monotonic
         self._cache = RingCache(config.cache_mib << 20)
         self._push_lock = asyncio.Lock()  # concurrent pushes of one user would append in either order
-        self._rebuilt: set[str] | None = set() if rebuild else None
         self._settled: set[bytes] = set()  # sources past the records that an earlier owner may have pushed
         self._warned_s = float("-inf")
         self._max_events = str(config.max_events).encode()
@@ -96,6 +93,18 @@ class SequenceStore:
         for push, stored_offset in zip(pushes, stale_offsets, strict=True):
             if stored_offset is not None:
                 raise _recreated_error(push, stored_offset)
+
+    async def claim_topic(self, topic: str, topic_id: str) -> None:
+        """Note that the rings' offsets are of the topic with this id. Raises TopicRecreated if they are another's."""
+        key = topic_key(self._config.topic_generation, topic)
+        _, stored = await self._client.pipeline([("SET", key, topic_id, "NX"), ("GET", key)])
+        owner = stored.decode()
+        if owner != topic_id:
+            raise TopicRecreated(
+                f"topic {topic} has id {topic_id}, but the rings in Redis have offsets of id {owner} ({key}): "
+                f"the topic was deleted and created again; set sequences.topic_generation, now "
+                f"{self._config.topic_generation!r}, to a value that was never used; the rings keep their events"
+            )
 
     def forget(self, partition: Partition) -> None:
         """Drop the cached rings of a partition that is no longer owned: other processes will write them."""
@@ -134,7 +143,7 @@ class SequenceStore:
 
     def _command(self, push: UserPush) -> Command:
         """Return the FCALL of one push; sequences.lua describes its arguments."""
-        command = (
+        return (
             "FCALL",
             "millrace_push",
             1,
@@ -146,7 +155,6 @@ class SequenceStore:
             push.events[-1].end_offset,
             b"".join([event.record_offset.offset.to_bytes(8, "little") + event.packed for event in push.events]),
         )
-        return command if self._rebuilt is None or push.user_id in self._rebuilt else (*command, "fresh")
 
     def _apply(self, push: UserPush, reply: Any, ring: Ring) -> int | None:
         """Append as the function did. Return the stored last offset if the function found the topic re-created."""
@@ -165,15 +173,13 @@ class SequenceStore:
         self._cache.put(push.user_id, ring, push.partition)
         if push.events[-1].is_new:
             self._settled.add(push.source)
-        if self._rebuilt is not None:
-            self._rebuilt.add(push.user_id)
         return None
 
     def _ring_before(self, push: UserPush, reply: Any) -> Ring:
         """Return the ring as it was in Redis before this push."""
         if not isinstance(reply, bytes):
             return push.cached or Ring(self._config.max_events)
-        if not reply and push.is_first_of_user and push.cached is not None and self._rebuilt is None:
+        if not reply and push.is_first_of_user and push.cached is not None:
             self.rings_lost += 1
             metrics.LOST_RINGS.inc()
         return self._parsed(push.user_id, reply)

@@ -59,7 +59,7 @@ async def parts(member: GroupMember) -> AsyncIterator[list[tuple[object, str]]]:
     coordinator = GroupCoordinator(consumer._client, SubscriptionState(), group_id="group")
     producer = AIOKafkaProducer()
     yield [
-        *((consumer, name) for name in ("_coordinator", "_subscription")),
+        *((consumer, name) for name in ("_client", "_coordinator", "_subscription")),
         (consumer._subscription, "subscription"),
         (subscription, "assignment"),
         (subscription.assignment, "state_value"),

@@ -228,18 +228,6 @@ async def test_lost_ring_is_counted_and_restarts_with_the_pushed_event(client: R
     assert (event.ring, event.is_new, store.rings_lost) == (event_bytes(0, 2), True, 1)
 
 
-async def test_rebuild_drops_each_ring_once_then_appends(client: RedisClient, new_user: NewUser):
-    user = new_user()
-    await SequenceStore(client, SequencesConfig()).push([consumed_event(user, 1, 70)])
-    store = SequenceStore(client, SequencesConfig(), rebuild=True)
-    for offset in (3, 4):
-        await store.push([consumed_event(user, 0, offset)])
-    value = await read_value(client, user)
-    assert value
-    assert value[40:] == event_bytes(0, 3) + event_bytes(0, 4)
-    assert store.rings_lost == 0
-
-
 async def test_count_wraps_without_moving_events(client: RedisClient, new_user: NewUser):
     user = new_user()
     cap = 7

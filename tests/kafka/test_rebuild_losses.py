@@ -1,0 +1,113 @@
+"""Rebuilds of a real Valkey that lost some rings: whole ones stay, the others get everything that is left."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from aiokafka import TopicPartition
+
+from tests.kafka.broker import Broker, RecordingListener
+from tests.kafka.rebuilds import Shop, read_rings, rebuild
+from worker.clock import WallClock
+from worker.errors import SourceError
+from worker.interfaces import ConsumedEvent
+from worker.kafka.source import KafkaSource
+from worker.operations.group_fence import GroupFence
+from worker.operations.rebuild import Rebuild
+from worker.redis.client import RedisClient
+
+
+async def test_user_on_two_partitions_gets_every_event(broker: Broker, client: RedisClient):
+    shop = await Shop.open(broker, client, max_poll_records=1000)  # one poll returns both partitions
+    await shop.produce(40)
+    await shop.work()
+    await client.pipeline([("DEL", key) for key in await read_rings(client, shop.topic)])
+    _, report = await rebuild(shop.config, client)
+    assert (report.restored, report.users) == (80, 4)
+    assert await shop.rings() == shop.expected()
+
+
+async def test_whole_ring_keeps_events_that_the_topic_no_longer_has(broker: Broker, client: RedisClient):
+    shop = await Shop.open(broker, client)
+    await shop.produce(40)
+    await shop.work()
+    before = await read_rings(client, shop.topic)
+    lost, *_, kept = before
+    await client.call("DEL", lost)
+    await shop.delete_before(20)
+    plan, report = await rebuild(shop.config, client)
+    assert (plan.lost, report.lost, report.restored, report.rewritten) == (40, 0, 10, 0)
+    after = await read_rings(client, shop.topic)
+    assert {key: after[key] for key in before if key != lost} == {key: before[key] for key in before if key != lost}
+    rings = await shop.rings()
+    assert rings[kept] == shop.expected()[kept]
+    assert rings[lost] == shop.expected(deleted=20)[lost]
+
+
+@pytest.mark.parametrize("lost_after", [0, 40])
+async def test_rings_that_received_events_after_their_loss_get_those_before_it(
+    broker: Broker, client: RedisClient, lost_after: int
+):
+    """Redis is set back to its state after `lost_after` events, which retention deletes, and works on."""
+    shop = await Shop.open(broker, client)
+    await shop.produce(20)
+    await shop.work()
+    snapshot = await read_rings(client, shop.topic)
+    await shop.produce(20)
+    await shop.work()
+    keys = list(snapshot)
+    await client.pipeline([("SET", key, snapshot[key]) if lost_after else ("DEL", key) for key in keys])
+    await shop.produce(20)
+    await shop.work()
+    await shop.delete_before(20)
+    _, report = await rebuild(shop.config, client)
+    assert report.rewritten == 4
+    assert await shop.rings() == shop.expected(deleted=0 if lost_after else 20)
+    _, again = await rebuild(shop.config, client)
+    assert (again.restored, again.rewritten) == (0, 0)
+
+
+async def test_worker_that_starts_meanwhile_ends_the_rebuild_and_loses_no_event(
+    broker: Broker, client: RedisClient, eventually
+):
+    shop = await Shop.open(broker, client)
+    await shop.produce(40)
+    await shop.work()
+    await client.pipeline([("DEL", key) for key in await read_rings(client, shop.topic)])
+    working: list[asyncio.Task] = []
+
+    class RebuildBesideWorker(Rebuild):
+        """A worker joins after the first poll was pushed."""
+
+        async def _read(self, *args) -> AsyncIterator[tuple[list[ConsumedEvent], int]]:
+            async for item in super()._read(*args):
+                yield item
+                if not working:
+                    working.append(asyncio.create_task(shop.work()))
+                    await eventually(lambda: self._fence is not None and self._fence._given_up)
+
+    await shop.produce(40)
+    with pytest.raises(SourceError, match=r"was joined by a worker.*; stop the workers, then run rebuild again"):
+        await RebuildBesideWorker(shop.config, client, WallClock()).run(False, lambda offsets, total: None)
+    await working[0]
+    assert 0 < sum(len(events) for events, _ in (await shop.rings()).values()) < 160
+    await rebuild(shop.config, client)
+    assert await shop.rings() == shop.expected()
+
+
+async def test_running_rebuild_keeps_the_partitions_from_a_worker_until_its_write_is_done(
+    broker: Broker, client: RedisClient, listener: RecordingListener, eventually
+):
+    shop = await Shop.open(broker, client)
+    partitions = [TopicPartition(shop.topic, partition) for partition in range(2)]
+    async with GroupFence(shop.config.kafka, WallClock(), partitions) as fence:
+        async with fence.writing():
+            source = KafkaSource(shop.config.kafka, WallClock())
+            starting = asyncio.create_task(source.start(listener))
+            await eventually(lambda: fence._given_up)
+            assert listener.history == []
+        with pytest.raises(SourceError, match="was joined by a worker"):
+            async with fence.writing():
+                pass
+    await starting
+    await source.stop()
