@@ -71,8 +71,9 @@ class Oracle:
     def source(self, partition: int, offset: int) -> bytes:
         return hash64(f"{self.topic_generation}\0{self.topic}\0{partition}") + struct.pack("<q", offset)
 
-    def rings(self) -> dict[str, bytes]:
-        return {f"seq:{{u:{user}}}": self.ring(user) for user in self.events}
+    def rings(self, prefix: str = "") -> dict[str, bytes]:
+        """Return the rings by key. prefix: of the keys"""
+        return {f"{prefix}seq:{{u:{user}}}": self.ring(user) for user in self.events}
 
     def check_slates(self, slates: list[dict]) -> None:
         """Check that slates cover every triggering event, and no event before an earlier one of its user.

@@ -6,6 +6,7 @@ source, secrets masked.
 
 import json
 import os
+import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,6 +23,7 @@ from pipeline.types import Fraction, NonNegativeFloat, NonNegativeInt, PositiveF
 from worker.errors import ConfigError
 from worker.secrets import masked
 
+PREFIX = r"[^{}\s]{0,256}"  # braces would be a cluster's hash tag, and put all keys on one node
 TtlDays = Annotated[float, Meta(ge=1 / 86400)]  # Redis expires keys after whole seconds, at least one
 
 
@@ -66,9 +68,15 @@ class KafkaConfig(Section, frozen=True, forbid_unknown_fields=True):
 class RedisConfig(Section, frozen=True, forbid_unknown_fields=True):
     url: str = "redis://localhost:6379/0"  # rediss:// for TLS; user and password in the URL are masked when printed
     cluster: bool = False
+    # of every key, so that deployments can share a Redis; unset: kafka.group_id and a colon; without braces
+    prefix: str | None = None
     start_timeout_s: PositiveFloat = 60.0  # a Redis that comes up later than the worker is waited for, like Kafka
     timeout_s: PositiveFloat = 2.0  # per round trip; redis-py's own default is 5 s and 10 retries
     retry_backoff_s: PositiveFloat = 0.2  # first delay, doubled up to 5 s; no event is dropped, however long it takes
+
+    def __post_init__(self) -> None:
+        if self.prefix is not None and not re.fullmatch(PREFIX, self.prefix):
+            raise ValueError(f"prefix {self.prefix!r}: want at most 256 characters, none a brace or white space")
 
 
 class EventsConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -193,6 +201,13 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     rerank: RerankWeights = field(default_factory=RerankWeights)
     labels: LabelOptions = field(default_factory=LabelOptions)
     serve: ServeConfig = field(default_factory=ServeConfig)
+
+    @property
+    def key_prefix(self) -> str:
+        """The prefix of all keys in Redis. Braces would be a cluster's hash tag: those of a group id are left out."""
+        if self.redis.prefix is not None:
+            return self.redis.prefix
+        return "".join(char for char in self.kafka.group_id if char not in "{}" and not char.isspace()) + ":"
 
     @property
     def schema(self) -> EventSchema:

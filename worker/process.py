@@ -24,6 +24,7 @@ from worker.kafka.sink import KafkaSink
 from worker.kafka.source import KafkaSource
 from worker.redis.client import connect_at_start
 from worker.redis.counters import CounterStore
+from worker.redis.ownership import claim_keys
 from worker.redis.sequences import SequenceStore
 from worker.redis.slates import SlateStore
 from worker.stream import drain
@@ -84,8 +85,9 @@ async def build_components(
     ranker = PipelineRanker(pipeline, config.pipeline.slate_size, clock, config.pipeline.strategy)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(lambda: ranker.stop(deadline.share_s(STOP_S)))
-        client = await connect_at_start(config.redis, clock, report)
+        client = await connect_at_start(config.redis, config.key_prefix, clock, report)
         stack.push_async_callback(lambda: deadline.finish(client.aclose(), STOP_S))
+        await claim_keys(client, config)
         slates = SlateStore(client, config.slates, config.sequences.topic_generation)
         counters = CounterStore(
             client, config, pipeline.counters, slates, ranker.run_in_thread, ranker.pin_items, lambda: pipeline.version

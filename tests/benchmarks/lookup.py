@@ -24,7 +24,7 @@ import numpy as np
 
 from pipeline.slates import Covers, Latency, Slate, SlateItem
 from tests.benchmarks import results
-from worker.config import RedisConfig, SlatesConfig
+from worker.config import Config, RedisConfig, SlatesConfig
 from worker.errors import MillraceError
 from worker.lookup.lookup import Lookup
 from worker.redis.client import connect
@@ -55,7 +55,7 @@ def make_slate(user: str) -> Slate:
 
 
 async def fill(url: str, users: Sequence[str]) -> None:
-    client = await connect(RedisConfig(url=url))
+    client = await connect(RedisConfig(url=url), Config().key_prefix)
     await SlateStore(client, SlatesConfig()).put([make_slate(user) for user in users])
     await client.aclose()
 
@@ -136,7 +136,7 @@ async def measure(name: str, look_up: LookUp, bursts: int) -> list[dict[str, res
 async def benchmark(bursts: int) -> list[dict[str, results.Cell]]:
     with TemporaryDirectory() as folder, LocalValkey(folder) as server:
         await fill(server.url, [f"u{number}" for number in range(max(SIZES))])
-        async with Lookup(RedisConfig(url=server.url)) as lookup:
+        async with Lookup(Config(redis=RedisConfig(url=server.url))) as lookup:
             rows = await measure("library", by_library(lookup), bursts)
         async with serving(server.url) as port:
             return rows + await measure("http", by_http(port), bursts)

@@ -91,9 +91,9 @@ async def check(bootstrap: str, name: str, redis_url: str) -> int:
     async for record in every_record(bootstrap, f"{name}.events"):
         oracle.feed(record.partition, record.offset, msgspec.json.decode(record.value))
     async with Redis.from_url(redis_url) as redis:
-        keys = [key async for key in redis.scan_iter("seq:*", count=1000)]
+        keys = [key async for key in redis.scan_iter(f"{name}:seq:*", count=1000)]
         stored = dict(zip([key.decode() for key in keys], await redis.mget(keys), strict=True))
-    assert stored == oracle.rings(), "rings differ from the oracle's"
+    assert stored == oracle.rings(f"{name}:"), "rings differ from the oracle's"
     topic = f"{name}.recommendations"
     oracle.check_slates([msgspec.json.decode(record.value) async for record in every_record(bootstrap, topic)])
     return len(stored)

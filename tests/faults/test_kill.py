@@ -249,9 +249,9 @@ async def check_against_oracle(stream: Stream, valkey: str, triggers: tuple[str,
         else:
             oracle.feed(record.partition, record.offset, event)
     async with Redis.from_url(valkey) as redis:
-        keys = [key async for key in redis.scan_iter(f"seq:{{u:{stream.user_prefix}*", count=1000)]
+        keys = [key async for key in redis.scan_iter(f"{stream.group}:seq:*", count=1000)]
         rings = dict(zip([key.decode() for key in keys], await redis.mget(keys), strict=True))
-    assert rings == oracle.rings()
+    assert rings == oracle.rings(f"{stream.group}:")
     oracle.check_slates([msgspec.json.decode(record.value or b"") for record in await stream.read(stream.slates)])
     dead_letters = {_origin(record) for record in await stream.read(stream.dead_letters)}
     assert dead_letters == invalid

@@ -29,6 +29,7 @@ from worker.stream.loop import Worker
 EVENTS = 1000
 USERS = 20
 RING_EVENTS = 16
+PREFIX = "millrace:"  # of the keys of the default group
 Fault = Callable[[Worker, HealthState], Coroutine[Any, Any, None]]
 Eventually = Callable[..., Awaitable[Any]]
 
@@ -94,7 +95,7 @@ def check_slates(events: list[Event], slates: Path) -> Oracle:
 
 async def read_rings(url: str) -> dict[str, bytes]:
     async with Redis.from_url(url) as redis:
-        keys = [key async for key in redis.scan_iter("seq:*", count=1000)]
+        keys = [key async for key in redis.scan_iter(f"{PREFIX}seq:*", count=1000)]
         return dict(zip([key.decode() for key in keys], await redis.mget(keys), strict=True))
 
 
@@ -112,7 +113,7 @@ async def test_hanging_redis_delays_the_stream_and_changes_nothing(
     worker = await stream(settings(server.url), list(events), tmp_path / "slates.jsonl", hang)
     assert worker.tracker.open_count == 0
     assert "did not answer within 0.3 s" in problems[0]
-    assert await read_rings(server.url) == check_slates(events, tmp_path / "slates.jsonl").rings()
+    assert await read_rings(server.url) == check_slates(events, tmp_path / "slates.jsonl").rings(PREFIX)
 
 
 async def test_full_redis_is_waited_for_and_nothing_is_lost(
@@ -129,7 +130,7 @@ async def test_full_redis_is_waited_for_and_nothing_is_lost(
 
     await stream(settings(server.url), list(events), tmp_path / "slates.jsonl", fill)
     assert reported
-    assert await read_rings(server.url) == check_slates(events, tmp_path / "slates.jsonl").rings()
+    assert await read_rings(server.url) == check_slates(events, tmp_path / "slates.jsonl").rings(PREFIX)
 
 
 async def test_redis_restarted_empty_loses_rings_but_no_slate(

@@ -184,7 +184,7 @@ async def test_model_swaps_under_a_stream_lose_neither_events_nor_counts(
     assert sum(counted.values()) == pytest.approx(sum(trained.values()) + event_count, rel=1e-4)
     for item, events in events_per_item.items():
         assert counted[item] == pytest.approx(trained.get(item_hash(item), 0) + events, rel=1e-3)
-    async with Lookup(config.redis) as lookup:
+    async with Lookup(config) as lookup:
         assert (await lookup.slate("nobody")).model_version == third
     async with build_components(config, WallClock()) as restarted:
         assert await restarted.counters.merge()

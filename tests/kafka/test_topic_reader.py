@@ -180,6 +180,6 @@ async def test_refused_read_is_a_source_error(broker: Broker, monkeypatch: pytes
 
     async with consuming(config, topic) as consumer:
         monkeypatch.setattr(consumer, "getmany", refuse)
-        with pytest.raises(SourceError, match=f"topic {topic}: .*TopicAuthorizationFailed") as caught:
+        with pytest.raises(SourceError, match=f"forbids this client the topic .*{topic}") as caught:
             await read(consumer, {TopicPartition(topic, 0): OffsetRange(0, 1)}, config)
     assert not caught.value.retriable

@@ -21,7 +21,7 @@ from worker.errors import TopicRecreated
 from worker.interfaces import Partition
 from worker.kafka.source import KafkaSource
 from worker.kafka.topic_id import read_topic_id
-from worker.redis.client import RedisClient, ring_key
+from worker.redis.client import RedisClient
 from worker.redis.sequences import SequenceStore
 from worker.stream.codec import Codec
 
@@ -60,7 +60,7 @@ async def consume(config: Config, client: RedisClient, count: int) -> None:
 
 
 async def ring_length(config: Config, client: RedisClient) -> int:
-    return (await client.call("STRLEN", ring_key(config.kafka.events_topic)) - 40) // EVENT_BYTES
+    return (await client.call("STRLEN", client.keys.ring(config.kafka.events_topic)) - 40) // EVENT_BYTES
 
 
 async def test_topic_that_is_created_again_has_another_id(broker: Broker, config: Config):

@@ -30,7 +30,7 @@ def run(args: Namespace) -> int:
     from worker.lookup.lookup import Lookup
 
     async def find() -> "Slate":
-        async with Lookup(config.load(args.config).redis) as lookup:
+        async with Lookup(config.load(args.config)) as lookup:
             return await lookup.slate(args.user)
 
     slate = asyncio.run(find())

@@ -36,7 +36,7 @@ def run(args: Namespace) -> int:
     from worker.redis.client import connect
 
     async def rebuild(progress: Progress) -> tuple[RebuildPlan, RebuildReport]:
-        client = await connect(loaded.redis)
+        client = await connect(loaded.redis, loaded.key_prefix)
         task = progress.add_task("rebuilding", total=None)
         try:
             work = Rebuild(replace(loaded, kafka=cli_timeouts(loaded.kafka)), client, WallClock())

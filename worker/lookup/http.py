@@ -52,7 +52,7 @@ class SlateEndpoint:
 
 def application(config: Config) -> Starlette:
     """Return the ASGI application, which holds its Redis connections from start-up to shutdown."""
-    lookup = Lookup(config.redis)
+    lookup = Lookup(config)
     slates = SlateEndpoint(lookup, config.serve.max_concurrent_lookups)
 
     @contextlib.asynccontextmanager

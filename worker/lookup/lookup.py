@@ -1,7 +1,7 @@
 """Look up a user's slate, for product backends.
 
 example:
-  async with Lookup(config.redis) as lookup:
+  async with Lookup(config) as lookup:
       slate = await lookup.slate("u1")
 """
 
@@ -10,9 +10,9 @@ import asyncio
 import msgspec
 
 from pipeline.slates import Slate
-from worker.config import RedisConfig
+from worker.config import Config
 from worker.errors import StoreUnavailable, UnknownUser
-from worker.redis.client import POPULAR_KEY, RedisClient, slate_key
+from worker.redis.client import RedisClient
 from worker.redis.read_batcher import ReadBatcher
 from worker.redis.slates import decode_slate
 
@@ -24,9 +24,10 @@ class Lookup:
     `redis.timeout_s`.
     """
 
-    def __init__(self, config: RedisConfig) -> None:
-        self._timeout_s = config.timeout_s
-        self._client = RedisClient(config)
+    def __init__(self, config: Config) -> None:
+        """Read the slates of the deployment that this configuration describes: Redis, and the prefix of its keys."""
+        self._timeout_s = config.redis.timeout_s
+        self._client = RedisClient(config.redis, config.key_prefix)
         self._reads = ReadBatcher(self._client)
 
     async def __aenter__(self) -> "Lookup":
@@ -50,17 +51,17 @@ class Lookup:
 
     async def check(self) -> None:
         """Return when Redis answers. Raises StoreUnavailable, StoreError."""
-        await self._reads.get(POPULAR_KEY)
+        await self._reads.get(self._client.keys.popular)
 
     async def aclose(self) -> None:
         await self._reads.aclose()
         await self._client.aclose()
 
     async def _slate(self, user_id: str) -> Slate:
-        slate = await self._read(slate_key(user_id))
+        slate = await self._read(self._client.keys.slate(user_id))
         if slate is not None:
             return slate
-        popular = await self._read(POPULAR_KEY)
+        popular = await self._read(self._client.keys.popular)
         if popular is None:
             raise UnknownUser(
                 f"no slate for user {user_id[:256]!r} in Redis at {self._client.address}, and no popular one yet: "

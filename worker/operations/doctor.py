@@ -75,7 +75,7 @@ async def _kafka(config: Config) -> str:
 async def _redis(config: Config) -> str:
     from worker.redis.client import connect
 
-    client = await connect(config.redis)
+    client = await connect(config.redis, config.key_prefix)
     try:
         server = await client.info("server")
         memory = await client.info("memory")

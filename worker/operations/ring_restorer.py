@@ -13,7 +13,7 @@ from worker.config import Config
 from worker.errors import StoreError
 from worker.interfaces import Clock, ConsumedEvent, Partition
 from worker.operations.group_fence import GroupFence
-from worker.redis.client import Command, RedisClient, ring_key
+from worker.redis.client import Command, RedisClient
 from worker.redis.ring import Ring, source_id
 from worker.redis.ring_check import RingCheck
 from worker.redis.sequences import SequenceStore
@@ -102,22 +102,22 @@ class RingRestorer:
         return True
 
     async def _read_rings(self, users: Sequence[str]) -> None:
-        values = await self._client.pipeline([("GET", ring_key(user_id)) for user_id in users])
+        values = await self._client.pipeline([("GET", self._client.keys.ring(user_id)) for user_id in users])
         self._rings = {user: self._parsed(user, value or b"") for user, value in zip(users, values, strict=True)}
 
     def _parsed(self, user_id: str, value: bytes) -> Ring:
         try:
             return Ring.from_value(value, self._config.max_events)
         except ValueError as error:
-            raise StoreError(f"{ring_key(user_id)} in Redis: {error}") from error
+            raise StoreError(f"{self._client.keys.ring(user_id)} in Redis: {error}") from error
 
     def _cut(self, user_id: str) -> Command:
         check = self._checks[user_id]
         assert check is not None
         ring = check.without_topic(self._rings[user_id], self._committed.keys())
         if not ring.count:
-            return "DEL", ring_key(user_id)
-        return "SET", ring_key(user_id), ring.value(), "EX", int(self._config.ttl_days * DAY_S)
+            return "DEL", self._client.keys.ring(user_id)
+        return "SET", self._client.keys.ring(user_id), ring.value(), "EX", int(self._config.ttl_days * DAY_S)
 
     async def _push(self, events: list[ConsumedEvent]) -> int:
         if events:

@@ -6,7 +6,6 @@ redis-py would wait 5 s and try 10 times before it reports that a server is down
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import hiredis
@@ -21,12 +20,12 @@ from worker.backoff import Backoff
 from worker.config import RedisConfig
 from worker.errors import ConfigError, StoreError, StoreUnavailable
 from worker.interfaces import Clock
+from worker.redis.functions import LIBRARIES
+from worker.redis.keys import Keys
 from worker.redis.url import WANT, check_url
 
 log = logging.get("redis")
 START_BACKOFF = Backoff(first_s=0.5, cap_s=4.0)  # a server that comes up is noticed soon, a dead one is not hammered
-LIBRARIES = [Path(__file__).with_name(name) for name in ("sequences.lua", "slates.lua", "counters.lua")]
-POPULAR_KEY = "rec:popular"
 FUNCTION_NOT_FOUND = "Function not found"  # after a restart without persistence, or failover to a replica without it
 # Error replies that pass by themselves or after an operator's action: code -> predicate of the error message.
 TRANSIENT_ERRORS = {
@@ -47,23 +46,15 @@ T = TypeVar("T")
 _pack = cast(Callable[[Command], bytes], hiredis.pack_command)
 
 
-def ring_key(user_id: str) -> str:
-    return f"seq:{{u:{user_id}}}"
-
-
-def slate_key(user_id: str) -> str:
-    return f"rec:{{u:{user_id}}}"
-
-
-def topic_key(topic_generation: str, topic: str) -> str:
-    return f"topic:{{{topic_generation}:{topic}}}"
-
-
 class RedisClient:
     """One server or one cluster. Every method raises StoreUnavailable (may be retried) or StoreError."""
 
-    def __init__(self, config: RedisConfig) -> None:
-        """Connect at the first call. Raises ConfigError for an invalid URL."""
+    def __init__(self, config: RedisConfig, prefix: str = "") -> None:
+        """Connect at the first call. Raises ConfigError for an invalid URL.
+
+        prefix: of the deployment's keys
+        """
+        self.keys = Keys(prefix)
         self._timeout_s = config.timeout_s
         self._cluster: RedisCluster | None = None
         # RESP2: no feature of RESP3 is used. No socket timeouts: one deadline per pipeline, not one per reply.
@@ -140,8 +131,8 @@ class RedisClient:
 
     async def load_functions(self) -> None:
         """Run FUNCTION LOAD REPLACE on every primary. Raises StoreError when the server has no functions."""
-        for path in LIBRARIES:
-            load: Command = ("FUNCTION", "LOAD", "REPLACE", path.read_text())
+        for library in LIBRARIES:
+            load: Command = ("FUNCTION", "LOAD", "REPLACE", library.code)
             if self._cluster is not None:
                 reply = self._cluster.execute_command("FUNCTION LOAD", *load[2:], target_nodes=RedisCluster.PRIMARIES)
                 await self._with_deadline(reply)
@@ -207,7 +198,9 @@ def _concerns_all_keys(error: redis_errors.ResponseError) -> bool:
     return isinstance(error, redis_errors.NoPermissionError) or "unknown command" in str(error)
 
 
-async def connect_at_start(config: RedisConfig, clock: Clock, report: Callable[[str], None]) -> RedisClient:
+async def connect_at_start(
+    config: RedisConfig, prefix: str, clock: Clock, report: Callable[[str], None]
+) -> RedisClient:
     """Return a client whose functions are loaded, waiting for a server that is away. Same errors as `connect`.
 
     report: called with the reason of each failed attempt, and with "" at the end
@@ -218,7 +211,7 @@ async def connect_at_start(config: RedisConfig, clock: Clock, report: Callable[[
     delays_s = START_BACKOFF.delays()
     while True:
         try:
-            client = await connect(config)
+            client = await connect(config, prefix)
         except StoreUnavailable as error:
             delay_s = next(delays_s)
             if clock.monotonic() + delay_s >= give_up_s:
@@ -231,9 +224,9 @@ async def connect_at_start(config: RedisConfig, clock: Clock, report: Callable[[
             return client
 
 
-async def connect(config: RedisConfig) -> RedisClient:
+async def connect(config: RedisConfig, prefix: str = "") -> RedisClient:
     """Return a client whose functions are loaded. Raises ConfigError, StoreUnavailable, StoreError."""
-    client = RedisClient(config)
+    client = RedisClient(config, prefix)
     try:
         await client.load_functions()
     except BaseException:

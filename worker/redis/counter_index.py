@@ -32,7 +32,7 @@ class CounterIndex:
 
     async def read(self, shard: int) -> tuple[list[str], list[str]]:
         """Return a shard's items in Redis, and those that it should have, too. StoreUnavailable."""
-        key = index_key(shard)
+        key = self._client.keys.index(shard)
         [members] = await self._client.replies([("SMEMBERS", key)])
         if isinstance(members, StoreError):
             self._raise_or_report(key, members)
@@ -47,7 +47,7 @@ class CounterIndex:
     ) -> None:
         """Add the missing items whose row was found, and remove the items without one. StoreUnavailable."""
         added = sorted(set(missing).intersection(stored))
-        key = index_key(shard)
+        key = self._client.keys.index(shard)
         self._shards[shard].difference_update(expired)
         commands: list[Command] = [("SADD", key, *added)] if added else []
         commands += [("SREM", key, *expired)] if expired else []
@@ -57,13 +57,15 @@ class CounterIndex:
 
     def additions(self, items: Iterable[str]) -> list[tuple[str, Command]]:
         """Return the items that the index lacks, each with the command that adds it."""
-        return [(item, ("SADD", index_key(index_shard(item)), item)) for item in items if item not in self]
+        return [
+            (item, ("SADD", self._client.keys.index(index_shard(item)), item)) for item in items if item not in self
+        ]
 
     def added(self, item: str, reply: object) -> None:
         """Remember an addition after its reply. One that Redis refused is missing when its shard is read again."""
         self._shards[index_shard(item)].add(item)
         if isinstance(reply, StoreError) and not reply.retriable:
-            self._on_invalid(index_key(index_shard(item)), reply)
+            self._on_invalid(self._client.keys.index(index_shard(item)), reply)
 
     def _item(self, key: str, member: bytes) -> str | None:
         try:
@@ -80,10 +82,6 @@ class CounterIndex:
         if error.retriable:
             raise error
         self._on_invalid(key, error)
-
-
-def index_key(shard: int) -> str:
-    return f"cnt:index:{shard}"
 
 
 def index_shard(item_id: str) -> int:

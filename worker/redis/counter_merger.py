@@ -14,6 +14,7 @@ from worker.config import CountersConfig
 from worker.errors import StoreError
 from worker.redis.client import Command, RedisClient
 from worker.redis.counter_index import CounterIndex, OnInvalid
+from worker.redis.functions import COUNT
 
 TTL_HALF_LIVES = 12  # a row that was not touched for so long has lost all but 1/4096 of its weight: it expires
 WRITER_BYTES = 4
@@ -60,9 +61,9 @@ class CounterMerger:
         """Return the merge of an item's counts. condition: "absent" to count only when there is no row yet"""
         command = (
             "FCALL",
-            "millrace_count",
+            COUNT.function,
             1,
-            row_key(item_id),
+            self._client.keys.counts(item_id),
             as_of_ms,
             self._half_life_ms,
             self._neighbours,
@@ -101,9 +102,5 @@ class CounterMerger:
         rows = replies[: len(merges)]
         for merge, row in zip(merges, rows, strict=True):
             if isinstance(row, StoreError) and not row.retriable:
-                self._on_invalid(row_key(merge.item_id), row)
+                self._on_invalid(self._client.keys.counts(merge.item_id), row)
         return rows
-
-
-def row_key(item_id: str) -> str:
-    return f"cnt:{{i:{item_id}}}"

@@ -1,4 +1,4 @@
-#!lua name=millrace_counters
+#!lua name=millrace_counters_VERSION
 -- An item's shared counts: 20 bytes of header, its neighbours, 12 bytes each, and the marks of its latest merges, 8
 -- bytes each: the process u32 and the number of its merge u32, the latest merge first. All little endian.
 --
@@ -129,4 +129,4 @@ local function count(keys, args)
   return merged
 end
 
-redis.register_function('millrace_count', count)
+redis.register_function('millrace_count_VERSION', count)

@@ -23,7 +23,7 @@ from worker.errors import StoreError
 from worker.rate_limit import RateLimit
 from worker.redis.client import RedisClient
 from worker.redis.counter_index import INDEX_SHARDS, CounterIndex
-from worker.redis.counter_merger import CounterMerger, RowMerge, row_key
+from worker.redis.counter_merger import CounterMerger, RowMerge
 from worker.redis.counter_rows import pack_rows, row_fault, rows_as_deltas, unpack_rows
 from worker.redis.popular_slate import popular_slate
 from worker.redis.slates import SlateStore
@@ -231,7 +231,7 @@ class CounterStore:
     async def _read_rows(self, shard: int, ids: Sequence[str], missing: Sequence[str]) -> None:
         """Take over the rows of these items, and correct the index, which lacks some, by what was found."""
         for batch in _batches(ids):
-            replies = await self._client.replies([("GET", row_key(item_id)) for item_id in batch])
+            replies = await self._client.replies([("GET", self._client.keys.counts(item_id)) for item_id in batch])
             stored: dict[str, bytes] = {}
             expired: list[str] = []
             for item_id, reply in zip(batch, replies, strict=True):
@@ -254,7 +254,7 @@ class CounterStore:
         usable: dict[int, bytes] = {}
         for token, value in values.items():
             if fault := row_fault(value):
-                self._report_invalid(row_key(self._vocabulary.item_ids[token]), fault)
+                self._report_invalid(self._client.keys.counts(self._vocabulary.item_ids[token]), fault)
             else:
                 usable[token] = value
         slots = self._config.counters.neighbours
@@ -265,7 +265,7 @@ class CounterStore:
     def _raise_or_report(self, item_id: str, error: StoreError) -> None:
         if error.retriable:
             raise error
-        self._report_invalid(row_key(item_id), error)
+        self._report_invalid(self._client.keys.counts(item_id), error)
 
     def _report_invalid(self, key: str, reason: object) -> None:
         """Count and log content of a key that cannot be used."""

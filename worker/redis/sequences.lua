@@ -1,4 +1,4 @@
-#!lua name=millrace_sequences
+#!lua name=millrace_sequences_VERSION
 -- A user's ring: 40 bytes of header, then events of 24 bytes; event j (of all ever appended) is in slot j % cap.
 --
 --   0  u8   format (1)                 8  8 bytes  source of the latest push, 0 = none
@@ -138,4 +138,4 @@ local function push(keys, args)
   return value_before or #events
 end
 
-redis.register_function('millrace_push', push)
+redis.register_function('millrace_push_VERSION', push)

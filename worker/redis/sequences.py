@@ -16,7 +16,8 @@ from worker import logging, metrics
 from worker.config import SequencesConfig
 from worker.errors import StoreError, StoreUnavailable, TopicRecreated
 from worker.interfaces import ConsumedEvent, Partition
-from worker.redis.client import Command, RedisClient, ring_key, topic_key
+from worker.redis.client import Command, RedisClient
+from worker.redis.functions import PUSH
 from worker.redis.ring import HEADER, Ring, source_id
 from worker.redis.ring_cache import RingCache
 from worker.redis.unreadable import set_unreadable_aside
@@ -92,11 +93,11 @@ class SequenceStore:
         self._warn(self.rings_lost - lost_before)
         for push, stored_offset in zip(pushes, stale_offsets, strict=True):
             if stored_offset is not None:
-                raise _recreated_error(push, stored_offset)
+                raise _recreated_error(self._client.keys.ring(push.user_id), push, stored_offset)
 
     async def claim_topic(self, topic: str, topic_id: str) -> None:
         """Note that the rings' offsets are of the topic with this id. Raises TopicRecreated if they are another's."""
-        key = topic_key(self._config.topic_generation, topic)
+        key = self._client.keys.topic(self._config.topic_generation, topic)
         _, stored = await self._client.pipeline([("SET", key, topic_id, "NX"), ("GET", key)])
         owner = stored.decode()
         if owner != topic_id:
@@ -134,7 +135,9 @@ class SequenceStore:
         """
         unread = [push for push in pushes if push.cached is None and push.source not in self._settled]
         users = list({push.user_id for push in unread})
-        replies = await self._client.pipeline([("GETRANGE", ring_key(user), 0, HEADER.size - 1) for user in users])
+        replies = await self._client.pipeline(
+            [("GETRANGE", self._client.keys.ring(user), 0, HEADER.size - 1) for user in users]
+        )
         headers = dict(zip(users, replies, strict=True))
         for push in pushes:
             ring = push.cached or self._parsed(push.user_id, headers.get(push.user_id, b""), is_header=True)
@@ -145,9 +148,9 @@ class SequenceStore:
         """Return the FCALL of one push; sequences.lua describes its arguments."""
         return (
             "FCALL",
-            "millrace_push",
+            PUSH.function,
             1,
-            ring_key(push.user_id),
+            self._client.keys.ring(push.user_id),
             self._max_events,
             self._ttl_s,
             push.expected_version(),
@@ -190,7 +193,7 @@ class SequenceStore:
                 return Ring.from_header(value)
             return Ring.from_value(value, self._config.max_events)
         except ValueError as error:
-            raise StoreError(f"{ring_key(user_id)} in Redis: {error}") from error
+            raise StoreError(f"{self._client.keys.ring(user_id)} in Redis: {error}") from error
 
     def _warn(self, lost: int) -> None:
         """Log lost rings, at most once per WARNING_INTERVAL_S."""
@@ -199,9 +202,9 @@ class SequenceStore:
             log.warning("Redis lost rings; `millrace rebuild` restores them from the topic", rings_lost=self.rings_lost)
 
 
-def _recreated_error(push: UserPush, stored_offset: int) -> TopicRecreated:
+def _recreated_error(key: str, push: UserPush, stored_offset: int) -> TopicRecreated:
     topic, partition = push.partition
     return TopicRecreated(
-        f"{ring_key(push.user_id)} in Redis has read {topic}-{partition} up to offset {stored_offset}, but the "
+        f"{key} in Redis has read {topic}-{partition} up to offset {stored_offset}, but the "
         f"partition ends at {push.events[-1].end_offset}: the topic was re-created; change sequences.topic_generation"
     )

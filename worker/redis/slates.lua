@@ -1,4 +1,4 @@
-#!lua name=millrace_slates
+#!lua name=millrace_slates_VERSION
 -- A user's last slate: the source (8 bytes) and last offset (i64, little endian) that it covers, then the JSON.
 -- One GET reads it: the JSON starts at byte 16.
 
@@ -20,4 +20,4 @@ local function put(keys, args)
   return 1
 end
 
-redis.register_function('millrace_slate', put)
+redis.register_function('millrace_slate_VERSION', put)

@@ -13,7 +13,8 @@ from pipeline.slates import Slate
 from worker.config import SlatesConfig
 from worker.errors import StoreError
 from worker.interfaces import Partition
-from worker.redis.client import POPULAR_KEY, Command, RedisClient, slate_key
+from worker.redis.client import Command, RedisClient
+from worker.redis.functions import PUT_SLATE
 from worker.redis.ring import source_id
 
 STAMP_BYTES = 16
@@ -40,14 +41,14 @@ class SlateStore:
     async def put_popular(self, slate: Slate, as_of_ms: int) -> None:
         """Write the slate of users without one, unless the stored one has counts of a later time. Same errors."""
         await self._client.call(
-            "FCALL", "millrace_slate", 1, POPULAR_KEY, NO_SOURCE, as_of_ms, _encode(slate), self._ttl_s
+            "FCALL", PUT_SLATE.function, 1, self._client.keys.popular, NO_SOURCE, as_of_ms, _encode(slate), self._ttl_s
         )
 
     def _command(self, slate: Slate) -> Command:
         covers = slate.covers
         source = source_id(self._topic_generation, Partition(covers.topic, covers.partition))
-        key = slate_key(slate.user_id)
-        return "FCALL", "millrace_slate", 1, key, source, covers.last_offset, _encode(slate), self._ttl_s
+        key = self._client.keys.slate(slate.user_id)
+        return "FCALL", PUT_SLATE.function, 1, key, source, covers.last_offset, _encode(slate), self._ttl_s
 
 
 def decode_slate(key: str, value: bytes) -> Slate:

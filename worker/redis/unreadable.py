@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from worker import logging, metrics
-from worker.redis.client import RedisClient, ring_key
+from worker.redis.client import RedisClient
 from worker.redis.ring import HEADER, PREFIX, Ring
 
 log = logging.get("sequences")
@@ -11,27 +11,22 @@ log = logging.get("sequences")
 FORMATS = range(1, 10)
 
 
-def unreadable_key(user_id: str) -> str:
-    """Return the key that such a value is moved to, in the hash slot of the user's other keys."""
-    return f"seq:unreadable:{{u:{user_id}}}"
-
-
 async def set_unreadable_aside(client: RedisClient, user_ids: Iterable[str]) -> list[str]:
     """Rename these users' keys that hold no ring of any version; return their old names. StoreError."""
     users = sorted(set(user_ids))
-    types = await client.pipeline([("TYPE", ring_key(user)) for user in users])
+    types = await client.pipeline([("TYPE", client.keys.ring(user)) for user in users])
     unreadable = [user for user, kind in zip(users, types, strict=True) if kind not in (b"string", b"none")]
     strings = [user for user, kind in zip(users, types, strict=True) if kind == b"string"]
-    values = await client.pipeline([("GET", ring_key(user)) for user in strings])
+    values = await client.pipeline([("GET", client.keys.ring(user)) for user in strings])
     unreadable += [user for user, value in zip(strings, values, strict=True) if _is_unreadable(value or b"")]
-    await client.pipeline([("RENAME", ring_key(user), unreadable_key(user)) for user in unreadable])
+    await client.pipeline([("RENAME", client.keys.ring(user), client.keys.unreadable(user)) for user in unreadable])
     for user in unreadable:
         metrics.UNREADABLE_RINGS.inc()
         log.error(
             "a key holds no ring: it was renamed, the user's ring starts again from this event",
-            key=unreadable_key(user),
+            key=client.keys.unreadable(user),
         )
-    return [ring_key(user) for user in unreadable]
+    return [client.keys.ring(user) for user in unreadable]
 
 
 def _is_unreadable(value: bytes) -> bool:

@@ -54,7 +54,9 @@ class ReplayOptions(msgspec.Struct, frozen=True):
     kafka: str | None = None  # None: the log itself is the source; a broker's address; "": start one
     redis: str | None = None  # URL; None: start a Valkey for the run
     rate: float | None = None  # scored events per second, through Kafka; None: no limit
-    name: str = msgspec.field(default_factory=lambda: f"replay-{token_hex(4)}")  # group id and prefix of the topics
+    name: str = msgspec.field(
+        default_factory=lambda: f"replay-{token_hex(4)}"
+    )  # group id, and prefix of the topics and keys
 
 
 class Timeline(NamedTuple):
@@ -182,7 +184,7 @@ def _replay_config(config: Config, options: ReplayOptions, stack: AsyncExitStack
     return replace(
         config,
         kafka=kafka,
-        redis=replace(config.redis, url=url, cluster=False),
+        redis=replace(config.redis, url=url, cluster=False, prefix=f"{options.name}:"),
         events=replace(config.events, max_age_days=0.0, max_clock_skew_s=1e12, trigger_actions=None),
         batcher=replace(config.batcher, coalesce=False),
         pipeline=replace(config.pipeline, artifact_poll_interval_s=0.0),

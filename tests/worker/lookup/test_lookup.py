@@ -16,7 +16,7 @@ from worker.config import Config, RedisConfig, ServeConfig, SlatesConfig
 from worker.errors import MillraceError, StoreError, StoreUnavailable, UnknownUser
 from worker.lookup.http import application
 from worker.lookup.lookup import Lookup
-from worker.redis.client import connect, slate_key
+from worker.redis.client import connect
 from worker.redis.slates import SlateStore
 from worker.replay.local_servers import LocalValkey
 
@@ -42,8 +42,8 @@ def make_slate(user: str) -> Slate:
     )
 
 
-async def put(config: RedisConfig, users: Sequence[str]) -> None:
-    client = await connect(config)
+async def put(config: Config, users: Sequence[str]) -> None:
+    client = await connect(config.redis, config.key_prefix)
     try:
         await SlateStore(client, SlatesConfig()).put([make_slate(user) for user in users])
     finally:
@@ -63,7 +63,7 @@ async def look_up(lookup: Lookup, users: Sequence[str]) -> list[Slate | Millrace
 
 
 async def test_thousands_of_lookups_at_once_are_all_answered_each_with_its_own_slate(server: LocalValkey) -> None:
-    config = RedisConfig(url=server.url, timeout_s=20)
+    config = Config(redis=RedisConfig(url=server.url, timeout_s=20))
     users = [f"u{number}" for number in range(2000)]
     await put(config, users)
     async with Lookup(config) as lookup:
@@ -75,7 +75,7 @@ async def test_thousands_of_lookups_at_once_are_all_answered_each_with_its_own_s
 
 
 async def test_users_without_a_slate_among_others_share_one_read_of_the_popular_one(server: LocalValkey) -> None:
-    config = RedisConfig(url=server.url)
+    config = Config(redis=RedisConfig(url=server.url))
     await put(config, ["known"])
     async with Lookup(config) as lookup:
         found = await look_up(lookup, ["stranger-1", "known", "known", "stranger-2"])
@@ -87,10 +87,10 @@ async def test_users_without_a_slate_among_others_share_one_read_of_the_popular_
 
 
 async def test_key_of_another_type_fails_its_own_lookup_only(server: LocalValkey) -> None:
-    config = RedisConfig(url=server.url)
+    config = Config(redis=RedisConfig(url=server.url))
     await put(config, ["good", "fine"])
-    client = await connect(config)
-    await client.call("LPUSH", slate_key("broken"), "x")
+    client = await connect(config.redis, config.key_prefix)
+    await client.call("LPUSH", client.keys.slate("broken"), "x")
     await client.aclose()
     async with Lookup(config) as lookup:
         good, broken, fine = await look_up(lookup, ["good", "broken", "fine"])
@@ -103,7 +103,7 @@ async def test_key_of_another_type_fails_its_own_lookup_only(server: LocalValkey
 
 
 async def test_hung_server_fails_waiting_lookups_in_time_and_later_ones_succeed(server: LocalValkey) -> None:
-    config = RedisConfig(url=server.url, timeout_s=0.5)
+    config = Config(redis=RedisConfig(url=server.url, timeout_s=0.5))
     await put(config, ["u"])
     async with Lookup(config) as lookup:
         assert await lookup.slate("u") == make_slate("u")
@@ -116,7 +116,7 @@ async def test_hung_server_fails_waiting_lookups_in_time_and_later_ones_succeed(
 
 
 async def test_cancelled_lookup_leaves_others_of_the_same_user_waiting(server: LocalValkey) -> None:
-    config = RedisConfig(url=server.url)
+    config = Config(redis=RedisConfig(url=server.url))
     await put(config, ["u"])
     async with Lookup(config) as lookup:
         given_up, kept = (asyncio.create_task(lookup.slate("u")) for _ in range(2))
@@ -127,7 +127,7 @@ async def test_cancelled_lookup_leaves_others_of_the_same_user_waiting(server: L
 
 async def test_closing_ends_running_lookups(server: LocalValkey) -> None:
     os.kill(server.pid, signal.SIGSTOP)
-    lookup = Lookup(RedisConfig(url=server.url, timeout_s=60))
+    lookup = Lookup(Config(redis=RedisConfig(url=server.url, timeout_s=60)))
     running = asyncio.create_task(lookup.slate("u"))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
@@ -141,7 +141,7 @@ async def test_closing_ends_running_lookups(server: LocalValkey) -> None:
 async def test_node_of_a_cluster_that_is_down_fails_the_lookups_of_its_users_only(tmp_path: Path) -> None:
     users = [f"u{number}" for number in range(600)]
     async with cluster(tmp_path, nodes=2) as (first, second):
-        config = RedisConfig(url=first.url, cluster=True, timeout_s=20)
+        config = Config(redis=RedisConfig(url=first.url, cluster=True, timeout_s=20))
         await put(config, users)
         async with Lookup(config) as lookup:
             assert await look_up(lookup, users) == [make_slate(user) for user in users]
@@ -154,7 +154,7 @@ async def test_node_of_a_cluster_that_is_down_fails_the_lookups_of_its_users_onl
 
 async def test_http_queues_lookups_up_to_its_bound_and_refuses_one_more(server: LocalValkey, eventually) -> None:
     config = Config(redis=RedisConfig(url=server.url, timeout_s=20), serve=ServeConfig(max_concurrent_lookups=50))
-    await put(config.redis, ["u"])
+    await put(config, ["u"])
     transport = httpx.ASGITransport(app=application(config))
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
         os.kill(server.pid, signal.SIGSTOP)

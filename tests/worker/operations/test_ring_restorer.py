@@ -14,7 +14,7 @@ from worker.clock import WallClock
 from worker.config import Config, RedisConfig, SequencesConfig
 from worker.interfaces import ConsumedEvent, Partition, RecordOffset
 from worker.operations.ring_restorer import RingRestorer
-from worker.redis.client import RedisClient, connect, ring_key
+from worker.redis.client import RedisClient, connect
 from worker.redis.ring import Ring
 from worker.redis.sequences import SequenceStore
 
@@ -90,7 +90,7 @@ class Stream:
 
 
 async def ring_of(client: RedisClient, user: str, cap: int) -> list[bytes]:
-    ring = Ring.from_value(await client.call("GET", ring_key(user)) or b"", cap)
+    ring = Ring.from_value(await client.call("GET", client.keys.ring(user)) or b"", cap)
     return [ring.events[at : at + EVENT_BYTES] for at in range(0, len(ring.events), EVENT_BYTES)]
 
 
@@ -103,7 +103,7 @@ async def push(client: RedisClient, stream: Stream, user: str, places: list[Plac
 
 async def consume(client: RedisClient, stream: Stream, user: str) -> None:
     """Bring Redis into the state that the stream describes."""
-    key = ring_key(user)
+    key = client.keys.ring(user)
     await push(client, stream, user, stream.arrivals[: stream.kept])
     snapshot = await client.call("GET", key)
     await push(client, stream, user, stream.arrivals[stream.kept : stream.lost_after])

@@ -16,8 +16,9 @@ from tests.worker.redis.counting import Process, assert_equal_counts, run_rounds
 from worker.config import RedisConfig
 from worker.errors import StoreUnavailable
 from worker.redis.client import RedisClient, connect
-from worker.redis.counter_index import index_key, index_shard
-from worker.redis.counter_merger import row_key
+from worker.redis.counter_index import index_shard
+from worker.redis.functions import COUNT
+from worker.redis.keys import Keys
 from worker.replay.local_servers import LocalValkey
 
 HEADER = struct.Struct("<BBHqd")
@@ -73,14 +74,14 @@ async def test_row_that_cannot_be_merged_is_skipped_and_all_others_are_merged_on
     process = Process(server_client)
     items = [f"i{number}" for number in range(70)]
     before = count_invalid()
-    await server_client.call(content[0], row_key("i0"), content[1])
+    await server_client.call(content[0], Keys().counts("i0"), content[1])
     process.observe(*[[(item, 1)] for item in items])
     await run_rounds(process)
     assert [process.popularity(item) for item in items[1:]] == pytest.approx([1] * 69, rel=1e-3)
     assert await server_client.call("EXISTS", "rec:popular")
     assert count_invalid() > before
     lines = [line for line in logged() if line["event"] == "skipping invalid counters"]
-    assert {line["key"] for line in lines} == {row_key("i0")}
+    assert {line["key"] for line in lines} == {Keys().counts("i0")}
     assert all(line["reason"] for line in lines)
     process.observe([("i1", 2)])
     assert await process.store.merge()
@@ -96,7 +97,7 @@ async def test_row_with_impossible_counts_is_not_taken_over(server_client: Redis
     process.observe([("a", 1), ("b", 2)])
     assert await process.store.merge()
     before = count_invalid()
-    await server_client.call(content[0], row_key("a"), content[1])
+    await server_client.call(content[0], Keys().counts("a"), content[1])
     await run_rounds(process)
     assert count_invalid() > before
     assert process.popularity("a") == pytest.approx(1, rel=1e-3)
@@ -110,21 +111,21 @@ async def test_index_member_that_is_no_item_is_skipped_and_named(
     process.observe([("a", 1)])
     assert await process.store.merge()
     before = count_invalid()
-    await server_client.call("SADD", index_key(index_shard("a")), member)
+    await server_client.call("SADD", Keys().index(index_shard("a")), member)
     starting = Process(server_client)
     assert await starting.store.merge()
     assert starting.popularity("a") == pytest.approx(1, rel=1e-3)
     assert count_invalid() == before + 1
-    assert index_key(index_shard("a")) in [line.get("key") for line in logged()]
+    assert Keys().index(index_shard("a")) in [line.get("key") for line in logged()]
 
 
 async def test_index_of_another_type_does_not_stop_the_merges(server_client: RedisClient):
-    await server_client.call("SET", index_key(index_shard("a")), "x")
+    await server_client.call("SET", Keys().index(index_shard("a")), "x")
     process = Process(server_client)
     process.observe([("a", 1)])
     await run_rounds(process)
     assert process.popularity("a") == pytest.approx(1, rel=1e-3)
-    assert await server_client.call("EXISTS", row_key("a"))
+    assert await server_client.call("EXISTS", Keys().counts("a"))
 
 
 async def test_merge_whose_reply_was_lost_counts_once(
@@ -170,7 +171,7 @@ async def test_repetition_is_told_after_sixteen_other_merges_and_marks_stay_few(
     for process in processes:
         process.observe([("a", 1)])
         assert await process.store.merge()
-    row = await server_client.call("GET", row_key("a"))
+    row = await server_client.call("GET", Keys().counts("a"))
     assert len(row) == HEADER.size + 16 * 8
     send = server_client.replies
     sent: list[Sequence] = []
@@ -183,7 +184,7 @@ async def test_repetition_is_told_after_sixteen_other_merges_and_marks_stay_few(
     processes[0].observe([("a", 2)])
     assert await processes[0].store.merge()
     server_client.replies = send
-    [merge] = [command for commands in sent for command in commands if command[1] == "millrace_count"]
+    [merge] = [command for commands in sent for command in commands if command[1] == COUNT.function]
     for process in processes[1:16]:
         process.observe([("a", 3)])
         assert await process.store.merge()
@@ -193,8 +194,8 @@ async def test_repetition_is_told_after_sixteen_other_merges_and_marks_stay_few(
 
 
 async def test_row_without_marks_of_an_earlier_format_is_continued(server_client: RedisClient):
-    await server_client.call("SET", row_key("a"), HEADER.pack(1, 12, 0, 1_700_000_000_000, 5.0))
-    await server_client.call("SADD", index_key(index_shard("a")), "a")
+    await server_client.call("SET", Keys().counts("a"), HEADER.pack(1, 12, 0, 1_700_000_000_000, 5.0))
+    await server_client.call("SADD", Keys().index(index_shard("a")), "a")
     process = Process(server_client)
     assert await process.store.merge()
     assert process.popularity("a") == pytest.approx(5, rel=1e-3)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.worker.redis.counting import Process, assert_equal_counts, run_rounds
-from worker.config import RedisConfig
+from worker.config import Config, RedisConfig
 from worker.lookup.lookup import Lookup
 from worker.redis.client import RedisClient
 from worker.replay.local_servers import LocalValkey
@@ -132,7 +132,7 @@ async def test_popular_items_answer_users_without_a_slate(server: LocalValkey, s
     process = Process(server_client)
     process.observe([("a", 1), ("b", 2)], [("b", 3)])
     assert await process.store.merge()
-    async with Lookup(RedisConfig(url=server.url)) as lookup:
+    async with Lookup(Config(redis=RedisConfig(url=server.url, prefix=""))) as lookup:
         slate = await lookup.slate("nobody")
     assert [item.item_id for item in slate.items] == ["b", "a"]
     assert (slate.user_id, slate.strategy) == ("nobody", "popular")

@@ -263,6 +263,7 @@ class LosesReplies:
 
     def __init__(self, client: RedisClient, lost: int) -> None:
         self._client = client
+        self.keys = client.keys
         self.lost = lost
 
     async def pipeline(self, commands: list) -> list:

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.slates import Covers, Latency, Slate, SlateItem
 from worker.cli import main
-from worker.config import RedisConfig, SlatesConfig
+from worker.config import Config, RedisConfig, SlatesConfig
 from worker.errors import StoreError, StoreUnavailable, UnknownUser
 from worker.lookup.lookup import Lookup
 from worker.redis.client import RedisClient, connect
@@ -41,7 +41,7 @@ def slate(user: str, last_offset: int, partition: int = 0, item: str = "i1") -> 
 @pytest.fixture
 async def lookup(valkey: str) -> AsyncIterator[Lookup]:
     """A lookup in the session's Valkey."""
-    async with Lookup(RedisConfig(url=valkey)) as lookup:
+    async with Lookup(Config(redis=RedisConfig(url=valkey, prefix=""))) as lookup:
         yield lookup
 
 
@@ -103,7 +103,7 @@ async def test_popular_slate_answers_unknown_users_and_is_replaced_only_by_a_lat
 ):
     store = SlateStore(server_client, SlatesConfig())
     popular = msgspec.structs.replace(slate("", -1), strategy="popular")
-    async with Lookup(RedisConfig(url=server.url)) as lookup:
+    async with Lookup(Config(redis=RedisConfig(url=server.url, prefix=""))) as lookup:
         with pytest.raises(UnknownUser, match="'stranger'"):
             await lookup.slate("stranger")
         await store.put_popular(popular, as_of_ms=2_000)
@@ -119,6 +119,7 @@ def test_lookup_command_prints_a_slate_and_exits_44_for_an_unknown_user(run, ser
 
     run(put_slate())
     monkeypatch.setenv("MILLRACE__REDIS__URL", server.url)
+    monkeypatch.setenv("MILLRACE__REDIS__PREFIX", "")
     assert main(["lookup", "u 1", "--json"]) == 0
     assert msgspec.json.decode(capsys.readouterr().out, type=Slate) == slate("u 1", 7, item="the item")
     assert main(["lookup", "u 1"]) == 0
@@ -167,7 +168,8 @@ async def serving(url: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, h
     """Run `millrace serve` as a child process."""
     port = free_ports(1)[0]
     command = [sys.executable, "-m", "worker.cli", "serve", "--port", str(port)]
-    process = await asyncio.create_subprocess_exec(*command, env={**os.environ, "MILLRACE__REDIS__URL": url})
+    settings = {"MILLRACE__REDIS__URL": url, "MILLRACE__REDIS__PREFIX": ""}
+    process = await asyncio.create_subprocess_exec(*command, env=os.environ | settings)
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
             yield process, http
@@ -185,6 +187,6 @@ async def is_ready(http: httpx.AsyncClient) -> bool:
 
 
 async def test_lookup_without_a_server_is_unavailable():
-    async with asyncio.timeout(20), Lookup(RedisConfig(url="redis://127.0.0.1:9/0")) as lookup:
+    async with asyncio.timeout(20), Lookup(Config(redis=RedisConfig(url="redis://127.0.0.1:9/0", prefix=""))) as lookup:
         with pytest.raises(StoreUnavailable):
             await lookup.slate("u1")

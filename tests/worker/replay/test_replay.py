@@ -14,6 +14,7 @@ from tests.kafka.broker import Broker
 from worker.cli import main
 from worker.errors import StoreUnavailable
 from worker.redis.client import Command, RedisClient
+from worker.redis.functions import PUSH
 from worker.replay.report import ReplayReport
 
 SETTINGS = {
@@ -202,7 +203,7 @@ def test_events_whose_push_was_carried_out_but_not_answered_are_not_lost(
     async def lose_some_replies(client: RedisClient, commands: Sequence[Command]) -> list[Any]:
         nonlocal pushes
         replies = await pipeline(client, commands)
-        if commands and commands[0][1] == "millrace_push":
+        if commands and commands[0][1] == PUSH.function:
             pushes += 1
             if pushes % 2:
                 raise StoreUnavailable("the reply is lost")
