@@ -55,6 +55,7 @@ class KafkaConfig(Section, frozen=True, forbid_unknown_fields=True):
     session_timeout_ms: PositiveInt = 30000
     rebalance_timeout_ms: PositiveInt = 60000  # time to drain on revoke; aiokafka's default is the session timeout
     request_timeout_ms: PositiveInt = 30000
+    metadata_max_age_ms: PositiveInt = 30000  # how soon added partitions are read; aiokafka's default is 5 minutes
     linger_ms: NonNegativeInt = 0  # slates are batched before they are sent, so lingering gains nothing
     security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
     sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "GSSAPI"] = "PLAIN"
@@ -169,6 +170,7 @@ class HealthConfig(Struct, frozen=True, forbid_unknown_fields=True):
     port: Annotated[int, Meta(ge=0, le=65535)] = 9108  # /livez /readyz /metrics; 0: a free port
     # lag without progress: dump the tasks and exit; a server that is known to be away is waited for
     stall_timeout_s: PositiveFloat = 300.0
+    partition_stall_s: PositiveFloat = 60.0  # one partition stands still while records wait: /readyz and the log say so
     commit_interval_s: PositiveFloat = 1.0  # records after the last commit are read again after a kill
     # for the whole way out after SIGTERM or an error, plus 2 s; for answering on revoke: keep it below
     # rebalance_timeout_ms

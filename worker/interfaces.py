@@ -176,6 +176,14 @@ class Source(Protocol):
         """Return the number of records after the last polled one, by owned partition."""
         ...
 
+    def stalled_s(self) -> Mapping[Partition, float]:
+        """Return for how long each owned partition has stood still although readable records wait in it."""
+        ...
+
+    def problem(self) -> str:
+        """Return why there is nothing to read, in one sentence; "" when there is no such reason."""
+        ...
+
     @property
     def exhausted(self) -> bool:
         """Whether nothing more can be read: a log is at its end, or a topic's next record cannot be decoded."""

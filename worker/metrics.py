@@ -49,6 +49,11 @@ EXPECTED_VALUE = Counter(
 
 # Flow
 LAG = Gauge("millrace_lag_records", "Records after the last polled one", ["topic", "partition"])
+STALLED_SECONDS = Gauge(
+    "millrace_partition_stalled_seconds",
+    "Time for which a partition has stood still although records wait in it",
+    ["topic", "partition"],
+)
 OLDEST_IN_FLIGHT_SECONDS = Gauge("millrace_oldest_in_flight_seconds", "Time since the oldest open record was polled")
 PAUSED = Gauge("millrace_paused", "1 while partitions are paused by backpressure")
 RETRIES = Counter("millrace_retries_total", "Attempts repeated after a retriable error", ["error"])

@@ -48,6 +48,7 @@ class GroupMember:
         self._generation = -1  # the group's generation when the partitions were assigned
         self._assignment_count = 0  # numbers the assignments
         self.assignments: dict[Partition, int] = {}
+        self.is_topic_missing = False  # deleted, when its id was last asked for
         self.failure: Exception | None = None  # raised by a rebalance callback, not yet re-raised
         self.was_assigned = asyncio.Event()  # the first assignment's callback has ended
         # A join waits until the other members have drained.
@@ -63,6 +64,7 @@ class GroupMember:
             session_timeout_ms=config.session_timeout_ms,
             heartbeat_interval_ms=min(1000, config.session_timeout_ms // 3),  # how soon a rebalance is noticed
             rebalance_timeout_ms=config.rebalance_timeout_ms,
+            metadata_max_age_ms=config.metadata_max_age_ms,
         )
 
     async def join(self) -> None:
@@ -102,12 +104,25 @@ class GroupMember:
     async def check_topic(self) -> None:
         """Raise TopicRecreated if the topic is no longer the one that this process read. Raises KafkaError."""
         # NOTE: private in aiokafka 0.14: the consumer's `_client`, whose connections are open already.
-        self._identity.check(await fetch_topic_id(self.consumer._client, self._config.events_topic))
+        topic_id = await fetch_topic_id(self.consumer._client, self._config.events_topic)
+        self._identity.check(topic_id)
+        self.is_topic_missing = topic_id is None and self._identity.topic_id is not None
 
     @property
     def is_current(self) -> bool:
         """Whether the group's generation is still the one in which the partitions were assigned."""
         return self._coordinator.generation == self._generation
+
+    async def ends(self) -> dict[Partition, int]:
+        """Ask the broker where each assigned partition ends for a reader of committed records. Raises KafkaError."""
+        partitions = [TopicPartition(*partition) for partition in self.assignments]
+        ends = await self.consumer.end_offsets(partitions) if partitions else {}
+        return {Partition(tp.topic, tp.partition): end for tp, end in ends.items()}
+
+    def positions(self) -> dict[Partition, int]:
+        """Return the next offset to poll of each assigned partition whose position is known."""
+        found = {partition: self._position(TopicPartition(*partition)) for partition in self.assignments}
+        return {partition: position for partition, position in found.items() if position is not None}
 
     def lag(self, partition: Partition) -> int:
         """Return the number of readable records after the last polled one, as of the last fetch.

@@ -18,11 +18,13 @@ from worker.kafka.client import ensure_coordinator, ensure_topics, retry_at_star
 from worker.kafka.consumer_group import NO_PARTITION, STOP_S, GroupMember
 from worker.kafka.corrupt_record import DECODE_ERRORS, CorruptRecord
 from worker.kafka.error_causes import explain, is_permanent
+from worker.kafka.partition_progress import PartitionProgress
 from worker.kafka.topic_id import TopicIdentity, read_topic_id
 
 log = logging.get("source")
 POLL_GRACE_S = 0.05  # beyond a poll's timeout: only a rebalance takes longer
 COMMIT_RETRY_S = 0.2
+ASK_ENDS_S = 5.0  # between two questions for the partitions' ends, one small request per broker
 TOPIC_CHECK_S = 1.0  # between requests for the topic's id, besides those of commits
 STALE_GENERATION = (errors.UnknownMemberIdError, errors.IllegalGenerationError, errors.RebalanceInProgressError)
 
@@ -59,6 +61,9 @@ class KafkaSource:
         self._fetching: asyncio.Task[list[PolledRecords]] | None = None
         self._paused = False
         self._topic_check_s = 0.0  # by Clock.monotonic(): when the topic's id is due to be looked at
+        self._progress = PartitionProgress(clock)
+        self._asking: asyncio.Task[None] | None = None
+        self._ask_ends_s = 0.0  # by Clock.monotonic(): when the partitions' ends are due to be asked for
         self._member_or_none: GroupMember | None = None
         self._corrupt: SourceError | None = None  # set at a record that cannot be decoded: nothing after it is read
 
@@ -89,6 +94,7 @@ class KafkaSource:
 
         Raises SourceError when the group or the topic refuses this client, and what a rebalance callback raised.
         """
+        self._ask_ends_if_due()
         if self._fetching is None:
             self._fetching = asyncio.create_task(self._fetch(timeout_s), name="fetch")
         done, _ = await asyncio.wait({self._fetching}, timeout=timeout_s + POLL_GRACE_S)
@@ -136,7 +142,23 @@ class KafkaSource:
         return {partition: offset for partition, (_, offset) in self._pending_commit.items()}
 
     def lag(self) -> Mapping[Partition, int]:
-        return {partition: self._member.lag(partition) for partition in self._member.assignments}
+        """Return records after the last polled one, as of the last fetch or the broker's last answer."""
+        positions = self._member.positions()
+        waiting = {partition: self._progress.end(partition) - position for partition, position in positions.items()}
+        return {
+            partition: max(self._member.lag(partition), waiting.get(partition, 0))
+            for partition in self._member.assignments
+        }
+
+    def stalled_s(self) -> Mapping[Partition, float]:
+        """See Source."""
+        return self._progress.stalled_s()
+
+    def problem(self) -> str:
+        """See Source."""
+        if self._member_or_none is not None and self._member_or_none.is_topic_missing:
+            return f"topic {self._config.events_topic} is not on {self._config.bootstrap_servers}: it was deleted"
+        return ""
 
     @property
     def exhausted(self) -> bool:
@@ -153,7 +175,7 @@ class KafkaSource:
         if self._member_or_none is None:
             return
         await self._member_or_none.leave()
-        running = [task for task in (self._fetching, self._committing) if task is not None]
+        running = [task for task in (self._fetching, self._committing, self._asking) if task is not None]
         for task in running:
             task.cancel()
         if running:
@@ -189,6 +211,21 @@ class KafkaSource:
         else:
             return [self._to_polled(tp, records) for tp, records in fetched.items()]
         return []
+
+    def _ask_ends_if_due(self) -> None:
+        """Ask for the partitions' ends in a task of its own, one at a time."""
+        if self._clock.monotonic() >= self._ask_ends_s and (self._asking is None or self._asking.done()):
+            self._ask_ends_s = self._clock.monotonic() + ASK_ENDS_S
+            self._asking = asyncio.create_task(self._ask_ends(), name="ask ends")
+
+    async def _ask_ends(self) -> None:
+        try:
+            async with asyncio.timeout(self._config.request_timeout_ms / 1000):
+                ends = await self._member.ends()
+        except (errors.KafkaError, TimeoutError) as error:
+            log.debug("the partitions' ends are not known", error=repr(error))
+        else:
+            self._progress.update(self._member.positions(), ends, self._paused)
 
     async def _check_topic_if_due(self) -> None:
         """Notice a topic that was created again while this member has no partition of it, or nothing to commit."""

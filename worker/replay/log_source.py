@@ -94,6 +94,13 @@ class LogSource:
     def uncommitted(self) -> Mapping[Partition, int]:
         return {}
 
+    def stalled_s(self) -> Mapping[Partition, float]:
+        """Return nothing: a file does not stall."""
+        return {}
+
+    def problem(self) -> str:
+        return ""
+
     def lag(self) -> Mapping[Partition, int]:
         """Return the number of records read but not polled; 0 while the clock has not reached the first of them."""
         is_due = bool(self._pending) and self._wait_s() == 0

@@ -141,6 +141,7 @@ class Watchdog:
         self._completed = -1
         self._progress_s = clock.monotonic()
         self._exported: set[Partition] = set()  # partitions whose lag the metrics show
+        self._standing: list[str] = []  # partitions that were reported as standing still
 
     async def run(self) -> None:
         try:
@@ -151,9 +152,10 @@ class Watchdog:
             self._export_lag({})
 
     def check(self) -> None:
-        """Export the gauges. Raises Stalled."""
+        """Export the gauges, and report partitions that stand still. Raises Stalled."""
         now_s = self._clock.monotonic()
         self._export(now_s)
+        self._check_partitions()
         waiting = self._tracker.open_count + sum(self._source.lag().values())
         if self._tracker.completed_count != self._completed or not waiting:
             self._completed = self._tracker.completed_count
@@ -165,6 +167,27 @@ class Watchdog:
                 f"({self._tracker.open_count} open); the tasks are dumped above, the process exits to be restarted"
             )
 
+    def _check_partitions(self) -> None:
+        """Report partitions that stand still. Raises Stalled for one that does so for too long."""
+        self._report("source", self._source.problem())
+        limit_s = self._config.partition_stall_s
+        stalled_s = {partition: late_s for partition, late_s in self._source.stalled_s().items() if late_s > limit_s}
+        standing = sorted(f"{topic}-{partition}" for topic, partition in stalled_s)
+        reason = f"records wait in {', '.join(standing)}, which stand still for more than {limit_s:g} s"
+        self._report("partitions", reason if standing else "")
+        if standing != self._standing:
+            log.warning("partitions that stand still while records wait have changed", partitions=standing)
+            self._standing = standing
+        if stalled_s and max(stalled_s.values()) > self._config.stall_timeout_s:
+            dump_tasks()
+            raise Stalled(f"{reason}; the tasks are dumped above, the process exits to be restarted")
+
+    def _report(self, part: str, problem: str) -> None:
+        if problem:
+            self._health.problems[part] = problem
+        else:
+            self._health.problems.pop(part, None)
+
     def _export(self, now_s: float) -> None:
         metrics.IN_FLIGHT_EVENTS.set(self._tracker.open_count)
         oldest_s = self._tracker.oldest_open_s
@@ -172,10 +195,13 @@ class Watchdog:
         self._export_lag(self._source.lag())
 
     def _export_lag(self, lag: Mapping[Partition, int]) -> None:
+        stalled_s = self._source.stalled_s()
         for topic, partition in self._exported - lag.keys():  # another member exports it now
             metrics.LAG.remove(topic, str(partition))
+            metrics.STALLED_SECONDS.remove(topic, str(partition))
         for (topic, partition), records in lag.items():
             metrics.LAG.labels(topic, str(partition)).set(records)
+            metrics.STALLED_SECONDS.labels(topic, str(partition)).set(stalled_s.get(Partition(topic, partition), 0.0))
         self._exported = set(lag)
 
 

@@ -32,6 +32,10 @@ class OffsetCommitter:
         for partition, assignment in partitions.items():
             self._tracker.assign(partition, assignment)
         log.info("partitions assigned", partitions=_names(partitions))
+        if not partitions:
+            log.warning(
+                "no partition is assigned: the group has more members than the topic has partitions, or it has none"
+            )
 
     async def revoked(self, partitions: Iterable[Partition]) -> None:
         """Wait until nothing is open, at most `drain_timeout_s`, then commit; the next owner reads the rest again."""

@@ -9,6 +9,7 @@ import urllib.request
 from dataclasses import dataclass, field
 
 import pytest
+from prometheus_client import REGISTRY
 
 from worker import metrics
 from worker.config import HealthConfig
@@ -37,6 +38,14 @@ class FakeSource:
     """The part of a source that the watchdog reads."""
 
     records: dict = field(default_factory=dict)
+    stalled: dict = field(default_factory=dict)
+    reason: str = ""
+
+    def stalled_s(self) -> dict:
+        return self.stalled
+
+    def problem(self) -> str:
+        return self.reason
 
     def lag(self) -> dict:
         return self.records
@@ -192,3 +201,41 @@ async def test_lag_of_a_revoked_partition_is_no_longer_exported(clock: ManualClo
 
 def exported_lag() -> dict[str, float]:
     return {sample.labels["partition"]: sample.value for sample in metrics.LAG.collect()[0].samples}
+
+
+async def test_one_partition_that_stands_still_is_reported_while_others_go_on_and_then_ends_the_worker(
+    clock: ManualClock, capfd, logged
+):
+    tracker, source, watchdog = watched(clock)
+    health = watchdog._health
+    health.ready = True
+    source.records = {PARTITION: 5, Partition("events", 1): 0}
+    for late_s in (0.0, 50.0):
+        source.stalled = {PARTITION: late_s, Partition("events", 1): 0.0}
+        tracker.completed_count += 1  # of the other partition
+        watchdog.check()
+        assert health.serving()[0]
+    source.stalled[PARTITION] = 59.0
+    watchdog._config = HealthConfig(stall_timeout_s=60, partition_stall_s=55)
+    watchdog.check()
+    assert health.serving() == (False, "partitions: records wait in events-0, which stand still for more than 55 s")
+    assert [line["partitions"] for line in logged() if "stand still" in line["event"]] == [["events-0"]]
+    assert REGISTRY.get_sample_value(
+        "millrace_partition_stalled_seconds", {"topic": "events", "partition": "0"}
+    ) == pytest.approx(59.0)
+    source.stalled[PARTITION] = 61.0
+    with pytest.raises(Stalled, match="events-0"):
+        watchdog.check()
+    source.stalled = {PARTITION: 0.0}
+    watchdog.check()
+    assert health.serving()[0]
+
+
+def test_source_without_a_topic_is_not_ready(clock: ManualClock):
+    _, source, watchdog = watched(clock)
+    source.reason = "topic events was deleted"
+    watchdog.check()
+    assert watchdog._health.serving() == (False, "source: topic events was deleted")
+    source.reason = ""
+    watchdog.check()
+    assert not watchdog._health.problems

@@ -184,6 +184,12 @@ class RebalancingSource:
     def uncommitted(self) -> dict[Partition, int]:
         return {}
 
+    def stalled_s(self) -> dict[Partition, float]:
+        return {}
+
+    def problem(self) -> str:
+        return ""
+
     def lag(self) -> dict[Partition, int]:
         return {PARTITION: len(self.log) - self.position}
 
