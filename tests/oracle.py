@@ -80,7 +80,6 @@ class Oracle:
 
         Each names a backend of its strategy and a reason. slates: those of each user in topic order
         """
-        last_covered: dict[str, int] = defaultdict(lambda: -1)
         for slate in slates:
             user = slate["user_id"]
             covers = slate["covers"]
@@ -88,12 +87,24 @@ class Oracle:
             assert slate["why"] in REASONS, f"{user}: {slate}"
             offsets = {offset for partition, offset in self.to_answer[user] if partition == covers["partition"]}
             covered = {offset for offset in offsets if covers["first_offset"] <= offset <= covers["last_offset"]}
-            skipped = {offset for offset in offsets if last_covered[user] < offset < covers["first_offset"]}
             assert len(covered) == covers["count"], f"{user}: covers {covers}, the topic has {sorted(covered)}"
-            assert not skipped, f"{user}: answered {covers} before {sorted(skipped)}"
-            last_covered[user] = max(last_covered[user], covers["last_offset"])
+        out_of_order = self.out_of_order(slates)
+        assert not out_of_order, f"answered before earlier events of the user: {out_of_order}"
         lost = self.lost(slates)
         assert not lost, f"events without a slate: {lost}"
+
+    def out_of_order(self, slates: list[dict]) -> list[dict]:
+        """Return the slates that cover an event before an earlier one of its user is covered."""
+        last_covered: dict[str, int] = defaultdict(lambda: -1)
+        early = []
+        for slate in slates:
+            user = slate["user_id"]
+            covers = slate["covers"]
+            offsets = {offset for partition, offset in self.to_answer[user] if partition == covers["partition"]}
+            if any(last_covered[user] < offset < covers["first_offset"] for offset in offsets):
+                early.append(slate)
+            last_covered[user] = max(last_covered[user], covers["last_offset"])
+        return early
 
     def lost(self, slates: list[dict]) -> list[tuple[str, int, int]]:
         """Return (user, partition, offset) of every triggering event that no slate covers."""

