@@ -95,15 +95,15 @@ class Oracle:
 
     def out_of_order(self, slates: list[dict]) -> list[dict]:
         """Return the slates that cover an event before an earlier one of its user is covered."""
-        last_covered: dict[str, int] = defaultdict(lambda: -1)
+        last_covered: dict[tuple[str, int], int] = defaultdict(lambda: -1)  # by user and partition
         early = []
         for slate in slates:
-            user = slate["user_id"]
             covers = slate["covers"]
-            offsets = {offset for partition, offset in self.to_answer[user] if partition == covers["partition"]}
-            if any(last_covered[user] < offset < covers["first_offset"] for offset in offsets):
+            key = slate["user_id"], covers["partition"]
+            offsets = {offset for partition, offset in self.to_answer[key[0]] if partition == key[1]}
+            if any(last_covered[key] < offset < covers["first_offset"] for offset in offsets):
                 early.append(slate)
-            last_covered[user] = max(last_covered[user], covers["last_offset"])
+            last_covered[key] = max(last_covered[key], covers["last_offset"])
         return early
 
     def lost(self, slates: list[dict]) -> list[tuple[str, int, int]]:

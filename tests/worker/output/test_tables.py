@@ -44,6 +44,7 @@ async def test_lookup_and_dead_letters_of_hostile_records_print_harmlessly(
     monkeypatch.setenv("MILLRACE__KAFKA__DEAD_LETTER_TOPIC", topic)
     monkeypatch.setenv("MILLRACE__KAFKA__CREATE_TOPICS", "true")
     monkeypatch.setenv("MILLRACE__REDIS__URL", valkey)
+    monkeypatch.setenv("MILLRACE__REDIS__PREFIX", "")
     hostile = HOSTILE.encode()
     offset = RecordOffset(Partition("events", 0), 1, 0)
     letter = DeadLetter(offset, hostile, hostile, [], 0, f"unknown action {HOSTILE}")
