@@ -2,6 +2,13 @@
 
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
+
+
+def date_ms(text: str) -> int:
+    """Return an ISO 8601 date or time, in UTC unless it has an offset, as milliseconds since 1970. ValueError."""
+    date = datetime.fromisoformat(text)
+    return int(1000 * (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp())
 
 
 class WallClock:

@@ -20,6 +20,7 @@ from pipeline.records import EventSchema
 from pipeline.strategies.rerank import RerankWeights
 from pipeline.strategies.strategy import FALLBACK_ORDER
 from pipeline.types import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from worker.clock import date_ms
 from worker.errors import ConfigError
 from worker.secrets import masked
 
@@ -47,6 +48,8 @@ class KafkaConfig(Section, frozen=True, forbid_unknown_fields=True):
     create_topics: bool = False  # a typo must not create a topic; the demo and the tests turn it on
     partitions: PositiveInt = 8  # for topics that millrace creates
     replication_factor: PositiveInt = 1  # for topics that millrace creates
+    # ISO 8601 time from which to read partitions of which the group has committed nothing; unset: from their beginning
+    start_at: str | None = None
     # where to continue when the next offset was deleted by retention or lies beyond the end: earliest loses the least
     on_offset_out_of_range: Literal["earliest", "latest", "halt"] = "earliest"
     group_instance_id: str | None = None  # the pod's ordinal: a restart within the session keeps its partitions
@@ -64,6 +67,12 @@ class KafkaConfig(Section, frozen=True, forbid_unknown_fields=True):
     ssl_cafile: str | None = None
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            date_ms(self.start_at or "1970-01-01")
+        except ValueError as error:
+            raise ValueError(f"start_at {self.start_at!r}: want an ISO 8601 time, such as 2026-01-31T12:00Z") from error
 
 
 class RedisConfig(Section, frozen=True, forbid_unknown_fields=True):

@@ -314,3 +314,17 @@ async def test_offset_owed_from_an_earlier_assignment_is_not_committed_in_a_late
         assert source.uncommitted() == {}
         polling.cancel()
     assert await broker.committed(topic, config.group_id) == (8 if taken == first else None)
+
+
+@pytest.mark.parametrize(("start_at", "expected"), [("1970-01-01T00:00:02Z", [b"2", b"3"]), ("1970-01-02", [])])
+async def test_partition_without_a_committed_offset_is_read_from_the_configured_time(
+    broker: Broker, listener: RecordingListener, start_at: str, expected: list[bytes]
+):
+    topic = await broker.topic()
+    async with AIOKafkaProducer(bootstrap_servers=broker.bootstrap) as producer:
+        for number in range(4):
+            await producer.send_and_wait(topic, b"%d" % number, timestamp_ms=1000 * number)
+    async with joined(broker.config(events_topic=topic, start_at=start_at), listener) as source:
+        assert values(await poll_records(source, len(expected))) == expected
+        await broker.produce(topic, [b"new"])
+        assert values(await poll_records(source, 1)) == [b"new"]

@@ -153,3 +153,9 @@ def test_names_that_do_not_fit_into_a_rings_byte_or_repeat_are_refused(key: str)
         config.load(env={variable: json.dumps(names)})
     with pytest.raises(ConfigError, match=rf"{variable}.*{key} has view more than once"):
         config.load(env={variable: '["view", "cart", "view"]'})
+
+
+def test_start_that_is_no_time_is_refused() -> None:
+    assert config.load(env={"MILLRACE__KAFKA__START_AT": "2026-01-31T12:00Z"}).kafka.start_at == "2026-01-31T12:00Z"
+    with pytest.raises(ConfigError, match=r"MILLRACE__KAFKA__START_AT: start_at 'yesterday': want an ISO 8601 time"):
+        config.load(env={"MILLRACE__KAFKA__START_AT": "yesterday"})

@@ -39,6 +39,16 @@ def speed(text: str) -> float | None:
     return _parse(text.removesuffix("x"), float, lambda number: 0 < number < float("inf"), "a factor, 10x, or max")
 
 
+def since(text: str) -> int:
+    """Parse a date or time into milliseconds since 1970."""
+    from worker.clock import date_ms
+
+    try:
+        return date_ms(text)
+    except ValueError as error:
+        raise ArgumentTypeError(f"'{text}': want an ISO 8601 date or time, such as 2026-01-31T12:00Z") from error
+
+
 def _parse(text: str, kind: type[Number], is_valid: Callable[[Number], bool], expected: str) -> Number:
     try:
         number = kind(text)

@@ -13,7 +13,7 @@ examples:
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from worker.commands.arguments import fraction, positive, rate, speed
+from worker.commands.arguments import fraction, positive, rate, since, speed
 from worker.commands.config import add_config
 from worker.commands.log_arguments import LOG_HELP, add_log_layout, log_layout, say_recognised, with_action_aliases
 from worker.output.paths import check_file
@@ -35,6 +35,9 @@ def configure(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--rate", type=rate, metavar="N", help="scored events per second, with --kafka (default: no limit)"
+    )
+    parser.add_argument(
+        "--since", type=since, metavar="TIME", help="ISO 8601 time from which to replay (default: from the beginning)"
     )
     parser.add_argument("--limit", type=positive, metavar="N", help="number of events to replay (default: all)")
     parser.add_argument("--report", type=Path, default=Path("replay.json"), help="report file (default replay.json)")
@@ -71,6 +74,7 @@ def run(args: Namespace) -> int:
         log=args.log,
         slates=args.slates,
         layout=layout,
+        since_ms=args.since,
         limit=args.limit,
         speed=args.speed,
         train_fraction=args.train_fraction,

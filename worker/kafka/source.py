@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from aiokafka import TopicPartition, errors
 
 from worker import logging, metrics
+from worker.clock import date_ms
 from worker.config import KafkaConfig
 from worker.deadline import Deadline
 from worker.errors import SourceError, TopicRecreated
@@ -199,7 +200,7 @@ class KafkaSource:
                 *partitions, timeout_ms=int(timeout_s * 1000), max_records=self._config.max_poll_records
             )
         except errors.NoOffsetForPartitionError as error:
-            await consumer.seek_to_beginning(error.args[0])
+            await self._seek_to_start(error.args[0])
         except errors.OffsetOutOfRangeError as error:
             await self._continue_in_range(error.args[0])
         except errors.ConsumerStoppedError:
@@ -226,6 +227,18 @@ class KafkaSource:
             log.debug("the partitions' ends are not known", error=repr(error))
         else:
             self._progress.update(self._member.positions(), ends, self._paused)
+
+    async def _seek_to_start(self, partition: TopicPartition) -> None:
+        """Read a partition of which nothing is committed from `start_at` on, or from its beginning."""
+        consumer = self._member.consumer
+        if self._config.start_at is None:
+            await consumer.seek_to_beginning(partition)
+            return
+        found = (await consumer.offsets_for_times({partition: date_ms(self._config.start_at)}))[partition]
+        if found is None:  # all records are older
+            await consumer.seek_to_end(partition)
+        else:
+            consumer.seek(partition, found.offset)
 
     async def _check_topic_if_due(self) -> None:
         """Notice a topic that was created again while this member has no partition of it, or nothing to commit."""

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import dropwhile, groupby, islice
 from pathlib import Path
 from secrets import token_hex
 from tempfile import TemporaryDirectory
@@ -48,6 +48,7 @@ class ReplayOptions(msgspec.Struct, frozen=True):
     log: Path
     slates: Path  # JSON lines file of the slates, when the log itself is the source
     layout: LogLayout | None = None
+    since_ms: int | None = None  # what is before the first event from this time on is left out
     limit: int | None = None  # number of events to replay
     speed: float | None = None  # log seconds per real second; None: no limit
     train_fraction: float = 0.8  # of the events, before scoring begins
@@ -160,12 +161,18 @@ def _read_timeline(options: ReplayOptions) -> Timeline:
             unreadable += 1
     if not times_ms:
         reason = "look at its first lines, or give --columns" if unreadable else "it is empty"
+        if options.since_ms is not None:
+            reason = "it is empty, or ends before --since"
         raise LogFileError(f"{options.log}: no event in it could be read; {reason}")
     return Timeline(times_ms, unreadable)
 
 
 def _entries(options: ReplayOptions) -> Iterator[LogEntry]:
-    return islice(read_log_by_time(options.log, options.layout), options.limit)
+    since_ms = options.since_ms
+    entries = read_log_by_time(options.log, options.layout)
+    if since_ms is not None:
+        entries = dropwhile(lambda entry: not isinstance(entry, Event) or entry.ts_ms < since_ms, entries)
+    return islice(entries, options.limit)
 
 
 def _events(options: ReplayOptions) -> Iterator[Event]:

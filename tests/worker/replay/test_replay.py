@@ -3,6 +3,7 @@
 import asyncio
 import re
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,16 @@ def test_replay_without_an_artifact_is_answered_by_counters_and_has_no_baselines
     assert report.strategies == {"simple": report.events}
     assert report.backends == {"numpy": report.events}
     assert list(report.hit_rates) == ["slate"]
+
+
+def test_replay_begins_at_a_time(shop, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    times_ms = sorted(msgspec.json.decode(line)["ts_ms"] for line in shop.log.read_bytes().splitlines())
+    since = datetime.fromtimestamp(times_ms[-500] / 1000, UTC).isoformat()
+    report = replay(shop.log, tmp_path, "--since", since)
+    assert report.events == sum(ts_ms >= times_ms[-500] for ts_ms in times_ms)
+    with pytest.raises(SystemExit):
+        replay(shop.log, tmp_path, "--since", "yesterday")
+    assert "want an ISO 8601 date or time" in capsys.readouterr().err
 
 
 def test_unreadable_lines_are_dead_lettered_and_nothing_else_is_missing(shop, tmp_path: Path) -> None:
