@@ -2,23 +2,12 @@
 
 import asyncio
 import math
-from dataclasses import dataclass
 
 import pytest
 
+from tests.worker.clocks import ManualClock
 from worker.clock import WallClock
 from worker.deadline import Deadline
-
-
-@dataclass
-class ManualClock:
-    now_s: float = 100.0
-
-    def now_ms(self) -> int:
-        return int(self.now_s * 1000)
-
-    def monotonic(self) -> float:
-        return self.now_s
 
 
 def test_only_the_first_start_counts_and_each_step_gets_half_of_what_is_left():

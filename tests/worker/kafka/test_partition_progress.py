@@ -1,17 +1,8 @@
+from tests.worker.clocks import ManualClock
 from worker.interfaces import Partition
 from worker.kafka.partition_progress import PartitionProgress
 
 ONE, TWO = Partition("events", 1), Partition("events", 2)
-
-
-class ManualClock:
-    now_s = 0.0
-
-    def now_ms(self) -> int:
-        return int(self.now_s * 1000)
-
-    def monotonic(self) -> float:
-        return self.now_s
 
 
 def observe(steps: list[tuple[dict, dict, bool]]) -> dict[Partition, float]:

@@ -1,24 +1,12 @@
 """The guard ends a process whose event loop or way out hangs, and no other. tests/faults has it end real ones."""
 
-from dataclasses import dataclass
-
 import pytest
 
+from tests.worker.clocks import ManualClock
 from worker.config import HealthConfig
 from worker.deadline import Deadline
 from worker.stream.exit_guard import GRACE_S, ExitGuard
 from worker.stream.health import HealthState
-
-
-@dataclass
-class ManualClock:
-    now_s: float = 100.0
-
-    def now_ms(self) -> int:
-        return int(self.now_s * 1000)
-
-    def monotonic(self) -> float:
-        return self.now_s
 
 
 @pytest.fixture

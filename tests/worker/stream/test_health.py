@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import pytest
 from prometheus_client import REGISTRY
 
+from tests.worker.clocks import ManualClock
 from worker import metrics
 from worker.config import HealthConfig
 from worker.errors import ConfigError, Stalled
@@ -20,17 +21,6 @@ from worker.stream.health import LOOP_BLOCKED_S, MAX_CONNECTIONS, HealthServer, 
 from worker.stream.offset_tracker import OffsetTracker
 
 PARTITION = Partition("events", 0)
-
-
-@dataclass
-class ManualClock:
-    now_s: float = 100.0
-
-    def now_ms(self) -> int:
-        return int(self.now_s * 1000)
-
-    def monotonic(self) -> float:
-        return self.now_s
 
 
 @dataclass
