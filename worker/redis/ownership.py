@@ -12,8 +12,7 @@ async def claim_keys(client: RedisClient, config: Config) -> None:
     """
     ours = f"group {config.kafka.group_id}, topic {config.kafka.events_topic}"
     key = client.keys.owner
-    _, stored = await client.pipeline([("SET", key, ours, "NX"), ("GET", key)])
-    owner = (stored or b"").decode(errors="replace")
+    owner = await client.set_if_absent(key, ours)
     if owner != ours:
         raise ConfigError(
             f"the keys in Redis at {client.address} under redis.prefix {client.keys.prefix!r} belong to {owner}, this "

@@ -98,8 +98,7 @@ class SequenceStore:
     async def claim_topic(self, topic: str, topic_id: str) -> None:
         """Note that the rings' offsets are of the topic with this id. Raises TopicRecreated if they are another's."""
         key = self._client.keys.topic(self._config.topic_generation, topic)
-        _, stored = await self._client.pipeline([("SET", key, topic_id, "NX"), ("GET", key)])
-        owner = stored.decode()
+        owner = await self._client.set_if_absent(key, topic_id)
         if owner != topic_id:
             raise TopicRecreated(
                 f"topic {topic} has id {topic_id}, but the rings in Redis have offsets of id {owner} ({key}): "
