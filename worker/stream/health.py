@@ -149,14 +149,17 @@ class Watchdog:
                 self.check()
                 await asyncio.sleep(CHECK_S)
         finally:
-            self._export_lag({})
+            self._export_partitions({}, {})
 
     def check(self) -> None:
         """Export the gauges, and report partitions that stand still. Raises Stalled."""
         now_s = self._clock.monotonic()
+        lag = self._source.lag()
+        stalled_s = self._source.stalled_s()
         self._export(now_s)
-        self._check_partitions()
-        waiting = self._tracker.open_count + sum(self._source.lag().values())
+        self._export_partitions(lag, stalled_s)
+        self._check_partitions(stalled_s)
+        waiting = self._tracker.open_count + sum(lag.values())
         if self._tracker.completed_count != self._completed or not waiting:
             self._completed = self._tracker.completed_count
             self._progress_s = now_s
@@ -167,18 +170,17 @@ class Watchdog:
                 f"({self._tracker.open_count} open); the tasks are dumped above, the process exits to be restarted"
             )
 
-    def _check_partitions(self) -> None:
+    def _check_partitions(self, stalled_s: Mapping[Partition, float]) -> None:
         """Report partitions that stand still. Raises Stalled for one that does so for too long."""
         self._report("source", self._source.problem())
         limit_s = self._config.partition_stall_s
-        stalled_s = {partition: late_s for partition, late_s in self._source.stalled_s().items() if late_s > limit_s}
-        standing = sorted(f"{topic}-{partition}" for topic, partition in stalled_s)
+        standing = sorted(f"{topic}-{number}" for (topic, number), late_s in stalled_s.items() if late_s > limit_s)
         reason = f"records wait in {', '.join(standing)}, which stand still for more than {limit_s:g} s"
         self._report("partitions", reason if standing else "")
         if standing != self._standing:
             log.warning("partitions that stand still while records wait have changed", partitions=standing)
             self._standing = standing
-        if stalled_s and max(stalled_s.values()) > self._config.stall_timeout_s:
+        if standing and max(stalled_s.values()) > self._config.stall_timeout_s:
             dump_tasks()
             raise Stalled(f"{reason}; the tasks are dumped above, the process exits to be restarted")
 
@@ -192,10 +194,8 @@ class Watchdog:
         metrics.IN_FLIGHT_EVENTS.set(self._tracker.open_count)
         oldest_s = self._tracker.oldest_open_s
         metrics.OLDEST_IN_FLIGHT_SECONDS.set(0.0 if oldest_s is None else now_s - oldest_s)
-        self._export_lag(self._source.lag())
 
-    def _export_lag(self, lag: Mapping[Partition, int]) -> None:
-        stalled_s = self._source.stalled_s()
+    def _export_partitions(self, lag: Mapping[Partition, int], stalled_s: Mapping[Partition, float]) -> None:
         for topic, partition in self._exported - lag.keys():  # another member exports it now
             metrics.LAG.remove(topic, str(partition))
             metrics.STALLED_SECONDS.remove(topic, str(partition))
