@@ -115,14 +115,8 @@ class SequencesConfig(Struct, frozen=True, forbid_unknown_fields=True):
 class BatcherConfig(Struct, frozen=True, forbid_unknown_fields=True):
     max_users: PositiveInt = 256  # per batch
     max_tokens: PositiveInt = 32768  # events per batch
-    length_buckets: Annotated[tuple[PositiveInt, ...], Meta(min_length=1)] = (
-        32,
-        64,
-        128,
-        256,
-        512,
-        1024,
-    )  # events per user
+    # events per user
+    length_buckets: Annotated[tuple[PositiveInt, ...], Meta(min_length=1)] = (32, 64, 128, 256, 512, 1024)
     slo_ms: PositiveInt = 100  # time from poll to slate to aim for: it sets the batches' deadlines
     max_pending_events: PositiveInt = 4096  # admitted and unanswered; above it partitions are paused
     max_pending_mib: PositiveInt = 256  # of polled values and of waiting users' rings, likewise; 4096 rings take 48 MiB

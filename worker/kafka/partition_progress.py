@@ -1,4 +1,4 @@
-"""How far each partition has been read, and since when one stands still although records wait in it.
+"""Tell how far each partition has been read, and since when one stands still although records wait in it.
 
 The broker is asked for the partitions' ends apart from fetching: a fetch that hangs reports no ends either.
 """

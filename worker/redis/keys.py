@@ -27,7 +27,7 @@ class Keys:
         return f"{self.prefix}seq:{{u:{user_id}}}"
 
     def unreadable(self, user_id: str) -> str:
-        """What was found under a ring's name and is none."""
+        """Return where a value goes that was found under a ring's name and is none."""
         return f"{self.prefix}seq:unreadable:{{u:{user_id}}}"
 
     def slate(self, user_id: str) -> str:
