@@ -61,14 +61,11 @@ TRAINING: Space = {  # the same for both sequence models
     "trainer.events_per_batch": (4096,),
     "model.max_events": (50,),
 }
-HSTU_SHAPE: Space = TRAINING | {
+HSTU: Space = {
     "model.attention_dropout": (0.0, 0.2, 0.5),
     "model.temperature": (0.05, 0.07, 0.1),
     "model.time_bias": (False, True),
 }
-HSTU_IDS: Space = HSTU_SHAPE | {name: (value,) for name, value in IDS_ONLY.items()}
-HSTU_CONTENTS: Space = HSTU_SHAPE | {"contents": (True,), "trainer.head_weights": ((0.0, 0.0, 0.0),)}
-SASREC: Space = TRAINING | {"model.loss": ("softmax",)}
 COOCCURRENCE: Space = {
     "half_life_days": (90.0, 10_000.0),
     "neighbours": (64, 128, 256),
@@ -90,14 +87,30 @@ PUBLISHED: tuple[dict[str, Cell], ...] = tuple(
         ("TIGER", 0.0648, 0.0384),
     )
 )
+
+
+def sequence_models(training: Space, of_hstu: Space, of_contents: Space | None = None) -> dict[str, Contender]:
+    """Return the trained contenders. of_hstu, of_contents: HSTU's options besides, and those with the attributes"""
+    ids: Space = {name: (value,) for name, value in IDS_ONLY.items()}
+    contents: Space = {"contents": (True,), "trainer.head_weights": ((0.0, 0.0, 0.0),)} | (of_contents or {})
+    return {
+        "hstu": Contender(training | of_hstu | ids, hstu),
+        "hstu_contents": Contender(training | of_hstu | contents, hstu),
+        "sasrec": Contender(training | {"model.loss": ("softmax",)}, sasrec),
+    }
+
+
+def quick(benchmark: Benchmark) -> Benchmark:
+    """Return the benchmark with few users, trials and epochs."""
+    return replace(benchmark, setting=replaced(SETTING, users=60, max_epochs=1), trials=2, seeds=1)
+
+
 BENCHMARK = Benchmark(
     name="beauty",
     protocol="last event",
     setting=SETTING,
     contenders={
-        "hstu": Contender(HSTU_IDS, hstu),
-        "hstu_contents": Contender(HSTU_CONTENTS, hstu),
-        "sasrec": Contender(SASREC, sasrec),
+        **sequence_models(TRAINING, HSTU),
         "itemknn": Contender(ITEMKNN, itemknn),
         "cooccurrence": Contender(COOCCURRENCE, cooccurrence),
         "popularity": Contender({}, popularity),
@@ -113,7 +126,7 @@ BENCHMARK = Benchmark(
     trials=8,
     seeds=3,
 )
-QUICK = replace(BENCHMARK, setting=replaced(SETTING, users=60, max_epochs=1), trials=2, seeds=1)
+QUICK = quick(BENCHMARK)
 
 if __name__ == "__main__":
     main(BENCHMARK, QUICK, __doc__)
