@@ -15,7 +15,6 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import msgspec
 from aiokafka import AIOKafkaProducer
@@ -201,7 +200,7 @@ def run_seed(seed: int, seconds: float) -> ChaosRow:
         return asyncio.run(run(seed, seconds, folder, make_models(folder)))
 
 
-def main(argv: list[str] | None = None) -> Any:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("seed", type=int, help="seed of the faults and the traffic")
     parser.add_argument("--seconds", type=float, default=60.0, help="how long faults are drawn (default 60)")

@@ -5,18 +5,20 @@ import itertools
 import random
 import signal
 import subprocess
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
+from aiokafka import AIOKafkaProducer, ConsumerRecord, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, NewTopic, RecordsToDelete
 from aiokafka.errors import KafkaError
 from redis.asyncio import Redis
 
 from tests.faults.processes import launch, run_command
+from tests.faults.topics import decode, origin, read_to_end
+from tests.kafka.broker import admin_client
 from tests.oracle import ACTIONS, Oracle
 from worker.replay.local_servers import LocalKafka, LocalValkey
 
@@ -123,8 +125,8 @@ class Deployment:
         """Run `millrace WORDS...` to its end beside the workers."""
         return await asyncio.to_thread(run_command, words, self.settings)
 
-    def admin(self) -> "_Admin":
-        return _Admin(self.kafka.bootstrap)
+    def admin(self) -> AbstractAsyncContextManager[AIOKafkaAdminClient]:
+        return admin_client(self.kafka.bootstrap)
 
     def redis(self) -> Redis:
         return Redis.from_url(self.valkey.url)
@@ -166,7 +168,7 @@ class Deployment:
     async def absorb(self) -> None:
         """Read what was produced since the last call, before anything may delete it."""
         begins = {TopicPartition(EVENTS, number): self._absorbed.get(number, 0) for number in range(self.partitions)}
-        for record in await self._read(begins):
+        for record in await read_to_end(self.kafka.bootstrap, begins):
             self._history[record.partition, record.offset] = record
             self._absorbed[record.partition] = record.offset + 1
 
@@ -187,13 +189,13 @@ class Deployment:
         oracle = Oracle(EVENTS, RING_EVENTS)
         invalid: set[Key] = set()
         for key in sorted(self._history):
-            event = _decode(self._history[key].value)
+            event = decode(self._history[key].value)
             if event is None:
                 invalid.add(key)
             else:
                 oracle.feed(*key, event)
         slates = [msgspec.json.decode(record.value or b"") for record in await self._read_topic(SLATES)]
-        dead = {_origin(record) for record in await self._read_topic(DEAD_LETTERS)}
+        dead = {origin(record) for record in await self._read_topic(DEAD_LETTERS)}
         rings = await self._rings()
         expected = oracle.rings()
         return len(self._history), {
@@ -234,49 +236,5 @@ class Deployment:
         return {"seq:" + key.decode().partition("seq:")[2]: value for key, value in zip(keys, values, strict=True)}
 
     async def _read_topic(self, topic: str) -> list[ConsumerRecord]:
-        return await self._read({TopicPartition(topic, number): 0 for number in range(PARTITIONS)})
-
-    async def _read(self, begins: dict[TopicPartition, int]) -> list[ConsumerRecord]:
-        """Return the records from these offsets on, by partition in offset order."""
-        records: list[ConsumerRecord] = []
-        async with self._consumer() as consumer:
-            consumer.assign(list(begins))
-            ends = await consumer.end_offsets(list(begins))
-            for partition, begin in begins.items():
-                consumer.seek(partition, begin)
-            while any([await consumer.position(partition) < ends[partition] for partition in begins]):
-                for polled in (await consumer.getmany(timeout_ms=200)).values():
-                    records += polled
-        return sorted(records, key=lambda record: (record.partition, record.offset))
-
-    def _consumer(self) -> AIOKafkaConsumer:
-        return AIOKafkaConsumer(
-            bootstrap_servers=self.kafka.bootstrap, isolation_level="read_committed", auto_offset_reset="earliest"
-        )
-
-
-class _Admin:
-    """An admin client as a context."""
-
-    def __init__(self, bootstrap: str) -> None:
-        self._client = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
-
-    async def __aenter__(self) -> AIOKafkaAdminClient:
-        await self._client.start()
-        return self._client
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._client.close()
-
-
-def _decode(value: bytes | None) -> dict[str, Any] | None:
-    try:
-        event = msgspec.json.decode(value or b"")
-    except msgspec.DecodeError:
-        return None
-    return event if event.get("action") in ACTIONS else None
-
-
-def _origin(record: ConsumerRecord) -> Key:
-    headers = dict(record.headers)
-    return int(headers["millrace-partition"]), int(headers["millrace-offset"])
+        begins = {TopicPartition(topic, number): 0 for number in range(PARTITIONS)}
+        return await read_to_end(self.kafka.bootstrap, begins)

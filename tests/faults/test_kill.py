@@ -18,6 +18,7 @@ from oracle import ACTIONS, DEVICES, Oracle
 from redis.asyncio import Redis
 
 from tests.faults.processes import launch
+from tests.faults.topics import decode, origin, read_to_end
 
 PARTITIONS = 3
 USERS = 300
@@ -99,18 +100,7 @@ class Stream:
 
     async def read(self, topic: str) -> list[ConsumerRecord]:
         """Return every record of a topic, by partition in offset order."""
-        # Not `seek_to_beginning`: the consumer's own reset to the latest may still be pending, and then wins.
-        async with AIOKafkaConsumer(
-            bootstrap_servers=self.bootstrap, isolation_level="read_committed", auto_offset_reset="earliest"
-        ) as consumer:
-            partitions = self._partitions(topic)
-            consumer.assign(partitions)
-            ends = await consumer.end_offsets(partitions)
-            records: list[ConsumerRecord] = []
-            while any([await consumer.position(partition) < ends[partition] for partition in partitions]):
-                for polled in (await consumer.getmany(timeout_ms=500)).values():
-                    records += polled
-        return sorted(records, key=lambda record: (record.partition, record.offset))
+        return await read_to_end(self.bootstrap, dict.fromkeys(self._partitions(topic), 0))
 
     @asynccontextmanager
     async def slate_counter(self) -> AsyncIterator[Callable[[], Awaitable[int]]]:
@@ -153,15 +143,6 @@ def random_event(rng: random.Random, prefix: str, number: int) -> dict[str, Any]
     }
     optional = {"value": 9.5, "dwell_ms": 12_345, "device": rng.choice(DEVICES), "position": 3, "context": {"a": "b"}}
     return event | {key: value for key, value in optional.items() if rng.random() < 0.3}
-
-
-def decode(value: bytes | None) -> dict[str, Any] | None:
-    """Return the event in a record, or None for an invalid record."""
-    try:
-        event = msgspec.json.decode(value or b"")
-    except msgspec.DecodeError:
-        return None
-    return event if isinstance(event, dict) and event.get("action") in ACTIONS else None
 
 
 @pytest.fixture
@@ -253,10 +234,5 @@ async def check_against_oracle(stream: Stream, valkey: str, triggers: tuple[str,
         rings = dict(zip([key.decode() for key in keys], await redis.mget(keys), strict=True))
     assert rings == oracle.rings(f"{stream.group}:")
     oracle.check_slates([msgspec.json.decode(record.value or b"") for record in await stream.read(stream.slates)])
-    dead_letters = {_origin(record) for record in await stream.read(stream.dead_letters)}
+    dead_letters = {(*origin(record), record.value) for record in await stream.read(stream.dead_letters)}
     assert dead_letters == invalid
-
-
-def _origin(record: ConsumerRecord) -> tuple[int, int, bytes | None]:
-    headers = dict(record.headers)
-    return int(headers["millrace-partition"]), int(headers["millrace-offset"]), record.value

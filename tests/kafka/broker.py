@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,17 @@ class RecordingListener:
         self.assignments = {}
 
 
+@asynccontextmanager
+async def admin_client(bootstrap: str) -> AsyncIterator[AIOKafkaAdminClient]:
+    """A started admin client; it is closed at the end."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+    await admin.start()
+    try:
+        yield admin
+    finally:
+        await admin.close()
+
+
 class Broker:
     """Operations on a broker that is addressed by `bootstrap`. name: makes unique topic and group names."""
 
@@ -53,14 +64,8 @@ class Broker:
         own = {"bootstrap_servers": self.bootstrap, "group_id": self.name("group"), "session_timeout_ms": 6000}
         return KafkaConfig(**(own | changes))
 
-    @asynccontextmanager
-    async def admin(self) -> AsyncIterator[AIOKafkaAdminClient]:
-        admin = AIOKafkaAdminClient(bootstrap_servers=self.bootstrap)
-        await admin.start()
-        try:
-            yield admin
-        finally:
-            await admin.close()
+    def admin(self) -> AbstractAsyncContextManager[AIOKafkaAdminClient]:
+        return admin_client(self.bootstrap)
 
     async def topic(self, partitions: int = 1, kind: str = "events", settings: dict[str, str] | None = None) -> str:
         """Create a topic and return its name."""
