@@ -176,7 +176,11 @@ def test_each_folder_says_what_it_holds_and_imports_only_what_it_declares(init: 
         assert names <= set(PACKAGES)
         return
     package = folder.split(".")[0]
-    units = [imported.split("/") for importer, imported in arrows() if importer == node_of(folder)]
+    units = [
+        imported.split("/")
+        for (_, imported), where in arrows().items()
+        if any(f"{each.split()[0]}.".startswith(f"{folder}.") for each in where)
+    ]
     got = {unit if imported_package == package else imported_package for imported_package, unit in units}
     assert got <= names, f"{folder} imports {sorted(got - names)} beyond what it declares"
     assert names <= got, f"{folder} declares {sorted(names - got)} and imports none of it"

@@ -23,9 +23,9 @@ from worker.items.journal import ItemJournal
 from worker.kafka.sink import KafkaSink
 from worker.kafka.source import KafkaSource
 from worker.redis.client import connect_at_start
-from worker.redis.counters import CounterStore
+from worker.redis.counters.shared_counters import CounterStore
 from worker.redis.ownership import claim_keys
-from worker.redis.sequences import SequenceStore
+from worker.redis.rings.sequences import SequenceStore
 from worker.redis.slates import SlateStore
 from worker.stream import drain
 from worker.stream.exit_guard import ExitGuard

@@ -15,11 +15,12 @@ from redis.asyncio import Redis
 
 from pipeline.data.log_io import BadRecord
 from pipeline.records import Event
-from worker import config
+from worker import config_file
 from worker.clock import VirtualClock
+from worker.config import Config
 from worker.errors import DeadLetterLimit, StoreUnavailable
 from worker.process import build_components, first_error
-from worker.redis.sequences import SequenceStore
+from worker.redis.rings.sequences import SequenceStore
 from worker.replay.file_sink import FileSink
 from worker.replay.local_servers import LocalValkey
 from worker.replay.log_source import LogSource
@@ -51,7 +52,7 @@ def server(tmp_path: Path) -> Iterator[LocalValkey]:
         yield valkey
 
 
-def settings(url: str, **more: str) -> config.Config:
+def settings(url: str, **more: str) -> Config:
     values = {
         "REDIS__URL": url,
         "REDIS__TIMEOUT_S": "0.3",
@@ -60,12 +61,10 @@ def settings(url: str, **more: str) -> config.Config:
         "EVENTS__MAX_AGE_DAYS": "0",
         "HEALTH__PORT": "0",
     }
-    return config.load(None, {f"MILLRACE__{key}": value for key, value in (values | more).items()})
+    return config_file.load(None, {f"MILLRACE__{key}": value for key, value in (values | more).items()})
 
 
-async def stream(
-    loaded: config.Config, entries: list[Event | BadRecord], slates: Path, fault: Fault | None = None
-) -> Worker:
+async def stream(loaded: Config, entries: list[Event | BadRecord], slates: Path, fault: Fault | None = None) -> Worker:
     """Run the worker over a log that is its own source; `fault` runs meanwhile."""
     clock = VirtualClock(speed=30.0)  # 50 s of log in 1.7 s
     async with build_components(loaded, clock) as components, FileSink(slates, components.slates) as sink:

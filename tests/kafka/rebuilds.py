@@ -12,7 +12,7 @@ from worker.clock import WallClock
 from worker.config import Config
 from worker.operations.rebuild import Rebuild, RebuildPlan, RebuildReport
 from worker.redis.client import RedisClient
-from worker.redis.sequences import SequenceStore
+from worker.redis.rings.sequences import SequenceStore
 from worker.stream.codec import Codec
 
 NOW_MS = WallClock().now_ms()

@@ -22,7 +22,7 @@ from worker.interfaces import Partition
 from worker.kafka.source import KafkaSource
 from worker.kafka.topic_id import read_topic_id
 from worker.redis.client import RedisClient
-from worker.redis.sequences import SequenceStore
+from worker.redis.rings.sequences import SequenceStore
 from worker.stream.codec import Codec
 
 IGNORED = "ignored"  # a commit's metadata from before ids were committed, or by another program

@@ -14,7 +14,7 @@ from worker.inference.hot_swap import HotSwap
 from worker.items.feed import ItemFeed
 from worker.items.journal import ItemJournal
 from worker.process import Components, build_components, follow_items, supervise
-from worker.redis.counters import CounterStore
+from worker.redis.counters.shared_counters import CounterStore
 from worker.stream.health import HealthState
 from worker.stream.loop import Worker
 

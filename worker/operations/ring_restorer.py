@@ -14,9 +14,9 @@ from worker.errors import StoreError
 from worker.interfaces import Clock, ConsumedEvent, Partition
 from worker.operations.group_fence import GroupFence
 from worker.redis.client import Command, RedisClient
-from worker.redis.ring import Ring, source_id
-from worker.redis.ring_check import RingCheck
-from worker.redis.sequences import SequenceStore
+from worker.redis.rings.ring import Ring, source_id
+from worker.redis.rings.ring_check import RingCheck
+from worker.redis.rings.sequences import SequenceStore
 from worker.stream.health import HealthState
 from worker.stream.retry import Retry
 

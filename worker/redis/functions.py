@@ -19,12 +19,12 @@ class Library(NamedTuple):
 
 
 def _load(file: str, function: str) -> Library:
-    text = Path(__file__).with_name(file).read_text()
+    text = (Path(__file__).parent / file).read_text()
     version = blake2b(text.encode(), digest_size=4).hexdigest()
     return Library(f"{function}_{version}", text.replace(PLACEHOLDER, version))
 
 
-PUSH = _load("sequences.lua", "millrace_push")
+PUSH = _load("rings/sequences.lua", "millrace_push")
 PUT_SLATE = _load("slates.lua", "millrace_slate")
-COUNT = _load("counters.lua", "millrace_count")
+COUNT = _load("counters/counters.lua", "millrace_count")
 LIBRARIES = (PUSH, PUT_SLATE, COUNT)

@@ -15,7 +15,7 @@ from worker.errors import StoreError
 from worker.interfaces import Partition
 from worker.redis.client import Command, RedisClient
 from worker.redis.functions import PUT_SLATE
-from worker.redis.ring import source_id
+from worker.redis.rings.ring import source_id
 
 STAMP_BYTES = 16
 NO_SOURCE = bytes(8)  # the popular slate's: it covers no partition, its offset is the newest counted event time

@@ -15,8 +15,8 @@ from worker.config import Config, RedisConfig, SequencesConfig
 from worker.interfaces import ConsumedEvent, Partition, RecordOffset
 from worker.operations.ring_restorer import RingRestorer
 from worker.redis.client import RedisClient, connect
-from worker.redis.ring import Ring
-from worker.redis.sequences import SequenceStore
+from worker.redis.rings.ring import Ring
+from worker.redis.rings.sequences import SequenceStore
 
 _user_numbers = count()
 Place = tuple[int, int]  # partition, offset

@@ -10,8 +10,8 @@ from pipeline.items.vocabulary import Vocabulary
 from pipeline.records import EVENT_DTYPE, Histories, item_hash
 from worker.config import Config, CountersConfig, HealthConfig
 from worker.redis.client import RedisClient
-from worker.redis.counter_index import INDEX_SHARDS
-from worker.redis.counters import CounterStore
+from worker.redis.counters.counter_index import INDEX_SHARDS
+from worker.redis.counters.shared_counters import CounterStore
 from worker.redis.slates import SlateStore
 
 HALF_LIFE_DAYS = 10.0

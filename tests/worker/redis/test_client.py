@@ -13,7 +13,7 @@ from worker.config import RedisConfig, SequencesConfig
 from worker.errors import ConfigError, StoreError, StoreUnavailable
 from worker.interfaces import ConsumedEvent, Partition, RecordOffset
 from worker.redis.client import RedisClient, connect
-from worker.redis.sequences import SequenceStore
+from worker.redis.rings.sequences import SequenceStore
 from worker.replay.local_servers import LocalValkey
 
 

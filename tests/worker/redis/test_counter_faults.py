@@ -16,7 +16,7 @@ from tests.worker.redis.counting import Process, assert_equal_counts, run_rounds
 from worker.config import RedisConfig
 from worker.errors import StoreUnavailable
 from worker.redis.client import RedisClient, connect
-from worker.redis.counter_index import index_shard
+from worker.redis.counters.counter_index import index_shard
 from worker.redis.functions import COUNT
 from worker.redis.keys import Keys
 from worker.replay.local_servers import LocalValkey

@@ -6,7 +6,7 @@ import pytest
 from pipeline.records import Event
 from tests.worker.redis.counting import Process
 from tests.worker.redis.test_slates import slate
-from worker import config as configuration
+from worker import config_file
 from worker.config import Config, KafkaConfig, RedisConfig, SequencesConfig, SlatesConfig
 from worker.errors import ConfigError
 from worker.interfaces import ConsumedEvent, Partition, RecordOffset
@@ -14,7 +14,7 @@ from worker.lookup.lookup import Lookup
 from worker.redis.client import RedisClient, connect
 from worker.redis.functions import LIBRARIES, PUSH
 from worker.redis.ownership import claim_keys
-from worker.redis.sequences import SequenceStore
+from worker.redis.rings.sequences import SequenceStore
 from worker.redis.slates import SlateStore
 from worker.replay.local_servers import LocalValkey
 
@@ -80,7 +80,7 @@ async def test_another_group_or_topic_with_the_same_prefix_does_not_start(server
 @pytest.mark.parametrize("prefix", ["{all}", "a b", "x" * 257])
 def test_prefix_with_a_brace_white_space_or_too_many_characters_is_refused(prefix: str) -> None:
     with pytest.raises(ConfigError, match=r"MILLRACE__REDIS__PREFIX: .*256 characters"):
-        configuration.load(None, {"MILLRACE__REDIS__PREFIX": prefix})
+        config_file.load(None, {"MILLRACE__REDIS__PREFIX": prefix})
 
 
 def test_prefix_is_the_groups_id_without_what_a_cluster_would_read_as_a_hash_tag() -> None:

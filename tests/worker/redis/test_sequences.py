@@ -13,8 +13,8 @@ from worker.config import SequencesConfig
 from worker.errors import StoreError, StoreUnavailable, TopicRecreated
 from worker.interfaces import ConsumedEvent, Partition, RecordOffset
 from worker.redis.client import RedisClient
-from worker.redis.ring import MAX_COUNT, Ring
-from worker.redis.sequences import SequenceStore
+from worker.redis.rings.ring import MAX_COUNT, Ring
+from worker.redis.rings.sequences import SequenceStore
 
 PARTITIONS = [Partition("events", number) for number in range(3)]
 END = 1_000_000

@@ -22,9 +22,9 @@ from worker.config import Config
 from worker.errors import StoreError
 from worker.rate_limit import RateLimit
 from worker.redis.client import RedisClient
-from worker.redis.counter_index import INDEX_SHARDS, CounterIndex
-from worker.redis.counter_merger import CounterMerger, RowMerge
-from worker.redis.counter_rows import pack_rows, row_fault, rows_as_deltas, unpack_rows
+from worker.redis.counters.counter_index import INDEX_SHARDS, CounterIndex
+from worker.redis.counters.counter_merger import CounterMerger, RowMerge
+from worker.redis.counters.counter_rows import pack_rows, row_fault, rows_as_deltas, unpack_rows
 from worker.redis.popular_slate import popular_slate
 from worker.redis.slates import SlateStore
 

@@ -3,7 +3,7 @@
 from collections import OrderedDict
 
 from worker.interfaces import Partition
-from worker.redis.ring import Ring
+from worker.redis.rings.ring import Ring
 
 # A Ring with its ints and 8-byte sources, the dictionary entry and the user id, without the events (sys.getsizeof).
 ENTRY_BYTES = 600

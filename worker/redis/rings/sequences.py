@@ -18,9 +18,9 @@ from worker.errors import StoreError, StoreUnavailable, TopicRecreated
 from worker.interfaces import ConsumedEvent, Partition
 from worker.redis.client import Command, RedisClient
 from worker.redis.functions import PUSH
-from worker.redis.ring import HEADER, Ring, source_id
-from worker.redis.ring_cache import RingCache
-from worker.redis.unreadable import set_unreadable_aside
+from worker.redis.rings.ring import HEADER, Ring, source_id
+from worker.redis.rings.ring_cache import RingCache
+from worker.redis.rings.unreadable import set_unreadable_aside
 
 log = logging.get("sequences")
 WARNING_INTERVAL_S = 60.0

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from worker import logging, metrics
 from worker.redis.client import RedisClient
-from worker.redis.ring import HEADER, PREFIX, Ring
+from worker.redis.rings.ring import HEADER, PREFIX, Ring
 
 log = logging.get("sequences")
 # First byte of rings of other versions: they halt the worker instead, since two versions must not share rings.

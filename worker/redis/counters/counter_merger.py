@@ -13,7 +13,7 @@ from pipeline.records import DAY_MS
 from worker.config import CountersConfig
 from worker.errors import StoreError
 from worker.redis.client import Command, RedisClient
-from worker.redis.counter_index import CounterIndex, OnInvalid
+from worker.redis.counters.counter_index import CounterIndex, OnInvalid
 from worker.redis.functions import COUNT
 
 TTL_HALF_LIVES = 12  # a row that was not touched for so long has lost all but 1/4096 of its weight: it expires

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 from pipeline.records import EVENT_BYTES
-from worker.redis.ring import Ring
+from worker.redis.rings.ring import Ring
 
 EVERY_OFFSET = (1 << 63) - 1
 FACTS_BYTES = 14  # item hash and time: the bytes of an event that do not depend on the configuration
