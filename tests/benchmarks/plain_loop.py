@@ -15,7 +15,7 @@ from contextlib import suppress
 import msgspec
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord
 
-from worker import config
+from worker import config_file
 from worker.clock import WallClock
 from worker.config import Config
 from worker.interfaces import Batch, Entry, Partition, PolledRecords
@@ -60,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", metavar="FILE", help="TOML file; MILLRACE__SECTION__KEY variables override it")
     args = parser.parse_args()
-    asyncio.run(until_sigterm(config.load(args.config)))
+    asyncio.run(until_sigterm(config_file.load(args.config)))
 
 
 if __name__ == "__main__":

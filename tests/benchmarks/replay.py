@@ -30,7 +30,7 @@ from rich.console import Console
 from tests.benchmarks import results
 from tests.benchmarks.workers import save
 from tests.oracle import Oracle
-from worker import config
+from worker import config_file
 from worker.replay.local_servers import LocalKafka, LocalValkey
 from worker.replay.replay import ReplayOptions, replay
 from worker.replay.report import ReplayReport
@@ -73,7 +73,7 @@ def real_replay(folder: Path, training: list[object]) -> RealReplay:
 
 
 async def replay_through_kafka(artifact: Path, folder: Path, console: Console) -> RealReplay:
-    settings = config.load(None, {"MILLRACE__SEQUENCES__MAX_EVENTS": str(MAX_EVENTS)})
+    settings = config_file.load(None, {"MILLRACE__SEQUENCES__MAX_EVENTS": str(MAX_EVENTS)})
     settings = replaced(settings, pipeline=replaced(settings.pipeline, artifact=str(artifact)))
     with (
         TemporaryDirectory(prefix="millrace-servers-") as servers,

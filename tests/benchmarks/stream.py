@@ -27,7 +27,7 @@ from pipeline.slates import Covers
 from tests.benchmarks import results
 from tests.benchmarks.load import Shoppers
 from tests.benchmarks.stage import PLAIN, WORKER, Sample, Settings, Stage, sample_slates, stage, steady_rate
-from worker import config
+from worker import config_file
 from worker.clock import WallClock
 from worker.interfaces import ConsumedEvent, Partition, RecordOffset
 from worker.process import build_components
@@ -59,7 +59,7 @@ def read_item_ids(artifact: Path) -> list[str]:
 
 async def fill_rings(stage: Stage, shoppers: Shoppers, settings: Settings) -> None:
     """Push HISTORY_EVENTS events of every user, as the worker does."""
-    loaded = config.load(None, stage.environment("history", settings))
+    loaded = config_file.load(None, stage.environment("history", settings))
     pack = EventPacker(loaded.schema).pack
     partition = Partition("history", 0)
     offset = 0
@@ -90,7 +90,7 @@ async def throughput(
 
 
 async def fill_topic(stage: Stage, name: str, events: Iterator[Event], count: int, wait: Wait = at_once) -> None:
-    kafka = config.load(None, stage.environment(name, {})).kafka
+    kafka = config_file.load(None, stage.environment(name, {})).kafka
     await produce(kafka, islice(events, count), wait)
 
 

@@ -41,7 +41,7 @@ from tests.benchmarks.stream import (
     train_model,
 )
 from tests.oracle import Oracle
-from worker import config
+from worker import config_file
 from worker.replay.feed import at_rate, produce
 
 POLL_INTERVAL_S = 1.0  # of the worker, for a new artifact
@@ -150,7 +150,7 @@ async def swap_under_load(
             reading = asyncio.create_task(received.read(consumer))
             await fill_topic(stage, NAME, shoppers.events(), WARM_UP_EVENTS)
             await received.wait_for(WARM_UP_EVENTS)
-            kafka = config.load(None, stage.environment(NAME, {})).kafka
+            kafka = config_file.load(None, stage.environment(NAME, {})).kafka
             producing = asyncio.create_task(produce(kafka, load.events(), at_rate(rate)))
             await asyncio.sleep(WARM_UP_S)
             began_ms = time.time_ns() / 1e6

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from tests.docs.configuration import PAGE, default_of, reasons, rewritten, table, toml_literal
-from worker import config
+from worker import config_file
 from worker.config import Config
 
 
@@ -80,4 +80,4 @@ def test_every_default_of_the_page_can_be_read_back(tmp_path: Path) -> None:
         lines += [f"{key.name} = {toml_literal(default_of(key))}" for key in fields if default_of(key) is not None]
     file = tmp_path / "defaults.toml"
     file.write_text("\n".join(lines))
-    assert config.load(file, env={}) == Config()
+    assert config_file.load(file, env={}) == Config()

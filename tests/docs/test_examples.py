@@ -17,7 +17,7 @@ from pipeline.strategies.options import PipelineOptions
 from tests.conftest import Shop
 from tests.kafka.broker import Broker
 from tests.kafka.slates import make_slate
-from worker import config
+from worker import config_file
 from worker.replay.local_servers import LocalKafka
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
@@ -87,7 +87,7 @@ def test_produced_events_come_back_as_slates(deployment: dict[str, str]) -> None
 
 def test_configuration_example_is_valid_and_sets_what_it_says() -> None:
     path = EXAMPLES / "millrace.toml"
-    loaded = config.load(path, env={})
+    loaded = config_file.load(path, env={})
     tree = tomllib.loads(path.read_text())
     assert loaded.kafka.bootstrap_servers == "broker-1:9092,broker-2:9092"
     for section, values in tree.items():

@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from worker import config
+from worker import config_file
 from worker.errors import ConfigError
 
 
 def shown_rows(path=None, env=None) -> dict[str, tuple[str, str]]:
     """Return value and source by key."""
     env = env or {}
-    return {key: (value, source) for key, value, source in config.show(config.load(path, env), path, env)}
+    return {key: (value, source) for key, value, source in config_file.show(config_file.load(path, env), path, env)}
 
 
 def test_environment_overrides_the_file_and_the_file_the_default(tmp_path) -> None:
@@ -54,7 +54,7 @@ def test_mistake_in_the_file_is_one_sentence_with_its_path(tmp_path, text: str, 
     file = tmp_path / "m.toml"
     file.write_text(text)
     with pytest.raises(ConfigError, match=r"\S") as caught:
-        config.load(file, {})
+        config_file.load(file, {})
     assert expected in str(caught.value)
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -63,12 +63,12 @@ def test_mistake_in_the_file_is_one_sentence_with_its_path(tmp_path, text: str, 
 def test_trigger_action_may_be_added_by_the_environment(tmp_path) -> None:
     file = tmp_path / "m.toml"
     file.write_text("[events]\ntrigger_actions = ['dance']\n")
-    loaded = config.load(file, {"MILLRACE__EVENTS__ACTIONS": "['view', 'dance']"})
+    loaded = config_file.load(file, {"MILLRACE__EVENTS__ACTIONS": "['view', 'dance']"})
     assert loaded.events.trigger_actions == ("dance",)
 
 
 def test_default_labels_fit_a_schema_without_their_actions() -> None:
-    loaded = config.load(None, {"MILLRACE__EVENTS__ACTIONS": "['view']", "MILLRACE__LABELS__RETENTION_DAYS": "1"})
+    loaded = config_file.load(None, {"MILLRACE__EVENTS__ACTIONS": "['view']", "MILLRACE__LABELS__RETENTION_DAYS": "1"})
     assert loaded.labels.retention_days == 1
 
 
@@ -76,22 +76,22 @@ def test_default_labels_fit_a_schema_without_their_actions() -> None:
 def test_table_in_the_environment_is_read_as_toml_or_json(text: str, tmp_path) -> None:
     file = tmp_path / "m.toml"
     file.write_text('[events.action_aliases]\naddtocart = "cart"\n')
-    from_environment = config.load(None, {"MILLRACE__EVENTS__ACTION_ALIASES": text})
-    assert from_environment == config.load(file, {})
+    from_environment = config_file.load(None, {"MILLRACE__EVENTS__ACTION_ALIASES": text})
+    assert from_environment == config_file.load(file, {})
     assert from_environment.events.action_aliases == {"addtocart": "cart"}
     shown = shown_rows(env={"MILLRACE__EVENTS__ACTION_ALIASES": text})["events.action_aliases"]
     assert shown == ('{"addtocart": "cart"}', "MILLRACE__EVENTS__ACTION_ALIASES")
     with pytest.raises(ConfigError, match=r"events\.action_aliases: basket not in events\.actions"):
-        config.load(None, {"MILLRACE__EVENTS__ACTION_ALIASES": text.replace('"cart"', '"basket"')})
+        config_file.load(None, {"MILLRACE__EVENTS__ACTION_ALIASES": text.replace('"cart"', '"basket"')})
 
 
 def test_unknown_variable_and_missing_file_are_rejected() -> None:
     with pytest.raises(ConfigError, match="nosuch"):
-        config.load(None, {"MILLRACE__NOSUCH__KEY": "1"})
+        config_file.load(None, {"MILLRACE__NOSUCH__KEY": "1"})
     with pytest.raises(ConfigError, match="MILLRACE__SECTION__KEY"):
-        config.load(None, {"MILLRACE__REDIS": "1"})
+        config_file.load(None, {"MILLRACE__REDIS": "1"})
     with pytest.raises(ConfigError, match="No such file"):
-        config.load("nowhere.toml", {})
+        config_file.load("nowhere.toml", {})
 
 
 def test_environment_values_are_parsed_as_toml() -> None:
@@ -100,7 +100,7 @@ def test_environment_values_are_parsed_as_toml() -> None:
         "MILLRACE__EVENTS__ACTIONS": '["a", "b"]',
         "MILLRACE__KAFKA__BOOTSTRAP_SERVERS": "one:1,two:2",
     }
-    loaded = config.load(None, env)
+    loaded = config_file.load(None, env)
     assert loaded.batcher.coalesce is False
     assert loaded.events.actions == ("a", "b")
     assert loaded.kafka.bootstrap_servers == "one:1,two:2"
@@ -113,7 +113,7 @@ def test_text_from_the_environment_stays_text_whatever_it_looks_like() -> None:
         "MILLRACE__KAFKA__SASL_PASSWORD": "0123456789",
         "MILLRACE__KAFKA__GROUP_ID": "true",
     }
-    loaded = config.load(None, env)
+    loaded = config_file.load(None, env)
     assert loaded.sequences.topic_generation == "2"
     assert loaded.kafka.group_instance_id == "0"
     assert loaded.kafka.group_id == "true"
@@ -124,7 +124,7 @@ def test_text_from_the_environment_stays_text_whatever_it_looks_like() -> None:
 def test_invalid_value_in_the_environment_names_its_variable() -> None:
     env = {"MILLRACE__BATCHER__MAX_USERS": "many", "MILLRACE__REDIS__URL": "redis://a"}
     with pytest.raises(ConfigError, match=r"MILLRACE__BATCHER__MAX_USERS: .*\$\.batcher\.max_users"):
-        config.load(None, env)
+        config_file.load(None, env)
 
 
 def test_secrets_are_masked_when_shown() -> None:
@@ -141,21 +141,23 @@ def test_secrets_are_masked_when_shown() -> None:
 )
 def test_value_that_would_fail_at_the_first_event_is_refused_at_load(name: str, value: str) -> None:
     with pytest.raises(ConfigError, match=f"MILLRACE__{name}"):
-        config.load(None, {f"MILLRACE__{name}": value})
+        config_file.load(None, {f"MILLRACE__{name}": value})
 
 
 @pytest.mark.parametrize("key", ["actions", "devices"])
 def test_names_that_do_not_fit_into_a_rings_byte_or_repeat_are_refused(key: str) -> None:
     names = [f"name-{number}" for number in range(256)]
     variable = f"MILLRACE__EVENTS__{key.upper()}"
-    assert len(getattr(config.load(env={variable: json.dumps(names[:255])}).events, key)) == 255
+    assert len(getattr(config_file.load(env={variable: json.dumps(names[:255])}).events, key)) == 255
     with pytest.raises(ConfigError, match=rf"{variable}.*length <= 255"):
-        config.load(env={variable: json.dumps(names)})
+        config_file.load(env={variable: json.dumps(names)})
     with pytest.raises(ConfigError, match=rf"{variable}.*{key} has view more than once"):
-        config.load(env={variable: '["view", "cart", "view"]'})
+        config_file.load(env={variable: '["view", "cart", "view"]'})
 
 
 def test_start_that_is_no_time_is_refused() -> None:
-    assert config.load(env={"MILLRACE__KAFKA__START_AT": "2026-01-31T12:00Z"}).kafka.start_at == "2026-01-31T12:00Z"
+    assert (
+        config_file.load(env={"MILLRACE__KAFKA__START_AT": "2026-01-31T12:00Z"}).kafka.start_at == "2026-01-31T12:00Z"
+    )
     with pytest.raises(ConfigError, match=r"MILLRACE__KAFKA__START_AT: start_at 'yesterday': want an ISO 8601 time"):
-        config.load(env={"MILLRACE__KAFKA__START_AT": "yesterday"})
+        config_file.load(env={"MILLRACE__KAFKA__START_AT": "yesterday"})

@@ -20,11 +20,11 @@ def add_config(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    from worker import config
+    from worker import config_file
     from worker.output.tables import print_tables, table
 
     rows = table("key", "value", "source")
-    for row in config.show(config.load(args.config), args.config):
+    for row in config_file.show(config_file.load(args.config), args.config):
         rows.add_row(*row)
     print_tables(rows)
     return 0

@@ -59,11 +59,11 @@ def configure(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     import asyncio
 
-    from worker import config, logging
+    from worker import config_file, logging
     from worker.kafka.client import cli_timeouts
     from worker.operations.dead_letter_topic import DeadLetterTopic
 
-    loaded = config.load(args.config)
+    loaded = config_file.load(args.config)
     logging.configure(loaded.log)
     topic = DeadLetterTopic(cli_timeouts(loaded.kafka))
     if args.action == "ls":

@@ -18,11 +18,11 @@ def configure(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     import asyncio
 
-    from worker import config
+    from worker import config_file
     from worker.operations.doctor import run_checks
     from worker.output.tables import print_tables, table
 
-    findings = asyncio.run(run_checks(config.load(args.config)))
+    findings = asyncio.run(run_checks(config_file.load(args.config)))
     rows = table("", "part", "finding")
     for finding in findings:
         rows.add_row(finding.mark, finding.part, finding.text)

@@ -87,11 +87,11 @@ def run(args: Namespace) -> int:
 
     from pipeline.artifact import load
     from pipeline.evaluation.evaluate import evaluate
-    from worker import config
+    from worker import config_file
     from worker.inference.load import pipeline_options
     from worker.output.evaluation_display import print_report
 
-    loaded = with_action_aliases(config.load(args.config), args)
+    loaded = with_action_aliases(config_file.load(args.config), args)
     request = evaluation_options(args)
     options = pipeline_options(loaded)
     if args.report:

@@ -26,11 +26,11 @@ def run(args: Namespace) -> int:
 
     import msgspec
 
-    from worker import config
+    from worker import config_file
     from worker.lookup.lookup import Lookup
 
     async def find() -> "Slate":
-        async with Lookup(config.load(args.config)) as lookup:
+        async with Lookup(config_file.load(args.config)) as lookup:
             return await lookup.slate(args.user)
 
     slate = asyncio.run(find())

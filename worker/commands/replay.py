@@ -55,14 +55,14 @@ def run(args: Namespace) -> int:
     from msgspec.structs import replace
     from rich.console import Console
 
-    from worker import config, logging
+    from worker import config_file, logging
     from worker.kafka.client import cli_timeouts
     from worker.replay.display import print_summary
     from worker.replay.replay import ReplayOptions, replay
     from worker.replay.report import summary
 
     _check(args)
-    loaded = with_action_aliases(config.load(args.config), args)
+    loaded = with_action_aliases(config_file.load(args.config), args)
     if args.artifact:
         loaded = replace(loaded, pipeline=replace(loaded.pipeline, artifact=args.artifact))
     if args.kafka != "start":  # a broker of our own is up before the first request, so it needs no short timeout

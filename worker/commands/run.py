@@ -20,11 +20,11 @@ def configure(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     import asyncio
 
-    from worker import config, logging, malloc_tuning
+    from worker import config_file, logging, malloc_tuning
     from worker.errors import MillraceError
     from worker.process import Process
 
-    loaded = config.load(args.config)
+    loaded = config_file.load(args.config)
     logging.configure(loaded.log)
     malloc_tuning.trim_large_blocks()
     process = Process(loaded)

@@ -26,7 +26,7 @@ def configure(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     import signal
 
-    from worker import config, logging
+    from worker import config_file, logging
     from worker.errors import ConfigError
 
     try:
@@ -36,7 +36,7 @@ def run(args: Namespace) -> int:
     except ModuleNotFoundError as error:
         raise ConfigError(f"{error.name} is not installed; run pip install 'millrace[serve]'") from error
 
-    loaded = config.load(args.config)
+    loaded = config_file.load(args.config)
     logging.configure(loaded.log)
     listening = listen(args.host or loaded.serve.host, loaded.serve.port if args.port is None else args.port)
     options = uvicorn.Config(

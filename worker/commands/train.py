@@ -122,10 +122,10 @@ def run(args: Namespace) -> int:
     from pipeline.backends.torch import resolve_device
     from pipeline.training.distributed import process_group
     from pipeline.training.warm_start import WarmStart
-    from worker import config
+    from worker import config_file
     from worker.inference.load import pipeline_options
 
-    loaded = with_action_aliases(config.load(args.config), args)
+    loaded = with_action_aliases(config_file.load(args.config), args)
     pipeline = pipeline_options(loaded)
     warm_start = WarmStart(load(args.warm_start)) if args.warm_start else None
     options = replace(training_options(args, warm_start), labels=loaded.labels)

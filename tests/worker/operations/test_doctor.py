@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from worker import config
+from worker import config_file
 from worker.cli import main
+from worker.config import RedisConfig
 from worker.redis.client import RedisClient
 from worker.replay.local_servers import LocalValkey
 
@@ -86,12 +87,12 @@ def test_unreachable_redis_and_an_evicting_one_are_gaps(
     assert "Redis at 127.0.0.1:1 is unreachable" in lines()["redis"]
     with LocalValkey(tmp_path) as server:
         configure(REDIS__URL=server.url)
-        run(enable_eviction(config.load(None).redis))
+        run(enable_eviction(config_file.load(None).redis))
         assert main(["doctor"]) == 5
     assert "maxmemory-policy is allkeys-lru" in lines()["redis"]
 
 
-async def enable_eviction(redis: config.RedisConfig) -> None:
+async def enable_eviction(redis: RedisConfig) -> None:
     client = RedisClient(redis)
     await client.call("CONFIG", "SET", "maxmemory", "100mb", "maxmemory-policy", "allkeys-lru")
     await client.aclose()

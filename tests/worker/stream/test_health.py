@@ -4,13 +4,12 @@ import asyncio
 import contextlib
 import socket
 import threading
-import urllib.error
-import urllib.request
 from dataclasses import dataclass, field
 
 import pytest
 from prometheus_client import REGISTRY
 
+from tests.pages import read_page
 from tests.worker.clocks import ManualClock
 from worker import metrics
 from worker.config import HealthConfig
@@ -46,14 +45,6 @@ class FakeRecord:
     offset: int
 
 
-def get(port: int, page: str) -> tuple[int, str]:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{page}", timeout=30) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
-
-
 @pytest.fixture
 def clock() -> ManualClock:
     return ManualClock()
@@ -69,28 +60,28 @@ def served(clock: ManualClock):
 
 def test_readiness_names_the_problem(served):
     port, state = served
-    assert get(port, "/readyz") == (503, "starting\n")
+    assert read_page(port, "/readyz") == (503, "starting\n")
     state.ready = True
-    assert get(port, "/readyz") == (200, "serving\n")
+    assert read_page(port, "/readyz") == (200, "serving\n")
     state.problems["SequenceStore.push"] = "Redis is unreachable"
-    assert get(port, "/readyz") == (503, "SequenceStore.push: Redis is unreachable\n")
+    assert read_page(port, "/readyz") == (503, "SequenceStore.push: Redis is unreachable\n")
 
 
 def test_liveness_fails_without_a_heartbeat(served, clock: ManualClock):
     port, state = served
-    assert get(port, "/livez")[0] == 200
+    assert read_page(port, "/livez")[0] == 200
     clock.now_s += LOOP_BLOCKED_S
-    assert get(port, "/livez")[0] == 503
+    assert read_page(port, "/livez")[0] == 503
     state.heartbeat_s = clock.now_s
-    assert get(port, "/livez")[0] == 200
+    assert read_page(port, "/livez")[0] == 200
 
 
 def test_metrics_are_text_and_other_pages_are_not_found(served):
     port, _ = served
-    status, text = get(port, "/metrics")
+    status, text = read_page(port, "/metrics")
     assert status == 200
     assert "millrace_in_flight_events" in text
-    assert get(port, "/nothing")[0] == 404
+    assert read_page(port, "/nothing")[0] == 404
 
 
 def test_port_in_use_is_one_clear_sentence(served):
@@ -111,7 +102,7 @@ def test_idle_and_slow_connections_are_bounded_and_ended_so_that_probes_are_answ
                 connections[-1].sendall(b"GET /livez")
             assert threading.active_count() - threads_before <= MAX_CONNECTIONS
         assert {received(connection) for connection in connections} == {b""}
-    assert get(port, "/livez")[0] == 200
+    assert read_page(port, "/livez")[0] == 200
 
 
 def received(connection: socket.socket) -> bytes:
