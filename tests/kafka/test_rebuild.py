@@ -129,3 +129,19 @@ def test_rebuild_command_prints_what_it_restored(run, broker: Broker, valkey: st
     assert (
         "14 events restored: 18 of 4 users in 2 partitions read, 0 rings with gaps rewritten" in capsys.readouterr().out
     )
+
+
+async def test_records_that_cannot_be_decoded_are_skipped_and_counted(broker: Broker, client: RedisClient):
+    topic = await broker.topic(1)
+    config = Config(kafka=broker.config(events_topic=topic))
+    values = [record(topic, number) for number in range(8)]
+    await broker.produce(topic, values[:3])
+    await broker.append_undecodable(topic, values[3:6], bad=1)
+    await broker.produce(topic, values[6:])
+    await commit(config.kafka, {0: 8})
+    _, report = await rebuild(config, client)
+    assert (report.events, report.corrupt, report.lost) == (6, 2, 0)
+    oracle = Oracle(topic, config.sequences.max_events)
+    for number in (0, 1, 2, 3, 6, 7):
+        oracle.feed(0, number, msgspec.json.decode(values[number]))
+    assert await read_rings(client, topic) == oracle.rings()

@@ -29,7 +29,7 @@ def run(args: Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from worker import config, logging
+    from worker import config_file, logging
     from worker.clock import WallClock
     from worker.kafka.client import cli_timeouts
     from worker.operations.rebuild import Rebuild, RebuildPlan, RebuildReport
@@ -46,7 +46,7 @@ def run(args: Namespace) -> int:
         finally:
             await client.aclose()
 
-    loaded = config.load(args.config)
+    loaded = config_file.load(args.config)
     logging.configure(loaded.log)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -57,6 +57,8 @@ def run(args: Namespace) -> int:
     )
     if report.unreadable:
         print(f"{report.unreadable} invalid records skipped: the workers dead-lettered them when they first read them")
+    if report.corrupt:
+        print(f"{report.corrupt} records of batches that cannot be decoded skipped; the log says where")
     if plan.lost:
         print(
             f"{plan.lost} older records are no longer in the topic: only rings that still hold their events have them"

@@ -15,12 +15,13 @@ from worker.config import Config
 from worker.errors import SourceError
 from worker.interfaces import Clock, ConsumedEvent, Partition, PolledRecords
 from worker.kafka.client import ensure_coordinator, list_partitions, retry_at_start, with_admin
+from worker.kafka.corrupt_record import CorruptRecord
 from worker.kafka.topic_id import TopicIdentity, read_topic_id
-from worker.kafka.topic_reader import OffsetRange, make_consumer, offset_ranges, read_ranges
+from worker.kafka.topic_reader import OffsetRange, log_corrupt, make_consumer, offset_ranges, read_ranges
 from worker.operations.group_fence import GroupFence
 from worker.operations.ring_restorer import RingRestorer
 from worker.redis.client import RedisClient
-from worker.redis.sequences import SequenceStore
+from worker.redis.rings.sequences import SequenceStore
 from worker.stream.codec import Codec
 
 OnProgress = Callable[[int, int], None]
@@ -51,7 +52,8 @@ class RebuildReport:
 
     offsets: int = 0  # read, including gaps (transaction markers)
     events: int = 0
-    unreadable: int = 0
+    unreadable: int = 0  # records whose value is no event
+    corrupt: int = 0  # offsets of batches that Kafka's client cannot decode, from the first such record on
     users: int = 0
     restored: int = 0  # events that rings did not have
     rewritten: int = 0  # rings that lacked events before others that they had
@@ -108,10 +110,12 @@ class Rebuild:
         report.rewritten = await rings.cut_rings_with_gaps()
         if report.rewritten:
             second = plan.only_committed()
-            async for events, _ in self._read(consumer, second, report):
+            again = RebuildReport()  # the same records may be missing again
+            async for events, _ in self._read(consumer, second, again):
                 report.restored += await rings.rewrite(events)
                 read = report.offsets + await _offsets_read(consumer, second)
                 on_progress(read, plan.offsets + second.offsets)
+            report.lost = max(report.lost, again.lost)
         return report
 
     async def _plan(
@@ -127,9 +131,14 @@ class Rebuild:
     async def _read(
         self, consumer: AIOKafkaConsumer, plan: RebuildPlan, report: RebuildReport
     ) -> AsyncIterator[tuple[list[ConsumedEvent], int]]:
-        """Yield the events and the number of invalid records of each poll. Counts `report.lost`."""
+        """Yield the events and the number of invalid records of each poll. Counts `report.lost` and `corrupt`."""
+
+        def skip(corrupt: CorruptRecord, error: Exception) -> None:
+            report.corrupt += corrupt.next_batch - corrupt.offset
+            log_corrupt(corrupt, error)
+
         expected = {each: offsets.begin for each, offsets in plan.ranges.items()}
-        async for polled in read_ranges(consumer, plan.ranges, self._config.kafka, self._clock):
+        async for polled in read_ranges(consumer, plan.ranges, self._config.kafka, self._clock, skip):
             report.lost += await _count_deleted(consumer, plan, expected, polled)
             expected = {each: await consumer.position(each) for each in expected}
             events, dead_letters = self._codec.decode_all(self._to_polled(polled, plan))
