@@ -7,8 +7,6 @@ import re
 import signal
 import subprocess
 import time
-import urllib.error
-import urllib.request
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -19,6 +17,7 @@ import pytest
 from tests.faults.processes import launch
 from tests.kafka.broker import Broker, RecordingListener
 from tests.kafka.sources import joined
+from tests.pages import read_page
 from worker.config import KafkaConfig
 from worker.replay.local_servers import LocalKafka, LocalValkey
 
@@ -163,12 +162,7 @@ async def test_sigterm_while_kafka_is_silent_ends_in_time_with_true_last_words(
 
 
 def get(log: Path, page: str) -> tuple[int, str]:
-    port = json.loads(log.read_text().splitlines()[0])["health_port"]
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{page}", timeout=30) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
+    return read_page(json.loads(log.read_text().splitlines()[0])["health_port"], page)
 
 
 @pytest.mark.parametrize("away", ["Kafka", "Redis"])

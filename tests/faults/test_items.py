@@ -5,12 +5,12 @@ import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 from aiokafka import AIOKafkaProducer
 
 from tests.faults.processes import launch
 from tests.kafka.broker import Broker
+from tests.pages import read_metric, read_page
 from worker.clock import WallClock
 from worker.replay.local_servers import LocalValkey
 
@@ -68,17 +68,6 @@ async def test_killed_worker_restores_its_items_and_reads_only_the_tail_of_the_t
         assert line.items() >= expected.items()
 
 
-def read_metric(port: int, name: str) -> float:
-    with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
-        lines = page.read().decode().splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
-
-
-def read_ready(port: int) -> bytes:
-    with urlopen(f"http://127.0.0.1:{port}/readyz", timeout=10) as page:
-        return page.read()
-
-
 async def test_hostile_item_records_leave_a_running_and_a_starting_worker_serving(
     kafka: str,
     topics: Callable[[str], str],
@@ -116,7 +105,7 @@ async def test_hostile_item_records_leave_a_running_and_a_starting_worker_servin
                 event = {"user_id": "u", "item_id": "i", "action": "view", "ts_ms": WallClock().now_ms()}
                 await send(kafka, deployment["KAFKA__EVENTS_TOPIC"], {"u": json.dumps(event).encode()})
                 await broker.read(deployment["KAFKA__RECOMMENDATIONS_TOPIC"], number + 1)
-                assert await asyncio.to_thread(read_ready, port) == b"serving\n"
+                assert await asyncio.to_thread(read_page, port, "/readyz") == (200, "serving\n")
             finally:
                 worker.kill()
                 worker.wait(10)
