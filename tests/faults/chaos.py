@@ -71,9 +71,14 @@ async def replace_worker(deployment: Deployment, rng: random.Random) -> None:
 
 
 async def restart_broker(deployment: Deployment, rng: random.Random) -> None:
-    await asyncio.to_thread(rng.choice([deployment.kafka.stop, deployment.kafka.kill]))
+    broker = rng.choice([deployment.kafka, deployment.broker])
+    await asyncio.to_thread(rng.choice([broker.stop, broker.kill]))
     await asyncio.sleep(rng.uniform(0, 3))
-    await asyncio.to_thread(deployment.kafka.start)
+    await asyncio.to_thread(broker.start)
+
+
+async def replace_broker(deployment: Deployment, rng: random.Random) -> None:
+    await deployment.replace_broker()
 
 
 async def restart_redis(deployment: Deployment, rng: random.Random) -> None:
@@ -142,6 +147,7 @@ FAULTS: tuple[Fault, ...] = (
     freeze_worker,
     replace_worker,
     restart_broker,
+    replace_broker,
     restart_redis,
     slow_redis,
     stall_partition,

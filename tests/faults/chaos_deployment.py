@@ -1,4 +1,4 @@
-"""Everything that a chaos run may break: a broker, a Valkey that keeps its data, workers of one group, and traffic."""
+"""All that a chaos run may break: two brokers, a Valkey that keeps its data, workers of one group, their traffic."""
 
 import asyncio
 import itertools
@@ -19,7 +19,9 @@ from redis.asyncio import Redis
 from tests.faults.processes import launch, run_command
 from tests.faults.topics import decode, origin, read_to_end
 from tests.kafka.broker import admin_client
+from tests.kafka.reassignment import move_partitions
 from tests.oracle import ACTIONS, Oracle
+from worker.replay.child_process import HOST, free_ports
 from worker.replay.local_servers import LocalKafka, LocalValkey
 
 EVENTS, SLATES, DEAD_LETTERS, GROUP = "events", "recommendations", "events.dead", "chaos"
@@ -50,7 +52,10 @@ class Deployment:
     """
 
     def __init__(self, folder: Path, seed: int, artifacts: tuple[Path, Path]) -> None:
+        self._folder = folder
         self.kafka = LocalKafka(folder / "kafka", heap_mib=384)
+        self.broker_id = 2
+        self.broker = self._make_broker()
         self.valkey = LocalValkey(folder / "valkey", settings=DURABLE)
         self.artifacts = artifacts
         self.link = folder / "current"
@@ -58,7 +63,6 @@ class Deployment:
         self.members: list[Member] = []
         self.partitions = PARTITIONS
         self.is_truncated = False
-        self._folder = folder
         self._rng = random.Random(seed)
         self._homes: dict[str, int] = {}  # each user's partition: more partitions move no user
         self._history: dict[Key, ConsumerRecord] = {}
@@ -67,10 +71,11 @@ class Deployment:
         self._traffic: asyncio.Task | None = None
 
     async def __aenter__(self) -> "Deployment":
-        await asyncio.to_thread(self.kafka.start)
-        await asyncio.to_thread(self.valkey.start)
+        for server in (self.kafka, self.broker, self.valkey):
+            await asyncio.to_thread(server.start)
+        replicas = {number: [self.broker_id] for number in range(PARTITIONS)}
         async with self.admin() as admin:
-            await admin.create_topics([NewTopic(name, PARTITIONS, 1) for name in (EVENTS, SLATES, DEAD_LETTERS)])
+            await admin.create_topics([NewTopic(name, -1, -1, replicas) for name in (EVENTS, SLATES, DEAD_LETTERS)])
         self._traffic = asyncio.create_task(self._produce(), name="traffic")
         for _ in range(2):
             self.start_member()
@@ -81,8 +86,8 @@ class Deployment:
         await self.stop_traffic()
         for member in self.members:
             member.process.kill()
-        await asyncio.to_thread(self.kafka.kill)
-        await asyncio.to_thread(self.valkey.kill)
+        for server in (self.broker, self.kafka, self.valkey):
+            await asyncio.to_thread(server.kill)
 
     @property
     def settings(self) -> dict[str, object]:
@@ -103,6 +108,17 @@ class Deployment:
             "PIPELINE__ARTIFACT_POLL_INTERVAL_S": 0.5,
             "PIPELINE__THREADS": 1,
         }
+
+    def _make_broker(self) -> LocalKafka:
+        """Return the broker that holds the topics; `kafka` is the controller and where clients find the others."""
+        port = free_ports(1)[0]
+        settings = {
+            "process.roles": "broker",
+            "node.id": self.broker_id,
+            "controller.quorum.voters": self.kafka.quorum,
+            "listeners": f"PLAINTEXT://{HOST}:{port}",
+        }
+        return LocalKafka(self._folder / f"broker-{self.broker_id}", port, heap_mib=384, settings=settings)
 
     def start_member(self) -> Member:
         log = self._folder / f"member-{next(self._started)}.log"
@@ -150,8 +166,18 @@ class Deployment:
     async def add_partition(self) -> None:
         """Add a partition to the events topic; users that are new from now on may live there."""
         async with self.admin() as admin:
-            await admin.create_partitions({EVENTS: NewPartitions(self.partitions + 1)})
+            await admin.create_partitions({EVENTS: NewPartitions(self.partitions + 1, [[self.broker_id]])})
         self.partitions += 1
+
+    async def replace_broker(self) -> None:
+        """Start a broker with a new id, move all partitions of the old one to it, and stop the old one for good."""
+        old, old_id = self.broker, self.broker_id
+        self.broker_id += 1
+        self.broker = self._make_broker()
+        await asyncio.to_thread(self.broker.start)
+        async with self.admin() as admin:
+            await move_partitions(admin, old_id, self.broker_id)
+        await asyncio.to_thread(old.stop)
 
     async def truncate(self) -> None:
         """Delete the records that the group has committed from the events topic."""

@@ -13,6 +13,31 @@ from worker.errors import SourceError, StoreError
 from worker.replay.child_process import HOST, START_S, LocalServer, free_ports
 
 KAFKA_VERSION = "4.1.0"
+NODE_ID = 1
+# server.properties of one small node: one replica per internal topic, groups form without delay
+DEFAULT_SETTINGS: dict[str, object] = {
+    "process.roles": "broker,controller",
+    "node.id": NODE_ID,
+    "controller.listener.names": "CONTROLLER",
+    "inter.broker.listener.name": "PLAINTEXT",
+    "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
+    "auto.create.topics.enable": "false",
+    "group.initial.rebalance.delay.ms": 0,
+    "offsets.topic.replication.factor": 1,
+    "offsets.topic.num.partitions": 4,
+    "transaction.state.log.replication.factor": 1,
+    "transaction.state.log.min.isr": 1,
+    "transaction.state.log.num.partitions": 4,
+    "share.coordinator.state.topic.replication.factor": 1,
+    "share.coordinator.state.topic.min.isr": 1,
+    "num.network.threads": 2,
+    "num.io.threads": 2,
+    "background.threads": 2,
+    "log.cleaner.dedupe.buffer.size": 16 << 20,
+    # A killed node can rejoin only when its old session has ended: after 13 s with the default of 9 s.
+    "broker.session.timeout.ms": 3000,
+    "broker.heartbeat.interval.ms": 500,
+}
 
 
 def kafka_home() -> Path:
@@ -58,16 +83,24 @@ class LocalKafka(LocalServer):
     def bootstrap(self) -> str:
         return self.address
 
+    @property
+    def quorum(self) -> str:
+        """The controllers, as a further node's `controller.quorum.voters` names them."""
+        return f"{NODE_ID}@{HOST}:{self._controller_port}"
+
     def _prepare(self) -> None:
         if reason := missing_requirement(self._home):
             raise SourceError(reason)
-        settings = _default_settings(self.data_dir, self.port, self._controller_port) | dict(self._settings)
+        listeners = f"PLAINTEXT://{HOST}:{self.port},CONTROLLER://{HOST}:{self._controller_port}"
+        node = {"controller.quorum.voters": self.quorum, "listeners": listeners, "log.dirs": self.data_dir / "log"}
+        node |= {"advertised.listeners": f"PLAINTEXT://{HOST}:{self.port}"}
+        settings = DEFAULT_SETTINGS | node | dict(self._settings)
         self._properties.write_text("".join(f"{key}={value}\n" for key, value in settings.items()))
         if not (self.data_dir / "log" / "meta.properties").exists():
             self._format_storage()
 
     def _format_storage(self) -> None:
-        cluster_id = "bWlsbHJhY2UtbG9jYWwtMQ"  # it only has to be well-formed: no other node ever joins
+        cluster_id = "bWlsbHJhY2UtbG9jYWwtMQ"  # it only has to be well-formed
         command = self._java("kafka.tools.StorageTool", "format", "-t", cluster_id, "-c", str(self._properties))
         done = subprocess.run(command, capture_output=True, text=True, timeout=START_S)
         if done.returncode:
@@ -103,34 +136,3 @@ class LocalValkey(LocalServer):
         options = {"port": self.port, "bind": HOST, "dir": self.data_dir, "save": "", "appendonly": "no"}
         options |= self._settings
         return [str(get_binary_path()), *(text for key, value in options.items() for text in (f"--{key}", str(value)))]
-
-
-def _default_settings(data_dir: Path, port: int, controller_port: int) -> dict[str, object]:
-    """Return server.properties of one small node: one replica per internal topic, groups form without delay."""
-    return {
-        "process.roles": "broker,controller",
-        "node.id": 1,
-        "controller.quorum.voters": f"1@{HOST}:{controller_port}",
-        "controller.listener.names": "CONTROLLER",
-        "listeners": f"PLAINTEXT://{HOST}:{port},CONTROLLER://{HOST}:{controller_port}",
-        "advertised.listeners": f"PLAINTEXT://{HOST}:{port}",
-        "inter.broker.listener.name": "PLAINTEXT",
-        "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
-        "log.dirs": data_dir / "log",
-        "auto.create.topics.enable": "false",
-        "group.initial.rebalance.delay.ms": 0,
-        "offsets.topic.replication.factor": 1,
-        "offsets.topic.num.partitions": 4,
-        "transaction.state.log.replication.factor": 1,
-        "transaction.state.log.min.isr": 1,
-        "transaction.state.log.num.partitions": 4,
-        "share.coordinator.state.topic.replication.factor": 1,
-        "share.coordinator.state.topic.min.isr": 1,
-        "num.network.threads": 2,
-        "num.io.threads": 2,
-        "background.threads": 2,
-        "log.cleaner.dedupe.buffer.size": 16 << 20,
-        # A killed node can rejoin only when its old session has ended: after 13 s with the default of 9 s.
-        "broker.session.timeout.ms": 3000,
-        "broker.heartbeat.interval.ms": 500,
-    }
