@@ -64,11 +64,22 @@ def _ssl_context(config: KafkaConfig) -> ssl.SSLContext | None:
         raise ConfigError(f"kafka: TLS set-up from {files} failed: {error}") from error
 
 
+def is_transient(error: errors.KafkaError) -> bool:
+    """Whether a retry may succeed."""
+    return (error.retriable or isinstance(error, errors.KafkaTimeoutError)) and not is_permanent(error)
+
+
 def source_error(config: KafkaConfig, topic: str, error: errors.KafkaError) -> SourceError:
     """Return an error of a read as one of the worker's: SourceUnavailable when a retry may succeed."""
-    is_transient = error.retriable or isinstance(error, errors.KafkaTimeoutError)
-    kind = SourceUnavailable if is_transient and not is_permanent(error) else SourceError
+    kind = SourceUnavailable if is_transient(error) else SourceError
     return kind(explain(config, error, topic))
+
+
+def raise_unless_transient(config: KafkaConfig, error: errors.KafkaError, topic: str) -> None:
+    """Log an error that a retry may fix. Raises SourceError at any other."""
+    if not is_transient(error):
+        raise SourceError(explain(config, error, topic)) from error
+    log.warning("transient error, retrying", error=repr(error))
 
 
 def cli_timeouts(config: KafkaConfig) -> KafkaConfig:
@@ -210,7 +221,7 @@ async def ensure_coordinator(config: KafkaConfig, clock: Clock, group: str) -> N
     # NOTE: aiokafka 0.14 treats a coordinator that is loading as one without offsets and members.
     async def check(admin: AIOKafkaAdminClient) -> None:
         while (error := await _coordinator_error(admin, group)) is not None:
-            if not error.retriable:
+            if not is_transient(error):
                 raise error
             await asyncio.sleep(METADATA_POLL_S)
 

@@ -4,6 +4,7 @@ aiokafka logs and swallows the exceptions of rebalance listeners, so they are ke
 """
 
 import asyncio
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from worker.config import KafkaConfig
 from worker.deadline import Deadline
 from worker.errors import SourceError, SourceUnavailable
 from worker.interfaces import Clock, Partition, RebalanceListener
-from worker.kafka.client import METADATA_POLL_S, client_options
+from worker.kafka.client import METADATA_POLL_S, client_options, is_transient
 from worker.kafka.error_causes import FENCED_INSTANCE, describe
 from worker.kafka.static_membership import is_instance_taken
 from worker.kafka.topic_id import TopicIdentity, fetch_topic_id
@@ -49,6 +50,7 @@ class GroupMember:
         self._assignment_count = 0  # numbers the assignments
         self.assignments: dict[Partition, int] = {}
         self.is_topic_missing = False  # deleted, when its id was last asked for
+        self.topic_checked_s = -math.inf  # by Clock.monotonic(): when that was
         self.failure: Exception | None = None  # raised by a rebalance callback, not yet re-raised
         self.was_assigned = asyncio.Event()  # the first assignment's callback has ended
         # A join waits until the other members have drained.
@@ -104,6 +106,7 @@ class GroupMember:
     async def check_topic(self) -> None:
         """Raise TopicRecreated if the topic is no longer the one that this process read. Raises KafkaError."""
         # NOTE: private in aiokafka 0.14: the consumer's `_client`, whose connections are open already.
+        self.topic_checked_s = self._clock.monotonic()
         topic_id = await fetch_topic_id(self.consumer._client, self._config.events_topic)
         self._identity.check(topic_id)
         self.is_topic_missing = topic_id is None and self._identity.topic_id is not None
@@ -195,7 +198,7 @@ class GroupMember:
             try:
                 return await self.check_topic()
             except errors.KafkaError as error:
-                if not error.retriable:
+                if not is_transient(error):
                     raise
                 await asyncio.sleep(METADATA_POLL_S)
 

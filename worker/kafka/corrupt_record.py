@@ -4,14 +4,16 @@ aiokafka raises in the middle of a batch. It neither says where nor returns the 
 call, and no fetch can begin after the record, because a broker returns entire batches.
 """
 
+import asyncio
 import traceback
 from typing import NamedTuple
 
-from aiokafka import TopicPartition, errors
+from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition, errors
 
 from worker.config import KafkaConfig
 from worker.errors import SourceError
 
+POLL_MS = 500
 DECODE_ERRORS = (UnicodeDecodeError, errors.CorruptRecordException)
 
 
@@ -56,3 +58,20 @@ class CorruptRecord(NamedTuple):
             f" {config.group_id} --topic {topic}:{partition} --reset-offsets --to-offset {self.next_batch} --execute, "
             "start"
         )
+
+
+async def read_before(consumer: AIOKafkaConsumer, corrupt: CorruptRecord, timeout_s: float) -> list[ConsumerRecord]:
+    """Return the partition's records before the corrupt one, read one by one: a call that reaches it returns none.
+
+    Raises TimeoutError, KafkaError.
+    """
+    records: list[ConsumerRecord] = []
+    try:
+        async with asyncio.timeout(timeout_s):
+            while await consumer.position(corrupt.tp) < corrupt.offset:
+                fetched = await consumer.getmany(corrupt.tp, timeout_ms=POLL_MS, max_records=1)
+                records += fetched.get(corrupt.tp, [])
+    except Exception as error:
+        if CorruptRecord.find(error) is None:  # else compaction has removed what was right before it
+            raise
+    return records

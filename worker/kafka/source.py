@@ -7,28 +7,25 @@ poll; fetched records are never lost to cancellation.
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 
-from aiokafka import TopicPartition, errors
+from aiokafka import ConsumerRecord, TopicPartition, errors
 
-from worker import logging, metrics
-from worker.clock import date_ms
+from worker import logging
 from worker.config import KafkaConfig
 from worker.deadline import Deadline
-from worker.errors import SourceError, TopicRecreated
+from worker.errors import SourceError
 from worker.interfaces import Clock, Partition, PolledRecords, RebalanceListener
-from worker.kafka.client import ensure_coordinator, ensure_topics, retry_at_start
+from worker.kafka.client import ensure_coordinator, ensure_topics, raise_unless_transient, retry_at_start
 from worker.kafka.consumer_group import NO_PARTITION, STOP_S, GroupMember
-from worker.kafka.corrupt_record import DECODE_ERRORS, CorruptRecord
-from worker.kafka.error_causes import explain, is_permanent
+from worker.kafka.corrupt_record import DECODE_ERRORS, CorruptRecord, read_before
+from worker.kafka.offset_commits import OffsetCommits
+from worker.kafka.offset_reset import seek_into_range, seek_to_start
 from worker.kafka.partition_progress import PartitionProgress
 from worker.kafka.topic_id import TopicIdentity, read_topic_id
 
 log = logging.get("source")
 POLL_GRACE_S = 0.05  # beyond a poll's timeout: only a rebalance takes longer
-COMMIT_RETRY_S = 0.2
 ASK_ENDS_S = 5.0  # between two questions for the partitions' ends, one small request per broker
-TOPIC_CHECK_S = 1.0  # between requests for the topic's id, besides those of commits
-STALE_GENERATION = (errors.UnknownMemberIdError, errors.IllegalGenerationError, errors.RebalanceInProgressError)
-
+TOPIC_CHECK_S = 1.0  # without a request for the topic's id, as each commit makes one
 
 ClaimTopic = Callable[[str, str], Awaitable[None]]
 
@@ -56,16 +53,13 @@ class KafkaSource:
         self._config = config
         self._clock = clock
         self._deadline = deadline or Deadline(clock)
-        # (assignment, next offset) of each partition whose commit is not yet acknowledged
-        self._pending_commit: dict[Partition, tuple[int, int]] = {}
-        self._committing: asyncio.Task[bool] | None = None
         self._fetching: asyncio.Task[list[PolledRecords]] | None = None
         self._paused = False
-        self._topic_check_s = 0.0  # by Clock.monotonic(): when the topic's id is due to be looked at
         self._progress = PartitionProgress(clock)
         self._asking: asyncio.Task[None] | None = None
         self._ask_ends_s = 0.0  # by Clock.monotonic(): when the partitions' ends are due to be asked for
         self._member_or_none: GroupMember | None = None
+        self._commits_or_none: OffsetCommits | None = None
         self._corrupt: SourceError | None = None  # set at a record that cannot be decoded: nothing after it is read
 
     async def start(self, rebalance: RebalanceListener) -> None:
@@ -88,6 +82,7 @@ class KafkaSource:
             return member
 
         self._member_or_none = await retry_at_start(self._config, self._clock, join)
+        self._commits_or_none = OffsetCommits(self._config, self._member, self._clock, self._deadline)
         self._raise_failure()
 
     async def poll(self, timeout_s: float) -> list[PolledRecords]:
@@ -119,28 +114,11 @@ class KafkaSource:
         the next commit, unless their assignment has passed. Raises SourceError when the commit is refused,
         TopicRecreated.
         """
-        owned = self._member.assignments
-        self._pending_commit |= {
-            partition: (assignments[partition], offset)
-            for partition, offset in offsets.items()
-            if partition in owned and owned[partition] == assignments.get(partition)
-        }
-        give_up_s = self._clock.monotonic() + self._deadline.share_s(self._config.request_timeout_ms / 1000)
-        while not await self._attempt_commit(give_up_s):
-            if self._clock.monotonic() >= give_up_s:
-                log.warning("commit pending, coordinator unavailable", offsets=_offsets_by_name(self.uncommitted()))
-                return
-            await asyncio.sleep(min(COMMIT_RETRY_S, self._deadline.left_s()))
+        await self._commits.commit(offsets, assignments)
 
     def uncommitted(self) -> dict[Partition, int]:
         """Return the offsets to commit, dropping those of a passed assignment: another member may be further by now."""
-        owned = self._member.assignments
-        self._pending_commit = {
-            partition: (assignment, offset)
-            for partition, (assignment, offset) in self._pending_commit.items()
-            if owned.get(partition) == assignment
-        }
-        return {partition: offset for partition, (_, offset) in self._pending_commit.items()}
+        return self._commits.uncommitted()
 
     def lag(self) -> Mapping[Partition, int]:
         """Return records after the last polled one, as of the last fetch or the broker's last answer."""
@@ -176,7 +154,8 @@ class KafkaSource:
         if self._member_or_none is None:
             return
         await self._member_or_none.leave()
-        running = [task for task in (self._fetching, self._committing, self._asking) if task is not None]
+        committing = self._commits_or_none and self._commits_or_none.running
+        running = [task for task in (self._fetching, committing, self._asking) if task is not None]
         for task in running:
             task.cancel()
         if running:
@@ -186,6 +165,11 @@ class KafkaSource:
     def _member(self) -> GroupMember:
         assert self._member_or_none is not None, "start() comes first"
         return self._member_or_none
+
+    @property
+    def _commits(self) -> OffsetCommits:
+        assert self._commits_or_none is not None, "start() comes first"
+        return self._commits_or_none
 
     async def _fetch(self, timeout_s: float) -> list[PolledRecords]:
         """Call getmany once. Records get their assignment before another task runs: no rebalance comes between."""
@@ -199,10 +183,8 @@ class KafkaSource:
             fetched = await consumer.getmany(
                 *partitions, timeout_ms=int(timeout_s * 1000), max_records=self._config.max_poll_records
             )
-        except errors.NoOffsetForPartitionError as error:
-            await self._seek_to_start(error.args[0])
-        except errors.OffsetOutOfRangeError as error:
-            await self._continue_in_range(error.args[0])
+        except (errors.NoOffsetForPartitionError, errors.OffsetOutOfRangeError) as error:
+            await self._reset_position(error)
         except errors.ConsumerStoppedError:
             return []
         except DECODE_ERRORS as error:
@@ -228,38 +210,22 @@ class KafkaSource:
         else:
             self._progress.update(self._member.positions(), ends, self._paused)
 
-    async def _seek_to_start(self, partition: TopicPartition) -> None:
-        """Read a partition of which nothing is committed from `start_at` on, or from its beginning."""
-        consumer = self._member.consumer
-        if self._config.start_at is None:
-            await consumer.seek_to_beginning(partition)
-            return
-        found = (await consumer.offsets_for_times({partition: date_ms(self._config.start_at)}))[partition]
-        if found is None:  # all records are older
-            await consumer.seek_to_end(partition)
-        else:
-            consumer.seek(partition, found.offset)
-
     async def _check_topic_if_due(self) -> None:
         """Notice a topic that was created again while this member has no partition of it, or nothing to commit."""
-        if self._clock.monotonic() >= self._topic_check_s:
-            self._topic_check_s = self._clock.monotonic() + TOPIC_CHECK_S
+        if self._clock.monotonic() >= self._member.topic_checked_s + TOPIC_CHECK_S:
             await self._member.check_topic()
 
     async def _read_up_to(self, error: Exception) -> list[PolledRecords]:
-        """Return the partition's records before the corrupt one, which were lost in the same call, re-read one by one.
+        """Return the partition's records before the corrupt one, which were lost in the same call, read again.
 
         Records of other partitions are lost too, so the process stops.
         """
         corrupt = CorruptRecord.from_error(error)
-        consumer = self._member.consumer
-        records = []
+        records: list[ConsumerRecord] = []
         try:
-            while await consumer.position(corrupt.tp) < corrupt.offset:
-                fetched = await consumer.getmany(corrupt.tp, timeout_ms=1000, max_records=1)
-                records += fetched.get(corrupt.tp, [])
-        except (*DECODE_ERRORS, errors.KafkaError) as ended:
-            log.debug("records before the corrupt one read", error=repr(ended))
+            records = await read_before(self._member.consumer, corrupt, self._config.request_timeout_ms / 1000)
+        except (errors.KafkaError, TimeoutError) as failed:  # they are read again after the restart
+            log.warning("records before the corrupt one not read", error=repr(failed))
         self._corrupt = corrupt.to_error(self._config, error)
         return [self._to_polled(corrupt.tp, records)] if records else []
 
@@ -275,97 +241,23 @@ class KafkaSource:
             records=records,
         )
 
-    async def _continue_in_range(self, offsets: Mapping[TopicPartition, int]) -> None:
+    async def _reset_position(self, error: errors.NoOffsetForPartitionError | errors.OffsetOutOfRangeError) -> None:
         """Raises TopicRecreated, SourceError."""
         try:
+            if isinstance(error, errors.NoOffsetForPartitionError):
+                await seek_to_start(self._member, error.args[0], self._config)
+                return
             await self._member.check_topic()
-            for tp, offset in offsets.items():
-                await self._apply_policy(tp, offset)
-        except errors.KafkaError as error:  # the next fetch finds the same offsets out of range
-            self._raise_unless_transient(error)
-
-    async def _apply_policy(self, tp: TopicPartition, offset: int) -> None:
-        """Continue a partition whose next offset it does not have, as `on_offset_out_of_range` says.
-
-        Raises SourceError when the policy is to halt.
-        """
-        consumer = self._member.consumer
-        policy = self._config.on_offset_out_of_range
-        begin = (await consumer.beginning_offsets([tp]))[tp]
-        end = (await consumer.end_offsets([tp]))[tp]
-        if policy == "halt":
-            raise self._out_of_range_error(tp, offset, begin, end)
-        target = begin if policy == "earliest" else end
-        skipped = max(0, target - offset)
-        metrics.SKIPPED_RECORDS.labels(tp.topic, tp.partition).inc(skipped)
-        log.error(
-            "next offset not in the topic: retention deleted records before they were read, or the partition was cut",
-            topic=tp.topic,
-            partition=tp.partition,
-            offset=offset,
-            first_offset=begin,
-            end_offset=end,
-            continues_at=target,
-            records_skipped=skipped,
-        )
-        consumer.seek(tp, target)
-
-    def _out_of_range_error(self, tp: TopicPartition, offset: int, begin: int, end: int) -> SourceError:
-        config = self._config
-        return SourceError(
-            f"topic {tp.topic}, partition {tp.partition}: the next offset is {offset}, but the partition has offsets "
-            f"{begin} to {end - 1}, and kafka.on_offset_out_of_range is halt; set it to earliest or latest, or stop "
-            f"the group's workers, kafka-consumer-groups.sh --bootstrap-server {config.bootstrap_servers} --group "
-            f"{config.group_id} --topic {tp.topic}:{tp.partition} --reset-offsets --to-offset {begin} --execute, start"
-        )
-
-    async def _attempt_commit(self, give_up_s: float) -> bool:
-        """Wait until then for the running attempt, started if there is none; return whether a commit can end.
-
-        An attempt is never cancelled: it would be unknown what was committed. aiokafka may wait for its reply longer
-        than a commit may take.
-        """
-        if self._committing is None:
-            self._committing = asyncio.create_task(self._commit_once(), name="commit attempt")
-        attempt = self._committing
-        await asyncio.wait({attempt}, timeout=max(0.0, give_up_s - self._clock.monotonic()))
-        if not attempt.done():
-            return False
-        if self._committing is attempt:
-            self._committing = None
-        return attempt.result()
-
-    async def _commit_once(self) -> bool:
-        """Return whether nothing is left to try: all is acknowledged, or the group is about to rebalance."""
-        sent = self.uncommitted()
-        try:
-            if sent:
-                await self._member.commit(sent)
-        except TopicRecreated:
-            self._pending_commit = {}
-            raise
-        except STALE_GENERATION:
-            log.info("commit skipped, generation is stale", offsets=_offsets_by_name(sent))
-            return True
-        except errors.KafkaError as error:
-            self._raise_unless_transient(error)
-            return False
-        for partition, offset in sent.items():  # offsets that moved meanwhile stay pending
-            if self._pending_commit.get(partition, (0, -1))[1] == offset:
-                del self._pending_commit[partition]
-        return not self.uncommitted()
+            for tp, offset in error.args[0].items():
+                await seek_into_range(self._member, tp, offset, self._config)
+        except errors.KafkaError as failed:  # the next fetch finds the same position missing
+            self._raise_unless_transient(failed)
 
     def _raise_unless_transient(self, error: errors.KafkaError) -> None:
-        if is_permanent(error) or not error.retriable:
-            raise SourceError(explain(self._config, error, self._config.events_topic)) from error
-        log.warning("transient error, retrying", error=repr(error))
+        raise_unless_transient(self._config, error, self._config.events_topic)
 
     def _raise_failure(self) -> None:
         failure = self._member.failure
         self._member.failure = None
         if failure is not None:
             raise failure
-
-
-def _offsets_by_name(offsets: Mapping[Partition, int]) -> dict[str, int]:
-    return {f"{topic}-{partition}": offset for (topic, partition), offset in sorted(offsets.items())}

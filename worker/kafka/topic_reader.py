@@ -12,7 +12,7 @@ from worker.config import KafkaConfig
 from worker.errors import SourceUnavailable
 from worker.interfaces import Clock
 from worker.kafka.client import client_options, source_error
-from worker.kafka.corrupt_record import CorruptRecord
+from worker.kafka.corrupt_record import CorruptRecord, read_before
 
 log = logging.get("kafka")
 POLL_MS = 500
@@ -101,26 +101,13 @@ async def poll(
                 raise
             for partition, offset in positions.items():  # what this call had read of other partitions is lost
                 consumer.seek(partition, offset)
-            records = await _read_up_to(consumer, corrupt, config)
+            try:
+                records = await read_before(consumer, corrupt, config.request_timeout_ms / 1000)
+            except TimeoutError as late:
+                raise _no_answer(config, [corrupt.tp]) from late
             consumer.seek(corrupt.tp, corrupt.next_batch)
             on_corrupt(corrupt, error)
             return {corrupt.tp: records}
-
-
-async def _read_up_to(consumer: AIOKafkaConsumer, corrupt: CorruptRecord, config: KafkaConfig) -> list[ConsumerRecord]:
-    """Return the partition's records before the corrupt one, read one by one: a call that reaches it returns none."""
-    records: list[ConsumerRecord] = []
-    try:
-        async with asyncio.timeout(config.request_timeout_ms / 1000):
-            while await consumer.position(corrupt.tp) < corrupt.offset:
-                fetched = await consumer.getmany(corrupt.tp, timeout_ms=POLL_MS, max_records=1)
-                records += fetched.get(corrupt.tp, [])
-    except TimeoutError as error:
-        raise _no_answer(config, [corrupt.tp]) from error
-    except Exception as error:
-        if CorruptRecord.find(error) is None:  # else compaction has removed what was right before it
-            raise
-    return records
 
 
 async def read_ranges(
