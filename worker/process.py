@@ -87,12 +87,12 @@ async def build_components(
         stack.push_async_callback(lambda: ranker.stop(deadline.share_s(STOP_S)))
         client = await connect_at_start(config.redis, config.key_prefix, clock, report)
         stack.push_async_callback(lambda: deadline.finish(client.aclose(), STOP_S))
-        await claim_keys(client, config)
         slates = SlateStore(client, config.slates, config.sequences.topic_generation)
         counters = CounterStore(
             client, config, pipeline.counters, slates, ranker.run_in_thread, ranker.pin_items, lambda: pipeline.version
         )
         sequences = SequenceStore(client, config.sequences)
+        await claim_keys(sequences.claims, client, config)
         hot_swap = _hot_swap(config, ranker, clock)
         if hot_swap is not None:
             stack.callback(hot_swap.close)

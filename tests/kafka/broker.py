@@ -82,7 +82,9 @@ class Broker:
             while topic in await admin.list_topics():  # noqa: ASYNC110 - Kafka cannot notify
                 await asyncio.sleep(0.02)
             response = await admin.create_topics([NewTopic(topic, partitions, 1)])
-        assert [entry["error_code"] for entry in response.to_object()["topic_errors"]] == [0]
+            assert [entry["error_code"] for entry in response.to_object()["topic_errors"]] == [0]
+            while (await admin.describe_topics([topic]))[0]["error_code"]:  # noqa: ASYNC110 - likewise
+                await asyncio.sleep(0.02)
 
     async def produce(self, topic: str, values: Iterable[bytes], partition: int | None = 0) -> None:
         async with AIOKafkaProducer(bootstrap_servers=self.bootstrap) as producer:

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from aiokafka import AIOKafkaProducer, TopicPartition, errors
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition, errors
 from aiokafka.admin import RecordsToDelete
 from prometheus_client import REGISTRY
 
@@ -246,6 +246,20 @@ async def test_undecodable_record_ends_the_source_after_the_records_before_it(
     assert await broker.committed(topic, config.group_id) == 5
 
 
+async def test_source_that_cannot_read_the_records_before_an_undecodable_one_does_not_call_them_committed(
+    broker: Broker, listener: RecordingListener, monkeypatch: pytest.MonkeyPatch
+):
+    async def time_out(*_: object) -> list:
+        raise TimeoutError
+
+    monkeypatch.setattr("worker.kafka.source.read_before", time_out)
+    topic = await broker.topic()
+    await broker.append_undecodable(topic, numbers(0, 5), bad=2)
+    async with joined(broker.config(events_topic=topic), listener) as source:
+        with pytest.raises(SourceUnavailable, match=rf"topic {topic}, partition 0, offset 2: .* start again"):
+            await poll_records(source, 2)
+
+
 async def test_missing_topic_error_contains_the_command_that_creates_it(broker: Broker, listener: RecordingListener):
     config = broker.config(events_topic=broker.name("nowhere"))
     message = r"topic nowhere.* is not on .*--create --topic.*kafka.create_topics"
@@ -327,4 +341,21 @@ async def test_partition_without_a_committed_offset_is_read_from_the_configured_
     async with joined(broker.config(events_topic=topic, start_at=start_at), listener) as source:
         assert values(await poll_records(source, len(expected))) == expected
         await broker.produce(topic, [b"new"])
+        assert values(await poll_records(source, 1)) == [b"new"]
+
+
+async def test_records_that_arrive_while_the_configured_time_is_looked_up_are_read(
+    broker: Broker, listener: RecordingListener, monkeypatch: pytest.MonkeyPatch
+):
+    topic = await broker.topic()
+    await broker.produce(topic, [b"old"])
+    look_up = AIOKafkaConsumer.offsets_for_times
+
+    async def then_produce(consumer: AIOKafkaConsumer, times: dict) -> dict:
+        found = await look_up(consumer, times)
+        await broker.produce(topic, [b"new"])
+        return found
+
+    monkeypatch.setattr(AIOKafkaConsumer, "offsets_for_times", then_produce)
+    async with joined(broker.config(events_topic=topic, start_at="2100-01-01"), listener) as source:
         assert values(await poll_records(source, 1)) == [b"new"]

@@ -17,11 +17,9 @@ async def seek_to_start(member: GroupMember, partition: TopicPartition, config: 
     if config.start_at is None:
         await consumer.seek_to_beginning(partition)
         return
+    end = (await consumer.end_offsets([partition]))[partition]  # asked for first: what comes meanwhile is read
     found = (await consumer.offsets_for_times({partition: date_ms(config.start_at)}))[partition]
-    if found is None:  # all records are older
-        await consumer.seek_to_end(partition)
-    else:
-        consumer.seek(partition, found.offset)
+    consumer.seek(partition, end if found is None else min(found.offset, end))
 
 
 async def seek_into_range(member: GroupMember, tp: TopicPartition, offset: int, config: KafkaConfig) -> None:

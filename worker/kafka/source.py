@@ -7,16 +7,16 @@ poll; fetched records are never lost to cancellation.
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 
-from aiokafka import ConsumerRecord, TopicPartition, errors
+from aiokafka import TopicPartition, errors
 
 from worker import logging
 from worker.config import KafkaConfig
 from worker.deadline import Deadline
-from worker.errors import SourceError
+from worker.errors import SourceError, SourceUnavailable
 from worker.interfaces import Clock, Partition, PolledRecords, RebalanceListener
 from worker.kafka.client import ensure_coordinator, ensure_topics, raise_unless_transient, retry_at_start
 from worker.kafka.consumer_group import NO_PARTITION, STOP_S, GroupMember
-from worker.kafka.corrupt_record import DECODE_ERRORS, CorruptRecord, read_before
+from worker.kafka.corrupt_record import CorruptRecord, read_before
 from worker.kafka.offset_commits import OffsetCommits
 from worker.kafka.offset_reset import seek_into_range, seek_to_start
 from worker.kafka.partition_progress import PartitionProgress
@@ -187,9 +187,11 @@ class KafkaSource:
             await self._reset_position(error)
         except errors.ConsumerStoppedError:
             return []
-        except DECODE_ERRORS as error:
-            return await self._read_up_to(error)
-        except errors.KafkaError as error:
+        except Exception as error:
+            if (corrupt := CorruptRecord.find(error)) is not None:
+                return await self._read_up_to(corrupt, error)
+            if not isinstance(error, errors.KafkaError):
+                raise
             self._raise_unless_transient(error)
         else:
             return [self._to_polled(tp, records) for tp, records in fetched.items()]
@@ -215,17 +217,18 @@ class KafkaSource:
         if self._clock.monotonic() >= self._member.topic_checked_s + TOPIC_CHECK_S:
             await self._member.check_topic()
 
-    async def _read_up_to(self, error: Exception) -> list[PolledRecords]:
+    async def _read_up_to(self, corrupt: CorruptRecord, error: Exception) -> list[PolledRecords]:
         """Return the partition's records before the corrupt one, which were lost in the same call, read again.
 
-        Records of other partitions are lost too, so the process stops.
+        Records of other partitions are lost too, so the process stops. Raises SourceUnavailable.
         """
-        corrupt = CorruptRecord.from_error(error)
-        records: list[ConsumerRecord] = []
         try:
             records = await read_before(self._member.consumer, corrupt, self._config.request_timeout_ms / 1000)
-        except (errors.KafkaError, TimeoutError) as failed:  # they are read again after the restart
-            log.warning("records before the corrupt one not read", error=repr(failed))
+        except (errors.KafkaError, TimeoutError) as failed:
+            raise SourceUnavailable(
+                f"topic {corrupt.tp.topic}, partition {corrupt.tp.partition}, offset {corrupt.offset}: the record "
+                f"cannot be decoded, and reading those before it failed ({failed!r}); start again"
+            ) from error
         self._corrupt = corrupt.to_error(self._config, error)
         return [self._to_polled(corrupt.tp, records)] if records else []
 

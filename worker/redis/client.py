@@ -79,11 +79,6 @@ class RedisClient:
         """Return one command's reply, undecoded."""
         return (await self.pipeline([command]))[0]
 
-    async def set_if_absent(self, key: str, value: str) -> str:
-        """Return the key's value, which is this one if there was none."""
-        _, stored = await self.pipeline([("SET", key, value, "NX"), ("GET", key)])
-        return (stored or b"").decode(errors="replace")
-
     async def pipeline(self, commands: Sequence[Command]) -> list[Any]:
         """Return the replies in order. One round trip, no transaction: if it raises, some commands may have run.
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from worker import logging
 from worker.config import HealthConfig
 from worker.deadline import Deadline
-from worker.errors import NotDrained
+from worker.errors import NotDrained, SourceError
 from worker.interfaces import Partition, Source
 from worker.stream.health import HealthState
 from worker.stream.offset_committer import OffsetCommitter
@@ -40,6 +40,11 @@ class Drain:
         self._health = health
         self._deadline = deadline
         self._open = 0  # events, when answering ended
+        self._cause = (
+            "Kafka or Redis was slow or silent, a rebalance was under way, or health.drain_timeout_s = "
+            f"{config.drain_timeout_s:g} is too short"
+        )
+        self._source_error: SourceError | None = None  # a record that cannot be decoded
         self._uncommitted: Mapping[Partition, int] = {}
 
     def begin(self) -> None:
@@ -63,22 +68,27 @@ class Drain:
         """Commit what is completed, whatever ended the worker, and leave the source."""
         self._health.ready = False
         start(self._deadline, self._config)
-        self._open = self._tracker.open_count
         self._uncommitted = await self._offsets.commit_rest()
+        self._open = self._tracker.open_count + self._offsets.left_open
         if self._open or self._uncommitted:
             log.warning("not drained", open=self._open, not_committed=self._names())
-        await self._source.stop()
+        self._cause = self._source.problem() or self._cause
+        try:
+            await self._source.stop()
+        except SourceError as error:  # says that everything before a record is committed
+            self._source_error = error
 
     def check(self) -> None:
-        """Raise NotDrained unless every admitted event is answered and committed."""
+        """Raise NotDrained unless every admitted event is answered and committed; then what ended the source."""
         if not self._open and not self._uncommitted:
+            if self._source_error is not None:
+                raise self._source_error
             return
         names = ", ".join(f"{name} up to {offset}" for name, offset in self._names().items())
         raise NotDrained(
             f"stopped with {self._open} events open; completed but not committed: {names or 'nothing'}; the next owner "
-            f"of the partitions reads them again. Kafka or Redis was slow or silent, or health.drain_timeout_s = "
-            f"{self._config.drain_timeout_s:g} is too short"
-        )
+            f"of the partitions reads them again. {self._cause}"
+        ) from self._source_error
 
     def _names(self) -> dict[str, int]:
         return {f"{topic}-{partition}": offset for (topic, partition), offset in sorted(self._uncommitted.items())}

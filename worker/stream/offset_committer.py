@@ -27,8 +27,13 @@ class OffsetCommitter:
         self._tracker = tracker
         self._source = source
         self._forget = forget
+        # Of the last revocation, until the next assignment: what the next owner reads again.
+        self._left_uncommitted: dict[Partition, int] = {}
+        self.left_open = 0
 
     async def assigned(self, partitions: Mapping[Partition, int]) -> None:
+        self._left_uncommitted = {}
+        self.left_open = 0
         for partition, assignment in partitions.items():
             self._tracker.assign(partition, assignment)
         log.info("partitions assigned", partitions=_names(partitions))
@@ -45,9 +50,13 @@ class OffsetCommitter:
         except TimeoutError:
             log.warning("revoked before drained: the next owner reads the rest again", partitions=_names(partitions))
         await self.commit()
+        owed = self._source.uncommitted()
+        self._left_uncommitted = {partition: owed[partition] for partition in partitions if partition in owed}
+        open_before = self._tracker.open_count
         for partition in partitions:
             self._tracker.revoke(partition)
             self._forget(partition)
+        self.left_open = open_before - self._tracker.open_count
         log.info("partitions revoked", partitions=_names(partitions))
 
     async def commit(self) -> None:
@@ -56,12 +65,15 @@ class OffsetCommitter:
             metrics.COMMITS.inc()
 
     async def commit_rest(self) -> Mapping[Partition, int]:
-        """Commit before the end, also what earlier commits have left. Return the offsets that are not committed."""
+        """Commit before the end, also what earlier commits have left. Return the offsets that are not committed.
+
+        Those of partitions that were just revoked are among them.
+        """
         try:
             await self._source.commit(self._tracker.committable(), self._tracker.assignments())
         except MillraceError as error:  # on the way out: the error that led there must not be replaced
             log.warning("last commit failed", error=str(error))
-        return self._source.uncommitted()
+        return self._left_uncommitted | dict(self._source.uncommitted())
 
     async def run(self) -> None:
         while True:

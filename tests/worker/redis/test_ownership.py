@@ -8,12 +8,12 @@ from tests.worker.redis.counting import Process
 from tests.worker.redis.test_slates import slate
 from worker import config_file
 from worker.config import Config, KafkaConfig, RedisConfig, SequencesConfig, SlatesConfig
-from worker.errors import ConfigError
+from worker.errors import ConfigError, TopicRecreated
 from worker.interfaces import ConsumedEvent, Partition, RecordOffset
 from worker.lookup.lookup import Lookup
 from worker.redis.client import RedisClient, connect
 from worker.redis.functions import LIBRARIES, PUSH
-from worker.redis.ownership import claim_keys
+from worker.redis.ownership import Claims, claim_keys
 from worker.redis.rings.sequences import SequenceStore
 from worker.redis.slates import SlateStore
 from worker.replay.local_servers import LocalValkey
@@ -68,12 +68,12 @@ async def test_lookup_reads_the_slates_of_its_own_deployment(server: LocalValkey
 async def test_another_group_or_topic_with_the_same_prefix_does_not_start(server: LocalValkey) -> None:
     ours = deployment(server, "shop", prefix="shared/")
     client = await open_client(ours)
-    await claim_keys(client, ours)
-    await claim_keys(client, ours)  # a restart, or another worker of the group
+    await claim_keys(Claims(client), client, ours)
+    await claim_keys(Claims(client), client, ours)  # a restart, or another worker of the group
     other_topic = msgspec.structs.replace(ours, kafka=KafkaConfig(group_id="shop", events_topic="other"))
     for theirs in (deployment(server, "copy", prefix="shared/"), other_topic):
         with pytest.raises(ConfigError, match=r"'shared/' belong to group shop, topic events, .*shared/owner"):
-            await claim_keys(client, theirs)
+            await claim_keys(Claims(client), client, theirs)
     await client.aclose()
 
 
@@ -98,4 +98,31 @@ async def test_functions_of_another_release_stay_beside_ours(server: LocalValkey
     loaded = {library[library.index(b"library_name") + 1].decode() for library in await client.call("FUNCTION", "LIST")}
     assert len(loaded) == len(LIBRARIES) + 1
     assert {"millrace_sequences_00000000", f"millrace_sequences_{version}"} <= loaded
+    await client.aclose()
+
+
+async def test_deployment_keeps_its_keys_when_redis_loses_its_data(server: LocalValkey) -> None:
+    ours = deployment(server, "shop", prefix="shared/")
+    client = await open_client(ours)
+    store = SequenceStore(client, SequencesConfig())
+    await claim_keys(store.claims, client, ours)
+    await store.claim_topic("events", "old-id")
+    await client.call("FLUSHALL")
+    await store.push([consumed("1")])
+    with pytest.raises(ConfigError, match=r"belong to group shop"):
+        await claim_keys(Claims(client), client, deployment(server, "copy", prefix="shared/"))
+    with pytest.raises(TopicRecreated, match=r"topic events has id new-id, .* have offsets of id old-id"):
+        await SequenceStore(client, SequencesConfig()).claim_topic("events", "new-id")
+    await client.aclose()
+
+
+async def test_push_ends_when_another_deployment_has_taken_the_keys(server: LocalValkey) -> None:
+    ours = deployment(server, "shop", prefix="shared/")
+    client = await open_client(ours)
+    store = SequenceStore(client, SequencesConfig())
+    await claim_keys(store.claims, client, ours)
+    await client.call("FLUSHALL")
+    await claim_keys(Claims(client), client, deployment(server, "copy", prefix="shared/"))
+    with pytest.raises(ConfigError, match=r"belong to group copy"):
+        await store.push([consumed("1")])
     await client.aclose()

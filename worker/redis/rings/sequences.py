@@ -18,6 +18,7 @@ from worker.errors import StoreError, StoreUnavailable, TopicRecreated
 from worker.interfaces import ConsumedEvent, Partition
 from worker.redis.client import Command, RedisClient
 from worker.redis.functions import PUSH
+from worker.redis.ownership import Claim, Claims
 from worker.redis.rings.ring import HEADER, Ring, source_id
 from worker.redis.rings.ring_cache import RingCache
 from worker.redis.rings.unreadable import set_unreadable_aside
@@ -55,6 +56,7 @@ class SequenceStore:
         config: SequencesConfig,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.claims = Claims(client)
         self.rings_lost = 0
         self._client = client
         self._config = config
@@ -86,7 +88,7 @@ class SequenceStore:
             lost_before = self.rings_lost
             pushes = self._group(events)
             await self._note_offsets([push for push in pushes if push.is_first_attempt])
-            replies = await self._client.pipeline([self._command(push) for push in pushes])
+            replies = await self.claims.pipeline([self._command(push) for push in pushes])
             # All of them before any event is touched: a value that is no ring fails the whole attempt.
             rings = [self._ring_before(push, reply) for push, reply in zip(pushes, replies, strict=True)]
             stale_offsets = [self._apply(*each) for each in zip(pushes, replies, rings, strict=True)]
@@ -98,13 +100,15 @@ class SequenceStore:
     async def claim_topic(self, topic: str, topic_id: str) -> None:
         """Note that the rings' offsets are of the topic with this id. Raises TopicRecreated if they are another's."""
         key = self._client.keys.topic(self._config.topic_generation, topic)
-        owner = await self._client.set_if_absent(key, topic_id)
-        if owner != topic_id:
-            raise TopicRecreated(
+
+        def refusal(owner: str) -> TopicRecreated:
+            return TopicRecreated(
                 f"topic {topic} has id {topic_id}, but the rings in Redis have offsets of id {owner} ({key}): "
                 f"the topic was deleted and created again; set sequences.topic_generation, now "
                 f"{self._config.topic_generation!r}, to a value that was never used; the rings keep their events"
             )
+
+        await self.claims.add(Claim(key, topic_id, refusal))
 
     def forget(self, partition: Partition) -> None:
         """Drop the cached rings of a partition that is no longer owned: other processes will write them."""
