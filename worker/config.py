@@ -69,7 +69,7 @@ class KafkaConfig(Section, frozen=True, forbid_unknown_fields=True):
             date_ms(self.start_at or "1970-01-01")
         except ValueError as error:
             raise ValueError(f"start_at {self.start_at!r}: want an ISO 8601 time, such as 2026-01-31T12:00Z") from error
-        if not all(_is_address(each.strip()) for each in self.bootstrap_servers.split(",")):
+        if not are_addresses(self.bootstrap_servers):
             raise ValueError(
                 f"bootstrap_servers {self.bootstrap_servers!r}: want HOST:PORT, or several separated by commas, with "
                 "ports from 1 to 65535 and IPv6 addresses in brackets"
@@ -224,6 +224,11 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def schema(self) -> EventSchema:
         return EventSchema(self.events.actions, self.events.devices)
+
+
+def are_addresses(servers: str) -> bool:
+    """Whether the text is HOST:PORT, or several separated by commas."""
+    return all(_is_address(each.strip()) for each in servers.split(","))
 
 
 def _is_address(text: str) -> bool:
