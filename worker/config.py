@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from ipaddress import IPv6Address
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -17,6 +18,9 @@ from worker.errors import ConfigError
 from worker.secrets import masked
 
 PREFIX = r"[^{}\s]{0,256}"  # braces would be a cluster's hash tag, and put all keys on one node
+HOST_AND_PORT = r"(?P<host>[\w.-]+|\[(?P<ipv6>.*)\]):(?P<port>[0-9]{1,5})"
+KAFKA_NAME = r"(?!\.{1,2}$)[a-zA-Z0-9._-]{1,249}"  # Kafka's rule for topics and group instance ids
+TOPIC_KEYS = ("events_topic", "recommendations_topic", "dead_letter_topic", "items_topic")
 TtlDays = Annotated[float, Meta(ge=1 / 86400)]  # Redis expires keys after whole seconds, at least one
 
 
@@ -31,9 +35,9 @@ class Section(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class KafkaConfig(Section, frozen=True, forbid_unknown_fields=True):
-    bootstrap_servers: str = "localhost:9092"
+    bootstrap_servers: str = "localhost:9092"  # HOST:PORT, or several separated by commas; [IPv6]:PORT
     group_id: str = "millrace"
-    events_topic: str = "events"
+    events_topic: str = "events"  # the four topics differ from each other
     recommendations_topic: str = "recommendations"
     dead_letter_topic: str = "events.dead"
     items_topic: str = "items"  # compacted, key = item id; without the topic, items are known from events only
@@ -65,6 +69,17 @@ class KafkaConfig(Section, frozen=True, forbid_unknown_fields=True):
             date_ms(self.start_at or "1970-01-01")
         except ValueError as error:
             raise ValueError(f"start_at {self.start_at!r}: want an ISO 8601 time, such as 2026-01-31T12:00Z") from error
+        if not are_addresses(self.bootstrap_servers):
+            raise ValueError(
+                f"bootstrap_servers {self.bootstrap_servers!r}: want HOST:PORT, or several separated by commas, with "
+                "ports from 1 to 65535 and IPv6 addresses in brackets"
+            )
+        if not self.group_id:
+            raise ValueError("group_id is empty: want a name, the same for all workers that share the events")
+        for key in (*TOPIC_KEYS, "group_instance_id"):
+            name = getattr(self, key)
+            if name is not None and not re.fullmatch(KAFKA_NAME, name):
+                raise ValueError(f"{key} {name!r}: want 1 to 249 of a-z, A-Z, 0-9, '.', '_' and '-', not '.' or '..'")
 
 
 class RedisConfig(Section, frozen=True, forbid_unknown_fields=True):
@@ -209,6 +224,33 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def schema(self) -> EventSchema:
         return EventSchema(self.events.actions, self.events.devices)
+
+
+def are_addresses(servers: str) -> bool:
+    """Whether the text is HOST:PORT, or several separated by commas."""
+    return all(_is_address(each.strip()) for each in servers.split(","))
+
+
+def _is_address(text: str) -> bool:
+    """Whether the text is HOST:PORT with a port that exists."""
+    match = re.fullmatch(HOST_AND_PORT, text)
+    if match is None:
+        return False
+    try:
+        IPv6Address(match["ipv6"] or "::")
+    except ValueError:
+        return False
+    return match["host"] != "[]" and 1 <= int(match["port"]) <= 65535
+
+
+def check_topics(kafka: KafkaConfig, where: str) -> None:
+    """Raise ConfigError if two of the topics are one: each would be read as something that it does not hold."""
+    keys: dict[str, str] = {}
+    for key in TOPIC_KEYS:
+        name = getattr(kafka, key)
+        if name in keys:
+            raise ConfigError(f"{where}: kafka.{keys[name]} and kafka.{key} are both {name!r}; name two topics")
+        keys[name] = key
 
 
 def check_actions(events: EventsConfig, actions: Iterable[str], where: str) -> None:

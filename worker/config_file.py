@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from pipeline.features.labels import LabelOptions
-from worker.config import Config, check_actions
+from worker.config import Config, check_actions, check_topics
 from worker.errors import ConfigError
 from worker.secrets import masked
 
@@ -25,7 +25,9 @@ def load(path: str | Path | None = None, env: dict[str, str] | None = None) -> C
         if name.startswith("MILLRACE__"):
             _put(tree, name, text)
             config = _convert(tree, f"environment {name}")  # valid before this variable, so an error is the variable's
-    _check_actions(config, "environment" if path is None else f"config {path}")
+    where = "environment" if path is None else f"config {path}"
+    _check_actions(config, where)
+    check_topics(config.kafka, where)
     return config
 
 

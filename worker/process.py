@@ -20,6 +20,7 @@ from worker.inference.ranker import PipelineRanker
 from worker.interfaces import Clock, OnDelivered, Ranker, Sink, Source
 from worker.items.feed import ItemFeed
 from worker.items.journal import ItemJournal
+from worker.kafka.client import ensure_topics
 from worker.kafka.sink import KafkaSink
 from worker.kafka.source import KafkaSource
 from worker.redis.client import connect_at_start
@@ -138,14 +139,17 @@ class Process:
         config = self._config
         clock = self._clock
         deadline = self._deadline
-        async with (
-            build_components(config, clock, deadline, self._report_redis) as components,
-            KafkaSink(config, components.slates, clock, deadline) as sink,
-        ):
-            source = KafkaSource(config.kafka, clock, components.sequences.claim_topic, deadline)
-            self._worker = components.worker(source, sink, self._health)
-            async with follow_items(config, components, self._health):
-                await supervise(self._worker, components)
+        async with build_components(config, clock, deadline, self._report_redis) as components:
+            kafka = config.kafka
+            # All at once, so that one error names all that are missing.
+            await ensure_topics(
+                kafka, clock, [kafka.events_topic, kafka.recommendations_topic, kafka.dead_letter_topic]
+            )
+            async with KafkaSink(config, components.slates, clock, deadline) as sink:
+                source = KafkaSource(kafka, clock, components.sequences.claim_topic, deadline)
+                self._worker = components.worker(source, sink, self._health)
+                async with follow_items(config, components, self._health):
+                    await supervise(self._worker, components)
 
     def _report_redis(self, reason: str) -> None:
         self._health.problems["redis"] = reason

@@ -74,6 +74,34 @@ def test_missing_topic_ends_the_process_with_its_name(kafka: str, valkey: str, t
     assert "create" in sentence(done)
 
 
+def test_all_missing_topics_are_named_at_once(deployment: dict[str, str], valkey: str, start: Start) -> None:
+    done = start(**{**deployment, "KAFKA__CREATE_TOPICS": "false"}, REDIS__URL=valkey)
+    assert done.returncode == 4
+    for key in ("EVENTS", "RECOMMENDATIONS", "DEAD_LETTER"):
+        assert f"--create --topic {deployment[f'KAFKA__{key}_TOPIC']} " in sentence(done)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_signal_during_the_imports_ends_the_process_with_exit_code_0(
+    number: signal.Signals,
+    eventually: Callable[..., Awaitable[Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    log = tmp_path / "log"
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # each import is a line of stderr
+    process = launch(log)
+    try:
+        await eventually(lambda: "asyncio.base_events" in log.read_text())
+        process.send_signal(number)
+        await eventually(lambda: process.poll() is not None)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert "millrace run: stopped during the start, nothing was read" in log.read_text()
+    assert "worker.stream.loop" not in log.read_text()
+
+
 def test_artifact_without_a_manifest_is_reported(start: Start, tmp_path: Path) -> None:
     done = start(PIPELINE__ARTIFACT=tmp_path)
     assert done.returncode == 3

@@ -80,15 +80,17 @@ def test_missing_tls_file_is_named(tmp_path):
         client_options(config)
 
 
-@pytest.mark.parametrize("bootstrap", ["broker:one", "good:9092,bad:port"])
-def test_invalid_address_is_a_configuration_error(bootstrap: str):
-    with pytest.raises(ConfigError, match=rf"^kafka\.bootstrap_servers '{bootstrap}': want HOST:PORT"):
-        client_options(KafkaConfig(bootstrap_servers=bootstrap))
-
-
 def test_sasl_without_a_user_is_a_configuration_error():
     with pytest.raises(ConfigError, match=r"set kafka.sasl_username and kafka.sasl_password"):
         client_options(KafkaConfig(security_protocol="SASL_SSL"))
+
+
+def test_kerberos_without_its_library_is_a_configuration_error(monkeypatch, capsys):
+    monkeypatch.setattr(client, "find_spec", lambda name: None)
+    monkeypatch.setenv("MILLRACE__KAFKA__SECURITY_PROTOCOL", "SASL_PLAINTEXT")
+    monkeypatch.setenv("MILLRACE__KAFKA__SASL_MECHANISM", "GSSAPI")
+    assert main(["dlq", "ls"]) == 2
+    assert "run `pip install gssapi`" in capsys.readouterr().err
 
 
 def test_tls_and_sasl_options_reach_the_client():

@@ -2,10 +2,7 @@
 
 import asyncio
 import re
-import ssl
-import subprocess
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +10,17 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, codec, errors
 from aiokafka.coordinator.assignors.range import RangePartitionAssignor
 from msgspec.structs import replace
+from structlog.testing import capture_logs
 
 from tests.kafka.broker import BreakableKafka, Broker, RecordingListener
 from tests.kafka.sources import joined, poll_records, values
+from tests.tls import self_signed_certificate, tls_server
 from worker.cli import main
 from worker.clock import WallClock
 from worker.config import KafkaConfig
 from worker.errors import SourceError, SourceUnavailable
 from worker.interfaces import Partition
+from worker.kafka import client
 from worker.kafka.client import client_options, list_partitions
 from worker.kafka.diagnosis import diagnose
 from worker.kafka.error_causes import cause_of, describe
@@ -175,30 +175,10 @@ async def test_tls_that_is_expected_or_not_expected_is_named(listeners: Breakabl
     assert {error.retriable for error in (unexpected, expected, untrusted)} == {False}
 
 
-def self_signed_certificate(folder: Path) -> Path:
-    """Return a file with a key and its certificate."""
-    file = folder / "server.pem"
-    subject = ["-subj", "/CN=localhost", "-days", "2", "-nodes", "-newkey", "rsa:2048"]
-    command = ["openssl", "req", "-x509", *subject, "-keyout", str(file), "-out", str(folder / "certificate.pem")]
-    subprocess.run(command, check=True, capture_output=True)
-    file.write_text(file.read_text() + (folder / "certificate.pem").read_text())
-    return file
-
-
-@asynccontextmanager
-async def tls_server(certificate: Path) -> AsyncIterator[str]:
-    """A TLS listener, as a broker has; yields its address."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
-    server = await asyncio.start_server(lambda reader, writer: None, HOST, 0, ssl=context)
-    async with server:
-        yield f"{HOST}:{server.sockets[0].getsockname()[1]}"
-
-
 async def test_another_service_on_the_port_is_named(valkey: str) -> None:
     address = re.search(r"//(.*)/", valkey)
     assert address is not None
-    error = await start_error(KafkaConfig(bootstrap_servers=address[1], request_timeout_ms=1000))
+    error = await start_error(KafkaConfig(bootstrap_servers=address[1]))
     assert f"Kafka at {address[1]} does not speak Kafka's protocol" in str(error)
     assert not error.retriable
 
@@ -218,3 +198,31 @@ async def test_silent_listener_does_not_answer() -> None:
         error = await start_error(KafkaConfig(bootstrap_servers=f"{HOST}:{port}", start_timeout_s=1))
     assert isinstance(error, SourceUnavailable)
     assert f"Kafka at {HOST}:{port} does not answer (for 1 s: " in str(error)
+
+
+async def test_silent_listener_is_reported_while_it_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "SILENT_S", 0.1)
+    server = await asyncio.start_server(lambda reader, writer: None, HOST, 0)
+    async with server:
+        config = KafkaConfig(bootstrap_servers=f"{HOST}:{server.sockets[0].getsockname()[1]}")
+        with capture_logs() as logs:
+            starting = asyncio.create_task(list_partitions(config, WallClock(), "events"))
+            async with asyncio.timeout(SOON_S):
+                while not logs:  # noqa: ASYNC110 - a log cannot notify
+                    await asyncio.sleep(0.05)
+        assert not starting.done()
+        starting.cancel()
+    assert [entry["event"] for entry in logs] == ["Kafka is not ready"]
+    assert f"Kafka at {config.bootstrap_servers} does not answer (" in logs[0]["error"]
+
+
+async def test_session_timeout_outside_of_the_brokers_limits_names_them(broker: Broker) -> None:
+    error = await start_error(broker.config(events_topic=await broker.topic(), session_timeout_ms=1))
+    assert "kafka.session_timeout_ms = 1" in str(error)
+    assert "within the broker's group.min.session.timeout.ms and group.max.session.timeout.ms" in str(error)
+
+
+async def test_topic_that_cannot_be_created_names_the_key_to_change(broker: Broker) -> None:
+    config = broker.config(events_topic=broker.name("events"), create_topics=True, replication_factor=3)
+    error = await start_error(config)
+    assert "InvalidReplicationFactorError); set kafka.replication_factor to at most" in str(error)

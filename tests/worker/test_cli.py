@@ -120,6 +120,7 @@ def test_bad_usage_exits_2(line: str, capsys: Capture) -> None:
         ),
         (["config", "show", "--config", "nowhere.toml"], 2, "nowhere.toml"),
         (["replay", "log.jsonl", "--rate", "9"], 2, "needs --kafka"),
+        (["replay", "log.jsonl", "--kafka", "broker"], 2, "--kafka 'broker': want start, HOST:PORT"),
         (["replay", "log.jsonl", "--kafka", "start", "--speed", "9x"], 2, "with --kafka use --rate"),
     ],
 )

@@ -1,11 +1,15 @@
 """The configuration tree: every mistake is named with its path, every value with its source."""
 
 import json
+import re
+from itertools import combinations
 
 import pytest
 
 from worker import config_file
+from worker.config import TOPIC_KEYS
 from worker.errors import ConfigError
+from worker.kafka.client import client_options
 
 
 def shown_rows(path=None, env=None) -> dict[str, tuple[str, str]]:
@@ -161,3 +165,49 @@ def test_start_that_is_no_time_is_refused() -> None:
     )
     with pytest.raises(ConfigError, match=r"MILLRACE__KAFKA__START_AT: start_at 'yesterday': want an ISO 8601 time"):
         config_file.load(env={"MILLRACE__KAFKA__START_AT": "yesterday"})
+
+
+@pytest.mark.parametrize(
+    "servers",
+    ["", "broker", "broker:one", "broker:0", "broker:99999", "kafka://broker", "a:1,", "a:1,b", "::1:9092", "[x]:1"],
+)
+def test_address_without_a_host_and_a_port_that_exists_is_refused(servers: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"BOOTSTRAP_SERVERS: bootstrap_servers '{re.escape(servers)}': want HOST:PORT"
+    ):
+        config_file.load(env={"MILLRACE__KAFKA__BOOTSTRAP_SERVERS": servers})
+
+
+@pytest.mark.parametrize("servers", ["broker-1:1, broker_2.shop:65535", "[::1]:9092,127.0.0.1:9092"])
+def test_addresses_of_names_and_of_both_internet_protocols_are_accepted(servers: str) -> None:
+    loaded = config_file.load(env={"MILLRACE__KAFKA__BOOTSTRAP_SERVERS": servers})
+    assert client_options(loaded.kafka)["bootstrap_servers"] == servers
+
+
+def test_empty_group_id_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"MILLRACE__KAFKA__GROUP_ID: group_id is empty"):
+        config_file.load(env={"MILLRACE__KAFKA__GROUP_ID": ""})
+
+
+@pytest.mark.parametrize("key", [*TOPIC_KEYS, "group_instance_id"])
+@pytest.mark.parametrize("name", ["", ".", "..", "bad topic/\u00e9", "x" * 250, "new\n"])
+def test_name_that_kafka_does_not_allow_is_refused(key: str, name: str) -> None:
+    variable = f"MILLRACE__KAFKA__{key.upper()}"
+    with pytest.raises(ConfigError, match=f"{variable}: {key} .*: want 1 to 249 of a-z, A-Z, 0-9"):
+        config_file.load(env={variable: name})
+    longest = "..a_Z-0" + "x" * 242
+    assert getattr(config_file.load(env={variable: longest}).kafka, key) == longest
+
+
+@pytest.mark.parametrize(("one", "other"), list(combinations(TOPIC_KEYS, 2)))
+def test_two_topics_of_one_name_are_refused(one: str, other: str, tmp_path) -> None:
+    file = tmp_path / "m.toml"
+    file.write_text(f"[kafka]\n{one} = 'same'\n{other} = 'same'\n")
+    with pytest.raises(ConfigError, match=f"{file}: kafka.{one} and kafka.{other} are both 'same'; name two topics"):
+        config_file.load(file, {})
+    assert config_file.load(file, {f"MILLRACE__KAFKA__{one.upper()}": "another"}).kafka.items_topic
+
+
+def test_topics_may_exchange_their_names_in_the_environment() -> None:
+    env = {"MILLRACE__KAFKA__EVENTS_TOPIC": "items", "MILLRACE__KAFKA__ITEMS_TOPIC": "events"}
+    assert config_file.load(env=env).kafka.events_topic == "items"

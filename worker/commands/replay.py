@@ -89,8 +89,11 @@ def run(args: Namespace) -> int:
 
 
 def _check(args: Namespace) -> None:
+    from worker.config import are_addresses
     from worker.errors import ConfigError
 
+    if args.kafka not in (None, "start") and not are_addresses(args.kafka):
+        raise ConfigError(f"--kafka {args.kafka!r}: want start, HOST:PORT, or several addresses separated by commas")
     if args.rate and not args.kafka:
         raise ConfigError("--rate paces a broker's events and needs --kafka; without a broker use --speed 10x")
     if args.speed and args.kafka:

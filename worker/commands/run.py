@@ -8,7 +8,11 @@ example:
   MILLRACE__KAFKA__BOOTSTRAP_SERVERS=broker:9092 millrace run --config millrace.toml
 """
 
+import os
+import signal
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from worker.commands.config import add_config
 
@@ -18,6 +22,27 @@ def configure(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
+    with _stopped_by_signals():
+        return _run(args)
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Let a signal end the process with exit code 0, until the worker handles signals itself."""
+
+    def stop(*_: object) -> None:
+        os.write(2, b"millrace run: stopped during the start, nothing was read\n")
+        os._exit(0)
+
+    previous = {each: signal.signal(each, stop) for each in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+
+def _run(args: Namespace) -> int:
     import asyncio
 
     from worker import config_file, logging, malloc_tuning

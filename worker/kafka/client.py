@@ -3,11 +3,11 @@
 import asyncio
 import ssl
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 from aiokafka import TopicPartition, errors
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from aiokafka.conn import collect_hosts
 from aiokafka.helpers import create_ssl_context
 from msgspec.structs import replace
 
@@ -17,7 +17,7 @@ from worker.config import KafkaConfig
 from worker.errors import ConfigError, SourceError, SourceUnavailable
 from worker.interfaces import Clock
 from worker.kafka.diagnosis import Diagnosis, diagnose
-from worker.kafka.error_causes import describe, explain, is_permanent
+from worker.kafka.error_causes import NOT_READY, Cause, cause_of, describe, explain, is_permanent
 
 log = logging.get("kafka")
 T = TypeVar("T")
@@ -26,23 +26,21 @@ START_BACKOFF = Backoff(first_s=0.5, cap_s=4.0)
 CLI_START_TIMEOUT_S = 8.0  # `start_timeout_s` of an interactive command
 METADATA_POLL_S = 0.05  # between polls of cluster metadata: a new topic's leaders, a group's coordinator
 TOPIC_VISIBLE_S = 2.0  # until a topic that was just created is visible on every broker
+SILENT_S = 2.0  # a healthy broker answers far sooner; without an answer the address is tried, beside the attempt
+CREATION_STEPS: dict[type[errors.KafkaError], str] = {
+    errors.InvalidReplicationFactorError: "set kafka.replication_factor to at most the number of brokers",
+    errors.InvalidPartitionsError: "set kafka.partitions",
+    errors.InvalidTopicError: "name another topic in the section kafka",
+}
 
 
 def client_options(config: KafkaConfig) -> dict[str, Any]:
     """Return the keyword arguments that all aiokafka clients share.
 
-    Raises ConfigError for an invalid address, an unreadable TLS file, and SASL without user and password.
+    Raises ConfigError for an unreadable TLS file, and for SASL without user and password or without its library.
     """
-    try:
-        collect_hosts(config.bootstrap_servers)
-    except ValueError as error:
-        raise ConfigError(
-            f"kafka.bootstrap_servers '{config.bootstrap_servers}': want HOST:PORT, or several separated by commas"
-        ) from error
-    if config.security_protocol.startswith("SASL") and None in (config.sasl_username, config.sasl_password):
-        raise ConfigError(
-            f"kafka.security_protocol {config.security_protocol}: set kafka.sasl_username and kafka.sasl_password"
-        )
+    if config.security_protocol.startswith("SASL"):
+        _check_login(config)
     return {
         "bootstrap_servers": config.bootstrap_servers,
         "request_timeout_ms": config.request_timeout_ms,
@@ -52,6 +50,19 @@ def client_options(config: KafkaConfig) -> dict[str, Any]:
         "sasl_plain_password": config.sasl_password,
         "ssl_context": _ssl_context(config),
     }
+
+
+def _check_login(config: KafkaConfig) -> None:
+    if config.sasl_mechanism == "GSSAPI":  # its user is that of the Kerberos ticket
+        if find_spec("gssapi") is None:
+            raise ConfigError(
+                "kafka.sasl_mechanism GSSAPI: the Python package `gssapi` is missing; run `pip install gssapi`, which "
+                "needs the Kerberos libraries, or set another kafka.sasl_mechanism"
+            )
+    elif None in (config.sasl_username, config.sasl_password):
+        raise ConfigError(
+            f"kafka.security_protocol {config.security_protocol}: set kafka.sasl_username and kafka.sasl_password"
+        )
 
 
 def _ssl_context(config: KafkaConfig) -> ssl.SSLContext | None:
@@ -98,22 +109,52 @@ async def retry_at_start(config: KafkaConfig, clock: Clock, operation: Callable[
     """
     deadline_s = clock.monotonic() + config.start_timeout_s
     delays_s = START_BACKOFF.delays()
-    logged: Diagnosis | None = None
+    logged: Cause | None = None
+
+    def report(diagnosis: Diagnosis) -> None:
+        nonlocal logged
+        if diagnosis.cause != logged:
+            logged = diagnosis.cause
+            log.warning("Kafka is not ready", error=describe(config, *diagnosis))
+
     with logging.silenced("aiokafka"):  # it would log the same connection error on every attempt
         while True:
             try:
                 async with asyncio.timeout(max(0.0, deadline_s - clock.monotonic())):
-                    return await operation()
+                    return await _attempt(config, operation, report)
             except (errors.KafkaError, OSError, TimeoutError) as raised:
                 error = raised
             diagnosis = await diagnose(client_options(config), error)
             # The first delay's length remains for the last attempt.
             left_s = deadline_s - clock.monotonic() - START_BACKOFF.first_s
             _raise_if_final(config, diagnosis, error, left_s)
-            if diagnosis != logged:
-                logged = diagnosis
-                log.warning("Kafka is not ready", error=describe(config, *diagnosis))
+            report(diagnosis)
             await asyncio.sleep(min(next(delays_s), left_s))
+
+
+async def _attempt(
+    config: KafkaConfig, operation: Callable[[], Awaitable[T]], report: Callable[[Diagnosis], None]
+) -> T:
+    """Return the result of `operation()`; look for the reason meanwhile when it takes long.
+
+    Otherwise a listener of another service, which waits for the end of its own kind of request, would be noticed only
+    after `request_timeout_ms`. Raises SourceError when the reason is permanent.
+    """
+    attempt = asyncio.ensure_future(operation())
+    try:
+        done, _ = await asyncio.wait([attempt], timeout=SILENT_S)
+        if not done:
+            silence = TimeoutError(f"no answer within {SILENT_S:g} s")
+            diagnosis = await diagnose(client_options(config), silence)
+            if diagnosis.cause.is_permanent:
+                raise SourceError(describe(config, *diagnosis))
+            if diagnosis.cause is not NOT_READY:  # a group may take a minute to form: nothing is wrong
+                report(diagnosis)
+        return await attempt
+    finally:
+        if not attempt.done():
+            attempt.cancel()
+            await asyncio.wait([attempt])
 
 
 def _raise_if_final(config: KafkaConfig, diagnosis: Diagnosis, error: Exception, left_s: float) -> None:
@@ -209,7 +250,11 @@ def _has_leaders(topic: Mapping[str, Any]) -> bool:
 
 def _creation_error(error: type[errors.KafkaError], text: str) -> Exception:
     """Return a retriable error as itself, for `retry_at_start`, else a SourceError."""
-    return error(text) if error.retriable else SourceError(f"{text} ({error.__name__}); see kafka.replication_factor")
+    if error.retriable:
+        return error(text)
+    cause = cause_of(error())
+    step = cause.action if cause is not None else CREATION_STEPS.get(error, "create the topic with kafka-topics.sh")
+    return SourceError(f"{text} ({error.__name__}); {step}")
 
 
 async def ensure_coordinator(config: KafkaConfig, clock: Clock, group: str) -> None:

@@ -74,8 +74,8 @@ GROUP_FULL = Cause(
 )
 SESSION_TIMEOUT = Cause(
     "does not accept kafka.session_timeout_ms",
-    "the value is outside of the broker's group.min.session.timeout.ms and group.max.session.timeout.ms",
-    "set kafka.session_timeout_ms within them",
+    "the value is outside of the broker's limits, which are 6 s and 30 min unless set",
+    "set kafka.session_timeout_ms within the broker's group.min.session.timeout.ms and group.max.session.timeout.ms",
     (errors.InvalidSessionTimeoutError,),
     ("session_timeout_ms",),
 )

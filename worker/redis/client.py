@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 import hiredis
 from redis import exceptions as redis_errors
-from redis.asyncio import ConnectionPool, Redis
+from redis.asyncio import ConnectionPool, Redis, SSLConnection
 from redis.asyncio.cluster import RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -20,6 +20,7 @@ from worker.backoff import Backoff
 from worker.config import RedisConfig
 from worker.errors import ConfigError, StoreError, StoreUnavailable
 from worker.interfaces import Clock
+from worker.redis.diagnosis import find_mismatch
 from worker.redis.functions import LIBRARIES
 from worker.redis.keys import Keys
 from worker.redis.url import WANT, check_url
@@ -39,6 +40,13 @@ TRANSIENT_ERRORS = {
     "NOREPLICAS": "has too few replicas to accept writes",
     "BUSY": "is busy with another function",
 }
+# Parts of errors that a wrong configuration brings -> predicate of the error message, with the next step.
+MISCONFIGURED = {
+    "Cluster mode is not enabled": "is not a cluster: set redis.cluster = false, or redis.url to a node of the cluster",
+    "DB index is out of range": "has no such database: set the number at the end of redis.url, or raise `databases`",
+}
+DEFAULT_HOST = "localhost"
+DEFAULT_PORT = 6379
 
 Command = tuple[str | bytes | int | float, ...]
 T = TypeVar("T")
@@ -66,14 +74,24 @@ class RedisClient:
         }
         check_url(config.url)
         try:
-            if config.cluster:
-                self._cluster = RedisCluster.from_url(config.url, **options)
             self._pool = ConnectionPool.from_url(config.url, **options)
+            if config.cluster:
+                self._check_database()
+                self._cluster = RedisCluster.from_url(config.url, **options)
         except (ValueError, TypeError, redis_errors.RedisError, redis_errors.RedisClusterException) as error:
             # Not the error's text: it may quote the URL.
             raise ConfigError(f"redis.url: {type(error).__name__} from its options; {WANT}") from None
         connection = self._pool.connection_kwargs
-        self.address = connection.get("path") or f"{connection.get('host', 'localhost')}:{connection.get('port', 6379)}"
+        self.address = (
+            connection.get("path") or f"{connection.get('host', DEFAULT_HOST)}:{connection.get('port', DEFAULT_PORT)}"
+        )
+
+    def _check_database(self) -> None:
+        if database := self._pool.connection_kwargs.get("db"):
+            raise ConfigError(
+                f"redis.url: it names database {database}, and a cluster has only 0; leave it out, or set "
+                "redis.cluster = false"
+            )
 
     async def call(self, *command: str | bytes | int | float) -> Any:
         """Return one command's reply, undecoded."""
@@ -113,6 +131,15 @@ class RedisClient:
                     raise replies[index]
         return replies
 
+    async def find_mismatch(self) -> StoreError | None:
+        """Return in which way the listener is not what `redis.url` says; None when that is not the problem."""
+        connection = self._pool.connection_kwargs
+        if "path" in connection:  # a socket file
+            return None
+        wants_tls = issubclass(self._pool.connection_class, SSLConnection)
+        host = connection.get("host", DEFAULT_HOST)
+        return await find_mismatch(host, connection.get("port", DEFAULT_PORT), wants_tls)
+
     @property
     def is_cluster(self) -> bool:
         return self._cluster is not None
@@ -150,7 +177,10 @@ class RedisClient:
                 return await call
         except TimeoutError as error:
             await self._rediscover()
-            raise StoreUnavailable(f"Redis at {self.address} did not answer within {self._timeout_s:g} s") from error
+            raise StoreUnavailable(
+                f"Redis at {self.address} did not answer within {self._timeout_s:g} s; see its load and its log, or "
+                "set redis.url or redis.timeout_s"
+            ) from error
         except (redis_errors.RedisError, redis_errors.RedisClusterException, OSError) as error:
             await self._rediscover()
             raise self._error(error) from error
@@ -185,13 +215,28 @@ class RedisClient:
         code = getattr(error, "status_code", None) or str(error).split(" ", 1)[0]
         if code in TRANSIENT_ERRORS:
             return StoreUnavailable(f"Redis at {self.address} {TRANSIENT_ERRORS[code]} ({error})")
+        where = f"Redis at {self.address}"
+        text = str(error).rstrip(".")
         if isinstance(error, redis_errors.AuthenticationError | redis_errors.NoPermissionError):
-            return StoreError(f"Redis at {self.address} rejects the credentials of redis.url: {error}")
-        if "unknown command" in str(error) and "FUNCTION" in str(error):
-            return StoreError(f"Redis at {self.address} has no functions: Redis 7 or Valkey is needed ({error})")
+            return StoreError(
+                f"{where} rejects the credentials of redis.url ({text}); set its user and password, leave them out "
+                "where Redis has none, or give the user the permission with ACL SETUSER"
+            )
+        if "unknown command" in text and "FUNCTION" in text:
+            return StoreError(f"{where} has no functions ({text}); run Redis 7 or Valkey")
+        if isinstance(error, redis_errors.MovedError) and self._cluster is None:
+            return StoreError(f"{where} is a node of a cluster (MOVED {text}); set redis.cluster = true")
+        for part, explanation in MISCONFIGURED.items():
+            if part in text:
+                return StoreError(f"{where} {explanation} ({text})")
         if isinstance(error, redis_errors.ResponseError):
-            return StoreError(f"Redis at {self.address} rejected a command: {error}")
-        return StoreUnavailable(f"Redis at {self.address} is unreachable: {error}; start it or set redis.url")
+            return StoreError(f"{where} rejected a command ({text}); see its log, its version and redis.url")
+        if "CERTIFICATE_VERIFY_FAILED" in text:
+            return StoreUnavailable(
+                f"{where} has a certificate that is not trusted ({text}); set ssl_ca_certs in redis.url to the file of "
+                "its authority, and the host to a name that it is for"
+            )
+        return StoreUnavailable(f"{where} is unreachable ({text}); start it or set redis.url")
 
 
 def _concerns_all_keys(error: redis_errors.ResponseError) -> bool:
@@ -229,7 +274,9 @@ async def connect(config: RedisConfig, prefix: str = "") -> RedisClient:
     client = RedisClient(config, prefix)
     try:
         await client.load_functions()
-    except BaseException:
+    except BaseException as error:
         await client.aclose()
+        if isinstance(error, StoreUnavailable) and (mismatch := await client.find_mismatch()):
+            raise mismatch from error
         raise
     return client

@@ -4,10 +4,12 @@ import asyncio
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.records import Event
+from tests.tls import self_signed_certificate, tls_server
 from tests.worker.redis.clusters import cluster
 from worker.config import RedisConfig, SequencesConfig
 from worker.errors import ConfigError, StoreError, StoreUnavailable
@@ -95,6 +97,77 @@ async def test_missing_server_is_unavailable_at_once():
     async with asyncio.timeout(20):
         with pytest.raises(StoreUnavailable, match=r"127\.0\.0\.1:9 is unreachable"):
             await connect(RedisConfig(url="redis://127.0.0.1:9/0"))
+
+
+async def connection_error(**settings: Any) -> StoreError:
+    with pytest.raises(StoreError) as caught:
+        await connect(RedisConfig(**settings))
+    return caught.value
+
+
+async def test_wrong_setting_for_a_server_is_named_with_the_next_step(server: LocalValkey):
+    url = server.url
+    wrong = {
+        "speaks no TLS; write redis:// instead of rediss://": {"url": url.replace("redis:", "rediss:")},
+        "set the number at the end of redis.url": {"url": url.replace("/0", "/99")},
+        "set its user and password, leave them out where": {"url": url.replace("//", "//:hunter2@")},
+        "is not a cluster: set redis.cluster = false": {"url": url, "cluster": True},
+    }
+    for words, settings in wrong.items():
+        error = await connection_error(**settings)
+        assert words in str(error)
+        assert "hunter2" not in str(error)
+        assert not error.retriable
+    assert "did not answer" not in str(error)
+
+
+async def test_node_of_a_cluster_without_the_setting_is_named(tmp_path: Path):
+    async with cluster(tmp_path, nodes=2) as (server, _):
+        client = await connect(RedisConfig(url=server.url))
+        with pytest.raises(StoreError, match=r"is a node of a cluster .*; set redis\.cluster = true"):
+            await client.pipeline([("GET", str(number)) for number in range(20)])
+        await client.aclose()
+    with pytest.raises(ConfigError, match=r"database 1, and a cluster has only 0"):
+        RedisClient(RedisConfig(url=server.url.replace("/0", "/1"), cluster=True))
+
+
+async def test_listener_of_kafka_does_not_speak_redis(kafka: str):
+    for scheme in ("redis", "rediss"):
+        error = await connection_error(url=f"{scheme}://{kafka}")
+        assert f"Redis at {kafka} closes the connection at the first command" in str(error)
+        assert "does not speak Redis's protocol" in str(error)
+        assert "set redis.url" in str(error)
+
+
+async def test_listener_that_answers_otherwise_does_not_speak_redis():
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as listener:
+        error = await connection_error(url=f"redis://127.0.0.1:{listener.sockets[0].getsockname()[1]}")
+    assert "another service listens there; set redis.url" in str(error)
+    assert not error.retriable
+
+
+async def test_tls_that_the_url_does_not_have_or_does_not_trust_is_named(tmp_path: Path):
+    async with tls_server(self_signed_certificate(tmp_path)) as address:
+        expected = await connection_error(url=f"redis://{address}")
+        untrusted = await connection_error(url=f"rediss://{address}")
+    assert "speaks TLS; write rediss:// instead of redis://" in str(expected)
+    assert "certificate that is not trusted" in str(untrusted)
+    assert "set ssl_ca_certs in redis.url" in str(untrusted)
+
+
+async def test_server_that_is_silent_is_waited_for(server: LocalValkey):
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        error = await connection_error(url=server.url, timeout_s=0.3)
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+    assert "did not answer within 0.3 s; see its load and its log" in str(error)
+    assert error.retriable
 
 
 def test_invalid_url_is_a_configuration_error():
