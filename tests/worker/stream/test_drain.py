@@ -118,6 +118,7 @@ async def test_what_a_rebalance_left_is_the_next_owners_once_partitions_are_assi
     await ending.offsets.assigned({})
     await ending.drain.close()
     ending.drain.check()
+    assert await ending.offsets.commit_rest() == {}
 
 
 async def test_record_that_cannot_be_decoded_ends_a_worker_that_is_drained():
