@@ -67,6 +67,54 @@ async def test_rings_that_received_events_after_their_loss_get_those_before_it(
     assert (again.restored, again.rewritten) == (0, 0)
 
 
+@pytest.mark.parametrize("before_pass", [1, 2])
+@pytest.mark.parametrize("deleted", [20, 30, 50, 60])
+async def test_retention_during_a_rebuild_takes_no_event_from_a_ring(
+    broker: Broker, client: RedisClient, before_pass: int, deleted: int
+):
+    """Redis has lost offsets 20 to 39 of each partition: those that retention deletes before they are read are lost."""
+    shop = await Shop.open(broker, client)
+    await shop.leave_gaps(20)
+
+    class RebuildDuringRetention(Rebuild):
+        passes = 0
+
+        async def _read(self, *args) -> AsyncIterator[tuple[list[ConsumedEvent], int]]:
+            self.passes += 1
+            if self.passes == before_pass:
+                await shop.delete_before(deleted)
+            async for item in super()._read(*args):
+                yield item
+
+    _, report = await RebuildDuringRetention(shop.config, client, WallClock()).run(False, lambda offsets, total: None)
+    assert report.lost == 2 * deleted
+    assert report.restored == 2 * max(0, 40 - deleted)
+    assert await shop.rings() == shop.expected(lost=range(20, min(deleted, 40)))
+
+
+async def test_failure_in_any_pass_leaves_each_ring_as_it_was(broker: Broker, client: RedisClient):
+    shop = await Shop.open(broker, client)
+    await shop.leave_gaps(20)
+    before = await read_rings(client, shop.topic)
+    polls = 0
+
+    class FailingRebuild(Rebuild):
+        async def _read(self, *args) -> AsyncIterator[tuple[list[ConsumedEvent], int]]:
+            nonlocal polls
+            async for item in super()._read(*args):
+                polls += 1
+                if polls in (3, 12):
+                    raise SourceError("stopped")
+                yield item
+
+    for _ in range(2):
+        with pytest.raises(SourceError, match="stopped"):
+            await FailingRebuild(shop.config, client, WallClock()).run(False, lambda offsets, total: None)
+        assert await read_rings(client, shop.topic) == before
+    await rebuild(shop.config, client)
+    assert await shop.rings() == shop.expected()
+
+
 async def test_worker_that_starts_meanwhile_ends_the_rebuild_and_loses_no_event(
     broker: Broker, client: RedisClient, eventually
 ):

@@ -39,12 +39,6 @@ class RebuildPlan:
     def offsets(self) -> int:
         return sum(end - begin for begin, end in self.ranges.values())
 
-    def only_committed(self) -> "RebuildPlan":
-        """Return the plan up to the committed offsets."""
-        ends = {tp: min(offsets.end, self.committed[tp]) for tp, offsets in self.ranges.items()}
-        ranges = {tp: OffsetRange(offsets.begin, max(offsets.begin, ends[tp])) for tp, offsets in self.ranges.items()}
-        return RebuildPlan(ranges, self.committed)
-
 
 @dataclass(slots=True)
 class RebuildReport:
@@ -107,14 +101,16 @@ class Rebuild:
             report.offsets = await _offsets_read(consumer, plan)
             on_progress(report.offsets, plan.offsets)
         report.users = rings.user_count
-        report.rewritten = await rings.cut_rings_with_gaps()
-        if report.rewritten:
-            second = plan.only_committed()
+        passes = rings.passes()
+        for number, users in enumerate(passes, 1):
+            await rings.start_pass(users)
             again = RebuildReport()  # the same records may be missing again
-            async for events, _ in self._read(consumer, second, again):
-                report.restored += await rings.rewrite(events)
-                read = report.offsets + await _offsets_read(consumer, second)
-                on_progress(read, plan.offsets + second.offsets)
+            async for events, _ in self._read(consumer, plan, again):
+                await rings.collect(events)
+                read = number * plan.offsets + await _offsets_read(consumer, plan)
+                on_progress(read, (1 + len(passes)) * plan.offsets)
+            report.restored += await rings.finish_pass()
+            report.rewritten += len(users)
             report.lost = max(report.lost, again.lost)
         return report
 
