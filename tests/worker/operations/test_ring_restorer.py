@@ -51,8 +51,9 @@ def consumed(user: str, places: list[Place], topic: str = "events") -> list[Cons
 class Stream:
     """What became of one user's events: `arrivals` in the order in which the workers pushed them.
 
-    Of partition p the topic holds offsets from `begins[p]`, and after a rebuild's first pass from `later_begins[p]`; the
-    group has committed `committed[p]`. After `lost_after` arrivals Redis was set back to its state after `kept` arrivals.
+    Of partition p the topic holds offsets from `begins[p]`, and after a rebuild's first pass from `later_begins[p]`;
+    the group has committed `committed[p]`. After `lost_after` arrivals Redis was set back to its state after `kept`
+    arrivals.
     """
 
     arrivals: list[Place]
