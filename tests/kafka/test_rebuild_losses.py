@@ -5,6 +5,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 from aiokafka import TopicPartition
+from aiokafka.admin import NewPartitions
+from msgspec.structs import replace
 
 from tests.kafka.broker import Broker, RecordingListener
 from tests.kafka.rebuilds import Shop, read_rings, rebuild
@@ -159,3 +161,27 @@ async def test_running_rebuild_keeps_the_partitions_from_a_worker_until_its_writ
                 pass
     await starting
     await source.stop()
+
+
+async def test_partitions_that_are_added_meanwhile_end_the_rebuild_and_are_named(
+    broker: Broker, client: RedisClient, eventually
+):
+    shop = await Shop.open(broker, client)
+    kafka = replace(shop.config.kafka, metadata_max_age_ms=200)
+    partitions = [TopicPartition(shop.topic, partition) for partition in range(2)]
+    async with GroupFence(kafka, WallClock(), partitions) as fence:
+        async with broker.admin() as admin:
+            await admin.create_partitions({shop.topic: NewPartitions(3)})
+        await eventually(lambda: fence._given_up)
+        with pytest.raises(SourceError, match=r"has 3 partitions, and had 2 when the rebuild began; run rebuild again"):
+            await fence.keep_alive()
+        with pytest.raises(SourceError, match="has 3 partitions"):
+            async with fence.writing():
+                pass
+
+
+async def test_partitions_that_are_added_before_the_rebuild_joins_are_named(broker: Broker, client: RedisClient):
+    shop = await Shop.open(broker, client)
+    with pytest.raises(SourceError, match="has 2 partitions, and had 1 when the rebuild began"):
+        async with GroupFence(shop.config.kafka, WallClock(), [TopicPartition(shop.topic, 0)]):
+            pass
