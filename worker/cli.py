@@ -39,7 +39,7 @@ exit codes:
       8  events topic re-created: change sequences.topic_generation
       9  stopped before everything was answered and committed: the rest is read again
      44  no slate for this user
-130/143  a second signal cut the drain short
+130/143  a second signal cut the drain short, or a signal ended another command
 """
 
 

@@ -20,7 +20,7 @@ MillraceError                  exit  retriable  what the worker does
 └── UnknownUser                  44  no         lookup: neither a slate nor a popular one (HTTP 404)
 
 Exit 0: drained and committed, or stopped before anything was read. Exit 1: internal error. Exit 130/143: a second
-signal cut the drain short.
+signal cut the drain short, or a signal ended another command.
 A message says what, where, got, want, and the next step.
 """
 

@@ -1,7 +1,6 @@
 """Build a worker from its configuration, run it until a signal, and close its components."""
 
 import asyncio
-import os
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -32,6 +31,7 @@ from worker.stream import drain
 from worker.stream.exit_guard import ExitGuard
 from worker.stream.health import HealthServer, HealthState
 from worker.stream.loop import Worker, ignore_delivery
+from worker.stream.signals import handle_signals
 from worker.stream.supervisor import Supervisor
 
 if TYPE_CHECKING:
@@ -121,7 +121,12 @@ class Process:
         log.info("starting", health_port=server.port, artifact=self._config.pipeline.artifact)
         beating = asyncio.create_task(self._health.beat(), name="heartbeat")
         consuming = asyncio.create_task(self._consume(), name="consume")
-        _handle_signals(lambda: self._stop(consuming))
+
+        def stop(number: signal.Signals) -> None:
+            log.info("draining", signal=number.name)
+            self._stop(consuming)
+
+        handle_signals(stop)
         try:
             await consuming
         except asyncio.CancelledError:
@@ -213,20 +218,3 @@ def _hot_swap(config: Config, ranker: PipelineRanker, clock: Clock) -> "HotSwap 
     from worker.inference.hot_swap import HotSwap  # imports torch, so only when a model is configured
 
     return HotSwap(config, ranker, clock)
-
-
-def _handle_signals(stop: Callable[[], None]) -> None:
-    """Let the first signal call `stop` and the second exit at once."""
-
-    def exit_now(number: int) -> Callable[[], None]:
-        return lambda: os._exit(128 + number)
-
-    def stop_once(number: int) -> None:
-        log.info("draining", signal=signal.Signals(number).name)
-        stop()
-        for each in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(each, exit_now(each))
-
-    loop = asyncio.get_running_loop()
-    for each in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(each, stop_once, each)

@@ -1,5 +1,7 @@
 """Rebuilds for tests: a topic with users on both of its partitions, a worker that pushes them, and rings to compare."""
 
+from collections.abc import Container
+
 import msgspec
 from aiokafka import TopicPartition
 from aiokafka.admin import RecordsToDelete
@@ -64,6 +66,17 @@ class Shop:
                 ends = {part.partition: part.records[-1].offset + 1 for part in polled}
                 await source.commit(ends, {part.partition: part.assignment for part in polled})
 
+    async def leave_gaps(self, count: int) -> None:
+        """Push three times `count` events per partition, of which Redis loses the second, and retention none."""
+        await self.produce(count)
+        await self.work()
+        snapshot = await read_rings(self.client, self.topic)
+        await self.produce(count)
+        await self.work()
+        await self.client.pipeline([("SET", key, value) for key, value in snapshot.items()])
+        await self.produce(count)
+        await self.work()
+
     async def is_committed(self) -> bool:
         group_id = self.config.kafka.group_id
         committed = [await self.broker.committed(self.topic, group_id, partition) for partition in range(2)]
@@ -77,11 +90,12 @@ class Shop:
         """Return the events of each ring, sorted, and its sources."""
         return {key: contents(value) for key, value in (await read_rings(self.client, self.topic)).items()}
 
-    def expected(self, deleted: int = 0) -> dict[str, tuple[list[bytes], set[bytes]]]:
-        """Return the same by the oracle, without the first `deleted` events of each partition."""
+    def expected(self, deleted: int = 0, lost: Container[int] = ()) -> dict[str, tuple[list[bytes], set[bytes]]]:
+        """Return the same by the oracle, without the first `deleted` events of each partition and the lost offsets."""
         oracle = Oracle(self.topic, self.config.sequences.max_events)
         for partition, values in enumerate(self.values):
-            for offset, value in enumerate(values[deleted:], deleted):
+            kept = [offset for offset in range(deleted, len(values)) if offset not in lost]
+            for offset, value in [(offset, values[offset]) for offset in kept]:
                 oracle.feed(partition, offset, msgspec.json.decode(value))
         return {key: contents(value) for key, value in oracle.rings().items()}
 

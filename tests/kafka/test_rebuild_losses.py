@@ -5,6 +5,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 from aiokafka import TopicPartition
+from aiokafka.admin import NewPartitions
+from msgspec.structs import replace
 
 from tests.kafka.broker import Broker, RecordingListener
 from tests.kafka.rebuilds import Shop, read_rings, rebuild
@@ -67,6 +69,54 @@ async def test_rings_that_received_events_after_their_loss_get_those_before_it(
     assert (again.restored, again.rewritten) == (0, 0)
 
 
+@pytest.mark.parametrize("before_pass", [1, 2])
+@pytest.mark.parametrize("deleted", [20, 30, 50, 60])
+async def test_retention_during_a_rebuild_takes_no_event_from_a_ring(
+    broker: Broker, client: RedisClient, before_pass: int, deleted: int
+):
+    """Redis has lost offsets 20 to 39 of each partition: those that retention deletes before they are read are lost."""
+    shop = await Shop.open(broker, client)
+    await shop.leave_gaps(20)
+
+    class RebuildDuringRetention(Rebuild):
+        passes = 0
+
+        async def _read(self, *args) -> AsyncIterator[tuple[list[ConsumedEvent], int]]:
+            self.passes += 1
+            if self.passes == before_pass:
+                await shop.delete_before(deleted)
+            async for item in super()._read(*args):
+                yield item
+
+    _, report = await RebuildDuringRetention(shop.config, client, WallClock()).run(False, lambda offsets, total: None)
+    assert report.lost == 2 * deleted
+    assert report.restored == 2 * max(0, 40 - deleted)
+    assert await shop.rings() == shop.expected(lost=range(20, min(deleted, 40)))
+
+
+async def test_failure_in_any_pass_leaves_each_ring_as_it_was(broker: Broker, client: RedisClient):
+    shop = await Shop.open(broker, client)
+    await shop.leave_gaps(20)
+    before = await read_rings(client, shop.topic)
+    polls = 0
+
+    class FailingRebuild(Rebuild):
+        async def _read(self, *args) -> AsyncIterator[tuple[list[ConsumedEvent], int]]:
+            nonlocal polls
+            async for item in super()._read(*args):
+                polls += 1
+                if polls in (3, 12):
+                    raise SourceError("stopped")
+                yield item
+
+    for _ in range(2):
+        with pytest.raises(SourceError, match="stopped"):
+            await FailingRebuild(shop.config, client, WallClock()).run(False, lambda offsets, total: None)
+        assert await read_rings(client, shop.topic) == before
+    await rebuild(shop.config, client)
+    assert await shop.rings() == shop.expected()
+
+
 async def test_worker_that_starts_meanwhile_ends_the_rebuild_and_loses_no_event(
     broker: Broker, client: RedisClient, eventually
 ):
@@ -111,3 +161,27 @@ async def test_running_rebuild_keeps_the_partitions_from_a_worker_until_its_writ
                 pass
     await starting
     await source.stop()
+
+
+async def test_partitions_that_are_added_meanwhile_end_the_rebuild_and_are_named(
+    broker: Broker, client: RedisClient, eventually
+):
+    shop = await Shop.open(broker, client)
+    kafka = replace(shop.config.kafka, metadata_max_age_ms=200)
+    partitions = [TopicPartition(shop.topic, partition) for partition in range(2)]
+    async with GroupFence(kafka, WallClock(), partitions) as fence:
+        async with broker.admin() as admin:
+            await admin.create_partitions({shop.topic: NewPartitions(3)})
+        await eventually(lambda: fence._given_up)
+        with pytest.raises(SourceError, match=r"has 3 partitions, and had 2 when the rebuild began; run rebuild again"):
+            await fence.keep_alive()
+        with pytest.raises(SourceError, match="has 3 partitions"):
+            async with fence.writing():
+                pass
+
+
+async def test_partitions_that_are_added_before_the_rebuild_joins_are_named(broker: Broker, client: RedisClient):
+    shop = await Shop.open(broker, client)
+    with pytest.raises(SourceError, match="has 2 partitions, and had 1 when the rebuild began"):
+        async with GroupFence(shop.config.kafka, WallClock(), [TopicPartition(shop.topic, 0)]):
+            pass

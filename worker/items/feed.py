@@ -18,7 +18,7 @@ from worker.deadline import Deadline
 from worker.interfaces import Clock
 from worker.items.journal import ItemJournal
 from worker.items.updater import ItemUpdater, UpdateItems
-from worker.kafka.client import list_partitions, retry_at_start
+from worker.kafka.client import list_partitions, retry_at_start, stop_client
 from worker.kafka.topic_reader import OffsetRange, make_consumer, offset_ranges, poll, positions_of, read_ranges
 
 log = logging.get("items")
@@ -98,7 +98,7 @@ class ItemFeed:
             try:
                 await retry_at_start(self._config, self._clock, consumer.start)
             except BaseException:
-                await consumer.stop()
+                await stop_client(consumer, self._clock)
                 raise
             self._consumer = consumer
         return self._consumer

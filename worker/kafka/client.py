@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
-from aiokafka import TopicPartition, errors
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition, errors
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.helpers import create_ssl_context
 from msgspec.structs import replace
@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from worker import logging
 from worker.backoff import Backoff
 from worker.config import KafkaConfig
+from worker.deadline import Deadline
 from worker.errors import ConfigError, SourceError, SourceUnavailable
 from worker.interfaces import Clock
 from worker.kafka.diagnosis import Diagnosis, diagnose
@@ -24,6 +25,7 @@ T = TypeVar("T")
 # At start: a broker that is coming up is noticed at once, one that stays down is not hammered.
 START_BACKOFF = Backoff(first_s=0.5, cap_s=4.0)
 CLI_START_TIMEOUT_S = 8.0  # `start_timeout_s` of an interactive command
+STOP_S = 10.0
 METADATA_POLL_S = 0.05  # between polls of cluster metadata: a new topic's leaders, a group's coordinator
 TOPIC_VISIBLE_S = 2.0  # until a topic that was just created is visible on every broker
 SILENT_S = 2.0  # a healthy broker answers far sooner; without an answer the address is tried, beside the attempt
@@ -178,6 +180,15 @@ async def with_admin(config: KafkaConfig, clock: Clock, query: Callable[[AIOKafk
             await admin.close()
 
     return await retry_at_start(config, clock, attempt)
+
+
+async def stop_client(client: AIOKafkaConsumer | AIOKafkaProducer, clock: Clock) -> None:
+    """Stop a client, within STOP_S. Its errors are not raised: they would replace the one that ended its use.
+
+    aiokafka's consumer raises CancelledError when a broker that went silent has left one of its fetches waiting.
+    """
+    if not await Deadline(clock).finish(client.stop(), STOP_S):
+        log.warning("a Kafka client did not stop cleanly: its connections end with this process")
 
 
 async def list_partitions(config: KafkaConfig, clock: Clock, topic: str) -> list[TopicPartition]:

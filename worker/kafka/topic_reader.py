@@ -62,10 +62,18 @@ async def offset_ranges(
 
     Raises SourceError, SourceUnavailable.
     """
+    begins = await begin_offsets(consumer, partitions, config)
     with _source_errors(config, partitions):
-        begins = await consumer.beginning_offsets(partitions)
         ends = await consumer.end_offsets(partitions)
     return {each: OffsetRange(begins[each], ends[each]) for each in partitions}
+
+
+async def begin_offsets(
+    consumer: AIOKafkaConsumer, partitions: Sequence[TopicPartition], config: KafkaConfig
+) -> dict[TopicPartition, int]:
+    """Return the earliest offsets that are left. Raises SourceError, SourceUnavailable."""
+    with _source_errors(config, partitions):
+        return await consumer.beginning_offsets(partitions)
 
 
 async def positions_of(

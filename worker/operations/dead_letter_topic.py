@@ -16,7 +16,7 @@ from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from worker.clock import WallClock
 from worker.config import KafkaConfig
 from worker.interfaces import Clock
-from worker.kafka.client import ensure_coordinator, ensure_topics, retry_at_start, with_admin
+from worker.kafka.client import ensure_coordinator, ensure_topics, retry_at_start, stop_client, with_admin
 from worker.kafka.sink import HEADER_PREFIX
 from worker.kafka.topic_reader import OffsetRange, make_consumer, offset_ranges, read_ranges
 from worker.operations.requeue_progress import RequeueProgress
@@ -84,7 +84,7 @@ class DeadLetterTopic:
                 async for record in records:
                     yield _parse(record, progress.get(record.partition, RequeueProgress()))
         finally:
-            await consumer.stop()
+            await stop_client(consumer, self.clock)
 
     async def progress(self) -> dict[int, RequeueProgress]:
         """Return what was requeued, by partition."""
@@ -102,7 +102,7 @@ class DeadLetterTopic:
             await consumer.start()
             return consumer, await offset_ranges(consumer, sorted(consumer.assignment()), self.config)
         except BaseException:
-            await consumer.stop()
+            await stop_client(consumer, self.clock)
             raise
 
     async def _records(

@@ -45,7 +45,8 @@ async def _kafka(config: Config) -> str:
     from aiokafka.codec import has_zstd
     from aiokafka.errors import KafkaError
 
-    from worker.kafka.client import client_options
+    from worker.clock import WallClock
+    from worker.kafka.client import client_options, stop_client
     from worker.kafka.diagnosis import diagnose
     from worker.kafka.error_causes import CODEC_MISSING, describe
 
@@ -60,7 +61,7 @@ async def _kafka(config: Config) -> str:
         with logging.silenced("aiokafka"):
             raise SourceError(describe(kafka, *await diagnose(options, error))) from error
     finally:
-        await consumer.stop()
+        await stop_client(consumer, WallClock())
     if not has_zstd():
         raise SourceError(describe(kafka, CODEC_MISSING, "zstd, lz4 and snappy cannot be read"))
     missing = ", ".join(sorted({kafka.events_topic, kafka.recommendations_topic, kafka.dead_letter_topic} - topics))

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from worker.config import KafkaConfig
 from worker.errors import SourceError
 from worker.interfaces import Clock, Partition
-from worker.kafka.client import retry_at_start, with_admin
+from worker.kafka.client import list_partitions, retry_at_start, with_admin
 from worker.kafka.consumer_group import NO_PARTITION, GroupMember
 
 
@@ -49,7 +49,7 @@ class GroupFence:
         self._member_or_none = await retry_at_start(self._config, self._clock, join)
         if self._owned != self._partitions:
             await self._member.leave()
-            raise self._member.failure or self._error("was joined by a worker")
+            raise self._member.failure or await self._lost("was joined by a worker")
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -60,17 +60,30 @@ class GroupFence:
     async def writing(self) -> AsyncIterator[None]:
         """Hold the partitions during the body. Raises SourceError once they are given up."""
         async with self._writing:
-            self._check_owned()
+            await self._check_owned()
             yield
 
     async def keep_alive(self) -> None:
         """Poll no partition: a member that does not poll is dropped from the group. Raises as `writing`."""
-        self._check_owned()
+        await self._check_owned()
         await self._member.consumer.getmany(NO_PARTITION, timeout_ms=0)
 
-    def _check_owned(self) -> None:
+    async def _check_owned(self) -> None:
         if self._given_up or not self._member.is_current:
-            raise self._error("was joined by a worker, or has dropped this command, before all rings were restored")
+            raise await self._lost(
+                "was joined by a worker, or has dropped this command, before all rings were restored"
+            )
+
+    async def _lost(self, text: str) -> SourceError:
+        """Return why the partitions were given up: because the topic got more of them, else as `text` says."""
+        topic = self._config.events_topic
+        now = await list_partitions(self._config, self._clock, topic)
+        if {Partition(*each) for each in now} == self._partitions:
+            return self._error(text)
+        return SourceError(
+            f"topic {topic} has {len(now)} partitions, and had {len(self._partitions)} when the rebuild began; run "
+            f"rebuild again: it keeps what it has restored"
+        )
 
     @property
     def _member(self) -> GroupMember:

@@ -14,10 +14,18 @@ from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from worker.config import Config
 from worker.errors import SourceError
 from worker.interfaces import Clock, ConsumedEvent, Partition, PolledRecords
-from worker.kafka.client import ensure_coordinator, list_partitions, retry_at_start, with_admin
+from worker.kafka.client import ensure_coordinator, list_partitions, retry_at_start, stop_client, with_admin
 from worker.kafka.corrupt_record import CorruptRecord
 from worker.kafka.topic_id import TopicIdentity, read_topic_id
-from worker.kafka.topic_reader import OffsetRange, log_corrupt, make_consumer, offset_ranges, read_ranges
+from worker.kafka.topic_reader import (
+    OffsetRange,
+    begin_offsets,
+    log_corrupt,
+    make_consumer,
+    offset_ranges,
+    positions_of,
+    read_ranges,
+)
 from worker.operations.group_fence import GroupFence
 from worker.operations.ring_restorer import RingRestorer
 from worker.redis.client import RedisClient
@@ -38,12 +46,6 @@ class RebuildPlan:
     @property
     def offsets(self) -> int:
         return sum(end - begin for begin, end in self.ranges.values())
-
-    def only_committed(self) -> "RebuildPlan":
-        """Return the plan up to the committed offsets."""
-        ends = {tp: min(offsets.end, self.committed[tp]) for tp, offsets in self.ranges.items()}
-        ranges = {tp: OffsetRange(offsets.begin, max(offsets.begin, ends[tp])) for tp, offsets in self.ranges.items()}
-        return RebuildPlan(ranges, self.committed)
 
 
 @dataclass(slots=True)
@@ -90,7 +92,7 @@ class Rebuild:
             if not force:
                 self._fence = await stack.enter_async_context(GroupFence(kafka, self._clock, partitions))
             consumer = make_consumer(kafka)
-            stack.push_async_callback(consumer.stop)
+            stack.push_async_callback(stop_client, consumer, self._clock)
             await retry_at_start(kafka, self._clock, consumer.start)
             plan = await self._plan(consumer, partitions, identity)
             return plan, await self._restore(consumer, plan, on_progress)
@@ -104,17 +106,19 @@ class Rebuild:
             report.events += len(events)
             report.unreadable += unreadable
             report.restored += await rings.restore(events)
-            report.offsets = await _offsets_read(consumer, plan)
+            report.offsets = await self._offsets_read(consumer, plan)
             on_progress(report.offsets, plan.offsets)
         report.users = rings.user_count
-        report.rewritten = await rings.cut_rings_with_gaps()
-        if report.rewritten:
-            second = plan.only_committed()
+        passes = rings.passes()
+        for number, users in enumerate(passes, 1):
+            await rings.start_pass(users)
             again = RebuildReport()  # the same records may be missing again
-            async for events, _ in self._read(consumer, second, again):
-                report.restored += await rings.rewrite(events)
-                read = report.offsets + await _offsets_read(consumer, second)
-                on_progress(read, plan.offsets + second.offsets)
+            async for events, _ in self._read(consumer, plan, again):
+                await rings.collect(events)
+                read = number * plan.offsets + await self._offsets_read(consumer, plan)
+                on_progress(read, (1 + len(passes)) * plan.offsets)
+            report.restored += await rings.finish_pass()
+            report.rewritten += len(users)
             report.lost = max(report.lost, again.lost)
         return report
 
@@ -139,8 +143,9 @@ class Rebuild:
 
         expected = {each: offsets.begin for each, offsets in plan.ranges.items()}
         async for polled in read_ranges(consumer, plan.ranges, self._config.kafka, self._clock, skip):
-            report.lost += await _count_deleted(consumer, plan, expected, polled)
-            expected = {each: await consumer.position(each) for each in expected}
+            positions = await positions_of(consumer, plan.ranges, self._config.kafka)
+            report.lost += await self._count_deleted(consumer, plan, expected, positions, polled)
+            expected = positions
             events, dead_letters = self._codec.decode_all(self._to_polled(polled, plan))
             yield events, len(dead_letters)
             if self._fence is not None:
@@ -162,28 +167,27 @@ class Rebuild:
             for tp, records in polled.items()
         ]
 
+    async def _offsets_read(self, consumer: AIOKafkaConsumer, plan: RebuildPlan) -> int:
+        positions = await positions_of(consumer, plan.ranges, self._config.kafka)
+        return sum(min(positions[each], offsets.end) - offsets.begin for each, offsets in plan.ranges.items())
 
-async def _offsets_read(consumer: AIOKafkaConsumer, plan: RebuildPlan) -> int:
-    positions = [(await consumer.position(each), offsets) for each, offsets in plan.ranges.items()]
-    return sum(min(position, offsets.end) - offsets.begin for position, offsets in positions)
+    async def _count_deleted(
+        self,
+        consumer: AIOKafkaConsumer,
+        plan: RebuildPlan,
+        expected: Mapping[TopicPartition, int],
+        positions: Mapping[TopicPartition, int],
+        polled: Mapping[TopicPartition, list[ConsumerRecord]],
+    ) -> int:
+        """Return how many planned records a poll has jumped over because retention had deleted them.
 
-
-async def _count_deleted(
-    consumer: AIOKafkaConsumer,
-    plan: RebuildPlan,
-    expected: Mapping[TopicPartition, int],
-    polled: Mapping[TopicPartition, list[ConsumerRecord]],
-) -> int:
-    """Return how many planned records a poll has jumped over because retention had deleted them.
-
-    expected: the next offset of each partition before the poll
-    """
-    arrived = {
-        tp: min(polled[tp][0].offset if polled.get(tp) else await consumer.position(tp), plan.ranges[tp].end)
-        for tp in expected
-    }
-    jumped = [tp for tp, offset in arrived.items() if offset > expected[tp]]
-    if not jumped:
-        return 0
-    begins = await consumer.beginning_offsets(jumped)  # other gaps are transaction markers
-    return sum(max(0, min(begins[tp], arrived[tp]) - expected[tp]) for tp in jumped)
+        expected, positions: the next offset of each partition before and after the poll
+        """
+        arrived = {
+            tp: min(polled[tp][0].offset if polled.get(tp) else positions[tp], plan.ranges[tp].end) for tp in expected
+        }
+        jumped = [tp for tp, offset in arrived.items() if offset > expected[tp]]
+        if not jumped:
+            return 0
+        begins = await begin_offsets(consumer, jumped, self._config.kafka)  # other gaps are transaction markers
+        return sum(max(0, min(begins[tp], arrived[tp]) - expected[tp]) for tp in jumped)

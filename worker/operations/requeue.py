@@ -12,7 +12,7 @@ from contextlib import aclosing
 from aiokafka import AIOKafkaProducer, TopicPartition, errors
 
 from worker.errors import SinkError, SinkUnavailable
-from worker.kafka.client import client_options, retry_at_start, with_admin
+from worker.kafka.client import client_options, retry_at_start, stop_client, with_admin
 from worker.kafka.error_causes import explain, is_permanent
 from worker.kafka.topic_reader import OffsetRange
 from worker.operations.dead_letter_topic import DeadLetterRecord, DeadLetterTopic
@@ -80,7 +80,7 @@ class Requeue:
             await self._send_chunk(producer, chunk)  # progress moves over copies, too
             yield chunk
         finally:
-            await producer.stop()
+            await stop_client(producer, self._topic.clock)
 
     def _progress(self, partition: int) -> RequeueProgress:
         return self._stored.get(partition, RequeueProgress())

@@ -51,8 +51,9 @@ def consumed(user: str, places: list[Place], topic: str = "events") -> list[Cons
 class Stream:
     """What became of one user's events: `arrivals` in the order in which the workers pushed them.
 
-    Of partition p the topic holds offsets from `begins[p]`; the group has committed `committed[p]`. After `lost_after`
-    arrivals Redis was set back to its state after `kept` arrivals.
+    Of partition p the topic holds offsets from `begins[p]`, and after a rebuild's first pass from `later_begins[p]`;
+    the group has committed `committed[p]`. After `lost_after` arrivals Redis was set back to its state after `kept`
+    arrivals.
     """
 
     arrivals: list[Place]
@@ -61,11 +62,17 @@ class Stream:
     kept: int
     lost_after: int
     cap: int = 512
+    later_begins: tuple[int, int] = (0, 0)
 
     @property
     def read(self) -> list[Place]:
-        """What a rebuild reads, partition after partition."""
+        """What a rebuild reads in its first pass, partition after partition."""
         return sorted((p, o) for p, o in self.arrivals if self.begins[p] <= o)
+
+    @property
+    def read_later(self) -> list[Place]:
+        """What a rebuild reads in its second pass."""
+        return [(p, o) for p, o in self.read if self.later_begins[p] <= o]
 
     @property
     def is_whole(self) -> bool:
@@ -80,13 +87,12 @@ class Stream:
     @property
     def read_again(self) -> list[Place]:
         """What the workers read after the rebuild."""
-        return [(p, o) for p, o in self.arrivals if o >= self.committed[p]]
+        return [(p, o) for p, o in self.arrivals if o >= max(self.committed[p], self.later_begins[p])]
 
     @property
-    def older(self) -> list[Place]:
-        """What was in Redis before its loss and is no longer in the topic."""
-        known = self.arrivals[: self.kept] + self.arrivals[self.lost_after :]
-        return [(p, o) for p, o in known if o < self.begins[p]]
+    def pushed(self) -> list[Place]:
+        """What has been in Redis before the rebuild and was not lost; of a full ring only the newest."""
+        return self.arrivals[: self.kept] + self.arrivals[self.lost_after :]
 
 
 async def ring_of(client: RedisClient, user: str, cap: int) -> list[bytes]:
@@ -111,19 +117,31 @@ async def consume(client: RedisClient, stream: Stream, user: str) -> None:
     await push(client, stream, user, stream.arrivals[stream.lost_after :])
 
 
-async def restore(client: RedisClient, stream: Stream, user: str, polls: int = 2) -> int:
-    """Restore as `Rebuild` does, and return the number of rings that were cut."""
+def restorer(client: RedisClient, stream: Stream) -> RingRestorer:
     config = Config(sequences=SequencesConfig(max_events=stream.cap))
     committed = {Partition("events", p): offset for p, offset in enumerate(stream.committed)}
-    rings = RingRestorer(config, client, WallClock(), committed, None)
-    ends = [len(stream.read) * poll // polls for poll in range(polls + 1)]
-    chunks = [stream.read[start:end] for start, end in pairwise(ends)]
-    for chunk in chunks:
+    return RingRestorer(config, client, WallClock(), committed, None)
+
+
+def in_polls(places: list[Place], polls: int) -> list[list[Place]]:
+    ends = [len(places) * poll // polls for poll in range(polls + 1)]
+    return [places[start:end] for start, end in pairwise(ends)]
+
+
+async def restore(client: RedisClient, stream: Stream, user: str, polls: int = 2) -> int:
+    """Restore as `Rebuild` does, and return the number of rings that were rewritten."""
+    rings = restorer(client, stream)
+    for chunk in in_polls(stream.read, polls):
         await rings.restore(consumed(user, chunk))
-    cut = await rings.cut_rings_with_gaps()
-    for chunk in chunks if cut else []:
-        await rings.rewrite(consumed(user, chunk))
-    return cut
+    passes = rings.passes()
+    for users in passes:
+        before = await client.call("GET", client.keys.ring(user))
+        await rings.start_pass(users)
+        for chunk in in_polls(stream.read_later, polls):
+            await rings.collect(consumed(user, chunk))
+        assert await client.call("GET", client.keys.ring(user)) == before
+        await rings.finish_pass()
+    return len(passes)
 
 
 @st.composite
@@ -139,7 +157,16 @@ def streams(draw: st.DrawFn) -> Stream:
     lost_after = draw(st.integers(0, len(arrivals)))
     kept = draw(st.integers(0, lost_after))
     cap = draw(st.sampled_from([4, 7, 64]))
-    return Stream(arrivals, (begins[0], begins[1]), (committed[0], committed[1]), kept, lost_after, cap)
+    later_begins = [draw(st.integers(begin, end)) for begin, end in zip(begins, offsets, strict=True)]
+    return Stream(
+        arrivals,
+        (begins[0], begins[1]),
+        (committed[0], committed[1]),
+        kept,
+        lost_after,
+        cap,
+        (later_begins[0], later_begins[1]),
+    )
 
 
 ONE_PARTITION = [(0, offset) for offset in range(10)]
@@ -151,22 +178,45 @@ ONE_PARTITION = [(0, offset) for offset in range(10)]
 @example(stream=Stream(ONE_PARTITION, (4, 0), (10, 0), kept=0, lost_after=7, cap=64), polls=1)
 @example(stream=Stream(ONE_PARTITION, (4, 0), (10, 0), kept=5, lost_after=7, cap=64), polls=1)
 @example(stream=Stream(ONE_PARTITION, (0, 0), (10, 0), kept=5, lost_after=7, cap=7), polls=1)
-async def test_restored_ring_has_every_event_of_the_topic_once_and_a_whole_ring_is_kept(
+@example(stream=Stream(ONE_PARTITION, (0, 0), (10, 0), 5, 7, cap=64, later_begins=(6, 0)), polls=1)
+@example(stream=Stream(ONE_PARTITION, (0, 0), (8, 0), 5, 7, cap=64, later_begins=(10, 0)), polls=1)
+async def test_restored_ring_has_every_event_that_it_or_the_topic_had_once_and_a_whole_ring_is_kept(
     client: RedisClient, new_user: Callable[[], str], stream: Stream, polls: int
 ):
     user = new_user()
     await consume(client, stream, user)
     before = await ring_of(client, user, stream.cap)
-    cut = await restore(client, stream, user, polls)
+    rewritten = await restore(client, stream, user, polls)
     if stream.is_whole:
-        assert cut == 0
+        assert rewritten == 0
         assert await ring_of(client, user, stream.cap) == before
     await push(client, stream, user, stream.read_again)
     ring = await ring_of(client, user, stream.cap)
     assert len(set(ring)) == len(ring)
-    expected = {event_bytes(place) for place in stream.read + stream.older}
-    if len(expected) <= stream.cap:
-        assert set(ring) == expected
-    else:
-        assert set(ring) <= expected
+    left = {event_bytes(place) for place in stream.pushed + stream.read_later + stream.read_again}
+    seen = left | {event_bytes(place) for place in stream.read}
+    assert set(ring) <= seen
+    if len(seen) <= stream.cap:
+        assert left <= set(ring)
+    elif len(left) >= stream.cap:
         assert len(ring) == stream.cap
+
+
+async def test_rings_with_gaps_are_rewritten_in_as_many_passes_as_their_memory_takes(
+    client: RedisClient, new_user: Callable[[], str]
+):
+    stream = Stream(ONE_PARTITION, (0, 0), (10, 0), kept=5, lost_after=7)
+    users = [new_user() for _ in range(5)]
+    for user in users:
+        await consume(client, stream, user)
+    rings = restorer(client, stream)
+    events = [event for user in users for event in consumed(user, stream.read)]
+    await rings.restore(events)
+    passes = rings.passes(limit_bytes=4000)
+    assert passes == [users[:2], users[2:4], users[4:]]
+    for part in passes:
+        await rings.start_pass(part)
+        await rings.collect(events)
+        assert await rings.finish_pass() == 2 * len(part)
+    for user in users:
+        assert await ring_of(client, user, stream.cap) == [event_bytes(place) for place in ONE_PARTITION]

@@ -6,7 +6,7 @@ events. Pushing cannot fill a gap, because the ring's last offsets say that thos
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from pipeline.records import EVENT_BYTES
 from worker.redis.rings.ring import Ring
@@ -28,6 +28,7 @@ class RingCheck:
     is_full: bool
     is_outdated: bool  # it has another capacity: it is rewritten in any case
     matched: int = 0  # a bit per event of the ring that was found, from `begin` on
+    topic_count: int = 0  # events of the topic, whether the ring should have them or not
     missing: int = 0  # before the first match of their partition: dropped by a full ring, or lost
     has_gap: bool = False
     after_match: dict[bytes, int] = field(default_factory=dict)  # by source, the number after its latest match
@@ -53,7 +54,7 @@ class RingCheck:
     def compare(self, ring: Ring, source: bytes, event: bytes) -> None:
         """Look for an event that the ring should have. ring: as it is now"""
         first = _first_number(ring)
-        index = _find(ring.events, event, max(0, self.after_match.get(source, first) - first))
+        index = _find(ring.events, event, max(0, self.after_match.get(source, self.begin) - first))
         if index is None and source in self.after_match:
             self.has_gap = True
         elif index is None:
@@ -69,17 +70,15 @@ class RingCheck:
         has_older = self.end - self.begin > self.matched.bit_count()  # events that the topic no longer has
         return self.has_gap or self.is_outdated or (self.missing > 0 and (has_older or not self.is_full))
 
-    def without_topic(self, ring: Ring, sources: Collection[bytes]) -> Ring:
-        """Return the ring with only the events that the topic no longer has, ready to receive all others."""
+    def unmatched_events(self, ring: Ring) -> bytes:
+        """Return the events that were not found and are still in the ring, without those appended since the start."""
         first = _first_number(ring)
-        older = [number for number in range(first, self.end) if not self.matched >> (number - self.begin) & 1]
-        return replace(
-            ring,
-            count=len(older),
-            last_offset=-1 if ring.source in sources else ring.last_offset,
-            other_last_offset=-1 if ring.other_source in sources else ring.other_last_offset,
-            events=b"".join(_event(ring, number - first) for number in older),
-        )
+        numbers = range(max(first, self.begin), min(self.end, ring.count))
+        return b"".join(_event(ring, each - first) for each in numbers if not self.matched >> (each - self.begin) & 1)
+
+    def events_since_start(self, ring: Ring) -> bytes:
+        """Return the events that were appended after the check started."""
+        return ring.events[max(0, self.end - _first_number(ring)) * EVENT_BYTES :]
 
 
 def _event(ring: Ring, index: int) -> bytes:
