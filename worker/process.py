@@ -152,6 +152,7 @@ class Process:
             )
             async with KafkaSink(config, components.slates, clock, deadline) as sink:
                 source = KafkaSource(kafka, clock, components.sequences.claim_topic, deadline)
+                components.sequences.ask_end = source.end_of
                 self._worker = components.worker(source, sink, self._health)
                 async with follow_items(config, components, self._health):
                     await supervise(self._worker, components)

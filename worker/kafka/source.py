@@ -14,7 +14,7 @@ from worker.config import KafkaConfig
 from worker.deadline import Deadline
 from worker.errors import SourceError, SourceUnavailable
 from worker.interfaces import Clock, Partition, PolledRecords, RebalanceListener
-from worker.kafka.client import ensure_coordinator, ensure_topics, raise_unless_transient, retry_at_start
+from worker.kafka.client import ensure_coordinator, ensure_topics, raise_unless_transient, retry_at_start, source_error
 from worker.kafka.consumer_group import NO_PARTITION, STOP_S, GroupMember
 from worker.kafka.corrupt_record import CorruptRecord, read_before
 from worker.kafka.offset_commits import OffsetCommits
@@ -132,6 +132,14 @@ class KafkaSource:
     def stalled_s(self) -> Mapping[Partition, float]:
         """See Source."""
         return self._progress.stalled_s()
+
+    async def end_of(self, partition: Partition) -> int:
+        """Ask the broker where a partition ends for a reader of committed records. SourceError, SourceUnavailable."""
+        tp = TopicPartition(*partition)
+        try:
+            return (await self._member.consumer.end_offsets([tp]))[tp]
+        except errors.KafkaError as error:
+            raise source_error(self._config, partition.topic, error) from error
 
     def problem(self) -> str:
         """See Source."""

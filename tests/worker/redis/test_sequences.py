@@ -1,7 +1,7 @@
 """Rings in a real Valkey against a plain Python model, byte for byte; replays, losses, migrations."""
 
 import struct
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from hashlib import blake2b
 
 import pytest
@@ -164,6 +164,41 @@ async def test_recreated_topic_is_rejected_until_the_topic_generation_changes(cl
         await SequenceStore(client, SequencesConfig()).push(batch)
     await SequenceStore(client, SequencesConfig(topic_generation="2")).push(batch)
     assert batch[0].ring == event_bytes(0, 500) + event_bytes(0, 3)
+
+
+async def test_worker_that_stood_still_while_another_read_further_finds_its_events_pushed(
+    client: RedisClient, new_user: NewUser
+):
+    """What it polled before gives the partition's end as it was then: the offset in Redis lies beyond that."""
+    user = new_user()
+    behind, ahead = SequenceStore(client, SequencesConfig()), SequenceStore(client, SequencesConfig())
+    behind.ask_end = ahead.ask_end = answer_end(9)
+    await behind.push([consumed_event(user, 0, offset, end_offset=4) for offset in range(2)])
+    await ahead.push([consumed_event(user, 0, offset, end_offset=9) for offset in range(9)])
+    bystander = new_user()
+    late = [consumed_event(user, 0, 2, end_offset=4), consumed_event(bystander, 0, 3, end_offset=4)]
+    await behind.push(late)
+    assert [event.is_new for event in late] == [False, True]
+    assert late[0].ring == b"".join(event_bytes(0, offset) for offset in range(9))
+    assert (await read_value(client, user) or b"")[40:] == late[0].ring
+
+
+async def test_offset_beyond_the_partition_as_it_is_now_means_a_topic_that_was_recreated(
+    client: RedisClient, new_user: NewUser
+):
+    user = new_user()
+    await SequenceStore(client, SequencesConfig()).push([consumed_event(user, 0, 500)])
+    store = SequenceStore(client, SequencesConfig())
+    store.ask_end = answer_end(500)
+    with pytest.raises(TopicRecreated, match=r"up to offset 500, but the partition ends at 4"):
+        await store.push([consumed_event(user, 0, 3, end_offset=4)])
+
+
+def answer_end(offset: int) -> Callable[[Partition], Awaitable[int]]:
+    async def answer(partition: Partition) -> int:
+        return offset
+
+    return answer
 
 
 async def test_every_push_renews_the_expiry_of_a_ring(client: RedisClient, new_user: NewUser):

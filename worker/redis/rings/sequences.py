@@ -7,7 +7,7 @@ appended here exactly as the function did there, so every event gets the ring as
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,7 @@ class UserPush:
     cached: Ring | None
     is_first_of_user: bool  # in the batch: only then is the cached version the one that the command will find
     is_first_attempt: bool
+    stored_offset: int | None = None  # its source's last offset in Redis, where that is not in the partition
 
     def expected_version(self) -> bytes:
         """Return the header that Redis is expected to hold, empty for no ring."""
@@ -57,6 +58,7 @@ class SequenceStore:
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.claims = Claims(client)
+        self.ask_end: Callable[[Partition], Awaitable[int]] | None = None  # where a partition ends now
         self.rings_lost = 0
         self._client = client
         self._config = config
@@ -75,7 +77,10 @@ class SequenceStore:
         holds no ring is renamed first, so that the next attempt finds none.
         """
         try:
-            await self._push(events)
+            if overtaken := await self._push(events):
+                await self._check_ends(overtaken)
+                if overtaken := await self._push([event for push in overtaken for event in push.events]):
+                    raise self._recreated_error(overtaken[0])
         except StoreError as error:
             if error.retriable or isinstance(error, TopicRecreated):
                 raise
@@ -83,7 +88,8 @@ class SequenceStore:
                 raise
             raise StoreUnavailable(f"{', '.join(keys[:3])} in Redis held no ring and was renamed") from error
 
-    async def _push(self, events: Sequence[ConsumedEvent]) -> None:
+    async def _push(self, events: Sequence[ConsumedEvent]) -> list[UserPush]:
+        """Return the pushes that changed nothing, because their source's last offset is not in their partition."""
         async with self._push_lock:
             lost_before = self.rings_lost
             pushes = self._group(events)
@@ -91,11 +97,29 @@ class SequenceStore:
             replies = await self.claims.pipeline([self._command(push) for push in pushes])
             # All of them before any event is touched: a value that is no ring fails the whole attempt.
             rings = [self._ring_before(push, reply) for push, reply in zip(pushes, replies, strict=True)]
-            stale_offsets = [self._apply(*each) for each in zip(pushes, replies, rings, strict=True)]
+            for push, reply, ring in zip(pushes, replies, rings, strict=True):
+                self._apply(push, reply, ring)
         self._warn(self.rings_lost - lost_before)
-        for push, stored_offset in zip(pushes, stale_offsets, strict=True):
-            if stored_offset is not None:
-                raise _recreated_error(self._client.keys.ring(push.user_id), push, stored_offset)
+        return [push for push in pushes if push.stored_offset is not None]
+
+    async def _check_ends(self, overtaken: Sequence[UserPush]) -> None:
+        """Tell a topic that was created again from one that another worker has read further.
+
+        A worker that stood still for longer than its session may push before it learns that its partitions are
+        another's: then the offset in Redis lies within the partition as it is now. Raises TopicRecreated.
+        """
+        partitions = {push.partition for push in overtaken}
+        ends = {partition: await self.ask_end(partition) for partition in partitions} if self.ask_end else {}
+        for push in overtaken:
+            end = ends.get(push.partition, push.events[-1].end_offset)
+            if push.stored_offset is None or push.stored_offset >= end:
+                raise self._recreated_error(push)
+            for event in push.events:
+                event.end_offset = end
+                event.ring_offset = None
+        for partition in partitions:
+            self.forget(partition)
+        log.warning("another worker has read further: this one stood still", partitions=sorted(map(str, partitions)))
 
     async def claim_topic(self, topic: str, topic_id: str) -> None:
         """Note that the rings' offsets are of the topic with this id. Raises TopicRecreated if they are another's."""
@@ -162,10 +186,11 @@ class SequenceStore:
             b"".join([event.record_offset.offset.to_bytes(8, "little") + event.packed for event in push.events]),
         )
 
-    def _apply(self, push: UserPush, reply: Any, ring: Ring) -> int | None:
-        """Append as the function did. Return the stored last offset if the function found the topic re-created."""
+    def _apply(self, push: UserPush, reply: Any, ring: Ring) -> None:
+        """Append as the function did, or keep the stored offset for which it did not."""
         if isinstance(reply, list):
-            return reply[1]
+            push.stored_offset = reply[1]
+            return
         appended = 0
         for event in push.events:
             offset = event.record_offset.offset
@@ -179,7 +204,6 @@ class SequenceStore:
         self._cache.put(push.user_id, ring, push.partition)
         if push.events[-1].is_new:
             self._settled.add(push.source)
-        return None
 
     def _ring_before(self, push: UserPush, reply: Any) -> Ring:
         """Return the ring as it was in Redis before this push."""
@@ -204,10 +228,10 @@ class SequenceStore:
             self._warned_s = self._monotonic()
             log.warning("Redis lost rings; `millrace rebuild` restores them from the topic", rings_lost=self.rings_lost)
 
-
-def _recreated_error(key: str, push: UserPush, stored_offset: int) -> TopicRecreated:
-    topic, partition = push.partition
-    return TopicRecreated(
-        f"{key} in Redis has read {topic}-{partition} up to offset {stored_offset}, but the "
-        f"partition ends at {push.events[-1].end_offset}: the topic was re-created; change sequences.topic_generation"
-    )
+    def _recreated_error(self, push: UserPush) -> TopicRecreated:
+        topic, partition = push.partition
+        return TopicRecreated(
+            f"{self._client.keys.ring(push.user_id)} in Redis has read {topic}-{partition} up to offset "
+            f"{push.stored_offset}, but the partition ends at {push.events[-1].end_offset}: the topic was re-created; "
+            "change sequences.topic_generation"
+        )
