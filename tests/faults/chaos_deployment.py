@@ -76,6 +76,9 @@ class Deployment:
         replicas = {number: [self.broker_id] for number in range(PARTITIONS)}
         async with self.admin() as admin:
             await admin.create_topics([NewTopic(name, -1, -1, replicas) for name in (EVENTS, SLATES, DEAD_LETTERS)])
+        self._producer = AIOKafkaProducer(
+            bootstrap_servers=self.kafka.bootstrap, enable_idempotence=True, request_timeout_ms=120_000
+        )
         self._traffic = asyncio.create_task(self._produce(), name="traffic")
         for _ in range(2):
             self.start_member()
@@ -83,11 +86,13 @@ class Deployment:
         return self
 
     async def __aexit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        await self.stop_traffic()
-        for member in self.members:
-            member.process.kill()
-        for server in (self.broker, self.kafka, self.valkey):
-            await asyncio.to_thread(server.kill)
+        try:
+            await self.stop_traffic()
+        finally:
+            for member in self.members:
+                member.process.kill()
+            for server in (self.broker, self.kafka, self.valkey):
+                await asyncio.to_thread(server.kill)
 
     @property
     def settings(self) -> dict[str, object]:
@@ -148,10 +153,14 @@ class Deployment:
         return Redis.from_url(self.valkey.url)
 
     async def stop_traffic(self) -> None:
+        """Send nothing more. Raises what has ended the traffic before."""
         if self._traffic is not None:
             self._traffic.cancel()
             await asyncio.wait({self._traffic})
+            traffic = self._traffic
             self._traffic = None
+            if not traffic.cancelled():
+                traffic.result()
 
     def event(self) -> tuple[int, bytes, bytes]:
         """Return the partition, key and value of the next record; now and then it is no valid event."""
@@ -167,6 +176,8 @@ class Deployment:
         """Add a partition to the events topic; users that are new from now on may live there."""
         async with self.admin() as admin:
             await admin.create_partitions({EVENTS: NewPartitions(self.partitions + 1, [[self.broker_id]])})
+        while len(await self._producer.partitions_for(EVENTS)) <= self.partitions:
+            await self._producer.client.force_metadata_update()
         self.partitions += 1
 
     async def replace_broker(self) -> None:
@@ -238,13 +249,11 @@ class Deployment:
 
     async def _produce(self) -> None:
         """Send records at a steady rate. One whose fate is unknown after a broker's end may be in the topic, or not."""
-        async with AIOKafkaProducer(
-            bootstrap_servers=self.kafka.bootstrap, enable_idempotence=True, request_timeout_ms=120_000
-        ) as producer:
+        async with self._producer:
             while True:
                 partition, key, value = self.event()
                 with suppress(KafkaError):
-                    await producer.send(EVENTS, value, key=key, partition=partition)
+                    await self._producer.send(EVENTS, value, key=key, partition=partition)
                 await asyncio.sleep(1 / EVENTS_PER_S)
 
     async def _has_committed(self, ends: dict[TopicPartition, int]) -> bool:
