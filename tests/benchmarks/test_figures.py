@@ -29,6 +29,7 @@ STREAM, REPLAY, SWAP, TRAINING, TRAINING_GPU = (
 )
 ITEMS = results.load(results.FOLDER / "items.json")
 LOOKUP = results.load(results.FOLDER / "lookup.json")
+CHAOS = results.load(results.FOLDER / "chaos.json")
 PAIRS = results.load(results.FOLDER / "stream_pairs.json")
 RUNS = {row["run"]: row for row in STREAM.rows}
 MOVIELENS, SHOP = REPLAY.rows
@@ -83,6 +84,12 @@ BENCHMARKS = {
     rf"a quarter, {N} events/s \| {N} ms \| {N} ms \| {N} ms": [
         RUNS["a quarter of the rate"][name] for name in ("latency_rate_per_s", "p50_ms", "p95_ms", "p99_ms")
     ],
+    rf"{N} seeds of 60 s each": [len(CHAOS.rows)],
+    rf"{N} faults among {N} events: {N} lost, {N} rings wrong, {N} slates out of order": [
+        sum(len(str(row["faults"]).split()) for row in CHAOS.rows),
+        *(CHAOS.metrics[name] for name in ("events", "lost", "rings_wrong", "out_of_order")),
+    ],
+    rf"had been produced was answered and committed is {N} s": [CHAOS.metrics["worst_recovery_s"]],
     rf"\| 400 \| p50 {N} ms, p99 {N} ms \| p50 {N} ms, p99 {N} ms \|": lookup_figures(400),
     rf"\| 2,000 \| p50 {N} ms, p99 {N} ms \| p50 {N} ms, p99 {N} ms \|": lookup_figures(2000),
     rf"adds to the next batches \| {N} ms \| {N} ms": items_figures("new_record_ms"),
@@ -169,6 +176,13 @@ def test_rows_of_the_readme_table_name_the_machine_of_their_file() -> None:
     assert len(rows) == len(README)
     for machine, path in rows:
         assert machine == MACHINES[results.load(results.ROOT / path).hardware]
+
+
+def test_no_seed_of_faults_lost_or_changed_anything() -> None:
+    assert len(CHAOS.rows) >= 20
+    assert not any(row[name] for row in CHAOS.rows for name in ("lost", "rings_wrong", "out_of_order"))
+    without_partitions = [row for row in CHAOS.rows if "add_partition" not in str(row["faults"])]
+    assert max(float(row["worst_recovery_s"] or 0) for row in without_partitions) < 8
 
 
 def test_no_lookup_of_a_burst_failed() -> None:
