@@ -55,7 +55,7 @@ CACHED_ID_CHARACTERS = 64  # longer ids are hashed each time: an id may have 256
 CHUNK_EVENTS = 1 << 18  # columns computed for this many events take about 50 MiB and are no slower than all at once
 
 
-class Event(msgspec.Struct, frozen=True, omit_defaults=True):
+class Event(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """One behaviour of one user. Units: `ts_ms`, `dwell_ms` milliseconds; `value` in the shop's currency or stars."""
 
     user_id: Id
@@ -70,7 +70,7 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True):
     context: dict[str, str | Int64 | FiniteFloat | bool | None] | None = None
 
 
-class Item(msgspec.Struct, frozen=True, omit_defaults=True):
+class Item(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """An item's metadata (topic `items`, compacted, key = item id)."""
 
     item_id: Id

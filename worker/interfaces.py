@@ -3,11 +3,14 @@
 One event's path through these types:
     Record ─ codec ─► ConsumedEvent (event + offset) ─ Store.push ─► the same with its ring ─ batcher ─► Entry, Batch
     ─ Ranker ─► Slate ─ Sink.send ─ tracker.complete(record offsets)
+The garbage collector does not track the structs (gc=False): they hold no cycles.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
+
+from msgspec import Struct
 
 from pipeline.records import Event
 from pipeline.slates import Slate
@@ -57,8 +60,7 @@ class PolledRecords:
     records: Sequence[Record]
 
 
-@dataclass(slots=True)
-class ConsumedEvent:
+class ConsumedEvent(Struct, gc=False):
     """One decoded event. It copies three values of its poll, so that the poll's raw records can be freed."""
 
     event: Event  # without context, session and device
@@ -76,8 +78,7 @@ class ConsumedEvent:
     ring: bytes = b""
 
 
-@dataclass(slots=True)
-class DeadLetter:
+class DeadLetter(Struct, gc=False):
     """A record that cannot become an event, with everything needed to requeue it."""
 
     record_offset: RecordOffset
@@ -88,8 +89,7 @@ class DeadLetter:
     reason: str  # one clear sentence
 
 
-@dataclass(slots=True)
-class Entry:
+class Entry(Struct, gc=False):
     """A user's place in the batcher: all of the user's triggering events that the next slate answers."""
 
     user_id: str
@@ -241,6 +241,9 @@ class Sink(Protocol):
 class SlateWriter(Protocol):
     """The users' last slates, for lookup."""
 
-    async def put(self, slates: Sequence[Slate]) -> None:
-        """Write the slates. Idempotent; an older slate never replaces a newer one. StoreUnavailable, StoreError."""
+    async def put(self, slates: Sequence[Slate], values: Sequence[bytes] | None = None) -> None:
+        """Write the slates. Idempotent; an older slate never replaces a newer one. StoreUnavailable, StoreError.
+
+        values: their JSON, where the caller has it
+        """
         ...

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from worker import logging
+from worker import gc_tuning, logging
 from worker.clock import WallClock
 from worker.config import Config
 from worker.deadline import Deadline
@@ -195,6 +195,8 @@ async def follow_items(config: Config, components: Components, health: HealthSta
 
 async def supervise(worker: Worker, components: Components) -> None:
     """Run the worker and its background tasks; raise the error that ended it, outside of its exception groups."""
+    gc_tuning.measure()
+    gc_tuning.settle()
     background = {"counters": components.counters.run}
     if components.hot_swap is not None:
         background["hotswap"] = components.hot_swap.run

@@ -31,7 +31,7 @@ from pipeline.strategies.own_strategies import check_own_strategies
 from pipeline.strategies.strategies import MODEL_STRATEGIES, strategies_of
 from pipeline.strategies.strategy import Strategy, close_all
 from pipeline.strategies.warm_up import synthetic_histories
-from worker import logging, metrics
+from worker import gc_tuning, logging, metrics
 from worker.backoff import Backoff
 from worker.config import Config
 from worker.errors import MillraceError
@@ -124,6 +124,7 @@ class HotSwap:
             for error in await self._executor.run(replaced[0].close):
                 log.warning("a replaced strategy did not close", error=repr(error))
             await self._executor.run(replaced.clear)  # frees the old model's tables and graphs in this thread
+            await self._executor.run(gc_tuning.settle)
             seconds = round(self._clock.monotonic() - start_s, 3)
             metrics.SWAPS.labels("accepted").inc()
             warn_about_short_rings(self._config, manifest)

@@ -159,11 +159,12 @@ class PipelineRanker:
         for ranked in result.ranked:
             _count_business_metrics(ranked)
         rows = zip(batch.entries, result.slates, result.origins, lengths, strict=True)
-        return [self._slate(batch, entry, result, items[:k], origin) for entry, items, origin, k in rows]
+        slates = [self._slate(batch, entry, result, items[:k], origin) for entry, items, origin, k in rows]
+        metrics.SLATE_SECONDS.observe_all([slate.latency_ms.total / 1e3 for slate in slates])
+        return slates
 
     def _slate(self, batch: Batch, entry: Entry, result: BatchResult, items: list[SlateItem], origin: Origin) -> Slate:
         total_s = self._clock.monotonic() - entry.events[0].polled_s
-        metrics.SLATE_SECONDS.observe(total_s)
         latency = Latency(
             queue=round(1e3 * (batch.opened_s - entry.events[0].polled_s), 3),
             features=round(result.features_ms, 3),

@@ -1,11 +1,10 @@
 """Write slates to their topic and to Redis, and dead letters to theirs."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
-import msgspec
-
-from pipeline.slates import Slate
+from pipeline.slates import Slate, encode_slate
 from worker.clock import WallClock
 from worker.config import Config
 from worker.deadline import Deadline
@@ -18,7 +17,17 @@ SLATE_HEADERS = [("content-type", b"application/json"), ("schema", b"slate/1")]
 HEADER_PREFIX = "millrace-"  # of the headers added to a dead letter, after its original ones
 TRUNCATED_KEY_BYTES = 256
 TRUNCATED_VALUE_BYTES = 64 << 10  # of a value that does not fit into a dead letter
-_encode = msgspec.json.Encoder().encode
+
+
+T = TypeVar("T")
+
+
+class Delivery(NamedTuple):
+    """Values on their way to a topic, and their messages."""
+
+    values: object
+    messages: list[Message]
+    task: asyncio.Task[None]
 
 
 class KafkaSink:
@@ -32,7 +41,7 @@ class KafkaSink:
         self._clock = clock or WallClock()
         self._producer = BatchProducer(config.kafka, self._clock, deadline)
         # By id() of the delivered sequence, which is held here so that its id is not reused.
-        self._deliveries: dict[int, tuple[object, asyncio.Task[None]]] = {}
+        self._deliveries: dict[int, Delivery] = {}
 
     async def start(self) -> None:
         """Connect. Raises SourceError for a missing topic, SourceUnavailable when no broker answers in time."""
@@ -53,24 +62,28 @@ class KafkaSink:
 
     async def send(self, slates: Sequence[Slate]) -> None:
         """Write to Kafka and Redis concurrently. Raises SinkUnavailable, SinkError, and the store's errors."""
-        delivery = self._delivery(slates, self._config.recommendations_topic, _slate_messages(slates))
+        delivery = self._delivery(slates, self._config.recommendations_topic, _slate_messages)
+        values = [message.value or b"" for message in delivery.messages]
         results = await asyncio.gather(
-            self._producer.wait_acknowledged(delivery), self._store.put(slates), return_exceptions=True
+            self._producer.wait_acknowledged(delivery.task), self._store.put(slates, values), return_exceptions=True
         )
-        self._settle(slates, delivery, [error for error in results if error is not None])
+        self._settle(slates, delivery.task, [error for error in results if error is not None])
 
     async def send_dead_letters(self, dead_letters: Sequence[DeadLetter]) -> None:
         """Write to the dead-letter topic, in order per key. Raises SinkUnavailable, SinkError."""
-        delivery = self._delivery(dead_letters, self._config.dead_letter_topic, map(dead_letter_message, dead_letters))
-        results = await asyncio.gather(self._producer.wait_acknowledged(delivery), return_exceptions=True)
-        self._settle(dead_letters, delivery, [error for error in results if error is not None])
+        delivery = self._delivery(dead_letters, self._config.dead_letter_topic, _dead_letter_messages)
+        results = await asyncio.gather(self._producer.wait_acknowledged(delivery.task), return_exceptions=True)
+        self._settle(dead_letters, delivery.task, [error for error in results if error is not None])
 
-    def _delivery(self, values: object, topic: str, messages: Iterator[Message]) -> asyncio.Task[None]:
+    def _delivery(
+        self, values: Sequence[T], topic: str, make_messages: Callable[[Sequence[T]], list[Message]]
+    ) -> "Delivery":
         """Return the running delivery of these values, started if there is none."""
-        _, delivery = self._deliveries.get(id(values), (None, None))
+        delivery = self._deliveries.get(id(values))
         if delivery is None:
-            delivery = self._producer.start_delivery(topic, list(messages))
-            self._deliveries[id(values)] = values, delivery
+            messages = make_messages(values)
+            delivery = Delivery(values, messages, self._producer.start_delivery(topic, messages))
+            self._deliveries[id(values)] = delivery
         return delivery
 
     def _settle(self, values: object, delivery: asyncio.Task[None], failures: list[BaseException]) -> None:
@@ -83,15 +96,19 @@ class KafkaSink:
             raise error
 
 
-def _slate_messages(slates: Sequence[Slate]) -> Iterator[Message]:
-    for slate in slates:
-        value = _encode(slate)
-        if len(value) > MAX_RECORD_BYTES:
+def _slate_messages(slates: Sequence[Slate]) -> list[Message]:
+    messages = [Message(slate.user_id.encode(), encode_slate(slate), SLATE_HEADERS) for slate in slates]
+    for slate, message in zip(slates, messages, strict=True):
+        if len(message.value or b"") > MAX_RECORD_BYTES:
             raise SinkError(
-                f"the slate of user {slate.user_id!r} has {len(value)} bytes, Kafka accepts {MAX_RECORD_BYTES}: lower "
-                f"pipeline.slate_size"
+                f"the slate of user {slate.user_id!r} has {len(message.value or b'')} bytes, Kafka accepts "
+                f"{MAX_RECORD_BYTES}: lower pipeline.slate_size"
             )
-        yield Message(slate.user_id.encode(), value, SLATE_HEADERS)
+    return messages
+
+
+def _dead_letter_messages(letters: Sequence[DeadLetter]) -> list[Message]:
+    return [dead_letter_message(letter) for letter in letters]
 
 
 def dead_letter_message(letter: DeadLetter) -> Message:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import msgspec
 
 from pipeline.records import DAY_S
-from pipeline.slates import Slate
+from pipeline.slates import Slate, encode_slate
 from worker.config import SlatesConfig
 from worker.errors import StoreError
 from worker.interfaces import Partition
@@ -19,7 +19,6 @@ from worker.redis.rings.ring import source_id
 
 STAMP_BYTES = 16
 NO_SOURCE = bytes(8)  # the popular slate's: it covers no partition, its offset is the newest counted event time
-_encode = msgspec.json.Encoder().encode
 _decoder = msgspec.json.Decoder(Slate)
 
 
@@ -31,24 +30,32 @@ class SlateStore:
         self._topic_generation = topic_generation
         self._ttl_s = str(int(config.ttl_days * DAY_S)).encode()
 
-    async def put(self, slates: Sequence[Slate]) -> None:
+    async def put(self, slates: Sequence[Slate], values: Sequence[bytes] | None = None) -> None:
         """Write the slates in one round trip, except where a slate of the same partition covers later offsets.
 
-        Idempotent. Raises StoreUnavailable (put all again), StoreError.
+        Idempotent. Raises StoreUnavailable (put all again), StoreError. values: the slates' JSON; None: made here
         """
-        await self._client.pipeline([self._command(slate) for slate in slates])
+        values = values or [encode_slate(slate) for slate in slates]
+        await self._client.pipeline([self._command(*each) for each in zip(slates, values, strict=True)])
 
     async def put_popular(self, slate: Slate, as_of_ms: int) -> None:
         """Write the slate of users without one, unless the stored one has counts of a later time. Same errors."""
         await self._client.call(
-            "FCALL", PUT_SLATE.function, 1, self._client.keys.popular, NO_SOURCE, as_of_ms, _encode(slate), self._ttl_s
+            "FCALL",
+            PUT_SLATE.function,
+            1,
+            self._client.keys.popular,
+            NO_SOURCE,
+            as_of_ms,
+            encode_slate(slate),
+            self._ttl_s,
         )
 
-    def _command(self, slate: Slate) -> Command:
+    def _command(self, slate: Slate, value: bytes) -> Command:
         covers = slate.covers
         source = source_id(self._topic_generation, Partition(covers.topic, covers.partition))
         key = self._client.keys.slate(slate.user_id)
-        return "FCALL", PUT_SLATE.function, 1, key, source, covers.last_offset, _encode(slate), self._ttl_s
+        return "FCALL", PUT_SLATE.function, 1, key, source, covers.last_offset, value, self._ttl_s
 
 
 def decode_slate(key: str, value: bytes) -> Slate:

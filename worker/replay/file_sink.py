@@ -5,7 +5,7 @@ from pathlib import Path
 
 import msgspec
 
-from pipeline.slates import Slate
+from pipeline.slates import Slate, encode_slate
 from worker.errors import SinkError
 from worker.interfaces import DeadLetter, SlateWriter
 
@@ -37,9 +37,10 @@ class FileSink:
         self._dead_letters.close()
 
     async def send(self, slates: Sequence[Slate]) -> None:
+        values = [encode_slate(slate) for slate in slates]
         if self._store is not None:
-            await self._store.put(slates)
-        self._slates.write(b"".join(_encode(slate) + b"\n" for slate in slates))
+            await self._store.put(slates, values)
+        self._slates.write(b"".join(value + b"\n" for value in values))
         self._slates.flush()
 
     async def send_dead_letters(self, dead_letters: Sequence[DeadLetter]) -> None:

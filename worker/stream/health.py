@@ -26,7 +26,7 @@ from worker.stream.offset_tracker import OffsetTracker
 
 log = logging.get("health")
 LOOP_BLOCKED_S = 10.0  # without a heartbeat the loop is blocked: the longest batch on a CPU takes under 1 s
-HEARTBEAT_S = 0.5
+HEARTBEAT_S = 0.01  # short, since its lateness is measured
 CHECK_S = 0.5  # between two checks of the watchdog
 MAX_CONNECTIONS = 32  # probes and scrapes, a few per second and milliseconds each; one more is closed at once
 CONNECTION_S = 5.0  # a probe waits 1 s, Prometheus 10 s for a page that takes milliseconds
@@ -44,9 +44,12 @@ class HealthState:
 
     async def beat(self) -> None:
         """Set the heartbeat until cancelled. A task of its own: a start beats, too, however long it takes."""
+        self.heartbeat_s = self.clock.monotonic()
         while True:
-            self.heartbeat_s = self.clock.monotonic()
+            due_s = self.clock.monotonic() + HEARTBEAT_S
             await asyncio.sleep(HEARTBEAT_S)
+            self.heartbeat_s = self.clock.monotonic()
+            metrics.LOOP_STALL_SECONDS.observe(max(0.0, self.heartbeat_s - due_s))
 
     def alive(self) -> tuple[bool, str]:
         late_s = self.clock.monotonic() - self.heartbeat_s
