@@ -2,17 +2,26 @@
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
+from typing import Any
 
 import structlog
 
 from worker.config import LogConfig
 
 
-def configure(config: LogConfig) -> None:
-    """Route structlog and the standard library (aiokafka, redis) through one renderer."""
+def configure(config: LogConfig, worker: str | None = None) -> None:
+    """Route structlog and the standard library (aiokafka, redis) through one renderer.
+
+    worker: the process's number in its fleet, which every line then shows
+    """
+
+    def add_worker(logger: object, method: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        return line if worker is None else {"worker": worker, **line}
+
     shared = [
+        add_worker,
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),

@@ -14,6 +14,7 @@ from worker.clock import WallClock
 from worker.config import Config
 from worker.deadline import Deadline
 from worker.executor import SingleThreadExecutor
+from worker.fleet import heartbeat
 from worker.inference.load import load_pipeline
 from worker.inference.ranker import PipelineRanker
 from worker.interfaces import Clock, OnDelivered, Ranker, Sink, Source
@@ -119,7 +120,9 @@ class Process:
         """
         server = HealthServer(self._config.health, self._health)
         log.info("starting", health_port=server.port, artifact=self._config.pipeline.artifact)
-        beating = asyncio.create_task(self._health.beat(), name="heartbeat")
+        beating = [asyncio.create_task(self._health.beat(), name="heartbeat")]
+        if (fleet := heartbeat.inherited_fd()) is not None:
+            beating.append(asyncio.create_task(heartbeat.beat(fleet, server.port), name="fleet heartbeat"))
         consuming = asyncio.create_task(self._consume(), name="consume")
 
         def stop(number: signal.Signals) -> None:
@@ -134,7 +137,8 @@ class Process:
                 raise
         finally:
             drain.start(self._deadline, self._config.health)
-            beating.cancel()
+            for task in beating:
+                task.cancel()
             server.close()
             # What an aborted producer leaves unread must not be logged after the last words.
             asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)

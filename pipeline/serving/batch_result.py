@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
@@ -79,18 +80,14 @@ class BatchResult:
 def _slate_items(ranked: RankedItems, item_ids: list[str]) -> list[list[SlateItem]]:
     """Return the slates as Python objects: one `tolist` per column, one struct per item."""
     n, k = ranked.tokens.shape
-    tokens = ranked.tokens.tolist()
     scores = np.round(ranked.scores.astype(np.float64), 5).tolist()
     sources = ranked.source.tolist() if isinstance(ranked.source, np.ndarray) else [[ranked.source] * k] * n
     if ranked.heads is None:
-        heads = [[(None, None, None)] * k] * n
+        heads = [[[None] * k] * n] * 3
     else:
-        heads = np.round(ranked.heads.astype(np.float64), 5).tolist()
-    return [
-        [
-            SlateItem(item_ids[token], score, head[0], head[1], head[2], source)
-            for token, score, head, source in zip(*row, strict=True)
-            if token
-        ]
-        for row in zip(tokens, scores, heads, sources, strict=True)
-    ]
+        heads = np.round(ranked.heads.astype(np.float64), 5).transpose(2, 0, 1).tolist()
+    slates: list[list[SlateItem]] = []
+    for tokens, *columns in zip(ranked.tokens.tolist(), scores, *heads, sources, strict=True):
+        items = list(map(SlateItem, [item_ids[token] for token in tokens], *columns))
+        slates.append(items if 0 not in tokens else list(compress(items, tokens)))  # 0: no item was left
+    return slates

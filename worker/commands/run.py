@@ -4,13 +4,17 @@ The first signal drains the worker: admitted events are answered and committed, 
 health.drain_timeout_s is read again by the next owner of the partitions, exit 9. The second exits at once (128 +
 signal).
 
-example:
+With --workers, this process supervises so many workers, members of the consumer group each: one that ends is started
+again, and /livez, /readyz and /metrics of health.port are those of all.
+
+examples:
   MILLRACE__KAFKA__BOOTSTRAP_SERVERS=broker:9092 millrace run --config millrace.toml
+  millrace run --config millrace.toml --workers 4
 """
 
 import os
 import signal
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,7 +22,22 @@ from worker.commands.config import add_config
 
 
 def configure(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--workers",
+        type=worker_count,
+        metavar="N|auto",
+        help="worker processes; auto: one per two cores, at most one per partition (default: this process alone)",
+    )
     add_config(parser)
+
+
+def worker_count(text: str) -> int | str:
+    """Return a number of workers, or "auto". ArgumentTypeError."""
+    if text == "auto":
+        return text
+    if not (text.isascii() and text.isdigit() and int(text) >= 1):
+        raise ArgumentTypeError(f"{text!r}: want a whole number from 1 on, or auto")
+    return int(text)
 
 
 def run(args: Namespace) -> int:
@@ -47,10 +66,14 @@ def _run(args: Namespace) -> int:
 
     from worker import config_file, logging, malloc_tuning
     from worker.errors import MillraceError
+    from worker.fleet.supervise import NUMBER_VARIABLE, run_fleet
     from worker.process import Process
 
     loaded = config_file.load(args.config)
-    logging.configure(loaded.log)
+    logging.configure(loaded.log, os.environ.get(NUMBER_VARIABLE))
+    if args.workers is not None:
+        asyncio.run(run_fleet(loaded, None if args.workers == "auto" else args.workers, _member_arguments(args)))
+        return 0
     malloc_tuning.trim_large_blocks()
     process = Process(loaded)
     process.guard.start()
@@ -61,3 +84,7 @@ def _run(args: Namespace) -> int:
         raise
     process.guard.exit_code = 0
     return 0
+
+
+def _member_arguments(args: Namespace) -> list[str]:
+    return [] if args.config is None else ["--config", str(args.config)]

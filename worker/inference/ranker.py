@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.evaluation.business_metrics import BUSINESS_METRICS, business_metrics
 from pipeline.records import Histories, Item
-from pipeline.serving.batch_result import BatchResult, Origin
+from pipeline.serving.batch_result import BatchResult
 from pipeline.serving.eviction import evict_for
 from pipeline.serving.generation import Generation
 from pipeline.serving.pipeline import Pipeline
@@ -158,31 +158,38 @@ class PipelineRanker:
             metrics.STAGE_SECONDS.labels(stage).observe(stage_ms / 1e3)
         for ranked in result.ranked:
             _count_business_metrics(ranked)
-        rows = zip(batch.entries, result.slates, result.origins, lengths, strict=True)
-        slates = [self._slate(batch, entry, result, items[:k], origin) for entry, items, origin, k in rows]
+        return self._slates(batch, result, lengths)
+
+    def _slates(self, batch: Batch, result: BatchResult, lengths: list[int]) -> list[Slate]:
+        """Put the slates together, each of at most so many items."""
+        now_s = self._clock.monotonic()
+        now_ms = self._clock.now_ms()
+        features, encode, rank = (round(each, 3) for each in (result.features_ms, result.encode_ms, result.rank_ms))
+        slates: list[Slate] = []
+        for entry, items, origin, k in zip(batch.entries, result.slates, result.origins, lengths, strict=True):
+            polled_s = entry.events[0].polled_s
+            latency = Latency(
+                queue=round(1e3 * (batch.opened_s - polled_s), 3),
+                features=features,
+                encode=encode,
+                rank=rank,
+                total=round(1e3 * (now_s - polled_s), 3),
+            )
+            slates.append(
+                Slate(
+                    user_id=entry.user_id,
+                    items=items if len(items) <= k else items[:k],
+                    strategy=origin.strategy,
+                    backend=origin.backend,
+                    why=origin.why,
+                    model_version=result.version,
+                    covers=_covers(entry),
+                    created_ms=now_ms,
+                    latency_ms=latency,
+                )
+            )
         metrics.SLATE_SECONDS.observe_all([slate.latency_ms.total / 1e3 for slate in slates])
         return slates
-
-    def _slate(self, batch: Batch, entry: Entry, result: BatchResult, items: list[SlateItem], origin: Origin) -> Slate:
-        total_s = self._clock.monotonic() - entry.events[0].polled_s
-        latency = Latency(
-            queue=round(1e3 * (batch.opened_s - entry.events[0].polled_s), 3),
-            features=round(result.features_ms, 3),
-            encode=round(result.encode_ms, 3),
-            rank=round(result.rank_ms, 3),
-            total=round(1e3 * total_s, 3),
-        )
-        return Slate(
-            user_id=entry.user_id,
-            items=items,
-            strategy=origin.strategy,
-            backend=origin.backend,
-            why=origin.why,
-            model_version=result.version,
-            covers=_covers(entry),
-            created_ms=self._clock.now_ms(),
-            latency_ms=latency,
-        )
 
 
 def _count_business_metrics(ranked: RankedItems) -> None:

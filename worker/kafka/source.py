@@ -20,6 +20,7 @@ from worker.kafka.corrupt_record import CorruptRecord, read_before
 from worker.kafka.offset_commits import OffsetCommits
 from worker.kafka.offset_reset import seek_into_range, seek_to_start
 from worker.kafka.partition_progress import PartitionProgress
+from worker.kafka.records import use_fast_records
 from worker.kafka.topic_id import TopicIdentity, read_topic_id
 
 log = logging.get("source")
@@ -67,6 +68,7 @@ class KafkaSource:
 
         Raises SourceError, SourceUnavailable, ConfigError, and TopicRecreated.
         """
+        use_fast_records()
         topic = self._config.events_topic
         await ensure_topics(self._config, self._clock, [topic])
         identity = TopicIdentity(topic, await read_topic_id(self._config, self._clock, topic))

@@ -144,7 +144,7 @@ class Batcher:
     def _candidates(self, strategy: str, is_large: bool, bucket: int) -> Iterator[Entry]:
         """Pop the entries of this strategy and slate size that fit the bucket, earliest deadline first."""
         while lanes := [lane for lane in self._lanes if lane[:2] == (strategy, is_large) and lane[2] <= bucket]:
-            entry = self._pop(min(lanes, key=lambda lane: self._lanes[lane][0]))
+            entry = self._pop(lanes[0] if len(lanes) == 1 else min(lanes, key=lambda lane: self._lanes[lane][0]))
             if self._bucket(entry) <= bucket:
                 yield entry
             else:

@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from socketserver import ThreadingMixIn
-from typing import Any
+from typing import Any, Protocol
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import make_wsgi_app
+from prometheus_client import REGISTRY, CollectorRegistry, make_wsgi_app
 
 from worker import logging, metrics
 from worker.config import HealthConfig
@@ -30,6 +30,14 @@ HEARTBEAT_S = 0.01  # short, since its lateness is measured
 CHECK_S = 0.5  # between two checks of the watchdog
 MAX_CONNECTIONS = 32  # probes and scrapes, a few per second and milliseconds each; one more is closed at once
 CONNECTION_S = 5.0  # a probe waits 1 s, Prometheus 10 s for a page that takes milliseconds
+
+
+class Probes(Protocol):
+    """What the probes ask. Each answer is whether all is well, and a sentence."""
+
+    def alive(self) -> tuple[bool, str]: ...
+
+    def serving(self) -> tuple[bool, str]: ...
 
 
 @dataclass(slots=True)
@@ -100,9 +108,9 @@ class _SilentHandler(WSGIRequestHandler):
 class HealthServer:
     """Serves the probes over HTTP. `port` is the bound one (config 0 takes a free port)."""
 
-    def __init__(self, config: HealthConfig, state: HealthState) -> None:
+    def __init__(self, config: HealthConfig, state: Probes, registry: CollectorRegistry = REGISTRY) -> None:
         self._pages: dict[str, Callable[[], tuple[bool, str]]] = {"/livez": state.alive, "/readyz": state.serving}
-        self._metrics = make_wsgi_app()
+        self._metrics = make_wsgi_app(registry)
         try:
             self._server = make_server(config.host, config.port, self._page, _Server, _SilentHandler)
         except OSError as error:
