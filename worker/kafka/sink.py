@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
-from pipeline.slates import Slate, encode_slate
+from pipeline.slates import Slate, encode_slates
 from worker.clock import WallClock
 from worker.config import Config
 from worker.deadline import Deadline
@@ -97,14 +97,14 @@ class KafkaSink:
 
 
 def _slate_messages(slates: Sequence[Slate]) -> list[Message]:
-    messages = [Message(slate.user_id.encode(), encode_slate(slate), SLATE_HEADERS) for slate in slates]
-    for slate, message in zip(slates, messages, strict=True):
-        if len(message.value or b"") > MAX_RECORD_BYTES:
+    values = encode_slates(slates)
+    for slate, value in zip(slates, values, strict=True):
+        if len(value) > MAX_RECORD_BYTES:
             raise SinkError(
-                f"the slate of user {slate.user_id!r} has {len(message.value or b'')} bytes, Kafka accepts "
-                f"{MAX_RECORD_BYTES}: lower pipeline.slate_size"
+                f"the slate of user {slate.user_id!r} has {len(value)} bytes, Kafka accepts {MAX_RECORD_BYTES}: lower "
+                "pipeline.slate_size"
             )
-    return messages
+    return [Message(slate.user_id.encode(), value, SLATE_HEADERS) for slate, value in zip(slates, values, strict=True)]
 
 
 def _dead_letter_messages(letters: Sequence[DeadLetter]) -> list[Message]:

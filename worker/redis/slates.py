@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import msgspec
 
 from pipeline.records import DAY_S
-from pipeline.slates import Slate, encode_slate
+from pipeline.slates import Slate, encode_slates
 from worker.config import SlatesConfig
 from worker.errors import StoreError
 from worker.interfaces import Partition
@@ -35,7 +35,7 @@ class SlateStore:
 
         Idempotent. Raises StoreUnavailable (put all again), StoreError. values: the slates' JSON; None: made here
         """
-        values = values or [encode_slate(slate) for slate in slates]
+        values = values or encode_slates(slates)
         await self._client.pipeline([self._command(*each) for each in zip(slates, values, strict=True)])
 
     async def put_popular(self, slate: Slate, as_of_ms: int) -> None:
@@ -47,7 +47,7 @@ class SlateStore:
             self._client.keys.popular,
             NO_SOURCE,
             as_of_ms,
-            encode_slate(slate),
+            *encode_slates([slate]),
             self._ttl_s,
         )
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import msgspec
 
-from pipeline.slates import Slate, encode_slate
+from pipeline.slates import Slate, encode_slates
 from worker.errors import SinkError
 from worker.interfaces import DeadLetter, SlateWriter
 
@@ -37,7 +37,7 @@ class FileSink:
         self._dead_letters.close()
 
     async def send(self, slates: Sequence[Slate]) -> None:
-        values = [encode_slate(slate) for slate in slates]
+        values = encode_slates(slates)
         if self._store is not None:
             await self._store.put(slates, values)
         self._slates.write(b"".join(value + b"\n" for value in values))
