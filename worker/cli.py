@@ -38,6 +38,7 @@ exit codes:
       7  stalled: lag without progress, or a thread hangs; stacks dumped
       8  events topic re-created: change sequences.topic_generation
       9  stopped before everything was answered and committed: the rest is read again
+     10  a worker of `run --workers` keeps failing
      44  no slate for this user
 130/143  a second signal cut the drain short, or a signal ended another command
 """

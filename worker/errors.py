@@ -17,6 +17,8 @@ MillraceError                  exit  retriable  what the worker does
 ├── DeadLetterLimit               6  no         halts: too many bad records, by ratio or in a row
 ├── NotDrained                    9  no         ended with events open or offsets not committed: they are read again
 ├── Stalled                       7  no         the watchdog saw lag without progress: dumps all tasks, exits
+├── CrashLoop                    10  no         `run --workers`: one of them keeps failing, the others have drained
+├── MemberFailed                     no         `run --workers`: the exit code of a worker that no new start mends
 └── UnknownUser                  44  no         lookup: neither a slate nor a popular one (HTTP 404)
 
 Exit 0: drained and committed, or stopped before anything was read. Exit 1: internal error. Exit 130/143: a second
@@ -37,10 +39,12 @@ from pipeline.errors import (
 __all__ = [
     "ArtifactError",
     "ConfigError",
+    "CrashLoop",
     "DeadLetterLimit",
     "DeviceError",
     "EvaluationError",
     "LogFileError",
+    "MemberFailed",
     "MillraceError",
     "NotDrained",
     "SinkError",
@@ -103,3 +107,15 @@ class Stalled(MillraceError):
 
 class UnknownUser(MillraceError):
     exit_code = 44
+
+
+class CrashLoop(MillraceError):
+    exit_code = 10
+
+
+class MemberFailed(MillraceError):
+    """exit_code: of the worker."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

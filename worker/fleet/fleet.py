@@ -15,7 +15,15 @@ from worker import logging
 from worker.backoff import Backoff
 from worker.clock import WallClock
 from worker.config import Config
-from worker.errors import ArtifactError, ConfigError, DeadLetterLimit, MillraceError, NotDrained, TopicRecreated
+from worker.errors import (
+    ArtifactError,
+    ConfigError,
+    CrashLoop,
+    DeadLetterLimit,
+    MemberFailed,
+    NotDrained,
+    TopicRecreated,
+)
 from worker.fleet.member import Member
 from worker.interfaces import Clock
 
@@ -28,18 +36,6 @@ STAGGER_S = 10.0  # between two starts, unless the earlier member is ready soone
 CHECK_S = 0.2
 STOP_GRACE_S = 3.0  # beyond a member's own `drain_timeout_s` + 2 s
 FINAL = {each.exit_code: each for each in (ConfigError, ArtifactError, DeadLetterLimit, TopicRecreated)}
-
-
-class MemberFailed(MillraceError):
-    """A member ended with an exit status that a new start does not mend; the fleet ends with the same."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
-class CrashLoop(MillraceError):
-    exit_code = 10
 
 
 @dataclass

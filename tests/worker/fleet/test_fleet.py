@@ -13,10 +13,10 @@ import pytest
 
 from worker.backoff import Backoff
 from worker.config import Config, HealthConfig
-from worker.errors import MillraceError, NotDrained
+from worker.errors import CrashLoop, MemberFailed, MillraceError, NotDrained
 from worker.fleet import fleet as fleets
 from worker.fleet import member as members
-from worker.fleet.fleet import CrashLoop, Fleet, MemberFailed
+from worker.fleet.fleet import Fleet
 from worker.fleet.heartbeat import VARIABLE
 
 Eventually = Callable[..., Awaitable[Any]]
