@@ -48,7 +48,7 @@ async def test_fleet_answers_everything_although_a_member_is_killed(
         await eventually(lambda: assigned_members(log) == {"0", "1"}, timeout_s=60)
         (starting,) = (line for line in read_lines(log) if line["event"] == "starting workers")
         port = starting["health_port"]
-        await eventually(lambda: read_page(port, "/readyz") == (200, "serving with 2 workers\n"))
+        await eventually(lambda: read_page(port, "/readyz") == (200, "serving, workers: 2\n"))
         topic, slates = deployment["KAFKA__EVENTS_TOPIC"], deployment["KAFKA__RECOMMENDATIONS_TOPIC"]
         await broker.produce(topic, [event(f"a{number}") for number in range(50)], partition=None)
         await broker.read(slates, 50)

@@ -46,7 +46,7 @@ class FleetProbes:
         missing = [f"worker {number}: not started" for number in range(self.size) if number not in self.members]
         pages = {number: read_page(member, "/readyz") for number, member in sorted(self.members.items())}
         missing += [f"worker {number}: {text.strip()}" for number, (status, text) in pages.items() if status != 200]
-        return not missing, "; ".join(missing) or f"serving with {self.size} workers"
+        return not missing, "; ".join(missing) or f"serving, workers: {self.size}"
 
 
 class FleetCollector(Collector):

@@ -1,6 +1,7 @@
 """Private parts of aiokafka that worker/kafka relies on: an upgrade that changes them fails here, without a broker."""
 
 import ast
+import dataclasses
 import inspect
 import re
 from collections.abc import AsyncIterator
@@ -8,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiokafka import AIOKafkaProducer, TopicPartition
+from aiokafka import AIOKafkaProducer, ConsumerRecord, TopicPartition
+from aiokafka.consumer import fetcher
 from aiokafka.consumer.fetcher import READ_COMMITTED, PartitionRecords
 from aiokafka.consumer.group_coordinator import GroupCoordinator
 from aiokafka.consumer.subscription_state import SubscriptionState
@@ -22,6 +24,7 @@ from worker.interfaces import Partition
 from worker.kafka import consumer_group
 from worker.kafka.consumer_group import GroupMember
 from worker.kafka.corrupt_record import DECODE_ERRORS, CorruptRecord
+from worker.kafka.records import FetchedRecord, use_fast_records
 
 FOLDER = Path(consumer_group.__file__).parent
 TP = TopicPartition("events", 0)
@@ -99,6 +102,19 @@ async def test_every_private_name_in_the_code_is_among_the_parts_and_in_a_note(p
     assert used == {name for _, name in parts if name.startswith("_")}
     notes = [note for source in sources for note in re.findall(r"# NOTE:.*(?:\n\s+#.*)*", source)]
     assert {name for name in used if not any(f"`{name}`" in note for note in notes)} == set()
+
+
+def test_fast_records_have_the_fields_of_aiokafkas_in_their_order(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fetcher, "ConsumerRecord", ConsumerRecord)
+    assert FetchedRecord.__struct_fields__ == tuple(field.name for field in dataclasses.fields(ConsumerRecord))
+    use_fast_records()
+    batches = bytes(record_batch([(b"one", "a"), (b"two", "b")]))
+    records = list(partition_records(batches))
+    assert [type(record) for record in records] == [FetchedRecord, FetchedRecord]
+    assert [(record.offset, record.value, record.headers[0][0]) for record in records] == [
+        (0, b"one", "a"),
+        (1, b"two", "b"),
+    ]
 
 
 async def test_private_commit_takes_the_assignment_and_the_offsets():

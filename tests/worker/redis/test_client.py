@@ -194,3 +194,14 @@ async def test_cluster_accepts_pushes_of_many_users(tmp_path: Path):
         assert (await client.info("server"))["tcp_port"] == server.port
         await client.aclose()
         await node.aclose()
+
+
+async def test_replies_longer_than_one_read_and_errors_among_them_keep_their_places(client: RedisClient):
+    """The socket is read in pieces of 64 KiB: replies come whole, in halves, and many at once."""
+    values = [bytes([number % 256]) * size for number, size in enumerate([1, 200_000, 10] * 40)]
+    keys = [f"test_replies{number}" for number in range(len(values))]
+    await client.pipeline([("SET", key, value) for key, value in zip(keys, values, strict=True)])
+    replies = await client.replies([command for key in keys for command in (("GET", key), ("HGET", key, "field"))])
+    assert replies[::2] == values
+    assert all(isinstance(reply, StoreError) and "WRONGTYPE" in str(reply) for reply in replies[1::2])
+    assert await client.call("DEL", *keys) == len(keys)
