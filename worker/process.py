@@ -122,15 +122,19 @@ class Process:
         server = HealthServer(self._config.health, self._health)
         log.info("starting", pid=os.getpid(), health_port=server.port, artifact=self._config.pipeline.artifact)
         beating = [asyncio.create_task(self._health.beat(), name="heartbeat")]
-        if (fleet := heartbeat.inherited_fd()) is not None:
-            beating.append(asyncio.create_task(heartbeat.beat(fleet, server.port), name="fleet heartbeat"))
         consuming = asyncio.create_task(self._consume(), name="consume")
 
         def stop(number: signal.Signals) -> None:
             log.info("draining", signal=number.name)
             self._stop(consuming)
 
+        def stop_orphan() -> None:
+            log.warning("draining: the process that supervises this worker is gone")
+            self._stop(consuming)
+
         handle_signals(stop)
+        if (fleet := heartbeat.inherited_fd()) is not None:
+            beating.append(asyncio.create_task(heartbeat.beat(fleet, server.port, stop_orphan), name="fleet heartbeat"))
         try:
             await consuming
         except asyncio.CancelledError:

@@ -71,6 +71,20 @@ async def test_fleet_answers_everything_although_a_member_is_killed(
         fleet.kill()
 
 
+async def test_members_drain_when_their_fleet_is_killed(
+    deployment: dict[str, str], valkey: str, eventually: Eventually, tmp_path: Path
+) -> None:
+    log = tmp_path / "fleet.log"
+    fleet = launch(log, "--workers", "1", **deployment, REDIS__URL=valkey, KAFKA__PARTITIONS=1)
+    try:
+        await eventually(lambda: assigned_members(log) == {"0"}, timeout_s=60)
+    finally:
+        fleet.kill()
+    await eventually(lambda: any(line["event"] == "drained and committed" for line in read_lines(log)))
+    words = "draining: the process that supervises this worker is gone"
+    assert any(line["event"] == words for line in read_lines(log))
+
+
 @pytest.mark.parametrize(
     ("workers", "sentence"),
     [

@@ -35,7 +35,7 @@ CRASH_WINDOW_S = 300.0
 STAGGER_S = 10.0  # between two starts, unless the earlier member is ready sooner: loading a model takes all of a core
 CHECK_S = 0.2
 STOP_GRACE_S = 3.0  # beyond a member's own `drain_timeout_s` + 2 s
-FINAL = {each.exit_code: each for each in (ConfigError, ArtifactError, DeadLetterLimit, TopicRecreated)}
+FINAL = {each.exit_code for each in (ConfigError, ArtifactError, DeadLetterLimit, TopicRecreated)}
 
 
 @dataclass
@@ -73,6 +73,8 @@ class Fleet:
             for number in range(self.size):
                 keeping.append(asyncio.create_task(self._keep_running(number), name=f"worker {number}"))
                 await self._stagger(number, [*keeping, stopping])
+                if any(task.done() for task in (*keeping, stopping)):
+                    break
             await asyncio.wait({*keeping, stopping}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             stopping.cancel()

@@ -10,6 +10,9 @@ from worker.fleet.heartbeat import VARIABLE
 from worker.interfaces import Clock
 
 COMMAND = (sys.executable, "-m", "worker.cli", "run")
+START_S = 300.0  # until the first heartbeat: imports and, on a slow disk, more imports
+CHECK_S = 0.2
+PAUSE_S = 5.0  # a check that is late by so much: this process was suspended, and has heard nothing meanwhile
 
 
 class Member:
@@ -18,12 +21,14 @@ class Member:
     heard_s: Clock.monotonic() of its latest heartbeat, or of its start; port: of its health server, 0 = not known yet
     """
 
-    def __init__(self, number: int, process: asyncio.subprocess.Process, clock: Clock) -> None:
+    def __init__(self, number: int, process: asyncio.subprocess.Process, heartbeats: int, clock: Clock) -> None:
+        """heartbeats: the descriptor to read them from"""
         self.number = number
         self.process = process
         self.port = 0
         self.started_s = self.heard_s = clock.monotonic()
         self._clock = clock
+        self._listening = asyncio.create_task(self._listen(heartbeats), name=f"worker {number} heartbeat")
 
     @classmethod
     async def start(
@@ -45,9 +50,7 @@ class Member:
             raise
         finally:
             os.close(write_fd)
-        member = cls(number, process, clock)
-        member._listening = asyncio.create_task(member._listen(read_fd), name=f"worker {number} heartbeat")
-        return member
+        return cls(number, process, read_fd, clock)
 
     async def _listen(self, fd: int) -> None:
         """Read heartbeats until the process ends."""
@@ -63,13 +66,17 @@ class Member:
             finally:
                 transport.close()
 
-    async def ended(self, silent_s: float, check_s: float = 0.2) -> int:
+    async def ended(self, silent_s: float) -> int:
         """Return the exit status, once the process has ended by itself or was killed after so much silence."""
         waiting = asyncio.ensure_future(self.process.wait())
         try:
             while not waiting.done():
-                await asyncio.wait({waiting}, timeout=check_s)
-                if not waiting.done() and self._clock.monotonic() - self.heard_s > silent_s:
+                before_s = self._clock.monotonic()
+                await asyncio.wait({waiting}, timeout=CHECK_S)
+                now_s = self._clock.monotonic()
+                if now_s - before_s > PAUSE_S:
+                    self.heard_s = now_s
+                if now_s - self.heard_s > (silent_s if self.port else max(silent_s, START_S)):
                     self.signal(signal.SIGKILL)
             return waiting.result()
         finally:

@@ -17,7 +17,7 @@ from worker.errors import CrashLoop, MemberFailed, MillraceError, NotDrained
 from worker.fleet import fleet as fleets
 from worker.fleet import member as members
 from worker.fleet.fleet import Fleet
-from worker.fleet.heartbeat import VARIABLE
+from worker.fleet.heartbeat import VARIABLE, beat
 
 Eventually = Callable[..., Awaitable[Any]]
 # A member without Kafka: it says its health port, and then does what BEHAVIOUR says.
@@ -90,13 +90,39 @@ async def test_member_that_is_killed_is_started_again_and_the_others_go_on(
 
 
 async def test_member_whose_interpreter_hangs_is_killed_and_started_again(
-    make_fleet: Callable[..., Fleet], eventually: Eventually
+    make_fleet: Callable[..., Fleet], eventually: Eventually, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(members, "START_S", 0.3)
     fleet = make_fleet("hang", silent_s=0.3)
     running = asyncio.create_task(fleet.run())
     await eventually(lambda: fleet.restarts >= 1)
     fleet.stop()
     await running
+
+
+async def test_member_that_is_slow_to_start_is_given_time(
+    make_fleet: Callable[..., Fleet], eventually: Eventually, monkeypatch: pytest.MonkeyPatch
+):
+    fleet = make_fleet("hang", silent_s=0.1)
+    running = asyncio.create_task(fleet.run())
+    await eventually(lambda: fleet.members)
+    await asyncio.sleep(1.0)
+    assert fleet.restarts == 0
+    fleet.stop()
+    await running
+
+
+async def test_heartbeats_end_with_a_call_when_the_fleet_is_gone():
+    read_fd, write_fd = os.pipe()
+    gone = asyncio.Event()
+    beating = asyncio.create_task(beat(write_fd, 7, gone.set))
+    await asyncio.sleep(0)
+    assert os.read(read_fd, 100) == b"7\n"
+    os.close(read_fd)
+    async with asyncio.timeout(10):
+        await gone.wait()
+        await beating
+    os.close(write_fd)
 
 
 async def test_member_that_does_not_drain_is_killed_and_said_to_be_late(
