@@ -107,7 +107,8 @@ class Fleet:
                 member.signal(signal.SIGTERM)
             status = await member.ended(self.silent_s)
             if self._stopping.is_set():
-                self._statuses.append(status)
+                was_starting = status == -signal.SIGTERM and not member.port  # it could not handle signals yet
+                self._statuses.append(0 if was_starting else status)
                 return
             self._check(number, status, crashes_s)
             if self.clock.monotonic() - member.started_s > CRASH_WINDOW_S:

@@ -33,7 +33,7 @@ CONNECTION_S = 5.0  # a probe waits 1 s, Prometheus 10 s for a page that takes m
 
 
 class Probes(Protocol):
-    """What the probes ask. Each answer is whether all is well, and a sentence."""
+    """The answers to the probes: whether all is well, and a sentence."""
 
     def alive(self) -> tuple[bool, str]: ...
 

@@ -95,7 +95,10 @@ async def test_member_whose_interpreter_hangs_is_killed_and_started_again(
     monkeypatch.setattr(members, "START_S", 0.3)
     fleet = make_fleet("hang", silent_s=0.3)
     running = asyncio.create_task(fleet.run())
+    await eventually(lambda: fleet.members)
+    hung = fleet.members[0].process
     await eventually(lambda: fleet.restarts >= 1)
+    assert hung.returncode == -signal.SIGKILL
     fleet.stop()
     await running
 
