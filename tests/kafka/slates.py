@@ -17,7 +17,7 @@ class MemoryStore:
         self.last: dict[str, Slate] = {}
         self._failures = failures
 
-    async def put(self, slates: Sequence[Slate]) -> None:
+    async def put(self, slates: Sequence[Slate], values: object = None) -> None:
         if self._failures:
             self._failures -= 1
             raise StoreUnavailable("redis is unreachable")
