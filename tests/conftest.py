@@ -8,7 +8,7 @@ import asyncio
 import logging
 import os
 import re
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -19,8 +19,9 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from worker.cli import main
-from worker.config import LogConfig
+from worker.config import LogConfig, RedisConfig
 from worker.logging import configure
+from worker.redis.client import RedisClient, connect
 from worker.replay.local_servers import LocalKafka, LocalValkey, missing_requirement
 
 T = TypeVar("T")
@@ -72,6 +73,14 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Shop:
     assert main([str(word) for word in simulate]) == 0
     assert main([str(word) for word in train]) == 0
     return Shop(folder / "events.jsonl", folder / "artifact")
+
+
+@pytest.fixture
+async def client(valkey: str) -> AsyncIterator[RedisClient]:
+    """A client of the session's Valkey."""
+    client = await connect(RedisConfig(url=valkey))
+    yield client
+    await client.aclose()
 
 
 @pytest.fixture

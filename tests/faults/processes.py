@@ -1,10 +1,12 @@
 """`millrace` commands as processes of their own."""
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 MILLRACE = [sys.executable, "-m", "worker.cli"]
 
@@ -29,3 +31,8 @@ def run_command(words: Sequence[str], settings: Mapping[str, object]) -> subproc
 def environment(settings: Mapping[str, object]) -> dict[str, str]:
     """Return this process's environment with the settings, and a free port for health checks."""
     return os.environ | {f"MILLRACE__{key}": str(value) for key, value in {"HEALTH__PORT": 0, **settings}.items()}
+
+
+def read_lines(log: Path) -> list[dict[str, Any]]:
+    """Return the complete lines that were logged so far."""
+    return [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{") and line.endswith("}")]

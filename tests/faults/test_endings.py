@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.faults.processes import launch
+from tests.faults.topics import view
 from tests.kafka.broker import Broker, RecordingListener
 from tests.kafka.sources import joined
 from tests.pages import read_page
@@ -24,10 +25,6 @@ from worker.replay.local_servers import LocalKafka, LocalValkey
 DRAIN_S = 2.0
 END_S = DRAIN_S + 2.0  # within which the process must have ended
 Eventually = Callable[..., Awaitable[Any]]
-
-
-def event(user: str = "u") -> bytes:
-    return json.dumps({"user_id": user, "item_id": "i", "action": "view", "ts_ms": time.time_ns() // 10**6}).encode()
 
 
 @contextmanager
@@ -75,7 +72,7 @@ async def one_open_event(
     """Suspend Redis while an event waits to be pushed; the body runs with Redis still suspended."""
     await eventually(lambda: '"partitions assigned"' in log.read_text())
     with suspended(server.pid):
-        await broker.produce(deployment["KAFKA__EVENTS_TOPIC"], [event()])
+        await broker.produce(deployment["KAFKA__EVENTS_TOPIC"], [view()])
         await eventually(lambda: '"write failed, retrying"' in log.read_text())
         yield
 
@@ -88,7 +85,7 @@ async def test_each_start_after_a_dead_letter_halt_continues_after_the_letters_t
     group = deployment["KAFKA__GROUP_ID"]
     settings = {**deployment, "KAFKA__EVENTS_TOPIC": events, "REDIS__URL": valkey}
     settings |= {"DEAD_LETTERS__MAX_CONSECUTIVE": 50, "KAFKA__MAX_POLL_RECORDS": 100}
-    await broker.produce(events, [b"{"] * 99 + [event()] + [b"{"] * 300 + [event() for _ in range(20)])
+    await broker.produce(events, [b"{"] * 99 + [view()] + [b"{"] * 300 + [view() for _ in range(20)])
     codes = []
     while await broker.committed(events, group) != 420:
         log = tmp_path / f"start-{len(codes)}"
@@ -243,7 +240,7 @@ async def test_process_whose_pipeline_thread_hangs_ends(
     with worker(log, **settings, HEALTH__STALL_TIMEOUT_S=2 if by == "watchdog" else 300) as process:
         await eventually(lambda: '"partitions assigned"' in log.read_text())
         (tmp_path / "hang").touch()
-        await broker.produce(deployment["KAFKA__EVENTS_TOPIC"], [event()])
+        await broker.produce(deployment["KAFKA__EVENTS_TOPIC"], [view()])
         if by == "watchdog":
             await eventually(lambda: process.poll() is not None)
         else:

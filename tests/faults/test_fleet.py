@@ -10,26 +10,18 @@ from typing import Any
 
 import pytest
 
-from tests.faults.processes import launch, run_command
+from tests.faults.processes import launch, read_lines, run_command
+from tests.faults.topics import view
 from tests.kafka.broker import Broker
 from tests.pages import read_page
-from worker.clock import WallClock
 
 Eventually = Callable[..., Awaitable[Any]]
-
-
-def read_lines(log: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{") and line.endswith("}")]
 
 
 def assigned_members(log: Path) -> set[str]:
     """Return the numbers of the members that have partitions, by their latest assignment."""
     latest = {line["worker"]: line["partitions"] for line in read_lines(log) if line["event"] == "partitions assigned"}
     return {worker for worker, partitions in latest.items() if partitions}
-
-
-def event(user: str) -> bytes:
-    return json.dumps({"user_id": user, "item_id": "i", "action": "view", "ts_ms": WallClock().now_ms()}).encode()
 
 
 async def test_fleet_answers_everything_although_a_member_is_killed(
@@ -50,12 +42,12 @@ async def test_fleet_answers_everything_although_a_member_is_killed(
         port = starting["health_port"]
         await eventually(lambda: read_page(port, "/readyz") == (200, "serving, workers: 2\n"))
         topic, slates = deployment["KAFKA__EVENTS_TOPIC"], deployment["KAFKA__RECOMMENDATIONS_TOPIC"]
-        await broker.produce(topic, [event(f"a{number}") for number in range(50)], partition=None)
+        await broker.produce(topic, [view(f"a{number}") for number in range(50)], partition=None)
         await broker.read(slates, 50)
         pids = [line["pid"] for line in read_lines(log) if line["event"] == "starting" and "worker" in line]
         assert len(pids) == 2
         os.kill(pids[0], signal.SIGKILL)
-        await broker.produce(topic, [event(f"b{number}") for number in range(50)], partition=None)
+        await broker.produce(topic, [view(f"b{number}") for number in range(50)], partition=None)
         records = await broker.read(slates, 100)
         users = {json.loads(record.value)["user_id"] for record in records}
         assert users == {f"{letter}{number}" for letter in "ab" for number in range(50)}

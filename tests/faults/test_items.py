@@ -8,7 +8,7 @@ from typing import Any
 
 from aiokafka import AIOKafkaProducer
 
-from tests.faults.processes import launch
+from tests.faults.processes import launch, read_lines
 from tests.kafka.broker import Broker
 from tests.pages import read_metric, read_page
 from worker.clock import WallClock
@@ -20,10 +20,6 @@ RECORDS = 60
 def find_line(log: Path, event: str) -> dict[str, Any] | None:
     """Return the first logged line of an event."""
     return next((line for line in read_lines(log) if line["event"] == event), None)
-
-
-def read_lines(log: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in log.read_text().splitlines() if line.startswith("{") and line.endswith("}")]
 
 
 async def send(kafka: str, topic: str, records: dict[str, bytes | None]) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -11,15 +11,7 @@ import pytest
 from tests.faults.processes import MILLRACE, environment, run_command
 from tests.kafka.broker import Broker
 from tests.kafka.rebuilds import Shop, read_rings
-from worker.config import RedisConfig
-from worker.redis.client import RedisClient, connect
-
-
-@pytest.fixture
-async def client(valkey: str) -> AsyncIterator[RedisClient]:
-    client = await connect(RedisConfig(url=valkey))
-    yield client
-    await client.aclose()
+from worker.redis.client import RedisClient
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -9,19 +9,12 @@ from aiokafka.admin import RecordsToDelete
 from tests.kafka.broker import BreakableKafka, Broker
 from tests.kafka.rebuilds import Shop
 from worker.clock import WallClock
-from worker.config import Config, RedisConfig
+from worker.config import Config
 from worker.errors import SourceUnavailable
 from worker.interfaces import ConsumedEvent
 from worker.operations.dead_letter_topic import DeadLetterTopic
 from worker.operations.rebuild import Rebuild, RebuildPlan
-from worker.redis.client import RedisClient, connect
-
-
-@pytest.fixture
-async def client(valkey: str) -> AsyncIterator[RedisClient]:
-    client = await connect(RedisConfig(url=valkey))
-    yield client
-    await client.aclose()
+from worker.redis.client import RedisClient
 
 
 @pytest.fixture

@@ -6,7 +6,9 @@ from typing import Any
 import msgspec
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 
+from pipeline.records import Event
 from tests.oracle import ACTIONS
+from worker.clock import WallClock
 
 
 async def read_to_end(bootstrap: str, begins: Mapping[TopicPartition, int]) -> list[ConsumerRecord]:
@@ -25,6 +27,11 @@ async def read_to_end(bootstrap: str, begins: Mapping[TopicPartition, int]) -> l
             for polled in (await consumer.getmany(timeout_ms=200)).values():
                 records += polled
     return sorted(records, key=lambda record: (record.partition, record.offset))
+
+
+def view(user: str = "u") -> bytes:
+    """Return an event of this moment."""
+    return msgspec.json.encode(Event(user, "i", "view", WallClock().now_ms()))
 
 
 def decode(value: bytes | None) -> dict[str, Any] | None:

@@ -1,10 +1,8 @@
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 import pytest
 
 from tests.kafka.broker import Broker, RecordingListener
-from worker.config import RedisConfig
-from worker.redis.client import RedisClient, connect
 
 
 @pytest.fixture
@@ -16,11 +14,3 @@ def broker(kafka: str, topics: Callable[[str], str]) -> Broker:
 @pytest.fixture
 def listener() -> RecordingListener:
     return RecordingListener()
-
-
-@pytest.fixture
-async def client(valkey: str) -> AsyncIterator[RedisClient]:
-    """A client of the session's Valkey."""
-    client = await connect(RedisConfig(url=valkey))
-    yield client
-    await client.aclose()

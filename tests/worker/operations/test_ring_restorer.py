@@ -1,6 +1,6 @@
 """Rings restored in a real Valkey: whole ones stay, stale ones are completed, those with gaps are rewritten."""
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import count, pairwise
@@ -11,22 +11,15 @@ from hypothesis import strategies as st
 
 from pipeline.records import EVENT_BYTES, Event
 from worker.clock import WallClock
-from worker.config import Config, RedisConfig, SequencesConfig
+from worker.config import Config, SequencesConfig
 from worker.interfaces import ConsumedEvent, Partition, RecordOffset
 from worker.operations.ring_restorer import RingRestorer
-from worker.redis.client import RedisClient, connect
+from worker.redis.client import RedisClient
 from worker.redis.rings.ring import Ring
 from worker.redis.rings.sequences import SequenceStore
 
 _user_numbers = count()
 Place = tuple[int, int]  # partition, offset
-
-
-@pytest.fixture
-async def client(valkey: str) -> AsyncIterator[RedisClient]:
-    client = await connect(RedisConfig(url=valkey))
-    yield client
-    await client.aclose()
 
 
 @pytest.fixture

@@ -20,14 +20,6 @@ def new_user() -> Callable[[], str]:
 
 
 @pytest.fixture
-async def client(valkey: str) -> AsyncIterator[RedisClient]:
-    """A client of the session's Valkey."""
-    client = await connect(RedisConfig(url=valkey))
-    yield client
-    await client.aclose()
-
-
-@pytest.fixture
 def server(tmp_path: Path) -> Iterator[LocalValkey]:
     """A Valkey of this test alone."""
     with LocalValkey(tmp_path) as server:
