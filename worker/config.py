@@ -81,6 +81,11 @@ class KafkaConfig(Section, frozen=True, forbid_unknown_fields=True):
             if name is not None and not re.fullmatch(KAFKA_NAME, name):
                 raise ValueError(f"{key} {name!r}: want 1 to 249 of a-z, A-Z, 0-9, '.', '_' and '-', not '.' or '..'")
 
+    @property
+    def worker_topics(self) -> tuple[str, str, str]:
+        """The topics without which a worker does not start."""
+        return self.events_topic, self.recommendations_topic, self.dead_letter_topic
+
 
 class RedisConfig(Section, frozen=True, forbid_unknown_fields=True):
     url: str = "redis://localhost:6379/0"  # rediss:// for TLS; user and password in the URL are masked when printed

@@ -54,7 +54,7 @@ async def run_fleet(config: Config, size: int | None, arguments: Sequence[str]) 
 
 async def _checked_size(config: Config, size: int | None, clock: Clock) -> int:
     kafka = config.kafka
-    await ensure_topics(kafka, clock, [kafka.events_topic, kafka.recommendations_topic, kafka.dead_letter_topic])
+    await ensure_topics(kafka, clock, kafka.worker_topics)
     partitions = len(await list_partitions(kafka, clock, kafka.events_topic))
     if size is None:
         return max(1, min(partitions, len(os.sched_getaffinity(0)) // CORES_PER_WORKER))
