@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from worker import gc_tuning, logging
+from worker import logging
 from worker.clock import WallClock
 from worker.config import Config
 from worker.deadline import Deadline
@@ -35,6 +35,7 @@ from worker.stream.health import HealthServer, HealthState
 from worker.stream.loop import Worker, ignore_delivery
 from worker.stream.signals import handle_signals
 from worker.stream.supervisor import Supervisor
+from worker.system import gc_tuning
 
 if TYPE_CHECKING:
     from worker.inference.hot_swap import HotSwap
@@ -156,9 +157,7 @@ class Process:
         async with build_components(config, clock, deadline, self._report_redis) as components:
             kafka = config.kafka
             # All at once, so that one error names all that are missing.
-            await ensure_topics(
-                kafka, clock, [kafka.events_topic, kafka.recommendations_topic, kafka.dead_letter_topic]
-            )
+            await ensure_topics(kafka, clock, kafka.worker_topics)
             async with KafkaSink(config, components.slates, clock, deadline) as sink:
                 source = KafkaSource(kafka, clock, components.sequences.claim_topic, deadline)
                 components.sequences.ask_end = source.end_of

@@ -28,7 +28,7 @@ Start = Callable[..., Ended]
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Start]:
     """Return `start(SECTION__KEY=value)`, which runs `millrace run` in this process until it ends."""
-    monkeypatch.setattr("worker.malloc_tuning.trim_large_blocks", lambda: None)  # it lasts for the whole session
+    monkeypatch.setattr("worker.system.malloc_tuning.trim_large_blocks", lambda: None)  # it lasts for the whole session
     monkeypatch.setattr("worker.stream.exit_guard.ExitGuard.start", lambda guard: None)  # it would end this process
 
     def run(*arguments: str, **settings: object) -> Ended:

@@ -2,6 +2,6 @@
 
 Heavy imports (torch, aiokafka, redis) belong inside `run`, so that --help answers at once.
 
-May import: errors, clock, malloc_tuning, config, config_file, logging, stream, kafka, redis, inference, fleet, lookup,
+May import: errors, clock, system, config, config_file, logging, stream, kafka, redis, inference, fleet, lookup,
 operations, process, replay, output, pipeline.
 """

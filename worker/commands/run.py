@@ -64,10 +64,11 @@ def _stopped_by_signals() -> Iterator[None]:
 def _run(args: Namespace) -> int:
     import asyncio
 
-    from worker import config_file, logging, malloc_tuning
+    from worker import config_file, logging
     from worker.errors import MillraceError
     from worker.fleet.supervise import NUMBER_VARIABLE, run_fleet
     from worker.process import Process
+    from worker.system import malloc_tuning
 
     loaded = config_file.load(args.config)
     logging.configure(loaded.log, os.environ.get(NUMBER_VARIABLE))

@@ -1,4 +1,4 @@
 """The pipeline in a thread of its own, and the replacement of its model while it serves.
 
-May import: gc_tuning, errors, backoff, interfaces, metrics, executor, config, logging, pipeline.
+May import: system, errors, backoff, interfaces, metrics, executor, config, logging, pipeline.
 """

@@ -31,7 +31,7 @@ from pipeline.strategies.own_strategies import check_own_strategies
 from pipeline.strategies.strategies import MODEL_STRATEGIES, strategies_of
 from pipeline.strategies.strategy import Strategy, close_all
 from pipeline.strategies.warm_up import synthetic_histories
-from worker import gc_tuning, logging, metrics
+from worker import logging, metrics
 from worker.backoff import Backoff
 from worker.config import Config
 from worker.errors import MillraceError
@@ -40,6 +40,7 @@ from worker.inference.fingerprint import Fingerprint, fingerprint
 from worker.inference.load import warn_about_short_rings
 from worker.inference.ranker import PipelineRanker, ServedSample
 from worker.interfaces import Clock
+from worker.system import gc_tuning
 
 log = logging.get("hotswap")
 LOAD_CHUNK_ITEMS = 1 << 16  # items whose metadata are restored per call in the pipeline's thread

@@ -1,7 +1,6 @@
 """Find out why no connection to Kafka comes about: aiokafka only logs the reason, or sees a closed connection."""
 
 import asyncio
-import ssl
 import struct
 from typing import Any, NamedTuple
 
@@ -21,10 +20,10 @@ from worker.kafka.error_causes import (
     cause_of,
     error_text,
 )
+from worker.system.listener import accepts_tls, first_bytes
 
 TIMEOUT_S = 6.0  # for all attempts together
 CONNECT_S = 2.5  # for one connection, with its login
-PROBE_S = 0.8  # for each of a probe's questions
 # ApiVersions, version 0, correlation id 1, no client id: any listener of Kafka answers it before a login.
 API_VERSIONS = struct.pack(">ihhih", 10, 18, 0, 1, -1)
 TEXT = b"PING\r\n\r\n"  # Redis and HTTP servers answer text only
@@ -85,40 +84,14 @@ async def _probe(host: str, port: int, security_protocol: str) -> Cause | None:
     """Return what is wrong with the listener itself, None when it is silent or as configured."""
     wants_tls = "SSL" in security_protocol.split("_")
     try:
-        answer = await _first_bytes(host, port, API_VERSIONS)
-        if answer.startswith(TLS_ALERT) or (not answer and await _accepts_tls(host, port)):
+        answer = await first_bytes(host, port, API_VERSIONS) or b""
+        if answer.startswith(TLS_ALERT) or (not answer and await accepts_tls(host, port)):
             return None if wants_tls else TLS_EXPECTED
         if answer and _is_kafka(answer):
             return TLS_UNEXPECTED if wants_tls else None
-        return NOT_KAFKA if answer or await _first_bytes(host, port, TEXT) else None
+        return NOT_KAFKA if answer or await first_bytes(host, port, TEXT) else None
     except OSError:
         return None
-
-
-async def _first_bytes(host: str, port: int, question: bytes) -> bytes:
-    """Return the beginning of the listener's answer; nothing when there is none."""
-    reader, writer = await asyncio.open_connection(host, port)
-    try:
-        async with asyncio.timeout(PROBE_S):
-            writer.write(question)
-            return await reader.read(8)
-    except (TimeoutError, ConnectionError):
-        return b""
-    finally:
-        writer.close()
-
-
-async def _accepts_tls(host: str, port: int) -> bool:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False  # nothing is sent: only whether the listener speaks TLS is asked
-    context.verify_mode = ssl.CERT_NONE
-    try:
-        async with asyncio.timeout(PROBE_S):
-            _, writer = await asyncio.open_connection(host, port, ssl=context)
-            writer.close()
-    except (OSError, TimeoutError):
-        return False
-    return True
 
 
 def _is_kafka(answer: bytes) -> bool:

@@ -1,4 +1,4 @@
 """Everything that talks to Redis, together with its Lua functions.
 
-May import: errors, backoff, interfaces, metrics, rate_limit, config, logging, pipeline.
+May import: errors, backoff, interfaces, metrics, rate_limit, config, system, logging, pipeline.
 """

@@ -1,11 +1,8 @@
 """Find out why no connection to Redis comes about: redis-py only sees silence, or a closed connection."""
 
-import asyncio
-import ssl
-
 from worker.errors import StoreError, StoreUnavailable
+from worker.system.listener import accepts_tls, first_bytes
 
-PROBE_S = 0.8  # for each question
 QUESTION = b"PING\r\n"  # a server that expects a login, or that is full, answers it, too
 TLS_INSTEAD = "TLS; write rediss:// instead of redis://"
 NO_TLS_INSTEAD = "no TLS; write redis:// instead of rediss://"
@@ -15,11 +12,11 @@ REPLIES = (b"+", b"-")  # how an answer of Redis to it begins
 async def find_mismatch(host: str, port: int, wants_tls: bool) -> StoreError | None:
     """Return what is wrong with the listener and the next step; None when it is silent, away, or as configured."""
     try:
-        answer = await _answer(host, port)
+        answer = await first_bytes(host, port, QUESTION)
         if answer is None:
             return None
         speaks_redis = answer.startswith(REPLIES)
-        speaks_tls = not speaks_redis and await _accepts_tls(host, port)
+        speaks_tls = not speaks_redis and await accepts_tls(host, port)
     except OSError:
         return None
     where = f"Redis at {host}:{port}"
@@ -33,31 +30,3 @@ async def find_mismatch(host: str, port: int, wants_tls: bool) -> StoreError | N
         f"{where} closes the connection at the first command: what listens there does not speak Redis's protocol, or "
         "is a proxy whose server is away; set redis.url, or start the server"
     )
-
-
-async def _answer(host: str, port: int) -> bytes | None:
-    """Return the beginning of the listener's answer: nothing when it closes the connection, None when it is silent."""
-    reader, writer = await asyncio.open_connection(host, port)
-    try:
-        async with asyncio.timeout(PROBE_S):
-            writer.write(QUESTION)
-            return await reader.read(8)
-    except TimeoutError:
-        return None
-    except ConnectionError:
-        return b""
-    finally:
-        writer.close()
-
-
-async def _accepts_tls(host: str, port: int) -> bool:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False  # nothing is sent: only whether the listener speaks TLS is asked
-    context.verify_mode = ssl.CERT_NONE
-    try:
-        async with asyncio.timeout(PROBE_S):
-            _, writer = await asyncio.open_connection(host, port, ssl=context)
-            writer.close()
-    except (OSError, TimeoutError):
-        return False
-    return True

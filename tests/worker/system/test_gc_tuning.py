@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from prometheus_client import REGISTRY
 
-from worker import gc_tuning
+from worker.system import gc_tuning
 
 
 @pytest.fixture(autouse=True)

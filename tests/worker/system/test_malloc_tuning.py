@@ -9,7 +9,7 @@ PRINT_HELD_MIB = """
 import sys, threading
 from pathlib import Path
 import numpy as np
-from worker.malloc_tuning import trim_large_blocks
+from worker.system.malloc_tuning import trim_large_blocks
 
 def resident_mib():
     return int(next(line for line in Path("/proc/self/status").open() if line.startswith("VmRSS")).split()[1]) / 1024
